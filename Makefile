@@ -1,0 +1,119 @@
+# `make` lists the targets. Everything happens inside .venv, whatever environment is active around it.
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.ara-setup
+
+# Which Python builds .venv: the first of these that is new enough and can create environments.
+PYTHON ?= python3.13 python3.12 python3.11 python3
+# Test processes; the suite's conftest gives each one torch thread.
+WORKERS ?= 2
+# More words for pytest: make test PYTEST_ARGS="-k console"
+PYTEST_ARGS ?=
+DEMO_FLAGS ?= --keep 0.8 --method energy --text python-docs --samples 64 --tasks python-docs \
+	--prompt "A good way to read a file in Python is" -w ara-demo
+
+# The sample data lies beside a development checkout; a value of your own goes first.
+WITH_DATA := if [ -z "$${ARA_DATA_DIR:-}" ] && [ -d ../shared/data ]; then \
+	ARA_DATA_DIR=$$(cd ../shared/data && pwd); export ARA_DATA_DIR; fi
+
+# On a terminal pip shows its bars; in a log it only says what went wrong.
+PIP_INSTALL := if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
+	$(BIN)/python -m pip install --disable-pip-version-check $$quiet -c constraints.txt
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-fast check format-check lint types format bench-decompose bench-quality clean
+# Targets share .venv and two cores: pytest brings its own parallelism.
+.NOTPARALLEL:
+
+help: ## list the targets
+	@echo "ARA: compress language models by SVD. Targets:"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## create .venv and install ARA with its pinned dependencies (quick when done before)
+	@echo "Ready: $(BIN)/ara --help"
+
+$(STAMP): pyproject.toml constraints.txt
+	@if $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "Using the environment in $(VENV)"; \
+	else \
+		chosen=; bare=; \
+		for python in $(PYTHON); do \
+			"$$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue; \
+			if "$$python" -c 'import ensurepip' >/dev/null 2>&1; then chosen=$$python; break; fi; \
+			bare=$${bare:-$$python}; \
+		done; \
+		if [ -z "$$chosen" ] && [ -n "$$bare" ]; then \
+			echo "error: $$bare cannot create environments with pip" >&2; \
+			echo "hint: install its venv package (Debian, Ubuntu: sudo apt install python3-venv), then run make again" >&2; \
+			exit 1; \
+		elif [ -z "$$chosen" ]; then \
+			echo "error: no Python 3.11 or newer among: $(PYTHON)" >&2; \
+			echo "hint: install one, or name it: make setup PYTHON=/path/to/python3" >&2; \
+			exit 1; \
+		fi; \
+		echo "Creating $(VENV) with $$chosen ($$("$$chosen" --version 2>&1))"; \
+		"$$chosen" -m venv --clear $(VENV) || { \
+			echo "error: $$chosen -m venv failed (its words are above)" >&2; \
+			echo "hint: Debian, Ubuntu: sudo apt install python3-venv; elsewhere try another one: make setup PYTHON=..." >&2; \
+			exit 1; }; \
+	fi
+	@echo "Installing torch at the pinned version (a large download the first time)"
+	@$(PIP_INSTALL) torch || { \
+		echo "error: torch could not be installed (pip's words are above)" >&2; \
+		echo "hint: check the network, a proxy and the free disk space, then run make setup again: it goes on" >&2; \
+		exit 1; }
+	@echo "Installing ARA and its pinned dependencies"
+	@$(PIP_INSTALL) -e '.[dev]' || { \
+		echo "error: the dependencies could not be installed (pip's words are above)" >&2; \
+		echo "hint: check the network and the free disk space, then run make setup again; to start afresh: make clean" >&2; \
+		exit 1; }
+	@touch $@
+
+demo: $(STAMP) ## compress, evaluate and try a real model, end to end (under 10 minutes on 2 cores)
+	@echo "Running: ara run demo $(subst ",\",$(DEMO_FLAGS))"
+	@$(BIN)/ara run demo $(DEMO_FLAGS)
+
+test: $(STAMP) ## run all tests
+	@echo "Running the tests on $(WORKERS) processes"
+	@$(WITH_DATA); $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-fast: $(STAMP) ## run the unit, contract and command line tests only
+	@echo "Running the fast tests on $(WORKERS) processes"
+	@folders=; for folder in tests/unit tests/contract tests/cli; do \
+		if [ -d $$folder ]; then folders="$$folders $$folder"; fi; done; \
+	$(WITH_DATA); $(BIN)/python -m pytest -n $(WORKERS) -m "not real_model and not data" $$folders $(PYTEST_ARGS)
+
+check: format-check lint types test-fast ## everything to run before a commit: format, lint, types, fast tests
+
+format-check: $(STAMP)
+	@echo "Checking the format"
+	@$(BIN)/ruff format --check --quiet . || { echo "hint: make format repairs it" >&2; exit 1; }
+
+lint: $(STAMP) ## look for mistakes with ruff
+	@echo "Linting"
+	@$(BIN)/ruff check .
+
+types: $(STAMP) ## check the type annotations with mypy
+	@echo "Checking the types"
+	@$(BIN)/mypy
+
+format: $(STAMP) ## format the code and repair what ruff can repair
+	@echo "Formatting"
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+bench-decompose: $(STAMP) ## time our whitened decomposition against the textbook route
+	@echo "Comparing decompositions"
+	@$(WITH_DATA); $(BIN)/python benchmarks/decompose.py
+
+bench-quality: $(STAMP) ## WikiText-2 perplexity of SmolLM2-135M at several sizes (needs ARA_DATA_DIR)
+	@echo "Measuring quality"
+	@$(WITH_DATA); $(BIN)/python benchmarks/quality.py
+
+clean: ## remove .venv, caches and builds (workspaces stay)
+	@echo "Removing $(VENV), caches and builds"
+	@rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find ara ara_cli export tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,152 @@
+"""The budget, and how integer ranks meet it exactly.
+
+A layer's choices are the ranks 1·s, 2·s, … below break-even (s the rank multiple) at k(m + n) parameters, and dense at
+mn: a rank that costs as much as W is never offered, for W itself is then the better layer (ARA, Eq. 8).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ara.errors import UsageError
+from ara.models.linears import LinearSpec
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many parameters the factorised layers may have together.
+
+    Attributes:
+        parameters: the limit, floor(keep · Σ mn).
+        rank_multiple: every kept rank is a multiple of this.
+        min_rank: least rank of a layer; rounded up to the multiple.
+    """
+
+    parameters: int
+    rank_multiple: int = 1
+    min_rank: int = 1
+
+    @classmethod
+    def for_keep(cls, specs: Sequence[LinearSpec], keep: float, rank_multiple: int = 1, min_rank: int = 1) -> Budget:
+        """Return the budget that keeps the fraction ``keep`` of the dense parameters of ``specs``.
+
+        Raises:
+            UsageError: even the least ranks cost more.
+        """
+        # The small addend forgives the rounding of a product such as 0.8 · 1 000 000.
+        budget = cls(int(keep * sum(spec.dense_cost for spec in specs) + 1e-6), rank_multiple, min_rank)
+        least = sum(budget.choices(spec)[0][1] for spec in specs)
+        if least > budget.parameters:
+            dense = sum(spec.dense_cost for spec in specs)
+            raise UsageError(
+                f"keep {keep:g} allows {budget.parameters:,} parameters, but the least ranks "
+                f"(at least {min_rank}, multiples of {rank_multiple}) already cost {least:,}",
+                f"use --keep {least / dense + 0.005:.2f} or more, or a smaller --min-rank or --rank-multiple",
+            )
+        return budget
+
+    def choices(self, spec: LinearSpec) -> list[tuple[int | None, int]]:
+        """Return all choices of a layer as (rank or ``None`` for dense, cost), cheapest first, dense last."""
+        step = self.rank_multiple
+        first = max(step, -(-self.min_rank // step) * step)
+        last = (spec.dense_cost - 1) // spec.rank_cost
+        ranks = range(first, last + 1, step)
+        return [*((rank, rank * spec.rank_cost) for rank in ranks), (None, spec.dense_cost)]
+
+
+def spend_rest(specs: Sequence[LinearSpec], picks: list[int], budget: Budget, priority: Sequence[float]) -> None:
+    """Raise picks by single steps, highest ``priority`` first, until no single step fits the budget any more.
+
+    Args:
+        specs: the layers.
+        picks: index into ``budget.choices(spec)`` per layer; changed in place; together within the budget.
+        budget: the limit.
+        priority: one number per layer.
+    """
+    choices = [budget.choices(spec) for spec in specs]
+    left = budget.parameters - sum(options[pick][1] for options, pick in zip(choices, picks, strict=True))
+    queue = [(-priority[i], i) for i in range(len(specs))]
+    while queue:
+        waiting = []
+        for _, i in sorted(queue):
+            if picks[i] + 1 >= len(choices[i]):
+                continue
+            step = choices[i][picks[i] + 1][1] - choices[i][picks[i]][1]
+            if step <= left:
+                picks[i] += 1
+                left -= step
+                waiting.append((-priority[i], i))
+        queue = waiting
+
+
+def minimise_loss(specs: Sequence[LinearSpec], losses: Sequence[torch.Tensor], budget: Budget) -> list[int]:
+    """Choose per layer so that the summed loss is least under the budget, along the convex hulls of the layers.
+
+    Greedy by loss saved per parameter along each layer's lower convex hull is the optimum of the Lagrangian
+    relaxation; what the hulls leave over is spent in single steps, best saving first.
+
+    Args:
+        specs: the layers.
+        losses: per layer, the loss of each of ``budget.choices(spec)``, non-increasing.
+        budget: the limit; the cheapest choices together must fit.
+
+    Returns:
+        Index into ``budget.choices(spec)`` per layer.
+    """
+    choices = [budget.choices(spec) for spec in specs]
+    hulls = [
+        lower_hull([cost for _, cost in options], loss.tolist()) for options, loss in zip(choices, losses, strict=True)
+    ]
+    at = [0] * len(specs)
+    left = budget.parameters - sum(options[0][1] for options in choices)
+
+    def edge(i: int) -> tuple[float, int, int]:
+        a, b = hulls[i][at[i]], hulls[i][at[i] + 1]
+        extra = choices[i][b][1] - choices[i][a][1]
+        return -float(losses[i][a] - losses[i][b]) / extra, i, extra
+
+    queue = [edge(i) for i in range(len(specs)) if len(hulls[i]) > 1]
+    heapq.heapify(queue)
+    while queue:
+        _, i, extra = heapq.heappop(queue)
+        if extra > left:
+            # This layer stops here; cheaper edges of other layers may still fit.
+            continue
+        at[i] += 1
+        left -= extra
+        if at[i] + 1 < len(hulls[i]):
+            heapq.heappush(queue, edge(i))
+    picks = [hull[position] for hull, position in zip(hulls, at, strict=True)]
+    savings = [_next_saving(losses[i], choices[i], picks[i]) for i in range(len(specs))]
+    spend_rest(specs, picks, budget, savings)
+    return picks
+
+
+def lower_hull(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
+    """Return the indices of the lower convex hull of the points (cost, loss), from the cheapest to the dearest.
+
+    Args:
+        costs: strictly increasing.
+        losses: one per cost.
+    """
+    hull: list[int] = []
+    for i in range(len(costs)):
+        if hull and losses[i] >= losses[hull[-1]]:
+            continue
+        while len(hull) >= 2:
+            a, b = hull[-2], hull[-1]
+            if (losses[a] - losses[b]) * (costs[i] - costs[b]) > (losses[b] - losses[i]) * (costs[b] - costs[a]):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
+
+
+def _next_saving(loss: torch.Tensor, options: Sequence[tuple[int | None, int]], pick: int) -> float:
+    if pick + 1 >= len(options):
+        return 0.0
+    return float(loss[pick] - loss[pick + 1]) / (options[pick + 1][1] - options[pick][1])

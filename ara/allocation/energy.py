@@ -1,0 +1,38 @@
+"""Energy allocation: spend the budget where it keeps most of each layer's spectrum.
+
+The loss of rank k is the discarded part of the layer's own spectrum, Σ_{j>k} σ_j² / Σ_j σ_j². Relative to each layer,
+because absolute energies of different layers are not comparable; dense costs mn and loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ara.allocation.base import Allocation, Allocator, Module
+from ara.allocation.budget import Budget, minimise_loss
+
+
+class Energy(Allocator):
+    """Least sum over layers of the discarded fraction of energy."""
+
+    def allocate(self, modules: Sequence[Module], budget: Budget) -> Allocation:
+        """Minimise the summed relative energy loss under the budget."""
+        specs = [module.spec for module in modules]
+        choices = [budget.choices(spec) for spec in specs]
+        losses = [
+            relative_loss(module.spectrum, [rank for rank, _ in options])
+            for module, options in zip(modules, choices, strict=True)
+        ]
+        picks = minimise_loss(specs, losses, budget)
+        return Allocation(
+            {spec.name: options[pick][0] for spec, options, pick in zip(specs, choices, picks, strict=True)}
+        )
+
+
+def relative_loss(spectrum: torch.Tensor, ranks: Sequence[int | None]) -> torch.Tensor:
+    """Return Σ_{j>k} σ_j² / Σ_j σ_j² for each rank k (0 for dense, ``None``); float64."""
+    tails = torch.cat([spectrum.flip(0).cumsum(0).flip(0), spectrum.new_zeros(1)])
+    total = tails[0].clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.stack([tails.new_zeros(()) if rank is None else tails[rank] / total for rank in ranks])

@@ -1,0 +1,73 @@
+"""``ranks.json``: an allocation as plain JSON that a person can read, edit and feed back with ``--ranks``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ara.allocation.base import DENSE, Allocation
+from ara.errors import DataError, ProblemsError, near_matches
+from ara.models.linears import LinearSpec
+
+RANKS_FORMAT = 1
+RANKS_FILE = "ranks.json"
+
+
+def ranks_document(allocation: Allocation, about: Mapping[str, Any]) -> str:
+    """Return the text of ``ranks.json``; ``about`` says where it comes from and is not read back."""
+    ranks = {name: DENSE if rank is None else rank for name, rank in allocation.ranks.items()}
+    return json.dumps({"format_version": RANKS_FORMAT, "about": about, "ranks": ranks}, indent=1) + "\n"
+
+
+def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
+    """Read and validate a ranks file.
+
+    Args:
+        path: JSON with ``format_version`` and ``ranks``: module path → whole number or ``"dense"``.
+        specs: the factorised layers; each must be named, and no other.
+
+    Raises:
+        DataError: missing or not such JSON.
+        ProblemsError: lists every unknown or missing module and every rank that cannot be.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})", "--ranks wants a ranks.json file") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error})", "--ranks wants a ranks.json file") from None
+    if not isinstance(document, dict) or not isinstance(document.get("ranks"), dict):
+        raise DataError(f'{path} has no "ranks" table', "copy an allocation's ranks.json and edit its numbers")
+    if document.get("format_version") != RANKS_FORMAT:
+        raise DataError(
+            f"{path} has format_version {document.get('format_version')!r}, expected {RANKS_FORMAT}",
+            "copy an allocation's ranks.json and edit its numbers",
+        )
+    problems = [f"unknown key {key!r}" for key in document if key not in ("format_version", "about", "ranks")]
+    problems += _problems(document["ranks"], specs)
+    if problems:
+        raise ProblemsError(f"{path} does not fit this model", problems)
+    ranks = document["ranks"]
+    return Allocation({spec.name: None if ranks[spec.name] == DENSE else ranks[spec.name] for spec in specs})
+
+
+def _problems(ranks: dict[str, Any], specs: Sequence[LinearSpec]) -> list[str]:
+    known = {spec.name: spec for spec in specs}
+    problems = [
+        f"{name}: not a factorised layer; {near_matches(name, known)}".rstrip("; ")
+        for name in ranks
+        if name not in known
+    ]
+    problems += [f"{name}: missing" for name in known if name not in ranks]
+    for name, spec in known.items():
+        rank = ranks.get(name, DENSE)
+        if rank == DENSE:
+            continue
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            problems.append(f'{name}: {rank!r} is neither a whole number of at least 1 nor "dense"')
+        elif rank * spec.rank_cost >= spec.dense_cost:
+            last = (spec.dense_cost - 1) // spec.rank_cost
+            problems.append(f'{name}: rank {rank} costs as much as the dense weight; write "dense" or at most {last}')
+    return problems

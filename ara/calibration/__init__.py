@@ -1,0 +1,1 @@
+"""Calibration: which text is read, how it becomes token windows, and what is measured on them."""

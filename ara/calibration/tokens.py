@@ -1,0 +1,254 @@
+"""From documents to token windows, the same bytes for the same seed, and a cache that checks itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ara.calibration.texts import Documents
+from ara.errors import DataError, UsageError, disk_errors
+from ara.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Part of every cache key: raise it when the same inputs would give other windows.
+CACHE_FORMAT = 1
+
+# Documents per tokenizer call: enough to use all cores, few enough to stop soon after the last needed token.
+_BATCH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWindows:
+    """Token ids cut into windows of one length.
+
+    Attributes:
+        ids: (windows, seq_len) int64 token ids, on the CPU.
+        asked: how many windows were asked for; for an evaluation without a limit, how many there are.
+        seed: the seed of the document order; ``None`` when the order is that of the text.
+        digest: sha256 (hex) over shape and ids.
+    """
+
+    ids: torch.Tensor
+    asked: int
+    seed: int | None
+    digest: str
+
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return int(self.ids.shape[0])
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per window."""
+        return int(self.ids.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows."""
+        return self.ids.numel()
+
+    @property
+    def shortfall(self) -> int:
+        """How many windows are missing from what was asked, because the text is too short."""
+        return max(0, self.asked - self.windows)
+
+
+def calibration_windows(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, samples: int, seq_len: int, seed: int
+) -> TokenWindows:
+    """Shuffle the documents, tokenise until there is enough, and cut into windows.
+
+    Each document gets the tokenizer's default special tokens, and its end-of-sequence token stands between two
+    documents (the documents' ``separator`` where the tokenizer has none). A text that is too short gives fewer
+    windows: see :attr:`TokenWindows.shortfall`.
+
+    Args:
+        documents: the text.
+        tokenizer: the model's own.
+        samples: windows asked for, at least 1.
+        seq_len: tokens per window, at least 2.
+        seed: of the document order.
+
+    Returns:
+        ids (samples or fewer, seq_len).
+
+    Raises:
+        UsageError: ``samples`` or ``seq_len`` is too small.
+        DataError: the text does not fill one window.
+    """
+    _check_sizes(samples, seq_len)
+    texts = list(documents.documents)
+    random.Random(seed).shuffle(texts)
+    needed = samples * seq_len
+    stream: list[int] = []
+    eos = tokenizer.eos_token_id
+    for ids in _token_ids(tokenizer, texts, "" if eos is not None else documents.separator):
+        # A tokenizer may put eos at the end itself, or start with it (GPT-2 and OPT use it as bos): never two in a row.
+        if stream and ids and eos is not None and eos not in (stream[-1], ids[0]):
+            stream.append(eos)
+        stream.extend(ids)
+        if len(stream) >= needed:
+            break
+    return _cut(stream, documents, seq_len, samples, seed)
+
+
+def evaluation_windows(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, max_windows: int | None = None
+) -> TokenWindows:
+    """Join the documents, tokenise once, and cut into non-overlapping windows; the remainder is dropped.
+
+    This is what GPTQ's and SVD-LLM's evaluation does: ``tokenizer("\\n\\n".join(rows))`` with the tokenizer's
+    default special tokens, thus at most one beginning-of-sequence token, in the first window.
+
+    Args:
+        documents: the text.
+        tokenizer: the model's own.
+        seq_len: tokens per window, at least 2.
+        max_windows: take only so many from the front; ``None`` for all.
+
+    Returns:
+        ids (windows, seq_len).
+
+    Raises:
+        UsageError: ``max_windows`` or ``seq_len`` is too small.
+        DataError: the text does not fill one window.
+    """
+    _check_sizes(1 if max_windows is None else max_windows, seq_len)
+    (stream,) = _token_ids(tokenizer, [documents.separator.join(documents.documents)], "")
+    return _cut(stream, documents, seq_len, max_windows, None)
+
+
+def cached_calibration_windows(
+    cache_dir: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Documents,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    report: Reporter = SILENT,
+) -> TokenWindows:
+    """Do what :func:`calibration_windows` does, or read its result from ``<cache_dir>/<key>.safetensors``.
+
+    The key covers text, tokenizer, ``samples``, ``seq_len``, ``seed`` and :data:`CACHE_FORMAT`. The file holds
+    int32 ids (half the size; no vocabulary comes near 2³¹) and their digest, which is checked on reading: a damaged
+    file is reported, thrown away and written anew.
+
+    Raises:
+        UsageError, DataError: as :func:`calibration_windows`.
+        DiskFullError: no room for the cache.
+    """
+    _check_sizes(samples, seq_len)
+    path = cache_dir / f"{cache_key(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed)}.safetensors"
+    if path.exists():
+        try:
+            windows = _read_cache(path, samples, seq_len, seed)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            report.warn(f"discarding the damaged token cache {path} ({error})")
+        else:
+            report.fact(f"{windows.windows} windows of {seq_len} tokens read from {path}")
+            return windows
+    windows = calibration_windows(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+    _write_cache(path, windows)
+    return windows
+
+
+def cache_key(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, samples: int, seq_len: int, seed: int
+) -> str:
+    """Return the sha256 (hex) over everything that determines the calibration windows."""
+    parts = [CACHE_FORMAT, documents.digest, tokenizer_fingerprint(tokenizer), samples, seq_len, seed]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a sha256 (hex) that differs between tokenizers that could give different ids.
+
+    A fast tokenizer is known by its whole serialised pipeline, without the padding and truncation settings, which
+    each call overwrites; a slow one by its class and sorted vocabulary, the best that all of them offer. The ids of
+    bos, eos and unk are added: eos stands between documents.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        pipeline = json.loads(backend.to_str())
+        content = {name: pipeline[name] for name in pipeline if name not in ("padding", "truncation")}
+    else:
+        content = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], suffix: str) -> Iterator[list[int]]:
+    """Yield the ids of each text + ``suffix``; quietly, for texts longer than the model's limit are meant."""
+    for start in range(0, len(texts), _BATCH):
+        batch = [text + suffix for text in texts[start : start + _BATCH]]
+        yield from tokenizer(batch, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
+            "input_ids"
+        ]
+
+
+def _cut(stream: list[int], documents: Documents, seq_len: int, asked: int | None, seed: int | None) -> TokenWindows:
+    """Cut a list of ids into (windows, seq_len), at most ``asked`` of them."""
+    windows = len(stream) // seq_len
+    if asked is not None:
+        windows = min(windows, asked)
+    if windows == 0:
+        raise DataError(
+            f"text {documents.name!r} ({documents.purpose}) has {len(stream):,} tokens, "
+            f"one window needs {seq_len:,} ({documents.origin})",
+            "choose a smaller --seq-len or a longer text",
+        )
+    ids = torch.tensor(stream[: windows * seq_len], dtype=torch.int64).view(windows, seq_len)
+    return TokenWindows(ids, windows if asked is None else asked, seed, _digest(ids))
+
+
+def _check_sizes(windows: int, seq_len: int) -> None:
+    if windows < 1:
+        raise UsageError(f"got {windows} windows, expected at least 1")
+    if seq_len < 2:
+        raise UsageError(f"got windows of {seq_len} tokens, expected at least 2 (the first token predicts the second)")
+
+
+def _digest(ids: torch.Tensor) -> str:
+    """Return the sha256 (hex) over the shape and the ids as little-endian int64."""
+    digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
+    digest.update(ids.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path, asked: int, seq_len: int, seed: int) -> TokenWindows:
+    """Read a cache file; any sign of damage is a ValueError or comes from safetensors."""
+    with safe_open(path, framework="pt") as file:
+        expected = (file.metadata() or {})["digest"]
+        ids = file.get_tensor("ids").to(torch.int64)
+    if _digest(ids) != expected:
+        raise ValueError("its ids do not match their checksum")
+    if ids.ndim != 2 or ids.shape[1] != seq_len:
+        raise ValueError(f"its windows have shape {tuple(ids.shape)}")
+    return TokenWindows(ids, asked, seed, expected)
+
+
+def _write_cache(path: Path, windows: TokenWindows) -> None:
+    """Write aside and rename, so that a killed process or a second one leaves no half file."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with disk_errors(path.parent, windows.tokens * 4):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"ids": windows.ids.to(torch.int32)}, aside, metadata={"digest": windows.digest})
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)

@@ -1,0 +1,120 @@
+"""One frozen config per stage: what can be set, its unit and its range, said once.
+
+The same descriptions feed ``--help``, the manifests and the docs. Unknown keys are refused. Off is ``None``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ara.errors import ProblemsError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class StageConfig(BaseModel):
+    """Base of all configs: immutable, strict about names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PlacementConfig(StageConfig):
+    """Where and in which precision a model runs."""
+
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps; auto takes CUDA when there is one")
+    dtype: Dtype = Field(
+        "auto", description="precision of the model; auto takes bfloat16 where the hardware multiplies it natively"
+    )
+
+
+class DecomposeConfig(PlacementConfig):
+    """``ara decompose``: factor every linear layer once, for every later budget."""
+
+    model: str = Field(description="hub id, local folder, GGUF file or alias (see ara models)")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    method: str = Field("whitened", description="decomposition (see ara methods)")
+    options: dict[str, str] = Field(default_factory=dict, description="options of the method, NAME=VALUE")
+    text: str = Field("c4", description="calibration text: c4, wikitext2, python-docs or file:PATH (txt or jsonl)")
+    samples: int = Field(256, ge=1, description="calibration windows")
+    seq_len: int = Field(512, ge=2, description="tokens per calibration window")
+    batch_size: int = Field(4, ge=1, description="calibration windows per forward pass")
+    seed: int = Field(0, ge=0, description="seed of the choice of calibration windows")
+    exclude: tuple[str, ...] = Field((), description="shell pattern of layers to leave dense, such as '*.down_proj'")
+    moment_memory: float | None = Field(
+        None, gt=0, description="GiB for second moments held at once; more means fewer passes [default: 1/4 of free]"
+    )
+
+
+class AllocateConfig(StageConfig):
+    """``ara allocate``: choose a rank, or dense, for every layer under one budget."""
+
+    keep: float | None = Field(
+        0.8, gt=0, le=1, description="fraction of the factorised layers' parameters that stays, in (0, 1]"
+    )
+    method: str = Field("energy", description="allocator (see ara methods)")
+    options: dict[str, str] = Field(default_factory=dict, description="options of the method, NAME=VALUE")
+    rank_multiple: int = Field(1, ge=1, description="ranks are multiples of this (8, 16, 32 or 64 suit GPUs)")
+    min_rank: int = Field(1, ge=1, description="least rank of a layer")
+    ranks_sha256: str | None = Field(None, description="checksum of the ranks file that was read instead of a method")
+
+
+class TrainMasksConfig(PlacementConfig):
+    """``ara train-masks``: learn one mask per layer; its settings arrive with the training."""
+
+    seed: int = Field(0, ge=0, description="seed of the training")
+
+
+class TruncateConfig(StageConfig):
+    """``ara truncate``: write the compressed checkpoint."""
+
+    dtype: Dtype = Field("auto", description="precision of the checkpoint; auto takes that of the decomposition")
+    densify: bool = Field(False, description="multiply the factors back, for tools that know only dense models")
+    max_shard_size: str = Field("5GB", description="largest safetensors file of the checkpoint")
+
+
+class EvalConfig(PlacementConfig):
+    """``ara eval``: dense, uniform and the chosen model side by side."""
+
+    tasks: tuple[str, ...] = Field(
+        ("wikitext2",), min_length=1, description="wikitext2, c4, python-docs or file:PATH; several with commas"
+    )
+    seq_len: int | None = Field(
+        None, ge=2, description="tokens per window [default: 2048, or the model's limit if that is less]"
+    )
+    max_windows: int | None = Field(None, ge=1, description="evaluate only the first N windows of each text")
+    batch_size: int = Field(1, ge=1, description="windows per forward pass")
+    prompt: str | None = Field(None, description="also continue this text greedily with every model")
+    max_new_tokens: int = Field(40, ge=1, description="length of that continuation, in tokens")
+
+
+def build(config: type[Any], **values: Any) -> Any:
+    """Build ``config`` from ``values``; all problems are reported at once.
+
+    Raises:
+        ProblemsError: a value is out of range or has the wrong type, or a name is unknown.
+    """
+    try:
+        return config(**values)
+    except ValidationError as error:
+        raise problems(config.__name__, error) from None
+
+
+def problems(title: str, error: ValidationError) -> ProblemsError:
+    """Put pydantic's findings into our words: field, what is wrong, what was got."""
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"]) or title
+        lines.append(f"{name.replace('_', '-')}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
+    return ProblemsError("these settings cannot be used", lines)
+
+
+def method_options(options_type: type[Any], values: dict[str, str]) -> Any:
+    """Build a method's own options from ``NAME=VALUE`` strings.
+
+    Raises:
+        ProblemsError: unknown name, or a value out of range.
+    """
+    return build(options_type, **values)

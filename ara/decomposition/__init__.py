@@ -1,0 +1,31 @@
+"""Decompositions: one file and one line of this table per method.
+
+Every method turns a weight and what is known of its inputs into factors ``A`` (r, n) and ``B`` (m, r), ordered by
+importance, such that the first k components are the method's best approximation of rank k, for every k.
+"""
+
+from ara.registry import Entry, Registry
+
+DECOMPOSITIONS = Registry(
+    "decomposition",
+    [
+        Entry(
+            "whitened",
+            "least error of the layer's outputs on calibration text",
+            "ara.decomposition.whitened:Whitened",
+            "SVD-LLM, arXiv 2403.07378, truncation-aware whitening; computed without inverse or Cholesky",
+        ),
+        Entry(
+            "plain",
+            "least error of the weight itself; needs no text",
+            "ara.decomposition.plain:Plain",
+            "Eckart and Young 1936",
+        ),
+        Entry(
+            "asvd",
+            "least error of the weight, columns scaled by mean activation",
+            "ara.decomposition.asvd:ActivationScaled",
+            "ASVD, arXiv 2312.05821",
+        ),
+    ],
+)

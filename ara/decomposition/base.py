@@ -1,0 +1,75 @@
+"""What a decomposition is given and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from ara.calibration.moments import InputStats
+from ara.errors import NumericalError
+
+
+class MethodOptions(BaseModel):
+    """Options of one method; unknown names are refused, every field says its meaning and range."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A weight as ordered rank-one components: ``W ≈ B[:, :k] @ A[:k]`` for every k, exact at k = r.
+
+    Attributes:
+        a: (r, n) float64.
+        b: (m, r) float64.
+        spectrum: (r) float64, non-increasing, non-negative: the squared error that component j takes away, in the
+            method's own norm, so that rank k leaves the squared error ``spectrum[k:].sum()``.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    spectrum: torch.Tensor
+
+
+class Decomposition:
+    """Base class of all methods.
+
+    Class attributes:
+        Options: the method's own options.
+        needs_text: whether :meth:`decompose` must be given input statistics.
+    """
+
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    needs_text: ClassVar[bool] = True
+
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        self.options = options or self.Options()
+
+    def decompose(self, weight: torch.Tensor, stats: InputStats | None) -> Factors:
+        """Factorise one weight.
+
+        Args:
+            weight: W (m, n), any floating dtype.
+            stats: statistics of its inputs; ``None`` only when ``needs_text`` is false.
+
+        Raises:
+            NumericalError: the weight holds NaN or infinity.
+        """
+        raise NotImplementedError
+
+
+def checked(weight: torch.Tensor) -> torch.Tensor:
+    """Return ``weight`` (m, n) in float64, the precision of all decompositions.
+
+    Raises:
+        NumericalError: it holds NaN or infinity.
+    """
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise NumericalError(
+            f"the weight holds {bad:,} values that are NaN or infinite", "the checkpoint is broken: download it again"
+        )
+    return weight.double()

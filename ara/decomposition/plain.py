@@ -1,0 +1,19 @@
+"""Plain SVD: least error of the weight itself, blind to what flows through it; the baseline of the field."""
+
+from __future__ import annotations
+
+import torch
+
+from ara.calibration.moments import InputStats
+from ara.decomposition.base import Decomposition, Factors, checked
+from ara.decomposition.subspace import input_weighted_factors
+
+
+class Plain(Decomposition):
+    """Minimises ‖W − W_k‖_F; needs no text."""
+
+    needs_text = False
+
+    def decompose(self, weight: torch.Tensor, stats: InputStats | None) -> Factors:
+        """Factorise ``weight`` (m, n); ``stats`` is not looked at."""
+        return input_weighted_factors(checked(weight), None)

@@ -1,0 +1,18 @@
+"""Whitened SVD: least error of the layer's outputs on calibration text (SVD-LLM, arXiv 2403.07378)."""
+
+from __future__ import annotations
+
+import torch
+
+from ara.calibration.moments import InputStats
+from ara.decomposition.base import Decomposition, Factors, checked
+from ara.decomposition.subspace import input_weighted_factors
+
+
+class Whitened(Decomposition):
+    """Minimises E‖(W − W_k) x‖²; the spectrum is in units of squared output per token."""
+
+    def decompose(self, weight: torch.Tensor, stats: InputStats | None) -> Factors:
+        """Factorise ``weight`` (m, n) in the metric G = E[x xᵀ]."""
+        assert stats is not None
+        return input_weighted_factors(checked(weight), stats.second_moment.to(weight.device).double())

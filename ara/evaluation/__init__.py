@@ -1,0 +1,1 @@
+"""Evaluation: what a compressed model is worth (perplexity and speed), beside the dense one."""

@@ -1,0 +1,211 @@
+"""Perplexity as the compression papers compute it, and speed, of several models in one interleaved run.
+
+    NLL of a window  = −1/(t−1) Σ_{i<t} ln p(x_{i+1} | x_1 … x_i)      nats per predicted token
+    perplexity       = exp(mean of the windows' NLL)
+
+which is GPTQ's evaluation (arXiv 2210.17323, also SVD-LLM's, arXiv 2403.07378): for windows of one length the mean
+of the means is the mean over all predicted tokens. The log-softmax is float32 whatever the model's dtype: one
+in bfloat16 is quantised to about 0.5 %, and gives equal perplexities to different models.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from ara.errors import NumericalError
+from ara.progress import SILENT, Reporter
+
+# Bytes of float32 logits that one chunk of rows may hold; 128 rows for a vocabulary of 131,072.
+CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity of one model on one text.
+
+    Attributes:
+        nll: mean negative log-likelihood, nats per predicted token.
+        perplexity: exp(nll).
+        windows: number of windows.
+        tokens: predicted tokens, windows · (seq_len − 1).
+        seq_len: tokens per window.
+        nll_stderr: standard error of ``nll`` over windows, nats; ``None`` for a single window.
+        window_nlls: NLL of each window, nats per predicted token.
+    """
+
+    nll: float
+    perplexity: float
+    windows: int
+    tokens: int
+    seq_len: int
+    nll_stderr: float | None
+    window_nlls: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and spread of repeated timings: 10th and 90th percentile."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class VariantRun:
+    """What one model did in an interleaved run; speed is tokens read per second of forward pass."""
+
+    result: PerplexityResult
+    tokens_per_second: Spread
+
+
+def window_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the mean negative log-likelihood of each window.
+
+    Works in chunks of rows, so that beside ``logits`` only about :data:`CHUNK_BYTES` of float32 copies exist.
+
+    Args:
+        logits: (b, t, v), any floating dtype; position i predicts token i + 1.
+        ids: (b, t) int64 token ids, on the same device.
+
+    Returns:
+        (b,) float64, nats per predicted token; NaN where a logit is.
+    """
+    batch, length, vocabulary = logits.shape
+    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
+    total = torch.zeros(batch, dtype=torch.float64, device=logits.device)
+    for window in range(batch):
+        for start in range(0, length - 1, rows):
+            end = min(start + rows, length - 1)
+            losses = functional.cross_entropy(
+                logits[window, start:end].float(), ids[window, start + 1 : end + 1], reduction="none"
+            )
+            total[window] += losses.sum(dtype=torch.float64)
+    return total / (length - 1)
+
+
+def summarise(window_nlls: Sequence[float], seq_len: int) -> PerplexityResult:
+    """Turn the windows' mean NLLs into a perplexity.
+
+    Args:
+        window_nlls: nats per predicted token, one per window, at least one.
+        seq_len: tokens per window.
+
+    Raises:
+        NumericalError: a window's NLL is not finite (never skipped), or the perplexity overflows.
+    """
+    _check_finite(window_nlls, 0, "the model")
+    nll = math.fsum(window_nlls) / len(window_nlls)
+    try:
+        perplexity = math.exp(nll)
+    except OverflowError:
+        raise NumericalError(
+            f"the perplexity overflows: the mean negative log-likelihood is {nll:,.1f} nats per token",
+            "the model is broken; look at its weights, or keep more of it",
+        ) from None
+    windows = len(window_nlls)
+    stderr = statistics.stdev(window_nlls) / math.sqrt(windows) if windows > 1 else None
+    return PerplexityResult(nll, perplexity, windows, windows * (seq_len - 1), seq_len, stderr, tuple(window_nlls))
+
+
+def interleaved_perplexity(
+    models: Mapping[str, torch.nn.Module],
+    windows: torch.Tensor,
+    *,
+    batch_size: int = 1,
+    report: Reporter = SILENT,
+    label: str = "Perplexity",
+) -> dict[str, VariantRun]:
+    """Run several models over the same windows, batch by batch in turn, so that a slow spell hits all of them.
+
+    The order of the models rotates from batch to batch. The time of a batch is that of the forward pass alone; the
+    first batch is left out of the speed when there are more (it warms caches and compiles kernels). Only one
+    model's logits exist at a time. Each model runs on the device of its first parameter, in eval mode.
+
+    Args:
+        models: causal language models by name; called with ``input_ids`` and ``use_cache=False``, they return an
+            object with ``logits`` (b, t, v).
+        windows: (w, t) int64 token ids.
+        batch_size: windows per forward pass.
+        report: told about the progress.
+        label: of the progress bar.
+
+    Raises:
+        NumericalError: a model gives a non-finite NLL; names the model and the window.
+    """
+    names = list(models)
+    nlls: dict[str, list[float]] = {name: [] for name in names}
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    batches = windows.split(batch_size)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        for model in models.values():
+            stack.enter_context(_evaluating(model))
+        bar = stack.enter_context(report.bar(label, len(windows) * len(names)))
+        for number, batch in enumerate(batches):
+            turn = number % len(names) if names else 0
+            for name in names[turn:] + names[:turn]:
+                values, seconds = _forward(models[name], batch)
+                _check_finite(values, len(nlls[name]), f"model {name!r}")
+                nlls[name] += values
+                speeds[name].append(batch.numel() / seconds)
+                bar.advance(len(batch))
+    return {
+        name: VariantRun(
+            summarise(nlls[name], windows.shape[1]), spread(speeds[name][1:] if len(batches) > 1 else speeds[name])
+        )
+        for name in names
+    }
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return median, 10th and 90th percentile (linear between neighbours) of at least one value."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return Spread(statistics.median(values), deciles[0], deciles[-1])
+
+
+def _forward(model: torch.nn.Module, batch: torch.Tensor) -> tuple[list[float], float]:
+    """Return the NLLs of a batch (b, t) of windows, nats per predicted token, and the seconds of the forward pass."""
+    ids = batch.to(next(model.parameters()).device)
+    _synchronize(ids.device)
+    start = time.perf_counter()
+    logits = model(input_ids=ids, use_cache=False).logits
+    _synchronize(logits.device)
+    seconds = time.perf_counter() - start
+    return window_nll(logits, ids.to(logits.device)).tolist(), max(seconds, 1e-9)
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait for the GPU: its kernels run on after the call that started them has returned."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model in eval mode (no dropout) and back."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _check_finite(values: Sequence[float], first: int, who: str) -> None:
+    for index, value in enumerate(values, start=first):
+        if not math.isfinite(value):
+            raise NumericalError(
+                f"{who} gives a negative log-likelihood of {value} on window {index}; expected a finite number",
+                "the model computes NaN or infinity: try --dtype float32, and check its weights",
+            )

@@ -1,0 +1,200 @@
+"""Manifests: what a stage folder says about itself, and the checks before it is believed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ara.errors import CorruptedError, WorkspaceError
+
+MANIFEST = "manifest.json"
+# Version of the workspace layout and of the manifest; a newer one is refused.
+FORMAT_VERSION = 1
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class FileRecord(BaseModel):
+    """One file of a stage folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=_SHA256.pattern)
+
+
+class TensorRecord(BaseModel):
+    """One tensor of a stage folder; ``sha256`` is over its raw little-endian bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str = Field(pattern=_SHA256.pattern)
+
+
+class Parent(BaseModel):
+    """The stage folder that this one was made from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    key: str
+    id: str
+
+
+class Manifest(BaseModel):
+    """Everything a stage folder says about itself.
+
+    ``id`` identifies the content: a hash over what determines it (stage, parents, config, model, file checksums) and
+    not over when or how fast it was made, so that the same work done again leaves children valid. ``checksum`` covers
+    the whole manifest.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format_version: int
+    stage: str
+    name: str
+    id: str = ""
+    created: str
+    command: str
+    parents: tuple[Parent, ...] = ()
+    config: dict[str, Any]
+    model: dict[str, Any]
+    seed: int | None = None
+    versions: dict[str, str]
+    seconds: float
+    peak_memory_bytes: int
+    files: dict[str, FileRecord]
+    tensors: dict[str, TensorRecord] = Field(default_factory=dict)
+    results: dict[str, Any] = Field(default_factory=dict)
+    checksum: str = ""
+
+    @field_validator("files")
+    @classmethod
+    def _safe_paths(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        for name in files:
+            check_relative(name)
+        return files
+
+    def sealed(self) -> Manifest:
+        """Return the manifest with ``id`` and ``checksum`` filled in."""
+        identified = self.model_copy(update={"id": self._content_id()})
+        return identified.model_copy(update={"checksum": identified._checksum()})
+
+    def check(self, folder: Path) -> None:
+        """Raise :class:`CorruptedError` unless ``id`` and ``checksum`` fit."""
+        if self.checksum != self._checksum() or self.id != self._content_id():
+            raise CorruptedError(
+                f"{folder / MANIFEST} does not match its own checksum: it was damaged or edited", _redo(self.stage)
+            )
+
+    def _content_id(self) -> str:
+        parts = self.model_dump(mode="json", include={"format_version", "stage", "parents", "config", "model", "files"})
+        return digest(parts)
+
+    def _checksum(self) -> str:
+        return digest(self.model_dump(mode="json", exclude={"checksum"}))
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 (hex) of ``value`` as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_record(path: Path) -> FileRecord:
+    """Measure one file."""
+    return FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def check_relative(name: str) -> None:
+    """Refuse a path that could leave its folder.
+
+    Raises:
+        ValueError: ``name`` is absolute, empty, has a ``..``, a backslash or a drive.
+    """
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+        raise ValueError(f"path {name!r} is not a plain path inside the stage folder")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``manifest.json`` of a stage folder; the files it lists are not read.
+
+    Raises:
+        WorkspaceError: missing, of a newer format, or with fields that do not belong.
+        CorruptedError: not JSON, or not matching its checksum.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WorkspaceError(f"{folder} has no {MANIFEST}", _redo(folder.parent.name)) from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CorruptedError(f"{path} is not readable JSON ({error})", _redo(folder.parent.name)) from None
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise WorkspaceError(
+            f"{path} has format {version}; this ara reads formats up to {FORMAT_VERSION}", "update ara-svd"
+        )
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CorruptedError(f"{path}: {place}: {first['msg']}", _redo(folder.parent.name)) from None
+    manifest.check(folder)
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Manifest, only: Iterable[str] | None = None) -> None:
+    """Compare files with the manifest: present, a plain file, of the right size, of the right checksum.
+
+    Args:
+        folder: the stage folder.
+        manifest: its manifest.
+        only: names of the files to check; all when ``None``.
+
+    Raises:
+        CorruptedError: names the file and, inside a safetensors file, the tensor.
+    """
+    for name in manifest.files if only is None else only:
+        record, path = manifest.files[name], folder / name
+        if not path.is_file() or path.is_symlink():
+            raise CorruptedError(f"{path} is missing or not a plain file", _redo(manifest.stage))
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise CorruptedError(
+                f"{path} has {size:,} bytes; its manifest says {record.bytes:,}", _redo(manifest.stage)
+            )
+        if file_sha256(path) != record.sha256:
+            raise CorruptedError(
+                f"{path} does not match its checksum ({_damaged_part(path, name, manifest)})", _redo(manifest.stage)
+            )
+
+
+def _damaged_part(path: Path, name: str, manifest: Manifest) -> str:
+    """Say which tensors of a damaged safetensors file differ."""
+    from ara.tensors import tensor_records
+
+    expected = {tensor: record for tensor, record in manifest.tensors.items() if record.file == name}
+    if not expected:
+        return "the file was damaged or edited"
+    try:
+        found = tensor_records(path, name)
+    except Exception:  # the header itself is damaged: any reader error says just that
+        return "its header is damaged"
+    bad = [tensor for tensor, record in expected.items() if found.get(tensor) != record]
+    return f"damaged tensors: {', '.join(bad)}" if bad else "its header is damaged"
+
+
+def _redo(stage: str) -> str:
+    return f"make it again: ara {stage} --force"

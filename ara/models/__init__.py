@@ -1,0 +1,1 @@
+"""Models: where they come from, which linear layers they have, and compressed checkpoints."""

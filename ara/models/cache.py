@@ -1,0 +1,96 @@
+"""The user's cache folder, and how files and folders get into it whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ara.errors import AraError, disk_errors
+
+# Left behind only by a killed process. A day is longer than any fetch or conversion takes.
+_ABANDONED_SECONDS = 24 * 3600
+_ASIDE_PREFIX = ".aside-"
+
+
+def cache_dir() -> Path:
+    """Return the folder for what can be fetched or computed again.
+
+    ``$ARA_CACHE_DIR`` wins, then ``$XDG_CACHE_HOME/ara``, then ``~/.cache/ara``. It need not exist yet.
+    """
+    if own := os.environ.get("ARA_CACHE_DIR"):
+        return Path(own).expanduser().absolute()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser().absolute() / "ara"
+    return Path.home() / ".cache" / "ara"
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def aside(parent: Path) -> Iterator[Path]:
+    """Yield an empty folder inside ``parent`` that is removed afterwards.
+
+    It lies on the same file system as its neighbours, so that :func:`os.replace` moves in one step.
+    What killed processes left behind is swept away first.
+
+    Raises:
+        DiskFullError: the disk has no room.
+        AraError: ``parent`` cannot be created or written.
+    """
+    with disk_errors(parent):
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            _sweep(parent)
+            folder = Path(tempfile.mkdtemp(prefix=_ASIDE_PREFIX, dir=parent))
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise AraError(
+                f"the cache folder {parent} cannot be written: {error.strerror}",
+                "set ARA_CACHE_DIR to a folder that you may write",
+            ) from error
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish_folder(made: Path, target: Path, is_complete: Callable[[Path], bool]) -> None:
+    """Move the finished folder ``made`` to ``target`` in one step.
+
+    When another process was faster its folder stays: both hold the same content by construction.
+
+    Args:
+        made: a finished folder on the same file system, from :func:`aside`.
+        target: where it belongs.
+        is_complete: tells whether a folder that lies at ``target`` already can be used.
+    """
+    try:
+        os.replace(made, target)
+    except OSError:
+        if is_complete(target):
+            return
+        if not target.is_dir():
+            raise
+        # Somebody removed files from the cached folder: put the damaged one where the sweep finds it.
+        os.replace(target, made.parent / "damaged")
+        os.replace(made, target)
+
+
+def _sweep(parent: Path) -> None:
+    oldest = time.time() - _ABANDONED_SECONDS
+    for folder in parent.glob(f"{_ASIDE_PREFIX}*"):
+        try:
+            abandoned = folder.stat().st_mtime < oldest
+        except FileNotFoundError:  # its owner has just finished
+            continue
+        if abandoned:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,153 @@
+"""Compressed checkpoints: factors into a model, a model onto the disk, and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+
+from ara.errors import ModelError
+from ara.models import modeling_ara
+from ara.models.linears import bias_of
+from ara.models.modeling_ara import (
+    QUANT_METHOD,
+    AraConfig,
+    AraQuantizer,
+    Conv1D,
+    LowRankLinear,
+    densify,
+    replace_linear,
+)
+from ara.models.placement import choose_placement, torch_dtype
+from ara.models.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# The file of code that makes a checkpoint load without ara installed.
+CODE_FILE = "modeling_ara.py"
+
+
+def apply_factors(model: PreTrainedModel, ranks: Mapping[str, int], files: Mapping[str, Path]) -> None:
+    """Replace linear layers of ``model`` by low-rank ones, in place.
+
+    Args:
+        model: dense; its biases are kept.
+        ranks: module path → kept rank k.
+        files: module path → safetensors file with its full factors ``<path>.A`` (r, n) and ``<path>.B`` (m, r); only
+            the kept components are read.
+    """
+    for path in dict.fromkeys(files[name] for name in ranks):
+        with safe_open(path, "pt") as file:
+            for name in (name for name in ranks if files[name] == path):
+                module, rank = model.get_submodule(name), ranks[name]
+                a = file.get_slice(f"{name}.A")[:rank].to(model.device, model.dtype)
+                b = file.get_slice(f"{name}.B")[:, :rank].to(model.device, model.dtype)
+                layer = LowRankLinear.from_factors(
+                    a.contiguous(), b.contiguous(), bias_of(module), isinstance(module, Conv1D)
+                )
+                replace_linear(model, name, layer)
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    ranks: Mapping[str, int],
+    provenance: dict[str, Any],
+    dense: bool = False,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a checkpoint that plain ``from_pretrained`` reads.
+
+    Args:
+        model: with its low-rank layers in place; multiplied back in place when ``dense``.
+        tokenizer: saved beside it.
+        folder: created if need be.
+        ranks: module path → kept rank of the low-rank layers.
+        provenance: carried in ``config.json``.
+        dense: write an ordinary dense checkpoint.
+        max_shard_size: largest file, such as ``5GB``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if dense:
+        densify(model)
+    elif ranks:
+        config = AraConfig(ranks=dict(ranks), provenance=provenance)
+        model.config.quantization_config = config
+        model.config.auto_map = {"AutoModelForCausalLM": f"{Path(CODE_FILE).stem}.AraForCausalLM"}
+        model.hf_quantizer = AraQuantizer(config)
+        assert modeling_ara.__file__ is not None
+        shutil.copyfile(modeling_ara.__file__, folder / CODE_FILE)
+    with quiet_transformers():
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
+
+
+def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+    """Load a compressed checkpoint, in evaluation mode.
+
+    Args:
+        path: folder that ``ara truncate`` wrote (the ``checkpoint`` folder), or a densified one.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: float32, bfloat16 or float16; auto takes the dtype of the checkpoint.
+
+    Raises:
+        ModelError: not a checkpoint, or one that is damaged.
+        UsageError: unknown device or dtype.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(path)
+    config = read_config(folder)
+    stored = str(config.get("dtype") or "float32")
+    placement = choose_placement(device, stored if dtype == "auto" else dtype)
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch_dtype(placement.dtype), local_files_only=True, use_safetensors=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{folder} cannot be loaded: {first}", "write it again: ara truncate --force") from error
+    return model.to(placement.device).eval().requires_grad_(False)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return ``config.json`` of a checkpoint folder.
+
+    Raises:
+        ModelError: there is none, or it is not JSON.
+    """
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ModelError(
+            f"{folder} is not a checkpoint folder (no config.json)", "ara truncate writes one: .../checkpoint"
+        ) from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error})", "write it again: ara truncate --force") from None
+    return config
+
+
+def is_compressed(folder: Path) -> bool:
+    """Tell whether ``folder`` is a checkpoint with low-rank layers."""
+    quantization = read_config(folder).get("quantization_config") or {}
+    return quantization.get("quant_method") == QUANT_METHOD
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Return the bytes of the weight files of a checkpoint."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def low_rank_layers(model: torch.nn.Module) -> dict[str, int]:
+    """Return module path → rank of the low-rank layers of a model."""
+    return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}

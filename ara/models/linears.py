@@ -1,0 +1,150 @@
+"""Finds the linear layers that can be factorised; found from the model, never listed per architecture.
+
+The decoder blocks are the ``nn.ModuleList`` that holds most parameters; every ``nn.Linear`` (or GPT-2's ``Conv1D``,
+its transposed twin) inside is a candidate. Embeddings and the head lie outside the blocks and stay as they are.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ara.errors import UnsupportedModelError, UsageError
+from ara.models.modeling_ara import LowRankLinear
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear layer of a decoder block.
+
+    Attributes:
+        name: path of the module in the model.
+        layer: index of its decoder block.
+        kind: path inside the block, such as ``self_attn.q_proj``.
+        m: out features.
+        n: in features.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    m: int
+    n: int
+
+    @property
+    def full_rank(self) -> int:
+        """r = min(m, n)."""
+        return min(self.m, self.n)
+
+    @property
+    def dense_cost(self) -> int:
+        """Parameters of the dense weight, mn; the bias is kept in any case and not counted."""
+        return self.m * self.n
+
+    @property
+    def rank_cost(self) -> int:
+        """Parameters of one rank, m + n."""
+        return self.m + self.n
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return path and module of the list of decoder blocks.
+
+    Raises:
+        UnsupportedModelError: the model has no such list.
+    """
+    candidates = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not candidates:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of decoder blocks (no nn.ModuleList)",
+            "ARA needs a decoder-only language model made of repeated blocks",
+        )
+    return max(candidates, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSpec]:
+    """List the factorisable linear layers of all decoder blocks, in the order of the model.
+
+    Args:
+        model: a causal language model of transformers.
+        exclude: shell patterns of module paths or of their ends (``*.down_proj``, ``model.layers.0.*``).
+
+    Raises:
+        UnsupportedModelError: no linear layer, fused expert weights, tied linear weights, weights already quantised.
+        UsageError: a pattern of ``exclude`` matches nothing.
+    """
+    prefix, blocks = find_blocks(model)
+    linears: list[LinearSpec] = []
+    for layer, block in enumerate(blocks):
+        for kind, module in block.named_modules():
+            if isinstance(module, LowRankLinear):
+                raise UnsupportedModelError(
+                    f"{prefix}.{layer}.{kind} is already factorised", "start from the original, dense model"
+                )
+            if isinstance(module, (nn.Linear, Conv1D)):
+                m, n = weight_of(module).shape
+                linears.append(LinearSpec(f"{prefix}.{layer}.{kind}", layer, kind, m, n))
+    _refuse_unsupported(model, blocks, linears)
+    return _without(linears, exclude)
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """Return the weight of a linear module as (m, n) = (out, in); a view, never a copy."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+
+
+def bias_of(module: nn.Module) -> torch.Tensor | None:
+    """Return the bias (m) of a linear module, or ``None``."""
+    bias = getattr(module, "bias", None)
+    return None if bias is None else bias.detach()
+
+
+def _refuse_unsupported(model: nn.Module, blocks: nn.ModuleList, linears: list[LinearSpec]) -> None:
+    # Mixture-of-experts models of transformers 5 hold all experts of a block in one three-dimensional parameter.
+    fused = [name for name, parameter in blocks.named_parameters() if parameter.dim() >= 3 and "conv" not in name]
+    if fused:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps fused expert weights ({fused[0]} and {len(fused) - 1} more), "
+            "which are not linear layers",
+            "mixture-of-experts models are not supported yet",
+        )
+    if not linears:
+        kinds = sorted({type(module).__name__ for module in blocks.modules() if not list(module.children())})
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no linear layer in its {len(blocks)} blocks; found {', '.join(kinds)}",
+            "ARA factorises nn.Linear (and GPT-2's Conv1D) of decoder blocks",
+        )
+    seen: dict[int, str] = {}
+    for spec in linears:
+        weight = model.get_submodule(spec.name).weight
+        assert isinstance(weight, torch.Tensor)
+        if not weight.is_floating_point():
+            raise UnsupportedModelError(
+                f"{spec.name} holds {weight.dtype} weights", "start from the unquantised weights of the model"
+            )
+        if id(weight) in seen:
+            raise UnsupportedModelError(
+                f"{spec.name} and {seen[id(weight)]} share one weight", "models with tied blocks are not supported yet"
+            )
+        seen[id(weight)] = spec.name
+
+
+def _without(linears: list[LinearSpec], exclude: Sequence[str]) -> list[LinearSpec]:
+    def matches(spec: LinearSpec, pattern: str) -> bool:
+        return fnmatch.fnmatchcase(spec.name, pattern) or fnmatch.fnmatchcase(spec.kind, pattern)
+
+    for pattern in exclude:
+        if not any(matches(spec, pattern) for spec in linears):
+            kinds = ", ".join(dict.fromkeys(spec.kind for spec in linears))
+            raise UsageError(f"--exclude {pattern!r} matches no linear layer", f"module kinds are {kinds}")
+    kept = [spec for spec in linears if not any(matches(spec, pattern) for pattern in exclude)]
+    if not kept:
+        raise UsageError("--exclude leaves no linear layer to factorise", "exclude less")
+    return kept

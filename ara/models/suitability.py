@@ -1,0 +1,97 @@
+"""Is this a model ARA can factorise? Decided from its config alone, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ara.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_EXPECTED = "expected a decoder-only language model"
+_HINT = "ARA compresses models such as Llama, Mistral, Qwen, Gemma, Phi, OPT and GPT-2; `ara models` lists some"
+
+# Endings of the classes that predict the next token; transformers' own exceptions come from its table.
+_CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
+# Words in the names of sub-configs that process something other than text.
+_OTHER_SENSES = ("vision", "audio", "image", "speech")
+
+
+def check_quantization(raw: Mapping[str, Any], name: str) -> None:
+    """Refuse weights that are compressed or quantised already.
+
+    Args:
+        raw: the content of ``config.json``.
+        name: the model, for the error.
+
+    Raises:
+        UnsupportedModelError: the config carries a quantisation entry.
+    """
+    # compressed-tensors wrote its entry under "compression_config" at first.
+    entry = raw.get("quantization_config") or raw.get("compression_config")
+    if not entry:
+        return
+    method = entry.get("quant_method", "unknown method") if isinstance(entry, Mapping) else str(entry)
+    if method == "ara":
+        raise UnsupportedModelError(
+            f"{name} is already compressed by ARA", "start from the original model; its card in that folder names it"
+        )
+    raise UnsupportedModelError(f"{name} is already quantised ({method})", "use the original weights")
+
+
+def check_decoder_only(config: PreTrainedConfig, name: str, trust_remote_code: bool = False) -> None:
+    """Refuse everything that is not a decoder-only language model.
+
+    Args:
+        config: the loaded transformers config.
+        name: the model, for the error.
+        trust_remote_code: a class that the repository brings itself (``auto_map``) may count as one.
+
+    Raises:
+        UnsupportedModelError: encoder-decoder, vision or audio, encoder-only, or another head.
+    """
+    reason = _objection(config, trust_remote_code)
+    if reason is not None:
+        classes = ", ".join(config.architectures or []) or "none named"
+        found = f"model_type {config.model_type or 'none'}, architectures {classes}"
+        raise UnsupportedModelError(f"{name} {reason} ({found}); {_EXPECTED}", _HINT)
+
+
+def architecture_name(config: PreTrainedConfig) -> str:
+    """Return the class that generates text with this config, such as ``LlamaForCausalLM``."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    for name in config.architectures or []:
+        if name in CAUSAL.values() or name.endswith(_CAUSAL_ENDINGS):
+            return str(name)
+    return str(CAUSAL.get(config.model_type, config.model_type))
+
+
+def _objection(config: PreTrainedConfig, trust_remote_code: bool) -> str | None:
+    from transformers.models.auto import modeling_auto as tables
+
+    causal = tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if config.is_encoder_decoder:
+        return "is an encoder-decoder model"
+    if config.model_type in tables.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or _other_senses(config):
+        return "is a vision or audio model"
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return None
+    if config.model_type not in causal:
+        return "is not a causal language model that transformers knows"
+    named = config.architectures or []
+    if named and not any(name in causal.values() or name.endswith(_CAUSAL_ENDINGS) for name in named):
+        return "has no head that predicts the next token"
+    # BERT and its family have a causal class too, for weights that were trained with a causal mask; the config
+    # says so. Everything listed under both tables is such a family.
+    decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if config.model_type in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
+        return "is an encoder: its attention looks both ways"
+    return None
+
+
+def _other_senses(config: PreTrainedConfig) -> bool:
+    names = [key for key in (*config.sub_configs, *vars(config)) if key.endswith(("_config", "_encoder"))]
+    return any(word in key and getattr(config, key, None) is not None for key in names for word in _OTHER_SENSES)

@@ -1,0 +1,97 @@
+"""START HERE: the stages in their order, what each reads and what it writes.
+
+::
+
+    model + text ──decompose──▶ factors ──(train-masks)──▶ masks
+                                   │                         │
+                                   ├──────allocate ◀─────────┘
+                                   ▼          │
+                                truncate ◀── ranks
+                                   │
+                              checkpoint ──▶ eval, export
+
+The README's tree, ``ara --help`` and the folders of a workspace show the same order; a test holds them together.
+Every stage is a function ``stage(config, run, ...)`` in :mod:`ara.stages` that returns the folder it wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
+    from ara.stages.common import Run
+    from ara.workspace import StageView, Workspace
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One line of the pipeline.
+
+    Attributes:
+        name: of the command and of the workspace folder.
+        title: one line for ``ara --help``.
+        reads: what it is made from.
+        writes: what its folder holds.
+        after: the stage that it builds on, ``None`` for the first.
+        optional: whether the pipeline is complete without it.
+    """
+
+    name: str
+    title: str
+    reads: str
+    writes: str
+    after: str | None
+    optional: bool = False
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("decompose", "Factor every linear layer once", "model, text", "factors", None),
+    Stage("train-masks", "Learn which ranks matter", "factors, text", "masks", "decompose", optional=True),
+    Stage("allocate", "Give every layer a rank under one budget", "factors", "ranks", "decompose"),
+    Stage("truncate", "Write the compressed checkpoint", "factors, ranks, model", "checkpoint", "allocate"),
+    Stage("eval", "Measure dense, uniform and chosen side by side", "checkpoint, text", "results", "truncate"),
+    Stage("export", "Write the model for another runtime", "checkpoint", "ONNX graph", "truncate", optional=True),
+)
+
+
+def run_pipeline(
+    decompose_config: DecomposeConfig,
+    allocate_configs: Sequence[AllocateConfig],
+    truncate_config: TruncateConfig,
+    eval_config: EvalConfig | None,
+    run: Run,
+) -> list[StageView]:
+    """Run decompose, then allocate, truncate and eval for each budget; what is done already is not done again.
+
+    Returns:
+        All results in the order in which they were reached.
+    """
+    from ara.stages.allocate import allocate
+    from ara.stages.decompose import decompose
+    from ara.stages.evaluate import evaluate
+    from ara.stages.truncate import truncate
+
+    factors = decompose(decompose_config, run)
+    views = [factors]
+    for config in allocate_configs:
+        ranks = allocate(config, run, factors=factors.name)
+        checkpoint = truncate(truncate_config, run, allocation=ranks.name)
+        views += [ranks, checkpoint]
+        if eval_config is not None:
+            views.append(evaluate(eval_config, run, checkpoint=checkpoint.name))
+    return views
+
+
+def next_command(workspace: Workspace) -> str:
+    """Return the command that would bring the workspace one stage further."""
+    done = {stage.name: [v for v in workspace.views(stage.name) if v.state == "done"] for stage in STAGES}
+    for stage in STAGES:
+        if stage.optional or done[stage.name]:
+            continue
+        if stage.name == "decompose":
+            return f"ara decompose {(workspace.model or {}).get('requested', 'MODEL')}"
+        return f"ara {stage.name}" + {"allocate": " --keep 0.8", "eval": " --tasks wikitext2"}.get(stage.name, "")
+    return "ara allocate --keep 0.6 (another budget from the same factors)"

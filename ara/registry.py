@@ -1,0 +1,66 @@
+"""Names of methods and where they live, without importing them (so ``ara --help`` never loads torch)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ara.errors import UsageError, near_matches
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a registry.
+
+    Attributes:
+        name: what people type.
+        title: one line that says what it does.
+        target: ``"package.module:Class"``, imported on first use only.
+        paper: where the method comes from; ``""`` when it is folklore.
+    """
+
+    name: str
+    title: str
+    target: str
+    paper: str = ""
+
+    def load(self) -> Any:
+        """Import and return the class that the entry names."""
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+class Registry:
+    """An ordered table of :class:`Entry`; an unknown name answers with near matches and the full list."""
+
+    def __init__(self, kind: str, entries: list[Entry]) -> None:
+        self.kind = kind
+        self._entries = {entry.name: entry for entry in entries}
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def names(self) -> list[str]:
+        """Return all names, in the order in which they were registered."""
+        return list(self._entries)
+
+    def entry(self, name: str) -> Entry:
+        """Return the entry called ``name``.
+
+        Raises:
+            UsageError: there is none; the message lists near matches and all names.
+        """
+        if name not in self._entries:
+            raise UsageError(
+                f"unknown {self.kind} {name!r}: {near_matches(name, self._entries)}known are {', '.join(self._entries)}"
+            )
+        return self._entries[name]
+
+    def load(self, name: str) -> Any:
+        """Import and return the class registered under ``name``."""
+        return self.entry(name).load()

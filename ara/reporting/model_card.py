@@ -1,0 +1,104 @@
+"""The model card (README.md) of a compressed checkpoint: what was done, and the numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ara.manifest import Manifest
+
+
+def model_card(decomposition: Manifest, allocation: Manifest, results: dict[str, Any], dtype: str) -> str:
+    """Return the card as Markdown with the front matter that model hubs read.
+
+    Args:
+        decomposition: manifest of the factors.
+        allocation: manifest of the ranks.
+        results: figures of the truncation: parameters, bytes, layers.
+        dtype: precision of the stored weights.
+    """
+    model = decomposition.model
+    base = model["location"] if model["kind"] == "hub" else model["requested"]
+    front = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- ara",
+        "- svd",
+        "- low-rank",
+    ]
+    if model["kind"] == "hub":
+        front.append(f"base_model: {base}")
+    sections = [
+        "\n".join([*front, "---"]),
+        f"# {base}, compressed by ARA to {results['model_keep']:.1%} of its parameters",
+        _what(decomposition, allocation, results, base),
+        _numbers(decomposition, allocation, results, dtype),
+        _ranks(allocation),
+        _loading(results),
+        _reproduce(decomposition, allocation),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _what(decomposition: Manifest, allocation: Manifest, results: dict[str, Any], base: str) -> str:
+    config, figures = decomposition.config, decomposition.results
+    text = (
+        f"{figures['windows'][0]} × {figures['windows'][1]} tokens of {figures['text']}"
+        if figures["windows"]
+        else "none"
+    )
+    shape = "multiplied back to dense weights" if results["densified"] else "stored as two thin matrices each"
+    return (
+        f"{results['low_rank_layers']} linear layers of `{base}` were factorised by SVD and are {shape}; "
+        f"{results['dense_layers']} stay dense, embeddings and head are untouched. No weight was trained.\n\n"
+        f"- decomposition: `{config['method']}`, calibration text: {text}\n"
+        f"- ranks: `{allocation.name}` (`{allocation.config['method']}`)\n"
+        "- evaluation: run `ara eval` in the workspace; this card holds no quality figure that was not measured"
+    )
+
+
+def _numbers(decomposition: Manifest, allocation: Manifest, results: dict[str, Any], dtype: str) -> str:
+    figures = allocation.results
+    rows = [
+        ("parameters of the factorised layers", "linear_parameters_dense", "linear_parameters", "linear_keep"),
+        ("parameters of the whole model", "model_parameters_dense", "model_parameters", "model_keep"),
+    ]
+    lines = ["| | dense | compressed | kept |", "|---|---:|---:|---:|"]
+    lines += [f"| {title} | {figures[a]:,} | {figures[b]:,} | {figures[c]:.2%} |" for title, a, b, c in rows]
+    dense, stored = results["dense_weight_bytes"], results["disk_bytes"]
+    lines.append(
+        f"| weights on disk, MiB ({dtype}) | {dense / 2**20:,.1f} | {stored / 2**20:,.1f} | {stored / dense:.2%} |"
+    )
+    return "\n".join(lines)
+
+
+def _ranks(allocation: Manifest) -> str:
+    lines = ["| layers | shape (out × in) | dense | rank min / mean / max | kept |", "|---|---|---:|---:|---:|"]
+    for kind, row in allocation.results["kinds"].items():
+        low = "–" if row["rank_mean"] is None else f"{row['rank_min']} / {row['rank_mean']:.0f} / {row['rank_max']}"
+        m, n = row["shape"]
+        lines.append(f"| `{kind}` | {m} × {n} | {row['dense']} of {row['layers']} | {low} | {row['keep']:.1%} |")
+    return "\n".join(lines)
+
+
+def _loading(results: dict[str, Any]) -> str:
+    if results["densified"]:
+        return "Loads like any dense checkpoint, and is as large as one."
+    return (
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "import ara  # pip install ara-svd; or leave this out and pass trust_remote_code=True\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        "```"
+    )
+
+
+def _reproduce(decomposition: Manifest, allocation: Manifest) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in decomposition.versions.items())
+    commands = "\n".join(dict.fromkeys([decomposition.command, allocation.command]))
+    return (
+        f"Made by\n\n```\n{commands}\n```\n\n"
+        f"with {versions}; seed {decomposition.seed}; base model fingerprint `{decomposition.model['fingerprint']}`."
+    )

@@ -1,0 +1,182 @@
+"""Writes one stage folder: aside, checksummed, renamed in one step; resumable if the stage wants it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ara.errors import disk_errors
+from ara.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Manifest, TensorRecord, digest, file_record
+from ara.tensors import save_tensors, tensor_records
+
+if TYPE_CHECKING:
+    import torch
+
+PARTIAL = ".partial"
+_JOURNAL = ".journal.json"
+
+
+class StageWriter:
+    """Context manager around a stage folder in the making.
+
+    Leaving the block normally writes the manifest and renames the folder into place. Leaving it by an exception
+    removes the folder, unless the stage is resumable and at least one file is finished.
+
+    Attributes:
+        folder: where to write; becomes ``<stage>/<name>``.
+        results: goes into the manifest.
+    """
+
+    def __init__(self, parent: Path, stage: str, name: str, resumable: bool, facts: dict[str, Any]) -> None:
+        self.final = parent / name
+        self.folder = parent / f".{name}{PARTIAL}"
+        self.results: dict[str, Any] = {}
+        self._stage, self._name, self._resumable, self._facts = stage, name, resumable, facts
+        self._files: dict[str, FileRecord] = {}
+        self._tensors: dict[str, TensorRecord] = {}
+        self._fingerprint = digest(plain({key: facts.get(key) for key in ("config", "model", "parents")}))
+        self._earlier_seconds = 0.0
+
+    def __enter__(self) -> StageWriter:
+        self._start = time.monotonic()
+        if not (self._resumable and self._resume()):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with disk_errors(self.folder):
+                self.folder.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            try:
+                with disk_errors(self.final):
+                    self._commit()
+            except BaseException:
+                self._abandon()
+                raise
+        else:
+            self._abandon()
+
+    @property
+    def resumed(self) -> list[str]:
+        """Names of the files that an earlier, interrupted run has finished."""
+        return list(self._files)
+
+    def tensors(self, name: str, tensors: Mapping[str, torch.Tensor], results: Mapping[str, Any] | None = None) -> None:
+        """Write one safetensors file and note it as finished; ``results`` are merged into :attr:`results`."""
+        path = self.folder / name
+        aside = path.with_name(f".{path.name}{PARTIAL}")
+        save_tensors(aside, tensors)
+        os.replace(aside, path)
+        self.note(name)
+        self.results.update(results or {})
+        self._write_journal()
+
+    def note(self, name: str) -> None:
+        """Take the finished file ``name`` (relative to :attr:`folder`) into the manifest."""
+        path = self.folder / name
+        self._files[name] = file_record(path)
+        if path.suffix == ".safetensors":
+            self._tensors.update(tensor_records(path, name))
+
+    def _resume(self) -> bool:
+        try:
+            journal = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
+            if journal["fingerprint"] != self._fingerprint:
+                return False
+            files = {name: FileRecord(**record) for name, record in journal["files"].items()}
+            if any(file_record(self.folder / name) != record for name, record in files.items()):
+                return False
+            self._tensors = {name: TensorRecord(**record) for name, record in journal["tensors"].items()}
+            self._files, self.results = files, journal["results"]
+            self._earlier_seconds = float(journal["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            # No journal, or one that cannot be trusted: start over, which is always right.
+            return False
+        for path in self.folder.iterdir():
+            if path.name not in {*self._files, _JOURNAL}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return True
+
+    def _write_journal(self) -> None:
+        if not self._resumable:
+            return
+        journal = {
+            "fingerprint": self._fingerprint,
+            "seconds": self._seconds(),
+            "files": {name: record.model_dump() for name, record in self._files.items()},
+            "tensors": {name: record.model_dump() for name, record in self._tensors.items()},
+            "results": self.results,
+        }
+        aside = self.folder / f"{_JOURNAL}{PARTIAL}"
+        with disk_errors(self.folder):
+            aside.write_text(json.dumps(journal), encoding="utf-8")
+            os.replace(aside, self.folder / _JOURNAL)
+
+    def _commit(self) -> None:
+        from ara.workspace import now, versions
+
+        (self.folder / _JOURNAL).unlink(missing_ok=True)
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_file() and name not in self._files:
+                self.note(name)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            stage=self._stage,
+            name=self._name,
+            created=now(),
+            versions=versions(),
+            seconds=round(self._seconds(), 3),
+            peak_memory_bytes=peak_memory_bytes(),
+            files=dict(sorted(self._files.items())),
+            tensors=dict(sorted(self._tensors.items())),
+            results=plain(self.results),
+            **{**self._facts, "config": plain(self._facts["config"])},
+        ).sealed()
+        (self.folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        _sync_folder(self.folder)
+        old = self.final.with_name(f".{self.final.name}.old")
+        if self.final.exists():
+            os.replace(self.final, old)
+        os.replace(self.folder, self.final)
+        _sync_folder(self.final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _abandon(self) -> None:
+        if not (self._resumable and self._files):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _seconds(self) -> float:
+        return self._earlier_seconds + time.monotonic() - self._start
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this process has held: of the GPU when one is in use, else resident in RAM."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` (pydantic models inside allowed) as plain JSON data."""
+    return json.loads(json.dumps(value, default=lambda item: item.model_dump(mode="json")))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

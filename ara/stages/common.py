@@ -1,0 +1,81 @@
+"""What all stages share: the run they are part of, and the way back to the model of a workspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ara.errors import ModelError
+from ara.models.linears import LinearSpec
+from ara.progress import SILENT, Reporter
+from ara.workspace import StageView, Workspace
+
+if TYPE_CHECKING:
+    from ara.models.sources import ModelSource
+
+
+@dataclass(frozen=True)
+class Run:
+    """The circumstances of a stage, apart from its config.
+
+    Attributes:
+        root: workspace folder.
+        command: what the user typed; goes into the manifest.
+        report: progress.
+        force: do the work again even if the same result is there.
+    """
+
+    root: Path
+    command: str = "ara (library call)"
+    report: Reporter = SILENT
+    force: bool = False
+
+    def open(self, create: bool = False) -> Workspace:
+        """Open the workspace; see :meth:`ara.workspace.Workspace.open`."""
+        return Workspace.open(self.root, create)
+
+
+def model_of(view: StageView, run: Run) -> ModelSource:
+    """Find the model again that the stage result ``view`` was made from.
+
+    Raises:
+        ModelError: it is gone or has changed since.
+    """
+    from ara.models.identity import ModelIdentity
+    from ara.models.sources import resolve
+
+    assert view.manifest is not None
+    identity = ModelIdentity.from_dict(view.manifest.model)
+    local = identity.kind in ("folder", "gguf")
+    trust = bool(view.manifest.config.get("trust_remote_code", False))
+    source = resolve(
+        identity.location if local else identity.requested,
+        revision=identity.revision if identity.kind == "hub" else None,
+        trust_remote_code=trust,
+        report=run.report,
+    )
+    if source.identity.fingerprint != identity.fingerprint:
+        raise ModelError(
+            f"{identity.requested} has changed since {view.key} was made "
+            f"(fingerprint {source.identity.fingerprint[:12]}, expected {identity.fingerprint[:12]})",
+            "run ara decompose --force, or bring the original files back",
+        )
+    return source
+
+
+def specs_of(decomposition: StageView) -> list[LinearSpec]:
+    """Return the factorised layers that the manifest of a decomposition lists."""
+    assert decomposition.manifest is not None
+    return [LinearSpec(**module) for module in decomposition.manifest.results["modules"]]
+
+
+def layer_file(layer: int) -> str:
+    """Name of the file with the factors of one decoder block."""
+    return f"layer-{layer:03d}.safetensors"
+
+
+def already_done(view: StageView, run: Run) -> StageView:
+    """Say that ``view`` is there already, and return it."""
+    run.report.fact(f"{view.key} is there already, made from the same settings (again: --force)")
+    return view

@@ -1,0 +1,225 @@
+"""``ara decompose``: factor every linear layer of the decoder blocks once, for every later budget."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ara.calibration.moments import InputAccumulator, InputStats, collect_moments, shared_inputs
+from ara.config import DecomposeConfig, method_options
+from ara.decomposition import DECOMPOSITIONS
+from ara.decomposition.base import Decomposition
+from ara.errors import DiskFullError, NumericalError
+from ara.models.linears import LinearSpec, find_linears, weight_of
+from ara.models.memory import available_bytes
+from ara.models.placement import choose_placement, torch_dtype
+from ara.models.sources import ModelSource, resolve
+from ara.stage_writer import StageWriter
+from ara.stages.common import Run, already_done, layer_file
+from ara.workspace import StageView, Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ara.calibration.tokens import TokenWindows
+
+# Fewer calibration tokens per input dimension than this leave the second moments noisy; from the literature's habit
+# of 256 x 2048 tokens for widths of 4096 to 11008, and from issue reports of runs with 8 samples.
+_TOKENS_PER_DIMENSION = 8
+
+
+def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> StageView:
+    """Factor the model and store the factors in the workspace; goes on at the next layer after an interruption.
+
+    Args:
+        config: model, method, text.
+        run: workspace and reporter; the workspace is created if need be.
+        name: of the result; the method's name by default.
+
+    Raises:
+        AraError: anything that is wrong with model, text, disk or workspace.
+    """
+    entry = DECOMPOSITIONS.entry(config.method)
+    method: Decomposition = entry.load()(method_options(entry.load().Options, config.options))
+    placement = choose_placement(config.device, config.dtype)
+    run.report.step(f"Decomposing {config.model}")
+    source = resolve(
+        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code, report=run.report
+    )
+    run.report.fact(placement.why)
+    documents = _documents(config, method, run)
+    workspace = run.open(create=True)
+    with workspace.lock(run.command):
+        workspace.bind(source.identity.as_dict())
+        resolved = config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
+        facts = {
+            "config": {**resolved.model_dump(mode="json"), "text_sha256": documents.digest if documents else None},
+            "model": source.identity.as_dict(),
+            "parents": (),
+        }
+        name = name or config.method
+        done = workspace.finished("decompose", name, facts)
+        if done is not None and not run.force:
+            return already_done(done, run)
+        windows = _windows(config, source, documents, workspace, run)
+        model = source.load_model(torch_dtype(placement.dtype), placement.device)
+        linears = find_linears(model, config.exclude)
+        _preflight(model, linears, workspace, run)
+        if windows is not None:
+            _warn_if_few(windows, linears, run)
+        with workspace.writer("decompose", name, facts, seed=config.seed, command=run.command, resumable=True) as stage:
+            stage.results.update(_overview(model, linears, windows, documents.origin if documents else None))
+            _factor_layers(model, linears, method, windows, config, stage, run)
+        return workspace.view(f"decompose/{name}")
+
+
+def _documents(config: DecomposeConfig, method: Decomposition, run: Run) -> Any:
+    from ara.calibration.texts import load_documents
+
+    if not method.needs_text:
+        run.report.fact(f"{config.method} needs no calibration text")
+        return None
+    documents = load_documents(config.text, "calibration", report=run.report)
+    run.report.fact(f"calibration text: {documents.origin}")
+    return documents
+
+
+def _windows(
+    config: DecomposeConfig, source: ModelSource, documents: Any, workspace: Workspace, run: Run
+) -> TokenWindows | None:
+    from ara.calibration.tokens import cached_calibration_windows
+
+    if documents is None:
+        return None
+    windows = cached_calibration_windows(
+        workspace.cache / "tokens",
+        source.load_tokenizer(),
+        documents,
+        samples=config.samples,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        report=run.report,
+    )
+    if windows.windows < config.samples:
+        run.report.warn(
+            f"the text holds {windows.windows} windows of {config.seq_len} tokens; {config.samples} were asked for"
+        )
+    return windows
+
+
+def _warn_if_few(windows: TokenWindows, linears: Sequence[LinearSpec], run: Run) -> None:
+    width = max(spec.n for spec in linears)
+    tokens = windows.ids.numel()
+    if tokens < _TOKENS_PER_DIMENSION * width:
+        run.report.warn(
+            f"{tokens:,} calibration tokens are few for inputs {width:,} wide: {tokens / width:.1f} per dimension, "
+            f"{_TOKENS_PER_DIMENSION} or more are advisable (--samples {_advised(width, windows.ids.shape[1])})"
+        )
+
+
+def _advised(width: int, seq_len: int) -> int:
+    return -(-_TOKENS_PER_DIMENSION * width // seq_len)
+
+
+def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], workspace: Workspace, run: Run) -> None:
+    """Refuse to start what the disk cannot hold."""
+    needed = sum(spec.full_rank * spec.rank_cost for spec in linears) * model.dtype.itemsize
+    free = shutil.disk_usage(workspace.root).free
+    run.report.fact(f"{len(linears)} linear layers; their factors take {needed / 2**20:,.0f} MiB")
+    if free < needed:
+        raise DiskFullError(
+            f"the factors need {needed / 2**20:,.0f} MiB, {workspace.root} has {free / 2**20:,.0f} MiB free",
+            "free some space or choose another workspace with -w",
+        )
+
+
+def _overview(
+    model: PreTrainedModel, linears: Sequence[LinearSpec], windows: TokenWindows | None, origin: str | None
+) -> dict[str, Any]:
+    from ara.models.accounting import parameter_count
+
+    return {
+        "modules": [asdict(spec) for spec in linears],
+        "model_parameters": parameter_count(model),
+        "linear_parameters": sum(spec.dense_cost for spec in linears),
+        "text": origin,
+        "windows": list(windows.ids.shape) if windows is not None else None,
+        "windows_sha256": windows.digest if windows is not None else None,
+    }
+
+
+def _factor_layers(
+    model: PreTrainedModel,
+    linears: Sequence[LinearSpec],
+    method: Decomposition,
+    windows: TokenWindows | None,
+    config: DecomposeConfig,
+    stage: StageWriter,
+    run: Run,
+) -> None:
+    """Collect statistics for as many blocks at once as memory allows, factor them, store them; repeat."""
+    finished = set(stage.resumed)
+    todo = [spec for spec in linears if layer_file(spec.layer) not in finished]
+    if finished:
+        run.report.fact(f"going on after an interruption: {len(finished)} blocks are done")
+    owners: dict[str, str] = {}
+    if windows is not None and todo:
+        owners = shared_inputs(model, linears, windows.ids[:1].to(model.device))
+    for chunk in _chunks(todo, owners, _moment_bytes(config, model)):
+        stats: dict[str, InputStats] = {}
+        if windows is not None:
+            stats = collect_moments(model, chunk, owners, windows.ids, config.batch_size, run.report)
+        with run.report.bar(f"Factoring blocks {chunk[0].layer + 1} to {chunk[-1].layer + 1}", len(chunk)) as bar:
+            for layer in dict.fromkeys(spec.layer for spec in chunk):
+                tensors: dict[str, torch.Tensor] = {}
+                for spec in (spec for spec in chunk if spec.layer == layer):
+                    tensors |= _factor(model, spec, method, stats.get(owners.get(spec.name, "")))
+                    bar.advance()
+                stage.tensors(layer_file(layer), tensors)
+
+
+def _factor(
+    model: PreTrainedModel, spec: LinearSpec, method: Decomposition, stats: InputStats | None
+) -> dict[str, torch.Tensor]:
+    """Factor one layer; returns what is stored: A (r, n) and B (m, r) in the model's dtype, the spectrum in float64."""
+    weight = weight_of(model.get_submodule(spec.name))
+    try:
+        factors = method.decompose(weight, stats)
+    except NumericalError as error:
+        raise NumericalError(f"{spec.name}: {error}", error.hint) from None
+    stored = {
+        f"{spec.name}.A": factors.a.to(weight.dtype).cpu(),
+        f"{spec.name}.B": factors.b.to(weight.dtype).cpu(),
+        f"{spec.name}.spectrum": factors.spectrum.cpu(),
+    }
+    for key, tensor in stored.items():
+        if not torch.isfinite(tensor).all():
+            raise NumericalError(f"{key} holds NaN or infinity in {tensor.dtype}", "try --dtype float32")
+    return stored
+
+
+def _moment_bytes(config: DecomposeConfig, model: PreTrainedModel) -> int:
+    if config.moment_memory is not None:
+        return int(config.moment_memory * 2**30)
+    return available_bytes(model.device) // 4
+
+
+def _chunks(linears: Sequence[LinearSpec], owners: dict[str, str], limit: int) -> Iterator[list[LinearSpec]]:
+    """Split layers into runs of whole blocks whose second moments fit into ``limit`` bytes; at least one block each."""
+    chunk: list[LinearSpec] = []
+    used = 0
+    for layer in dict.fromkeys(spec.layer for spec in linears):
+        block = [spec for spec in linears if spec.layer == layer]
+        leaders = {owners.get(spec.name): spec.n for spec in block if owners}
+        needed = sum(InputAccumulator.bytes_for(width) for width in leaders.values())
+        if chunk and used + needed > limit:
+            yield chunk
+            chunk, used = [], 0
+        chunk += block
+        used += needed
+    if chunk:
+        yield chunk

@@ -1,0 +1,236 @@
+"""``ara eval``: the dense, the uniform and the chosen model side by side, on the same windows in the same run."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ara.allocation.base import Allocation
+from ara.allocation.budget import Budget
+from ara.allocation.uniform import Uniform
+from ara.calibration.texts import check_text_spec, load_documents
+from ara.calibration.tokens import evaluation_windows
+from ara.config import EvalConfig
+from ara.errors import UsageError
+from ara.evaluation.generation import greedy_continuation
+from ara.evaluation.perplexity import VariantRun, interleaved_perplexity
+from ara.models.accounting import parameter_count, weight_bytes
+from ara.models.checkpoint import apply_factors, load
+from ara.models.memory import available_bytes
+from ara.models.placement import choose_placement, torch_dtype
+from ara.models.sources import ModelSource
+from ara.stages.allocate import load_modules, read_allocation
+from ara.stages.common import Run, already_done, model_of, specs_of
+from ara.stages.truncate import CHECKPOINT, decomposition_of, factor_files
+from ara.workspace import StageView, parent_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RESULTS_FILE = "results.json"
+# Windows of the compression papers' evaluation.
+_DEFAULT_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    Attributes:
+        name: dense, uniform, or the name of the checkpoint.
+        load: brings the model into memory.
+        linear_keep: fraction kept of the factorised layers' parameters.
+    """
+
+    name: str
+    load: Callable[[], PreTrainedModel]
+    linear_keep: float
+
+
+def evaluate(config: EvalConfig, run: Run, *, checkpoint: str | None = None) -> StageView:
+    """Measure perplexity and speed, and store them with the settings.
+
+    Args:
+        config: tasks, windows, device.
+        run: workspace and reporter.
+        checkpoint: which result of ``ara truncate``; the latest by default.
+
+    Raises:
+        AraError: a stage is missing or stale, a text is missing, a model yields NaN.
+    """
+    for task in config.tasks:
+        check_text_spec(task)
+    placement = choose_placement(config.device, config.dtype)
+    workspace = run.open()
+    with workspace.lock(run.command):
+        truncated = workspace.require("truncate", checkpoint)
+        assert truncated.manifest is not None
+        run.report.step(f"Evaluating {truncated.key} on {', '.join(config.tasks)}")
+        run.report.fact(placement.why)
+        allocation_key = next(p.key for p in truncated.manifest.parents if p.key.startswith("allocate/"))
+        chosen = workspace.require("allocate", allocation_key.partition("/")[2])
+        decomposition = decomposition_of(workspace, chosen)
+        source = model_of(decomposition, run)
+        resolved = config.model_copy(
+            update={
+                "device": placement.device,
+                "dtype": placement.dtype,
+                "seq_len": window_length(config.seq_len, source.config),
+            }
+        )
+        texts = {task: load_documents(task, "evaluation", report=run.report) for task in config.tasks}
+        facts = {
+            "config": {
+                **resolved.model_dump(mode="json"),
+                "text_sha256": {task: documents.digest for task, documents in texts.items()},
+            },
+            "model": truncated.manifest.model,
+            "parents": (parent_of(truncated), parent_of(decomposition)),
+        }
+        name = result_name(truncated.name, config.tasks)
+        done = workspace.finished("eval", name, facts)
+        if done is not None and not run.force:
+            return already_done(done, run)
+        variants = _variants(truncated, chosen, decomposition, source, resolved)
+        with workspace.writer("eval", name, facts, command=run.command) as stage:
+            stage.results.update(_measure(variants, resolved, texts, source, truncated, run))
+            text = json.dumps(stage.results, indent=1, allow_nan=False)
+            (stage.folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
+        return workspace.view(f"eval/{name}")
+
+
+def result_name(checkpoint: str, tasks: tuple[str, ...]) -> str:
+    """Return ``checkpoint-task-task``; a file is named by its stem."""
+    return "-".join([checkpoint, *(Path(t.removeprefix("file:")).stem if t.startswith("file:") else t for t in tasks)])
+
+
+def window_length(asked: int | None, model_config: Any) -> int:
+    """Return the tokens per window: ``asked``, or 2048 and at most what the model can read.
+
+    Raises:
+        UsageError: more was asked for than the model can read.
+    """
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        return min(_DEFAULT_SEQ_LEN, limit or _DEFAULT_SEQ_LEN)
+    if limit is not None and asked > limit:
+        raise UsageError(f"--seq-len {asked} is more than the {limit} positions of the model", f"use at most {limit}")
+    return asked
+
+
+def _variants(
+    truncated: StageView, chosen: StageView, decomposition: StageView, source: ModelSource, config: EvalConfig
+) -> list[Variant]:
+    """List dense, uniform at the same budget, and the chosen checkpoint (which may itself be the uniform one)."""
+    assert chosen.manifest is not None
+    specs = specs_of(decomposition)
+    dtype, files = torch_dtype(config.dtype), factor_files(decomposition, specs)
+    made = chosen.manifest.config
+    keep = read_allocation(chosen, specs).keep(specs)
+    budget = Budget.for_keep(specs, keep, made["rank_multiple"], made["min_rank"])
+    uniform = Uniform().allocate(load_modules(decomposition), budget)
+
+    def load_dense() -> PreTrainedModel:
+        return source.load_model(dtype, config.device)
+
+    def load_uniform() -> PreTrainedModel:
+        model = load_dense()
+        apply_factors(model, {name: rank for name, rank in uniform.ranks.items() if rank is not None}, files)
+        return model
+
+    def load_chosen() -> PreTrainedModel:
+        return load(truncated.path / CHECKPOINT, config.device, config.dtype)
+
+    variants = [Variant("dense", load_dense, 1.0)]
+    if not _same(uniform, read_allocation(chosen, specs)):
+        variants.append(Variant("uniform", load_uniform, uniform.keep(specs)))
+    variants.append(Variant(truncated.name, load_chosen, keep))
+    return variants
+
+
+def _same(a: Allocation, b: Allocation) -> bool:
+    return dict(a.ranks) == dict(b.ranks)
+
+
+def _measure(
+    variants: list[Variant],
+    config: EvalConfig,
+    texts: dict[str, Any],
+    source: ModelSource,
+    truncated: StageView,
+    run: Run,
+) -> dict[str, Any]:
+    assert config.seq_len is not None and truncated.manifest is not None
+    tokenizer = source.load_tokenizer()
+    windows = {
+        task: evaluation_windows(documents, tokenizer, seq_len=config.seq_len, max_windows=config.max_windows)
+        for task, documents in texts.items()
+    }
+    figures: dict[str, dict[str, Any]] = {variant.name: {} for variant in variants}
+    tasks: dict[str, dict[str, Any]] = {
+        task: {"text": texts[task].origin, "windows": windows[task].windows, "seq_len": config.seq_len, "models": {}}
+        for task in texts
+    }
+    interleaved = True
+    for group, models in _groups(variants, truncated.manifest.results["dense_weight_bytes"], config, run):
+        interleaved = len(group) == len(variants)
+        for variant in group:
+            model = models[variant.name]
+            figures[variant.name] |= {
+                "parameters": parameter_count(model),
+                "weight_bytes": weight_bytes(model),
+                "linear_keep": variant.linear_keep,
+            }
+            if config.prompt is not None:
+                figures[variant.name]["continuation"] = greedy_continuation(
+                    model, tokenizer, config.prompt, config.max_new_tokens
+                )
+        for task in texts:
+            results = interleaved_perplexity(
+                models, windows[task].ids, batch_size=config.batch_size, report=run.report, label=f"Reading {task}"
+            )
+            tasks[task]["models"] |= {name: _row(result) for name, result in results.items()}
+        del models
+        gc.collect()
+    dense = figures["dense"]["parameters"]
+    for row in figures.values():
+        row["model_keep"] = row["parameters"] / dense
+    figures[truncated.name]["disk_bytes"] = truncated.manifest.results["disk_bytes"]
+    return {
+        "chosen": truncated.name,
+        "variants": figures,
+        "tasks": {
+            task: {**values, "models": {v.name: values["models"][v.name] for v in variants}}
+            for task, values in tasks.items()
+        },
+        "interleaved": interleaved,
+        "prompt": config.prompt,
+    }
+
+
+def _row(run: VariantRun) -> dict[str, Any]:
+    row = asdict(run.result)
+    row["window_nlls"] = list(row["window_nlls"])
+    return {**row, "tokens_per_second": asdict(run.tokens_per_second)}
+
+
+def _groups(
+    variants: list[Variant], dense_bytes: int, config: EvalConfig, run: Run
+) -> Iterator[tuple[list[Variant], dict[str, PreTrainedModel]]]:
+    """Yield the models to run in turn: all together when they fit into memory, else one by one."""
+    free = available_bytes(torch.device(config.device))
+    # A quarter on top for activations and logits.
+    together = 1.25 * dense_bytes * len(variants) < free
+    if not together:
+        run.report.warn(
+            f"{len(variants)} models do not fit into {free / 2**30:.1f} GiB at once: they are run one after the other, "
+            "so a change of the machine's speed in between shows in their tokens/s"
+        )
+    for group in [variants] if together else [[variant] for variant in variants]:
+        yield group, {variant.name: variant.load() for variant in group}

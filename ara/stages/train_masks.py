@@ -1,0 +1,20 @@
+"""``ara train-masks``: learned ranks. Registered; the training arrives with the next milestone."""
+
+from __future__ import annotations
+
+from ara.config import TrainMasksConfig
+from ara.errors import UnavailableError
+from ara.stages.common import Run
+from ara.workspace import StageView
+
+
+def train_masks(config: TrainMasksConfig, run: Run) -> StageView:
+    """Refuse politely.
+
+    Raises:
+        UnavailableError: always, for now.
+    """
+    raise UnavailableError(
+        "ara train-masks is not there yet: it arrives with learned ranks (ara allocate --method ara)",
+        "until then: ara allocate --method energy, or --method uniform",
+    )

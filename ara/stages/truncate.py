@@ -1,0 +1,116 @@
+"""``ara truncate``: cut the factors at the allocated ranks and write a checkpoint that others can load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ara.config import TruncateConfig
+from ara.manifest import Manifest
+from ara.models.accounting import parameter_count, weight_bytes
+from ara.models.checkpoint import apply_factors, checkpoint_bytes, save_checkpoint
+from ara.models.linears import LinearSpec
+from ara.models.placement import torch_dtype
+from ara.reporting.model_card import model_card
+from ara.stages.allocate import read_allocation
+from ara.stages.common import Run, already_done, layer_file, model_of, specs_of
+from ara.workspace import StageView, Workspace, parent_of
+
+CHECKPOINT = "checkpoint"
+
+
+def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None, name: str | None = None) -> StageView:
+    """Write the compressed checkpoint of an allocation.
+
+    Args:
+        config: dtype, densify.
+        run: workspace and reporter.
+        allocation: which one; the latest by default.
+        name: of the result; the allocation's name by default, with ``-dense`` when densified.
+
+    Raises:
+        AraError: a stage is missing or stale, the model has changed, the disk is full.
+    """
+    workspace = run.open()
+    with workspace.lock(run.command):
+        chosen = workspace.require("allocate", allocation)
+        decomposition = decomposition_of(workspace, chosen)
+        assert chosen.manifest is not None and decomposition.manifest is not None
+        run.report.step(f"Truncating to {chosen.key}")
+        dtype = decomposition.manifest.config["dtype"] if config.dtype == "auto" else config.dtype
+        name = name or chosen.name + ("-dense" if config.densify else "")
+        facts = {
+            "config": config.model_copy(update={"dtype": dtype}),
+            "model": chosen.manifest.model,
+            "parents": (parent_of(chosen), parent_of(decomposition)),
+        }
+        done = workspace.finished("truncate", name, facts)
+        if done is not None and not run.force:
+            return already_done(done, run)
+        specs = specs_of(decomposition)
+        ranks = kept_ranks(chosen, specs)
+        source = model_of(decomposition, run)
+        model = source.load_model(torch_dtype(dtype), "cpu")
+        dense_bytes = weight_bytes(model)
+        apply_factors(model, ranks, factor_files(decomposition, specs))
+        with workspace.writer("truncate", name, facts, command=run.command) as stage:
+            folder = stage.folder / CHECKPOINT
+            parameters, stored = parameter_count(model), weight_bytes(model)
+            stage.results.update(
+                {
+                    "linear_keep": chosen.manifest.results["linear_keep"],
+                    "model_keep": chosen.manifest.results["model_keep"],
+                    "low_rank_layers": len(ranks),
+                    "dense_layers": len(specs) - len(ranks),
+                    "parameters": parameters,
+                    "weight_bytes": stored,
+                    "dense_weight_bytes": dense_bytes,
+                    "densified": config.densify,
+                }
+            )
+            save_checkpoint(
+                model,
+                source.load_tokenizer(),
+                folder,
+                ranks=ranks,
+                provenance=provenance(decomposition.manifest, chosen.manifest),
+                dense=config.densify,
+                max_shard_size=config.max_shard_size,
+            )
+            stage.results["disk_bytes"] = checkpoint_bytes(folder)
+            card = model_card(decomposition.manifest, chosen.manifest, stage.results, dtype)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        return workspace.view(f"truncate/{name}")
+
+
+def decomposition_of(workspace: Workspace, allocation: StageView) -> StageView:
+    """Return the decomposition that an allocation was made for, verified."""
+    assert allocation.manifest is not None
+    key = next(parent.key for parent in allocation.manifest.parents if parent.key.startswith("decompose/"))
+    return workspace.require("decompose", key.partition("/")[2])
+
+
+def kept_ranks(allocation: StageView, specs: list[LinearSpec]) -> dict[str, int]:
+    """Return module path → rank of the layers that do not stay dense."""
+    ranks = read_allocation(allocation, specs).ranks
+    return {name: rank for name, rank in ranks.items() if rank is not None}
+
+
+def factor_files(decomposition: StageView, specs: list[LinearSpec]) -> dict[str, Path]:
+    """Return module path → file with its factors."""
+    return {spec.name: decomposition.path / layer_file(spec.layer) for spec in specs}
+
+
+def provenance(decomposition: Manifest, allocation: Manifest) -> dict[str, Any]:
+    """Return what ``config.json`` says of how the checkpoint was made."""
+    return {
+        "ara_version": allocation.versions["ara"],
+        "base_model": decomposition.model["requested"],
+        "base_fingerprint": decomposition.model["fingerprint"],
+        "decomposition": decomposition.config["method"],
+        "decomposition_id": decomposition.id,
+        "allocation": allocation.name,
+        "allocation_id": allocation.id,
+        "linear_keep": allocation.results["linear_keep"],
+        "model_keep": allocation.results["model_keep"],
+    }

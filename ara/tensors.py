@@ -1,0 +1,66 @@
+"""Safetensors files with a checksum per tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ara.errors import disk_errors
+from ara.manifest import TensorRecord
+
+if TYPE_CHECKING:
+    import torch
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write ``tensors`` to a safetensors file that is on the disk when this returns.
+
+    Raises:
+        DiskFullError: no room; the partial file is removed.
+    """
+    import os
+
+    from safetensors.torch import save_file
+
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    try:
+        with disk_errors(path, needed):
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def tensor_records(path: Path, name: str) -> dict[str, TensorRecord]:
+    """Return a record per tensor of the safetensors file ``path``, called ``name`` in its folder.
+
+    Reads the file's own header (a little-endian length, then JSON), and hashes each tensor's byte range.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        records = {}
+        for tensor, entry in header.items():
+            start, stop = entry["data_offsets"]
+            file.seek(8 + length + start)
+            records[tensor] = TensorRecord(
+                file=name, dtype=entry["dtype"], shape=tuple(entry["shape"]), sha256=_hash_range(file, stop - start)
+            )
+    return records
+
+
+def _hash_range(file: object, remaining: int) -> str:
+    sha = hashlib.sha256()
+    while remaining > 0:
+        block = file.read(min(remaining, 1 << 22))  # type: ignore[attr-defined]
+        if not block:
+            raise ValueError("the file ends before the tensor does")
+        sha.update(block)
+        remaining -= len(block)
+    return sha.hexdigest()

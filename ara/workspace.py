@@ -1,0 +1,310 @@
+"""The workspace: one folder per model, one sub-folder per stage result, each written aside and renamed.
+
+::
+
+    ara-workspace/
+      workspace.json            format version and the model that this workspace belongs to
+      decompose/whitened/       manifest.json + factors, one safetensors file per decoder block
+      allocate/energy-0.80/     manifest.json + ranks.json
+      truncate/energy-0.80/     manifest.json + checkpoint/
+      ...
+      cache/                    calibration tokens, keyed by tokenizer, text and settings
+
+A stage killed at any moment leaves either nothing or a ``.NAME.partial`` folder, from which a resumable stage goes on.
+A stage whose parent has changed since is *stale*: it is shown as such, and nothing builds on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ara.errors import LockedError, WorkspaceError, disk_errors, near_matches
+from ara.manifest import FORMAT_VERSION, Manifest, Parent, read_manifest, verify_files
+from ara.stage_writer import PARTIAL, StageWriter, plain
+
+INDEX = "workspace.json"
+DEFAULT_ROOT = "ara-workspace"
+_OLD = ".old"
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One stage result as ``ara status`` sees it.
+
+    Attributes:
+        key: ``stage/name``.
+        state: done, stale, partial or damaged.
+        why: what makes it stale or damaged; ``""`` otherwise.
+        manifest: ``None`` when partial or damaged.
+    """
+
+    key: str
+    path: Path
+    state: str
+    why: str = ""
+    manifest: Manifest | None = None
+
+    @property
+    def stage(self) -> str:
+        """The stage's name, such as ``decompose``."""
+        return self.key.partition("/")[0]
+
+    @property
+    def name(self) -> str:
+        """The name of the result within the stage."""
+        return self.key.partition("/")[2]
+
+
+class Workspace:
+    """A workspace folder; ``open`` it, ``lock`` it before writing."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def open(cls, root: Path, create: bool = False) -> Workspace:
+        """Open the workspace at ``root``.
+
+        Raises:
+            WorkspaceError: there is none and ``create`` is false, or it is not one, or of a newer format.
+        """
+        workspace, index = cls(root), root / INDEX
+        if index.is_file():
+            workspace._index()
+            return workspace
+        if root.exists() and (not root.is_dir() or any(not path.name.startswith(".") for path in root.iterdir())):
+            raise WorkspaceError(
+                f"{root} exists and is not an ara workspace (no {INDEX})", "choose another folder with -w"
+            )
+        if not create:
+            raise WorkspaceError(
+                f"there is no workspace at {root}",
+                "start with: ara decompose MODEL (or point -w or ARA_WORKSPACE at the right folder)",
+            )
+        with disk_errors(root):
+            root.mkdir(parents=True, exist_ok=True)
+            workspace._write_index({"format_version": FORMAT_VERSION, "model": None})
+        return workspace
+
+    @property
+    def cache(self) -> Path:
+        """Folder of things that can be made again."""
+        return self.root / "cache"
+
+    @property
+    def model(self) -> dict[str, Any] | None:
+        """Identity of the model that this workspace belongs to, or ``None`` before the first decomposition."""
+        return self._index()["model"]
+
+    def bind(self, model: dict[str, Any]) -> None:
+        """Make this the workspace of ``model``.
+
+        Raises:
+            WorkspaceError: it already belongs to another model.
+        """
+        bound = self.model
+        if bound is None:
+            self._write_index({"format_version": FORMAT_VERSION, "model": model})
+        elif bound["fingerprint"] != model["fingerprint"]:
+            raise WorkspaceError(
+                f"{self.root} belongs to {_model_text(bound)}, not to {_model_text(model)}",
+                "use one workspace per model: choose another folder with -w",
+            )
+
+    @contextmanager
+    def lock(self, command: str) -> Iterator[None]:
+        """Keep other writers out while the block runs.
+
+        Raises:
+            LockedError: another process holds the lock; says which.
+        """
+        from filelock import FileLock, Timeout
+
+        owner = self.root / ".lock-owner.json"
+        lock = FileLock(self.root / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise LockedError(
+                f"{self.root} is being written by {_owner_text(owner)}", "wait for it to end, or use another workspace"
+            ) from None
+        try:
+            with disk_errors(self.root):
+                owner.write_text(json.dumps({"pid": os.getpid(), "command": command, "since": now()}))
+            self._recover()
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
+    def views(self, stage: str | None = None) -> list[StageView]:
+        """Return all stage results, oldest first within a stage, partial ones last."""
+        keys = [
+            f"{folder.name}/{child.name}"
+            for folder in sorted(self.root.iterdir())
+            if folder.is_dir() and folder.name not in ("cache",) and stage in (None, folder.name)
+            for child in sorted(folder.iterdir())
+            if child.is_dir() and not child.name.endswith(_OLD)
+        ]
+        views = [self.view(key) for key in keys]
+        return sorted(views, key=lambda view: (view.stage, view.manifest is None, _created(view)))
+
+    def view(self, key: str) -> StageView:
+        """Return the state of one stage result (its files are not read)."""
+        path = self.root / key
+        stage, _, name = key.partition("/")
+        if name.endswith(PARTIAL):
+            return StageView(f"{stage}/{name.removeprefix('.').removesuffix(PARTIAL)}", path, "partial")
+        try:
+            manifest = read_manifest(path)
+        except WorkspaceError as error:
+            return StageView(key, path, "damaged", str(error))
+        for parent in manifest.parents:
+            why = self._why_stale(parent)
+            if why:
+                return StageView(key, path, "stale", why, manifest)
+        return StageView(key, path, "done", "", manifest)
+
+    def require(self, stage: str, name: str | None = None, verify: bool = True) -> StageView:
+        """Return a finished, current stage result, the latest one unless ``name`` says which.
+
+        Args:
+            stage: stage name.
+            name: result within the stage.
+            verify: also compare every file with its checksum.
+
+        Raises:
+            WorkspaceError: missing, stale, partial or damaged; says which command makes it.
+        """
+        make = f"ara {stage}"
+        if name is None:
+            finished = [view for view in self.views(stage) if view.manifest is not None]
+            if not finished:
+                raise WorkspaceError(f"{self.root} has no result of {make} yet", f"run {make} first")
+            view = max(finished, key=_created)
+        else:
+            known = [view.name for view in self.views(stage)]
+            if not (self.root / stage / name).is_dir():
+                raise WorkspaceError(
+                    f"{self.root} has no {stage}/{name}: {near_matches(name, known)}there is "
+                    f"{', '.join(known) or 'none'}",
+                    f"make it with {make}, or name another one",
+                )
+            view = self.view(f"{stage}/{name}")
+        if view.state == "stale":
+            raise WorkspaceError(f"{view.key} is stale: {view.why}", f"make it again: {make} --force")
+        if view.manifest is None:
+            # Reading again raises the precise error.
+            read_manifest(view.path)
+        assert view.manifest is not None
+        if verify:
+            verify_files(view.path, view.manifest)
+        return view
+
+    def writer(
+        self,
+        stage: str,
+        name: str,
+        facts: dict[str, Any],
+        *,
+        seed: int | None = None,
+        command: str,
+        resumable: bool = False,
+    ) -> StageWriter:
+        """Return a :class:`StageWriter` for ``stage/name``; ``facts`` are config, model and parents of the manifest."""
+        return StageWriter(self.root / stage, stage, name, resumable, {**facts, "seed": seed, "command": command})
+
+    def finished(self, stage: str, name: str, facts: dict[str, Any]) -> StageView | None:
+        """Return ``stage/name`` if it is done and was made from exactly these ``facts``, else ``None``."""
+        if not (self.root / stage / name).is_dir():
+            return None
+        view = self.view(f"{stage}/{name}")
+        if view.state != "done" or view.manifest is None:
+            return None
+        made = view.manifest.model_dump(mode="json")
+        same = all(made[key] == plain(value) for key, value in facts.items())
+        return view if same else None
+
+    def _why_stale(self, parent: Parent) -> str:
+        view = self.view(parent.key) if (self.root / parent.key).is_dir() else None
+        if view is None or view.manifest is None:
+            return f"{parent.key} is gone or damaged"
+        if view.manifest.id != parent.id:
+            return f"{parent.key} has changed since"
+        return f"{parent.key} is stale" if view.state == "stale" else ""
+
+    def _index(self) -> dict[str, Any]:
+        path = self.root / INDEX
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            version, model = index["format_version"], index["model"]
+            if model is not None and not isinstance(model["fingerprint"], str):
+                raise TypeError("fingerprint is not text")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WorkspaceError(f"{path} cannot be read ({error})", "choose another workspace with -w") from None
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise WorkspaceError(
+                f"{path} has format {version}; this ara reads formats up to {FORMAT_VERSION}", "update ara-svd"
+            )
+        return index
+
+    def _write_index(self, index: dict[str, Any]) -> None:
+        aside = self.root / f".{INDEX}.partial"
+        with disk_errors(self.root):
+            aside.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            os.replace(aside, self.root / INDEX)
+
+    def _recover(self) -> None:
+        """Finish or undo a replacement that was interrupted between its two renames."""
+        for old in self.root.glob(f"*/.*{_OLD}"):
+            final = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
+            if final.exists():
+                shutil.rmtree(old)
+            else:
+                os.replace(old, final)
+
+
+def parent_of(view: StageView) -> Parent:
+    """Return the reference that a child keeps of ``view``."""
+    assert view.manifest is not None
+    return Parent(key=view.key, id=view.manifest.id)
+
+
+def now() -> str:
+    """Return the time as ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that matter for reproducing a result."""
+    from importlib.metadata import version
+
+    from ara.version import __version__
+
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    return {"ara": __version__, "python": python, "torch": version("torch"), "transformers": version("transformers")}
+
+
+def _created(view: StageView) -> str:
+    return view.manifest.created if view.manifest else ""
+
+
+def _model_text(model: dict[str, Any]) -> str:
+    return f"{model.get('requested')} ({model['fingerprint'][:12]})"
+
+
+def _owner_text(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text())
+        return f"process {owner['pid']} ({owner['command']}, since {owner['since'][:19]} UTC)"
+    except (OSError, ValueError, KeyError):
+        return "another process"

@@ -1,0 +1,60 @@
+"""``ara eval``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ara.config import EvalConfig, build
+from ara_cli.options import (
+    WORKSPACE,
+    ForceOption,
+    JsonOption,
+    QuietOption,
+    WorkspaceOption,
+    default,
+    field,
+    task_names,
+)
+from ara_cli.session import session
+
+_C = EvalConfig
+
+
+def command(
+    tasks: Annotated[str, field(_C, "tasks")] = ",".join(default(_C, "tasks")),
+    checkpoint: Annotated[
+        str | None, typer.Option(help="result of ara truncate to measure [default: the latest]")
+    ] = None,
+    seq_len: Annotated[int | None, field(_C, "seq_len")] = None,
+    max_windows: Annotated[int | None, field(_C, "max_windows")] = None,
+    batch_size: Annotated[int, field(_C, "batch_size")] = default(_C, "batch_size"),
+    prompt: Annotated[str | None, field(_C, "prompt")] = None,
+    max_new_tokens: Annotated[int, field(_C, "max_new_tokens")] = default(_C, "max_new_tokens"),
+    device: Annotated[str, field(_C, "device")] = default(_C, "device"),
+    dtype: Annotated[str, field(_C, "dtype")] = default(_C, "dtype"),
+    workspace: WorkspaceOption = WORKSPACE,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the dense, the uniform and the chosen model side by side, in one run."""
+    with session(workspace, quiet, as_json, force) as s:
+        config = build(
+            EvalConfig,
+            tasks=task_names(tasks),
+            seq_len=seq_len,
+            max_windows=max_windows,
+            batch_size=batch_size,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            device=device,
+            dtype=dtype,
+        )
+        from ara.stages.evaluate import evaluate
+        from ara_cli.render import show_end, show_evaluation
+
+        view = evaluate(config, s.run(), checkpoint=checkpoint)
+        show_evaluation(s.console, view)
+        show_end(s.console, view, workspace)

@@ -1,0 +1,89 @@
+"""Options shared by the commands; their words come from the configs in :mod:`ara.config`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ara.config import StageConfig
+from ara.errors import UsageError
+from ara.workspace import DEFAULT_ROOT
+
+
+def field(config: type[StageConfig], name: str, *flags: str, metavar: str | None = None) -> Any:
+    """Return a Typer option for one field of a config, with the field's own description as help.
+
+    Args:
+        config: the config class.
+        name: of the field.
+        flags: option names; ``--field-name`` by default.
+        metavar: what stands for the value in the help.
+    """
+    help_text = config.model_fields[name].description
+    return typer.Option(*(flags or (f"--{name.replace('_', '-')}",)), help=help_text, metavar=metavar)
+
+
+def default(config: type[StageConfig], name: str) -> Any:
+    """Return the default of one field of a config."""
+    return config.model_fields[name].get_default(call_default_factory=True)
+
+
+WorkspaceOption = Annotated[
+    Path, typer.Option("--workspace", "-w", envvar="ARA_WORKSPACE", help="folder that holds all results of one model")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but results, warnings and errors")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
+ForceOption = Annotated[bool, typer.Option("--force", help="do it again even if the same result is there")]
+NameOption = Annotated[str | None, typer.Option("--name", help="name of the result [default: says method and keep]")]
+
+WORKSPACE = Path(DEFAULT_ROOT)
+
+
+def pairs(values: list[str] | None) -> dict[str, str]:
+    """Read ``NAME=VALUE`` options.
+
+    Raises:
+        UsageError: one has no ``=`` or no name.
+    """
+    result = {}
+    for value in values or []:
+        name, equals, text = value.partition("=")
+        if not equals or not name:
+            raise UsageError(f"got -O {value!r}, expected NAME=VALUE", "for example -O alpha=0.5")
+        result[name] = text
+    return result
+
+
+def keep_of(keep: float | None, remove: float | None, fallback: float | None) -> float | None:
+    """Return the fraction to keep from ``--keep`` or ``--remove``.
+
+    Raises:
+        UsageError: both are given, or one is outside its range.
+    """
+    if keep is not None and remove is not None:
+        raise UsageError(
+            f"--keep {keep:g} and --remove {remove:g} are both given", "give one: --keep 0.8 is --remove 0.2"
+        )
+    if remove is not None:
+        if not 0 <= remove < 1:
+            raise UsageError(
+                f"--remove must be in [0, 1), got {remove:g}", "--remove 0.2 leaves 80 % of the parameters"
+            )
+        return round(1 - remove, 12)
+    if keep is not None and not 0 < keep <= 1:
+        raise UsageError(f"--keep must be in (0, 1], got {keep:g}", "--keep 0.8 leaves 80 % of the parameters")
+    return keep if keep is not None else fallback
+
+
+def task_names(tasks: str) -> tuple[str, ...]:
+    """Split ``a,b`` into names, each once, in their order.
+
+    Raises:
+        UsageError: there is none.
+    """
+    names = tuple(dict.fromkeys(part.strip() for part in tasks.split(",") if part.strip()))
+    if not names:
+        raise UsageError(f"--tasks {tasks!r} names no task", "for example --tasks wikitext2")
+    return names

@@ -1,0 +1,200 @@
+"""Tables of results; each function draws one stage's figures from its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ara.pipeline import STAGES, next_command
+from ara.workspace import StageView, Workspace
+from ara_cli.console import Column, Console
+from ara_cli.words import bytes_text, count_text, percent, seconds_text
+
+_LEFT: Literal["left"] = "left"
+
+
+def show_decomposition(console: Console, view: StageView) -> None:
+    """Show the factored layers by kind."""
+    results = _manifest(view)["results"]
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for module in results["modules"]:
+        kinds.setdefault(module["kind"], []).append(module)
+    rows = []
+    for kind, modules in kinds.items():
+        m, n = modules[0]["m"], modules[0]["n"]
+        rows.append(
+            (kind, len(modules), f"{m} × {n}", min(m, n), (m * n - 1) // (m + n), count_text(len(modules) * m * n))
+        )
+    columns = [
+        Column("layers", _LEFT),
+        Column("count"),
+        Column("shape (out × in)"),
+        Column("full rank"),
+        Column("highest paying rank"),
+        Column("parameters"),
+    ]
+    linear, model = count_text(results["linear_parameters"]), count_text(results["model_parameters"])
+    count = len(results["modules"])
+    console.table(f"Factored {count} layers, {linear} of the model's {model} parameters", columns, rows)
+
+
+def show_allocation(console: Console, view: StageView) -> None:
+    """Show kept ranks by kind, and what is kept of linear layers and of the whole model."""
+    results = _manifest(view)["results"]
+    rows = []
+    for kind, row in results["kinds"].items():
+        ranks = "–" if row["rank_mean"] is None else f"{row['rank_min']} / {row['rank_mean']:.0f} / {row['rank_max']}"
+        m, n = row["shape"]
+        rows.append((kind, f"{m} × {n}", f"{row['dense']} of {row['layers']}", ranks, percent(row["keep"])))
+    columns = [
+        Column("layers", _LEFT),
+        Column("shape (out × in)"),
+        Column("dense"),
+        Column("rank min / mean / max"),
+        Column("kept"),
+    ]
+    title = (
+        f"{view.name}: {percent(results['linear_keep'], 2)} of the linear layers' parameters kept, "
+        f"{percent(results['model_keep'], 2)} of the whole model's"
+    )
+    console.table(title, columns, rows)
+
+
+def show_checkpoint(console: Console, view: StageView) -> None:
+    """Show the size of a checkpoint beside the dense one."""
+    results = _manifest(view)["results"]
+    dense, disk = results["dense_weight_bytes"], results["disk_bytes"]
+    rows = [
+        ("linear layers kept", percent(results["linear_keep"], 2)),
+        ("whole model kept", percent(results["model_keep"], 2)),
+        ("parameters", count_text(results["parameters"])),
+        ("low-rank / dense layers", f"{results['low_rank_layers']} / {results['dense_layers']}"),
+        ("weights on disk", f"{bytes_text(disk)} (dense {bytes_text(dense)}, {percent(disk / dense)})"),
+    ]
+    console.table(f"{view.name}", [Column("", _LEFT), Column("")], rows)
+
+
+def show_evaluation(console: Console, view: StageView) -> None:
+    """Show all models of an evaluation side by side, and their continuations of the prompt."""
+    results = _manifest(view)["results"]
+    tasks = results["tasks"]
+    columns = [Column("model", _LEFT)]
+    for task, values in tasks.items():
+        columns.append(Column(f"{task} perplexity ({values['windows']} × {values['seq_len']} tokens)"))
+    columns += [
+        Column("parameters"),
+        Column("linear kept"),
+        Column("model kept"),
+        Column("weights (MiB)"),
+        Column("tokens/s (p10 – p90)"),
+    ]
+    busiest = max(tasks.values(), key=lambda values: values["windows"] * values["seq_len"])
+    rows = []
+    for name, figures in results["variants"].items():
+        speed = busiest["models"][name]["tokens_per_second"]
+        rows.append(
+            (
+                name,
+                *(f"{values['models'][name]['perplexity']:,.2f}" for values in tasks.values()),
+                count_text(figures["parameters"]),
+                percent(figures["linear_keep"]),
+                percent(figures["model_keep"]),
+                f"{figures['weight_bytes'] / 2**20:,.1f}",
+                f"{speed['median']:,.0f} ({speed['low']:,.0f} – {speed['high']:,.0f})",
+            )
+        )
+    console.table("Dense, uniform and chosen, " + _order(results), columns, rows)
+    if results["prompt"] is not None:
+        for name, figures in results["variants"].items():
+            console.text(f"{name}: {results['prompt']}…{_one_line(figures['continuation'])}")
+
+
+def show_end(console: Console, view: StageView, root: Path) -> None:
+    """Say what was written and what comes next; in JSON mode, print the manifest."""
+    manifest = _manifest(view)
+    console.fact(f"{seconds_text(manifest['seconds'])}, peak memory {bytes_text(manifest['peak_memory_bytes'])}")
+    console.saved(view.path)
+    console.next_command(next_command(Workspace.open(root)))
+    console.result(_document(view))
+
+
+def show_pipeline(console: Console, views: Sequence[StageView], root: Path) -> None:
+    """Show the figures of a whole run."""
+    for view in views:
+        if view.stage == "allocate":
+            show_allocation(console, view)
+        elif view.stage == "eval":
+            show_evaluation(console, view)
+    for view in views:
+        manifest = _manifest(view)
+        console.fact(
+            f"{view.key}: {seconds_text(manifest['seconds'])}, {bytes_text(manifest['peak_memory_bytes'])} peak"
+        )
+    console.saved(views[-1].path)
+    console.next_command(next_command(Workspace.open(root)))
+    console.result({"stages": [_document(view) for view in views]})
+
+
+def show_status(console: Console, workspace: Workspace) -> None:
+    """Show every result of a workspace with its state, the missing stages, and the next command."""
+    views = workspace.views()
+    rows: list[tuple[str, ...]] = []
+    for stage in STAGES:
+        found = [view for view in views if view.stage == stage.name]
+        for view in found:
+            manifest = view.manifest
+            made = "" if manifest is None else f"{manifest.created[:16].replace('T', ' ')} UTC"
+            time = "" if manifest is None else seconds_text(manifest.seconds)
+            rows.append((stage.name, view.name, view.state, made, time, view.why or _figure(view)))
+        if not found:
+            rows.append((stage.name, "–", "optional" if stage.optional else "missing", "", "", stage.title))
+    model = (workspace.model or {}).get("requested", "no model yet")
+    titles = ("stage", "name", "state", "made", "took", "what")
+    console.table(f"{workspace.root}: {model}", [Column(title, _LEFT) for title in titles], rows)
+    following = next_command(workspace)
+    console.next_command(following)
+    console.result(
+        {
+            "workspace": str(workspace.root),
+            "model": workspace.model,
+            "stages": [{"stage": v.stage, "name": v.name, "state": v.state, "why": v.why} for v in views],
+            "missing": [s.name for s in STAGES if not any(v.stage == s.name for v in views)],
+            "next": following,
+        }
+    )
+
+
+def _figure(view: StageView) -> str:
+    if view.manifest is None:
+        return ""
+    results = view.manifest.results
+    if view.stage == "decompose":
+        return f"{len(results['modules'])} layers, {count_text(results['linear_parameters'])} parameters"
+    if view.stage == "allocate":
+        return f"linear kept {percent(results['linear_keep'], 2)}, {results['dense_layers']} dense"
+    if view.stage == "truncate":
+        return f"{count_text(results['parameters'])} parameters, {bytes_text(results['disk_bytes'])}"
+    if view.stage == "eval":
+        chosen = results["chosen"]
+        return ", ".join(f"{t} {v['models'][chosen]['perplexity']:,.2f}" for t, v in results["tasks"].items())
+    return ""
+
+
+def _order(results: dict[str, Any]) -> str:
+    return "run in turn, window by window" if results["interleaved"] else "run one after the other"
+
+
+def _manifest(view: StageView) -> dict[str, Any]:
+    assert view.manifest is not None
+    return view.manifest.model_dump(mode="json")
+
+
+def _document(view: StageView) -> dict[str, Any]:
+    manifest = _manifest(view)
+    kept = ("stage", "name", "id", "parents", "config", "model", "seconds", "peak_memory_bytes", "results")
+    return {"path": str(view.path), **{key: manifest[key] for key in kept}}
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

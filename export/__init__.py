@@ -1,0 +1,1 @@
+"""Exports of compressed checkpoints to other runtimes; ONNX first."""

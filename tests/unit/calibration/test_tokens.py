@@ -1,0 +1,259 @@
+"""Token windows and their cache."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerFast
+
+from ara.calibration.texts import SEPARATOR, Documents
+from ara.calibration.tokens import (
+    TokenWindows,
+    cache_key,
+    cached_calibration_windows,
+    calibration_windows,
+    evaluation_windows,
+    tokenizer_fingerprint,
+)
+from ara.errors import DataError, UsageError
+from ara.progress import SilentReporter
+from tests.tiny import tiny_texts, tiny_tokenizer
+
+BOS, EOS = 1, 2
+
+
+class _Listener(SilentReporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.facts: list[str] = []
+        self.warnings: list[str] = []
+
+    def fact(self, text: str) -> None:
+        self.facts.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def _documents(texts: list[str]) -> Documents:
+    digest = hashlib.sha256(repr(texts).encode()).hexdigest()
+    return Documents("test", "calibration", tuple(texts), SEPARATOR, "a test", digest)
+
+
+DOCUMENTS = _documents(tiny_texts())
+SIZES: dict[str, Any] = {"samples": 7, "seq_len": 31, "seed": 5}
+
+
+def _other_tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+    """Return tokenizers that may give other ids than the plain one, and only such."""
+    no_bos, other_eos, one_more = tiny_tokenizer(), tiny_tokenizer(), tiny_tokenizer()
+    no_bos.backend_tokenizer.post_processor = None
+    other_eos.eos_token = "<pad>"
+    one_more.add_tokens(["heron"])
+    return {"no bos": no_bos, "other eos": other_eos, "one more token": one_more}
+
+
+# -- calibration ------------------------------------------------------------------------------------------------
+
+
+def test_shape_type_and_range() -> None:
+    windows = calibration_windows(DOCUMENTS, tiny_tokenizer(), **SIZES)
+    assert windows.ids.shape == (7, 31)
+    assert windows.ids.dtype == torch.int64
+    assert (windows.windows, windows.seq_len, windows.tokens, windows.shortfall) == (7, 31, 217, 0)
+    assert (windows.asked, windows.seed) == (7, 5)
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes() -> None:
+    first, second = (calibration_windows(DOCUMENTS, tiny_tokenizer(), **SIZES) for _ in range(2))
+    other = calibration_windows(DOCUMENTS, tiny_tokenizer(), **{**SIZES, "seed": 6})
+    assert torch.equal(first.ids, second.ids) and first.digest == second.digest
+    assert not torch.equal(first.ids, other.ids) and first.digest != other.digest
+
+
+def test_more_windows_start_with_the_same_ones() -> None:
+    few = calibration_windows(DOCUMENTS, tiny_tokenizer(), **SIZES)
+    many = calibration_windows(DOCUMENTS, tiny_tokenizer(), **{**SIZES, "samples": 20})
+    assert torch.equal(many.ids[:7], few.ids)
+
+
+def test_every_document_is_between_bos_and_eos() -> None:
+    tokenizer = tiny_tokenizer()
+    windows = calibration_windows(DOCUMENTS, tokenizer, samples=1, seq_len=5000, seed=0)
+    stream = windows.ids[0].tolist()
+    starts = [index for index, token in enumerate(stream) if token == BOS]
+    assert stream[0] == BOS
+    assert all(stream[start - 1] == EOS for start in starts[1:])
+    whole = [stream[start + 1 : end - 1] for start, end in pairwise(starts)]
+    assert {tokenizer.decode(ids) for ids in whole} <= set(DOCUMENTS.documents)
+    assert [tokenizer.decode(ids) for ids in whole] != list(DOCUMENTS.documents[: len(whole)])  # shuffled
+
+
+def test_no_eos_twice_where_bos_is_eos() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<bos>"
+    stream = calibration_windows(DOCUMENTS, tokenizer, samples=1, seq_len=3000, seed=0).ids[0].tolist()
+    assert not any(left == right == BOS for left, right in pairwise(stream))
+
+
+def test_separator_where_there_is_no_eos() -> None:
+    tokenizer = _other_tokenizers()["no bos"]
+    tokenizer.eos_token = None
+    ids = calibration_windows(_documents(["one", "two"]), tokenizer, samples=1, seq_len=10, seed=0).ids[0]
+    assert tokenizer.decode(ids) in ("one\n\ntwo\n\n", "two\n\none\n\n")
+
+
+def test_short_text_gives_what_there_is() -> None:
+    windows = calibration_windows(_documents(["a" * 100]), tiny_tokenizer(), samples=9, seq_len=30, seed=0)
+    assert windows.ids.shape == (3, 30)
+    assert (windows.asked, windows.shortfall) == (9, 6)
+
+
+@pytest.mark.parametrize("cut", [calibration_windows, evaluation_windows])
+def test_less_than_one_window_is_an_error_with_numbers(cut: Callable[..., TokenWindows]) -> None:
+    options = {"samples": 2, "seed": 0} if cut is calibration_windows else {}
+    with pytest.raises(DataError, match=r"11 tokens, one window needs 12"):
+        cut(_documents(["a" * 10]), tiny_tokenizer(), seq_len=12, **options)
+
+
+def test_impossible_sizes() -> None:
+    with pytest.raises(UsageError, match="0 windows"):
+        calibration_windows(DOCUMENTS, tiny_tokenizer(), samples=0, seq_len=8, seed=0)
+    with pytest.raises(UsageError, match="1 tokens"):
+        evaluation_windows(DOCUMENTS, tiny_tokenizer(), seq_len=1)
+    with pytest.raises(UsageError, match="0 windows"):
+        evaluation_windows(DOCUMENTS, tiny_tokenizer(), seq_len=8, max_windows=0)
+
+
+def test_long_texts_are_tokenised_quietly(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluation_windows(DOCUMENTS, tiny_tokenizer(), seq_len=64)  # far over its model_max_length of 256
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_is_one_tokenised_join_in_windows() -> None:
+    tokenizer = tiny_tokenizer()
+    documents = _documents(["", "first line\n", "", "second line", ""])
+    expected = tokenizer("\n\n".join(documents.documents))["input_ids"]
+    windows = evaluation_windows(documents, tokenizer, seq_len=7)
+    count = len(expected) // 7
+    assert windows.ids.flatten().tolist() == expected[: count * 7]
+    assert len(expected) % 7  # there is a remainder to drop
+    assert (windows.windows, windows.asked, windows.shortfall, windows.seed) == (count, count, 0, None)
+    assert windows.ids.flatten().tolist().count(BOS) == 1
+
+
+def test_evaluation_takes_the_front() -> None:
+    every = evaluation_windows(DOCUMENTS, tiny_tokenizer(), seq_len=40)
+    front = evaluation_windows(DOCUMENTS, tiny_tokenizer(), seq_len=40, max_windows=3)
+    assert torch.equal(front.ids, every.ids[:3])
+    assert front.shortfall == 0
+    assert evaluation_windows(DOCUMENTS, tiny_tokenizer(), seq_len=40, max_windows=10_000).shortfall > 0
+
+
+# -- cache ------------------------------------------------------------------------------------------------------
+
+
+def test_cache_gives_the_same_windows_without_tokenising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, listener = tmp_path / "new" / "cache", _Listener()
+    built = cached_calibration_windows(folder, tiny_tokenizer(), DOCUMENTS, **SIZES, report=listener)
+    assert torch.equal(built.ids, calibration_windows(DOCUMENTS, tiny_tokenizer(), **SIZES).ids)
+    (path,) = folder.iterdir()  # nothing left aside
+    assert path.name == cache_key(DOCUMENTS, tiny_tokenizer(), **SIZES) + ".safetensors"
+    with safe_open(path, framework="pt") as file:
+        assert file.get_tensor("ids").dtype == torch.int32
+    assert not listener.facts
+    monkeypatch.setattr("ara.calibration.tokens.calibration_windows", lambda *_, **__: pytest.fail("tokenised again"))
+    read = cached_calibration_windows(folder, tiny_tokenizer(), DOCUMENTS, **SIZES, report=listener)
+    assert torch.equal(read.ids, built.ids) and read.ids.dtype == torch.int64
+    assert (read.asked, read.seed, read.digest) == (built.asked, built.seed, built.digest)
+    assert len(listener.facts) == 1 and not listener.warnings
+
+
+def test_cache_remembers_a_shortfall(tmp_path: Path) -> None:
+    short = _documents(["a" * 100])
+    for _ in range(2):
+        windows = cached_calibration_windows(tmp_path, tiny_tokenizer(), short, samples=9, seq_len=30, seed=0)
+        assert (windows.windows, windows.shortfall) == (3, 6)
+
+
+def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
+    listener = _Listener()
+    sizes: dict[str, Any] = {"samples": 2, "seq_len": 5, "seed": 0}
+    built = cached_calibration_windows(tmp_path, tiny_tokenizer(), DOCUMENTS, **sizes)
+    (path,) = tmp_path.iterdir()
+    good = path.read_bytes()
+    for position in range(len(good)):
+        for bit in (1, 128):
+            path.write_bytes(good[:position] + bytes([good[position] ^ bit]) + good[position + 1 :])
+            again = cached_calibration_windows(tmp_path, tiny_tokenizer(), DOCUMENTS, **sizes, report=listener)
+            assert torch.equal(again.ids, built.ids), f"byte {position}"
+    assert len(listener.warnings) > 1.8 * len(good)  # padding may be flipped without harm
+    assert all(str(path) in warning for warning in listener.warnings)
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", None])
+def test_truncated_or_foreign_cache_is_rebuilt(content: bytes | None, tmp_path: Path) -> None:
+    listener = _Listener()
+    built = cached_calibration_windows(tmp_path, tiny_tokenizer(), DOCUMENTS, **SIZES)
+    (path,) = tmp_path.iterdir()
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] if content is None else content)
+    again = cached_calibration_windows(tmp_path, tiny_tokenizer(), DOCUMENTS, **SIZES, report=listener)
+    assert torch.equal(again.ids, built.ids)
+    assert len(listener.warnings) == 1
+    assert path.read_bytes() == good
+
+
+def test_key_covers_text_sizes_and_seed() -> None:
+    keys = {cache_key(DOCUMENTS, tiny_tokenizer(), **SIZES), cache_key(_documents(["x"]), tiny_tokenizer(), **SIZES)}
+    keys |= {cache_key(DOCUMENTS, tiny_tokenizer(), **{**SIZES, name: SIZES[name] + 1}) for name in SIZES}
+    assert len(keys) == 5
+
+
+def test_other_tokenizers_have_other_keys() -> None:
+    keys = [cache_key(DOCUMENTS, tokenizer, **SIZES) for tokenizer in _other_tokenizers().values()]
+    assert len({*keys, cache_key(DOCUMENTS, tiny_tokenizer(), **SIZES)}) == 4
+
+
+def test_fingerprint_survives_use_and_saving(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer(["a", "longer"], padding=True, truncation=True, max_length=4)  # both settings stay in the backend
+    assert tokenizer_fingerprint(tokenizer) == before
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_fingerprint(PreTrainedTokenizerFast.from_pretrained(tmp_path)) == before
+
+
+class _SlowTokenizer:
+    """The little that the fingerprint asks of a tokenizer without a Rust backend."""
+
+    bos_token_id = eos_token_id = unk_token_id = None
+
+    def __init__(self, vocabulary: dict[str, int]) -> None:
+        self._vocabulary = vocabulary
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._vocabulary
+
+
+def test_slow_tokenizers_are_known_by_their_vocabulary() -> None:
+    def fingerprint(vocabulary: dict[str, int]) -> str:
+        return tokenizer_fingerprint(_SlowTokenizer(vocabulary))
+
+    assert fingerprint({"a": 0, "b": 1}) == fingerprint({"b": 1, "a": 0})
+    assert fingerprint({"a": 0, "b": 1}) != fingerprint({"a": 1, "b": 0})

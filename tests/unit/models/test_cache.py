@@ -1,0 +1,81 @@
+"""Files and folders enter the cache whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from ara.errors import AraError, DiskFullError
+from ara.models.cache import aside, cache_dir, publish_folder
+
+
+def test_own_variable_wins_then_xdg_then_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("ARA_CACHE_DIR", str(tmp_path / "own"))
+    assert cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("ARA_CACHE_DIR")
+    assert cache_dir() == tmp_path / "xdg" / "ara"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_dir() == tmp_path / "home" / ".cache" / "ara"
+
+
+def test_aside_vanishes_also_after_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), aside(tmp_path / "new") as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_aside_sweeps_what_a_killed_process_left_but_not_a_running_one(tmp_path: Path) -> None:
+    old, young = tmp_path / ".aside-old", tmp_path / ".aside-young"
+    old.mkdir()
+    young.mkdir()
+    two_days_ago = time.time() - 48 * 3600
+    os.utime(old, (two_days_ago, two_days_ago))
+    with aside(tmp_path):
+        assert not old.exists()
+        assert young.exists()
+
+
+def test_disk_full_and_unwritable_cache_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError), aside(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(AraError, match="cannot be written") as caught, aside(tmp_path / "file" / "below"):
+        pass
+    assert "ARA_CACHE_DIR" in str(caught.value.hint)
+
+
+def _make(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "whole").write_text(text)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "whole").is_file()
+
+
+def test_the_first_of_two_writers_stays(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with aside(tmp_path) as folder:
+        publish_folder(_make(folder / "made", "first"), target, _is_whole)
+    with aside(tmp_path) as folder:
+        publish_folder(_make(folder / "made", "second"), target, _is_whole)
+    assert (target / "whole").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_damaged_folder_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "rest").write_text("somebody removed the other file")
+    with aside(tmp_path) as folder:
+        publish_folder(_make(folder / "made", "new"), target, _is_whole)
+    assert sorted(path.name for path in target.iterdir()) == ["whole"]
+    assert list(tmp_path.iterdir()) == [target]
