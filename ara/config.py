@@ -17,7 +17,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class StageConfig(BaseModel):
     """Base of all configs: immutable, strict about names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Validators are built on first use: `ara --help` reads only names and descriptions.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class PlacementConfig(StageConfig):
@@ -54,7 +55,7 @@ class AllocateConfig(StageConfig):
     keep: float | None = Field(
         0.8, gt=0, le=1, description="fraction of the factorised layers' parameters that stays, in (0, 1]"
     )
-    method: str = Field("energy", description="allocator (see ara methods)")
+    method: str = Field("uniform", description="allocator (see ara methods)")
     options: dict[str, str] = Field(default_factory=dict, description="options of the method, NAME=VALUE")
     rank_multiple: int = Field(1, ge=1, description="ranks are multiples of this (8, 16, 32 or 64 suit GPUs)")
     min_rank: int = Field(1, ge=1, description="least rank of a layer")
@@ -72,7 +73,9 @@ class TruncateConfig(StageConfig):
 
     dtype: Dtype = Field("auto", description="precision of the checkpoint; auto takes that of the decomposition")
     densify: bool = Field(False, description="multiply the factors back, for tools that know only dense models")
-    max_shard_size: str = Field("5GB", description="largest safetensors file of the checkpoint")
+    max_shard_size: str = Field(
+        "5GB", pattern=r"^\d+(\.\d+)?[KMGT]B$", description="largest safetensors file of the checkpoint, such as 500MB"
+    )
 
 
 class EvalConfig(PlacementConfig):

@@ -100,11 +100,21 @@ def disk_errors(target: Path, needed_bytes: int | None = None) -> Iterator[None]
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not any(words in str(error).lower() for words in _DISK_FULL_WORDS):
+        full = disk_full_error(error, target, needed_bytes)
+        if full is None:
             raise
-        needed = f" (about {needed_bytes / 2**20:,.0f} MiB were needed)" if needed_bytes else ""
-        raise DiskFullError(
-            f"the disk is full: writing {target} failed{needed}",
-            "free some space or choose another workspace with -w, then run the same command again",
-        ) from error
+        raise full from error
+
+
+def disk_full_error(error: Exception, target: Path, needed_bytes: int | None = None) -> DiskFullError | None:
+    """Return what to say of ``error`` if it means a full disk, else ``None``; arguments as of :func:`disk_errors`."""
+    if isinstance(error, AraError):  # told already
+        return None
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not full and not any(words in str(error).lower() for words in _DISK_FULL_WORDS):
+        return None
+    needed = f" (about {needed_bytes / 2**20:,.0f} MiB were needed)" if needed_bytes else ""
+    return DiskFullError(
+        f"the disk is full: writing {target} failed{needed}",
+        "free some space or choose another workspace with -w, then run the same command again",
+    )

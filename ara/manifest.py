@@ -22,7 +22,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class FileRecord(BaseModel):
     """One file of a stage folder."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=_SHA256.pattern)
 
@@ -30,7 +30,7 @@ class FileRecord(BaseModel):
 class TensorRecord(BaseModel):
     """One tensor of a stage folder; ``sha256`` is over its raw little-endian bytes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     file: str
     dtype: str
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class TensorRecord(BaseModel):
 class Parent(BaseModel):
     """The stage folder that this one was made from."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     key: str
     id: str
 
@@ -53,7 +53,7 @@ class Manifest(BaseModel):
     the whole manifest.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     format_version: int
     stage: str
     name: str

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ara.errors import disk_errors
+from ara.errors import NumericalError, disk_errors, disk_full_error
 from ara.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Manifest, TensorRecord, digest, file_record
 from ara.tensors import save_tensors, tensor_records
 
@@ -28,14 +28,17 @@ class StageWriter:
     """Context manager around a stage folder in the making.
 
     Leaving the block normally writes the manifest and renames the folder into place. Leaving it by an exception
-    removes the folder, unless the stage is resumable and at least one file is finished.
+    removes the folder, unless the stage is resumable, at least one file is finished, and the same work might succeed
+    when it is taken up again (NaN would come back). A full disk is told as such.
 
     Attributes:
         folder: where to write; becomes ``<stage>/<name>``.
         results: goes into the manifest.
     """
 
-    def __init__(self, parent: Path, stage: str, name: str, resumable: bool, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, parent: Path, stage: str, name: str, resumable: bool, facts: dict[str, Any], started: float | None = None
+    ) -> None:
         self.final = parent / name
         self.folder = parent / f".{name}{PARTIAL}"
         self.results: dict[str, Any] = {}
@@ -44,9 +47,9 @@ class StageWriter:
         self._tensors: dict[str, TensorRecord] = {}
         self._fingerprint = digest(plain({key: facts.get(key) for key in ("config", "model", "parents")}))
         self._earlier_seconds = 0.0
+        self._start = time.monotonic() if started is None else started
 
     def __enter__(self) -> StageWriter:
-        self._start = time.monotonic()
         if not (self._resumable and self._resume()):
             shutil.rmtree(self.folder, ignore_errors=True)
             with disk_errors(self.folder):
@@ -63,8 +66,11 @@ class StageWriter:
             except BaseException:
                 self._abandon()
                 raise
-        else:
-            self._abandon()
+            return
+        self._abandon(repeats=issubclass(kind, NumericalError))
+        full = disk_full_error(error, self.folder) if isinstance(error, Exception) else None
+        if full is not None:
+            raise full from error
 
     @property
     def resumed(self) -> list[str]:
@@ -125,10 +131,9 @@ class StageWriter:
     def _commit(self) -> None:
         from ara.workspace import now, versions
 
-        (self.folder / _JOURNAL).unlink(missing_ok=True)
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
-            if path.is_file() and name not in self._files:
+            if path.is_file() and name not in (*self._files, _JOURNAL):
                 self.note(name)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -144,6 +149,8 @@ class StageWriter:
             **{**self._facts, "config": plain(self._facts["config"])},
         ).sealed()
         (self.folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        # Last, so that a stage stopped until here goes on from it.
+        (self.folder / _JOURNAL).unlink(missing_ok=True)
         _sync_folder(self.folder)
         old = self.final.with_name(f".{self.final.name}.old")
         if self.final.exists():
@@ -152,8 +159,8 @@ class StageWriter:
         _sync_folder(self.final.parent)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _abandon(self) -> None:
-        if not (self._resumable and self._files):
+    def _abandon(self, repeats: bool = False) -> None:
+        if repeats or not (self._resumable and self._files):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _seconds(self) -> float:

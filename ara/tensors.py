@@ -43,6 +43,8 @@ def tensor_records(path: Path, name: str) -> dict[str, TensorRecord]:
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:  # damaged: do not try to read so much
+            raise ValueError("the header is longer than the file")
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         records = {}

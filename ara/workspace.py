@@ -21,19 +21,20 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ara.errors import LockedError, WorkspaceError, disk_errors, near_matches
+from ara.errors import LockedError, UsageError, WorkspaceError, disk_errors, near_matches
 from ara.manifest import FORMAT_VERSION, Manifest, Parent, read_manifest, verify_files
 from ara.stage_writer import PARTIAL, StageWriter, plain
 
 INDEX = "workspace.json"
 DEFAULT_ROOT = "ara-workspace"
 _OLD = ".old"
+_LOCK, _OWNER = ".lock", ".lock-owner.json"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Workspace:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._created = self._made_folder = False
 
     @classmethod
     def open(cls, root: Path, create: bool = False) -> Workspace:
@@ -90,9 +92,14 @@ class Workspace:
                 f"there is no workspace at {root}",
                 "start with: ara decompose MODEL (or point -w or ARA_WORKSPACE at the right folder)",
             )
-        with disk_errors(root):
-            root.mkdir(parents=True, exist_ok=True)
-            workspace._write_index({"format_version": FORMAT_VERSION, "model": None})
+        workspace._created, workspace._made_folder = True, not root.exists()
+        try:
+            with disk_errors(root):
+                root.mkdir(parents=True, exist_ok=True)
+                workspace._write_index({"format_version": FORMAT_VERSION, "model": None})
+        except BaseException:
+            workspace._discard()
+            raise
         return workspace
 
     @property
@@ -106,13 +113,13 @@ class Workspace:
         return self._index()["model"]
 
     def bind(self, model: dict[str, Any]) -> None:
-        """Make this the workspace of ``model``.
+        """Make this the workspace of ``model``; one without any result may change its model.
 
         Raises:
             WorkspaceError: it already belongs to another model.
         """
         bound = self.model
-        if bound is None:
+        if bound is None or (bound["fingerprint"] != model["fingerprint"] and not self.views()):
             self._write_index({"format_version": FORMAT_VERSION, "model": model})
         elif bound["fingerprint"] != model["fingerprint"]:
             raise WorkspaceError(
@@ -124,15 +131,18 @@ class Workspace:
     def lock(self, command: str) -> Iterator[None]:
         """Keep other writers out while the block runs.
 
+        A workspace that was created for the block goes away with it when the block fails before storing anything.
+
         Raises:
             LockedError: another process holds the lock; says which.
         """
         from filelock import FileLock, Timeout
 
-        owner = self.root / ".lock-owner.json"
-        lock = FileLock(self.root / ".lock", timeout=0)
+        owner = self.root / _OWNER
+        lock = FileLock(self.root / _LOCK, timeout=0)
         try:
-            lock.acquire()
+            with disk_errors(self.root):
+                lock.acquire()
         except Timeout:
             raise LockedError(
                 f"{self.root} is being written by {_owner_text(owner)}", "wait for it to end, or use another workspace"
@@ -142,6 +152,10 @@ class Workspace:
                 owner.write_text(json.dumps({"pid": os.getpid(), "command": command, "since": now()}))
             self._recover()
             yield
+        except BaseException:
+            if self._created and not self.views():
+                self._discard()
+            raise
         finally:
             owner.unlink(missing_ok=True)
             lock.release()
@@ -187,7 +201,12 @@ class Workspace:
         """
         make = f"ara {stage}"
         if name is None:
-            finished = [view for view in self.views(stage) if view.manifest is not None]
+            views = self.views(stage)
+            for view in views:
+                if view.state == "damaged":
+                    # It may be the latest one, nobody can tell: raises what is wrong with it.
+                    read_manifest(view.path)
+            finished = [view for view in views if view.manifest is not None]
             if not finished:
                 raise WorkspaceError(f"{self.root} has no result of {make} yet", f"run {make} first")
             view = max(finished, key=_created)
@@ -216,12 +235,33 @@ class Workspace:
         name: str,
         facts: dict[str, Any],
         *,
-        seed: int | None = None,
         command: str,
+        seed: int | None = None,
         resumable: bool = False,
+        started: float | None = None,
     ) -> StageWriter:
-        """Return a :class:`StageWriter` for ``stage/name``; ``facts`` are config, model and parents of the manifest."""
-        return StageWriter(self.root / stage, stage, name, resumable, {**facts, "seed": seed, "command": command})
+        """Return a :class:`StageWriter` for ``stage/name``.
+
+        Args:
+            stage: stage name.
+            name: result within the stage.
+            facts: config, model and parents of the manifest.
+            command: what the user typed.
+            seed: of the stage, if it has one.
+            resumable: whether an interrupted run leaves its finished files.
+            started: ``time.monotonic()`` when the stage began; now by default.
+
+        Raises:
+            UsageError: ``name`` is not a plain folder name.
+        """
+        if not name or name.startswith(".") or name.endswith((PARTIAL, _OLD)) or set(name) & set("/\\:\0"):
+            raise UsageError(
+                f"{name!r} cannot be the name of a result",
+                "give a plain folder name with --name: no slash, backslash or colon, no dot in front",
+            )
+        return StageWriter(
+            self.root / stage, stage, name, resumable, {**facts, "seed": seed, "command": command}, started
+        )
 
     def finished(self, stage: str, name: str, facts: dict[str, Any]) -> StageView | None:
         """Return ``stage/name`` if it is done and was made from exactly these ``facts``, else ``None``."""
@@ -245,23 +285,35 @@ class Workspace:
     def _index(self) -> dict[str, Any]:
         path = self.root / INDEX
         try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            version, model = index["format_version"], index["model"]
-            if model is not None and not isinstance(model["fingerprint"], str):
+            index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            version = index["format_version"]
+            # Asked first: a newer format may have anything in the place of the model.
+            if not isinstance(version, int) or version > FORMAT_VERSION:
+                raise WorkspaceError(
+                    f"{path} has format {version}; this ara reads formats up to {FORMAT_VERSION}", "update ara-svd"
+                )
+            if index["model"] is not None and not isinstance(index["model"]["fingerprint"], str):
                 raise TypeError("fingerprint is not text")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WorkspaceError(f"{path} cannot be read ({error})", "choose another workspace with -w") from None
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise WorkspaceError(
-                f"{path} has format {version}; this ara reads formats up to {FORMAT_VERSION}", "update ara-svd"
-            )
+            what = f"no entry {error}" if isinstance(error, KeyError) else str(error)
+            raise WorkspaceError(f"{path} cannot be read ({what})", "choose another workspace with -w") from None
         return index
 
     def _write_index(self, index: dict[str, Any]) -> None:
-        aside = self.root / f".{INDEX}.partial"
+        aside = self.root / f".{INDEX}{PARTIAL}"
         with disk_errors(self.root):
             aside.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             os.replace(aside, self.root / INDEX)
+
+    def _discard(self) -> None:
+        """Take away what :meth:`open` and a failed first stage have made, and nothing that was here before."""
+        for folder in (self.cache, self.root / "decompose"):
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            for name in (INDEX, f".{INDEX}{PARTIAL}", _LOCK, _OWNER):
+                (self.root / name).unlink(missing_ok=True)
+            if self._made_folder:
+                self.root.rmdir()
 
     def _recover(self) -> None:
         """Finish or undo a replacement that was interrupted between its two renames."""

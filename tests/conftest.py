@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+# Before torch is imported: as many test processes as cores, one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -18,3 +24,58 @@ def data_dir(monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.skip(f"needs the project's data sets: no folder {folder} (set ARA_DATA_DIR)")
     monkeypatch.setenv("ARA_DATA_DIR", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return a text as options name it, ``file:PATH``: about 17,000 tokens of the tiny tokenizer."""
+    from tests.tiny import tiny_texts
+
+    path = tmp_path_factory.mktemp("text") / "story.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts()), encoding="utf-8")
+    return f"file:{path}"
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny llama; only to be read."""
+    from tests.tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_llama: Path, tiny_text: str) -> dict[str, Any]:
+    """Return the config of the decomposition in :func:`finished`."""
+    return {
+        "model": str(tiny_llama),
+        "text": tiny_text,
+        "samples": 16,
+        "seq_len": 48,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, Any], tiny_text: str) -> Path:
+    """Return a workspace with all stages done at keep 0.7; only to be read (see :func:`copied`)."""
+    from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
+    from ara.pipeline import run_pipeline
+    from ara.stages.common import Run
+
+    root = tmp_path_factory.mktemp("finished") / "ws"
+    run_pipeline(
+        DecomposeConfig(**tiny_settings),
+        [AllocateConfig(keep=0.7)],
+        TruncateConfig(),
+        EvalConfig(tasks=(tiny_text,), seq_len=64, max_windows=4, device="cpu", dtype="float32"),
+        Run(root),
+    )
+    return root
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """Return a copy of :func:`finished` that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "ws"))

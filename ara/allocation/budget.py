@@ -121,8 +121,7 @@ def minimise_loss(specs: Sequence[LinearSpec], losses: Sequence[torch.Tensor], b
         if at[i] + 1 < len(hulls[i]):
             heapq.heappush(queue, edge(i))
     picks = [hull[position] for hull, position in zip(hulls, at, strict=True)]
-    savings = [_next_saving(losses[i], choices[i], picks[i]) for i in range(len(specs))]
-    spend_rest(specs, picks, budget, savings)
+    _spend_on_losses(choices, losses, picks, left)
     return picks
 
 
@@ -146,7 +145,22 @@ def lower_hull(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
     return hull
 
 
-def _next_saving(loss: torch.Tensor, options: Sequence[tuple[int | None, int]], pick: int) -> float:
-    if pick + 1 >= len(options):
-        return 0.0
-    return float(loss[pick] - loss[pick + 1]) / (options[pick + 1][1] - options[pick][1])
+def _spend_on_losses(
+    choices: list[list[tuple[int | None, int]]], losses: Sequence[torch.Tensor], picks: list[int], left: int
+) -> None:
+    """Raise ``picks`` in place by single steps, always the one that saves most loss per parameter, until none fits."""
+
+    def step(i: int) -> tuple[float, int, int]:
+        extra = choices[i][picks[i] + 1][1] - choices[i][picks[i]][1]
+        return -float(losses[i][picks[i]] - losses[i][picks[i] + 1]) / extra, i, extra
+
+    queue = [step(i) for i in range(len(picks)) if picks[i] + 1 < len(choices[i])]
+    heapq.heapify(queue)
+    while queue:
+        _, i, extra = heapq.heappop(queue)
+        if extra > left:
+            continue
+        picks[i] += 1
+        left -= extra
+        if picks[i] + 1 < len(choices[i]):
+            heapq.heappush(queue, step(i))

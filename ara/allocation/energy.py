@@ -1,7 +1,10 @@
 """Energy allocation: spend the budget where it keeps most of each layer's spectrum.
 
-The loss of rank k is the discarded part of the layer's own spectrum, Σ_{j>k} σ_j² / Σ_j σ_j². Relative to each layer,
-because absolute energies of different layers are not comparable; dense costs mn and loses nothing.
+The loss of rank k is the discarded part of the layer's own spectrum, Σ_{j>k} σ_j² / Σ_j σ_j², times the layer's
+parameters mn. Relative to each layer, because absolute energies of different layers are not comparable; times mn, so
+that layers with spectra of the same shape keep the same fraction whatever their size. Dense costs mn and loses nothing.
+
+Energy is blind to what a layer's error does further on, so this can lose to uniform ranks: compare with ``ara eval``.
 """
 
 from __future__ import annotations
@@ -15,14 +18,14 @@ from ara.allocation.budget import Budget, minimise_loss
 
 
 class Energy(Allocator):
-    """Least sum over layers of the discarded fraction of energy."""
+    """Least sum over layers of the discarded fraction of energy, weighted by parameters."""
 
     def allocate(self, modules: Sequence[Module], budget: Budget) -> Allocation:
-        """Minimise the summed relative energy loss under the budget."""
+        """Minimise the summed relative energy loss, weighted by parameters, under the budget."""
         specs = [module.spec for module in modules]
         choices = [budget.choices(spec) for spec in specs]
         losses = [
-            relative_loss(module.spectrum, [rank for rank, _ in options])
+            module.spec.dense_cost * relative_loss(module.spectrum, [rank for rank, _ in options])
             for module, options in zip(modules, choices, strict=True)
         ]
         picks = minimise_loss(specs, losses, budget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,16 @@ def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
         DataError: missing or not such JSON.
         ProblemsError: lists every unknown or missing module and every rank that cannot be.
     """
+    repeated: list[str] = []
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # JSON keeps the last of two equal names; whoever edited the first would not notice.
+        counts = Counter(name for name, _ in pairs)
+        repeated.extend(name for name, count in counts.items() if count > 1)
+        return dict(pairs)
+
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=table)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})", "--ranks wants a ranks.json file") from None
     except ValueError as error:
@@ -46,6 +55,7 @@ def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
             "copy an allocation's ranks.json and edit its numbers",
         )
     problems = [f"unknown key {key!r}" for key in document if key not in ("format_version", "about", "ranks")]
+    problems += [f"{name}: named more than once" for name in repeated]
     problems += _problems(document["ranks"], specs)
     if problems:
         raise ProblemsError(f"{path} does not fit this model", problems)
@@ -69,5 +79,6 @@ def _problems(ranks: dict[str, Any], specs: Sequence[LinearSpec]) -> list[str]:
             problems.append(f'{name}: {rank!r} is neither a whole number of at least 1 nor "dense"')
         elif rank * spec.rank_cost >= spec.dense_cost:
             last = (spec.dense_cost - 1) // spec.rank_cost
-            problems.append(f'{name}: rank {rank} costs as much as the dense weight; write "dense" or at most {last}')
+            less = f" or at most {last}" if last else ""
+            problems.append(f'{name}: rank {rank} costs as much as the dense weight; write "dense"{less}')
     return problems

@@ -67,9 +67,18 @@ def checked(weight: torch.Tensor) -> torch.Tensor:
     Raises:
         NumericalError: it holds NaN or infinity.
     """
+    refuse_nonfinite(weight)
+    return weight.double()
+
+
+def refuse_nonfinite(weight: torch.Tensor) -> None:
+    """Check a weight of any shape.
+
+    Raises:
+        NumericalError: it holds NaN or infinity.
+    """
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise NumericalError(
             f"the weight holds {bad:,} values that are NaN or infinite", "the checkpoint is broken: download it again"
         )
-    return weight.double()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ara.errors import ModelError
 from ara.models import modeling_ara
@@ -88,6 +88,10 @@ def save_checkpoint(
     with quiet_transformers():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
+    # safetensors creates its files readable by their owner alone; a checkpoint is as shareable as its config.
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
@@ -110,12 +114,24 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrai
     placement = choose_placement(device, stored if dtype == "auto" else dtype)
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch_dtype(placement.dtype), local_files_only=True, use_safetensors=True
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch_dtype(placement.dtype),
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{folder} cannot be loaded: {first}", "write it again: ara truncate --force") from error
+    # transformers only warns of these, and fills what is missing with random numbers.
+    wrong = [f"{key} is missing" for key in sorted(found["missing_keys"])]
+    wrong += [f"{key} has no place in the model" for key in sorted(found["unexpected_keys"])]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise ModelError(
+            f"{folder} cannot be loaded: {', '.join(wrong[:3])}{more}", "write it again: ara truncate --force"
+        )
     return model.to(placement.device).eval().requires_grad_(False)
 
 
@@ -127,13 +143,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise ModelError(
             f"{folder} is not a checkpoint folder (no config.json)", "ara truncate writes one: .../checkpoint"
         ) from None
     except ValueError as error:
         raise ModelError(f"{path} is not JSON ({error})", "write it again: ara truncate --force") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is not a model's config (no table)", "write it again: ara truncate --force")
     return config
 
 

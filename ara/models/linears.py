@@ -89,7 +89,7 @@ def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSp
             if isinstance(module, (nn.Linear, Conv1D)):
                 m, n = weight_of(module).shape
                 linears.append(LinearSpec(f"{prefix}.{layer}.{kind}", layer, kind, m, n))
-    _refuse_unsupported(model, blocks, linears)
+    _refuse_unsupported(model, prefix, blocks, linears)
     return _without(linears, exclude)
 
 
@@ -106,19 +106,24 @@ def bias_of(module: nn.Module) -> torch.Tensor | None:
     return None if bias is None else bias.detach()
 
 
-def _refuse_unsupported(model: nn.Module, blocks: nn.ModuleList, linears: list[LinearSpec]) -> None:
+def _refuse_unsupported(model: nn.Module, prefix: str, blocks: nn.ModuleList, linears: list[LinearSpec]) -> None:
     # Mixture-of-experts models of transformers 5 hold all experts of a block in one three-dimensional parameter.
-    fused = [name for name, parameter in blocks.named_parameters() if parameter.dim() >= 3 and "conv" not in name]
+    fused = [
+        name
+        for name, weight in blocks.named_parameters()
+        if weight.dim() >= 3 and min(weight.shape[-2:]) > 1 and "conv" not in name
+    ]
     if fused:
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps fused expert weights ({fused[0]} and {len(fused) - 1} more), "
+            f"{type(model).__name__} keeps fused expert weights ({len(fused)} of them, such as {prefix}.{fused[0]}), "
             "which are not linear layers",
             "mixture-of-experts models are not supported yet",
         )
     if not linears:
         kinds = sorted({type(module).__name__ for module in blocks.modules() if not list(module.children())})
+        found = ", ".join(kinds) or "none"
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no linear layer in its {len(blocks)} blocks; found {', '.join(kinds)}",
+            f"{type(model).__name__} has no linear layer in its {len(blocks)} blocks; found {found}",
             "ARA factorises nn.Linear (and GPT-2's Conv1D) of decoder blocks",
         )
     seen: dict[int, str] = {}

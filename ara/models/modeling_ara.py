@@ -120,7 +120,7 @@ class AraConfig(QuantizationConfigMixin):
         self.ranks = dict(ranks or {})
         self.format_version = format_version
         self.provenance = dict(provenance or {})
-        if not isinstance(format_version, int) or format_version > CHECKPOINT_FORMAT:
+        if type(format_version) is not int or not 1 <= format_version <= CHECKPOINT_FORMAT:
             raise ValueError(
                 f"this checkpoint has ARA format {format_version!r}; this code reads up to {CHECKPOINT_FORMAT}: "
                 "update ara-svd"
@@ -160,7 +160,7 @@ class AraQuantizer(HfQuantizer):
         Without it such a reader warns, fills the missing weights with random numbers and goes on; with it the shape
         does not fit, and loading stops.
         """
-        return [f"{name}.weight" for name in list(self.quantization_config.ranks)[:1]]
+        return [f"{name}.weight" for name in sorted(self.quantization_config.ranks)[:1]]
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return densify(model)

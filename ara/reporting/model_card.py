@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ara.manifest import Manifest
@@ -17,7 +18,7 @@ def model_card(decomposition: Manifest, allocation: Manifest, results: dict[str,
         dtype: precision of the stored weights.
     """
     model = decomposition.model
-    base = model["location"] if model["kind"] == "hub" else model["requested"]
+    base = display_name(model)
     front = [
         "---",
         "library_name: transformers",
@@ -39,6 +40,12 @@ def model_card(decomposition: Manifest, allocation: Manifest, results: dict[str,
         _reproduce(decomposition, allocation),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def display_name(model: dict[str, Any]) -> str:
+    """Return how a shared file should call a model: a hub id, or a name without the folders of this machine."""
+    location = str(model["location"])
+    return location if model["kind"] in ("hub", "wheel") else Path(location).name
 
 
 def _what(decomposition: Manifest, allocation: Manifest, results: dict[str, Any], base: str) -> str:

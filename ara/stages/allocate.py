@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def allocate(
     Raises:
         AraError: no decomposition, a budget that cannot be met, a ranks file that does not fit.
     """
+    started = time.monotonic()
     workspace = run.open()
     with workspace.lock(run.command):
         decomposition = workspace.require("decompose", factors)
@@ -53,7 +55,7 @@ def allocate(
             return already_done(done, run)
         allocation = _from_file(config, ranks, specs) if ranks else _by_method(config, decomposition, specs)
         results = summary(allocation, specs, decomposition.manifest.results["model_parameters"])
-        with workspace.writer("allocate", name, facts, command=run.command) as stage:
+        with workspace.writer("allocate", name, facts, command=run.command, started=started) as stage:
             about = {"method": "file" if ranks else config.method, **{k: v for k, v in results.items() if k != "kinds"}}
             (stage.folder / RANKS_FILE).write_text(ranks_document(allocation, about), encoding="utf-8")
             stage.results.update(results)

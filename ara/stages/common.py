@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ara.errors import ModelError
+from ara.errors import ModelError, UsageError
 from ara.models.linears import LinearSpec
 from ara.progress import SILENT, Reporter
 from ara.workspace import StageView, Workspace
@@ -68,6 +68,22 @@ def specs_of(decomposition: StageView) -> list[LinearSpec]:
     """Return the factorised layers that the manifest of a decomposition lists."""
     assert decomposition.manifest is not None
     return [LinearSpec(**module) for module in decomposition.manifest.results["modules"]]
+
+
+def check_window(seq_len: int, model_config: Any) -> int | None:
+    """Return how many positions the model has, or ``None`` if it does not say.
+
+    Args:
+        seq_len: tokens per window that somebody asked for.
+        model_config: of transformers.
+
+    Raises:
+        UsageError: ``seq_len`` is more than the model can read.
+    """
+    limit: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and seq_len > limit:
+        raise UsageError(f"--seq-len {seq_len} is more than the {limit} positions of the model", f"use at most {limit}")
+    return limit
 
 
 def layer_file(layer: int) -> str:

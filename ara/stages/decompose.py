@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,14 +15,15 @@ import torch
 from ara.calibration.moments import InputAccumulator, InputStats, collect_moments, shared_inputs
 from ara.config import DecomposeConfig, method_options
 from ara.decomposition import DECOMPOSITIONS
-from ara.decomposition.base import Decomposition
+from ara.decomposition.base import Decomposition, refuse_nonfinite
+from ara.decomposition.parallel import map_layers
 from ara.errors import DiskFullError, NumericalError
 from ara.models.linears import LinearSpec, find_linears, weight_of
 from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.stage_writer import StageWriter
-from ara.stages.common import Run, already_done, layer_file
+from ara.stages.common import Run, already_done, check_window, layer_file
 from ara.workspace import StageView, Workspace
 
 if TYPE_CHECKING:
@@ -43,6 +47,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
     Raises:
         AraError: anything that is wrong with model, text, disk or workspace.
     """
+    started = time.monotonic()
     entry = DECOMPOSITIONS.entry(config.method)
     method: Decomposition = entry.load()(method_options(entry.load().Options, config.options))
     placement = choose_placement(config.device, config.dtype)
@@ -71,7 +76,9 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         _preflight(model, linears, workspace, run)
         if windows is not None:
             _warn_if_few(windows, linears, run)
-        with workspace.writer("decompose", name, facts, seed=config.seed, command=run.command, resumable=True) as stage:
+        with workspace.writer(
+            "decompose", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
+        ) as stage:
             stage.results.update(_overview(model, linears, windows, documents.origin if documents else None))
             _factor_layers(model, linears, method, windows, config, stage, run)
         return workspace.view(f"decompose/{name}")
@@ -95,6 +102,7 @@ def _windows(
 
     if documents is None:
         return None
+    check_window(config.seq_len, source.config)
     windows = cached_calibration_windows(
         workspace.cache / "tokens",
         source.load_tokenizer(),
@@ -126,7 +134,7 @@ def _advised(width: int, seq_len: int) -> int:
 
 
 def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], workspace: Workspace, run: Run) -> None:
-    """Refuse to start what the disk cannot hold."""
+    """Refuse to start what the disk cannot hold, or what a broken weight would stop halfway."""
     needed = sum(spec.full_rank * spec.rank_cost for spec in linears) * model.dtype.itemsize
     free = shutil.disk_usage(workspace.root).free
     run.report.fact(f"{len(linears)} linear layers; their factors take {needed / 2**20:,.0f} MiB")
@@ -135,6 +143,9 @@ def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], workspace:
             f"the factors need {needed / 2**20:,.0f} MiB, {workspace.root} has {free / 2**20:,.0f} MiB free",
             "free some space or choose another workspace with -w",
         )
+    for spec in linears:
+        with _naming(spec):
+            refuse_nonfinite(weight_of(model.get_submodule(spec.name)))
 
 
 def _overview(
@@ -175,22 +186,21 @@ def _factor_layers(
             stats = collect_moments(model, chunk, owners, windows.ids, config.batch_size, run.report)
         with run.report.bar(f"Factoring blocks {chunk[0].layer + 1} to {chunk[-1].layer + 1}", len(chunk)) as bar:
             for layer in dict.fromkeys(spec.layer for spec in chunk):
+                work = [(spec, stats.get(owners.get(spec.name, ""))) for spec in chunk if spec.layer == layer]
                 tensors: dict[str, torch.Tensor] = {}
-                for spec in (spec for spec in chunk if spec.layer == layer):
-                    tensors |= _factor(model, spec, method, stats.get(owners.get(spec.name, "")))
+                for factors in map_layers(partial(_factor, model, method), work, model.device):
+                    tensors |= factors
                     bar.advance()
                 stage.tensors(layer_file(layer), tensors)
 
 
 def _factor(
-    model: PreTrainedModel, spec: LinearSpec, method: Decomposition, stats: InputStats | None
+    model: PreTrainedModel, method: Decomposition, spec: LinearSpec, stats: InputStats | None
 ) -> dict[str, torch.Tensor]:
     """Factor one layer; returns what is stored: A (r, n) and B (m, r) in the model's dtype, the spectrum in float64."""
     weight = weight_of(model.get_submodule(spec.name))
-    try:
+    with _naming(spec):
         factors = method.decompose(weight, stats)
-    except NumericalError as error:
-        raise NumericalError(f"{spec.name}: {error}", error.hint) from None
     stored = {
         f"{spec.name}.A": factors.a.to(weight.dtype).cpu(),
         f"{spec.name}.B": factors.b.to(weight.dtype).cpu(),
@@ -200,6 +210,15 @@ def _factor(
         if not torch.isfinite(tensor).all():
             raise NumericalError(f"{key} holds NaN or infinity in {tensor.dtype}", "try --dtype float32")
     return stored
+
+
+@contextmanager
+def _naming(spec: LinearSpec) -> Iterator[None]:
+    """Put the layer's name in front of what is wrong with its numbers."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{spec.name}: {error}", error.hint) from None
 
 
 def _moment_bytes(config: DecomposeConfig, model: PreTrainedModel) -> int:

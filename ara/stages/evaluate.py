@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from ara.allocation.uniform import Uniform
 from ara.calibration.texts import check_text_spec, load_documents
 from ara.calibration.tokens import evaluation_windows
 from ara.config import EvalConfig
-from ara.errors import UsageError
 from ara.evaluation.generation import greedy_continuation
 from ara.evaluation.perplexity import VariantRun, interleaved_perplexity
 from ara.models.accounting import parameter_count, weight_bytes
@@ -26,7 +26,7 @@ from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
 from ara.stages.allocate import load_modules, read_allocation
-from ara.stages.common import Run, already_done, model_of, specs_of
+from ara.stages.common import Run, already_done, check_window, model_of, specs_of
 from ara.stages.truncate import CHECKPOINT, decomposition_of, factor_files
 from ara.workspace import StageView, parent_of
 
@@ -64,6 +64,7 @@ def evaluate(config: EvalConfig, run: Run, *, checkpoint: str | None = None) -> 
     Raises:
         AraError: a stage is missing or stale, a text is missing, a model yields NaN.
     """
+    started = time.monotonic()
     for task in config.tasks:
         check_text_spec(task)
     placement = choose_placement(config.device, config.dtype)
@@ -98,7 +99,7 @@ def evaluate(config: EvalConfig, run: Run, *, checkpoint: str | None = None) -> 
         if done is not None and not run.force:
             return already_done(done, run)
         variants = _variants(truncated, chosen, decomposition, source, resolved)
-        with workspace.writer("eval", name, facts, command=run.command) as stage:
+        with workspace.writer("eval", name, facts, command=run.command, started=started) as stage:
             stage.results.update(_measure(variants, resolved, texts, source, truncated, run))
             text = json.dumps(stage.results, indent=1, allow_nan=False)
             (stage.folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
@@ -116,12 +117,8 @@ def window_length(asked: int | None, model_config: Any) -> int:
     Raises:
         UsageError: more was asked for than the model can read.
     """
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if asked is None:
-        return min(_DEFAULT_SEQ_LEN, limit or _DEFAULT_SEQ_LEN)
-    if limit is not None and asked > limit:
-        raise UsageError(f"--seq-len {asked} is more than the {limit} positions of the model", f"use at most {limit}")
-    return asked
+    limit = check_window(asked or 0, model_config)
+    return asked or min(_DEFAULT_SEQ_LEN, limit or _DEFAULT_SEQ_LEN)
 
 
 def _variants(
@@ -150,8 +147,13 @@ def _variants(
     variants = [Variant("dense", load_dense, 1.0)]
     if not _same(uniform, read_allocation(chosen, specs)):
         variants.append(Variant("uniform", load_uniform, uniform.keep(specs)))
-    variants.append(Variant(truncated.name, load_chosen, keep))
+    variants.append(Variant(_label(truncated), load_chosen, keep))
     return variants
+
+
+def _label(truncated: StageView) -> str:
+    """Return what the chosen model is called in the table; never the name of another row."""
+    return truncated.key if truncated.name in ("dense", "uniform") else truncated.name
 
 
 def _same(a: Allocation, b: Allocation) -> bool:
@@ -201,9 +203,9 @@ def _measure(
     dense = figures["dense"]["parameters"]
     for row in figures.values():
         row["model_keep"] = row["parameters"] / dense
-    figures[truncated.name]["disk_bytes"] = truncated.manifest.results["disk_bytes"]
+    figures[_label(truncated)]["disk_bytes"] = truncated.manifest.results["disk_bytes"]
     return {
-        "chosen": truncated.name,
+        "chosen": _label(truncated),
         "variants": figures,
         "tasks": {
             task: {**values, "models": {v.name: values["models"][v.name] for v in variants}}

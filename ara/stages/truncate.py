@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ara.models.accounting import parameter_count, weight_bytes
 from ara.models.checkpoint import apply_factors, checkpoint_bytes, save_checkpoint
 from ara.models.linears import LinearSpec
 from ara.models.placement import torch_dtype
-from ara.reporting.model_card import model_card
+from ara.reporting.model_card import display_name, model_card
 from ara.stages.allocate import read_allocation
 from ara.stages.common import Run, already_done, layer_file, model_of, specs_of
 from ara.workspace import StageView, Workspace, parent_of
@@ -31,6 +32,7 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
     Raises:
         AraError: a stage is missing or stale, the model has changed, the disk is full.
     """
+    started = time.monotonic()
     workspace = run.open()
     with workspace.lock(run.command):
         chosen = workspace.require("allocate", allocation)
@@ -53,7 +55,7 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
         model = source.load_model(torch_dtype(dtype), "cpu")
         dense_bytes = weight_bytes(model)
         apply_factors(model, ranks, factor_files(decomposition, specs))
-        with workspace.writer("truncate", name, facts, command=run.command) as stage:
+        with workspace.writer("truncate", name, facts, command=run.command, started=started) as stage:
             folder = stage.folder / CHECKPOINT
             parameters, stored = parameter_count(model), weight_bytes(model)
             stage.results.update(
@@ -105,7 +107,7 @@ def provenance(decomposition: Manifest, allocation: Manifest) -> dict[str, Any]:
     """Return what ``config.json`` says of how the checkpoint was made."""
     return {
         "ara_version": allocation.versions["ara"],
-        "base_model": decomposition.model["requested"],
+        "base_model": display_name(decomposition.model),
         "base_fingerprint": decomposition.model["fingerprint"],
         "decomposition": decomposition.config["method"],
         "decomposition_id": decomposition.id,

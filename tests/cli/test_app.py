@@ -1,0 +1,371 @@
+"""The commands as people type them: help, streams, exit codes, JSON."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TrainMasksConfig, TruncateConfig
+from ara.models.sources import ModelSource
+from ara.pipeline import STAGES
+from ara.version import __version__
+from ara_cli.app import app
+from export.config import ExportConfig
+from tests.damage import contents, stamps
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMMANDS = typer.main.get_command(app).commands
+NAME = "energy-0.70"
+# Seconds of CPU (user and system) that `ara --help` may take.
+HELP_LIMIT = 0.3
+
+CONFIGS = {
+    "decompose": DecomposeConfig,
+    "train-masks": TrainMasksConfig,
+    "allocate": AllocateConfig,
+    "truncate": TruncateConfig,
+    "eval": EvalConfig,
+    "export": ExportConfig,
+}
+# Options that are called otherwise than the config field.
+OPTION_OF = {"options": "option"}
+# Fields that no option sets: worked out from --ranks, and the only target so far (--onnx).
+UNSET = {("allocate", "ranks_sha256"), ("export", "target")}
+RUN_OPTIONS = {
+    "keep": (AllocateConfig, "keep"),
+    "method": (AllocateConfig, "method"),
+    "decomposition": (DecomposeConfig, "method"),
+    "rank_multiple": (AllocateConfig, "rank_multiple"),
+    **{name: (DecomposeConfig, name) for name in ("model", "text", "samples", "seq_len", "seed", "device", "dtype")},
+    **{name: (DecomposeConfig, name) for name in ("revision", "trust_remote_code")},
+    **{name: (EvalConfig, name) for name in ("tasks", "max_windows", "prompt")},
+    "eval_seq_len": (EvalConfig, "seq_len"),
+}
+
+
+def ara(*arguments, env=None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=env)
+
+
+def done(*arguments, env=None):
+    result = ara(*arguments, env=env)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture
+def words(tiny_llama, tiny_text):
+    """Return the model and settings of the finished workspace, as `ara run` takes them."""
+    settings = ["--text", tiny_text, "--samples", 16, "--seq-len", 48, "--device", "cpu", "--dtype", "float32"]
+    return [tiny_llama, *settings, "--tasks", tiny_text, "--eval-seq-len", 64, "--max-windows", 4]
+
+
+@pytest.fixture
+def each(words, tiny_text, tmp_path):
+    """Return one full command line per command that does something."""
+    place = ["-w", tmp_path / "ws"]
+    return [
+        ["decompose", *words[:-6], *place],
+        ["allocate", "--keep", 0.7, *place],
+        ["truncate", *place],
+        ["eval", "--tasks", tiny_text, "--seq-len", 64, "--max-windows", 2, "--device", "cpu", *place],
+        ["run", *words, "--keep", 0.6, *place],
+        ["status", *place],
+        ["models"],
+        ["methods"],
+    ]
+
+
+def test_help_lists_the_commands_in_the_order_of_the_pipeline():
+    text = done("--help").stdout
+    listed = re.findall(r"^  ([a-z-]+) ", text[text.index("Commands:") :], re.MULTILINE)
+    assert listed == ["run", *(stage.name for stage in STAGES), "status", "models", "methods"]
+    assert listed == list(COMMANDS)
+    for stage in STAGES:
+        assert f"  {stage.name} " in text
+        assert stage.title in done(stage.name, "--help").stdout
+
+
+def test_help_without_words_and_in_short():
+    assert done("-h").stdout == done("--help").stdout
+    assert "Commands:" in ara().output
+
+
+def test_help_is_cheap():
+    script = (
+        "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'ara_cli', '--help'], check=True, "
+    )
+    script += "stdout=-3); used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime)"
+    command = [sys.executable, "-c", script]
+    # As installed, with bytecode: the first run writes it and does not count.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    times = []
+    for _ in range(6):
+        result = subprocess.run(
+            command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=True, timeout=60
+        )
+        times.append(float(result.stdout))
+    assert min(times[1:]) < HELP_LIMIT, times
+
+
+def test_no_help_imports_torch_or_transformers():
+    script = f"""
+import sys
+from typer.testing import CliRunner
+from ara_cli.app import app
+for command in {[[], *([name] for name in COMMANDS)]}:
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0 and "Usage:" in result.stdout, command
+    heavy = sorted(set(sys.modules) & {{"torch", "transformers", "datasets", "numpy", "onnxruntime", "lm_eval"}})
+    assert not heavy, (command, heavy)
+print("checked")
+"""
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "checked\n", result.stderr
+
+
+def test_version():
+    assert done("--version").stdout == f"ara {__version__}\n"
+
+
+def test_entry_points():
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"ara": "ara_cli.app:main", "ara-svd": "ara_cli.app:main"}
+    assert (REPOSITORY / "ara_cli" / "__main__.py").is_file()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_speaks_json_and_can_be_quiet(name):
+    flags = {flag for parameter in COMMANDS[name].params for flag in parameter.opts}
+    assert {"--json", "--quiet", "-q"} <= flags
+    if name not in ("models", "methods"):
+        assert {"--workspace", "-w"} <= flags
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_field_of_a_config_is_an_option_with_the_same_words(name):
+    options = {parameter.name: parameter for parameter in COMMANDS[name].params}
+    for field, info in CONFIGS[name].model_fields.items():
+        if (name, field) in UNSET:
+            assert field not in options
+            continue
+        assert options[OPTION_OF.get(field, field)].help == info.description, field
+
+
+def test_options_of_run_have_the_words_of_their_stages():
+    options = {parameter.name: parameter for parameter in COMMANDS["run"].params}
+    own = {"remove", "no_eval", "workspace", "force", "quiet", "as_json", "help"}
+    assert set(options) - own == set(RUN_OPTIONS)
+    for name, (config, field) in RUN_OPTIONS.items():
+        assert options[name].help == config.model_fields[field].description, name
+
+
+def test_defaults_of_the_options_are_those_of_the_configs():
+    for name, config in CONFIGS.items():
+        for parameter in COMMANDS[name].params:
+            field = config.model_fields.get(parameter.name)
+            # What is None on the command line is filled in from the config, or has no default.
+            if field is None or field.is_required() or parameter.default in (None, ()):
+                continue
+            value = field.get_default(call_default_factory=True)
+            assert parameter.default == (",".join(value) if parameter.name == "tasks" else value), parameter.name
+    assert AllocateConfig().keep == 0.8
+
+
+def test_json_is_exactly_one_document_for_every_command(each):
+    keys = {
+        "decompose": "results",
+        "allocate": "results",
+        "truncate": "results",
+        "eval": "results",
+        "run": "stages",
+        "status": "next",
+        "models": "models",
+        "methods": "decompositions",
+    }
+    for command in each:
+        result = done(*command, "--json")
+        assert keys[command[0]] in json.loads(result.stdout), command
+        assert "\x1b" not in result.output
+    assert len(each) == len(keys)
+
+
+def test_quiet_says_nothing_on_stderr_and_the_results_on_stdout(each):
+    for command in each:
+        result = done(*command, "-q")
+        assert result.stderr == "", command
+        assert result.stdout.strip(), command
+        result = done(*command, "-q", "--json")
+        assert result.stderr == "", command
+        json.loads(result.stdout)
+
+
+def test_words_tell_what_was_done_and_what_comes_next(each, tmp_path):
+    following = {"decompose": "allocate", "allocate": "truncate", "truncate": "eval", "eval": "allocate"}
+    for command in each[:4]:
+        result = done(*command)
+        assert f"Saved in {tmp_path}" in result.stderr
+        assert f"Next: ara {following[command[0]]}" in result.stderr
+        for output in (result.stdout, result.stderr):
+            assert "\x1b" not in output
+            assert "\r" not in output
+
+
+def test_output_of_a_real_process_has_no_escape_codes(finished):
+    """A pipe is no terminal, whatever FORCE_COLOR and TERM say of others."""
+    env = {**os.environ, "NO_COLOR": "1", "TERM": "xterm-256color"}
+    command = [sys.executable, "-m", "ara_cli", "status", "-w", str(finished)]
+    result = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert "decompose" in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr
+
+
+def test_status_shows_every_stage_and_state(copied):
+    (copied / "truncate" / ".energy-0.50.partial").mkdir()
+    manifest = copied / "eval" / f"{NAME}-story" / "manifest.json"
+    manifest.write_text("{")
+    document = json.loads(done("status", "-w", copied, "--json").stdout)
+    states = {(stage["stage"], stage["name"]): stage["state"] for stage in document["stages"]}
+    assert states == {
+        ("decompose", "whitened"): "done",
+        ("allocate", NAME): "done",
+        ("truncate", NAME): "done",
+        ("truncate", "energy-0.50"): "partial",
+        ("eval", f"{NAME}-story"): "damaged",
+    }
+    assert document["missing"] == ["train-masks", "export"]
+    assert document["next"] == "ara eval --tasks wikitext2"
+    text = done("status", "-w", copied).stdout
+    rows = [line.split()[0] for line in text.splitlines() if line.strip() and line.split()[0] in CONFIGS]
+    assert list(dict.fromkeys(rows)) == [stage.name for stage in STAGES]
+
+
+def test_status_changes_nothing(copied):
+    before = stamps(copied)
+    done("status", "-w", copied)
+    assert stamps(copied) == before
+
+
+def test_workspace_from_the_environment(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert ara("status").exit_code == 1
+    document = json.loads(done("status", "--json", env={"ARA_WORKSPACE": str(finished)}).stdout)
+    assert document["workspace"] == str(finished)
+    other = ara("status", "-w", tmp_path / "other", env={"ARA_WORKSPACE": str(finished)})
+    assert str(tmp_path / "other") in other.stderr  # -w goes first
+
+
+def test_default_workspace_is_in_the_current_folder(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ARA_WORKSPACE", raising=False)
+    done("decompose", *words[:-6], "-q")
+    assert (tmp_path / "ara-workspace" / "workspace.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["ara-workspace"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["train-masks"], ["is not there yet", "learned ranks", "ara allocate --method energy"]),
+        (["export"], ["is not there yet", "arrives with ONNX"]),
+        (["export", "--onnx"], ["is not there yet", "arrives with ONNX"]),
+    ],
+)
+def test_commands_that_are_to_come_say_so(copied, command, words):
+    before = contents(copied)
+    result = ara(*command, "-w", copied)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["error", "hint"]
+    for word in words:
+        assert word in result.stderr
+    assert contents(copied) == before
+    document = json.loads(ara(*command, "-w", copied, "--json").stdout)
+    assert set(document) == {"error", "hint"}
+
+
+def test_error_with_json_is_the_one_document(tmp_path):
+    result = ara("truncate", "-w", tmp_path / "none", "--json")
+    assert result.exit_code == 1
+    assert "there is no workspace" in json.loads(result.stdout)["error"]
+
+
+def test_run_again_computes_nothing(copied, words, monkeypatch):
+    """The finished workspace was made by the library with the same settings."""
+    done("run", *words, "--keep", "0.7", "-w", copied, "-q")
+    before = {name: stamp for name, stamp in stamps(copied).items() if "/" in name}
+
+    def load_model(self, *args):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(ModelSource, "load_model", load_model)
+    result = done("run", *words, "--keep", "0.7", "-w", copied)
+    assert {name: stamp for name, stamp in stamps(copied).items() if "/" in name} == before
+    assert result.stderr.count("is there already") == 4
+    assert "perplexity" in result.stdout  # the figures are shown again
+
+
+def test_run_with_several_budgets(copied, words):
+    before = stamps(copied / "decompose")
+    document = json.loads(done("run", *words, "--keep", 0.8, "--keep", 0.6, "-w", copied, "--json").stdout)
+    assert [(Path(stage["path"]).parent.name, stage["name"]) for stage in document["stages"]] == [
+        ("decompose", "whitened"),
+        ("allocate", "energy-0.80"),
+        ("truncate", "energy-0.80"),
+        ("eval", "energy-0.80-story"),
+        ("allocate", "energy-0.60"),
+        ("truncate", "energy-0.60"),
+        ("eval", "energy-0.60-story"),
+    ]
+    assert stamps(copied / "decompose") == before
+    sizes = [stage["results"]["disk_bytes"] for stage in document["stages"] if stage["path"].count("/truncate/")]
+    assert sizes[0] > sizes[1]
+
+
+def test_run_with_remove_and_without_eval(copied, words):
+    document = json.loads(done("run", *words, "--remove", 0.45, "--no-eval", "-w", copied, "--json").stdout)
+    assert [stage["name"] for stage in document["stages"]] == ["whitened", "energy-0.55", "energy-0.55"]
+    assert document["stages"][1]["config"]["keep"] == 0.55
+
+
+def test_allocate_takes_remove_ranks_and_factors(copied):
+    assert json.loads(done("allocate", "--remove", 0.2, "-w", copied, "--json").stdout)["name"] == "energy-0.80"
+    file = copied / "allocate" / "energy-0.80" / "ranks.json"
+    document = json.loads(file.read_text())
+    document["ranks"]["model.layers.0.mlp.up_proj"] = 2
+    (copied.parent / "mine.json").write_text(json.dumps(document))
+    words = ("--ranks", copied.parent / "mine.json", "--factors", "whitened", "--name", "edited")
+    result = json.loads(done("allocate", *words, "-w", copied, "--json").stdout)
+    assert result["name"] == "edited"
+    assert result["config"]["keep"] is None
+    assert json.loads((copied / "allocate" / "edited" / "ranks.json").read_text())["ranks"] == document["ranks"]
+
+
+def test_manifest_keeps_the_words_that_were_typed(copied, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/ara", "allocate", "--keep", "0.5", "--name", "a b"])
+    done("allocate", "--keep", "0.5", "--name", "a b", "-w", copied)
+    manifest = json.loads((copied / "allocate" / "a b" / "manifest.json").read_text())
+    assert manifest["command"] == "ara allocate --keep 0.5 --name 'a b'"
+
+
+def test_ctrl_c_is_no_traceback(copied, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ara.stages.allocate.load_modules", interrupted)
+    before = contents(copied / "allocate")
+    result = ara("allocate", "--keep", "0.5", "-w", copied)
+    assert result.exit_code == 130
+    assert "warning: interrupted" in result.stderr
+    assert "Traceback" not in result.output
+    assert contents(copied / "allocate") == before

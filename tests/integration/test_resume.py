@@ -1,0 +1,258 @@
+"""Processes killed in the middle of a stage, for real, and what the next command makes of it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
+from ara.errors import WorkspaceError
+from ara.manifest import read_manifest, verify_files
+from ara.progress import SILENT
+from ara.stages.allocate import allocate
+from ara.stages.common import Run
+from ara.stages.decompose import decompose
+from ara.stages.evaluate import evaluate
+from ara.stages.truncate import truncate
+from ara.workspace import Workspace
+from ara_cli.app import app
+from tests.damage import contents, flip, listing, stamps
+from tests.tiny import save_tiny
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NAME = "energy-0.70"
+# Imports everything once. Then, per line of stdin, a forked process runs `ara ARGUMENTS` and kills itself, as kill -9
+# does, at the N-th call of a function (before or after running its body). Answers with the wait status.
+SERVER = """
+import importlib, json, os, signal, sys
+from ara_cli.app import main
+import ara.stages.decompose, ara.stages.evaluate, ara.stages.truncate, transformers.models.llama.modeling_llama
+print("ready", flush=True)
+for line in sys.stdin:
+    place, count, after, arguments, log = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitpid(child, 0)[1], flush=True)
+        continue
+    with open(log, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    module, _, path = place.partition(":")
+    owner = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    original, calls = getattr(owner, name), []
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) < count:
+            return original(*args, **kwargs)
+        if after == "after":
+            original(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+    setattr(owner, name, killed)
+    sys.argv = ["ara", *arguments]
+    main()
+    os._exit(0)
+"""
+
+
+@pytest.fixture(scope="session")
+def killed(tmp_path_factory):
+    """Return a function that runs a command in a process of its own and has it killed."""
+    log = tmp_path_factory.mktemp("log") / "log.txt"
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdout.readline() == "ready\n"
+
+        def run(place, count, after, *arguments):
+            server.stdin.write(json.dumps([place, count, after, arguments, str(log)]) + "\n")
+            server.stdin.flush()
+            status = int(server.stdout.readline())
+            assert os.WIFSIGNALED(status), log.read_text()
+            assert os.WTERMSIG(status) == signal.SIGKILL, log.read_text()
+
+        yield run
+        server.stdin.close()
+
+
+def decompose_arguments(settings, root):
+    options = {name.replace("_", "-"): str(value) for name, value in settings.items() if name != "model"}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return ["decompose", settings["model"], *words, "-w", str(root)]
+
+
+def status(root):
+    result = CliRunner().invoke(app, ["status", "-w", str(root), "--json"])
+    assert result.exit_code == 0, result.output
+    return {f"{stage['stage']}/{stage['name']}": stage["state"] for stage in json.loads(result.stdout)["stages"]}
+
+
+class Heard:
+    """A reporter that remembers facts and the labels of bars."""
+
+    def __init__(self):
+        self.facts, self.bars = [], []
+
+    def step(self, text):
+        pass
+
+    def fact(self, text):
+        self.facts.append(text)
+
+    def warn(self, text):
+        self.facts.append(text)
+
+    def bar(self, label, total):
+        self.bars.append(label)
+        return SILENT.bar(label, total)
+
+
+@pytest.fixture(scope="session")
+def killed_root(tmp_path_factory, tiny_settings, killed):
+    """A workspace whose decomposition was killed after two of three blocks; only to be read."""
+    root = tmp_path_factory.mktemp("killed") / "ws"
+    settings = {**tiny_settings, "moment_memory": 1e-6}  # one block per pass
+    killed("ara.stage_writer:StageWriter.tensors", 3, "before", *decompose_arguments(settings, root))
+    return root
+
+
+@pytest.fixture
+def cut(killed_root, tmp_path):
+    return Path(shutil.copytree(killed_root, tmp_path / "cut"))
+
+
+def test_killed_decomposition_leaves_a_part_that_status_shows(cut):
+    partial = cut / "decompose" / ".whitened.partial"
+    assert listing(partial) == {"layer-000.safetensors", "layer-001.safetensors", ".journal.json"}
+    assert not (cut / "decompose" / "whitened").exists()
+    assert status(cut) == {"decompose/whitened": "partial"}
+    result = CliRunner().invoke(app, ["allocate", "-w", str(cut)])
+    assert result.exit_code == 1
+    assert "has no result of ara decompose yet" in result.stderr
+
+
+def test_killed_decomposition_goes_on_and_gives_the_same_bytes(cut, finished, tiny_settings):
+    partial = cut / "decompose" / ".whitened.partial"
+    before = {name: stamp for name, stamp in stamps(partial).items() if name.endswith(".safetensors")}
+    heard = Heard()
+    config = DecomposeConfig(**{**tiny_settings, "moment_memory": 1e-6})
+    view = decompose(config, Run(cut, report=heard))
+    assert "going on after an interruption: 2 blocks are done" in heard.facts
+    assert heard.bars == ["Reading inputs of blocks 3 to 3", "Factoring blocks 3 to 3"]
+    after = stamps(view.path)
+    assert {name: after[name] for name in before} == before  # not written again
+    assert not partial.exists()
+    assert contents(view.path, "*.safetensors") == contents(finished / "decompose" / "whitened", "*.safetensors")
+    manifest = read_manifest(view.path)
+    verify_files(view.path, manifest)
+    uninterrupted = read_manifest(finished / "decompose" / "whitened")
+    assert manifest.tensors == uninterrupted.tensors
+    assert manifest.files == uninterrupted.files
+    assert manifest.results == uninterrupted.results
+    assert listing(cut) == {
+        "workspace.json",
+        ".lock",
+        *(f"cache/{name}" for name in listing(cut / "cache")),
+        *(f"decompose/whitened/{name}" for name in (*manifest.files, "manifest.json")),
+    }
+
+
+def test_part_made_with_other_settings_is_not_gone_on_with(cut, tiny_settings):
+    heard = Heard()
+    config = DecomposeConfig(**{**tiny_settings, "moment_memory": 1e-6, "seed": 5})
+    view = decompose(config, Run(cut, report=heard))
+    assert not any("going on" in fact for fact in heard.facts)
+    assert "Factoring blocks 1 to 1" in heard.bars
+    verify_files(view.path, view.manifest)
+
+
+def test_part_with_a_damaged_file_is_not_gone_on_with(cut, finished, tiny_settings):
+    flip(cut / "decompose" / ".whitened.partial" / "layer-000.safetensors", -5)
+    heard = Heard()
+    view = decompose(DecomposeConfig(**{**tiny_settings, "moment_memory": 1e-6}), Run(cut, report=heard))
+    assert not any("going on" in fact for fact in heard.facts)
+    assert contents(view.path, "*.safetensors") == contents(finished / "decompose" / "whitened", "*.safetensors")
+
+
+def test_part_belongs_to_its_model(cut, tiny_text, tmp_path):
+    other = save_tiny(tmp_path / "other", "qwen3")
+    before = contents(cut / "decompose")
+    with pytest.raises(WorkspaceError, match="belongs to"):
+        decompose(DecomposeConfig(model=str(other), text=tiny_text, samples=2, seq_len=40, device="cpu"), Run(cut))
+    assert contents(cut / "decompose") == before
+
+
+def test_killed_before_the_first_layer_starts_over(killed, tmp_path, tiny_settings, finished):
+    root = tmp_path / "ws"
+    killed("ara.stages.decompose:_factor", 4, "after", *decompose_arguments(tiny_settings, root))
+    assert status(root) == {"decompose/whitened": "partial"}
+    view = decompose(DecomposeConfig(**tiny_settings), Run(root))
+    assert contents(view.path, "*.safetensors") == contents(finished / "decompose" / "whitened", "*.safetensors")
+    assert status(root) == {"decompose/whitened": "done"}
+
+
+def test_killed_while_its_manifest_is_written_goes_on(killed, tmp_path, tiny_settings):
+    """All layers are there: nothing is computed again."""
+    root = tmp_path / "ws"
+    killed("ara.manifest:Manifest.sealed", 1, "after", *decompose_arguments(tiny_settings, root))
+    heard = Heard()
+    view = decompose(DecomposeConfig(**tiny_settings), Run(root, report=heard))
+    assert "going on after an interruption: 3 blocks are done" in heard.facts
+    assert heard.bars == []
+    assert listing(view.path) == {*view.manifest.files, "manifest.json"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "place", "after"),
+    [
+        ("truncate", "ara.stages.truncate:model_card", "before"),
+        ("eval", "ara.stages.evaluate:interleaved_perplexity", "after"),
+    ],
+)
+def test_killed_truncate_and_eval_leave_a_part_that_the_next_run_replaces(
+    killed, copied, tiny_text, stage, place, after
+):
+    result = NAME if stage == "truncate" else f"{NAME}-story"
+    first = {name: sha for name, sha in contents(copied / stage / result).items() if name.endswith(".safetensors")}
+    shutil.rmtree(copied / stage / result)
+    words = ["--seq-len", "64", "--max-windows", "2", "--tasks", tiny_text, "--device", "cpu", "--dtype", "float32"]
+    killed(place, 1, after, stage, "-w", str(copied), *(words if stage == "eval" else ()))
+    partial = copied / stage / f".{result}.partial"
+    assert partial.is_dir()
+    assert status(copied)[f"{stage}/{result}"] == "partial"
+    assert status(copied)["decompose/whitened"] == status(copied)[f"allocate/{NAME}"] == "done"
+    (partial / "stray").write_text("of the killed process")
+    if stage == "truncate":
+        view = truncate(TruncateConfig(), Run(copied))
+    else:
+        config = EvalConfig(tasks=(tiny_text,), seq_len=64, max_windows=2, device="cpu", dtype="float32")
+        view = evaluate(config, Run(copied))
+    assert not partial.exists()
+    assert listing(view.path) == {*view.manifest.files, "manifest.json"}
+    assert "stray" not in view.manifest.files
+    assert {name: sha for name, sha in contents(view.path).items() if name in first} == first
+    assert Workspace.open(copied).require(stage).key == f"{stage}/{result}"
+
+
+def test_killed_between_the_renames_keeps_the_older_result(killed, copied):
+    before = contents(copied / "allocate" / NAME)
+    # --force: the first rename moves the older result away, the second would bring the new one.
+    killed("os:replace", 2, "before", "allocate", "--keep", "0.7", "--force", "-w", str(copied))
+    assert status(copied)[f"allocate/{NAME}"] == "partial"
+    allocate(AllocateConfig(keep=0.5), Run(copied))  # any command that writes puts things right
+    assert contents(copied / "allocate" / NAME) == before
+    assert not list((copied / "allocate").glob(".*.old"))
+    assert Workspace.open(copied).require("allocate", NAME).state == "done"

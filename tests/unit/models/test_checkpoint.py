@@ -1,0 +1,521 @@
+"""Compressed checkpoints of every family: written, loaded in three ways, saved again, multiplied back, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+import ara
+from ara.decomposition.plain import Plain
+from ara.errors import ModelError
+from ara.models.accounting import parameter_count, weight_bytes
+from ara.models.checkpoint import (
+    apply_factors,
+    checkpoint_bytes,
+    is_compressed,
+    load,
+    low_rank_layers,
+    read_config,
+    save_checkpoint,
+)
+from ara.models.linears import LinearSpec, bias_of, find_linears, weight_of
+from ara.models.modeling_ara import AraConfig, LowRankLinear, replace_linear
+from tests.tiny import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
+
+_REPOSITORY = Path(__file__).resolve().parents[3]
+_TIED = {"gemma", "opt", "gpt2"}
+_FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "modeling_ara.py",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+}
+
+
+def _ids() -> torch.Tensor:
+    return torch.randint(4, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(5))
+
+
+def _logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=_ids()).logits
+
+
+def _factor_file(model: PreTrainedModel, linears: list[LinearSpec], path: Path) -> dict[str, Path]:
+    tensors = {}
+    for spec in linears:
+        factors = Plain().decompose(weight_of(model.get_submodule(spec.name)), None)
+        tensors[f"{spec.name}.A"] = factors.a.float().contiguous()
+        tensors[f"{spec.name}.B"] = factors.b.float().contiguous()
+    save_file(tensors, path)
+    return {spec.name: path for spec in linears}
+
+
+def _half_ranks(linears: list[LinearSpec]) -> dict[str, int]:
+    """Return half of the full rank, one more for every further layer, and leave one layer of the first block dense."""
+    return {spec.name: spec.full_rank // 2 - spec.layer for spec in linears if spec.name != linears[1].name}
+
+
+def _compressed(
+    family: str, folder: Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, dict[str, int]]:
+    """Return a model with low-rank layers, and its ranks; its factors lie beside ``folder``."""
+    model = tiny_model(family)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32 when a model is loaded
+        parameter.data = parameter.data.to(dtype)
+    linears = find_linears(model)
+    ranks = _half_ranks(linears)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    apply_factors(model, ranks, _factor_file(model, linears, folder.with_suffix(".factors.safetensors")))
+    return model, ranks
+
+
+def _save(model: PreTrainedModel, folder: Path, ranks: dict[str, int], **options: Any) -> Path:
+    save_checkpoint(model, tiny_tokenizer(), folder, ranks=ranks, provenance={"made": "here"}, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with one checkpoint per family, and the in-memory models' logits beside them."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    expected = {}
+    for family in FAMILIES:
+        model, ranks = _compressed(family, root / family)
+        expected[family] = _logits(model)
+        _save(model, root / family, ranks)
+    save_file({"ids": _ids(), **expected}, root / "expected.safetensors")
+    return root
+
+
+def _copy(checkpoints: Path, family: str, to: Path, **quantization: Any) -> Path:
+    """Copy a checkpoint, with other values in its ``quantization_config``."""
+    folder = to / family
+    shutil.copytree(checkpoints / family, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= quantization
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# -- factors into a model ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_apply_factors_puts_the_first_components_in_place(family: str, tmp_path: Path) -> None:
+    dense = tiny_model(family)
+    model, ranks = _compressed(family, tmp_path / family)
+    assert low_rank_layers(model) == ranks
+    with safe_open(tmp_path / f"{family}.factors.safetensors", "pt") as file:
+        for name, rank in ranks.items():
+            layer, original = model.get_submodule(name), dense.get_submodule(name)
+            assert isinstance(layer, LowRankLinear)
+            assert layer.rank == rank
+            assert (layer.out_features, layer.in_features) == weight_of(original).shape
+            assert torch.equal(layer.A.weight, file.get_tensor(f"{name}.A")[:rank])
+            assert torch.equal(layer.B.weight, file.get_tensor(f"{name}.B")[:, :rank])
+            u, s, vt = torch.linalg.svd(weight_of(original).double(), full_matrices=False)
+            torch.testing.assert_close(layer.weight.double(), (u * s)[:, :rank] @ vt[:rank], rtol=0, atol=1e-5)
+            if bias_of(original) is None:
+                assert layer.bias is None
+            else:
+                assert layer.bias is not None and torch.equal(layer.bias, original.bias)
+    untouched = {name: p for name, p in dense.named_parameters() if not any(name.startswith(f"{n}.") for n in ranks)}
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in untouched.items())
+    saved = sum((d.m * d.n - ranks[d.name] * (d.m + d.n)) for d in find_linears(dense) if d.name in ranks)
+    assert parameter_count(dense) - parameter_count(model) == saved > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_rank_gives_the_dense_logits(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    expected = _logits(model)
+    linears = find_linears(model)
+    files = _factor_file(model, linears, tmp_path / "factors.safetensors")
+    apply_factors(model, {spec.name: spec.full_rank for spec in linears}, files)
+    torch.testing.assert_close(_logits(model), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_layer_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, bias, x = (torch.randn(*shape, generator=generator) for shape in ((5, 31), (23, 5), (23,), (2, 7, 31)))
+    layer = LowRankLinear.from_factors(a, b, bias)
+    assert (layer.in_features, layer.out_features, layer.rank) == (31, 23, 5)
+    assert torch.equal(layer.weight, b @ a)
+    torch.testing.assert_close(layer(x), x @ (b @ a).T + bias, rtol=1e-4, atol=1e-4)
+    assert layer.A.weight.data_ptr() == a.data_ptr()
+    assert {name for name, _ in layer.named_parameters()} == {"A.weight", "B.weight", "B.bias"}
+    assert "rank=5" in repr(layer)
+    assert LowRankLinear.from_factors(a, b).bias is None
+
+
+# -- three ways of loading --------------------------------------------------------------------------------------
+
+_SCRIPT = """
+import json, sys
+root, out, way = sys.argv[1:]
+if way == "without ara":
+    class Blocker:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in ("ara", "ara_cli", "export"):
+                raise ModuleNotFoundError(name)
+    sys.meta_path.insert(0, Blocker())
+    import transformers
+elif way == "ara first":
+    import ara, transformers
+else:
+    import transformers, transformers.quantizers.auto, ara
+import torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+torch.set_num_threads(1)
+expected = load_file(root + "/expected.safetensors")
+ids, logits, facts = expected.pop("ids"), {}, {}
+def read(model):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+for family in expected if way == "without ara" else ():
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(root + "/" + family, trust_remote_code=False)
+        facts[family] = "loaded"
+    except Exception as error:
+        facts[family] = type(error).__name__
+for family in expected:
+    folder = root + "/" + family
+    options = {"trust_remote_code": True} if way == "without ara" else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    assert not model.training
+    logits[family] = read(model)
+    if way == "ara first":
+        logits[family + " by ara.load"] = read(ara.load(folder))
+    else:
+        again = out + "-again/" + family
+        model.save_pretrained(again)
+        if way == "without ara":
+            logits[family + " again"] = read(transformers.AutoModelForCausalLM.from_pretrained(again))
+save_file(logits, out + ".safetensors")
+print(json.dumps({"facts": facts, "ara": "ara" in sys.modules}))
+"""
+
+
+def _run(checkpoints: Path, out: Path, way: str) -> dict[str, Any]:
+    """Load all families in a fresh process; returns what it said and the logits."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(out.parent / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    if way != "without ara":
+        environment["PYTHONPATH"] = str(_REPOSITORY)
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, str(checkpoints), str(out), way],
+        capture_output=True,
+        text=True,
+        cwd=out.parent,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {**json.loads(done.stdout.splitlines()[-1]), "logits": load_file(f"{out}.safetensors")}
+
+
+def _different(checkpoints: Path, logits: dict[str, torch.Tensor]) -> list[str]:
+    """Return the keys of ``logits`` that are not bit for bit those of the model in memory."""
+    expected = load_file(checkpoints / "expected.safetensors")
+    return [key for key, value in logits.items() if not torch.equal(value, expected[key.split()[0]])]
+
+
+def test_after_import_ara_and_by_ara_load(checkpoints: Path, tmp_path: Path) -> None:
+    done = _run(checkpoints, tmp_path / "out", "ara first")
+    assert set(done["logits"]) == {*FAMILIES, *(f"{family} by ara.load" for family in FAMILIES)}
+    assert _different(checkpoints, done["logits"]) == []
+
+
+def test_with_transformers_imported_before_ara(checkpoints: Path, tmp_path: Path) -> None:
+    done = _run(checkpoints, tmp_path / "out", "transformers first")
+    assert set(done["logits"]) == set(FAMILIES)
+    assert _different(checkpoints, done["logits"]) == []
+
+
+def test_without_ara_by_the_code_in_the_checkpoint_and_not_without_it(checkpoints: Path, tmp_path: Path) -> None:
+    done = _run(checkpoints, tmp_path / "out", "without ara")
+    assert done["ara"] is False
+    assert set(done["logits"]) == {*FAMILIES, *(f"{family} again" for family in FAMILIES)}
+    assert _different(checkpoints, done["logits"]) == []
+    # All were tried before with neither ara nor its code: an error, never random weights.
+    assert set(done["facts"]) == set(FAMILIES)
+    assert [family for family, outcome in done["facts"].items() if outcome == "loaded"] == []
+
+
+def test_a_reader_ignorant_of_ara_fails_for_every_family(checkpoints: Path, tmp_path: Path) -> None:
+    """Drop the quantization_config, as such a reader does: the empty guard tensor must stop the loading."""
+    for family in FAMILIES:
+        folder = tmp_path / family
+        shutil.copytree(checkpoints / family, folder)
+        config = json.loads((folder / "config.json").read_text())
+        del config["quantization_config"], config["auto_map"]
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(RuntimeError, match=r"mismatch"):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
+# -- saved again ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_saved_and_loaded_again(family: str, checkpoints: Path, tmp_path: Path) -> None:
+    model = load(checkpoints / family, device="cpu")
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again", device="cpu")
+    assert torch.equal(_logits(again), load_file(checkpoints / "expected.safetensors")[family])
+    assert low_rank_layers(again) == low_rank_layers(model)
+    config = read_config(tmp_path / "again")
+    assert "auto_map" not in config  # its code file is not there
+    assert config["quantization_config"] == read_config(checkpoints / family)["quantization_config"]
+    stored = [load_file(folder / "model.safetensors") for folder in (checkpoints / family, tmp_path / "again")]
+    assert set(stored[0]) == set(stored[1])
+    assert all(torch.equal(stored[0][key], stored[1][key]) for key in stored[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dequantize_gives_an_ordinary_dense_model(family: str, checkpoints: Path, tmp_path: Path) -> None:
+    model = load(checkpoints / family, device="cpu")
+    products = {n: m.weight.clone() for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    assert products
+    dense = model.dequantize()
+    assert low_rank_layers(dense) == {}
+    kind = Conv1D if family == "gpt2" else nn.Linear
+    for name, product in products.items():
+        layer = dense.get_submodule(name)
+        assert isinstance(layer, kind)
+        torch.testing.assert_close(weight_of(layer), product)
+    expected = load_file(checkpoints / "expected.safetensors")[family]
+    torch.testing.assert_close(_logits(dense), expected, rtol=1e-3, atol=1e-3)
+    dense.save_pretrained(tmp_path / "dense")
+    config = read_config(tmp_path / "dense")
+    assert "quantization_config" not in config and "auto_map" not in config
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert type(again) is type(tiny_model(family))
+    assert torch.equal(_logits(again), _logits(dense))
+    assert parameter_count(again) == parameter_count(tiny_model(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dense_checkpoint_is_an_ordinary_one(family: str, tmp_path: Path) -> None:
+    model, ranks = _compressed(family, tmp_path / family)
+    expected = _logits(model)
+    folder = _save(model, tmp_path / "dense", ranks, dense=True)
+    assert {path.name for path in folder.iterdir()} == _FILES - {"modeling_ara.py"}
+    config = read_config(folder)
+    assert "quantization_config" not in config and "auto_map" not in config
+    assert not is_compressed(folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    ordinary = tmp_path / "ordinary"
+    tiny_model(family).save_pretrained(ordinary)
+    with safe_open(ordinary / "model.safetensors", "pt") as file:
+        assert shapes == {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    torch.testing.assert_close(_logits(load(folder, device="cpu")), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_nothing_low_rank_is_an_ordinary_checkpoint_too(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    folder = _save(model, tmp_path / "all-dense", {})
+    assert {path.name for path in folder.iterdir()} == _FILES - {"modeling_ara.py"}
+    assert not is_compressed(folder)
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(folder)), _logits(model))
+
+
+# -- what lies on the disk --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_folder_holds_exactly_what_it_should(family: str, checkpoints: Path) -> None:
+    folder = checkpoints / family
+    assert {path.name for path in folder.iterdir()} == _FILES  # nothing pickled among them
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+    code = _REPOSITORY / "ara" / "models" / "modeling_ara.py"
+    assert (folder / "modeling_ara.py").read_bytes() == code.read_bytes()
+    config = read_config(folder)
+    assert config["architectures"] == [type(tiny_model(family)).__name__]
+    assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_ara.AraForCausalLM"}
+    assert config["dtype"] == "float32"
+    model = tiny_model(family)
+    assert config["quantization_config"] == {
+        "quant_method": "ara",
+        "format_version": 1,
+        "ranks": _half_ranks(find_linears(model)),
+        "provenance": {"made": "here"},
+    }
+    assert is_compressed(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_is_what_the_ranks_say(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, ranks = _compressed(family, tmp_path / family, dtype)
+    dense = tiny_model(family)
+    linears = {spec.name: spec for spec in find_linears(dense)}
+    parameters = parameter_count(dense)
+    for name, rank in ranks.items():
+        parameters += rank * (linears[name].m + linears[name].n) - linears[name].m * linears[name].n
+    assert parameter_count(model) == parameters
+    assert weight_bytes(model) == parameters * dtype.itemsize
+    folder = _save(model, tmp_path / "out", ranks)
+    path = folder / "model.safetensors"
+    (header,) = struct.unpack("<Q", path.read_bytes()[:8])
+    assert path.stat().st_size == 8 + header + parameters * dtype.itemsize
+    assert checkpoint_bytes(folder) == path.stat().st_size
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tied_embeddings_stay_tied_and_are_stored_once(family: str, checkpoints: Path) -> None:
+    keys = set(load_file(checkpoints / family / "model.safetensors"))
+    assert ("lm_head.weight" in keys) is (family not in _TIED)
+    model = load(checkpoints / family, device="cpu")
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert (head.data_ptr() == embedding.data_ptr()) is (family in _TIED)
+    assert parameter_count(model) == sum(
+        t.numel() for t in load_file(checkpoints / family / "model.safetensors").values()
+    )
+
+
+def test_large_checkpoints_are_split(tmp_path: Path) -> None:
+    model, ranks = _compressed("llama", tmp_path / "llama")
+    folder = _save(model, tmp_path / "out", ranks, max_shard_size="100KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert (folder / "model.safetensors.index.json").is_file()
+    assert checkpoint_bytes(folder) == sum(path.stat().st_size for path in shards)
+    assert torch.equal(_logits(load(folder, device="cpu")), _logits(model))
+
+
+# -- ara.load ---------------------------------------------------------------------------------------------------
+
+
+def test_load_takes_the_dtype_of_the_checkpoint_or_the_one_asked_for(tmp_path: Path) -> None:
+    model, ranks = _compressed("qwen2", tmp_path / "qwen2", torch.bfloat16)
+    folder = _save(model, tmp_path / "out", ranks)
+    loaded = ara.load(folder, device="cpu")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert torch.equal(_logits(loaded), _logits(model))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert {p.dtype for p in load(str(folder), "cpu", "float32").parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_works_and_agrees_with_and_without_cache(family: str, checkpoints: Path) -> None:
+    model = load(checkpoints / family, device="cpu")
+    prompt = _ids()[:1, :5]
+    texts = [
+        model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    ]
+    assert texts[0].shape == (1, 11)
+    assert torch.equal(texts[0][:, :5], prompt)
+    assert torch.equal(texts[0], texts[1])
+
+
+# -- damaged or too new -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [2, 99, "1", None])
+def test_a_newer_format_is_refused(version: object, checkpoints: Path, tmp_path: Path) -> None:
+    folder = _copy(checkpoints, "llama", tmp_path, format_version=version)
+    with pytest.raises(ModelError, match=rf"ARA format {version!r}; this code reads up to 1: update ara-svd"):
+        load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("rank", [0, -1, True, "x", 2.5, None])
+def test_ranks_that_cannot_be_are_refused(rank: object, checkpoints: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    folder = _copy(checkpoints, "llama", tmp_path, ranks={name: rank})
+    with pytest.raises(ModelError) as caught:
+        load(folder, device="cpu")
+    assert f"ranks[{name!r}] must be a whole number of at least 1, got {rank!r}" in str(caught.value)
+    assert str(folder) in str(caught.value)
+    with pytest.raises(ValueError, match="whole number"):
+        AraConfig(ranks={name: rank})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("model.layers.0.self_attn.nope", "nothing"),
+        ("model.layers.7.self_attn.q_proj", "nothing"),
+        ("model.norm", "LlamaRMSNorm"),
+        ("model.embed_tokens", "Embedding"),
+    ],
+)
+def test_a_rank_of_an_unknown_module_is_refused(name: str, found: str, checkpoints: Path, tmp_path: Path) -> None:
+    ranks = read_config(checkpoints / "llama")["quantization_config"]["ranks"]
+    folder = _copy(checkpoints, "llama", tmp_path, ranks={**ranks, name: 3})
+    with pytest.raises(ModelError, match=f"factorises '{name}', but LlamaForCausalLM has {found} there"):
+        load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_rank_other_than_the_stored_one_is_refused(change: int, checkpoints: Path, tmp_path: Path) -> None:
+    ranks = dict(read_config(checkpoints / "llama")["quantization_config"]["ranks"])
+    ranks["model.layers.1.mlp.up_proj"] += change
+    folder = _copy(checkpoints, "llama", tmp_path, ranks=ranks)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(folder, device="cpu")
+
+
+def test_a_rank_that_is_missing_is_refused(checkpoints: Path, tmp_path: Path) -> None:
+    """The layer would be left dense, with random weights."""
+    ranks = dict(read_config(checkpoints / "llama")["quantization_config"]["ranks"])
+    del ranks["model.layers.1.mlp.up_proj"]
+    folder = _copy(checkpoints, "llama", tmp_path, ranks=ranks)
+    with pytest.raises(ModelError, match=r"mlp\.up_proj\.weight is missing, .*up_proj\.A\.weight has no place"):
+        load(folder, device="cpu")
+
+
+def test_missing_factors_are_refused(checkpoints: Path, tmp_path: Path) -> None:
+    folder = _copy(checkpoints, "llama", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.A.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.A\.weight is missing$"):
+        load(folder, device="cpu")
+
+
+def test_folders_that_are_no_checkpoints(checkpoints: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is not a checkpoint folder"):
+        load(tmp_path / "none")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json is not JSON"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"config\.json is not a model's config"):
+        load(tmp_path)
+    folder = _copy(checkpoints, "llama", tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(folder, device="cpu")
+    (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      garbage")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(folder, device="cpu")
+
+
+def test_replace_linear_reaches_nested_and_outermost_modules() -> None:
+    model = nn.ModuleDict({"a": nn.ModuleList([nn.Linear(3, 5)]), "b": nn.Linear(3, 5)})
+    for name in ("a.0", "b"):
+        layer = LowRankLinear(3, 5, 2, bias=False)
+        replace_linear(model, name, layer)
+        assert model.get_submodule(name) is layer
