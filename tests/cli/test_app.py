@@ -64,7 +64,8 @@ def done(*arguments, env=None):
 def words(tiny_llama, tiny_text):
     """Return the model and settings of the finished workspace, as `ara run` takes them."""
     settings = ["--text", tiny_text, "--samples", 16, "--seq-len", 48, "--device", "cpu", "--dtype", "float32"]
-    return [tiny_llama, *settings, "--tasks", tiny_text, "--eval-seq-len", 64, "--max-windows", 4]
+    measured = ["--tasks", tiny_text, "--eval-seq-len", 64, "--max-windows", 4, "--method", "energy"]
+    return [tiny_llama, *settings, *measured]
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def each(words, tiny_text, tmp_path):
     """Return one full command line per command that does something."""
     place = ["-w", tmp_path / "ws"]
     return [
-        ["decompose", *words[:-6], *place],
+        ["decompose", *words[:-8], *place],
         ["allocate", "--keep", 0.7, *place],
         ["truncate", *place],
         ["eval", "--tasks", tiny_text, "--seq-len", 64, "--max-windows", 2, "--device", "cpu", *place],
@@ -267,7 +268,7 @@ def test_workspace_from_the_environment(finished, tmp_path, monkeypatch):
 def test_default_workspace_is_in_the_current_folder(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ARA_WORKSPACE", raising=False)
-    done("decompose", *words[:-6], "-q")
+    done("decompose", *words[:-8], "-q")
     assert (tmp_path / "ara-workspace" / "workspace.json").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["ara-workspace"]
 
@@ -339,7 +340,10 @@ def test_run_with_remove_and_without_eval(copied, words):
 
 
 def test_allocate_takes_remove_ranks_and_factors(copied):
-    assert json.loads(done("allocate", "--remove", 0.2, "-w", copied, "--json").stdout)["name"] == "energy-0.80"
+    assert (
+        json.loads(done("allocate", "--remove", 0.2, "-m", "energy", "-w", copied, "--json").stdout)["name"]
+        == "energy-0.80"
+    )
     file = copied / "allocate" / "energy-0.80" / "ranks.json"
     document = json.loads(file.read_text())
     document["ranks"]["model.layers.0.mlp.up_proj"] = 2

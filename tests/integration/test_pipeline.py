@@ -200,7 +200,7 @@ def test_budget_is_met_within_one_rank_step_and_never_exceeded(copied, method, k
 
 
 def test_rank_multiple_and_least_rank_are_kept(copied):
-    view = allocate(AllocateConfig(keep=0.6, rank_multiple=4, min_rank=6), Run(copied))
+    view = allocate(AllocateConfig(keep=0.6, rank_multiple=4, min_rank=6, method="energy"), Run(copied))
     assert view.name == "energy-0.60-x4"
     ranks = [rank for rank in ranks_of(copied, view.name).values() if rank != "dense"]
     assert ranks
@@ -248,7 +248,7 @@ def test_densified_checkpoint_is_dense_and_computes_the_same(copied):
 
 
 def test_keep_one_is_the_model_itself(copied):
-    allocate(AllocateConfig(keep=1.0), Run(copied))
+    allocate(AllocateConfig(keep=1.0, method="energy"), Run(copied))
     view = truncate(TruncateConfig(), Run(copied))
     model = ara.load(view.path / "checkpoint", "cpu")
     assert not is_compressed(view.path / "checkpoint")
@@ -335,7 +335,7 @@ def test_whole_pipeline_for_every_family(tmp_path, family, tiny_text):
     root = tmp_path / "ws"
     views = run_pipeline(
         DecomposeConfig(model=str(folder), text=tiny_text, samples=4, seq_len=40, **CPU),
-        [AllocateConfig(keep=KEEP)],
+        [AllocateConfig(keep=KEEP, method="energy")],
         TruncateConfig(),
         EvalConfig(tasks=(tiny_text,), seq_len=48, max_windows=2, **CPU),
         Run(root),
@@ -461,13 +461,19 @@ def test_wrong_ranks_are_all_told_and_leave_nothing(copied, tmp_path):
 def test_ranks_over_the_budget_that_is_given_are_refused(copied):
     file = copied / "allocate" / NAME / "ranks.json"
     with pytest.raises(UsageError, match=r"keep 0\.5 allows 45,000"):
-        allocate(AllocateConfig(keep=0.5), Run(copied), ranks=file, name="tight")
-    assert allocate(AllocateConfig(keep=KEEP), Run(copied), ranks=file, name="fits").state == "done"
+        allocate(AllocateConfig(keep=0.5, method="energy"), Run(copied), ranks=file, name="tight")
+    assert allocate(AllocateConfig(keep=KEEP, method="energy"), Run(copied), ranks=file, name="fits").state == "done"
 
 
 def test_same_seed_gives_the_same_bytes(finished, tiny_settings, tmp_path):
     root = tmp_path / "second"
-    run_pipeline(DecomposeConfig(**tiny_settings), [AllocateConfig(keep=KEEP)], TruncateConfig(), None, Run(root))
+    run_pipeline(
+        DecomposeConfig(**tiny_settings),
+        [AllocateConfig(keep=KEEP, method="energy")],
+        TruncateConfig(),
+        None,
+        Run(root),
+    )
     first = {name: sha for name, sha in contents(finished, "*.safetensors").items()}
     assert len(first) == 5
     assert contents(root, "*.safetensors") == first
@@ -498,7 +504,7 @@ def test_other_seed_makes_everything_after_it_stale(copied, tiny_settings, tiny_
     with pytest.raises(WorkspaceError, match="is stale"):
         truncate(TruncateConfig(), Run(copied))
     # Each stage done again is current again; nothing needs --force.
-    allocate(AllocateConfig(keep=KEEP), Run(copied))
+    allocate(AllocateConfig(keep=KEEP, method="energy"), Run(copied))
     truncate(TruncateConfig(), Run(copied))
     evaluate(EvalConfig(tasks=(tiny_text,), seq_len=64, max_windows=4, **CPU), Run(copied))
     assert {view.state for view in workspace.views()} == {"done"}
@@ -518,7 +524,7 @@ def test_same_settings_do_nothing_again(copied, tiny_settings, tiny_text):
     before = stamps(copied)
     run_pipeline(
         DecomposeConfig(**tiny_settings),
-        [AllocateConfig(keep=KEEP)],
+        [AllocateConfig(keep=KEEP, method="energy")],
         TruncateConfig(),
         EvalConfig(tasks=(tiny_text,), seq_len=64, max_windows=4, **CPU),
         Run(copied),
@@ -547,7 +553,7 @@ def test_token_cache_is_used_and_not_trusted_blindly(copied, tiny_settings):
 
 def test_excluded_layers_stay_dense_and_uncounted(tmp_path, tiny_settings):
     config = DecomposeConfig(**tiny_settings, exclude=("*.down_proj", "model.layers.0.*"))
-    run_pipeline(config, [AllocateConfig(keep=KEEP)], TruncateConfig(), None, Run(tmp_path / "ws"))
+    run_pipeline(config, [AllocateConfig(keep=KEEP, method="energy")], TruncateConfig(), None, Run(tmp_path / "ws"))
     assert listing(tmp_path / "ws" / "decompose" / "whitened") == {
         "manifest.json",
         "layer-001.safetensors",

@@ -250,9 +250,9 @@ def test_killed_truncate_and_eval_leave_a_part_that_the_next_run_replaces(
 def test_killed_between_the_renames_keeps_the_older_result(killed, copied):
     before = contents(copied / "allocate" / NAME)
     # --force: the first rename moves the older result away, the second would bring the new one.
-    killed("os:replace", 2, "before", "allocate", "--keep", "0.7", "--force", "-w", str(copied))
+    killed("os:replace", 2, "before", "allocate", "--keep", "0.7", "--method", "energy", "--force", "-w", str(copied))
     assert status(copied)[f"allocate/{NAME}"] == "partial"
-    allocate(AllocateConfig(keep=0.5), Run(copied))  # any command that writes puts things right
+    allocate(AllocateConfig(keep=0.5, method="energy"), Run(copied))  # any command that writes puts things right
     assert contents(copied / "allocate" / NAME) == before
     assert not list((copied / "allocate").glob(".*.old"))
     assert Workspace.open(copied).require("allocate", NAME).state == "done"
