@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ara.errors import CorruptedError, WorkspaceError
+from ara.tensors import SHA256_PATTERN, TensorRecord, tensor_records
 
 MANIFEST = "manifest.json"
 # Version of the workspace layout and of the manifest; a newer one is refused.
 FORMAT_VERSION = 1
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class FileRecord(BaseModel):
@@ -24,17 +23,7 @@ class FileRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=_SHA256.pattern)
-
-
-class TensorRecord(BaseModel):
-    """One tensor of a stage folder; ``sha256`` is over its raw little-endian bytes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    sha256: str = Field(pattern=_SHA256.pattern)
+    sha256: str = Field(pattern=SHA256_PATTERN)
 
 
 class Parent(BaseModel):
@@ -92,11 +81,21 @@ class Manifest(BaseModel):
             )
 
     def _content_id(self) -> str:
-        parts = self.model_dump(mode="json", include={"format_version", "stage", "parents", "config", "model", "files"})
-        return digest(parts)
+        parts = self.model_dump(mode="json", include={"format_version", "stage", "files"})
+        return digest({**parts, **essence(self.config, self.model, self.parents)})
 
     def _checksum(self) -> str:
         return digest(self.model_dump(mode="json", exclude={"checksum"}))
+
+
+def essence(config: Any, model: Mapping[str, Any], parents: Iterable[Parent]) -> dict[str, Any]:
+    """Return what determines a stage's work: the model by its fingerprint, not by the words that it was asked for."""
+    return {"config": plain(config), "model": model["fingerprint"], "parents": plain(list(parents))}
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` (pydantic models inside allowed) as plain JSON data."""
+    return json.loads(json.dumps(value, default=lambda item: item.model_dump(mode="json")))
 
 
 def digest(value: Any) -> str:
@@ -183,8 +182,6 @@ def verify_files(folder: Path, manifest: Manifest, only: Iterable[str] | None = 
 
 def _damaged_part(path: Path, name: str, manifest: Manifest) -> str:
     """Say which tensors of a damaged safetensors file differ."""
-    from ara.tensors import tensor_records
-
     expected = {tensor: record for tensor, record in manifest.tensors.items() if record.file == name}
     if not expected:
         return "the file was damaged or edited"

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
+    from ara.stage_view import StageView
     from ara.stages.common import Run
-    from ara.workspace import StageView, Workspace
+    from ara.workspace import Workspace
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ara.environment import now, peak_memory_bytes, versions
 from ara.errors import NumericalError, disk_errors, disk_full_error
-from ara.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Manifest, TensorRecord, digest, file_record
-from ara.tensors import save_tensors, tensor_records
+from ara.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Manifest, digest, essence, file_record, plain
+from ara.tensors import TensorRecord, save_tensors, tensor_records
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +44,7 @@ class StageWriter:
         self._stage, self._name, self._resumable, self._facts = stage, name, resumable, facts
         self._files: dict[str, FileRecord] = {}
         self._tensors: dict[str, TensorRecord] = {}
-        self._fingerprint = digest(plain({key: facts.get(key) for key in ("config", "model", "parents")}))
+        self._fingerprint = digest(essence(facts["config"], facts["model"], facts["parents"]))
         self._earlier_seconds = 0.0
         self._start = time.monotonic() if started is None else started
 
@@ -129,8 +128,6 @@ class StageWriter:
             os.replace(aside, self.folder / _JOURNAL)
 
     def _commit(self) -> None:
-        from ara.workspace import now, versions
-
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if path.is_file() and name not in (*self._files, _JOURNAL):
@@ -165,20 +162,6 @@ class StageWriter:
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._start
-
-
-def peak_memory_bytes() -> int:
-    """Return the most memory this process has held: of the GPU when one is in use, else resident in RAM."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def plain(value: Any) -> Any:
-    """Return ``value`` (pydantic models inside allowed) as plain JSON data."""
-    return json.loads(json.dumps(value, default=lambda item: item.model_dump(mode="json")))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,11 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from ara.errors import disk_errors
-from ara.manifest import TensorRecord
 
 if TYPE_CHECKING:
     import torch
+
+
+SHA256_PATTERN = r"^[0-9a-f]{64}$"
+
+
+class TensorRecord(BaseModel):
+    """One tensor of a stage folder; ``sha256`` is over its raw little-endian bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str = Field(pattern=SHA256_PATTERN)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -19,50 +19,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ara.errors import LockedError, UsageError, WorkspaceError, disk_errors, near_matches
-from ara.manifest import FORMAT_VERSION, Manifest, Parent, read_manifest, verify_files
-from ara.stage_writer import PARTIAL, StageWriter, plain
+from ara.errors import UsageError, WorkspaceError, disk_errors, near_matches
+from ara.locking import LOCK_FILE, OWNER_FILE, exclusive
+from ara.manifest import FORMAT_VERSION, Parent, essence, read_manifest, verify_files
+from ara.stage_view import StageView
+from ara.stage_writer import PARTIAL, StageWriter
 
 INDEX = "workspace.json"
 DEFAULT_ROOT = "ara-workspace"
 _OLD = ".old"
-_LOCK, _OWNER = ".lock", ".lock-owner.json"
-
-
-@dataclass(frozen=True)
-class StageView:
-    """One stage result as ``ara status`` sees it.
-
-    Attributes:
-        key: ``stage/name``.
-        state: done, stale, partial or damaged.
-        why: what makes it stale or damaged; ``""`` otherwise.
-        manifest: ``None`` when partial or damaged.
-    """
-
-    key: str
-    path: Path
-    state: str
-    why: str = ""
-    manifest: Manifest | None = None
-
-    @property
-    def stage(self) -> str:
-        """The stage's name, such as ``decompose``."""
-        return self.key.partition("/")[0]
-
-    @property
-    def name(self) -> str:
-        """The name of the result within the stage."""
-        return self.key.partition("/")[2]
 
 
 class Workspace:
@@ -136,29 +106,14 @@ class Workspace:
         Raises:
             LockedError: another process holds the lock; says which.
         """
-        from filelock import FileLock, Timeout
-
-        owner = self.root / _OWNER
-        lock = FileLock(self.root / _LOCK, timeout=0)
-        try:
-            with disk_errors(self.root):
-                lock.acquire()
-        except Timeout:
-            raise LockedError(
-                f"{self.root} is being written by {_owner_text(owner)}", "wait for it to end, or use another workspace"
-            ) from None
-        try:
-            with disk_errors(self.root):
-                owner.write_text(json.dumps({"pid": os.getpid(), "command": command, "since": now()}))
-            self._recover()
-            yield
-        except BaseException:
-            if self._created and not self.views():
-                self._discard()
-            raise
-        finally:
-            owner.unlink(missing_ok=True)
-            lock.release()
+        with exclusive(self.root, command):
+            try:
+                self._recover()
+                yield
+            except BaseException:
+                if self._created and not self.views():
+                    self._discard()
+                raise
 
     def views(self, stage: str | None = None) -> list[StageView]:
         """Return all stage results, oldest first within a stage, partial ones last."""
@@ -270,9 +225,8 @@ class Workspace:
         view = self.view(f"{stage}/{name}")
         if view.state != "done" or view.manifest is None:
             return None
-        made = view.manifest.model_dump(mode="json")
-        same = all(made[key] == plain(value) for key, value in facts.items())
-        return view if same else None
+        made = view.manifest
+        return view if essence(made.config, made.model, made.parents) == essence(**facts) else None
 
     def _why_stale(self, parent: Parent) -> str:
         view = self.view(parent.key) if (self.root / parent.key).is_dir() else None
@@ -310,7 +264,7 @@ class Workspace:
         for folder in (self.cache, self.root / "decompose"):
             shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):
-            for name in (INDEX, f".{INDEX}{PARTIAL}", _LOCK, _OWNER):
+            for name in (INDEX, f".{INDEX}{PARTIAL}", LOCK_FILE, OWNER_FILE):
                 (self.root / name).unlink(missing_ok=True)
             if self._made_folder:
                 self.root.rmdir()
@@ -325,38 +279,9 @@ class Workspace:
                 os.replace(old, final)
 
 
-def parent_of(view: StageView) -> Parent:
-    """Return the reference that a child keeps of ``view``."""
-    assert view.manifest is not None
-    return Parent(key=view.key, id=view.manifest.id)
-
-
-def now() -> str:
-    """Return the time as ISO 8601 in UTC."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that matter for reproducing a result."""
-    from importlib.metadata import version
-
-    from ara.version import __version__
-
-    python = ".".join(str(part) for part in sys.version_info[:3])
-    return {"ara": __version__, "python": python, "torch": version("torch"), "transformers": version("transformers")}
-
-
 def _created(view: StageView) -> str:
     return view.manifest.created if view.manifest else ""
 
 
 def _model_text(model: dict[str, Any]) -> str:
     return f"{model.get('requested')} ({model['fingerprint'][:12]})"
-
-
-def _owner_text(path: Path) -> str:
-    try:
-        owner = json.loads(path.read_text())
-        return f"process {owner['pid']} ({owner['command']}, since {owner['since'][:19]} UTC)"
-    except (OSError, ValueError, KeyError):
-        return "another process"

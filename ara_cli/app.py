@@ -1,40 +1,64 @@
-"""The Typer application: one command per file in :mod:`ara_cli.commands`, in the order of the pipeline."""
+"""The Typer application: one command per file in :mod:`ara_cli.commands`, in the order of the pipeline.
+
+Commands are imported when they are called: ``ara --help`` reads only the table below.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from ara.pipeline import STAGES
 from ara.version import __version__
-from ara_cli.commands import allocate, decompose, evaluate, export, info, run, status, train_masks, truncate
+
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+# Command → (module:function, one line for the help).
+COMMANDS: dict[str, tuple[str, str]] = {
+    "run": ("run:command", "All stages for one model, resuming what is done"),
+    **{
+        stage.name: (f"{stage.name.replace('-', '_')}:command", f"{stage.title}: {stage.reads} → {stage.writes}")
+        for stage in STAGES
+    },
+    "status": ("status:command", "What the workspace holds, what is stale or missing, the next command"),
+    "models": ("info:models", "Names for models"),
+    "methods": ("info:methods", "Decompositions and allocators with their options"),
+}
+
+
+class _LazyGroup(TyperGroup):
+    """Imports the module of a command when the command is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, function = COMMANDS[cmd_name][0].partition(":")
+        single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        body = getattr(importlib.import_module(f"ara_cli.commands.{module}"), function)
+        single.command(cmd_name, context_settings=_SETTINGS)(body)
+        return typer.main.get_command(single)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, title) for name, (_, title) in COMMANDS.items()])
+
 
 app = typer.Typer(
     name="ara",
+    cls=_LazyGroup,
     help="Shrink large language models by low-rank factorisation, and run them.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_SETTINGS,
 )
-
-_STAGE_COMMANDS: dict[str, Callable[..., None]] = {
-    "decompose": decompose.command,
-    "train-masks": train_masks.command,
-    "allocate": allocate.command,
-    "truncate": truncate.command,
-    "eval": evaluate.command,
-    "export": export.command,
-}
-
-app.command("run", help="All stages for one model, resuming what is done.")(run.command)
-for _stage in STAGES:
-    app.command(_stage.name, help=f"{_stage.title}: {_stage.reads} → {_stage.writes}.")(_STAGE_COMMANDS[_stage.name])
-app.command("status", help="What the workspace holds, what is stale or missing, and the next command.")(status.command)
-app.command("models", help="Names for models.")(info.models)
-app.command("methods", help="Decompositions and allocators with their options.")(info.methods)
 
 
 def _version(value: bool) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ara.pipeline import STAGES, next_command
-from ara.workspace import StageView, Workspace
+from ara.stage_view import StageView
+from ara.workspace import Workspace
 from ara_cli.console import Column, Console
 from ara_cli.words import bytes_text, count_text, percent, seconds_text
 

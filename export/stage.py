@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ara.errors import UnavailableError
+from ara.stage_view import StageView
 from ara.stages.common import Run
-from ara.workspace import StageView
 from export.config import ExportConfig
 
 

@@ -133,3 +133,10 @@ def tiny_texts(count: int = 300) -> list[str]:
         f"{words.choice(subjects)} {words.choice(verbs)} {words.choice(objects)} {words.choice(places)}."
         for _ in range(count)
     ]
+
+
+def story() -> str:
+    """Return what ``ara eval`` calls the text of the fixture ``tiny_text``: its stem and the start of its checksum."""
+    from ara.calibration.texts import _documents
+
+    return f"story-{_documents('file:story.jsonl', 'evaluation', tiny_texts(), '').digest[:8]}"

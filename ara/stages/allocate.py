@@ -16,8 +16,8 @@ from ara.config import AllocateConfig, method_options
 from ara.errors import UsageError
 from ara.manifest import file_sha256
 from ara.models.linears import LinearSpec
+from ara.stage_view import StageView, parent_of
 from ara.stages.common import Run, already_done, layer_file, specs_of
-from ara.workspace import StageView, parent_of
 
 
 def allocate(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ara.errors import ModelError, UsageError
 from ara.models.linears import LinearSpec
 from ara.progress import SILENT, Reporter
-from ara.workspace import StageView, Workspace
+from ara.stage_view import StageView
+from ara.workspace import Workspace
 
 if TYPE_CHECKING:
     from ara.models.sources import ModelSource

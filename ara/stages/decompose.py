@@ -22,9 +22,10 @@ from ara.models.linears import LinearSpec, find_linears, weight_of
 from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
+from ara.stage_view import StageView
 from ara.stage_writer import StageWriter
 from ara.stages.common import Run, already_done, check_window, layer_file
-from ara.workspace import StageView, Workspace
+from ara.workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 # Fewer calibration tokens per input dimension than this leave the second moments noisy; from the literature's habit
 # of 256 x 2048 tokens for widths of 4096 to 11008, and from issue reports of runs with 8 samples.
 _TOKENS_PER_DIMENSION = 8
+
+# Settings that change speed and memory only, or that the model's fingerprint says better.
+_NOT_DECISIVE = {"model", "revision", "batch_size", "moment_memory"}
 
 
 def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> StageView:
@@ -62,7 +66,10 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         workspace.bind(source.identity.as_dict())
         resolved = config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
         facts = {
-            "config": {**resolved.model_dump(mode="json"), "text_sha256": documents.digest if documents else None},
+            "config": {
+                **resolved.model_dump(mode="json", exclude=_NOT_DECISIVE),
+                "text_sha256": documents.digest if documents else None,
+            },
             "model": source.identity.as_dict(),
             "parents": (),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import torch
 from ara.allocation.base import Allocation
 from ara.allocation.budget import Budget
 from ara.allocation.uniform import Uniform
-from ara.calibration.texts import check_text_spec, load_documents
+from ara.calibration.texts import Documents, check_text_spec, load_documents
 from ara.calibration.tokens import evaluation_windows
 from ara.config import EvalConfig
 from ara.evaluation.generation import greedy_continuation
@@ -25,10 +25,10 @@ from ara.models.checkpoint import apply_factors, load
 from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
+from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import load_modules, read_allocation
 from ara.stages.common import Run, already_done, check_window, model_of, specs_of
 from ara.stages.truncate import CHECKPOINT, decomposition_of, factor_files
-from ara.workspace import StageView, parent_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,7 +94,7 @@ def evaluate(config: EvalConfig, run: Run, *, checkpoint: str | None = None) -> 
             "model": truncated.manifest.model,
             "parents": (parent_of(truncated), parent_of(decomposition)),
         }
-        name = result_name(truncated.name, config.tasks)
+        name = result_name(truncated.name, texts)
         done = workspace.finished("eval", name, facts)
         if done is not None and not run.force:
             return already_done(done, run)
@@ -106,9 +106,13 @@ def evaluate(config: EvalConfig, run: Run, *, checkpoint: str | None = None) -> 
         return workspace.view(f"eval/{name}")
 
 
-def result_name(checkpoint: str, tasks: tuple[str, ...]) -> str:
-    """Return ``checkpoint-task-task``; a file is named by its stem."""
-    return "-".join([checkpoint, *(Path(t.removeprefix("file:")).stem if t.startswith("file:") else t for t in tasks)])
+def result_name(checkpoint: str, texts: Mapping[str, Documents]) -> str:
+    """Return ``checkpoint-task-task``; a file is named by its stem and the checksum of its text."""
+    names = [
+        f"{Path(task.removeprefix('file:')).stem}-{documents.digest[:8]}" if task.startswith("file:") else task
+        for task, documents in texts.items()
+    ]
+    return "-".join([checkpoint, *names])
 
 
 def window_length(asked: int | None, model_config: Any) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ara.config import TrainMasksConfig
 from ara.errors import UnavailableError
+from ara.stage_view import StageView
 from ara.stages.common import Run
-from ara.workspace import StageView
 
 
 def train_masks(config: TrainMasksConfig, run: Run) -> StageView:

@@ -13,9 +13,10 @@ from ara.models.checkpoint import apply_factors, checkpoint_bytes, save_checkpoi
 from ara.models.linears import LinearSpec
 from ara.models.placement import torch_dtype
 from ara.reporting.model_card import display_name, model_card
+from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import read_allocation
 from ara.stages.common import Run, already_done, layer_file, model_of, specs_of
-from ara.workspace import StageView, Workspace, parent_of
+from ara.workspace import Workspace
 
 CHECKPOINT = "checkpoint"
 

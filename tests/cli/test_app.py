@@ -19,9 +19,11 @@ from ara.version import __version__
 from ara_cli.app import app
 from export.config import ExportConfig
 from tests.damage import contents, stamps
+from tests.tiny import story
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = typer.main.get_command(app).commands
+GROUP = typer.main.get_command(app)
+COMMANDS = {name: GROUP.get_command(None, name) for name in GROUP.list_commands(None)}
 NAME = "energy-0.70"
 # Seconds of CPU (user and system) that `ara --help` may take.
 HELP_LIMIT = 0.3
@@ -91,7 +93,7 @@ def test_help_lists_the_commands_in_the_order_of_the_pipeline():
     assert listed == list(COMMANDS)
     for stage in STAGES:
         assert f"  {stage.name} " in text
-        assert stage.title in done(stage.name, "--help").stdout
+        assert stage.title in text
 
 
 def test_help_without_words_and_in_short():
@@ -232,7 +234,7 @@ def test_output_of_a_real_process_has_no_escape_codes(finished):
 
 def test_status_shows_every_stage_and_state(copied):
     (copied / "truncate" / ".energy-0.50.partial").mkdir()
-    manifest = copied / "eval" / f"{NAME}-story" / "manifest.json"
+    manifest = copied / "eval" / f"{NAME}-{story()}" / "manifest.json"
     manifest.write_text("{")
     document = json.loads(done("status", "-w", copied, "--json").stdout)
     states = {(stage["stage"], stage["name"]): stage["state"] for stage in document["stages"]}
@@ -241,7 +243,7 @@ def test_status_shows_every_stage_and_state(copied):
         ("allocate", NAME): "done",
         ("truncate", NAME): "done",
         ("truncate", "energy-0.50"): "partial",
-        ("eval", f"{NAME}-story"): "damaged",
+        ("eval", f"{NAME}-{story()}"): "damaged",
     }
     assert document["missing"] == ["train-masks", "export"]
     assert document["next"] == "ara eval --tasks wikitext2"
@@ -323,10 +325,10 @@ def test_run_with_several_budgets(copied, words):
         ("decompose", "whitened"),
         ("allocate", "energy-0.80"),
         ("truncate", "energy-0.80"),
-        ("eval", "energy-0.80-story"),
+        ("eval", f"energy-0.80-{story()}"),
         ("allocate", "energy-0.60"),
         ("truncate", "energy-0.60"),
-        ("eval", "energy-0.60-story"),
+        ("eval", f"energy-0.60-{story()}"),
     ]
     assert stamps(copied / "decompose") == before
     sizes = [stage["results"]["disk_bytes"] for stage in document["stages"] if stage["path"].count("/truncate/")]

@@ -23,7 +23,7 @@ from ara.stages.truncate import truncate
 from ara.workspace import Workspace
 from ara_cli.app import app
 from tests.damage import contents, flip, listing, stamps
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, story
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAME = "energy-0.70"
@@ -225,7 +225,7 @@ def test_killed_while_its_manifest_is_written_goes_on(killed, tmp_path, tiny_set
 def test_killed_truncate_and_eval_leave_a_part_that_the_next_run_replaces(
     killed, copied, tiny_text, stage, place, after
 ):
-    result = NAME if stage == "truncate" else f"{NAME}-story"
+    result = NAME if stage == "truncate" else f"{NAME}-{story()}"
     first = {name: sha for name, sha in contents(copied / stage / result).items() if name.endswith(".safetensors")}
     shutil.rmtree(copied / stage / result)
     words = ["--seq-len", "64", "--max-windows", "2", "--tasks", tiny_text, "--device", "cpu", "--dtype", "float32"]

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from ara.config import AllocateConfig
+from ara.environment import peak_memory_bytes
 from ara.errors import AraError, DiskFullError, NumericalError, UsageError
 from ara.manifest import MANIFEST, Manifest, Parent, read_manifest, verify_files
-from ara.stage_writer import PARTIAL, StageWriter, peak_memory_bytes, plain
+from ara.stage_writer import PARTIAL, StageWriter, plain
 from ara.workspace import Workspace
 from tests.damage import contents, flip, listing
 

@@ -12,7 +12,8 @@ import pytest
 from ara.errors import CorruptedError, LockedError, WorkspaceError
 from ara.manifest import FORMAT_VERSION, MANIFEST
 from ara.pipeline import next_command
-from ara.workspace import INDEX, Workspace, parent_of
+from ara.stage_view import parent_of
+from ara.workspace import INDEX, Workspace
 from tests.damage import contents, flip, listing
 
 MODEL = {"requested": "demo", "fingerprint": "a" * 64}

@@ -1,0 +1,99 @@
+"""The pipeline on SmolLM2-135M, a real model: GQA, tied embeddings, from the GGUF file of a PyPI wheel."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import ara
+from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
+from ara.errors import ModelError
+from ara.models.checkpoint import low_rank_layers
+from ara.models.sources import resolve
+from ara.pipeline import run_pipeline
+from ara.stages.common import Run
+from tests.oracles import perplexity as oracle
+
+pytestmark = pytest.mark.real_model
+
+SEQ_LEN, WINDOWS, KEEP = 128, 2, 0.6
+# Blocks 10 to 29 and 1 to 9 stay as they are: one block shows everything and takes seconds.
+ONE_BLOCK = ("model.layers.[!0]*",)
+
+
+@pytest.fixture(scope="module")
+def source():
+    try:
+        return resolve("demo")
+    except ModelError as error:
+        pytest.skip(f"needs the demo model: {error}")
+
+
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory):
+    run = Run(tmp_path_factory.mktemp("real") / "ws")
+    decompose = DecomposeConfig(
+        model="demo", text="python-docs", samples=6, seq_len=256, exclude=ONE_BLOCK, dtype="float32", device="cpu"
+    )
+    evaluate = EvalConfig(
+        tasks=("python-docs",), seq_len=SEQ_LEN, max_windows=WINDOWS, dtype="float32", device="cpu", prompt="A list is"
+    )
+    views = run_pipeline(decompose, [AllocateConfig(keep=KEEP, method="energy")], TruncateConfig(), evaluate, run)
+    return {view.stage: view for view in views}
+
+
+def test_shapes_of_grouped_query_attention_are_found(made):
+    shapes = {module["kind"]: (module["m"], module["n"]) for module in made["decompose"].manifest.results["modules"]}
+    assert shapes == {
+        "self_attn.q_proj": (576, 576),
+        "self_attn.k_proj": (192, 576),
+        "self_attn.v_proj": (192, 576),
+        "self_attn.o_proj": (576, 576),
+        "mlp.gate_proj": (1536, 576),
+        "mlp.up_proj": (1536, 576),
+        "mlp.down_proj": (576, 1536),
+    }
+    assert made["decompose"].manifest.results["model_parameters"] == 134_515_008
+
+
+def test_checkpoint_is_as_small_as_the_ranks_say_and_ties_its_embeddings(made):
+    folder = made["truncate"].path / "checkpoint"
+    ranks = json.loads((folder / "config.json").read_text())["quantization_config"]["ranks"]
+    modules = {module["name"]: module for module in made["decompose"].manifest.results["modules"]}
+    saved = sum(modules[n]["m"] * modules[n]["n"] - k * (modules[n]["m"] + modules[n]["n"]) for n, k in ranks.items())
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        stored = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - not a dict
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+    assert stored == 134_515_008 - saved
+    assert stored == made["truncate"].manifest.results["parameters"]
+
+
+def test_checkpoint_loads_and_speaks(made, source):
+    folder = made["truncate"].path / "checkpoint"
+    model = ara.load(folder, device="cpu")
+    ranks = low_rank_layers(model)
+    assert ranks and all(name.startswith("model.layers.0.") for name in ranks)
+    same = AutoModelForCausalLM.from_pretrained(folder)
+    ids = source.load_tokenizer()("The capital of France is", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, same(ids).logits)
+    assert made["eval"].manifest.results["variants"]["dense"]["continuation"].strip()
+
+
+def test_dense_row_agrees_with_an_independent_computation(made, source):
+    tokenizer, model = source.load_tokenizer(), source.load_model(torch.float32)
+    from ara.calibration.texts import load_documents
+
+    documents = load_documents("python-docs", "evaluation").documents
+    ids = tokenizer("\n\n".join(documents), return_tensors="pt").input_ids[0, : SEQ_LEN * WINDOWS]
+    with torch.inference_mode():
+        logits = model(ids.view(WINDOWS, SEQ_LEN)).logits.double().numpy()
+    expected = oracle.perplexity(logits, ids.view(WINDOWS, SEQ_LEN).numpy())
+    shown = made["eval"].manifest.results["tasks"]["python-docs"]["models"]["dense"]["perplexity"]
+    assert np.isclose(shown, expected, rtol=1e-5)
