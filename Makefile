@@ -10,10 +10,12 @@ PYTHON ?= python3.13 python3.12 python3.11 python3
 WORKERS ?= 2
 # More words for pytest: make test PYTEST_ARGS="-k console"
 PYTEST_ARGS ?=
-DEMO_FLAGS ?= --keep 0.8 --method energy --text python-docs --samples 64 --tasks python-docs \
-	--prompt "A good way to read a file in Python is" -w ara-demo
+# More words for a benchmark: make bench-quality BENCH_FLAGS="--windows 64"
+BENCH_FLAGS ?=
+DEMO_FLAGS ?= --keep 0.9 --method energy --text python-docs --samples 64 --tasks python-docs --eval-seq-len 512 \
+	--prompt "Python is a programming language that" -w ara-demo
 
-# The sample data lies beside a development checkout; a value of your own goes first.
+# ARA_DATA_DIR names the evaluation data; without it, a folder ../shared/data is taken if there is one.
 WITH_DATA := if [ -z "$${ARA_DATA_DIR:-}" ] && [ -d ../shared/data ]; then \
 	ARA_DATA_DIR=$$(cd ../shared/data && pwd); export ARA_DATA_DIR; fi
 
@@ -107,11 +109,11 @@ format: $(STAMP) ## format the code and repair what ruff can repair
 
 bench-decompose: $(STAMP) ## time our whitened decomposition against the textbook route
 	@echo "Comparing decompositions"
-	@$(WITH_DATA); $(BIN)/python benchmarks/decompose.py
+	@$(WITH_DATA); $(BIN)/python benchmarks/decompose.py $(BENCH_FLAGS)
 
 bench-quality: $(STAMP) ## WikiText-2 perplexity of SmolLM2-135M at several sizes (needs ARA_DATA_DIR)
 	@echo "Measuring quality"
-	@$(WITH_DATA); $(BIN)/python benchmarks/quality.py
+	@$(WITH_DATA); $(BIN)/python benchmarks/quality.py $(BENCH_FLAGS)
 
 clean: ## remove .venv, caches and builds (workspaces stay)
 	@echo "Removing $(VENV), caches and builds"

@@ -35,7 +35,6 @@ class DecomposeConfig(PlacementConfig):
 
     model: str = Field(description="hub id, local folder, GGUF file or alias (see ara models)")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     method: str = Field("whitened", description="decomposition (see ara methods)")
     options: dict[str, str] = Field(default_factory=dict, description="options of the method, NAME=VALUE")
     text: str = Field("c4", description="calibration text: c4, wikitext2, python-docs or file:PATH (txt or jsonl)")

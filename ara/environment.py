@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+# What Linux tells a process about itself.
+_PROC_SELF = Path("/proc/self")
 
 
 def now() -> str:
@@ -21,17 +27,44 @@ def versions() -> dict[str, str]:
     return {"ara": __version__, "python": python, "torch": version("torch"), "transformers": version("transformers")}
 
 
-def peak_memory_bytes() -> int:
-    """Return the most memory this process has held: of the GPU when one is in use, else resident in RAM.
+def reset_peak_memory() -> None:
+    """Start measuring :func:`peak_memory_bytes` anew; where the system cannot, the peak stays that of the process."""
+    if (cuda := _cuda_in_use()) is not None:
+        for device in range(cuda.device_count()):
+            cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # not Linux, or not allowed in this container
+        # 5 lowers the high-water mark (VmHWM) to what is resident now.
+        (_PROC_SELF / "clear_refs").write_text("5")
 
-    0 where the system does not tell (Windows).
+
+def peak_memory_bytes() -> int:
+    """Return the most memory held since :func:`reset_peak_memory`, in bytes.
+
+    With CUDA in use: tensors in GPU memory, the sum over all devices of each one's own peak; what the allocator keeps
+    in reserve and the CUDA context itself are not in it, nor is RAM. Otherwise: resident RAM of this process with the
+    mapped pages of files (weights read through safetensors count), but without its child processes. RAM cannot be
+    reset on macOS, nor where a container forbids it: there it is the peak since the process started. 0 where the
+    system does not tell (Windows).
     """
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
+    if (cuda := _cuda_in_use()) is not None:
+        return sum(int(cuda.max_memory_allocated(device)) for device in range(cuda.device_count()))
+    try:
+        for line in (_PROC_SELF / "status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
     try:
         import resource
     except ImportError:
         return 0
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _cuda_in_use() -> Any:
+    """Return ``torch.cuda`` if this process has used it, else ``None``; never imports torch."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return torch.cuda

@@ -16,6 +16,11 @@ from ara.tensors import SHA256_PATTERN, TensorRecord, tensor_records
 MANIFEST = "manifest.json"
 # Version of the workspace layout and of the manifest; a newer one is refused.
 FORMAT_VERSION = 1
+# Settings that change speed and memory only, or that the model's fingerprint says better.
+_NOT_DECISIVE = {
+    "decompose": frozenset({"model", "revision", "device", "batch_size", "moment_memory"}),
+    "eval": frozenset({"batch_size"}),
+}
 
 
 class FileRecord(BaseModel):
@@ -32,6 +37,14 @@ class Parent(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     key: str
     id: str
+
+    @field_validator("key")
+    @classmethod
+    def _safe_key(cls, key: str) -> str:
+        check_relative(key)
+        if key.count("/") != 1:
+            raise ValueError(f"{key!r} is not stage/name")
+        return key
 
 
 class Manifest(BaseModel):
@@ -77,20 +90,25 @@ class Manifest(BaseModel):
         """Raise :class:`CorruptedError` unless ``id`` and ``checksum`` fit."""
         if self.checksum != self._checksum() or self.id != self._content_id():
             raise CorruptedError(
-                f"{folder / MANIFEST} does not match its own checksum: it was damaged or edited", _redo(self.stage)
+                f"{folder / MANIFEST} does not match its own checksum: it was damaged or edited", _discard(folder)
             )
 
     def _content_id(self) -> str:
         parts = self.model_dump(mode="json", include={"format_version", "stage", "files"})
-        return digest({**parts, **essence(self.config, self.model, self.parents)})
+        return digest({**parts, **essence(self.stage, self.config, self.model, self.parents)})
 
     def _checksum(self) -> str:
         return digest(self.model_dump(mode="json", exclude={"checksum"}))
 
 
-def essence(config: Any, model: Mapping[str, Any], parents: Iterable[Parent]) -> dict[str, Any]:
-    """Return what determines a stage's work: the model by its fingerprint, not by the words that it was asked for."""
-    return {"config": plain(config), "model": model["fingerprint"], "parents": plain(list(parents))}
+def essence(stage: str, config: Any, model: Mapping[str, Any], parents: Iterable[Parent]) -> dict[str, Any]:
+    """Return what determines a stage's work: no settings of speed and memory, and the model by its fingerprint."""
+    ignored = _NOT_DECISIVE.get(stage, frozenset())
+    return {
+        "config": {key: value for key, value in plain(config).items() if key not in ignored},
+        "model": model["fingerprint"],
+        "parents": plain(list(parents)),
+    }
 
 
 def plain(value: Any) -> Any:
@@ -136,9 +154,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise WorkspaceError(f"{folder} has no {MANIFEST}", _redo(folder.parent.name)) from None
+        raise WorkspaceError(f"{folder} has no {MANIFEST}", _discard(folder)) from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise CorruptedError(f"{path} is not readable JSON ({error})", _redo(folder.parent.name)) from None
+        raise CorruptedError(f"{path} is not readable JSON ({error})", _discard(folder)) from None
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise WorkspaceError(
@@ -149,7 +167,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise CorruptedError(f"{path}: {place}: {first['msg']}", _redo(folder.parent.name)) from None
+        raise CorruptedError(f"{path}: {place}: {first['msg']}", _discard(folder)) from None
     manifest.check(folder)
     return manifest
 
@@ -168,15 +186,15 @@ def verify_files(folder: Path, manifest: Manifest, only: Iterable[str] | None = 
     for name in manifest.files if only is None else only:
         record, path = manifest.files[name], folder / name
         if not path.is_file() or path.is_symlink():
-            raise CorruptedError(f"{path} is missing or not a plain file", _redo(manifest.stage))
+            raise CorruptedError(f"{path} is missing or not a plain file", remake(manifest, True))
         size = path.stat().st_size
         if size != record.bytes:
             raise CorruptedError(
-                f"{path} has {size:,} bytes; its manifest says {record.bytes:,}", _redo(manifest.stage)
+                f"{path} has {size:,} bytes; its manifest says {record.bytes:,}", remake(manifest, True)
             )
         if file_sha256(path) != record.sha256:
             raise CorruptedError(
-                f"{path} does not match its checksum ({_damaged_part(path, name, manifest)})", _redo(manifest.stage)
+                f"{path} does not match its checksum ({_damaged_part(path, name, manifest)})", remake(manifest, True)
             )
 
 
@@ -193,5 +211,13 @@ def _damaged_part(path: Path, name: str, manifest: Manifest) -> str:
     return f"damaged tensors: {', '.join(bad)}" if bad else "its header is damaged"
 
 
-def _redo(stage: str) -> str:
-    return f"make it again: ara {stage} --force"
+def remake(manifest: Manifest, force: bool = False) -> str:
+    """Return the hint that repeats the command by which a result was made."""
+    known = manifest.command.startswith("ara ") and "(" not in manifest.command
+    command = manifest.command if known else f"ara {manifest.stage}"
+    again = " --force" if force and "--force" not in command else ""
+    return f"make it again: {command}{again}"
+
+
+def _discard(folder: Path) -> str:
+    return f"delete {folder} and run ara {folder.parent.name} again"

@@ -16,8 +16,10 @@ Every stage is a function ``stage(config, run, ...)`` in :mod:`ara.stages` that 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -87,12 +89,23 @@ def run_pipeline(
 
 
 def next_command(workspace: Workspace) -> str:
-    """Return the command that would bring the workspace one stage further."""
+    """Return the command that would bring the workspace one stage further, ready to be pasted."""
+    from ara.workspace import DEFAULT_ROOT
+
+    words = _next_words(workspace)
+    if workspace.root != Path(DEFAULT_ROOT):
+        words += ["-w", str(workspace.root)]
+    return shlex.join(words)
+
+
+def _next_words(workspace: Workspace) -> list[str]:
     done = {stage.name: [v for v in workspace.views(stage.name) if v.state == "done"] for stage in STAGES}
     for stage in STAGES:
         if stage.optional or done[stage.name]:
             continue
         if stage.name == "decompose":
-            return f"ara decompose {(workspace.model or {}).get('requested', 'MODEL')}"
-        return f"ara {stage.name}" + {"allocate": " --keep 0.8", "eval": " --tasks wikitext2"}.get(stage.name, "")
-    return "ara allocate --keep 0.6 (another budget from the same factors)"
+            return ["ara", "decompose", (workspace.model or {}).get("requested", "MODEL")]
+        extra = {"allocate": ["--keep", "0.8"], "eval": ["--tasks", "wikitext2"]}
+        return ["ara", stage.name, *extra.get(stage.name, [])]
+    # Complete: another budget from the same factors.
+    return ["ara", "allocate", "--keep", "0.6"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 PARTIAL = ".partial"
-_JOURNAL = ".journal.json"
+JOURNAL = ".journal.json"
 
 
 class StageWriter:
@@ -44,7 +44,7 @@ class StageWriter:
         self._stage, self._name, self._resumable, self._facts = stage, name, resumable, facts
         self._files: dict[str, FileRecord] = {}
         self._tensors: dict[str, TensorRecord] = {}
-        self._fingerprint = digest(essence(facts["config"], facts["model"], facts["parents"]))
+        self._fingerprint = digest(essence(stage, facts["config"], facts["model"], facts["parents"]))
         self._earlier_seconds = 0.0
         self._start = time.monotonic() if started is None else started
 
@@ -95,7 +95,7 @@ class StageWriter:
 
     def _resume(self) -> bool:
         try:
-            journal = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
+            journal = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
             if journal["fingerprint"] != self._fingerprint:
                 return False
             files = {name: FileRecord(**record) for name, record in journal["files"].items()}
@@ -104,11 +104,11 @@ class StageWriter:
             self._tensors = {name: TensorRecord(**record) for name, record in journal["tensors"].items()}
             self._files, self.results = files, journal["results"]
             self._earlier_seconds = float(journal["seconds"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             # No journal, or one that cannot be trusted: start over, which is always right.
             return False
         for path in self.folder.iterdir():
-            if path.name not in {*self._files, _JOURNAL}:
+            if path.name not in {*self._files, JOURNAL}:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return True
 
@@ -122,15 +122,15 @@ class StageWriter:
             "tensors": {name: record.model_dump() for name, record in self._tensors.items()},
             "results": self.results,
         }
-        aside = self.folder / f"{_JOURNAL}{PARTIAL}"
+        aside = self.folder / f"{JOURNAL}{PARTIAL}"
         with disk_errors(self.folder):
-            aside.write_text(json.dumps(journal), encoding="utf-8")
-            os.replace(aside, self.folder / _JOURNAL)
+            _write_synced(aside, json.dumps(journal))
+            os.replace(aside, self.folder / JOURNAL)
 
     def _commit(self) -> None:
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
-            if path.is_file() and name not in (*self._files, _JOURNAL):
+            if path.is_file() and name not in (*self._files, JOURNAL):
                 self.note(name)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -145,15 +145,15 @@ class StageWriter:
             results=plain(self.results),
             **{**self._facts, "config": plain(self._facts["config"])},
         ).sealed()
-        (self.folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        # Last, so that a stage stopped until here goes on from it.
-        (self.folder / _JOURNAL).unlink(missing_ok=True)
+        _write_synced(self.folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
         _sync_folder(self.folder)
         old = self.final.with_name(f".{self.final.name}.old")
         if self.final.exists():
             os.replace(self.final, old)
         os.replace(self.folder, self.final)
         _sync_folder(self.final.parent)
+        # Last, so that a stage stopped until here goes on from it.
+        (self.final / JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
 
     def _abandon(self, repeats: bool = False) -> None:
@@ -162,6 +162,13 @@ class StageWriter:
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._start
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

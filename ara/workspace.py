@@ -26,9 +26,10 @@ from typing import Any
 
 from ara.errors import UsageError, WorkspaceError, disk_errors, near_matches
 from ara.locking import LOCK_FILE, OWNER_FILE, exclusive
-from ara.manifest import FORMAT_VERSION, Parent, essence, read_manifest, verify_files
+from ara.manifest import FORMAT_VERSION, Parent, essence, read_manifest, remake, verify_files
+from ara.progress import SILENT, Reporter
 from ara.stage_view import StageView
-from ara.stage_writer import PARTIAL, StageWriter
+from ara.stage_writer import JOURNAL, PARTIAL, StageWriter
 
 INDEX = "workspace.json"
 DEFAULT_ROOT = "ara-workspace"
@@ -94,7 +95,7 @@ class Workspace:
         elif bound["fingerprint"] != model["fingerprint"]:
             raise WorkspaceError(
                 f"{self.root} belongs to {_model_text(bound)}, not to {_model_text(model)}",
-                "use one workspace per model: choose another folder with -w",
+                "use one workspace per model: choose another folder with -w" + _same_revision(bound),
             )
 
     @contextmanager
@@ -175,7 +176,8 @@ class Workspace:
                 )
             view = self.view(f"{stage}/{name}")
         if view.state == "stale":
-            raise WorkspaceError(f"{view.key} is stale: {view.why}", f"make it again: {make} --force")
+            assert view.manifest is not None
+            raise WorkspaceError(f"{view.key} is stale: {view.why}", remake(view.manifest))
         if view.manifest is None:
             # Reading again raises the precise error.
             read_manifest(view.path)
@@ -218,15 +220,26 @@ class Workspace:
             self.root / stage, stage, name, resumable, {**facts, "seed": seed, "command": command}, started
         )
 
-    def finished(self, stage: str, name: str, facts: dict[str, Any]) -> StageView | None:
-        """Return ``stage/name`` if it is done and was made from exactly these ``facts``, else ``None``."""
+    def finished(self, stage: str, name: str, facts: dict[str, Any], report: Reporter = SILENT) -> StageView | None:
+        """Return ``stage/name`` if it is done and was made from these ``facts``, else ``None``.
+
+        A finished result made from other settings is about to be replaced: ``report`` is told.
+        """
         if not (self.root / stage / name).is_dir():
             return None
         view = self.view(f"{stage}/{name}")
         if view.state != "done" or view.manifest is None:
             return None
         made = view.manifest
-        return view if essence(made.config, made.model, made.parents) == essence(**facts) else None
+        old, new = essence(stage, made.config, made.model, made.parents), essence(stage, **facts)
+        if old == new:
+            return view
+        changed = [key for key in new["config"] if new["config"][key] != old["config"].get(key)]
+        report.warn(
+            f"replacing {view.key}, which was made with other settings ({', '.join(changed) or 'other parents'}); "
+            "results made from it become stale (--name keeps both)"
+        )
+        return None
 
     def _why_stale(self, parent: Parent) -> str:
         view = self.view(parent.key) if (self.root / parent.key).is_dir() else None
@@ -277,10 +290,17 @@ class Workspace:
                 shutil.rmtree(old)
             else:
                 os.replace(old, final)
+        for journal in self.root.glob(f"*/[!.]*/{JOURNAL}"):
+            journal.unlink()
 
 
 def _created(view: StageView) -> str:
     return view.manifest.created if view.manifest else ""
+
+
+def _same_revision(bound: dict[str, Any]) -> str:
+    revision = bound.get("revision")
+    return f", or, if the hub's branch has moved on, stay at --revision {revision}" if revision else ""
 
 
 def _model_text(model: dict[str, Any]) -> str:

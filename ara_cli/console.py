@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,6 +80,9 @@ class Console:
         stderr: where everything else goes; ``sys.stderr`` as it is now when ``None``.
         environ: where NO_COLOR and TERM are looked up; ``os.environ`` when ``None``.
         clock: seconds that never run backwards.
+
+    Attributes:
+        reader_gone: a stream is a pipe that nobody reads any more, as with ``ara models | head -1``.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Console:
         self._environ = os.environ if environ is None else environ
         self._clock = clock
         self._document_written = False
+        self.reader_gone = False
 
     # -- what is being done: stderr ------------------------------------------------------------------------------
 
@@ -154,6 +158,11 @@ class Console:
         if self.as_json and not self._document_written:
             self.result({"error": str(error), "hint": error.hint})
 
+    @property
+    def is_live(self) -> bool:
+        """Whether moving bars may appear: stderr is a terminal and nobody asked for quiet."""
+        return not self.quiet and self._is_terminal(self._stderr)
+
     # -- what was found: stdout ----------------------------------------------------------------------------------
 
     def table(self, title: str, columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> None:
@@ -197,6 +206,14 @@ class Console:
         """Send whatever libraries print to stdout to stderr while this is open; our own results are not touched."""
         with redirect_stdout(self._stderr):
             yield
+
+    def silence(self) -> None:
+        """Say nothing more to anybody: whoever read a stream has gone, and flushing it at exit would fail again."""
+        for stream in (self._stdout, self._stderr):
+            with suppress(OSError, ValueError):  # a stream in memory has no descriptor
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
 
     @property
     def _results(self) -> TextIO | None:
@@ -242,8 +259,12 @@ class Console:
         self._rich_stderr.print(Text.assemble((label, label_style), (text, style)))
 
     def _write(self, stream: TextIO, text: str) -> None:
-        stream.write(_printable(text, stream) + "\n")
-        stream.flush()
+        try:
+            stream.write(_printable(text, stream) + "\n")
+            stream.flush()
+        except BrokenPipeError:
+            self.reader_gone = True
+            raise
 
     def _table_lines(self, stream: TextIO, columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> list[str]:
         from rich.box import SIMPLE_HEAD, Box

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ara.errors import AraError
+from ara.errors import AraError, disk_full_error
 from ara_cli.console import Console
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 # Exit code of a command ended by Ctrl+C, as shells have it.
 _INTERRUPTED = 130
+# Exit code when the reader of a pipe has gone (`ara models | head -1`): 128 + SIGPIPE, as shells have it.
+_NO_READER = 141
+
+# Torch's ways to say that memory is short: a class of its own for GPUs, else a RuntimeError with these words.
+_OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,12 @@ class Session:
 
 @contextmanager
 def session(root: Path, quiet: bool = False, as_json: bool = False, force: bool = False) -> Iterator[Session]:
-    """Run a command's body; an :class:`AraError` becomes one line and its exit code."""
-    # Set before transformers and datasets are imported; the user's own settings win.
-    for variable, value in {
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }.items():
-        os.environ.setdefault(variable, value)
+    """Run a command's body; an :class:`AraError` becomes one line and its exit code.
+
+    So does what the machine lacks: memory, permissions, a working disk. Our own bugs keep their traceback.
+    """
     console = Console(quiet=quiet, as_json=as_json)
+    _quiet_libraries(downloads=console.is_live)
     try:
         with console.only_results_on_stdout():
             yield Session(console, root, force)
@@ -60,6 +61,66 @@ def session(root: Path, quiet: bool = False, as_json: bool = False, force: bool 
     except KeyboardInterrupt:
         console.warn("interrupted; what was finished is kept, and the same command goes on from there")
         raise typer.Exit(_INTERRUPTED) from None
+    except Exception as error:
+        if console.reader_gone:
+            console.silence()
+            raise typer.Exit(_NO_READER) from None
+        told = _machine_error(error, root)
+        if told is None:
+            raise
+        console.error(told)
+        raise typer.Exit(told.exit_code) from None
+
+
+def _quiet_libraries(downloads: bool) -> None:
+    """Set before transformers and datasets are imported; the user's own settings win.
+
+    Args:
+        downloads: leave the hub's download bars to :func:`ara.models.quiet.quiet_transformers`, which a variable would
+            overrule.
+    """
+    settings = {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    if not downloads:
+        settings["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    for variable, value in settings.items():
+        os.environ.setdefault(variable, value)
+
+
+def _machine_error(error: Exception, root: Path) -> AraError | None:
+    """Return what to say of a failure of the machine: out of memory, or the operating system refused; else ``None``."""
+    words = (str(error).strip().splitlines() or [""])[0]
+    if _is_out_of_memory(error):
+        # Torch goes on with pages of statistics.
+        short = re.match(r".*?allocate [\d.]+ \w+", words)
+        said = (short[0] if short else words[:200]).rstrip(".")
+        return AraError(
+            f"out of memory{f': {said}' if said else ''}",
+            "try --device cpu, or decompose and eval one by one with a smaller --batch-size or --moment-memory",
+        )
+    if not isinstance(error, OSError):
+        return None
+    file = None if error.filename is None else str(error.filename)
+    full = disk_full_error(error, Path(file or root))
+    if full is not None:
+        return full
+    if file is None:
+        return AraError(f"{type(error).__name__}: {words or 'no reason'}", "check the disk, permissions and network")
+    return AraError(
+        f"{file}: {error.strerror or type(error).__name__}",
+        f"check that you may read and write it, or choose another workspace than {root} with -w",
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell without importing torch, which is slow and may not be what failed."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(known in str(error).lower() for known in _OUT_OF_MEMORY_WORDS)
 
 
 def command_line() -> str:

@@ -164,9 +164,9 @@ def _status(field: str) -> int:
 def main() -> None:
     """Print a table and, with ``--json FILE``, store it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=2, help="decoder blocks to take (7 matrices each)")
+    parser.add_argument("--blocks", type=int, default=3, help="decoder blocks to take (7 matrices each)")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows of 512 tokens")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of the comparison per block")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of the comparison per block")
     parser.add_argument("--busy", type=int, default=0, help="processes that keep a core busy meanwhile")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--measure-memory", choices=list(ROUTES), help=argparse.SUPPRESS)

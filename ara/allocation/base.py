@@ -43,6 +43,10 @@ class Allocation:
         """Return the fraction of the layers' dense parameters that stays."""
         return self.cost(specs) / sum(spec.dense_cost for spec in specs)
 
+    def low_rank(self) -> dict[str, int]:
+        """Return module path → rank of the layers that do not stay dense."""
+        return {name: rank for name, rank in self.ranks.items() if rank is not None}
+
     def dense_count(self) -> int:
         """Return how many layers stay dense."""
         return sum(rank is None for rank in self.ranks.values())

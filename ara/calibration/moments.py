@@ -18,7 +18,7 @@ from ara.models.linears import LinearSpec, find_blocks
 from ara.progress import SILENT, Reporter
 
 # Columns of one block of the symmetric product; blocks below the diagonal are mirrored, not computed.
-_BLOCK = 512
+_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,11 @@ class InputAccumulator:
         self.tokens += x.shape[0]
 
     def result(self) -> InputStats:
-        """Return the averages; the Gram matrix is made symmetric by mirroring its upper triangle."""
-        gram = self.gram.triu()
-        gram = gram + self.gram.triu(1).T
-        return InputStats(gram / max(self.tokens, 1), self.abs_sum / max(self.tokens, 1), self.tokens)
+        """Return the averages and give up the sums; the Gram matrix is mirrored along its diagonal in place."""
+        gram = self.gram.triu_()
+        gram += gram.triu(1).T
+        gram /= max(self.tokens, 1)
+        return InputStats(gram, self.abs_sum / max(self.tokens, 1), self.tokens)
 
 
 class _LastBlockDone(Exception):
@@ -156,7 +157,7 @@ def collect_moments(
                 f"the inputs of {name} hold NaN or infinity",
                 "try --dtype float32; if it stays, the model itself is broken",
             )
-    return {name: accumulator.result() for name, accumulator in sums.items()}
+    return {name: sums.pop(name).result() for name in list(sums)}
 
 
 @contextmanager

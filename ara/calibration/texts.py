@@ -91,8 +91,9 @@ class _Part:
     limit: int | None
 
 
-# C4: the shards that GPTQ and SVD-LLM take, and GPTQ's 1100 validation documents; 10,000 of the training
-# shard's 356,317 documents hold about 5 million tokens, far more than any calibration asks for.
+# C4: for calibration the shard that GPTQ and SVD-LLM take; 10,000 of its 356,317 documents hold about 5 million tokens,
+# far more than any calibration asks for. For evaluation GPTQ's 1100 validation documents: the same documents, joined
+# differently (GPTQ joins by spaces and stops after 256 windows), so figures are comparable among ARA's own rows only.
 _C4: dict[Purpose, _Part] = {
     "calibration": _Part(
         "c4_sample/c4_rp1.jsonl", "allenai/c4", None, "en/c4-train.00000-of-01024.json.gz", "train", 10_000
@@ -134,7 +135,8 @@ def load_documents(spec: str, purpose: Purpose, *, report: Reporter = SILENT) ->
     """Load the text ``spec`` for ``purpose``.
 
     The two purposes of a named text never share a document. A ``file:PATH`` is the same for both: calibrating
-    and evaluating on one file is the caller's choice (equal ``digest``).
+    and evaluating on one file is the caller's choice (equal ``digest``). A ``.txt`` file is one document: there is no
+    order to shuffle, so calibration reads it from its front whatever the seed; a ``.jsonl`` file has one per line.
 
     Raises:
         UsageError: unknown name.

@@ -61,11 +61,6 @@ class TokenWindows:
         """Tokens in all windows."""
         return self.ids.numel()
 
-    @property
-    def shortfall(self) -> int:
-        """How many windows are missing from what was asked, because the text is too short."""
-        return max(0, self.asked - self.windows)
-
 
 def calibration_windows(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, *, samples: int, seq_len: int, seed: int
@@ -74,7 +69,7 @@ def calibration_windows(
 
     Each document gets the tokenizer's default special tokens, and its end-of-sequence token stands between two
     documents (the documents' ``separator`` where the tokenizer has none). A text that is too short gives fewer
-    windows: see :attr:`TokenWindows.shortfall`.
+    windows than ``asked``.
 
     Args:
         documents: the text.

@@ -26,7 +26,8 @@ def map_layers(
     """Yield ``work(layer, its statistics)`` for every layer, in order; side by side on a CPU.
 
     Args:
-        work: must not depend on other calls; an exception is raised when its turn comes.
+        work: must not depend on other calls; an exception is raised when its turn comes, and what has not begun
+            by then is left out.
         layers: the layers to factor, each with what ``work`` needs to know of it.
         device: where the factorisation runs.
     """
@@ -36,10 +37,12 @@ def map_layers(
         yield from (work(spec, stats) for spec, stats in layers)
         return
     each = max(1, threads // workers)
+    pool = ThreadPoolExecutor(workers, "ara-factor", lambda: torch.set_num_threads(each))
     try:
-        with ThreadPoolExecutor(workers, "ara-factor", lambda: torch.set_num_threads(each)) as pool:
-            yield from pool.map(work, *zip(*layers, strict=True))
+        yield from pool.map(work, *zip(*layers, strict=True))
     finally:
+        # After an error or Ctrl+C only the calls that are running are waited for: LAPACK cannot be interrupted.
+        pool.shutdown(wait=True, cancel_futures=True)
         # The number of threads is in part global to the process.
         torch.set_num_threads(threads)
 

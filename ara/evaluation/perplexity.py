@@ -77,18 +77,19 @@ def window_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         ids: (b, t) int64 token ids, on the same device.
 
     Returns:
-        (b,) float64, nats per predicted token; NaN where a logit is.
+        (b,) float64 on the CPU, nats per predicted token; NaN where a logit is.
     """
     batch, length, vocabulary = logits.shape
     rows = max(1, CHUNK_BYTES // (4 * vocabulary))
-    total = torch.zeros(batch, dtype=torch.float64, device=logits.device)
+    # On the CPU: Apple GPUs have no float64.
+    total = torch.zeros(batch, dtype=torch.float64)
     for window in range(batch):
         for start in range(0, length - 1, rows):
             end = min(start + rows, length - 1)
             losses = functional.cross_entropy(
                 logits[window, start:end].float(), ids[window, start + 1 : end + 1], reduction="none"
             )
-            total[window] += losses.sum(dtype=torch.float64)
+            total[window] += losses.cpu().sum(dtype=torch.float64)
     return total / (length - 1)
 
 

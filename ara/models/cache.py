@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ara.errors import AraError, disk_errors
+from ara.errors import AraError, DiskFullError, disk_errors
 
 # Left behind only by a killed process. A day is longer than any fetch or conversion takes.
 _ABANDONED_SECONDS = 24 * 3600
@@ -30,12 +29,6 @@ def cache_dir() -> Path:
     return Path.home() / ".cache" / "ara"
 
 
-def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 @contextmanager
 def aside(parent: Path) -> Iterator[Path]:
     """Yield an empty folder inside ``parent`` that is removed afterwards.
@@ -47,7 +40,7 @@ def aside(parent: Path) -> Iterator[Path]:
         DiskFullError: the disk has no room.
         AraError: ``parent`` cannot be created or written.
     """
-    with disk_errors(parent):
+    with _cache_errors(parent):
         try:
             parent.mkdir(parents=True, exist_ok=True)
             _sweep(parent)
@@ -83,6 +76,19 @@ def publish_folder(made: Path, target: Path, is_complete: Callable[[Path], bool]
         # Somebody removed files from the cached folder: put the damaged one where the sweep finds it.
         os.replace(target, made.parent / "damaged")
         os.replace(made, target)
+
+
+@contextmanager
+def _cache_errors(parent: Path) -> Iterator[None]:
+    """Tell of a full disk with the cache's own way out: the workspace has no part in it."""
+    try:
+        with disk_errors(parent):
+            yield
+    except DiskFullError as error:
+        raise DiskFullError(
+            str(error),
+            "free some space or set ARA_CACHE_DIR to a folder on another disk, then run the same command again",
+        ) from error
 
 
 def _sweep(parent: Path) -> None:

@@ -119,6 +119,7 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrai
                 dtype=torch_dtype(placement.dtype),
                 local_files_only=True,
                 use_safetensors=True,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

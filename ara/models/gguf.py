@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ara.errors import AraError, ModelError, UnsupportedModelError, disk_errors
-from ara.models.cache import aside, cache_dir, publish_folder, sha256_file
+from ara.manifest import file_sha256
+from ara.models.cache import aside, cache_dir, publish_folder
 from ara.models.quiet import quiet_gguf, quiet_transformers
 from ara.progress import SILENT, Reporter
 
@@ -53,7 +54,7 @@ class GgufFile:
                 magic = stream.read(len(_MAGIC))
             if magic != _MAGIC:
                 raise ModelError(f"{path} is not a GGUF file: it starts with {magic!r}, expected {_MAGIC!r}")
-            return cls(path.absolute(), sha256_file(path))
+            return cls(path.absolute(), file_sha256(path))
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror}") from error
 

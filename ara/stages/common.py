@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ara.environment import reset_peak_memory
 from ara.errors import ModelError, UsageError
 from ara.models.linears import LinearSpec
 from ara.progress import SILENT, Reporter
@@ -37,6 +39,12 @@ class Run:
         return Workspace.open(self.root, create)
 
 
+def begin() -> float:
+    """Start a stage's clock and its memory's high-water mark; returns ``time.monotonic()``."""
+    reset_peak_memory()
+    return time.monotonic()
+
+
 def model_of(view: StageView, run: Run) -> ModelSource:
     """Find the model again that the stage result ``view`` was made from.
 
@@ -49,11 +57,9 @@ def model_of(view: StageView, run: Run) -> ModelSource:
     assert view.manifest is not None
     identity = ModelIdentity.from_dict(view.manifest.model)
     local = identity.kind in ("folder", "gguf")
-    trust = bool(view.manifest.config.get("trust_remote_code", False))
     source = resolve(
         identity.location if local else identity.requested,
         revision=identity.revision if identity.kind == "hub" else None,
-        trust_remote_code=trust,
         report=run.report,
     )
     if source.identity.fingerprint != identity.fingerprint:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,7 +23,7 @@ from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.stage_view import StageView
 from ara.stage_writer import StageWriter
-from ara.stages.common import Run, already_done, check_window, layer_file
+from ara.stages.common import Run, already_done, begin, check_window, layer_file
 from ara.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -33,11 +32,8 @@ if TYPE_CHECKING:
     from ara.calibration.tokens import TokenWindows
 
 # Fewer calibration tokens per input dimension than this leave the second moments noisy; from the literature's habit
-# of 256 x 2048 tokens for widths of 4096 to 11008, and from issue reports of runs with 8 samples.
+# of 256 x 2048 tokens for widths of 4096 to 11008.
 _TOKENS_PER_DIMENSION = 8
-
-# Settings that change speed and memory only, or that the model's fingerprint says better.
-_NOT_DECISIVE = {"model", "revision", "batch_size", "moment_memory"}
 
 
 def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> StageView:
@@ -51,14 +47,12 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
     Raises:
         AraError: anything that is wrong with model, text, disk or workspace.
     """
-    started = time.monotonic()
+    started = begin()
     entry = DECOMPOSITIONS.entry(config.method)
     method: Decomposition = entry.load()(method_options(entry.load().Options, config.options))
     placement = choose_placement(config.device, config.dtype)
     run.report.step(f"Decomposing {config.model}")
-    source = resolve(
-        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code, report=run.report
-    )
+    source = resolve(config.model, revision=config.revision, report=run.report)
     run.report.fact(placement.why)
     documents = _documents(config, method, run)
     workspace = run.open(create=True)
@@ -67,25 +61,26 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         resolved = config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
         facts = {
             "config": {
-                **resolved.model_dump(mode="json", exclude=_NOT_DECISIVE),
+                **resolved.model_dump(mode="json"),
                 "text_sha256": documents.digest if documents else None,
             },
             "model": source.identity.as_dict(),
             "parents": (),
         }
         name = name or config.method
-        done = workspace.finished("decompose", name, facts)
+        done = workspace.finished("decompose", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
         windows = _windows(config, source, documents, workspace, run)
+        run.report.fact("loading the model")
         model = source.load_model(torch_dtype(placement.dtype), placement.device)
         linears = find_linears(model, config.exclude)
-        _preflight(model, linears, workspace, run)
         if windows is not None:
             _warn_if_few(windows, linears, run)
         with workspace.writer(
             "decompose", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
         ) as stage:
+            _preflight(model, linears, stage, run)
             stage.results.update(_overview(model, linears, windows, documents.origin if documents else None))
             _factor_layers(model, linears, method, windows, config, stage, run)
         return workspace.view(f"decompose/{name}")
@@ -140,14 +135,16 @@ def _advised(width: int, seq_len: int) -> int:
     return -(-_TOKENS_PER_DIMENSION * width // seq_len)
 
 
-def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], workspace: Workspace, run: Run) -> None:
+def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], stage: StageWriter, run: Run) -> None:
     """Refuse to start what the disk cannot hold, or what a broken weight would stop halfway."""
-    needed = sum(spec.full_rank * spec.rank_cost for spec in linears) * model.dtype.itemsize
-    free = shutil.disk_usage(workspace.root).free
-    run.report.fact(f"{len(linears)} linear layers; their factors take {needed / 2**20:,.0f} MiB")
+    finished = set(stage.resumed)
+    todo = [spec for spec in linears if layer_file(spec.layer) not in finished]
+    needed = sum(spec.full_rank * spec.rank_cost for spec in todo) * model.dtype.itemsize
+    free = shutil.disk_usage(stage.folder).free
+    run.report.fact(f"{len(todo)} linear layers; their factors take {needed / 2**20:,.0f} MiB")
     if free < needed:
         raise DiskFullError(
-            f"the factors need {needed / 2**20:,.0f} MiB, {workspace.root} has {free / 2**20:,.0f} MiB free",
+            f"the factors need {needed / 2**20:,.0f} MiB, {stage.folder.parent} has {free / 2**20:,.0f} MiB free",
             "free some space or choose another workspace with -w",
         )
     for spec in linears:
@@ -195,7 +192,7 @@ def _factor_layers(
             for layer in dict.fromkeys(spec.layer for spec in chunk):
                 work = [(spec, stats.get(owners.get(spec.name, ""))) for spec in chunk if spec.layer == layer]
                 tensors: dict[str, torch.Tensor] = {}
-                for factors in map_layers(partial(_factor, model, method), work, model.device):
+                for factors in map_layers(partial(_factor, model, method), work, _factoring_device(model)):
                     tensors |= factors
                     bar.advance()
                 stage.tensors(layer_file(layer), tensors)
@@ -206,6 +203,9 @@ def _factor(
 ) -> dict[str, torch.Tensor]:
     """Factor one layer; returns what is stored: A (r, n) and B (m, r) in the model's dtype, the spectrum in float64."""
     weight = weight_of(model.get_submodule(spec.name))
+    if weight.device.type == "mps":
+        # Apple GPUs have no float64.
+        weight = weight.cpu()
     with _naming(spec):
         factors = method.decompose(weight, stats)
     stored = {
@@ -226,6 +226,10 @@ def _naming(spec: LinearSpec) -> Iterator[None]:
         yield
     except NumericalError as error:
         raise NumericalError(f"{spec.name}: {error}", error.hint) from None
+
+
+def _factoring_device(model: PreTrainedModel) -> str:
+    return "cpu" if model.device.type == "mps" else model.device.type
 
 
 def _moment_bytes(config: DecomposeConfig, model: PreTrainedModel) -> int:

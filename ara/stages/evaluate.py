@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import gc
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ara.allocation.base import Allocation
 from ara.allocation.budget import Budget
 from ara.allocation.uniform import Uniform
 from ara.calibration.texts import Documents, check_text_spec, load_documents
-from ara.calibration.tokens import evaluation_windows
+from ara.calibration.tokens import TokenWindows, evaluation_windows
 from ara.config import EvalConfig
 from ara.evaluation.generation import greedy_continuation
 from ara.evaluation.perplexity import VariantRun, interleaved_perplexity
@@ -27,15 +26,17 @@ from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
 from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import load_modules, read_allocation
-from ara.stages.common import Run, already_done, check_window, model_of, specs_of
+from ara.stages.common import Run, already_done, begin, check_window, model_of, specs_of
 from ara.stages.truncate import CHECKPOINT, decomposition_of, factor_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RESULTS_FILE = "results.json"
 # Windows of the compression papers' evaluation.
 _DEFAULT_SEQ_LEN = 2048
+# What must not stand in the name of a folder.
+_NOT_PLAIN = re.compile(r"[^\w.-]")
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,19 @@ class Variant:
     linear_keep: float
 
 
-def evaluate(config: EvalConfig, run: Run, *, checkpoint: str | None = None) -> StageView:
+def evaluate(config: EvalConfig, run: Run, *, checkpoint: str | None = None, name: str | None = None) -> StageView:
     """Measure perplexity and speed, and store them with the settings.
 
     Args:
         config: tasks, windows, device.
         run: workspace and reporter.
         checkpoint: which result of ``ara truncate``; the latest by default.
+        name: of the result; says checkpoint and tasks by default.
 
     Raises:
         AraError: a stage is missing or stale, a text is missing, a model yields NaN.
     """
-    started = time.monotonic()
+    started = begin()
     for task in config.tasks:
         check_text_spec(task)
     placement = choose_placement(config.device, config.dtype)
@@ -94,8 +96,8 @@ def evaluate(config: EvalConfig, run: Run, *, checkpoint: str | None = None) -> 
             "model": truncated.manifest.model,
             "parents": (parent_of(truncated), parent_of(decomposition)),
         }
-        name = result_name(truncated.name, texts)
-        done = workspace.finished("eval", name, facts)
+        name = name or result_name(truncated.name, texts)
+        done = workspace.finished("eval", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
         variants = _variants(truncated, chosen, decomposition, source, resolved)
@@ -109,7 +111,9 @@ def evaluate(config: EvalConfig, run: Run, *, checkpoint: str | None = None) -> 
 def result_name(checkpoint: str, texts: Mapping[str, Documents]) -> str:
     """Return ``checkpoint-task-task``; a file is named by its stem and the checksum of its text."""
     names = [
-        f"{Path(task.removeprefix('file:')).stem}-{documents.digest[:8]}" if task.startswith("file:") else task
+        f"{_NOT_PLAIN.sub('_', Path(task.removeprefix('file:')).stem)}-{documents.digest[:8]}"
+        if task.startswith("file:")
+        else task
         for task, documents in texts.items()
     ]
     return "-".join([checkpoint, *names])
@@ -132,36 +136,34 @@ def _variants(
     assert chosen.manifest is not None
     specs = specs_of(decomposition)
     dtype, files = torch_dtype(config.dtype), factor_files(decomposition, specs)
-    made = chosen.manifest.config
-    keep = read_allocation(chosen, specs).keep(specs)
-    budget = Budget.for_keep(specs, keep, made["rank_multiple"], made["min_rank"])
-    uniform = Uniform().allocate(load_modules(decomposition), budget)
+    made, allocation = chosen.manifest.config, read_allocation(chosen, specs)
+    if made["method"] == "uniform" and made["ranks_sha256"] is None:
+        uniform = allocation
+    else:
+        budget = Budget(allocation.cost(specs), made["rank_multiple"], made["min_rank"])
+        uniform = Uniform().allocate(load_modules(decomposition), budget)
 
     def load_dense() -> PreTrainedModel:
         return source.load_model(dtype, config.device)
 
     def load_uniform() -> PreTrainedModel:
         model = load_dense()
-        apply_factors(model, {name: rank for name, rank in uniform.ranks.items() if rank is not None}, files)
+        apply_factors(model, uniform.low_rank(), files)
         return model
 
     def load_chosen() -> PreTrainedModel:
         return load(truncated.path / CHECKPOINT, config.device, config.dtype)
 
     variants = [Variant("dense", load_dense, 1.0)]
-    if not _same(uniform, read_allocation(chosen, specs)):
+    if uniform != allocation:
         variants.append(Variant("uniform", load_uniform, uniform.keep(specs)))
-    variants.append(Variant(_label(truncated), load_chosen, keep))
+    variants.append(Variant(_label(truncated), load_chosen, allocation.keep(specs)))
     return variants
 
 
 def _label(truncated: StageView) -> str:
     """Return what the chosen model is called in the table; never the name of another row."""
     return truncated.key if truncated.name in ("dense", "uniform") else truncated.name
-
-
-def _same(a: Allocation, b: Allocation) -> bool:
-    return dict(a.ranks) == dict(b.ranks)
 
 
 def _measure(
@@ -183,26 +185,13 @@ def _measure(
         task: {"text": texts[task].origin, "windows": windows[task].windows, "seq_len": config.seq_len, "models": {}}
         for task in texts
     }
-    interleaved = True
-    for group, models in _groups(variants, truncated.manifest.results["dense_weight_bytes"], config, run):
-        interleaved = len(group) == len(variants)
-        for variant in group:
-            model = models[variant.name]
-            figures[variant.name] |= {
-                "parameters": parameter_count(model),
-                "weight_bytes": weight_bytes(model),
-                "linear_keep": variant.linear_keep,
-            }
-            if config.prompt is not None:
-                figures[variant.name]["continuation"] = greedy_continuation(
-                    model, tokenizer, config.prompt, config.max_new_tokens
-                )
-        for task in texts:
-            results = interleaved_perplexity(
-                models, windows[task].ids, batch_size=config.batch_size, report=run.report, label=f"Reading {task}"
-            )
-            tasks[task]["models"] |= {name: _row(result) for name, result in results.items()}
-        del models
+    groups = _groups(variants, truncated.manifest.results["dense_weight_bytes"], config, run)
+    for group in groups:
+        measured, rows = _measure_group(group, windows, config, tokenizer, run)
+        for name in measured:
+            figures[name] |= measured[name]
+            for task in tasks:
+                tasks[task]["models"][name] = rows[task][name]
         gc.collect()
     dense = figures["dense"]["parameters"]
     for row in figures.values():
@@ -215,9 +204,39 @@ def _measure(
             task: {**values, "models": {v.name: values["models"][v.name] for v in variants}}
             for task, values in tasks.items()
         },
-        "interleaved": interleaved,
+        "interleaved": len(groups) == 1,
         "prompt": config.prompt,
     }
+
+
+def _measure_group(
+    group: list[Variant],
+    windows: Mapping[str, TokenWindows],
+    config: EvalConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Run,
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Load the models of one group and measure them; they are out of memory again when this returns."""
+    run.report.fact(f"loading {', '.join(variant.name for variant in group)}")
+    models = {variant.name: variant.load() for variant in group}
+    figures: dict[str, dict[str, Any]] = {
+        variant.name: {
+            "parameters": parameter_count(models[variant.name]),
+            "weight_bytes": weight_bytes(models[variant.name]),
+            "linear_keep": variant.linear_keep,
+        }
+        for variant in group
+    }
+    if config.prompt is not None:
+        for name, model in models.items():
+            figures[name]["continuation"] = greedy_continuation(model, tokenizer, config.prompt, config.max_new_tokens)
+    rows = {}
+    for task, text in windows.items():
+        results = interleaved_perplexity(
+            models, text.ids, batch_size=config.batch_size, report=run.report, label=f"Reading {task}"
+        )
+        rows[task] = {name: _row(result) for name, result in results.items()}
+    return figures, rows
 
 
 def _row(run: VariantRun) -> dict[str, Any]:
@@ -226,17 +245,14 @@ def _row(run: VariantRun) -> dict[str, Any]:
     return {**row, "tokens_per_second": asdict(run.tokens_per_second)}
 
 
-def _groups(
-    variants: list[Variant], dense_bytes: int, config: EvalConfig, run: Run
-) -> Iterator[tuple[list[Variant], dict[str, PreTrainedModel]]]:
-    """Yield the models to run in turn: all together when they fit into memory, else one by one."""
+def _groups(variants: list[Variant], dense_bytes: int, config: EvalConfig, run: Run) -> list[list[Variant]]:
+    """Return the models to run in turn: all together when they fit into memory, else one by one."""
     free = available_bytes(torch.device(config.device))
     # A quarter on top for activations and logits.
-    together = 1.25 * dense_bytes * len(variants) < free
-    if not together:
-        run.report.warn(
-            f"{len(variants)} models do not fit into {free / 2**30:.1f} GiB at once: they are run one after the other, "
-            "so a change of the machine's speed in between shows in their tokens/s"
-        )
-    for group in [variants] if together else [[variant] for variant in variants]:
-        yield group, {variant.name: variant.load() for variant in group}
+    if 1.25 * dense_bytes * len(variants) < free:
+        return [variants]
+    run.report.warn(
+        f"{len(variants)} models do not fit into {free / 2**30:.1f} GiB at once: they are run one after the other, "
+        "so a change of the machine's speed in between shows in their tokens/s"
+    )
+    return [[variant] for variant in variants]

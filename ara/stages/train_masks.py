@@ -1,4 +1,4 @@
-"""``ara train-masks``: learned ranks. Registered; the training arrives with the next milestone."""
+"""``ara train-masks``: learned ranks. Registered; the training is not there yet."""
 
 from __future__ import annotations
 

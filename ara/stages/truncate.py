@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ara.models.placement import torch_dtype
 from ara.reporting.model_card import display_name, model_card
 from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import read_allocation
-from ara.stages.common import Run, already_done, layer_file, model_of, specs_of
+from ara.stages.common import Run, already_done, begin, layer_file, model_of, specs_of
 from ara.workspace import Workspace
 
 CHECKPOINT = "checkpoint"
@@ -33,7 +32,7 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
     Raises:
         AraError: a stage is missing or stale, the model has changed, the disk is full.
     """
-    started = time.monotonic()
+    started = begin()
     workspace = run.open()
     with workspace.lock(run.command):
         chosen = workspace.require("allocate", allocation)
@@ -47,11 +46,11 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
             "model": chosen.manifest.model,
             "parents": (parent_of(chosen), parent_of(decomposition)),
         }
-        done = workspace.finished("truncate", name, facts)
+        done = workspace.finished("truncate", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
         specs = specs_of(decomposition)
-        ranks = kept_ranks(chosen, specs)
+        ranks = read_allocation(chosen, specs).low_rank()
         source = model_of(decomposition, run)
         model = source.load_model(torch_dtype(dtype), "cpu")
         dense_bytes = weight_bytes(model)
@@ -91,12 +90,6 @@ def decomposition_of(workspace: Workspace, allocation: StageView) -> StageView:
     assert allocation.manifest is not None
     key = next(parent.key for parent in allocation.manifest.parents if parent.key.startswith("decompose/"))
     return workspace.require("decompose", key.partition("/")[2])
-
-
-def kept_ranks(allocation: StageView, specs: list[LinearSpec]) -> dict[str, int]:
-    """Return module path → rank of the layers that do not stay dense."""
-    ranks = read_allocation(allocation, specs).ranks
-    return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
 def factor_files(decomposition: StageView, specs: list[LinearSpec]) -> dict[str, Path]:

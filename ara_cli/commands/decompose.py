@@ -36,7 +36,6 @@ def command(
     dtype: Annotated[str, field(_C, "dtype")] = default(_C, "dtype"),
     moment_memory: Annotated[float | None, field(_C, "moment_memory", metavar="GIB")] = None,
     revision: Annotated[str | None, field(_C, "revision")] = None,
-    trust_remote_code: Annotated[bool, field(_C, "trust_remote_code", "--trust-remote-code")] = False,
     name: Annotated[str | None, typer.Option(help="name of the result [default: the method]")] = None,
     workspace: WorkspaceOption = WORKSPACE,
     force: ForceOption = False,
@@ -60,7 +59,6 @@ def command(
             dtype=dtype,
             moment_memory=moment_memory,
             revision=revision,
-            trust_remote_code=trust_remote_code,
         )
         from ara.stages.decompose import decompose
         from ara_cli.render import show_decomposition, show_end

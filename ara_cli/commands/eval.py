@@ -11,6 +11,7 @@ from ara_cli.options import (
     WORKSPACE,
     ForceOption,
     JsonOption,
+    NameOption,
     QuietOption,
     WorkspaceOption,
     default,
@@ -30,6 +31,7 @@ def command(
     seq_len: Annotated[int | None, field(_C, "seq_len")] = None,
     max_windows: Annotated[int | None, field(_C, "max_windows")] = None,
     batch_size: Annotated[int, field(_C, "batch_size")] = default(_C, "batch_size"),
+    name: NameOption = None,
     prompt: Annotated[str | None, field(_C, "prompt")] = None,
     max_new_tokens: Annotated[int, field(_C, "max_new_tokens")] = default(_C, "max_new_tokens"),
     device: Annotated[str, field(_C, "device")] = default(_C, "device"),
@@ -55,6 +57,6 @@ def command(
         from ara.stages.evaluate import evaluate
         from ara_cli.render import show_end, show_evaluation
 
-        view = evaluate(config, s.run(), checkpoint=checkpoint)
+        view = evaluate(config, s.run(), checkpoint=checkpoint, name=name)
         show_evaluation(s.console, view)
         show_end(s.console, view, workspace)

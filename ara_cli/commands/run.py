@@ -41,7 +41,6 @@ def command(
     device: Annotated[str, field(DecomposeConfig, "device")] = default(DecomposeConfig, "device"),
     dtype: Annotated[str, field(DecomposeConfig, "dtype")] = default(DecomposeConfig, "dtype"),
     revision: Annotated[str | None, field(DecomposeConfig, "revision")] = None,
-    trust_remote_code: Annotated[bool, field(DecomposeConfig, "trust_remote_code", "--trust-remote-code")] = False,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="stop after the checkpoint")] = False,
     workspace: WorkspaceOption = WORKSPACE,
     force: ForceOption = False,
@@ -60,7 +59,6 @@ def command(
             seq_len=seq_len,
             seed=seed,
             revision=revision,
-            trust_remote_code=trust_remote_code,
             **placement,
         )
         keeps = [keep_of(value, remove, None) for value in (keep or (None,))]

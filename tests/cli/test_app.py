@@ -46,7 +46,7 @@ RUN_OPTIONS = {
     "decomposition": (DecomposeConfig, "method"),
     "rank_multiple": (AllocateConfig, "rank_multiple"),
     **{name: (DecomposeConfig, name) for name in ("model", "text", "samples", "seq_len", "seed", "device", "dtype")},
-    **{name: (DecomposeConfig, name) for name in ("revision", "trust_remote_code")},
+    **{name: (DecomposeConfig, name) for name in ("revision",)},
     **{name: (EvalConfig, name) for name in ("tasks", "max_windows", "prompt")},
     "eval_seq_len": (EvalConfig, "seq_len"),
 }
@@ -246,7 +246,7 @@ def test_status_shows_every_stage_and_state(copied):
         ("eval", f"{NAME}-{story()}"): "damaged",
     }
     assert document["missing"] == ["train-masks", "export"]
-    assert document["next"] == "ara eval --tasks wikitext2"
+    assert document["next"] == f"ara eval --tasks wikitext2 -w {copied}"
     text = done("status", "-w", copied).stdout
     rows = [line.split()[0] for line in text.splitlines() if line.strip() and line.split()[0] in CONFIGS]
     assert list(dict.fromkeys(rows)) == [stage.name for stage in STAGES]

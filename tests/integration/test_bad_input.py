@@ -281,9 +281,18 @@ def test_few_tokens_are_warned_about_with_numbers(tmp_path, tiny_llama, tiny_tex
     expected = "warning: 80 calibration tokens are few for inputs 92 wide: 0.9 per dimension, 8 or more are advisable"
     assert expected in result.stderr
     assert "(--samples 19)" in result.stderr
-    advised = decompose(tiny_llama, tiny_text, tmp_path / "ws", "--samples", 19)
+    advised = decompose(tiny_llama, tiny_text, tmp_path / "advised", "--samples", 19)
     assert advised.exit_code == 0
     assert advised.stderr == ""
+
+
+def test_replacing_a_result_made_from_other_settings_is_said(tmp_path, tiny_llama, tiny_text):
+    assert decompose(tiny_llama, tiny_text, tmp_path / "ws", "--samples", 19).exit_code == 0
+    other = decompose(tiny_llama, tiny_text, tmp_path / "ws", "--samples", 20)
+    assert "warning: replacing decompose/whitened, which was made with other settings (samples)" in other.stderr
+    assert "--name keeps both" in other.stderr
+    faster = decompose(tiny_llama, tiny_text, tmp_path / "ws", "--samples", 20, "--batch-size", 3)
+    assert faster.exit_code == 0 and faster.stderr == ""
 
 
 def test_text_with_too_few_windows_is_warned_about(tmp_path, tiny_llama):

@@ -3,12 +3,14 @@
 import json
 import math
 import shutil
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import ara
+import ara.stages.evaluate as evaluation
 from ara.allocation.base import cost
 from ara.calibration.texts import load_documents
 from ara.calibration.tokens import evaluation_windows
@@ -112,11 +114,7 @@ def test_every_file_of_a_stage_is_in_its_manifest(finished):
 def test_manifests_tell_how_everything_was_made(finished, tiny_settings, tiny_llama):
     made = manifest(finished, "decompose/whitened")
     for field, value in tiny_settings.items():
-        if field in ("model", "batch_size", "moment_memory"):
-            # Said by the model's identity, or without influence on the result.
-            assert field not in made.config
-        else:
-            assert made.config[field] == value
+        assert made.config[field] == value
     assert made.config["method"] == "whitened"
     assert len(made.config["text_sha256"]) == 64
     assert made.seed == 0
@@ -465,8 +463,42 @@ def test_wrong_ranks_are_all_told_and_leave_nothing(copied, tmp_path):
 def test_ranks_over_the_budget_that_is_given_are_refused(copied):
     file = copied / "allocate" / NAME / "ranks.json"
     with pytest.raises(UsageError, match=r"keep 0\.5 allows 45,000"):
-        allocate(AllocateConfig(keep=0.5, method="energy"), Run(copied), ranks=file, name="tight")
-    assert allocate(AllocateConfig(keep=KEEP, method="energy"), Run(copied), ranks=file, name="fits").state == "done"
+        allocate(AllocateConfig(keep=0.5), Run(copied), ranks=file, name="tight")
+    assert allocate(AllocateConfig(keep=KEEP), Run(copied), ranks=file, name="fits").state == "done"
+
+
+def test_settings_of_a_method_are_refused_beside_a_ranks_file(copied):
+    file = copied / "allocate" / NAME / "ranks.json"
+    config = AllocateConfig(keep=None, method="energy", min_rank=30)
+    with pytest.raises(UsageError, match="--ranks FILE and --method, --min-rank are both given"):
+        allocate(config, Run(copied), ranks=file)
+
+
+def test_models_that_do_not_fit_together_are_alone_in_memory(copied, tiny_text, monkeypatch):
+    alive: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+    most = []
+    original = evaluation.interleaved_perplexity
+
+    def watched(models, *arguments, **options):
+        alive.update(models.values())
+        most.append(len(alive))
+        return original(models, *arguments, **options)
+
+    monkeypatch.setattr(evaluation, "interleaved_perplexity", watched)
+    monkeypatch.setattr(evaluation, "available_bytes", lambda device: 1)
+    config = EvalConfig(tasks=(tiny_text,), seq_len=32, max_windows=2, device="cpu", dtype="float32")
+    together = manifest(copied, f"eval/{NAME}-{story()}").results
+    alone = evaluate(config, Run(copied)).manifest.results
+    assert most == [1, 1, 1]
+    assert together["interleaved"] and not alone["interleaved"]
+    assert list(alone["variants"]) == list(together["variants"])
+
+
+def test_chosen_uniform_is_not_measured_twice(copied, tiny_text):
+    allocate(AllocateConfig(keep=0.6, method="uniform", rank_multiple=4), Run(copied))
+    truncate(TruncateConfig(), Run(copied))
+    config = EvalConfig(tasks=(tiny_text,), seq_len=32, max_windows=1, device="cpu", dtype="float32")
+    assert list(evaluate(config, Run(copied)).manifest.results["variants"]) == ["dense", "uniform-0.60-x4"]
 
 
 def test_same_seed_gives_the_same_bytes(finished, tiny_settings, tmp_path):

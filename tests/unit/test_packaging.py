@@ -48,6 +48,37 @@ def test_exactly_the_three_packages_are_built():
     assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == PACKAGES
 
 
+def test_the_source_distribution_holds_what_its_own_files_point_to():
+    included = set(PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"])
+    assert included >= {
+        f"/{name}" for name in (*PACKAGES, "tests", "benchmarks", "docs", "Makefile", "constraints.txt")
+    }
+    assert sorted(name for name in included if not (ROOT / name[1:]).exists()) == []
+
+
+def test_classifiers_promise_what_is_true():
+    classifiers = PROJECT["project"]["classifiers"]
+    assert "Typing :: Typed" in classifiers
+    assert (ROOT / "ara" / "py.typed").read_bytes() == b""
+    systems = {line for line in classifiers if line.startswith("Operating System")}
+    assert systems == {"Operating System :: POSIX :: Linux", "Operating System :: MacOS"}
+
+
+def test_what_the_commands_write_by_default_is_not_committed():
+    ignored = set((ROOT / ".gitignore").read_text(encoding="utf-8").splitlines())
+    assert ignored >= {"/ara-workspace/", "/ara-demo/", "/bench-quality/"}
+
+
+def test_files_are_hashed_in_one_place():
+    hashing = [
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if "hashlib.file_digest(" in path.read_text(encoding="utf-8")
+    ]
+    assert hashing == ["ara/manifest.py"]
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_folder_with_code_is_a_package(package):
     folders = {path.parent for path in (ROOT / package).rglob("*.py")}

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -179,7 +180,7 @@ def test_changed_parent_makes_children_and_grandchildren_stale(workspace):
     assert workspace.view("allocate/energy-0.80").why == "decompose/plain has changed since"
     with pytest.raises(WorkspaceError, match=r"truncate/energy-0\.80 is stale") as caught:
         workspace.require("truncate")
-    assert caught.value.hint == "make it again: ara truncate --force"
+    assert caught.value.hint == "make it again: ara test"
 
 
 def test_grandchild_of_one_line_only_is_stale(workspace):
@@ -302,7 +303,8 @@ def test_next_command_follows_the_pipeline(workspace):
         store(workspace, key)
         steps.append(next_command(workspace))
     assert [step.split(" ")[1] for step in steps] == ["decompose", "allocate", "truncate", "eval", "allocate"]
-    assert steps[0] == "ara decompose demo"
+    assert steps[0] == f"ara decompose demo -w {workspace.root}"
+    assert all(shlex.split(step)[-2:] == ["-w", str(workspace.root)] for step in steps)
 
 
 HOLDER = """

@@ -27,7 +27,7 @@ def _windows(count: int, length: int = 13, seed: int = 0) -> torch.Tensor:
 # -- InputAccumulator -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [1, 37, 511, 512, 513, 620, 1030])
+@pytest.mark.parametrize("width", [1, 37, 255, 256, 257, 300, 520])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_accumulator_equals_the_float64_sum(width: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(width)
@@ -64,17 +64,6 @@ def test_nothing_added_is_zero_and_memory_is_told_right() -> None:
     stats = sums.result()
     assert stats.tokens == 0 and not stats.second_moment.any() and not stats.abs_mean.any()
     assert InputAccumulator.bytes_for(37) == sum(t.numel() * t.element_size() for t in (sums.gram, sums.abs_sum))
-
-
-def test_the_result_may_be_read_in_between() -> None:
-    x = torch.randn(9, 21, generator=torch.Generator().manual_seed(0))
-    sums = InputAccumulator(21, CPU)
-    sums.add(x[:4])
-    sums.result()
-    sums.add(x[4:])
-    once = InputAccumulator(21, CPU)
-    once.add(x)
-    torch.testing.assert_close(sums.result().second_moment, once.result().second_moment)
 
 
 # -- shared_inputs ----------------------------------------------------------------------------------------------

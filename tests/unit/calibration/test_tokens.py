@@ -69,7 +69,7 @@ def test_shape_type_and_range() -> None:
     windows = calibration_windows(DOCUMENTS, tiny_tokenizer(), **SIZES)
     assert windows.ids.shape == (7, 31)
     assert windows.ids.dtype == torch.int64
-    assert (windows.windows, windows.seq_len, windows.tokens, windows.shortfall) == (7, 31, 217, 0)
+    assert (windows.windows, windows.seq_len, windows.tokens) == (7, 31, 217)
     assert (windows.asked, windows.seed) == (7, 5)
 
 
@@ -115,7 +115,7 @@ def test_separator_where_there_is_no_eos() -> None:
 def test_short_text_gives_what_there_is() -> None:
     windows = calibration_windows(_documents(["a" * 100]), tiny_tokenizer(), samples=9, seq_len=30, seed=0)
     assert windows.ids.shape == (3, 30)
-    assert (windows.asked, windows.shortfall) == (9, 6)
+    assert windows.asked == 9
 
 
 @pytest.mark.parametrize("cut", [calibration_windows, evaluation_windows])
@@ -153,7 +153,7 @@ def test_evaluation_is_one_tokenised_join_in_windows() -> None:
     count = len(expected) // 7
     assert windows.ids.flatten().tolist() == expected[: count * 7]
     assert len(expected) % 7  # there is a remainder to drop
-    assert (windows.windows, windows.asked, windows.shortfall, windows.seed) == (count, count, 0, None)
+    assert (windows.windows, windows.asked, windows.seed) == (count, count, None)
     assert windows.ids.flatten().tolist().count(BOS) == 1
 
 
@@ -161,8 +161,9 @@ def test_evaluation_takes_the_front() -> None:
     every = evaluation_windows(DOCUMENTS, tiny_tokenizer(), seq_len=40)
     front = evaluation_windows(DOCUMENTS, tiny_tokenizer(), seq_len=40, max_windows=3)
     assert torch.equal(front.ids, every.ids[:3])
-    assert front.shortfall == 0
-    assert evaluation_windows(DOCUMENTS, tiny_tokenizer(), seq_len=40, max_windows=10_000).shortfall > 0
+    assert (front.windows, front.asked) == (3, 3)
+    more = evaluation_windows(DOCUMENTS, tiny_tokenizer(), seq_len=40, max_windows=10_000)
+    assert more.windows == every.windows < more.asked == 10_000
 
 
 # -- cache ------------------------------------------------------------------------------------------------------
@@ -184,11 +185,11 @@ def test_cache_gives_the_same_windows_without_tokenising(tmp_path: Path, monkeyp
     assert len(listener.facts) == 1 and not listener.warnings
 
 
-def test_cache_remembers_a_shortfall(tmp_path: Path) -> None:
+def test_cache_remembers_what_was_asked_of_a_short_text(tmp_path: Path) -> None:
     short = _documents(["a" * 100])
     for _ in range(2):
         windows = cached_calibration_windows(tmp_path, tiny_tokenizer(), short, samples=9, seq_len=30, seed=0)
-        assert (windows.windows, windows.shortfall) == (3, 6)
+        assert (windows.windows, windows.asked) == (3, 9)
 
 
 def test_every_flipped_byte_is_found(tmp_path: Path) -> None:

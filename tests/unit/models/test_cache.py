@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ara.errors import AraError, DiskFullError
+from ara.errors import AraError, DiskFullError, disk_errors
 from ara.models.cache import aside, cache_dir, publish_folder
 
 
@@ -43,8 +43,13 @@ def test_aside_sweeps_what_a_killed_process_left_but_not_a_running_one(tmp_path:
 
 
 def test_disk_full_and_unwritable_cache_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DiskFullError), aside(tmp_path):
+    with pytest.raises(DiskFullError, match="disk is full") as full, aside(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
+    assert "ARA_CACHE_DIR" in str(full.value.hint) and "-w" not in str(full.value.hint)
+    # What was told with the workspace's hint inside, as by the writer of a safetensors file, gets the cache's as well.
+    with pytest.raises(DiskFullError) as full, aside(tmp_path), disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert "ARA_CACHE_DIR" in str(full.value.hint)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(AraError, match="cannot be written") as caught, aside(tmp_path / "file" / "below"):
         pass

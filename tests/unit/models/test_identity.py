@@ -73,3 +73,36 @@ def test_fingerprint_sees_config_size_and_name(tmp_path: Path) -> None:
     renamed = parts[0].rename(tmp_path / "model" / "c.safetensors")
     seen.add(folder_fingerprint(tmp_path / "model", [renamed, parts[1]]))
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("start", [1 << 20, 3_000_000, 6_000_000, 9 << 20], ids=str)
+def test_fingerprint_sees_a_layer_retrained_in_the_middle(tmp_path: Path, start: int) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    part = folder / "model.safetensors"
+    part.write_bytes(bytes(15 << 20))
+    before = folder_fingerprint(folder, [part])
+    with part.open("r+b") as stream:
+        stream.seek(start)
+        stream.write(b"\1" * (4 << 20))  # 2 million weights in bfloat16
+    assert folder_fingerprint(folder, [part]) != before
+
+
+def test_fingerprint_reads_a_sample_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    part = tmp_path / "model.safetensors"
+    with part.open("wb") as stream:
+        stream.truncate(100 << 20)  # sparse: takes no room
+    hashed = []
+
+    class Counting:
+        def update(self, data: bytes) -> None:
+            hashed.append(len(data))
+
+        def hexdigest(self) -> str:
+            return "0" * 64
+
+    monkeypatch.setattr("ara.models.identity.hashlib.sha256", Counting)
+    folder_fingerprint(tmp_path, [part])
+    assert sum(hashed) < 4 << 20

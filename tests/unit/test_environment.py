@@ -1,0 +1,105 @@
+"""What the process can tell of itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ara import environment
+
+_MIB = 1 << 20
+
+# In a process of its own: the peak of a test process is whatever an earlier test held.
+_RESET = """
+from ara.environment import peak_memory_bytes, reset_peak_memory
+block = bytearray(200 << 20)
+del block
+before = peak_memory_bytes()
+reset_peak_memory()
+after = peak_memory_bytes()
+block = bytearray(90 << 20)
+print(before >> 20, after >> 20, peak_memory_bytes() >> 20)
+"""
+
+
+class FakeCuda:
+    """Two GPUs with a peak each."""
+
+    def __init__(self, used: bool = True) -> None:
+        self.used, self.peaks = used, [300, 500]
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_initialized(self) -> bool:
+        return self.used
+
+    def device_count(self) -> int:
+        return len(self.peaks)
+
+    def max_memory_allocated(self, device: int) -> int:
+        return self.peaks[device]
+
+    def reset_peak_memory_stats(self, device: int) -> None:
+        self.peaks[device] = 7
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=fake))
+    return fake
+
+
+@pytest.fixture
+def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(environment, "_PROC_SELF", tmp_path)
+    return tmp_path
+
+
+def test_peak_of_all_gpus_and_its_reset(cuda: FakeCuda, proc: Path) -> None:
+    assert environment.peak_memory_bytes() == 800
+    environment.reset_peak_memory()
+    assert environment.peak_memory_bytes() == 14
+
+
+def test_a_gpu_that_is_not_used_does_not_count(cuda: FakeCuda, proc: Path) -> None:
+    cuda.used = False
+    (proc / "status").write_text("VmPeak:\t 9 kB\nVmHWM:\t 2048 kB\nVmRSS:\t 8 kB\n")
+    environment.reset_peak_memory()
+    assert environment.peak_memory_bytes() == 2 * _MIB
+    assert cuda.peaks == [300, 500]
+
+
+def test_reset_writes_the_code_of_the_high_water_mark(proc: Path) -> None:
+    (proc / "clear_refs").touch()
+    environment.reset_peak_memory()
+    assert (proc / "clear_refs").read_text() == "5"
+
+
+@pytest.mark.parametrize("status", [None, "Name:\tpython\n"], ids=["no-proc", "no-VmHWM"])
+def test_where_proc_does_not_tell(
+    proc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str | None
+) -> None:
+    monkeypatch.setattr(environment, "_PROC_SELF", tmp_path / "missing")
+    if status is not None:
+        (tmp_path / "missing").mkdir()
+        (tmp_path / "missing" / "status").write_text(status)
+    environment.reset_peak_memory()  # no error
+    assert environment.peak_memory_bytes() > 10 * _MIB
+
+
+def test_a_stage_is_not_charged_for_what_came_before_it() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("the high-water mark cannot be reset here")
+    done = subprocess.run([sys.executable, "-c", _RESET], capture_output=True, text=True, check=True, timeout=60)
+    before, after, later = map(int, done.stdout.split())
+    assert before >= 200
+    assert after < 100
+    assert after + 80 < later < before
