@@ -39,12 +39,21 @@ def map_layers(
     each = max(1, threads // workers)
     pool = ThreadPoolExecutor(workers, "ara-factor", lambda: torch.set_num_threads(each))
     try:
-        yield from pool.map(work, *zip(*layers, strict=True))
+        # The dearest first, so that none of them is left for the end, when the other workers have nothing to do.
+        order = sorted(range(len(layers)), key=lambda i: _cost(layers[i][0]), reverse=True)
+        futures = {i: pool.submit(work, *layers[i]) for i in order}
+        for i in range(len(layers)):
+            yield futures[i].result()
     finally:
         # After an error or Ctrl+C only the calls that are running are waited for: LAPACK cannot be interrupted.
         pool.shutdown(wait=True, cancel_futures=True)
         # The number of threads is in part global to the process.
         torch.set_num_threads(threads)
+
+
+def _cost(spec: LinearSpec) -> int:
+    """Rank layers by the work of their factorisation: products with G and an eigenproblem of the smaller side."""
+    return spec.dense_cost * (spec.n + 4 * spec.full_rank)
 
 
 def _fitting(layers: Sequence[LinearSpec]) -> int:
