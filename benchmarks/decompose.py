@@ -75,6 +75,19 @@ def matrices(blocks: int, samples: int) -> dict[str, torch.Tensor]:
     return found
 
 
+def synthetic(shapes: list[str]) -> dict[str, torch.Tensor]:
+    """Make random weights of the given shapes, with second moments of correlated inputs of falling size; float64."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for shape in shapes:
+        m, n = (int(size) for size in shape.split("x"))
+        inputs = torch.randn(2 * n, n, dtype=torch.float64, generator=generator)
+        inputs *= torch.logspace(0, -2, n, dtype=torch.float64)
+        found[f"random.0.{shape}.weight"] = torch.randn(m, n, dtype=torch.float64, generator=generator) / n**0.5
+        found[f"random.0.{shape}.gram"] = inputs.T @ inputs / (2 * n)
+    return found
+
+
 def whitened_error(difference: torch.Tensor, gram: torch.Tensor) -> float:
     """Return ‖D G^{1/2}‖_F of D (m, n)."""
     return float(((difference @ gram) * difference).sum().clamp_min(0).sqrt())
@@ -166,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=3, help="decoder blocks to take (7 matrices each)")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows of 512 tokens")
+    parser.add_argument("--shape", action="append", help="only compare random matrices, MxN; may be repeated")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of the comparison per block")
     parser.add_argument("--busy", type=int, default=0, help="processes that keep a core busy meanwhile")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -175,11 +189,13 @@ def main() -> None:
     if arguments.measure_memory:
         print(measure_memory(arguments.measure_memory, arguments.matrices))
         return
-    tensors = matrices(arguments.blocks, arguments.samples)
+    tensors = synthetic(arguments.shape) if arguments.shape else matrices(arguments.blocks, arguments.samples)
     # Both routes once on a small matrix, so that neither pays for loading libraries.
     for route in ROUTES.values():
         route(torch.randn(60, 50, dtype=torch.float64), torch.eye(50, dtype=torch.float64))
     rows = compare(tensors)
+    if arguments.shape:
+        return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "matrices.safetensors"
         save_file(tensors, file)
