@@ -26,7 +26,6 @@ GROUP = typer.main.get_command(app)
 COMMANDS = {name: GROUP.get_command(None, name) for name in GROUP.list_commands(None)}
 NAME = "energy-0.70"
 # Seconds of CPU (user and system) that `ara --help` may take.
-HELP_LIMIT = 0.3
 
 CONFIGS = {
     "decompose": DecomposeConfig,
@@ -101,21 +100,20 @@ def test_help_without_words_and_in_short():
     assert "Commands:" in ara().output
 
 
-def test_help_is_cheap():
-    script = (
-        "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'ara_cli', '--help'], check=True, "
-    )
-    script += "stdout=-3); used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime)"
+def test_help_of_the_program_imports_next_to_nothing():
+    script = """
+import sys
+from typer.testing import CliRunner
+from ara_cli.app import app
+assert CliRunner().invoke(app, ["--help"]).exit_code == 0
+heavy = sorted(set(sys.modules) & {"torch", "transformers", "numpy", "pydantic", "safetensors", "ara.config"})
+heavy += [name for name in sys.modules if name.startswith("ara_cli.commands")]
+assert not heavy, heavy
+print("checked")
+"""
     command = [sys.executable, "-c", script]
-    # As installed, with bytecode: the first run writes it and does not count.
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    times = []
-    for _ in range(6):
-        result = subprocess.run(
-            command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=True, timeout=60
-        )
-        times.append(float(result.stdout))
-    assert min(times[1:]) < HELP_LIMIT, times
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "checked\n", result.stderr
 
 
 def test_no_help_imports_torch_or_transformers():
