@@ -89,6 +89,11 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}? " if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what ``error`` says, or the name of its class if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def disk_errors(target: Path, needed_bytes: int | None = None) -> Iterator[None]:
     """Turn "no space left on device", however a library words it, into :class:`DiskFullError`.

@@ -101,28 +101,11 @@ def minimise_loss(specs: Sequence[LinearSpec], losses: Sequence[torch.Tensor], b
     hulls = [
         lower_hull([cost for _, cost in options], loss.tolist()) for options, loss in zip(choices, losses, strict=True)
     ]
-    at = [0] * len(specs)
     left = budget.parameters - sum(options[0][1] for options in choices)
-
-    def edge(i: int) -> tuple[float, int, int]:
-        a, b = hulls[i][at[i]], hulls[i][at[i] + 1]
-        extra = choices[i][b][1] - choices[i][a][1]
-        return -float(losses[i][a] - losses[i][b]) / extra, i, extra
-
-    queue = [edge(i) for i in range(len(specs)) if len(hulls[i]) > 1]
-    heapq.heapify(queue)
-    while queue:
-        _, i, extra = heapq.heappop(queue)
-        if extra > left:
-            # This layer stops here; cheaper edges of other layers may still fit.
-            continue
-        at[i] += 1
-        left -= extra
-        if at[i] + 1 < len(hulls[i]):
-            heapq.heappush(queue, edge(i))
-    picks = [hull[position] for hull, position in zip(hulls, at, strict=True)]
-    _spend_on_losses(choices, losses, picks, left)
-    return picks
+    picks, left = _climb(choices, losses, hulls, left)
+    # What the hulls leave over is spent in single steps.
+    steps = [range(pick, len(options)) for pick, options in zip(picks, choices, strict=True)]
+    return _climb(choices, losses, steps, left)[0]
 
 
 def lower_hull(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
@@ -145,22 +128,39 @@ def lower_hull(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
     return hull
 
 
-def _spend_on_losses(
-    choices: list[list[tuple[int | None, int]]], losses: Sequence[torch.Tensor], picks: list[int], left: int
-) -> None:
-    """Raise ``picks`` in place by single steps, always the one that saves most loss per parameter, until none fits."""
+def _climb(
+    choices: list[list[tuple[int | None, int]]],
+    losses: Sequence[torch.Tensor],
+    ladders: Sequence[Sequence[int]],
+    left: int,
+) -> tuple[list[int], int]:
+    """Climb the layers' ladders rung by rung, always the rung that saves most loss per parameter, until none fits.
 
-    def step(i: int) -> tuple[float, int, int]:
-        extra = choices[i][picks[i] + 1][1] - choices[i][picks[i]][1]
-        return -float(losses[i][picks[i]] - losses[i][picks[i] + 1]) / extra, i, extra
+    Args:
+        choices: (rank, cost) per choice and layer.
+        losses: per layer, the loss of each choice.
+        ladders: per layer, the choices to climb through, from the present one up.
+        left: parameters to spend.
 
-    queue = [step(i) for i in range(len(picks)) if picks[i] + 1 < len(choices[i])]
+    Returns:
+        The choice reached per layer, and the parameters left.
+    """
+    at = [0] * len(ladders)
+
+    def rung(i: int) -> tuple[float, int, int]:
+        a, b = ladders[i][at[i]], ladders[i][at[i] + 1]
+        extra = choices[i][b][1] - choices[i][a][1]
+        return -float(losses[i][a] - losses[i][b]) / extra, i, extra
+
+    queue = [rung(i) for i in range(len(ladders)) if len(ladders[i]) > 1]
     heapq.heapify(queue)
     while queue:
         _, i, extra = heapq.heappop(queue)
         if extra > left:
+            # This layer stops here; cheaper rungs of other layers may still fit.
             continue
-        picks[i] += 1
+        at[i] += 1
         left -= extra
-        if picks[i] + 1 < len(choices[i]):
-            heapq.heappush(queue, step(i))
+        if at[i] + 1 < len(ladders[i]):
+            heapq.heappush(queue, rung(i))
+    return [ladder[position] for ladder, position in zip(ladders, at, strict=True)], left

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ara.errors import ModelError
+from ara.errors import ModelError, first_line
 from ara.models import modeling_ara
 from ara.models.linears import bias_of
 from ara.models.modeling_ara import (
@@ -123,8 +123,9 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrai
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder} cannot be loaded: {first}", "write it again: ara truncate --force") from error
+        raise ModelError(
+            f"{folder} cannot be loaded: {first_line(error)}", "write it again: ara truncate --force"
+        ) from error
     # transformers only warns of these, and fills what is missing with random numbers.
     wrong = [f"{key} is missing" for key in sorted(found["missing_keys"])]
     wrong += [f"{key} has no place in the model" for key in sorted(found["unexpected_keys"])]

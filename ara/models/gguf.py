@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ara.errors import AraError, ModelError, UnsupportedModelError, disk_errors
+from ara.errors import AraError, ModelError, UnsupportedModelError, disk_errors, first_line
 from ara.manifest import file_sha256
 from ara.models.cache import aside, cache_dir, publish_folder
 from ara.models.quiet import quiet_gguf, quiet_transformers
@@ -133,7 +133,7 @@ class GgufFile:
                 f"{self.path} cannot be read: {str(error).splitlines()[0]}", "run `pip install gguf accelerate`"
             ) from error
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             if "not supported" in reason:
                 raise UnsupportedModelError(
                     f"{self.path}: {reason}", "use the original model in the Hugging Face format"

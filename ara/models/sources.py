@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ara.errors import AraError, ModelError, UnsupportedModelError, UsageError
+from ara.errors import AraError, ModelError, UnsupportedModelError, UsageError, first_line
 from ara.models.aliases import ALIASES, DEMO
 from ara.models.folder import find_gguf, find_weights, read_folder_config
 from ara.models.gguf import GgufFile, check_complete
@@ -106,9 +106,7 @@ class ModelSource:
         except Exception as error:
             if _is_out_of_memory(error):
                 raise
-            raise ModelError(
-                f"the {what} of {name} cannot be loaded: {_first_line(error)}", _hint(what, hub)
-            ) from error
+            raise ModelError(f"the {what} of {name} cannot be loaded: {first_line(error)}", _hint(what, hub)) from error
 
 
 def resolve(model: str, *, revision: str | None = None, report: Reporter = SILENT) -> ModelSource:
@@ -209,9 +207,7 @@ def _load_config(name: str, origin: str, commit: str | None, raw: dict[str, Any]
     except AraError:
         raise
     except Exception as error:
-        raise ModelError(
-            f"the config of {name} cannot be used: {_first_line(error)}", _hint("config", False)
-        ) from error
+        raise ModelError(f"the config of {name} cannot be used: {first_line(error)}", _hint("config", False)) from error
     check_decoder_only(config, name)
     return config
 
@@ -230,10 +226,6 @@ def _refuse_revision(model: str, revision: str | None) -> None:
 def _is_out_of_memory(error: Exception) -> bool:
     """Tell whether torch ran out of memory: true, but no fault of the model's files."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _hint(what: str, hub: bool) -> str:
