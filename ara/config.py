@@ -5,7 +5,7 @@ The same descriptions feed ``--help``, the manifests and the docs. Unknown keys 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,6 +18,12 @@ class StageConfig(BaseModel):
     """Base of all configs: immutable, strict about names."""
 
     # Validators are built on first use: `ara --help` reads only names and descriptions.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+
+class MethodOptions(BaseModel):
+    """Options of one method; unknown names are refused, every field says its meaning and range."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
@@ -48,7 +54,31 @@ class DecomposeConfig(PlacementConfig):
     )
 
 
-class AllocateConfig(StageConfig):
+class TuningConfig(PlacementConfig):
+    """What every stage shares that looks at the model while it chooses ranks.
+
+    The text is that of the decomposition, but other windows of it, so that factors are not judged on what they were
+    fitted to.
+    """
+
+    samples: int = Field(128, ge=1, description="calibration windows to learn ranks from")
+    held_out: int = Field(32, ge=1, description="further calibration windows that candidates are compared on")
+    batch_size: int = Field(4, ge=1, description="windows per forward and backward pass")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+
+
+class BudgetConfig(StageConfig):
+    """What limits the ranks of every layer, beside the budget itself."""
+
+    rank_multiple: int = Field(1, ge=1, description="ranks are multiples of this (8, 16, 32 or 64 suit GPUs)")
+    min_rank: int = Field(1, ge=1, description="least rank of a layer")
+    min_keep: float = Field(0.0, ge=0, le=1, description="least share of its parameters that each layer keeps")
+    exclude: tuple[str, ...] = Field(
+        (), description="shell pattern of layers that stay dense within the budget, such as '*.down_proj'"
+    )
+
+
+class AllocateConfig(TuningConfig, BudgetConfig):
     """``ara allocate``: choose a rank, or dense, for every layer under one budget."""
 
     keep: float | None = Field(
@@ -56,15 +86,68 @@ class AllocateConfig(StageConfig):
     )
     method: str = Field("uniform", description="allocator (see ara methods)")
     options: dict[str, str] = Field(default_factory=dict, description="options of the method, NAME=VALUE")
-    rank_multiple: int = Field(1, ge=1, description="ranks are multiples of this (8, 16, 32 or 64 suit GPUs)")
-    min_rank: int = Field(1, ge=1, description="least rank of a layer")
+    guard: bool = Field(
+        True, description="compare on held-out text and never hand out ranks worse than uniform or the start"
+    )
     ranks_sha256: str | None = Field(None, description="checksum of the ranks file that was read instead of a method")
 
 
-class TrainMasksConfig(PlacementConfig):
-    """``ara train-masks``: learn one mask per layer; its settings arrive with the training."""
+class MaskTrainingOptions(MethodOptions):
+    """How ARA's masks are trained; options of ``--method ara`` and of ``ara train-masks``."""
 
-    seed: int = Field(0, ge=0, description="seed of the training")
+    objective: Literal["priced", "paper"] = Field(
+        "priced", description="priced: hard budget in every step; paper: budget penalty, guidance, rescaling at the end"
+    )
+    loss: Literal["kl", "ce"] = Field(
+        "kl", description="KL divergence to the dense model, or cross-entropy of the text"
+    )
+    start: Literal["sensitivity", "uniform"] = Field("sensitivity", description="allocation to start from")
+    optimiser: Literal["newton", "adam"] = Field(
+        "newton", description="of the priced form: newton re-linearises the loss of every rank, adam moves scores"
+    )
+    steps: int = Field(12, ge=0, description="steps per budget")
+    batch: int = Field(16, ge=1, description="windows per step")
+    rate: float = Field(0.3, gt=0, le=1, description="weight of a new step against the old ones (newton)")
+    trust: float = Field(
+        0.02, gt=0, le=1, description="largest share of all parameters that a step may move between ranks (newton)"
+    )
+    damping: float = Field(1.0, ge=0, description="multiple of the curvature; more moves fewer ranks (newton)")
+    learning_rate: float = Field(0.05, gt=0, description="step size of Adam at the start; falls to a tenth")
+    temperature: float = Field(1.0, gt=0, description="of the softmax over atoms; lower moves fewer ranks at once")
+    atoms: int = Field(64, ge=2, description="ranks per layer that a mask is made of")
+    average: float = Field(
+        0.9, ge=0, lt=1, description="decay of the moving average that is deployed; 0: the last step"
+    )
+    budget_weight: float = Field(100.0, ge=0, description="weight of the budget penalty (objective paper)")
+    guidance_weight: float = Field(1.0, ge=0, description="weight of the guidance loss (objective paper)")
+    check_every: int = Field(2, ge=1, description="steps between checks on held-out text; the best one is kept")
+
+
+class TrainMasksConfig(TuningConfig, BudgetConfig, MaskTrainingOptions):
+    """``ara train-masks``: learn what every rank of every layer is worth."""
+
+    keep: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.8,),
+        min_length=1,
+        description="budget to train at, in (0, 1]; may be repeated, each starts from the one before",
+    )
+    save_every: int = Field(5, ge=1, description="steps between checkpoints to go on from")
+    tensorboard: bool = Field(False, description="also write TensorBoard events (needs the package tensorboard)")
+
+
+class CompareConfig(TuningConfig, BudgetConfig):
+    """``ara compare``: every allocator at one budget, on the same factors and text."""
+
+    keep: float = Field(0.8, gt=0, le=1, description="fraction of the factorised layers' parameters that stays")
+    methods: tuple[str, ...] = Field((), description="allocators to compare, several with commas [default: all]")
+    tasks: tuple[str, ...] = Field(
+        ("wikitext2", "c4"), min_length=1, description="wikitext2, c4, python-docs or file:PATH; several with commas"
+    )
+    eval_seq_len: int | None = Field(
+        None, ge=2, description="tokens per evaluation window [default: 2048, or the model's limit if that is less]"
+    )
+    max_windows: int | None = Field(None, ge=1, description="evaluate only the first N windows of each text")
+    eval_batch_size: int = Field(1, ge=1, description="evaluation windows per forward pass")
 
 
 class TruncateConfig(StageConfig):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
+    from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TrainMasksConfig, TruncateConfig
     from ara.stage_view import StageView
     from ara.stages.common import Run
     from ara.workspace import Workspace
@@ -69,16 +69,23 @@ def run_pipeline(
 ) -> list[StageView]:
     """Run decompose, then allocate, truncate and eval for each budget; what is done already is not done again.
 
+    For budgets that the method ``ara`` shall meet, masks are trained in between, all in one training.
+
     Returns:
         All results in the order in which they were reached.
     """
     from ara.stages.allocate import allocate
     from ara.stages.decompose import decompose
     from ara.stages.evaluate import evaluate
+    from ara.stages.train_masks import train_masks
     from ara.stages.truncate import truncate
 
     factors = decompose(decompose_config, run)
     views = [factors]
+    learned = [config for config in allocate_configs if config.method == "ara"]
+    if learned:
+        training = training_for(learned)
+        views.append(train_masks(training, run, factors=factors.name))
     for config in allocate_configs:
         ranks = allocate(config, run, factors=factors.name)
         checkpoint = truncate(truncate_config, run, allocation=ranks.name)
@@ -86,6 +93,14 @@ def run_pipeline(
         if eval_config is not None:
             views.append(evaluate(eval_config, run, checkpoint=checkpoint.name))
     return views
+
+
+def training_for(configs: Sequence[AllocateConfig]) -> TrainMasksConfig:
+    """Return the training that serves these budgets: their floors, text and seed, all else by default."""
+    from ara.config import BudgetConfig, TrainMasksConfig, TuningConfig
+
+    shared = {name: getattr(configs[0], name) for name in (*BudgetConfig.model_fields, *TuningConfig.model_fields)}
+    return TrainMasksConfig(keep=tuple(config.keep for config in configs if config.keep is not None), **shared)
 
 
 def next_command(workspace: Workspace) -> str:

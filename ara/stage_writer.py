@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 PARTIAL = ".partial"
 JOURNAL = ".journal.json"
+CHECKPOINT = ".checkpoint.safetensors"
 
 
 class StageWriter:
@@ -86,6 +88,46 @@ class StageWriter:
         self.results.update(results or {})
         self._write_journal()
 
+    def text(self, name: str, text: str) -> None:
+        """Write one text file and note it as finished, together with :attr:`results` as they are."""
+        _write_synced(self.folder / name, text)
+        self.note(name)
+        self._write_journal()
+
+    def save_checkpoint(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Keep the state of unfinished work: replaces the one before in one step, and goes when the stage is done.
+
+        Args:
+            tensors: at least one.
+            values: JSON data.
+        """
+        path = self.folder / CHECKPOINT
+        aside = path.with_name(f"{path.name}{PARTIAL}")
+        body = json.dumps({"values": values, "seconds": self._seconds()})
+        with disk_errors(self.folder):
+            save_tensors(aside, tensors, {"body": body, "digest": digest([body, _tensor_digests(tensors)])})
+            os.replace(aside, path)
+            if not (self.folder / JOURNAL).exists():
+                self._write_journal()
+
+    def checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Return what an interrupted run has left by :meth:`save_checkpoint`, or ``None``; a damaged one is ignored."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / CHECKPOINT
+        try:
+            with safe_open(path, "pt") as file:
+                found = file.metadata()
+                # Copied: the file that they are views of is about to be replaced.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            if digest([found["body"], _tensor_digests(tensors)]) != found["digest"]:
+                return None
+            body = json.loads(found["body"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        self._earlier_seconds = float(body["seconds"])
+        return tensors, body["values"]
+
     def note(self, name: str) -> None:
         """Take the finished file ``name`` (relative to :attr:`folder`) into the manifest."""
         path = self.folder / name
@@ -108,7 +150,7 @@ class StageWriter:
             # No journal, or one that cannot be trusted: start over, which is always right.
             return False
         for path in self.folder.iterdir():
-            if path.name not in {*self._files, JOURNAL}:
+            if path.name not in {*self._files, JOURNAL, CHECKPOINT}:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return True
 
@@ -130,7 +172,7 @@ class StageWriter:
     def _commit(self) -> None:
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
-            if path.is_file() and name not in (*self._files, JOURNAL):
+            if path.is_file() and name not in (*self._files, JOURNAL, CHECKPOINT):
                 self.note(name)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -154,14 +196,23 @@ class StageWriter:
         _sync_folder(self.final.parent)
         # Last, so that a stage stopped until here goes on from it.
         (self.final / JOURNAL).unlink(missing_ok=True)
+        (self.final / CHECKPOINT).unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
 
     def _abandon(self, repeats: bool = False) -> None:
-        if repeats or not (self._resumable and self._files):
+        started = self._files or (self.folder / CHECKPOINT).exists()
+        if repeats or not (self._resumable and started):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._start
+
+
+def _tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+    }
 
 
 def _write_synced(path: Path, text: str) -> None:

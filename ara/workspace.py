@@ -29,7 +29,7 @@ from ara.locking import LOCK_FILE, OWNER_FILE, exclusive
 from ara.manifest import FORMAT_VERSION, Parent, essence, read_manifest, remake, verify_files
 from ara.progress import SILENT, Reporter
 from ara.stage_view import StageView
-from ara.stage_writer import JOURNAL, PARTIAL, StageWriter
+from ara.stage_writer import CHECKPOINT, JOURNAL, PARTIAL, StageWriter
 
 INDEX = "workspace.json"
 DEFAULT_ROOT = "ara-workspace"
@@ -290,8 +290,9 @@ class Workspace:
                 shutil.rmtree(old)
             else:
                 os.replace(old, final)
-        for journal in self.root.glob(f"*/[!.]*/{JOURNAL}"):
-            journal.unlink()
+        for name in (JOURNAL, CHECKPOINT):
+            for left in self.root.glob(f"*/[!.]*/{name}"):
+                left.unlink()
 
 
 def _created(view: StageView) -> str:

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         stage.name: (f"{stage.name.replace('-', '_')}:command", f"{stage.title}: {stage.reads} → {stage.writes}")
         for stage in STAGES
     },
+    "compare": ("compare:command", "All allocators side by side: loss, perplexity, cost, a picture of their ranks"),
     "status": ("status:command", "What the workspace holds, what is stale or missing, the next command"),
     "models": ("info:models", "Names for models"),
     "methods": ("info:methods", "Decompositions and allocators with their options"),

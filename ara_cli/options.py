@@ -77,7 +77,7 @@ def keep_of(keep: float | None, remove: float | None, fallback: float | None) ->
     return keep if keep is not None else fallback
 
 
-def task_names(tasks: str) -> tuple[str, ...]:
+def task_names(tasks: str, flag: str = "--tasks", what: str = "task", example: str = "wikitext2") -> tuple[str, ...]:
     """Split ``a,b`` into names, each once, in their order.
 
     Raises:
@@ -85,5 +85,5 @@ def task_names(tasks: str) -> tuple[str, ...]:
     """
     names = tuple(dict.fromkeys(part.strip() for part in tasks.split(",") if part.strip()))
     if not names:
-        raise UsageError(f"--tasks {tasks!r} names no task", "for example --tasks wikitext2")
+        raise UsageError(f"{flag} {tasks!r} names no {what}", f"for example {flag} {example}")
     return names

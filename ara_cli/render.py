@@ -60,6 +60,80 @@ def show_allocation(console: Console, view: StageView) -> None:
         f"{percent(results['model_keep'], 2)} of the whole model's"
     )
     console.table(title, columns, rows)
+    guard = results.get("guard")
+    if guard is not None:
+        losses = guard["held_out"]
+        candidates = [name for name in losses if name != "dense"]
+        told = ", ".join(f"{name} {losses[name]:.4f}" for name in candidates)
+        console.text(
+            f"guard, held-out loss in nats per token (dense {losses['dense']:.4f}): {told}; {guard['winner']} won"
+        )
+
+
+def show_training(console: Console, view: StageView) -> None:
+    """Show what the training has won at each budget."""
+    rows = [
+        (
+            keep,
+            f"{row['start_held_out']:.4f}",
+            f"{row['held_out']:.4f}",
+            f"{row['start_held_out'] - row['held_out']:.4f}",
+            f"{row['best_step']} of {row['steps']}",
+            sum(rank == "dense" for rank in row["ranks"].values()),
+            row["backward_passes"],
+            seconds_text(row["seconds"]),
+        )
+        for keep, row in _manifest(view)["results"]["budgets"].items()
+    ]
+    columns = [
+        Column("keep", _LEFT),
+        Column("held-out loss of the start (nats/token)"),
+        Column("of the best"),
+        Column("won"),
+        Column("best step"),
+        Column("dense layers"),
+        Column("backward passes"),
+        Column("time"),
+    ]
+    console.table(f"{view.name}: trained masks", columns, rows)
+
+
+def show_comparison(console: Console, view: StageView) -> None:
+    """Show all allocators, best held-out loss first, the dense model on top."""
+    rows_by_name = _manifest(view)["results"]["methods"]
+    dense = rows_by_name["dense"]
+    tasks = list(dense["tasks"])
+    measured = {name: row for name, row in rows_by_name.items() if "tasks" in row}
+    order = ["dense", *sorted((n for n in measured if n != "dense"), key=lambda name: measured[name]["held_out"])]
+    rows = [
+        (
+            name,
+            f"{row['held_out']:.4f}",
+            *(_perplexity(row["tasks"][task]) for task in tasks),
+            row.get("dense_layers"),
+            None if name == "dense" else seconds_text(row["seconds"]),
+            row.get("backward_passes"),
+        )
+        for name in order
+        for row in (measured[name],)
+    ]
+    columns = [
+        Column("allocator", _LEFT),
+        Column("held-out loss (nats/token)"),
+        *(Column(f"{task} perplexity (gap closed)") for task in tasks),
+        Column("dense layers"),
+        Column("time"),
+        Column("backward passes"),
+    ]
+    console.table(f"{view.name}: gap closed = (ln uniform − ln x) / (ln uniform − ln dense)", columns, rows)
+    for name, row in rows_by_name.items():
+        if "error" in row:
+            console.text(f"{name} failed: {row['error']}")
+
+
+def _perplexity(figures: dict[str, Any]) -> str:
+    closed = figures.get("gap_closed")
+    return f"{figures['perplexity']:,.2f}" + ("" if closed is None else f" ({closed:.0%})")
 
 
 def show_checkpoint(console: Console, view: StageView) -> None:
@@ -123,7 +197,9 @@ def show_end(console: Console, view: StageView, root: Path) -> None:
 def show_pipeline(console: Console, views: Sequence[StageView], root: Path) -> None:
     """Show the figures of a whole run."""
     for view in views:
-        if view.stage == "allocate":
+        if view.stage == "train-masks":
+            show_training(console, view)
+        elif view.stage == "allocate":
             show_allocation(console, view)
         elif view.stage == "eval":
             show_evaluation(console, view)

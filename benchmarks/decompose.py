@@ -36,7 +36,7 @@ from ara.calibration.texts import load_documents
 from ara.calibration.tokens import calibration_windows
 from ara.decomposition.base import Factors
 from ara.decomposition.parallel import map_layers
-from ara.decomposition.subspace import input_weighted_factors
+from ara.decomposition.subspace import weighted_factors
 from ara.models.linears import LinearSpec, find_linears, weight_of
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import resolve
@@ -51,7 +51,7 @@ def textbook(weight: torch.Tensor, gram: torch.Tensor) -> Factors:
 
 
 ROUTES: dict[str, Callable[[torch.Tensor, torch.Tensor], Factors]] = {
-    "ours": input_weighted_factors,
+    "ours": weighted_factors,
     "textbook": textbook,
 }
 

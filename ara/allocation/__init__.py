@@ -17,5 +17,41 @@ ALLOCATORS = Registry(
             "ara.allocation.energy:Energy",
             "spectral energy as in SVD-LLM V2, arXiv 2503.12340, with ARA's dense switch",
         ),
+        Entry(
+            "sensitivity",
+            "least effect on the loss, estimated for every rank by one backward pass",
+            "ara.allocation.sensitivity:Sensitivity",
+            "Fisher information of tail sums; ARA's start",
+        ),
+        Entry(
+            "ara",
+            "learned: staircase masks trained under the budget",
+            "ara.allocation.ara:Ara",
+            "ARA, arXiv 2510.19389",
+        ),
+        Entry(
+            "strs",
+            "each layer's least rank below one perplexity, every layer cut alone",
+            "ara.allocation.strs:Strs",
+            "STRS of ASVD, arXiv 2312.05821",
+        ),
+        Entry(
+            "dp-kl",
+            "least sum of KL divergences, every layer cut alone",
+            "ara.allocation.dp_kl:DpKl",
+            "probed KL of Duo-SVD, arXiv 2510.19385; knapsack of ROCKET, arXiv 2602.11008",
+        ),
+        Entry(
+            "gumbel",
+            "learned: one binary Gumbel-sigmoid mask per component",
+            "ara.allocation.gumbel:Gumbel",
+            "ARS, Adaptive Rank Selections, NAACL 2024",
+        ),
+        Entry(
+            "tanh",
+            "learned: one soft truncation position per layer",
+            "ara.allocation.tanh:Tanh",
+            "Dobi-SVD, arXiv 2502.02723",
+        ),
     ],
 )

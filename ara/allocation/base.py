@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from ara.allocation.budget import Budget
 from ara.decomposition.base import MethodOptions
 from ara.models.linears import LinearSpec
+from ara.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from ara.masks.learned import LearnedLosses
+    from ara.masks.model import MaskedModel
 
 # What a rank is called when the layer stays dense.
 DENSE = "dense"
@@ -57,18 +62,56 @@ def cost(spec: LinearSpec, rank: int | None) -> int:
     return spec.dense_cost if rank is None else rank * spec.rank_cost
 
 
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What an allocator that looks at the model may use.
+
+    Attributes:
+        model: with all layers dense; an allocator may cut it as it likes.
+        train: (w, t) int64 calibration windows to learn from.
+        held_out: (w, t) int64 calibration windows that share no document with ``train``, to compare candidates on.
+        batch_size: windows per pass.
+        seed: of everything random.
+        report: progress.
+        learned: what ``ara train-masks`` has found, by budget; ``None`` when there was no training.
+    """
+
+    model: MaskedModel
+    train: torch.Tensor
+    held_out: torch.Tensor
+    batch_size: int = 4
+    seed: int = 0
+    report: Reporter = SILENT
+    learned: Sequence[LearnedLosses] | None = None
+
+
 class Allocator:
-    """Base class of all allocators."""
+    """Base class of all allocators.
+
+    Class attributes:
+        Options: the method's own options.
+        needs_model: whether :meth:`allocate` must be given a :class:`Context`.
+    """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
+    needs_model: ClassVar[bool] = False
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options = options or self.Options()
 
-    def allocate(self, modules: Sequence[Module], budget: Budget) -> Allocation:
+    def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
         """Choose a rank, or dense, for every module.
+
+        Args:
+            modules: the factorised layers.
+            budget: the limit.
+            context: the model and calibration text; ``None`` only when ``needs_model`` is false.
 
         The result never costs more than ``budget.parameters`` and leaves less than the cheapest rank step unspent;
         every rank is a positive multiple of ``budget.rank_multiple`` with k(m + n) < mn.
         """
         raise NotImplementedError
+
+    def starts(self, modules: Sequence[Module], budget: Budget, context: Context) -> dict[str, Allocation]:
+        """Return the simpler allocations that this method set out from, by name, for the guard to compare with."""
+        return {}

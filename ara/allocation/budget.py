@@ -7,6 +7,7 @@ mn: a rank that costs as much as W is never offered, for W itself is then the be
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,35 +25,54 @@ class Budget:
         parameters: the limit, floor(keep · Σ mn).
         rank_multiple: every kept rank is a multiple of this.
         min_rank: least rank of a layer; rounded up to the multiple.
+        min_keep: least share of a layer's dense parameters, in [0, 1].
+        dense: module paths that stay dense whatever it costs.
     """
 
     parameters: int
     rank_multiple: int = 1
     min_rank: int = 1
+    min_keep: float = 0.0
+    dense: frozenset[str] = frozenset()
 
     @classmethod
-    def for_keep(cls, specs: Sequence[LinearSpec], keep: float, rank_multiple: int = 1, min_rank: int = 1) -> Budget:
+    def for_keep(
+        cls,
+        specs: Sequence[LinearSpec],
+        keep: float,
+        rank_multiple: int = 1,
+        min_rank: int = 1,
+        min_keep: float = 0.0,
+        dense: frozenset[str] = frozenset(),
+    ) -> Budget:
         """Return the budget that keeps the fraction ``keep`` of the dense parameters of ``specs``.
 
         Raises:
             UsageError: even the least ranks cost more.
         """
         # The small addend forgives the rounding of a product such as 0.8 · 1 000 000.
-        budget = cls(int(keep * sum(spec.dense_cost for spec in specs) + 1e-6), rank_multiple, min_rank)
+        limit = int(keep * sum(spec.dense_cost for spec in specs) + 1e-6)
+        budget = cls(limit, rank_multiple, min_rank, min_keep, dense)
         least = sum(budget.choices(spec)[0][1] for spec in specs)
         if least > budget.parameters:
-            dense = sum(spec.dense_cost for spec in specs)
+            total = sum(spec.dense_cost for spec in specs)
+            floors = [f"at least {min_rank}", f"multiples of {rank_multiple}"]
+            floors += [f"{min_keep:.0%} of each layer"] if min_keep else []
+            floors += [f"{len(dense)} layers dense"] if dense else []
             raise UsageError(
                 f"keep {keep:g} allows {budget.parameters:,} parameters, but the least ranks "
-                f"(at least {min_rank}, multiples of {rank_multiple}) already cost {least:,}",
-                f"use --keep {least / dense + 0.005:.2f} or more, or a smaller --min-rank or --rank-multiple",
+                f"({', '.join(floors)}) already cost {least:,}",
+                f"use --keep {least / total + 0.005:.2f} or more, or a smaller --min-rank or --rank-multiple",
             )
         return budget
 
     def choices(self, spec: LinearSpec) -> list[tuple[int | None, int]]:
         """Return all choices of a layer as (rank or ``None`` for dense, cost), cheapest first, dense last."""
+        if spec.name in self.dense:
+            return [(None, spec.dense_cost)]
         step = self.rank_multiple
-        first = max(step, -(-self.min_rank // step) * step)
+        floor = max(self.min_rank, math.ceil(self.min_keep * spec.dense_cost / spec.rank_cost - 1e-9))
+        first = max(step, -(-floor // step) * step)
         last = (spec.dense_cost - 1) // spec.rank_cost
         ranks = range(first, last + 1, step)
         return [*((rank, rank * spec.rank_cost) for rank in ranks), (None, spec.dense_cost)]

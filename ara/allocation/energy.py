@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 import torch
 
-from ara.allocation.base import Allocation, Allocator, Module
+from ara.allocation.base import Allocation, Allocator, Context, Module
 from ara.allocation.budget import Budget, minimise_loss
 
 
 class Energy(Allocator):
     """Least sum over layers of the discarded fraction of energy, weighted by parameters."""
 
-    def allocate(self, modules: Sequence[Module], budget: Budget) -> Allocation:
+    def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
         """Minimise the summed relative energy loss, weighted by parameters, under the budget."""
         specs = [module.spec for module in modules]
         choices = [budget.choices(spec) for spec in specs]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ara.allocation.base import Allocation, Allocator, Module
+from ara.allocation.base import Allocation, Allocator, Context, Module
 from ara.allocation.budget import Budget, spend_rest
 
 
 class Uniform(Allocator):
     """k = floor(keep · mn / (m + n)), and the parameters left by rounding go to the layers that lost most."""
 
-    def allocate(self, modules: Sequence[Module], budget: Budget) -> Allocation:
+    def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
         """Give every module the same fraction of the budget."""
         specs = [module.spec for module in modules]
         keep = budget.parameters / sum(spec.dense_cost for spec in specs)

@@ -16,6 +16,12 @@ DECOMPOSITIONS = Registry(
             "SVD-LLM, arXiv 2403.07378, truncation-aware whitening; computed without inverse or Cholesky",
         ),
         Entry(
+            "two-sided",
+            "least effect on the loss: weighted by inputs and by output gradients",
+            "ara.decomposition.two_sided:TwoSided",
+            "GFWSVD, arXiv 2505.17974; IO-SVD, arXiv 2605.15626; K-FAC, arXiv 1503.05671",
+        ),
+        Entry(
             "plain",
             "least error of the weight itself; needs no text",
             "ara.decomposition.plain:Plain",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
+from ara.calibration.gradients import GradientStats
 from ara.calibration.moments import InputStats
 from ara.decomposition.base import Decomposition, Factors, MethodOptions, checked
-from ara.decomposition.subspace import input_weighted_factors
+from ara.decomposition.subspace import weighted_factors
 
 
 class ActivationScaledOptions(MethodOptions):
@@ -23,8 +24,10 @@ class ActivationScaled(Decomposition):
 
     Options = ActivationScaledOptions
 
-    def decompose(self, weight: torch.Tensor, stats: InputStats | None) -> Factors:
+    def decompose(
+        self, weight: torch.Tensor, stats: InputStats | None, gradients: GradientStats | None = None
+    ) -> Factors:
         """Factorise ``weight`` (m, n) in the metric S²."""
         assert stats is not None and isinstance(self.options, ActivationScaledOptions)
         scale = stats.abs_mean.to(weight.device).double() ** self.options.alpha
-        return input_weighted_factors(checked(weight), scale**2)
+        return weighted_factors(checked(weight), scale**2)

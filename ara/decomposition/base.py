@@ -6,16 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
+from ara.calibration.gradients import GradientStats
 from ara.calibration.moments import InputStats
+from ara.config import MethodOptions
 from ara.errors import NumericalError
-
-
-class MethodOptions(BaseModel):
-    """Options of one method; unknown names are refused, every field says its meaning and range."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True)
@@ -40,20 +35,25 @@ class Decomposition:
     Class attributes:
         Options: the method's own options.
         needs_text: whether :meth:`decompose` must be given input statistics.
+        needs_gradients: whether it must be given gradient statistics as well.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     needs_text: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = False
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options = options or self.Options()
 
-    def decompose(self, weight: torch.Tensor, stats: InputStats | None) -> Factors:
+    def decompose(
+        self, weight: torch.Tensor, stats: InputStats | None, gradients: GradientStats | None = None
+    ) -> Factors:
         """Factorise one weight.
 
         Args:
             weight: W (m, n), any floating dtype.
             stats: statistics of its inputs; ``None`` only when ``needs_text`` is false.
+            gradients: statistics of the gradients at its outputs; ``None`` only when ``needs_gradients`` is false.
 
         Raises:
             NumericalError: the weight holds NaN or infinity.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ara.calibration.gradients import GradientStats
 from ara.calibration.moments import InputStats
 from ara.decomposition.base import Decomposition, Factors, checked
-from ara.decomposition.subspace import input_weighted_factors
+from ara.decomposition.subspace import weighted_factors
 
 
 class Plain(Decomposition):
@@ -14,6 +15,8 @@ class Plain(Decomposition):
 
     needs_text = False
 
-    def decompose(self, weight: torch.Tensor, stats: InputStats | None) -> Factors:
+    def decompose(
+        self, weight: torch.Tensor, stats: InputStats | None, gradients: GradientStats | None = None
+    ) -> Factors:
         """Factorise ``weight`` (m, n); ``stats`` is not looked at."""
-        return input_weighted_factors(checked(weight), None)
+        return weighted_factors(checked(weight), None)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from ara.calibration.gradients import GradientStats
 from ara.calibration.moments import InputStats
 from ara.decomposition.base import Decomposition, Factors, checked
-from ara.decomposition.subspace import input_weighted_factors
+from ara.decomposition.subspace import weighted_factors
 
 
 class Whitened(Decomposition):
     """Minimises E‖(W − W_k) x‖²; the spectrum is in units of squared output per token."""
 
-    def decompose(self, weight: torch.Tensor, stats: InputStats | None) -> Factors:
+    def decompose(
+        self, weight: torch.Tensor, stats: InputStats | None, gradients: GradientStats | None = None
+    ) -> Factors:
         """Factorise ``weight`` (m, n) in the metric G = E[x xᵀ]."""
         assert stats is not None
-        return input_weighted_factors(checked(weight), stats.second_moment.to(weight.device).double())
+        return weighted_factors(checked(weight), stats.second_moment.to(weight.device).double())

@@ -141,15 +141,26 @@ def _refuse_unsupported(model: nn.Module, prefix: str, blocks: nn.ModuleList, li
         seen[id(weight)] = spec.name
 
 
-def _without(linears: list[LinearSpec], exclude: Sequence[str]) -> list[LinearSpec]:
+def matching(linears: Sequence[LinearSpec], patterns: Sequence[str]) -> frozenset[str]:
+    """Return the paths of the layers that a pattern names (``*.down_proj``, ``model.layers.0.*``).
+
+    Raises:
+        UsageError: a pattern matches nothing.
+    """
+
     def matches(spec: LinearSpec, pattern: str) -> bool:
         return fnmatch.fnmatchcase(spec.name, pattern) or fnmatch.fnmatchcase(spec.kind, pattern)
 
-    for pattern in exclude:
+    for pattern in patterns:
         if not any(matches(spec, pattern) for spec in linears):
             kinds = ", ".join(dict.fromkeys(spec.kind for spec in linears))
             raise UsageError(f"--exclude {pattern!r} matches no linear layer", f"module kinds are {kinds}")
-    kept = [spec for spec in linears if not any(matches(spec, pattern) for pattern in exclude)]
+    return frozenset(spec.name for spec in linears if any(matches(spec, pattern) for pattern in patterns))
+
+
+def _without(linears: list[LinearSpec], exclude: Sequence[str]) -> list[LinearSpec]:
+    gone = matching(linears, exclude)
+    kept = [spec for spec in linears if spec.name not in gone]
     if not kept:
         raise UsageError("--exclude leaves no linear layer to factorise", "exclude less")
     return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,28 @@ from safetensors import safe_open
 from ara.allocation import ALLOCATORS
 from ara.allocation.base import Allocation, Allocator, Module, cost
 from ara.allocation.budget import Budget
+from ara.allocation.guard import Verdict, compare_candidates
 from ara.allocation.ranks_file import RANKS_FILE, ranks_document, read_ranks
-from ara.config import AllocateConfig, method_options
-from ara.errors import UsageError
+from ara.allocation.uniform import Uniform
+from ara.config import AllocateConfig, BudgetConfig, TuningConfig, method_options
+from ara.errors import UsageError, WorkspaceError
 from ara.manifest import file_sha256
-from ara.models.linears import LinearSpec
+from ara.models.linears import LinearSpec, matching
 from ara.stage_view import StageView, parent_of
 from ara.stages.common import Run, already_done, begin, layer_file, specs_of
+from ara.stages.lab import open_lab, placed
+from ara.stages.learned import read_learned
+from ara.workspace import Workspace
 
 
 def allocate(
-    config: AllocateConfig, run: Run, *, factors: str | None = None, name: str | None = None, ranks: Path | None = None
+    config: AllocateConfig,
+    run: Run,
+    *,
+    factors: str | None = None,
+    name: str | None = None,
+    ranks: Path | None = None,
+    masks: str | None = None,
 ) -> StageView:
     """Allocate ranks and store them as ``ranks.json``.
 
@@ -30,6 +42,7 @@ def allocate(
         factors: name of the decomposition; the latest by default.
         name: of the result; says method and keep by default.
         ranks: take the ranks from this file instead of a method; with ``config.keep`` they are held to that budget.
+        masks: name of the training that ``--method ara`` uses; the latest by default.
 
     Raises:
         AraError: no decomposition, a budget that cannot be met, a ranks file that does not fit.
@@ -46,20 +59,71 @@ def allocate(
         else:
             run.report.step(f"Reading ranks from {ranks}")
             _refuse_method_settings(config)
+        trained = _training(config, workspace, decomposition, masks) if ranks is None else None
         name = name or default_name(config, decomposition.name, ranks)
-        resolved = config if ranks is None else config.model_copy(update={"ranks_sha256": _checksum(ranks)})
+        resolved = _resolved(config, ranks, run)
         assert decomposition.manifest is not None
-        facts = {"config": resolved, "model": decomposition.manifest.model, "parents": (parent_of(decomposition),)}
+        facts = {
+            "config": _decisive(resolved, ranks),
+            "model": decomposition.manifest.model,
+            "parents": tuple(parent_of(view) for view in (decomposition, trained) if view),
+        }
         done = workspace.finished("allocate", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
-        allocation = _from_file(config, ranks, specs) if ranks else _by_method(config, decomposition, specs)
+        verdict = None
+        if ranks:
+            allocation = _from_file(config, ranks, specs)
+        else:
+            allocation, verdict = _by_method(resolved, decomposition, trained, workspace, run)
         results = summary(allocation, specs, decomposition.manifest.results["model_parameters"])
         with workspace.writer("allocate", name, facts, command=run.command, started=started) as stage:
             about = {"method": "file" if ranks else config.method, **{k: v for k, v in results.items() if k != "kinds"}}
             (stage.folder / RANKS_FILE).write_text(ranks_document(allocation, about), encoding="utf-8")
-            stage.results.update(results)
+            stage.results.update({**results, "guard": asdict(verdict) if verdict else None})
         return workspace.view(f"allocate/{name}")
+
+
+def needs_model(config: AllocateConfig) -> bool:
+    """Tell whether the method of ``config`` looks at the model."""
+    return bool(ALLOCATORS.load(config.method).needs_model)
+
+
+def _resolved(config: AllocateConfig, ranks: Path | None, run: Run) -> AllocateConfig:
+    """Decide device and dtype where they matter, and take the checksum of a ranks file."""
+    if ranks is not None:
+        return config.model_copy(update={"ranks_sha256": _checksum(ranks)})
+    return placed(config, run) if needs_model(config) else config
+
+
+def _decisive(config: AllocateConfig, ranks: Path | None) -> dict[str, Any]:
+    """Return the settings without those that mean nothing to a method that looks at spectra alone."""
+    values = config.model_dump(mode="json")
+    if ranks is None and needs_model(config):
+        return values
+    return {key: value for key, value in values.items() if key not in {*TuningConfig.model_fields, "guard"}}
+
+
+def _training(
+    config: AllocateConfig, workspace: Workspace, decomposition: StageView, masks: str | None
+) -> StageView | None:
+    """Return the result of ``ara train-masks`` that ``--method ara`` uses."""
+    if config.method != "ara":
+        if masks is not None:
+            raise UsageError(f"--masks {masks} and --method {config.method} are both given", "use --method ara")
+        return None
+    if masks is None and not workspace.views("train-masks"):
+        raise WorkspaceError(
+            f"{workspace.root} has no trained masks", f"run first: ara train-masks --keep {config.keep:g}"
+        )
+    view = workspace.require("train-masks", masks)
+    assert view.manifest is not None
+    if parent_of(decomposition) not in view.manifest.parents:
+        raise WorkspaceError(
+            f"{view.key} was trained on other factors than {decomposition.key}",
+            "name the right ones with --masks and --factors, or run ara train-masks again",
+        )
+    return view
 
 
 def default_name(config: AllocateConfig, factors: str, ranks: Path | None = None) -> str:
@@ -119,21 +183,48 @@ def read_allocation(view: StageView, specs: list[LinearSpec]) -> Allocation:
     return read_ranks(view.path / RANKS_FILE, specs)
 
 
-def _by_method(config: AllocateConfig, decomposition: StageView, specs: list[LinearSpec]) -> Allocation:
-    entry = ALLOCATORS.entry(config.method)
+def budget_of(config: BudgetConfig, specs: list[LinearSpec], keep: float) -> Budget:
+    """Return the budget at ``keep`` with the floors of ``config``."""
+    return Budget.for_keep(
+        specs, keep, config.rank_multiple, config.min_rank, config.min_keep, matching(specs, config.exclude)
+    )
+
+
+def _by_method(
+    config: AllocateConfig, decomposition: StageView, trained: StageView | None, workspace: Workspace, run: Run
+) -> tuple[Allocation, Verdict | None]:
+    """Allocate by the method, and let the guard choose between its result and simpler ones."""
+    entry, specs = ALLOCATORS.entry(config.method), specs_of(decomposition)
     allocator: Allocator = entry.load()(method_options(entry.load().Options, config.options))
     assert config.keep is not None
-    budget = Budget.for_keep(specs, config.keep, config.rank_multiple, config.min_rank)
-    allocation = allocator.allocate(load_modules(decomposition), budget)
+    budget = budget_of(config, specs, config.keep)
+    modules = load_modules(decomposition)
+    context = open_lab(decomposition, config, workspace, run) if allocator.needs_model else None
+    if context is not None and trained is not None:
+        context = replace(context, learned=read_learned(trained))
+    allocation = allocator.allocate(modules, budget, context)
     assert allocation.cost(specs) <= budget.parameters, f"{config.method} went over the budget"
-    return allocation
+    if context is None or not config.guard:
+        return allocation, None
+    candidates = {config.method: allocation, **allocator.starts(modules, budget, context)}
+    candidates.setdefault("uniform", Uniform().allocate(modules, budget))
+    verdict = compare_candidates(candidates, context)
+    told = ", ".join(f"{name} {verdict.held_out[name]:.4f}" for name in ("dense", *candidates))
+    run.report.fact(f"held-out negative log-likelihood, nats per token: {told}")
+    if verdict.winner != config.method:
+        run.report.warn(
+            f"{verdict.winner} is better than {config.method} on held-out text and is handed out instead (--no-guard)"
+        )
+    return candidates[verdict.winner], verdict
 
 
 def _refuse_method_settings(config: AllocateConfig) -> None:
     """Settings of a method mean nothing when the ranks come from a file."""
     unset = AllocateConfig(keep=config.keep)
     given = [
-        key for key in ("method", "options", "rank_multiple", "min_rank") if getattr(config, key) != getattr(unset, key)
+        key
+        for key in ("method", "options", "rank_multiple", "min_rank", "min_keep", "exclude")
+        if getattr(config, key) != getattr(unset, key)
     ]
     if given:
         flags = ", ".join(f"--{key.replace('_', '-').removesuffix('s')}" for key in given)

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ara.calibration.gradients import GradientStats, collect_gradients
 from ara.calibration.moments import InputAccumulator, InputStats, collect_moments, shared_inputs
 from ara.config import DecomposeConfig, method_options
 from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition, refuse_nonfinite
 from ara.decomposition.parallel import map_layers
+from ara.decomposition.two_sided import TwoSidedOptions
 from ara.errors import DiskFullError, NumericalError
 from ara.models.linears import LinearSpec, find_linears, weight_of
 from ara.models.memory import available_bytes
@@ -184,13 +186,20 @@ def _factor_layers(
     owners: dict[str, str] = {}
     if windows is not None and todo:
         owners = shared_inputs(model, linears, windows.ids[:1].to(model.device))
-    for chunk in _chunks(todo, owners, _moment_bytes(config, model)):
+    for chunk in _chunks(todo, owners, method.needs_gradients, _moment_bytes(config, model)):
         stats: dict[str, InputStats] = {}
+        gradients: dict[str, GradientStats] = {}
         if windows is not None:
             stats = collect_moments(model, chunk, owners, windows.ids, config.batch_size, run.report)
+            if method.needs_gradients:
+                gradients = _gradients(model, chunk, method, windows.ids, config, run)
         with run.report.bar(f"Factoring blocks {chunk[0].layer + 1} to {chunk[-1].layer + 1}", len(chunk)) as bar:
             for layer in dict.fromkeys(spec.layer for spec in chunk):
-                work = [(spec, stats.get(owners.get(spec.name, ""))) for spec in chunk if spec.layer == layer]
+                work = [
+                    (spec, (stats.get(owners.get(spec.name, "")), gradients.get(spec.name)))
+                    for spec in chunk
+                    if spec.layer == layer
+                ]
                 tensors: dict[str, torch.Tensor] = {}
                 for factors in map_layers(partial(_factor, model, method), work, _factoring_device(model)):
                     tensors |= factors
@@ -198,8 +207,33 @@ def _factor_layers(
                 stage.tensors(layer_file(layer), tensors)
 
 
+def _gradients(
+    model: PreTrainedModel,
+    chunk: Sequence[LinearSpec],
+    method: Decomposition,
+    windows: torch.Tensor,
+    config: DecomposeConfig,
+    run: Run,
+) -> dict[str, GradientStats]:
+    """Read the method's share of the windows backward as well."""
+    assert isinstance(method.options, TwoSidedOptions)
+    count = max(1, round(method.options.gradient_share * len(windows)))
+    return collect_gradients(
+        model.requires_grad_(False),
+        chunk,
+        windows[:count],
+        config.batch_size,
+        targets=method.options.targets,
+        seed=config.seed,
+        report=run.report,
+    )
+
+
 def _factor(
-    model: PreTrainedModel, method: Decomposition, spec: LinearSpec, stats: InputStats | None
+    model: PreTrainedModel,
+    method: Decomposition,
+    spec: LinearSpec,
+    statistics: tuple[InputStats | None, GradientStats | None],
 ) -> dict[str, torch.Tensor]:
     """Factor one layer; returns what is stored: A (r, n) and B (m, r) in the model's dtype, the spectrum in float64."""
     weight = weight_of(model.get_submodule(spec.name))
@@ -207,7 +241,7 @@ def _factor(
         # Apple GPUs have no float64.
         weight = weight.cpu()
     with _naming(spec):
-        factors = method.decompose(weight, stats)
+        factors = method.decompose(weight, *statistics)
     stored = {
         f"{spec.name}.A": factors.a.to(weight.dtype).cpu(),
         f"{spec.name}.B": factors.b.to(weight.dtype).cpu(),
@@ -238,14 +272,17 @@ def _moment_bytes(config: DecomposeConfig, model: PreTrainedModel) -> int:
     return available_bytes(model.device) // 4
 
 
-def _chunks(linears: Sequence[LinearSpec], owners: dict[str, str], limit: int) -> Iterator[list[LinearSpec]]:
+def _chunks(
+    linears: Sequence[LinearSpec], owners: dict[str, str], gradients: bool, limit: int
+) -> Iterator[list[LinearSpec]]:
     """Split layers into runs of whole blocks whose second moments fit into ``limit`` bytes; at least one block each."""
     chunk: list[LinearSpec] = []
     used = 0
     for layer in dict.fromkeys(spec.layer for spec in linears):
         block = [spec for spec in linears if spec.layer == layer]
         leaders = {owners.get(spec.name): spec.n for spec in block if owners}
-        needed = sum(InputAccumulator.bytes_for(width) for width in leaders.values())
+        widths = [*leaders.values(), *(spec.m for spec in block if gradients)]
+        needed = sum(InputAccumulator.bytes_for(width) for width in widths)
         if chunk and used + needed > limit:
             yield chunk
             chunk, used = [], 0

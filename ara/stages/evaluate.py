@@ -21,6 +21,7 @@ from ara.evaluation.generation import greedy_continuation
 from ara.evaluation.perplexity import VariantRun, interleaved_perplexity
 from ara.models.accounting import parameter_count, weight_bytes
 from ara.models.checkpoint import apply_factors, load
+from ara.models.linears import matching
 from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
@@ -140,7 +141,9 @@ def _variants(
     if made["method"] == "uniform" and made["ranks_sha256"] is None:
         uniform = allocation
     else:
-        budget = Budget(allocation.cost(specs), made["rank_multiple"], made["min_rank"])
+        excluded = matching(specs, made["exclude"])
+        spent = allocation.cost(specs)
+        budget = Budget(spent, made["rank_multiple"], made["min_rank"], made["min_keep"], excluded)
         uniform = Uniform().allocate(load_modules(decomposition), budget)
 
     def load_dense() -> PreTrainedModel:

@@ -1,20 +1,200 @@
-"""``ara train-masks``: learned ranks. Registered; the training is not there yet."""
+"""``ara train-masks``: learn what every rank of every layer is worth; goes on from its checkpoint after a kill."""
 
 from __future__ import annotations
 
-from ara.config import TrainMasksConfig
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ara.allocation.base import DENSE, Context, Module
+from ara.config import MaskTrainingOptions, TrainMasksConfig
 from ara.errors import UnavailableError
-from ara.stage_view import StageView
-from ara.stages.common import Run
+from ara.masks.ara import ara_family, learned_tables, needs_table, sensitivity_table, training_settings
+from ara.masks.training import LogRow, TrainingState, train
+from ara.stage_view import StageView, parent_of
+from ara.stage_writer import StageWriter
+from ara.stages.allocate import budget_of, load_modules
+from ara.stages.common import Run, already_done, begin
+from ara.stages.lab import open_lab, placed
+from ara.stages.learned import masks_file
+from ara.workspace import Workspace
+
+TABLE_FILE = "sensitivity.safetensors"
+LOG_FILE = "log.csv"
 
 
-def train_masks(config: TrainMasksConfig, run: Run) -> StageView:
-    """Refuse politely.
+def train_masks(
+    config: TrainMasksConfig, run: Run, *, factors: str | None = None, name: str | None = None
+) -> StageView:
+    """Train masks at every budget of ``config.keep``, largest first, and store the learned losses and ranks.
+
+    Args:
+        config: budgets, objective, steps.
+        run: workspace and reporter.
+        factors: name of the decomposition; the latest by default.
+        name: of the result; says decomposition (unless whitened) and objective by default.
 
     Raises:
-        UnavailableError: always, for now.
+        AraError: no decomposition, a budget that cannot be met, a loss that is NaN or diverges.
     """
-    raise UnavailableError(
-        "ara train-masks is not there yet: it arrives with learned ranks (ara allocate --method ara)",
-        "until then: ara allocate --method energy, or --method uniform",
-    )
+    started = begin()
+    workspace = run.open()
+    with workspace.lock(run.command):
+        decomposition = workspace.require("decompose", factors)
+        assert decomposition.manifest is not None
+        run.report.step(f"Training masks at keep {', '.join(f'{keep:g}' for keep in config.keep)}")
+        if config.tensorboard:
+            _event_writer_class()
+        modules = load_modules(decomposition)
+        specs = [module.spec for module in modules]
+        for keep in config.keep:
+            budget_of(config, specs, keep)
+        resolved = placed(config, run)
+        facts = {
+            "config": resolved,
+            "model": decomposition.manifest.model,
+            "parents": (parent_of(decomposition),),
+        }
+        name = name or default_name(config, decomposition.name)
+        done = workspace.finished("train-masks", name, facts, run.report)
+        if done is not None and not run.force:
+            return already_done(done, run)
+        with workspace.writer(
+            "train-masks", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
+        ) as stage:
+            _Training(resolved, modules, decomposition, workspace, stage, run).all_budgets()
+        return workspace.view(f"train-masks/{name}")
+
+
+def default_name(config: TrainMasksConfig, factors: str) -> str:
+    """Return ``objective``, with the decomposition in front unless it is whitened."""
+    return config.objective if factors == "whitened" else f"{factors}-{config.objective}"
+
+
+class _Training:
+    """One run of the stage: what its parts share."""
+
+    def __init__(
+        self,
+        config: TrainMasksConfig,
+        modules: list[Module],
+        decomposition: StageView,
+        workspace: Workspace,
+        stage: StageWriter,
+        run: Run,
+    ) -> None:
+        self.config, self.modules, self.stage, self.run = config, modules, stage, run
+        self.specs = [module.spec for module in modules]
+        self.context: Context = open_lab(decomposition, config, workspace, run)
+        self.options = MaskTrainingOptions(**{key: getattr(config, key) for key in MaskTrainingOptions.model_fields})
+        stage.results.setdefault("budgets", {})
+        stage.results.setdefault("log", {})
+
+    def all_budgets(self) -> None:
+        """Train at each budget, largest first; each starts from what the one before has learned."""
+        table, learned = self._table(), None
+        for keep in sorted(set(self.config.keep), reverse=True):
+            if masks_file(keep) in self.stage.resumed:
+                if self.config.objective == "priced":
+                    learned = load_file(self.stage.folder / masks_file(keep))
+            else:
+                learned = self._one_budget(keep, table, learned)
+                self._write_log(keep, None)
+
+    def _table(self) -> dict[str, torch.Tensor] | None:
+        """Return the sensitivity table, read back when an interrupted run had it already."""
+        if not needs_table(self.options):
+            return None
+        if TABLE_FILE not in self.stage.resumed:
+            self.stage.tensors(TABLE_FILE, sensitivity_table(self.context))
+        return load_file(self.stage.folder / TABLE_FILE)
+
+    def _one_budget(
+        self, keep: float, table: dict[str, torch.Tensor] | None, learned: dict[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor] | None:
+        """Train at one budget and store what it has learned; ``None`` when that are ranks alone."""
+        config, report = self.config, self.run.report
+        budget = budget_of(config, self.specs, keep)
+        family = ara_family(self.options, self.modules, budget, table, learned)
+        found = self.stage.checkpoint()
+        state = None
+        if found is not None and found[1]["keep"] == keep:
+            state = TrainingState.from_plain(found[1]["state"], found[0])
+            report.fact(f"going on after step {state.step} of {config.steps} at keep {keep:g}")
+
+        def save(state: TrainingState) -> None:
+            if state.step % config.save_every == 0 and state.step < config.steps:
+                self.stage.save_checkpoint(state.all_tensors(), {"keep": keep, "state": state.plain()})
+                self._write_log(keep, state)
+
+        state = train(
+            family,
+            self.context.model,
+            self.context.train,
+            self.context.held_out,
+            training_settings(self.options, config.batch_size, config.seed),
+            state=state,
+            save=save,
+            report=report,
+            label=f"Training at keep {keep:g}",
+        )
+        best = learned_tables(family, state.best_tensors)
+        start = state.log[0].held_out
+        assert start is not None
+        report.fact(
+            f"keep {keep:g}: best after step {state.best_step}, held-out loss {state.best_held_out:.4f} nats/token, "
+            f"{start - state.best_held_out:.4f} less than the start's"
+        )
+        result = {
+            "ranks": {name: DENSE if rank is None else rank for name, rank in state.best.items()},
+            "start_held_out": start,
+            "held_out": state.best_held_out,
+            "best_step": state.best_step,
+            "steps": state.step,
+            "seconds": state.seconds,
+            "backward_passes": state.backward_passes,
+        }
+        self.stage.results["log"][f"{keep:g}"] = state.plain()["log"]
+        self.stage.results["budgets"][f"{keep:g}"] = result
+        self.stage.tensors(masks_file(keep), best or state.best_tensors)
+        return best
+
+    def _write_log(self, keep: float, state: TrainingState | None) -> None:
+        """Write the log of all budgets so far, anew: a resumed run continues it without a gap or a repeated row."""
+        logs = {**self.stage.results["log"]}
+        if state is not None:
+            logs[f"{keep:g}"] = state.plain()["log"]
+        text = io.StringIO()
+        columns = list(LogRow.__dataclass_fields__)
+        writer = csv.DictWriter(text, ["budget", *columns], lineterminator="\n")
+        writer.writeheader()
+        for name, rows in logs.items():
+            writer.writerows({"budget": name, **row} for row in rows)
+        (self.stage.folder / LOG_FILE).write_text(text.getvalue(), encoding="utf-8")
+        if self.config.tensorboard and state is None:
+            _write_events(self.stage.folder, keep, logs[f"{keep:g}"])
+
+
+def _event_writer_class() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UnavailableError(
+            f"--tensorboard needs the package tensorboard ({error})",
+            "pip install tensorboard, or leave the option out: log.csv has the same figures",
+        ) from None
+    return SummaryWriter
+
+
+def _write_events(folder: Path, keep: float, rows: Sequence[dict[str, Any]]) -> None:
+    """Write one TensorBoard run per budget."""
+    with _event_writer_class()(folder / "tensorboard" / f"keep-{keep:g}") as events:
+        for row in rows:
+            for name in ("loss", "keep", "dense", "held_out"):
+                if row[name] is not None and row[name] == row[name]:
+                    events.add_scalar(name, row[name], row["step"])

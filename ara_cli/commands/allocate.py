@@ -32,11 +32,21 @@ def command(
     option: Annotated[list[str] | None, field(_C, "options", "--option", "-O", metavar="NAME=VALUE")] = None,
     rank_multiple: Annotated[int, field(_C, "rank_multiple")] = default(_C, "rank_multiple"),
     min_rank: Annotated[int, field(_C, "min_rank")] = default(_C, "min_rank"),
+    min_keep: Annotated[float, field(_C, "min_keep")] = default(_C, "min_keep"),
+    exclude: Annotated[list[str] | None, field(_C, "exclude", metavar="PATTERN")] = None,
+    guard: Annotated[bool, field(_C, "guard", "--guard/--no-guard")] = True,
+    samples: Annotated[int, field(_C, "samples")] = default(_C, "samples"),
+    held_out: Annotated[int, field(_C, "held_out")] = default(_C, "held_out"),
+    batch_size: Annotated[int, field(_C, "batch_size")] = default(_C, "batch_size"),
+    seed: Annotated[int, field(_C, "seed")] = default(_C, "seed"),
+    device: Annotated[str, field(_C, "device")] = default(_C, "device"),
+    dtype: Annotated[str, field(_C, "dtype")] = default(_C, "dtype"),
     ranks: Annotated[
         Path | None,
         typer.Option(help="take the ranks from this (edited) ranks.json instead of a method", metavar="FILE"),
     ] = None,
     factors: Annotated[str | None, typer.Option(help="decomposition to cut [default: the latest]")] = None,
+    masks: Annotated[str | None, typer.Option(help="training that --method ara uses [default: the latest]")] = None,
     name: NameOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     force: ForceOption = False,
@@ -52,10 +62,19 @@ def command(
             options=pairs(option),
             rank_multiple=rank_multiple,
             min_rank=min_rank,
+            min_keep=min_keep,
+            exclude=tuple(exclude or ()),
+            guard=guard,
+            samples=samples,
+            held_out=held_out,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            dtype=dtype,
         )
         from ara.stages.allocate import allocate
         from ara_cli.render import show_allocation, show_end
 
-        view = allocate(config, s.run(), factors=factors, name=name, ranks=ranks)
+        view = allocate(config, s.run(), factors=factors, name=name, ranks=ranks, masks=masks)
         show_allocation(s.console, view)
         show_end(s.console, view, workspace)

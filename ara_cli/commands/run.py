@@ -68,6 +68,8 @@ def command(
                 method=method,
                 rank_multiple=rank_multiple,
                 keep=value or default(AllocateConfig, "keep"),
+                seed=seed,
+                **placement,
             )
             for value in dict.fromkeys(keeps)
         ]

@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TrainMasksConfig, TruncateConfig
+from ara.config import AllocateConfig, CompareConfig, DecomposeConfig, EvalConfig, TrainMasksConfig, TruncateConfig
 from ara.models.sources import ModelSource
 from ara.pipeline import STAGES
 from ara.version import __version__
@@ -34,6 +34,7 @@ CONFIGS = {
     "truncate": TruncateConfig,
     "eval": EvalConfig,
     "export": ExportConfig,
+    "compare": CompareConfig,
 }
 # Options that are called otherwise than the config field.
 OPTION_OF = {"options": "option"}
@@ -88,7 +89,7 @@ def each(words, tiny_text, tmp_path):
 def test_help_lists_the_commands_in_the_order_of_the_pipeline():
     text = done("--help").stdout
     listed = re.findall(r"^  ([a-z-]+) ", text[text.index("Commands:") :], re.MULTILINE)
-    assert listed == ["run", *(stage.name for stage in STAGES), "status", "models", "methods"]
+    assert listed == ["run", *(stage.name for stage in STAGES), "compare", "status", "models", "methods"]
     assert listed == list(COMMANDS)
     for stage in STAGES:
         assert f"  {stage.name} " in text
@@ -276,7 +277,6 @@ def test_default_workspace_is_in_the_current_folder(tmp_path, monkeypatch, words
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["train-masks"], ["is not there yet", "learned ranks", "ara allocate --method energy"]),
         (["export"], ["is not there yet", "arrives with ONNX"]),
         (["export", "--onnx"], ["is not there yet", "arrives with ONNX"]),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,19 +12,54 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ara.allocation import ALLOCATORS
-from ara.allocation.base import Allocation, Allocator, Module
+from ara.allocation.base import Allocation, Allocator, Context, Module
 from ara.allocation.budget import Budget
 from ara.decomposition.base import MethodOptions
 from ara.errors import UsageError
 from ara.models.linears import LinearSpec
+from tests.toy import toy_problem
 
 NAMES = ALLOCATORS.names()
+# Those that look at the model are asked fewer questions, about a toy model, with options that make them fast.
+LOOKING = [name for name in NAMES if ALLOCATORS.load(name).needs_model]
+BLIND = [name for name in NAMES if name not in LOOKING]
+FAST: dict[str, dict[str, Any]] = {
+    "ara": {"steps": 2, "batch": 3, "atoms": 8},
+    "strs": {"ratios": 3, "windows": 2},
+    "dp-kl": {"ratios": 3, "windows": 2},
+    "gumbel": {"steps": 2},
+    "tanh": {"steps": 2},
+}
 # A Llama block with grouped queries (84, 28, 28), GPT-2's packed one, and shapes with hardly any rank below break-even.
 GQA = [(84, 60), (28, 60), (28, 60), (60, 84), (92, 60), (92, 60), (60, 92)]
 PACKED = [(180, 60), (60, 60), (92, 60), (60, 92)]
 ODD = [(1, 19), (3, 2), (2, 2), (77, 6), (37, 41)]
 MODELS = {"gqa": GQA * 3, "packed": PACKED * 2, "odd": ODD, "all": GQA + PACKED + ODD, "one": [(37, 41)]}
 KEEPS = [0.05, 0.1, 0.2, 0.35, 0.5, 0.6, 0.75, 0.8, 0.9, 0.97, 0.999]
+FEW_KEEPS = {1: [0.35], 8: [0.6], 16: [0.8]}  # by rank multiple
+
+
+class Problems:
+    """The layers that an allocator is tried on; where it looks at the model, they are a toy model's, made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: dict[Any, tuple[list[Module], Context]] = {}
+
+    def of(self, name: str, shapes: list[tuple[int, int]], seed: int = 0) -> tuple[list[Module], Context | None]:
+        if name in BLIND:
+            return _modules(shapes, seed), None
+        key = (*shapes, seed)
+        if key not in self._made:
+            folder = self._folder / str(len(self._made))
+            folder.mkdir()
+            self._made[key] = toy_problem(folder, shapes, seed)
+        return self._made[key]
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Problems:
+    return Problems(tmp_path_factory.mktemp("toys"))
 
 
 def _modules(shapes: list[tuple[int, int]], seed: int = 0, scale: float = 1.0) -> list[Module]:
@@ -39,9 +76,10 @@ def _modules(shapes: list[tuple[int, int]], seed: int = 0, scale: float = 1.0) -
     return modules
 
 
-def _allocate(name: str, modules: list[Module], budget: Budget) -> Allocation:
-    allocator: Allocator = ALLOCATORS.load(name)()
-    return allocator.allocate(modules, budget)
+def _allocate(name: str, modules: list[Module], budget: Budget, context: Context | None = None) -> Allocation:
+    method = ALLOCATORS.load(name)
+    allocator: Allocator = method(method.Options(**FAST.get(name, {})))
+    return allocator.allocate(modules, budget, context)
 
 
 def _specs(modules: list[Module]) -> list[LinearSpec]:
@@ -92,32 +130,58 @@ def _suggested(error: UsageError) -> float:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("rank_multiple", [1, 8, 16])
 @pytest.mark.parametrize("min_rank", [1, 5])
-def test_the_budget_is_met_exactly(name: str, model: str, rank_multiple: int, min_rank: int) -> None:
-    modules = _modules(MODELS[model])
-    for keep in KEEPS:
+def test_the_budget_is_met_exactly(
+    problems: Problems, name: str, model: str, rank_multiple: int, min_rank: int
+) -> None:
+    modules, context = problems.of(name, MODELS[model])
+    for keep in KEEPS if name in BLIND else FEW_KEEPS[rank_multiple]:
         budget = _budget(modules, keep, rank_multiple, min_rank)
-        _check(_allocate(name, modules, budget), modules, budget)
+        _check(_allocate(name, modules, budget, context), modules, budget)
 
 
 _SHAPE = st.tuples(st.integers(1, 90), st.integers(1, 90))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
+_any_problem = given(
     shapes=st.lists(_SHAPE, min_size=1, max_size=9),
     keep=st.floats(0.01, 1.0),
     rank_multiple=st.sampled_from([1, 1, 2, 3, 8, 16, 100]),
     min_rank=st.sampled_from([1, 1, 2, 7, 40, 1000]),
     seed=st.integers(0, 1000),
 )
-@example(shapes=[(1, 1), (90, 90)], keep=0.01, rank_multiple=1, min_rank=1, seed=0)
+_smallest = example(shapes=[(1, 1), (90, 90)], keep=0.01, rank_multiple=1, min_rank=1, seed=0)
+
+
+@pytest.mark.parametrize("name", BLIND)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@_any_problem
+@_smallest
 def test_the_budget_is_met_for_any_shapes(
-    name: str, shapes: list[tuple[int, int]], keep: float, rank_multiple: int, min_rank: int, seed: int
+    problems: Problems, name: str, shapes: list[tuple[int, int]], **asked
 ) -> None:
-    modules = _modules(shapes, seed)
+    _meets_any_budget(problems, name, shapes, **asked)
+
+
+@pytest.mark.parametrize("name", LOOKING)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@_any_problem
+@_smallest
+def test_the_budget_is_met_for_models_of_any_shapes(
+    problems: Problems, name: str, shapes: list[tuple[int, int]], **asked
+) -> None:
+    _meets_any_budget(problems, name, shapes, **asked)
+
+
+def _meets_any_budget(
+    problems: Problems,
+    name: str,
+    shapes: list[tuple[int, int]],
+    keep: float,
+    rank_multiple: int,
+    min_rank: int,
+    seed: int,
+) -> None:
+    modules, context = problems.of(name, shapes, seed)
     budget = _budget(modules, keep, rank_multiple, min_rank)
-    _check(_allocate(name, modules, budget), modules, budget)
+    _check(_allocate(name, modules, budget, context), modules, budget)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -161,43 +225,102 @@ def test_an_impossible_budget_is_refused() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("rank_multiple", [1, 8])
-def test_keep_1_leaves_everything_dense(name: str, model: str, rank_multiple: int) -> None:
-    modules = _modules(MODELS[model])
+def test_keep_1_leaves_everything_dense(problems: Problems, name: str, model: str, rank_multiple: int) -> None:
+    modules, context = problems.of(name, MODELS[model])
     budget = Budget.for_keep(_specs(modules), 1.0, rank_multiple)
-    allocation = _allocate(name, modules, budget)
+    allocation = _allocate(name, modules, budget, context)
     assert set(allocation.ranks.values()) == {None}
     assert allocation.keep(_specs(modules)) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rank_multiple", [1, 8])
-def test_more_keep_never_costs_less(name: str, rank_multiple: int) -> None:
-    modules = _modules(MODELS["all"])
+def test_more_keep_never_costs_less(problems: Problems, name: str, rank_multiple: int) -> None:
+    modules, context = problems.of(name, MODELS["all"])
     specs = _specs(modules)
     # One step of the dearest layer apart: closer budgets may be met more or less snugly.
     apart = rank_multiple * max(spec.rank_cost for spec in specs) / sum(spec.dense_cost for spec in specs)
     keeps = [0.2 + apart * i for i in range(int(0.8 / apart) + 1)]
-    costs = [_allocate(name, modules, _budget(modules, k, rank_multiple)).cost(specs) for k in keeps]
-    assert len(keeps) > 15 and costs == sorted(costs) and costs[0] < costs[-1]
+    assert len(keeps) > 15
+    if name in LOOKING:
+        keeps = keeps[:: len(keeps) // 5]
+    costs = [_allocate(name, modules, _budget(modules, k, rank_multiple), context).cost(specs) for k in keeps]
+    assert costs == sorted(costs) and costs[0] < costs[-1]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_input_same_ranks(name: str) -> None:
-    modules = _modules(MODELS["all"])
+def test_same_input_same_ranks(problems: Problems, name: str) -> None:
+    modules, context = problems.of(name, MODELS["all"])
     budget = _budget(modules, 0.6)
     torch.manual_seed(1)
-    first = _allocate(name, modules, budget)
+    first = _allocate(name, modules, budget, context)
     torch.manual_seed(2)
-    assert _allocate(name, _modules(MODELS["all"]), budget) == first
+    again, context = problems.of(name, MODELS["all"])
+    assert _allocate(name, again, budget, context) == first
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_flat_and_empty_spectra_are_fine(name: str, value: float) -> None:
-    modules = [Module(module.spec, torch.full_like(module.spectrum, value)) for module in _modules(GQA)]
+def test_flat_and_empty_spectra_are_fine(problems: Problems, name: str, value: float) -> None:
+    modules, context = problems.of(name, GQA)
+    modules = [Module(module.spec, torch.full_like(module.spectrum, value)) for module in modules]
     for keep in (0.3, 0.8):
         budget = _budget(modules, keep)
-        _check(_allocate(name, modules, budget), modules, budget)
+        _check(_allocate(name, modules, budget, context), modules, budget)
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_the_model_is_left_as_it_was(problems: Problems, name: str) -> None:
+    modules, context = problems.of(name, GQA)
+    assert context is not None
+    before = context.model.logits(context.train)
+    _allocate(name, modules, _budget(modules, 0.6), context)
+    _is_dense(context, before)
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_the_model_is_left_as_it_was_by_an_interruption(problems: Problems, name: str) -> None:
+    modules, context = problems.of(name, GQA)
+    assert context is not None
+    before = context.model.logits(context.train)
+    passes = 0
+
+    def interrupt(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 2:
+            raise _Interrupted
+
+    # In the midst of the second pass: by then most methods have cut something.
+    hook = context.model.layers[modules[-1].spec.name].register_forward_hook(interrupt)
+    try:
+        with pytest.raises(_Interrupted):
+            _allocate(name, modules, _budget(modules, 0.6), context)
+    finally:
+        hook.remove()
+    _is_dense(context, before)
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def _is_dense(context: Context, logits: torch.Tensor) -> None:
+    """Hold the model against the ``logits`` (w, t, v) that it gave for the training windows before."""
+    assert all(layer.rank is None and not layer.soft for layer in context.model.layers.values())
+    assert not any(parameter.requires_grad for parameter in context.model.model.parameters())
+    assert torch.equal(context.model.logits(context.train), logits)
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_without_a_model_nothing_is_guessed(name: str) -> None:
+    modules = _modules(GQA)
+    with pytest.raises(AssertionError):
+        _allocate(name, modules, _budget(modules, 0.6))
+
+
+def test_fast_options_are_those_of_allocators_that_look_at_the_model() -> None:
+    assert set(FAST) <= set(LOOKING)
 
 
 @pytest.mark.parametrize("name", NAMES)

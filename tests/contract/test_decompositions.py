@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from ara.calibration.gradients import GradientStats
 from ara.calibration.moments import InputStats
 from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition, Factors, MethodOptions
@@ -26,7 +27,14 @@ def _problem(m: int, n: int, dtype: torch.dtype = torch.float32) -> tuple[torch.
 
 def _factors(name: str, weight: torch.Tensor, stats: InputStats) -> Factors:
     method: Decomposition = DECOMPOSITIONS.load(name)()
-    return method.decompose(weight, stats if method.needs_text else None)
+    gradients = _gradients(weight.shape[0]) if method.needs_gradients else None
+    return method.decompose(weight, stats if method.needs_text else None, gradients)
+
+
+def _gradients(m: int) -> GradientStats:
+    generator = torch.Generator().manual_seed(m)
+    g = torch.randn(4 * m, m, generator=generator) @ torch.randn(m, m, generator=generator)
+    return GradientStats(g.T @ g / len(g), len(g))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ from ara.calibration.moments import InputStats
 from ara.decomposition.asvd import ActivationScaled, ActivationScaledOptions
 from ara.decomposition.base import Factors, MethodOptions
 from ara.decomposition.plain import Plain
-from ara.decomposition.subspace import input_weighted_factors
+from ara.decomposition.subspace import weighted_factors
 from ara.decomposition.whitened import Whitened
 from ara.errors import NumericalError
 from tests.oracles import decomposition as oracle
@@ -206,8 +206,8 @@ def test_half_precision_weights_are_factorised_in_float64(dtype: torch.dtype) ->
 def test_a_diagonal_metric_may_be_given_as_a_vector() -> None:
     weight, _ = _problem(26, 43, 2)
     diagonal = torch.from_numpy(np.random.default_rng(5).uniform(0.1, 4, 43))
-    vector = input_weighted_factors(torch.from_numpy(weight), diagonal)
-    matrix = input_weighted_factors(torch.from_numpy(weight), torch.diag(diagonal))
+    vector = weighted_factors(torch.from_numpy(weight), diagonal)
+    matrix = weighted_factors(torch.from_numpy(weight), torch.diag(diagonal))
     np.testing.assert_allclose(_cut(vector, 9), _cut(matrix, 9), atol=1e-10)
 
 

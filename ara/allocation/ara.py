@@ -1,0 +1,42 @@
+"""ARA: ranks by training staircase masks (Adaptive Rank Allocation, arXiv 2510.19389); see :mod:`ara.masks`.
+
+With the objective ``priced`` (ours) a training leaves the loss of every rank of every layer, and any budget is met by
+the exact knapsack over it. With ``paper`` it leaves ranks, rescaled to its budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ara.allocation.base import Allocation, Allocator, Context, Module
+from ara.allocation.budget import Budget
+from ara.config import MaskTrainingOptions
+from ara.masks.ara import ara_family, needs_table, sensitivity_table, training_settings
+from ara.masks.learned import nearest
+from ara.masks.training import train
+
+
+class Ara(Allocator):
+    """Learned ranks."""
+
+    Options = MaskTrainingOptions
+    needs_model = True
+
+    def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
+        """Meet the budget with what was learned; trains here and now when nothing was."""
+        assert context is not None and isinstance(self.options, MaskTrainingOptions)
+        if context.learned:
+            specs = [module.spec for module in modules]
+            keep = budget.parameters / sum(spec.dense_cost for spec in specs)
+            return nearest(context.learned, keep).allocation(specs, budget)
+        table = sensitivity_table(context) if needs_table(self.options) else None
+        family = ara_family(self.options, modules, budget, table)
+        state = train(
+            family,
+            context.model,
+            context.train,
+            context.held_out,
+            training_settings(self.options, context.batch_size, context.seed),
+            report=context.report,
+        )
+        return Allocation(state.best)

@@ -1,0 +1,54 @@
+"""The guard: candidates compared on held-out calibration text; nothing worse than a simple one is handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ara.allocation.base import Allocation, Context
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who won.
+
+    Attributes:
+        winner: name of the best candidate.
+        held_out: mean negative log-likelihood of every candidate, nats per token; the dense model's as ``dense``.
+        stderr: standard error over windows of each candidate's difference to the winner, nats per token.
+    """
+
+    winner: str
+    held_out: Mapping[str, float]
+    stderr: Mapping[str, float | None]
+
+
+def compare_candidates(candidates: Mapping[str, Allocation], context: Context) -> Verdict:
+    """Read the held-out windows with every candidate; the first named wins a tie, and NaN never wins.
+
+    Args:
+        candidates: by name, in order of preference; at least one.
+        context: the model and the text; the model is left dense.
+    """
+    model, windows = context.model, context.held_out
+    model.use_dense()
+    values = {"dense": model.nll(windows, context.batch_size)}
+    seen: list[tuple[Allocation, str]] = []
+    try:
+        for name, allocation in candidates.items():
+            same = next((other for known, other in seen if known == allocation), None)
+            if same is None:
+                model.use(allocation.ranks)
+                values[name] = model.nll(windows, context.batch_size, context.report, f"Reading held-out text: {name}")
+                seen.append((allocation, name))
+            else:
+                values[name] = values[same]
+    finally:
+        model.use_dense()
+    means = {name: float(found.mean()) for name, found in values.items()}
+    winner = min(candidates, key=lambda name: means[name] if means[name] == means[name] else float("inf"))
+    spread = {
+        name: float((values[name] - values[winner]).std() / len(windows) ** 0.5) if len(windows) > 1 else None
+        for name in candidates
+    }
+    return Verdict(winner, means, spread)

@@ -1,0 +1,72 @@
+"""Sensitivity allocation: the loss of every rank from one backward pass, then an exact knapsack with dense for choice.
+
+See :mod:`ara.masks.sensitivity` for the table. No training: it is ARA's start, and a method of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from ara.allocation.base import Allocation, Allocator, Context, Module
+from ara.allocation.budget import Budget
+from ara.allocation.knapsack import exact_minimise
+from ara.decomposition.base import MethodOptions
+from ara.masks.sensitivity import sensitivity_tables
+from ara.models.linears import LinearSpec
+
+
+class SensitivityOptions(MethodOptions):
+    """Options of the sensitivity table."""
+
+    targets: Literal["model", "text"] = Field(
+        "model", description="gradients of the loss against tokens drawn from the model (Fisher) or the text's own"
+    )
+    sums: Literal["token", "window"] = Field("token", description="square effects per token, or summed per window")
+
+
+class Sensitivity(Allocator):
+    """Least summed loss by the sensitivity table."""
+
+    Options = SensitivityOptions
+    needs_model = True
+
+    def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
+        """Read the table off the dense model and solve the knapsack."""
+        assert context is not None and isinstance(self.options, SensitivityOptions)
+        return best_ranks([m.spec for m in modules], sensitivity_of(context, self.options), budget)
+
+
+def sensitivity_of(context: Context, options: SensitivityOptions) -> dict[str, torch.Tensor]:
+    """Return the tables of the dense model: module path → (r + 1) float64, nats per token."""
+    context.model.use_dense()
+    return sensitivity_tables(
+        context.model,
+        context.train,
+        loss="fisher" if options.targets == "model" else "ce",
+        per_window=options.sums == "window",
+        batch_size=context.batch_size,
+        seed=context.seed,
+        report=context.report,
+    )
+
+
+def best_ranks(specs: Sequence[LinearSpec], tables: Mapping[str, torch.Tensor], budget: Budget) -> Allocation:
+    """Return the allocation of least summed loss under the budget.
+
+    Args:
+        specs: the layers.
+        tables: module path → (r + 1) float64, the loss of keeping k components; the last entry is
+            that of dense.
+        budget: the limit.
+    """
+    choices = [budget.choices(spec) for spec in specs]
+    losses = [
+        tables[spec.name][[spec.full_rank if rank is None else rank for rank, _ in options]]
+        for spec, options in zip(specs, choices, strict=True)
+    ]
+    picks = exact_minimise(specs, losses, budget)
+    return Allocation({s.name: options[p][0] for s, options, p in zip(specs, choices, picks, strict=True)})

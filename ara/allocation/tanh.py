@@ -1,0 +1,127 @@
+"""One trainable truncation position per layer (Dobi-SVD: Wang et al., ICLR 2025, arXiv 2502.02723).
+
+    p_j = ½ tanh(β (k_i − j)) + ½,  j = 1 … r          L = L_LM + λ |Σ_i min(R_i, 1) m_i n_i / Σ mn − keep|
+
+with R_i = k_i (m_i + n_i) / (m_i n_i). The forward pass multiplies the components by p, so the gradient of k_i comes
+from the few components within about 1/β of the cut. All start from the same R. At the end layers with R ≥ 1 are dense,
+as the penalty has charged them, and the others are scaled to the budget.
+
+What differs from Dobi-SVD and its code (https://github.com/wangqinsi1/Dobi-SVD):
+
+- Dobi-SVD truncates the activations of each sequence by an SVD inside the forward pass, differentiates through it, and
+  makes weights from the result (incremental PCA) afterwards. Here the components of the given factors are cut, the same
+  for every allocator, and no SVD is differentiated.
+- What is trained is R_i, not k_i, so that one learning rate suits all shapes; k_i is kept within 1 … r by projection
+  instead of a quadratic penalty.
+- The loss is in nats. Dobi-SVD minimises perplexity with λ = 200, that is λ / perplexity in nats.
+- Its remapped storage, where rank k costs k max(m, n) at mixed precision, is left out: any method could be given it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from ara.allocation.base import Allocation, Allocator, Context, Module
+from ara.allocation.budget import Budget
+from ara.allocation.rounding import proportional
+from ara.decomposition.base import MethodOptions
+from ara.masks.family import Cut, MaskFamily
+from ara.masks.training import TrainingSettings, train
+
+
+class TanhOptions(MethodOptions):
+    """Options of tanh masks."""
+
+    steps: int = Field(60, ge=1, description="optimiser steps")
+    batch: int = Field(4, ge=1, description="windows per step")
+    learning_rate: float = Field(
+        0.01, gt=0, description="of Adam, in R = k(m+n)/mn per step; falls along a cosine to a tenth"
+    )
+    loss: Literal["ce", "kl"] = Field(
+        "ce", description="ce: cross-entropy against the text (as in the paper); kl: divergence from the dense model"
+    )
+    beta: float = Field(10, gt=0, description="β, steepness of the mask, per rank (10 in the paper's code)")
+    budget_weight: float = Field(20, ge=0, description="λ, nats per unit of keep; must exceed what keep is worth")
+
+
+class Tanh(Allocator):
+    """Learns where to cut each layer."""
+
+    Options = TanhOptions
+    needs_model = True
+
+    def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
+        """Train positions; return the best allocation seen on held-out text, the uniform start included."""
+        assert context is not None and isinstance(self.options, TanhOptions)
+        options = self.options
+        settings = TrainingSettings(
+            options.steps,
+            options.batch,
+            options.learning_rate,
+            options.loss,
+            micro_batch=context.batch_size,
+            seed=context.seed,
+        )
+        family = TanhMasks(modules, budget, options)
+        state = train(
+            family,
+            context.model,
+            context.train,
+            context.held_out,
+            settings,
+            report=context.report,
+            label="Training tanh masks",
+        )
+        return Allocation(state.best)
+
+
+class TanhMasks(MaskFamily):
+    """One position per layer, as a share R of its dense parameters."""
+
+    def __init__(self, modules: Sequence[Module], budget: Budget, options: TanhOptions) -> None:
+        """Start from the same share of every layer.
+
+        Args:
+            modules: the layers.
+            budget: the limit.
+            options: steepness and weight.
+        """
+        self.specs, self.budget, self.options = [module.spec for module in modules], budget, options
+        self.dense_costs = torch.tensor([spec.dense_cost for spec in self.specs], dtype=torch.float64)
+        # R of rank 1, and of full rank.
+        self.least = torch.tensor([spec.rank_cost / spec.dense_cost for spec in self.specs], dtype=torch.float64)
+        self.most = self.least * torch.tensor([spec.full_rank for spec in self.specs])
+        self.keep = budget.parameters / float(self.dense_costs.sum())
+        self.parameters = {"shares": torch.full_like(self.least, self.keep).requires_grad_()}
+
+    def cut(self, progress: float, generator: torch.Generator) -> Cut:
+        """Return soft masks around the present positions; the forward pass multiplies by them."""
+        shares = self.parameters["shares"]
+        with torch.no_grad():
+            shares.copy_(self._within(shares))
+        positions = (shares / self.least).float()
+        masks = {
+            spec.name: 0.5 * torch.tanh(self.options.beta * (position - torch.arange(1, spec.full_rank + 1))) + 0.5
+            for spec, position in zip(self.specs, positions, strict=True)
+        }
+        return Cut(masks, None)
+
+    def penalty(self) -> torch.Tensor:
+        """Return λ |kept − keep|, nats; float64 scalar."""
+        shares = self.parameters["shares"]
+        # At 1 and above the gradient is 0, as dense layers cost what they cost.
+        charged = torch.where(shares < 1, shares, 1)
+        kept = (charged * self.dense_costs).sum() / self.dense_costs.sum()
+        return self.options.budget_weight * (kept - self.keep).abs()
+
+    def allocation(self) -> Allocation:
+        """Return the positions as ranks: dense from break-even on, the others scaled to the budget."""
+        shares = self._within(self.parameters["shares"].detach())
+        return proportional(self.specs, shares.tolist(), self.budget, keep_dense=True)
+
+    def _within(self, shares: torch.Tensor) -> torch.Tensor:
+        return torch.minimum(torch.maximum(shares, self.least), self.most)

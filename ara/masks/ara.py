@@ -1,0 +1,97 @@
+"""ARA's own training, put together: start, mask family, settings; used by ``ara train-masks`` and ``--method ara``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ara.allocation.base import Context, Module
+from ara.allocation.budget import Budget
+from ara.allocation.sensitivity import SensitivityOptions, best_ranks, sensitivity_of
+from ara.config import MaskTrainingOptions
+from ara.masks.newton import NewtonMasks
+from ara.masks.paper import PaperOptions, PaperStaircase, shares_of, start_at
+from ara.masks.priced import PricedStaircase
+from ara.masks.staircase import paper_atoms, priced_atoms
+from ara.masks.training import TrainingSettings
+from ara.models.linears import LinearSpec
+
+Tables = Mapping[str, torch.Tensor]
+AraFamily = NewtonMasks | PricedStaircase | PaperStaircase
+
+
+def needs_table(options: MaskTrainingOptions) -> bool:
+    """Tell whether a training begins with the sensitivity table: as its start, or for its curvature."""
+    return options.start == "sensitivity" or (options.objective == "priced" and options.optimiser == "newton")
+
+
+def sensitivity_table(context: Context) -> dict[str, torch.Tensor]:
+    """Return the table of the dense model: module path → (r + 1) float64, nats per token."""
+    return sensitivity_of(context, SensitivityOptions())
+
+
+def ara_family(
+    options: MaskTrainingOptions,
+    modules: Sequence[Module],
+    budget: Budget,
+    table: Tables | None,
+    learned: Tables | None = None,
+) -> AraFamily:
+    """Return masks at their start.
+
+    Args:
+        options: which form, and its settings.
+        modules: the layers.
+        budget: the limit.
+        table: the sensitivity table; ``None`` only where :func:`needs_table` is false.
+        learned: what a training at another budget has learned, to start from instead.
+    """
+    specs = [module.spec for module in modules]
+    start = learned or (table if options.start == "sensitivity" else None) or even_tables(specs)
+    if options.objective == "priced":
+        if options.optimiser == "newton":
+            assert table is not None
+            return NewtonMasks(specs, budget, start, table, options.rate, options.trust, options.damping)
+        return PricedStaircase(priced_atoms(specs, budget, options.atoms), budget, start, options.temperature)
+    atoms = paper_atoms(specs, options.atoms)
+    return PaperStaircase(
+        atoms,
+        {module.spec.name: module.spectrum for module in modules},
+        budget,
+        start_at(atoms, shares_of(specs, best_ranks(specs, start, budget).ranks)),
+        PaperOptions(budget_weight=options.budget_weight, guidance_weight=options.guidance_weight),
+    )
+
+
+def learned_tables(family: AraFamily, parameters: Tables) -> dict[str, torch.Tensor] | None:
+    """Return the losses of ranks that ``parameters`` stand for; ``None`` for the paper's form, which has none."""
+    if isinstance(family, NewtonMasks):
+        return family.tables(parameters)
+    if isinstance(family, PricedStaircase):
+        return family.tables(parameters["theta"])
+    return None
+
+
+def training_settings(options: MaskTrainingOptions, batch_size: int, seed: int) -> TrainingSettings:
+    """Return the settings of the loop."""
+    return TrainingSettings(
+        steps=options.steps,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        loss=options.loss,
+        average=options.average,
+        check_every=options.check_every,
+        micro_batch=batch_size,
+        seed=seed,
+    )
+
+
+def even_tables(specs: Sequence[LinearSpec]) -> dict[str, torch.Tensor]:
+    """Return losses whose optimum is one share R for all layers: ½ (1 − R)² mn / Σ mn up to R = 1; (r + 1) each."""
+    tables, total = {}, sum(spec.dense_cost for spec in specs)
+    for spec in specs:
+        share = torch.arange(spec.full_rank + 1, dtype=torch.float64) * spec.rank_cost / spec.dense_cost
+        tables[spec.name] = 0.5 * spec.dense_cost / total * (1 - share).clamp_min(0).square()
+        tables[spec.name][-1] = 0
+    return tables

@@ -1,0 +1,107 @@
+"""A linear layer that can be dense or of any rank, and tells how the loss depends on each of its components.
+
+The factors give the weight as a sum of components, W = Σ_j b_j a_jᵀ. With a mask p the layer computes
+y = Σ_j p_j b_j (a_jᵀ x), and
+
+    ∂L/∂p_j = Σ_t h_tj q_tj        h = A x (what the component reads)        q = Bᵀ g, g = ∂L/∂y (what it would change)
+
+so the gradient of every component, kept or not, costs two thin products and no product with the weight. The forward
+pass uses the hard mask 1[j ≤ k] and computes the k kept components alone, or W itself when the layer stays dense;
+the backward pass hands the gradient straight through to p (ARA, arXiv 2510.19389; Bengio et al., arXiv 1308.3432).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ara.models.linears import bias_of, weight_of
+
+# Called in the backward pass with h ⊙ q, (tokens, r): the first-order effect of each component at each token.
+Observer = Callable[[torch.Tensor], None]
+
+
+class MaskedLinear(nn.Module):
+    """Stands in for a linear module; keeps its weight and the full factors beside it.
+
+    Attributes:
+        weight: W (m, n), the original's, not copied.
+        a: (r, n), may be a view of a memory-mapped file.
+        b: (m, r), likewise.
+        rank: components that the forward pass computes, from the front; ``None`` for the dense weight.
+        mask: p (r) float32. Its values matter when :attr:`soft`, else it only receives the gradient.
+        soft: multiply the components by ``mask`` instead of cutting at ``rank``.
+        observer: see :data:`Observer`; ``None`` when nobody listens.
+    """
+
+    def __init__(self, original: nn.Module, a: torch.Tensor, b: torch.Tensor) -> None:
+        super().__init__()
+        self.original = original
+        self.weight, self.bias = weight_of(original), bias_of(original)
+        self.a, self.b = a, b
+        self.rank: int | None = None
+        self.mask: torch.Tensor | None = None
+        self.soft = False
+        self.observer: Observer | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x (..., n) to (..., m)."""
+        if torch.is_grad_enabled() and self.mask is not None and (self.mask.requires_grad or x.requires_grad):
+            result: torch.Tensor = _StraightThrough.apply(x, self.mask, self)
+            return result
+        return self.compute(x)[0]
+
+    def compute(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output (..., m), and the h (..., k) that it was made from; ``None`` when dense."""
+        if self.soft:
+            assert self.mask is not None
+            h = x @ self.a.T
+            return functional.linear(h * self.mask.detach().to(h.dtype), self.b, self.bias), h
+        if self.rank is None:
+            return functional.linear(x, self.weight, self.bias), None
+        h = x @ self.a[: self.rank].T
+        return functional.linear(h, self.b[:, : self.rank], self.bias), h
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mask: torch.Tensor, layer: MaskedLinear) -> torch.Tensor:
+        y, h = layer.compute(x)
+        ctx.layer, ctx.rank, ctx.soft = layer, layer.rank, layer.soft
+        ctx.save_for_backward(x, h, mask)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        layer: MaskedLinear = ctx.layer
+        x, h, mask = ctx.saved_tensors
+        flat = x.reshape(-1, x.shape[-1])
+        g = grads[0].reshape(-1, grads[0].shape[-1]).to(x.dtype)
+        q = g @ layer.b
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            if ctx.soft:
+                grad_x = (q * mask.to(q.dtype)) @ layer.a
+            elif ctx.rank is None:
+                grad_x = g @ layer.weight
+            else:
+                grad_x = q[:, : ctx.rank] @ layer.a[: ctx.rank]
+            grad_x = grad_x.view_as(x)
+        grad_mask = None
+        if ctx.needs_input_grad[1]:
+            kept = None if h is None else h.reshape(-1, h.shape[-1])
+            if kept is None:
+                read = flat @ layer.a.T
+            elif kept.shape[1] < q.shape[1]:
+                read = torch.cat([kept, flat @ layer.a[kept.shape[1] :].T], 1)
+            else:
+                read = kept
+            effect = read * q
+            if layer.observer is not None:
+                layer.observer(effect)
+            grad_mask = effect.sum(0, dtype=torch.float32)
+        return grad_x, grad_mask, None

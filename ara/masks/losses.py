@@ -1,0 +1,98 @@
+"""Losses over logits whose gradient is formed with the loss, in chunks: no float32 copy of all logits ever exists.
+
+    cross-entropy   L_t = −ln p_t(x_{t+1})                 ∂L_t/∂z_t = p_t − onehot(x_{t+1})
+    KL to a teacher L_t = Σ_v q_t(v) (ln q_t(v) − ln p_t(v))   ∂L_t/∂z_t = p_t − q_t
+
+with p the student's and q the teacher's distribution. Softmaxes are float32 whatever the dtype of the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+# Bytes of float32 that one chunk of rows may hold.
+CHUNK_BYTES = 32 * 2**20
+
+
+def token_losses(logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the loss of every predicted token; differentiable in ``logits``.
+
+    Args:
+        logits: (b, t, v) of the model that is trained; position i predicts token i + 1.
+        ids: (b, t) int64, the targets of cross-entropy.
+        teacher: (b, t, v) logits of the dense model: the loss is KL(teacher ‖ model) instead of cross-entropy.
+
+    Returns:
+        (b, t − 1) float32, nats.
+    """
+    result: torch.Tensor = _TokenLosses.apply(logits, ids, teacher)
+    return result
+
+
+def sampled_targets(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw a next token for every position from the model's own distribution.
+
+    Gradients of the cross-entropy against such targets have the Fisher information as second moment, which for a
+    softmax is the Gauss-Newton matrix of the KL divergence (Martens, arXiv 1412.1193, section 9); those against the
+    text itself have the "empirical Fisher", which is neither.
+
+    Args:
+        logits: (b, t, v).
+        generator: on the CPU.
+
+    Returns:
+        (b, t) int64 ids such that ``ids[:, i + 1]`` was drawn at position i; ``ids[:, 0]`` is 0 and never a target.
+    """
+    batch, length, vocabulary = logits.shape
+    targets = torch.zeros(batch, length, dtype=torch.int64, device=logits.device)
+    flat, rows = logits.detach()[:, :-1].reshape(-1, vocabulary), _rows(vocabulary)
+    drawn = []
+    for chunk in flat.split(rows):
+        uniform = torch.rand(len(chunk), 1, generator=generator).to(logits.device)
+        cumulative = torch.softmax(chunk.float(), -1).cumsum(-1)
+        picks = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).squeeze(1)
+        drawn.append(picks.clamp_max(vocabulary - 1))
+    targets[:, 1:] = torch.cat(drawn).view(batch, length - 1)
+    return targets
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor | None) -> torch.Tensor:
+        batch, length, vocabulary = logits.shape
+        rows, wanted = _rows(vocabulary), ctx.needs_input_grad[0]
+        losses = torch.empty(batch, length - 1, dtype=torch.float32, device=logits.device)
+        gradient = torch.zeros_like(logits) if wanted else None
+        for window in range(batch):
+            for start in range(0, length - 1, rows):
+                stop = min(start + rows, length - 1)
+                log_p = functional.log_softmax(logits[window, start:stop].float(), -1)
+                if teacher is None:
+                    targets = ids[window, start + 1 : stop + 1, None]
+                    losses[window, start:stop] = -log_p.gather(1, targets).squeeze(1)
+                    if gradient is not None:
+                        p = log_p.exp_()
+                        p.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=p.dtype))
+                        gradient[window, start:stop] = p
+                else:
+                    log_q = functional.log_softmax(teacher[window, start:stop].float(), -1)
+                    q = log_q.exp()
+                    losses[window, start:stop] = (q * log_q.sub_(log_p)).sum(-1)
+                    if gradient is not None:
+                        gradient[window, start:stop] = log_p.exp_().sub_(q)
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        # In place: the graph is used once.
+        gradient[:, :-1] *= grads[0].unsqueeze(-1).to(gradient.dtype)
+        return gradient, None, None
+
+
+def _rows(vocabulary: int) -> int:
+    return max(1, CHUNK_BYTES // (4 * vocabulary))

@@ -1,0 +1,210 @@
+"""A model whose factorised layers can be cut at any rank in an instant, for probing, training and comparing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from safetensors import safe_open
+
+from ara.errors import NumericalError
+from ara.evaluation.perplexity import window_nll
+from ara.masks.linear import MaskedLinear
+from ara.masks.losses import sampled_targets, token_losses
+from ara.models.linears import LinearSpec
+from ara.models.modeling_ara import replace_linear
+from ara.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LossKind = Literal["ce", "kl", "fisher"]
+
+
+@dataclass(frozen=True)
+class MaskGradients:
+    """Loss of a batch and what each component contributes to it.
+
+    Attributes:
+        loss: mean over predicted tokens, nats.
+        stderr: standard error of that mean over windows; infinite for a single window.
+        masks: module path → ∂loss/∂p (r) float32, on the CPU.
+    """
+
+    loss: float
+    stderr: float
+    masks: dict[str, torch.Tensor]
+
+
+class MaskedModel:
+    """Wraps a dense model in place; starts dense.
+
+    On a CPU the factors are views of memory-mapped files: processes share them, and what is not used is not read.
+
+    Attributes:
+        specs: the factorised layers.
+        layers: module path → its stand-in.
+        backward_passes: how many windows went through a backward pass so far.
+    """
+
+    def __init__(self, model: PreTrainedModel, specs: Sequence[LinearSpec], files: Mapping[str, Path]) -> None:
+        """Replace the linear layers of ``model``.
+
+        Args:
+            model: a causal language model in evaluation mode.
+            specs: its factorised layers.
+            files: module path → safetensors file with ``<path>.A`` (r, n) and ``<path>.B`` (m, r).
+        """
+        self.model, self.specs = model.requires_grad_(False), list(specs)
+        self.layers: dict[str, MaskedLinear] = {}
+        self.backward_passes = 0
+        for path in dict.fromkeys(files[spec.name] for spec in self.specs):
+            with safe_open(path, "pt") as file:
+                for spec in (spec for spec in self.specs if files[spec.name] == path):
+                    a = file.get_tensor(f"{spec.name}.A").to(model.device, model.dtype)
+                    b = file.get_tensor(f"{spec.name}.B").to(model.device, model.dtype)
+                    layer = MaskedLinear(model.get_submodule(spec.name), a, b)
+                    replace_linear(model, spec.name, layer)
+                    self.layers[spec.name] = layer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self.model.device
+        return device
+
+    def use(self, ranks: Mapping[str, int | None]) -> None:
+        """Cut layers at the given ranks; ``None`` is dense; layers that are not named stay as they are."""
+        for name, rank in ranks.items():
+            self.layers[name].rank, self.layers[name].soft = rank, False
+
+    def use_soft(self, masks: Mapping[str, torch.Tensor]) -> None:
+        """Multiply the components of the named layers by these masks (r), values from 0 to 1."""
+        for name, mask in masks.items():
+            self.layers[name].mask = mask.detach().to(self.device, torch.float32)
+            self.layers[name].soft = True
+
+    def use_dense(self) -> None:
+        """Make all layers dense."""
+        self.use(dict.fromkeys(self.layers, None))
+
+    @torch.no_grad()
+    def nll(
+        self, windows: torch.Tensor, batch_size: int = 4, report: Reporter = SILENT, label: str = ""
+    ) -> torch.Tensor:
+        """Return the mean negative log-likelihood of each window as the layers are cut now.
+
+        Args:
+            windows: (w, t) int64.
+            batch_size: windows per forward pass.
+            report: shows a bar when there is a ``label``.
+            label: of the bar.
+
+        Returns:
+            (w) float64, nats per predicted token; may be NaN.
+        """
+        with report.bar(label or "Reading", len(windows)) if label else SILENT.bar("", 0) as bar:
+            values = []
+            for batch in windows.split(batch_size):
+                ids = batch.to(self.device)
+                values.append(window_nll(self.forward(ids), ids))
+                bar.advance(len(batch))
+        return torch.cat(values)
+
+    @torch.no_grad()
+    def kl(self, windows: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """Return KL(dense ‖ now) of each window, nats per predicted token.
+
+        Args:
+            windows: (w, t) int64, one batch.
+            teacher: the dense model's :meth:`logits` of the same windows.
+        """
+        ids = windows.to(self.device)
+        return token_losses(self.forward(ids), ids, teacher).double().mean(1).cpu()
+
+    @torch.no_grad()
+    def logits(self, windows: torch.Tensor) -> torch.Tensor:
+        """Return the logits (b, t, v) of one batch as the layers are cut now."""
+        return self.forward(windows.to(self.device))
+
+    def gradients(
+        self, windows: torch.Tensor, loss: LossKind = "ce", batch_size: int = 4, seed: int = 0
+    ) -> MaskGradients:
+        """Return the loss of the present cut, and its gradient for every component of every layer.
+
+        Args:
+            windows: (w, t) int64.
+            loss: ``ce`` against the text, ``kl`` to the dense model, ``fisher``: cross-entropy against targets drawn
+                from the present model's own distribution.
+            batch_size: windows per pass.
+            seed: of the drawing.
+
+        Raises:
+            NumericalError: the loss is NaN or infinite.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        predicted = windows.shape[0] * (windows.shape[1] - 1)
+        windows_seen: list[torch.Tensor] = []
+        with self.listening():
+            for batch in windows.split(batch_size):
+                ids = batch.to(self.device)
+                teacher = self._teacher(ids) if loss == "kl" else None
+                with torch.enable_grad():
+                    logits = self.forward(ids)
+                    targets = sampled_targets(logits, generator) if loss == "fisher" else ids
+                    values = token_losses(logits, targets, teacher)
+                    del logits, teacher
+                    (values.sum() / predicted).backward()
+                windows_seen.append(values.detach().double().mean(1).cpu())
+                self.backward_passes += len(batch)
+            masks = {name: _gradient(layer) for name, layer in self.layers.items()}
+        losses = torch.cat(windows_seen)
+        mean = float(losses.mean())
+        if not math.isfinite(mean):
+            raise NumericalError(
+                f"the loss is {mean}", "the model computes NaN or infinity: try --dtype float32 or a higher --keep"
+            )
+        stderr = float(losses.std()) / len(losses) ** 0.5 if len(losses) > 1 else math.inf
+        return MaskGradients(mean, stderr, masks)
+
+    @contextmanager
+    def listening(self, observers: Mapping[str, Callable[[torch.Tensor], None]] | None = None) -> Iterator[None]:
+        """Let backward passes inside the block reach the masks, and the ``observers`` of single layers."""
+        for name, layer in self.layers.items():
+            if not layer.soft or layer.mask is None:
+                layer.mask = torch.ones(layer.a.shape[0], device=self.device)
+            layer.mask = layer.mask.requires_grad_(True)
+            layer.mask.grad = None
+            layer.observer = observers.get(name) if observers else None
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.observer = None
+                layer.mask = layer.mask.detach() if layer.soft and layer.mask is not None else None
+
+    @torch.no_grad()
+    def _teacher(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the dense model; the cut is put back."""
+        cut = {name: (layer.rank, layer.soft) for name, layer in self.layers.items()}
+        self.use_dense()
+        try:
+            return self.forward(ids)
+        finally:
+            for name, (rank, soft) in cut.items():
+                self.layers[name].rank, self.layers[name].soft = rank, soft
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits (b, t, v) as the layers are cut now, with a graph where gradients are enabled."""
+        logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+
+def _gradient(layer: MaskedLinear) -> torch.Tensor:
+    assert layer.mask is not None and layer.mask.grad is not None
+    return layer.mask.grad.cpu()

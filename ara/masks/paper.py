@@ -1,0 +1,226 @@
+"""The paper's form: a staircase mask, a budget penalty and a guidance loss (ARA, arXiv 2510.19389).
+
+    α_i = softmax(θ_i)      p_i = α_i M      E_i = Σ_d α_id s_d      R_i = E_i (m_i + n_i) / (m_i n_i)
+
+The forward pass computes rank round(E_i), or W_i itself when R_i ≥ 1, which is then charged m_i n_i (Eq. 8); the
+backward pass goes straight through to p_i. Minimised is
+
+    L = L_LM + λ1 (Σ_i min(R_i, 1) m_i n_i / limit − 1)² + λ2 L_guidance
+
+and afterwards "ranks are rescaled proportionally to meet the target". That there is a budget term and a guidance loss
+is the paper's; their exact forms are not known to us, and those here are ours.
+
+**Guidance.** Let g(R) be the gain of a layer: the share of its spectral energy that rank k = R mn / (m + n) keeps,
+linear between ranks, and 1 for R ≥ 1. It jumps at R = 1, by 1 − g(1⁻). Straight-through sees the slope g'(R), small
+just below 1, and never the jump; so under a price μ between g'(1⁻) and the slope of a chord to (1, 1) a layer sticks
+below 1 although dense is better. The least concave function above g, its envelope, has no such trap:
+
+    ĝ(R) = g(R) up to R_t,  1 − s (1 − R) from there to 1        s = min_{R<1} (1 − g(R)) / (1 − R), R_t its argmin
+
+For every μ the maximum of ĝ(R) − μR is at R = 1 if μ < s and at R ≤ R_t if μ > s, and there is no other local one. (It
+is also what a layer would get that could be split into a dense part and one of R_t.) The slope that g lacks between R_t
+and 1 is s − g'(R), and the loss with this gradient is
+
+    L_guidance = Σ_i w_i (g(R_i) − ĝ(R_i)) ≤ 0 for R_t < R_i < 1, else 0        w_i = m_i n_i / Σ mn
+
+It jumps at R = 1 as g does: only its gradient has a meaning, not its value.
+
+**The way back.** A dense layer is charged mn whatever its R, so the budget does not press on it, and guidance ends at
+R = 1. What then moves R is L_LM alone, straight through p, although its value does not depend on R there; and the
+rescaling, which makes the layers of smallest R low-rank again if the dense ones leave no room for the rest. With
+``dense_returns`` [ours] a dense layer feels both terms as it would just below 1, so that a price above s (and above
+what straight-through adds) brings it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import Field
+
+from ara.allocation.base import Allocation
+from ara.allocation.budget import Budget
+from ara.allocation.rounding import proportional
+from ara.decomposition.base import MethodOptions
+from ara.masks.family import Cut, MaskFamily
+from ara.masks.staircase import Atoms
+from ara.models.linears import LinearSpec
+
+_BISECTIONS = 100
+# How far above 1 the share of a dense layer starts: near enough to come back, far enough not to fall by one step.
+_DENSE_START = 1.01
+# Least distance of a starting expected rank from the first and the last atom, in ranks.
+_OFF_EDGE = 1e-3
+
+
+class PaperOptions(MethodOptions):
+    """Options of the paper's form. The paper's own weights are not known to us."""
+
+    budget_weight: float = Field(
+        100, ge=0, description="λ1, nats per squared relative deviation of the cost from the budget"
+    )
+    guidance_weight: float = Field(10, ge=0, description="λ2, nats per share of all layers' spectral energy; 0 is off")
+    dense_returns: bool = Field(
+        False,
+        description="let price and guidance act on dense layers as just below break-even (ours; the paper's is off)",
+    )
+
+
+class PaperStaircase(MaskFamily):
+    """θ over ranks 1 … r, a budget penalty, a guidance loss, and a proportional rescaling at the end."""
+
+    def __init__(
+        self,
+        atoms: Atoms,
+        spectra: Mapping[str, torch.Tensor],
+        budget: Budget,
+        start: torch.Tensor,
+        options: PaperOptions | None = None,
+    ) -> None:
+        """Start from scores.
+
+        Args:
+            atoms: of :func:`ara.masks.staircase.paper_atoms`.
+            spectra: module path → (r) non-negative, see :class:`ara.decomposition.base.Factors`.
+            budget: the limit.
+            start: θ (L, D) at the beginning, see :func:`start_at`.
+            options: weights of the penalties.
+        """
+        self.atoms, self.budget, self.options = atoms, budget, options or PaperOptions()
+        self.parameters = {"theta": start.clone().requires_grad_()}
+        self.dense_costs = torch.tensor([spec.dense_cost for spec in atoms.specs], dtype=torch.float64)
+        self.break_even = torch.tensor([_break_even(spec) for spec in atoms.specs], dtype=torch.float64)
+        self.guidance = Guidance(atoms.specs, spectra)
+        self.expected = torch.zeros(0)
+
+    def cut(self, progress: float, generator: torch.Generator) -> Cut:
+        """Return the masks p and the hard ranks of the present θ."""
+        alpha = self.atoms.alpha(self.parameters["theta"])
+        self.expected = self._expected(alpha)
+        return Cut(self.atoms.masks(alpha), self._ranks(self.expected.detach()))
+
+    def penalty(self) -> torch.Tensor:
+        """Return λ1 · budget term + λ2 · guidance of the latest :meth:`cut`, nats; float64 scalar."""
+        dense = self.expected.detach() >= self.break_even
+        # Dense layers count as at break-even; with ``dense_returns`` they have a gradient there, too.
+        moving = self.expected - self.expected.detach() if self.options.dense_returns else 0
+        capped = torch.where(dense, self.break_even + moving, self.expected)
+        spent = (capped / self.break_even * self.dense_costs).sum()
+        budget = (spent / self.budget.parameters - 1).square()
+        return self.options.budget_weight * budget + self.options.guidance_weight * self.guidance(capped)
+
+    def allocation(self) -> Allocation:
+        """Return the hard ranks, rescaled: dense layers stay dense, all others times one factor to meet the budget."""
+        with torch.no_grad():
+            expected = self._expected(self.atoms.alpha(self.parameters["theta"]))
+        ranks = self._ranks(expected)
+        shares = []
+        for spec, value in zip(self.atoms.specs, (expected / self.break_even).tolist(), strict=True):
+            rank = ranks[spec.name]
+            shares.append(value if rank is None else rank / _break_even(spec))
+        return proportional(self.atoms.specs, shares, self.budget, keep_dense=True)
+
+    def _expected(self, alpha: torch.Tensor) -> torch.Tensor:
+        return (alpha * self.atoms.ranks).sum(1)
+
+    def _ranks(self, expected: torch.Tensor) -> dict[str, int | None]:
+        """Return the hard rank of every layer; below break-even no rounding reaches it."""
+        ranks: dict[str, int | None] = {}
+        for spec, value in zip(self.atoms.specs, expected.tolist(), strict=True):
+            highest = (spec.dense_cost - 1) // spec.rank_cost
+            ranks[spec.name] = None if value >= _break_even(spec) else max(1, min(round(value), highest))
+        return ranks
+
+
+class Guidance:
+    """The loss that makes up for the jump of the gain at break-even; see the module's docstring.
+
+    Attributes:
+        tangent: k_t (L) float64, the rank of R_t; break-even where no rank pays.
+        slope: s (L) float64, share of energy per R.
+    """
+
+    def __init__(self, specs: Sequence[LinearSpec], spectra: Mapping[str, torch.Tensor]) -> None:
+        self.break_even = torch.tensor([_break_even(spec) for spec in specs], dtype=torch.float64)
+        # Last rank below break-even, where the last linear piece of g starts.
+        self.highest = torch.tensor([(spec.dense_cost - 1) // spec.rank_cost for spec in specs])
+        self.weights = torch.tensor([spec.dense_cost for spec in specs], dtype=torch.float64)
+        self.weights = self.weights / self.weights.sum()
+        # g at ranks 0 … r, filled up with ones.
+        self.gains = torch.ones(len(specs), 1 + max(spec.full_rank for spec in specs), dtype=torch.float64)
+        for i, spec in enumerate(specs):
+            spectrum = spectra[spec.name].double()
+            tails = spectrum.flip(0).cumsum(0).flip(0)
+            # An empty spectrum loses nothing at any rank.
+            self.gains[i, : len(spectrum)] -= tails / tails[0].clamp_min(torch.finfo(torch.float64).tiny)
+        ranks = torch.arange(self.gains.shape[1], dtype=torch.float64)
+        chords = (1 - self.gains) / (1 - ranks / self.break_even[:, None])
+        # g is concave and linear between ranks, so the least chord starts at a rank.
+        chords = chords.masked_fill((ranks < 1) | (ranks > self.highest[:, None]), torch.inf)
+        self.slope, tangent = chords.min(1)
+        pays = self.highest >= 1
+        self.slope = torch.where(pays, self.slope, 0)
+        self.tangent = torch.where(pays, tangent.double(), self.break_even)
+
+    def gain(self, expected: torch.Tensor) -> torch.Tensor:
+        """Return g (L) at the ranks E (L), none above break-even, where it is g(1⁻); differentiable."""
+        piece = torch.minimum(expected.detach().floor().long(), self.highest)[:, None]
+        low, high = self.gains.gather(1, piece)[:, 0], self.gains.gather(1, piece + 1)[:, 0]
+        return low + (expected - piece[:, 0]) * (high - low)
+
+    def __call__(self, expected: torch.Tensor) -> torch.Tensor:
+        """Return L_guidance at the ranks E (L) float64, none above break-even; scalar.
+
+        At break-even the value is 0 and the gradient, if ``expected`` has one there, is that of just below.
+        """
+        envelope = 1 - self.slope * (1 - expected / self.break_even)
+        deficit = self.gain(expected) - envelope
+        dense = expected.detach() >= self.break_even
+        deficit = deficit - torch.where(dense, deficit, 0).detach()
+        inside = expected.detach() > self.tangent
+        return (self.weights * torch.where(inside, deficit, 0)).sum()
+
+
+def start_at(atoms: Atoms, shares: Mapping[str, float], width: float = 0.05) -> torch.Tensor:
+    """Return scores whose α is a bell over the ranks, with a given expected rank.
+
+    θ_d = −((s_d − c) / (width · r))², with c found by bisection, so that the mean is right also where the bell is cut
+    off or falls between atoms.
+
+    Args:
+        atoms: the ranks.
+        shares: module path → R = E(m + n) / mn; what lies beyond the atoms is taken to the nearest of them.
+        width: of the bell, as a fraction of the full rank; more lets θ feel ranks further away.
+
+    Returns:
+        θ (L, D) float64.
+    """
+    full = torch.tensor([spec.full_rank for spec in atoms.specs], dtype=torch.float64)[:, None]
+    wanted = torch.tensor([shares[spec.name] * _break_even(spec) for spec in atoms.specs], dtype=torch.float64)[:, None]
+    ranks = atoms.ranks.double()
+    # On the very first or last atom the softmax would have no gradient.
+    wanted = wanted.clamp(ranks[:, :1] + _OFF_EDGE, full - _OFF_EDGE)
+    # So far out, neighbouring atoms differ by 40 nats, and all the weight lies on the last one.
+    reach = full * (1 + 20 * width**2 * ranks.shape[1])
+    low, high = -reach, full + reach
+    for _ in range(_BISECTIONS):
+        centre = (low + high) / 2
+        theta = -((ranks - centre) / (width * full)).square()
+        mean = (atoms.alpha(theta) * ranks).sum(1, keepdim=True)
+        low, high = torch.where(mean < wanted, centre, low), torch.where(mean < wanted, high, centre)
+    return theta.masked_fill(~atoms.real, 0)
+
+
+def shares_of(specs: Sequence[LinearSpec], ranks: Mapping[str, int | None]) -> dict[str, float]:
+    """Return the share R of every layer for :func:`start_at`; dense is just above 1."""
+    shares = {}
+    for spec in specs:
+        rank = ranks[spec.name]
+        shares[spec.name] = _DENSE_START if rank is None else rank / _break_even(spec)
+    return shares
+
+
+def _break_even(spec: LinearSpec) -> float:
+    """Return k* = mn / (m + n), where R = 1."""
+    return spec.dense_cost / spec.rank_cost

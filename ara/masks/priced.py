@@ -1,0 +1,134 @@
+"""The priced form: dense is an atom, and one global price keeps the hard allocation on budget in every step.
+
+    α_i(d) ∝ exp((θ_id − μ c_id) / τ)        hard choice d_i = argmax_d θ_id − μ c_id
+
+with c the cost of an atom in parameters and μ found by bisection so that Σ_i c_i(d_i) just fits the budget: the
+multiple-choice knapsack's Lagrangian, where −θ stands for the loss of every rank. There is no budget penalty, no
+rescaling afterwards, and what is trained is what is deployed. Atoms between break-even and full rank do not exist, so
+the jump of the gain at R = 1, for which the paper's form needs a guidance loss, is not in the search space.
+
+The price depends on θ. Raising all θ of dear atoms raises μ with them; without this term every layer asks for more
+rank at once and the differences between layers drown. With the expected cost Σ α c held fixed,
+
+    ∂L/∂θ_id = α_id [(G_id − ν c_id) − Σ_e α_ie (G_ie − ν c_ie)] / τ,    ν = Σ_i Cov_αi(G_i, c_i) / Σ_i Var_αi(c_i)
+
+where G_id = ∂L/∂α_id is the loss gradient summed over the mask up to s_d: the implicit function theorem on
+μ(θ), which takes from the gradient its part along the cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ara.allocation.base import Allocation
+from ara.allocation.budget import Budget
+from ara.allocation.sensitivity import best_ranks
+from ara.masks.family import Cut, MaskFamily
+from ara.masks.staircase import Atoms
+
+_BISECTIONS = 100
+
+
+class PricedStaircase(MaskFamily):
+    """θ over atoms with one price.
+
+    Attributes:
+        price: μ of the latest :meth:`cut`, in units of θ per parameter.
+        unit: the loss that one unit of θ stands for, in the unit of the tables at the start.
+    """
+
+    def __init__(
+        self, atoms: Atoms, budget: Budget, tables: Mapping[str, torch.Tensor], temperature: float = 1.0
+    ) -> None:
+        """Start from the losses of ranks.
+
+        Args:
+            atoms: of :func:`ara.masks.staircase.priced_atoms`.
+            budget: the limit.
+            tables: module path → (r + 1), the loss of every rank, in any unit; the last entry is that of dense.
+            temperature: τ. θ is −loss in units of the price of 1 % of the mean layer at the start, so at τ = 1 the
+                atoms are mixed that this price hardly tells apart.
+        """
+        self.atoms, self.budget, self.temperature = atoms, budget, temperature
+        theta = -atoms.expand(tables)
+        price = hard_price(theta, atoms, budget.parameters)[0]
+        self.unit = max(price, 1e-30) * 0.01 * sum(spec.dense_cost for spec in atoms.specs) / len(atoms.specs)
+        self.parameters = {"theta": (theta / self.unit).requires_grad_()}
+        self.price = 0.0
+
+    def cut(self, progress: float, generator: torch.Generator) -> Cut:
+        """Return the priced masks and the hard ranks that meet the budget."""
+        theta = self.parameters["theta"]
+        self.price, picks = hard_price(theta.detach(), self.atoms, self.budget.parameters)
+        scores = _at_fixed_cost(theta, self.atoms, self.price, self.temperature)
+        return Cut(self.atoms.masks(self.atoms.alpha(scores)), self.atoms.hard_ranks(picks))
+
+    def tables(self, theta: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Return −θ, by default the present one, as the loss of every rank, in the unit of the start.
+
+        Returns:
+            Module path → (r + 1) float64.
+        """
+        theta, result = self.parameters["theta"].detach() if theta is None else theta, {}
+        for i, spec in enumerate(self.atoms.specs):
+            real = self.atoms.real[i]
+            result[spec.name] = _interpolated(self.atoms.ranks[i][real], -theta[i][real] * self.unit, spec.full_rank)
+        return result
+
+    def allocation(self) -> Allocation:
+        """Return the exact knapsack optimum for the losses −θ."""
+        return best_ranks(self.atoms.specs, self.tables(), self.budget)
+
+
+def hard_price(theta: torch.Tensor, atoms: Atoms, limit: int) -> tuple[float, torch.Tensor]:
+    """Return the least price at which the hard choices fit ``limit``, and the chosen columns (L) int64.
+
+    Args:
+        theta: (L, D) float64.
+        atoms: their costs.
+        limit: parameters; the cheapest atoms together must fit.
+    """
+
+    def choose(price: float) -> tuple[torch.Tensor, float]:
+        scores = (theta - price * atoms.costs).masked_fill(~atoms.real, -torch.inf)
+        picks = scores.argmax(1)
+        return picks, float(atoms.costs.gather(1, picks[:, None]).sum())
+
+    # Also a negative price may be right: when θ rewards small ranks and the budget is wide.
+    low, high = -1e-12, 1e-12
+    while choose(high)[1] > limit:
+        high *= 2
+    while choose(low)[1] <= limit and low > -1e12:
+        low *= 2
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if choose(middle)[1] > limit:
+            low = middle
+        else:
+            high = middle
+    return high, choose(high)[0]
+
+
+def _at_fixed_cost(theta: torch.Tensor, atoms: Atoms, price: float, temperature: float) -> torch.Tensor:
+    """Return (θ − μ c) / τ with μ as a function of θ that holds the expected cost Σ α c fixed."""
+    with torch.no_grad():
+        alpha = atoms.alpha((theta - price * atoms.costs) / temperature)
+        centred = (atoms.costs - (alpha * atoms.costs).sum(1, keepdim=True)) * atoms.real
+        spread = (alpha * centred.square()).sum().clamp_min(1e-30)
+        # ∂μ/∂θ_id = α_id (c_id − E_αi c_i) / Σ_i Var_αi(c_i)
+        slope = alpha * centred / spread
+    moving = price + ((theta - theta.detach()) * slope).sum()
+    return (theta - moving * atoms.costs) / temperature
+
+
+def _interpolated(ranks: torch.Tensor, values: torch.Tensor, full: int) -> torch.Tensor:
+    """Return the piecewise linear function through (rank, value) at 0 … full; beyond the ends it goes on straight."""
+    if len(ranks) == 1:
+        return values.expand(full + 1).clone()
+    at = torch.arange(full + 1)
+    right = torch.searchsorted(ranks, at).clamp(1, len(ranks) - 1)
+    left = right - 1
+    share = (at - ranks[left]).double() / (ranks[right] - ranks[left])
+    return values[left] + share * (values[right] - values[left])

@@ -1,0 +1,77 @@
+"""How much the loss grows when the components of a layer from rank k on are removed: one backward pass for all ranks.
+
+With h = A x and q = Bᵀ g as in :mod:`ara.masks.linear`, removing component j changes the loss through token t by
+d_tj = h_tj q_tj to first order, and removing all from rank k on by the tail sum T_t(k) = Σ_{j ≥ k} d_tj. Its mean
+square is the Fisher information along that removal, so that
+
+    loss(k) ≈ ½ Σ_t T_t(k)²        per predicted token, nats
+
+(for gradients against targets drawn from the model; see :func:`ara.masks.losses.sampled_targets`). Where
+``per_window``, T is summed over the tokens of a window before it is squared, which is the exact Fisher information
+of the window but has far fewer terms to average over.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ara.masks.linear import Observer
+from ara.masks.losses import sampled_targets, token_losses
+from ara.masks.model import LossKind, MaskedModel
+from ara.progress import SILENT, Reporter
+
+
+def sensitivity_tables(
+    model: MaskedModel,
+    windows: torch.Tensor,
+    *,
+    loss: LossKind = "fisher",
+    per_window: bool = False,
+    batch_size: int = 4,
+    seed: int = 0,
+    report: Reporter = SILENT,
+) -> dict[str, torch.Tensor]:
+    """Return for every layer the estimated loss of every rank, at the model's present cut.
+
+    Args:
+        model: usually dense.
+        windows: (w, t) int64.
+        loss: which gradients: against drawn targets (``fisher``) or the text (``ce``).
+        per_window: see the module's text.
+        batch_size: windows per pass.
+        seed: of the drawing.
+        report: progress.
+
+    Returns:
+        Module path → (r + 1) float64: entry k is the loss of keeping k components, nats per token; entry r is 0.
+    """
+    sums = {spec.name: torch.zeros(spec.full_rank, dtype=torch.float64, device=model.device) for spec in model.specs}
+    width = 0
+
+    def observer(name: str) -> Observer:
+        def observe(effect: torch.Tensor) -> None:
+            effect = effect.float()
+            if per_window:
+                effect = effect.view(width, -1, effect.shape[-1]).sum(1)
+            tails = effect.flip(1).cumsum(1).flip(1)
+            sums[name] += tails.square_().sum(0, dtype=torch.float64)
+
+        return observe
+
+    observers = {name: observer(name) for name in sums}
+    generator = torch.Generator().manual_seed(seed)
+    with model.listening(observers), report.bar("Reading sensitivities", len(windows)) as bar, torch.enable_grad():
+        for batch in windows.split(batch_size):
+            ids, width = batch.to(model.device), len(batch)
+            logits = model.forward(ids)
+            targets = sampled_targets(logits, generator) if loss == "fisher" else ids
+            value = token_losses(logits, targets).sum()
+            del logits
+            value.backward()
+            model.backward_passes += width
+            bar.advance(width)
+    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    return {
+        name: torch.cat([values.cpu() / (2 * predicted), torch.zeros(1, dtype=torch.float64)])
+        for name, values in sums.items()
+    }

@@ -1,0 +1,58 @@
+"""Pictures, drawn by matplotlib into SVG without a display."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+from ara.allocation.base import Allocation, cost
+from ara.models.linears import LinearSpec
+
+
+def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[LinearSpec], title: str) -> bytes:
+    """Return an SVG with one heat map per allocation: layers downwards, kinds of modules across.
+
+    Colour is the share of a layer's parameters that stays; dense layers carry a dot.
+
+    Args:
+        allocations: by name, at least one.
+        specs: the factorised layers.
+        title: above all.
+    """
+    import matplotlib
+    import numpy
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(spec.kind for spec in specs))
+    layers = sorted({spec.layer for spec in specs})
+    columns = min(len(allocations), 4)
+    rows = -(-len(allocations) // columns)
+    # Text as text, and the same bytes for the same figures.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ara"}):
+        figure = Figure(figsize=(2.6 * columns + 0.8, (0.13 * len(layers) + 1.4) * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        image = None
+        for axis, (name, allocation) in zip(axes, allocations.items(), strict=False):
+            shares = numpy.full((len(layers), len(kinds)), numpy.nan)
+            for spec in specs:
+                place = layers.index(spec.layer), kinds.index(spec.kind)
+                rank = allocation.ranks[spec.name]
+                shares[place] = cost(spec, rank) / spec.dense_cost
+                if rank is None:
+                    axis.plot(place[1], place[0], ".", color="white", markersize=3)
+            image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+            axis.set_title(name, fontsize=9)
+            short = [kind.rpartition(".")[2].removesuffix("_proj") for kind in kinds]
+            axis.set_xticks(range(len(kinds)), short, rotation=60, fontsize=7)
+            axis.tick_params(axis="y", labelsize=7)
+        for axis in axes[len(allocations) :]:
+            axis.set_axis_off()
+        axes[0].set_ylabel("layer", fontsize=8)
+        assert image is not None
+        bar = figure.colorbar(image, ax=list(axes), fraction=0.02)
+        bar.set_label("share of parameters kept (dot: dense)", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+        figure.suptitle(title, fontsize=10)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="svg", metadata={"Date": None})
+    return picture.getvalue()

@@ -1,0 +1,217 @@
+"""``ara compare``: all allocators side by side, on the same factors, the same budget and the same text, in one run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import replace
+from typing import Any
+
+from ara.allocation import ALLOCATORS
+from ara.allocation.base import DENSE, Allocation, Allocator, Context, Module
+from ara.allocation.guard import compare_candidates
+from ara.calibration.texts import check_text_spec, load_documents
+from ara.calibration.tokens import TokenWindows, evaluation_windows
+from ara.config import CompareConfig, method_options
+from ara.errors import NumericalError, UsageError
+from ara.reporting.figures import rank_heat_maps
+from ara.stage_view import StageView, parent_of
+from ara.stage_writer import StageWriter
+from ara.stages.allocate import budget_of, load_modules, summary
+from ara.stages.common import Run, already_done, begin, model_of
+from ara.stages.evaluate import window_length
+from ara.stages.lab import open_lab, placed
+from ara.stages.learned import read_learned
+from ara.workspace import Workspace
+
+RESULTS_FILE = "results.json"
+PICTURE_FILE = "ranks.svg"
+
+
+def compare(
+    config: CompareConfig, run: Run, *, factors: str | None = None, masks: str | None = None, name: str | None = None
+) -> StageView:
+    """Allocate by every method, measure each, and store figures, ranks and a picture; finished methods are kept.
+
+    No guard is at work here: every method is shown as it is.
+
+    Args:
+        config: budget, methods, texts.
+        run: workspace and reporter.
+        factors: name of the decomposition; the latest by default.
+        masks: name of the training that ``ara`` uses; the latest one on these factors by default. Where there is
+            none, ``ara`` trains here, by its default options.
+        name: of the result; says decomposition (unless whitened) and keep by default.
+
+    Raises:
+        AraError: no decomposition, an unknown method, a budget that cannot be met, a missing text.
+    """
+    started = begin()
+    methods = config.methods or tuple(ALLOCATORS.names())
+    for method in methods:
+        ALLOCATORS.entry(method)
+    for task in config.tasks:
+        check_text_spec(task)
+    workspace = run.open()
+    with workspace.lock(run.command):
+        decomposition = workspace.require("decompose", factors)
+        assert decomposition.manifest is not None
+        run.report.step(f"Comparing {len(methods)} allocators at keep {config.keep:g}")
+        trained = _training(workspace, decomposition, masks)
+        resolved = placed(config, run)
+        source = model_of(decomposition, run)
+        resolved = resolved.model_copy(
+            update={"methods": methods, "eval_seq_len": window_length(config.eval_seq_len, source.config)}
+        )
+        texts = {task: load_documents(task, "evaluation", report=run.report) for task in config.tasks}
+        facts = {
+            "config": {
+                **resolved.model_dump(mode="json"),
+                "text_sha256": {task: documents.digest for task, documents in texts.items()},
+            },
+            "model": decomposition.manifest.model,
+            "parents": tuple(parent_of(view) for view in (decomposition, trained) if view),
+        }
+        name = name or _default_name(config, decomposition.name)
+        done = workspace.finished("compare", name, facts, run.report)
+        if done is not None and not run.force:
+            return already_done(done, run)
+        modules = load_modules(decomposition)
+        budget_of(resolved, [module.spec for module in modules], resolved.keep)
+        tokenizer = source.load_tokenizer()
+        windows = {
+            task: evaluation_windows(
+                documents, tokenizer, seq_len=resolved.eval_seq_len or 0, max_windows=resolved.max_windows
+            )
+            for task, documents in texts.items()
+        }
+        with workspace.writer(
+            "compare", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
+        ) as stage:
+            context = open_lab(decomposition, resolved, workspace, run)
+            if trained is not None:
+                context = replace(context, learned=read_learned(trained))
+            _measure_all(resolved, modules, context, windows, stage, run)
+            parameters = decomposition.manifest.results["model_parameters"]
+            _conclude(resolved, modules, parameters, stage, trained)
+        return workspace.view(f"compare/{name}")
+
+
+def gap_closed(loss: float, uniform: float, dense: float) -> float | None:
+    """Return (uniform − loss) / (uniform − dense) of mean negative log-likelihoods; ``None`` where there is no gap."""
+    return (uniform - loss) / (uniform - dense) if uniform > dense else None
+
+
+def _default_name(config: CompareConfig, factors: str) -> str:
+    keep = f"{config.keep:g}"
+    return "-".join([*([] if factors == "whitened" else [factors]), keep if len(keep) > 4 else f"{config.keep:.2f}"])
+
+
+def _training(workspace: Workspace, decomposition: StageView, masks: str | None) -> StageView | None:
+    """Return the training to use: the named one, or the latest on these factors, or ``None``."""
+    if masks is not None:
+        view = workspace.require("train-masks", masks)
+        assert view.manifest is not None
+        if parent_of(decomposition) not in view.manifest.parents:
+            raise UsageError(f"{view.key} was trained on other factors than {decomposition.key}", "name others")
+        return view
+    fitting = [
+        view
+        for view in workspace.views("train-masks")
+        if view.state == "done" and view.manifest and parent_of(decomposition) in view.manifest.parents
+    ]
+    return workspace.require("train-masks", fitting[-1].name) if fitting else None
+
+
+def _measure_all(
+    config: CompareConfig,
+    modules: list[Module],
+    context: Context,
+    windows: dict[str, TokenWindows],
+    stage: StageWriter,
+    run: Run,
+) -> None:
+    """Measure dense and every method that an interrupted run has not measured."""
+    rows: dict[str, Any] = stage.results.setdefault("methods", {})
+    if DENSE not in rows:
+        specs = [module.spec for module in modules]
+        dense = Allocation({spec.name: None for spec in specs})
+        rows[DENSE] = {"ranks": {}, **_quality(dense, config, context, windows, DENSE)}
+        stage.text(f"{DENSE}.json", json.dumps(rows[DENSE]))
+    for method in config.methods:
+        if method in rows:
+            run.report.fact(f"{method} was measured before the interruption")
+            continue
+        run.report.step(f"Allocating by {method}")
+        try:
+            rows[method] = _measure(method, config, modules, context, windows)
+        except NumericalError as error:
+            # One method that yields NaN is a result; the others are still of use.
+            run.report.warn(f"{method}: {error}")
+            rows[method] = {"error": str(error)}
+        stage.text(f"{method}.json", json.dumps(rows[method]))
+
+
+def _measure(
+    method: str, config: CompareConfig, modules: list[Module], context: Context, windows: dict[str, TokenWindows]
+) -> dict[str, Any]:
+    kind = ALLOCATORS.load(method)
+    allocator: Allocator = kind(method_options(kind.Options, {}))
+    specs = [module.spec for module in modules]
+    budget = budget_of(config, specs, config.keep)
+    passes, begun = context.model.backward_passes, time.monotonic()
+    allocation = allocator.allocate(modules, budget, context if allocator.needs_model else None)
+    seconds = time.monotonic() - begun
+    return {
+        "ranks": {name: DENSE if rank is None else rank for name, rank in allocation.ranks.items()},
+        "linear_keep": allocation.keep(specs),
+        "dense_layers": allocation.dense_count(),
+        "seconds": seconds,
+        "backward_passes": context.model.backward_passes - passes,
+        **_quality(allocation, config, context, windows, method),
+    }
+
+
+def _quality(
+    allocation: Allocation, config: CompareConfig, context: Context, windows: dict[str, TokenWindows], name: str
+) -> dict[str, Any]:
+    """Return held-out loss and perplexities of an allocation."""
+    held_out = compare_candidates({name: allocation}, context).held_out[name]
+    context.model.use(allocation.ranks)
+    tasks = {}
+    for task, text in windows.items():
+        losses = context.model.nll(text.ids, config.eval_batch_size, context.report, f"Reading {task}: {name}")
+        loss = float(losses.mean())
+        if not math.isfinite(loss):
+            raise NumericalError(f"{name} gives a loss of {loss} on {task}", "try --dtype float32")
+        tasks[task] = {"nll": loss, "perplexity": math.exp(loss), "window_nlls": losses.tolist()}
+    context.model.use_dense()
+    return {"held_out": held_out, "tasks": tasks}
+
+
+def _conclude(
+    config: CompareConfig, modules: list[Module], model_parameters: int, stage: StageWriter, trained: StageView | None
+) -> None:
+    """Add what needs all rows: gap closed; write the JSON and the picture."""
+    rows = stage.results["methods"]
+    specs = [module.spec for module in modules]
+    for row in rows.values():
+        if "tasks" not in row:
+            continue
+        for task, figures in row["tasks"].items():
+            uniform = rows.get("uniform", {}).get("tasks")
+            figures["gap_closed"] = (
+                gap_closed(figures["nll"], uniform[task]["nll"], rows[DENSE]["tasks"][task]["nll"]) if uniform else None
+            )
+    allocations = {
+        name: Allocation({key: None if rank == DENSE else rank for key, rank in row["ranks"].items()})
+        for name, row in rows.items()
+        if name != DENSE and "ranks" in row
+    }
+    for name, allocation in allocations.items():
+        rows[name]["model_keep"] = summary(allocation, specs, model_parameters)["model_keep"]
+    stage.results["training"] = trained.name if trained else None
+    (stage.folder / PICTURE_FILE).write_bytes(rank_heat_maps(allocations, specs, f"Share kept at keep {config.keep:g}"))
+    text = json.dumps(stage.results, indent=1, allow_nan=False)
+    (stage.folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,81 @@
+"""Model, factors and calibration text, put together for the stages that choose ranks by looking at the model."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from ara.allocation.base import Context
+from ara.config import TuningConfig
+from ara.masks.model import MaskedModel
+from ara.models.placement import choose_placement, torch_dtype
+from ara.stage_view import StageView
+from ara.stages.common import Run, layer_file, model_of, specs_of
+from ara.workspace import Workspace
+
+C = TypeVar("C", bound=TuningConfig)
+
+
+def placed(config: C, run: Run) -> C:
+    """Return ``config`` with device and dtype decided, and say why they are what they are."""
+    placement = choose_placement(config.device, config.dtype)
+    run.report.fact(placement.why)
+    return config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
+
+
+def open_lab(decomposition: StageView, config: TuningConfig, workspace: Workspace, run: Run) -> Context:
+    """Load the model with its factors, and two sets of calibration windows that share no document.
+
+    Windows are cut from the text of the decomposition in its order: first those that the factors were fitted to,
+    then ``samples`` to learn ranks from, one that is thrown away (a document may reach across the border), then
+    ``held_out``. A text that is too short for all is shared out: at most a fifth is held out, and the windows
+    of the decomposition are read again.
+
+    Args:
+        decomposition: a verified result of ``ara decompose``.
+        config: with device and dtype decided.
+        workspace: for the cache of calibration windows.
+        run: reporter.
+
+    Raises:
+        ModelError: the model is gone or has changed.
+        DataError: the text holds less than three windows.
+    """
+    from ara.calibration.texts import load_documents
+    from ara.calibration.tokens import cached_calibration_windows
+    from ara.errors import DataError
+
+    assert decomposition.manifest is not None
+    made = decomposition.manifest.config
+    source = model_of(decomposition, run)
+    documents = load_documents(made["text"], "calibration", report=run.report)
+    wanted = made["samples"] + config.samples + 1 + config.held_out
+    windows = cached_calibration_windows(
+        workspace.cache / "tokens",
+        source.load_tokenizer(),
+        documents,
+        samples=wanted,
+        seq_len=made["seq_len"],
+        seed=made["seed"],
+        report=run.report,
+    ).ids
+    if len(windows) < 3:
+        raise DataError(
+            f"the text {made['text']} holds {len(windows)} windows of {made['seq_len']} tokens, at least 3 are needed",
+            "decompose with a longer text or a smaller --seq-len",
+        )
+    held = config.held_out
+    if len(windows) < wanted:
+        held = min(held, max(1, len(windows) // 5))
+        run.report.warn(
+            f"the text holds {len(windows)} windows of {made['seq_len']} tokens, {wanted} were wanted: "
+            f"{held} are held out, and ranks are learned in part from windows that the factors were fitted to"
+        )
+    train = windows[: len(windows) - held - 1][-config.samples :]
+    run.report.fact(
+        f"{len(train)} windows of {made['seq_len']} tokens to learn from, {held} held out ({documents.origin})"
+    )
+    run.report.fact("loading the model")
+    specs = specs_of(decomposition)
+    files = {spec.name: decomposition.path / layer_file(spec.layer) for spec in specs}
+    model = source.load_model(torch_dtype(config.dtype), config.device)
+    return Context(MaskedModel(model, specs, files), train, windows[-held:], config.batch_size, config.seed, run.report)

@@ -1,0 +1,297 @@
+"""Learned ranks through the stages and the command line, on a tiny model."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ara.allocation import ALLOCATORS
+from ara.config import AllocateConfig, CompareConfig, DecomposeConfig, TrainMasksConfig
+from ara.errors import UsageError, WorkspaceError
+from ara.manifest import read_manifest
+from ara.stages.allocate import allocate
+from ara.stages.common import Run
+from ara.stages.compare import compare
+from ara.stages.decompose import decompose
+from ara.stages.train_masks import train_masks
+from ara_cli.app import app
+from tests.integration.test_resume import killed  # noqa: F401
+
+TRAINING = {
+    "keep": (0.8, 0.6),
+    "steps": 4,
+    "batch": 3,
+    "check_every": 2,
+    "save_every": 1,
+    "samples": 8,
+    "held_out": 4,
+    "device": "cpu",
+    "dtype": "float32",
+}
+TUNING = {"samples": 8, "held_out": 4, "device": "cpu", "dtype": "float32"}
+
+
+@pytest.fixture(scope="session")
+def learned_base(tmp_path_factory, tiny_settings):
+    root = tmp_path_factory.mktemp("learned") / "ws"
+    decompose(DecomposeConfig(**tiny_settings, method="two-sided"), Run(root))
+    train_masks(TrainMasksConfig(**TRAINING), Run(root))
+    return root
+
+
+@pytest.fixture
+def learned(learned_base, tmp_path):
+    """Return a workspace with two-sided factors and trained masks, to be changed at will."""
+    return Path(shutil.copytree(learned_base, tmp_path / "ws"))
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_training_stores_losses_ranks_and_a_log(learned):
+    view = Run(learned).open().require("train-masks")
+    budgets = view.manifest.results["budgets"]
+    assert view.name == "two-sided-priced" and list(budgets) == ["0.8", "0.6"]
+    assert all(row["held_out"] <= row["start_held_out"] for row in budgets.values())
+    assert set(view.manifest.files) == {
+        "log.csv",
+        "masks-0.6.safetensors",
+        "masks-0.8.safetensors",
+        "sensitivity.safetensors",
+    }
+    with (view.path / "log.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["budget"], row["step"]) for row in rows] == [(k, str(i)) for k in ("0.8", "0.6") for i in range(5)]
+    assert rows[0]["loss"] == "" and float(rows[1]["loss"]) > 0
+
+
+@pytest.mark.parametrize("keep", [0.8, 0.7, 0.55])
+def test_any_budget_is_met_with_one_training(learned, keep):
+    view = allocate(AllocateConfig(keep=keep, method="ara", **TUNING), Run(learned))
+    results = view.manifest.results
+    assert keep - 0.01 < results["linear_keep"] <= keep
+    guard = results["guard"]
+    assert set(guard["held_out"]) == {"dense", "ara", "uniform"}
+    assert guard["held_out"][guard["winner"]] == min(guard["held_out"][name] for name in ("ara", "uniform"))
+
+
+def test_the_trained_budget_gives_the_trained_ranks(learned):
+    trained = Run(learned).open().require("train-masks").manifest.results["budgets"]["0.6"]["ranks"]
+    view = allocate(AllocateConfig(keep=0.6, method="ara", guard=False, **TUNING), Run(learned))
+    assert json.loads((view.path / "ranks.json").read_text())["ranks"] == trained
+
+
+def test_the_guard_hands_out_what_is_best_on_held_out_text(learned, monkeypatch):
+    from ara.allocation.ara import Ara
+    from ara.allocation.base import Allocation
+
+    def bad(self, modules, budget, context=None):
+        return Allocation({module.spec.name: 1 for module in modules})
+
+    monkeypatch.setattr(Ara, "allocate", bad)
+    view = allocate(AllocateConfig(keep=0.8, method="ara", **TUNING), Run(learned))
+    guard = view.manifest.results["guard"]
+    assert guard["winner"] == "uniform" and guard["held_out"]["ara"] > guard["held_out"]["uniform"]
+    assert view.manifest.results["linear_keep"] > 0.75
+    unguarded = allocate(AllocateConfig(keep=0.8, method="ara", guard=False, **TUNING), Run(learned), name="raw")
+    assert unguarded.manifest.results["guard"] is None
+    assert unguarded.manifest.results["linear_keep"] < 0.2
+
+
+def test_run_trains_for_all_its_budgets_at_once(tmp_path, tiny_settings):
+    root = tmp_path / "ws"
+    settings = {key.replace("_", "-"): value for key, value in tiny_settings.items() if key != "model"}
+    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    budgets = ["--method", "ara", "--keep", "0.6", "--keep", "0.8", "--no-eval"]
+    result = invoke("run", tiny_settings["model"], *words, *budgets, "-w", root)
+    assert result.exit_code == 0, result.output
+    assert list(Run(root).open().require("train-masks").manifest.results["budgets"]) == ["0.8", "0.6"]
+    assert {view.name for view in Run(root).open().views("truncate")} == {"ara-0.60", "ara-0.80"}
+
+
+def test_ara_without_a_training_says_how_to_get_one(finished):
+    with pytest.raises(WorkspaceError, match="no trained masks") as caught:
+        allocate(AllocateConfig(keep=0.8, method="ara"), Run(finished))
+    assert caught.value.hint == "run first: ara train-masks --keep 0.8"
+
+
+def test_a_training_on_other_factors_is_refused(learned, tiny_settings):
+    decompose(DecomposeConfig(**tiny_settings, method="plain"), Run(learned))
+    with pytest.raises(WorkspaceError, match="trained on other factors than decompose/plain"):
+        allocate(AllocateConfig(keep=0.8, method="ara", **TUNING), Run(learned), factors="plain")
+
+
+def test_masks_with_another_method_are_refused(learned):
+    with pytest.raises(UsageError, match="--masks x and --method energy"):
+        allocate(AllocateConfig(keep=0.8, method="energy"), Run(learned), masks="x")
+
+
+def test_excluded_layers_stay_dense_and_floors_hold(learned):
+    config = AllocateConfig(keep=0.8, method="energy", exclude=("*.down_proj",), min_keep=0.3)
+    ranks = json.loads((allocate(config, Run(learned)).path / "ranks.json").read_text())["ranks"]
+    modules = Run(learned).open().require("decompose").manifest.results["modules"]
+    assert all(rank == "dense" for name, rank in ranks.items() if name.endswith("down_proj"))
+    for module in modules:
+        rank = ranks[module["name"]]
+        if rank != "dense":
+            assert rank * (module["m"] + module["n"]) >= 0.3 * module["m"] * module["n"]
+    with pytest.raises(UsageError, match=r"'\*\.nothing' matches no linear layer"):
+        allocate(AllocateConfig(keep=0.8, exclude=("*.nothing",)), Run(learned))
+
+
+@pytest.mark.parametrize("form", [{"objective": "paper"}, {"optimiser": "adam"}, {"start": "uniform", "loss": "ce"}])
+def test_every_form_runs_through_the_stages(learned, form):
+    settings = {**TRAINING, "keep": (0.7,), "steps": 2, "atoms": 8}
+    train_masks(TrainMasksConfig(**settings, **form), Run(learned), name="form")
+    for keep in (0.7, 0.6):
+        view = allocate(AllocateConfig(keep=keep, method="ara", **TUNING), Run(learned), masks="form")
+        assert view.manifest.results["linear_keep"] <= keep
+
+
+def train_words(root, *more):
+    flags = {key: value for key, value in TRAINING.items() if key != "keep"}
+    words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    return ["train-masks", "--keep", "0.8", "--keep", "0.6", *words, "-w", str(root), *more]
+
+
+@pytest.mark.parametrize(
+    ("place", "count"),
+    [
+        ("ara.masks.model:MaskedModel.gradients", 3),  # within the first budget
+        ("ara.masks.model:MaskedModel.gradients", 6),  # within the second
+        ("ara.stage_writer:StageWriter.save_checkpoint", 2),  # before a checkpoint is written
+        ("ara.stage_writer:StageWriter.tensors", 2),  # before the first budget is stored
+    ],
+)
+def test_a_killed_training_ends_in_the_same_bytes(killed, learned, place, count):  # noqa: F811
+    whole = read_manifest(learned / "train-masks" / "two-sided-priced")
+    shutil.rmtree(learned / "train-masks")
+    killed(place, count, "before", *train_words(learned))
+    result = invoke(*train_words(learned))
+    assert result.exit_code == 0, result.output
+    again = read_manifest(learned / "train-masks" / "two-sided-priced")
+    for name in ("masks-0.8.safetensors", "masks-0.6.safetensors", "sensitivity.safetensors"):
+        assert again.files[name] == whole.files[name], name
+    for keep, row in whole.results["budgets"].items():
+        assert again.results["budgets"][keep]["ranks"] == row["ranks"]
+        assert [r["loss"] for r in again.results["log"][keep]] == [r["loss"] for r in whole.results["log"][keep]]
+    assert not list((learned / "train-masks").glob("*/.*")), os.listdir(learned / "train-masks")
+
+
+def test_ctrl_c_keeps_the_best_and_says_so(learned, monkeypatch):
+    from ara.masks.model import MaskedModel
+
+    real, calls = MaskedModel.gradients, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MaskedModel, "gradients", interrupted)
+    result = invoke(*train_words(learned, "--name", "stopped"))
+    assert result.exit_code == 0, result.output
+    assert "keeping the best allocation so far" in result.output
+    budgets = read_manifest(learned / "train-masks" / "stopped").results["budgets"]
+    assert budgets["0.8"]["steps"] == 2 and len(budgets["0.8"]["ranks"]) == 21
+
+
+def test_divergence_is_one_line(learned, monkeypatch):
+    from ara.errors import NumericalError
+    from ara.masks.model import MaskedModel
+
+    def broken(self, *args, **kwargs):
+        raise NumericalError("the loss is nan", "try --dtype float32")
+
+    monkeypatch.setattr(MaskedModel, "gradients", broken)
+    result = invoke(*train_words(learned, "--name", "broken"))
+    assert result.exit_code == 1 and "error: the loss is nan" in result.output
+    assert not (learned / "train-masks" / "broken").exists()
+
+
+def test_tensorboard_without_its_package_says_what_to_do(learned, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = invoke(*train_words(learned, "--tensorboard", "--name", "t"))
+    assert result.exit_code == 1 and "pip install tensorboard" in result.output
+
+
+def compare_config(tiny_text, **more):
+    return CompareConfig(keep=0.7, tasks=(tiny_text,), eval_seq_len=64, max_windows=3, **{**TUNING, **more})
+
+
+def test_compare_puts_all_side_by_side(learned, tiny_text):
+    view = compare(compare_config(tiny_text, methods=("uniform", "energy", "sensitivity", "ara")), Run(learned))
+    results = json.loads((view.path / "results.json").read_text())
+    rows = results["methods"]
+    assert list(rows) == ["dense", "uniform", "energy", "sensitivity", "ara"]
+    assert results["training"] == "two-sided-priced"
+    for name, row in rows.items():
+        figures = row["tasks"][tiny_text]
+        assert figures["perplexity"] > 1 and len(figures["window_nlls"]) == 3
+        if name != "dense":
+            assert row["linear_keep"] <= 0.7 and row["seconds"] >= 0 and len(row["ranks"]) == 21
+    assert rows["uniform"]["tasks"][tiny_text]["gap_closed"] in (0, None)
+    assert rows["uniform"]["backward_passes"] == 0 and rows["sensitivity"]["backward_passes"] == 8
+    picture = (view.path / "ranks.svg").read_text()
+    assert picture.lstrip().startswith("<?xml") and "sensitivity" in picture and "q" in picture
+
+
+def test_an_interrupted_comparison_keeps_what_it_has(learned, tiny_text, monkeypatch):
+    from ara.allocation.energy import Energy
+
+    real = Energy.allocate
+
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    config = compare_config(tiny_text, methods=("uniform", "energy"))
+    monkeypatch.setattr(Energy, "allocate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config, Run(learned))
+    monkeypatch.setattr(Energy, "allocate", real)
+    from ara.allocation.uniform import Uniform
+
+    monkeypatch.setattr(Uniform, "allocate", interrupted)  # must not be asked again
+    view = compare(config, Run(learned))
+    assert list(view.manifest.results["methods"]) == ["dense", "uniform", "energy"]
+
+
+def test_compare_from_the_command_line(learned, tiny_text):
+    words = ["--tasks", tiny_text, "--eval-seq-len", "64", "--max-windows", "2", "--samples", "6", "--held-out", "3"]
+    result = invoke("compare", "--keep", "0.7", "--methods", "uniform,energy", *words, "-w", learned)
+    assert result.exit_code == 0, result.output
+    assert "gap closed" in result.output and "energy" in result.output
+    as_json = invoke("compare", "--keep", "0.7", "--methods", "uniform,energy", *words, "-w", learned, "--json", "-q")
+    assert json.loads(as_json.stdout)["results"]["methods"]["energy"]["dense_layers"] >= 0
+
+
+def test_unknown_methods_of_compare_are_refused_before_any_work(learned):
+    result = invoke("compare", "--methods", "uniform,enrgy", "-w", learned)
+    assert result.exit_code == 2 and "did you mean energy" in result.output
+
+
+def test_every_allocator_is_offered():
+    wanted = {"uniform", "energy", "sensitivity", "ara", "strs", "dp-kl", "gumbel", "tanh"}
+    assert set(ALLOCATORS.names()) == wanted
+
+
+def test_text_that_is_too_short_is_shared_out(learned, capsys):
+    heard = []
+
+    class Listener:
+        def __getattr__(self, name):
+            from ara.progress import SILENT
+
+            return (lambda text: heard.append(text)) if name in ("step", "fact", "warn") else getattr(SILENT, name)
+
+    config = AllocateConfig(keep=0.8, method="sensitivity", **{**TUNING, "samples": 5000, "held_out": 4000})
+    allocate(config, Run(learned, report=Listener()))
+    assert any("were wanted" in text for text in heard)

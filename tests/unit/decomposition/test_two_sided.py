@@ -1,0 +1,101 @@
+"""The two-sided decomposition against its definition, and the gradients that it is made from."""
+
+import pytest
+import torch
+
+from ara.calibration.gradients import GradientStats, collect_gradients
+from ara.calibration.moments import InputStats
+from ara.decomposition.two_sided import TwoSided, TwoSidedOptions
+from ara.models.linears import find_linears
+from tests.tiny import tiny_model
+
+
+def _problem(m, n):
+    generator = torch.Generator().manual_seed(m * 100 + n)
+    weight = torch.randn(m, n, generator=generator)
+    x = torch.randn(4 * n, n, generator=generator) @ torch.randn(n, n, generator=generator)
+    g = torch.randn(4 * m, m, generator=generator) @ torch.randn(m, m, generator=generator)
+    return weight, InputStats(x.T @ x / len(x), x.abs().mean(0), len(x)), GradientStats(g.T @ g / len(g), len(g))
+
+
+@pytest.mark.parametrize(("m", "n"), [(45, 27), (26, 43), (33, 33)])
+def test_every_rank_is_the_best_in_the_weighted_norm(m, n):
+    """Eckart-Young in the metrics H and G, by the textbook route: roots of both, SVD, inverses."""
+    weight, stats, gradients = _problem(m, n)
+    damping = 0.01
+    factors = TwoSided(TwoSidedOptions(damping=damping)).decompose(weight, stats, gradients)
+    outputs = gradients.second_moment.double()
+    outputs = outputs + damping * outputs.diagonal().mean() * torch.eye(m, dtype=torch.float64)
+    left, right = torch.linalg.cholesky(outputs), torch.linalg.cholesky(stats.second_moment.double())
+    u, s, v = torch.linalg.svd(left.T @ weight.double() @ right, full_matrices=False)
+    for k in (1, 7, 20):
+        best = torch.linalg.inv(left.T) @ (u[:, :k] * s[:k]) @ v[:k] @ torch.linalg.inv(right)
+        ours = factors.b[:, :k] @ factors.a[:k]
+        torch.testing.assert_close(ours, best, rtol=0, atol=1e-6 * float(weight.abs().max()))
+        error = (left.T @ (weight.double() - ours) @ right).square().sum()
+        torch.testing.assert_close(error, factors.spectrum[k:].sum(), rtol=1e-6, atol=0)
+
+
+def test_equal_outputs_give_the_whitened_factors():
+    from ara.decomposition.whitened import Whitened
+
+    weight, stats, _ = _problem(26, 43)
+    flat = GradientStats(torch.eye(26), 100)
+    two, one = TwoSided().decompose(weight, stats, flat), Whitened().decompose(weight, stats)
+    torch.testing.assert_close(two.b[:, :9] @ two.a[:9], one.b[:, :9] @ one.a[:9], rtol=0, atol=1e-8)
+
+
+def test_a_layer_that_no_gradient_reaches_is_whitened():
+    weight, stats, _ = _problem(26, 43)
+    factors = TwoSided().decompose(weight, stats, GradientStats(torch.zeros(26, 26), 100))
+    torch.testing.assert_close(factors.b @ factors.a, weight.double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_gradients_are_those_of_autograd(family):
+    """Against torch's own gradients at the outputs, with the text as targets."""
+    model = tiny_model(family).requires_grad_(False)
+    linears = find_linears(model)
+    windows = torch.randint(4, 200, (3, 11), generator=torch.Generator().manual_seed(1))
+    found = collect_gradients(model, linears, windows, 2, targets="text")
+    expected = {spec.name: torch.zeros(spec.m, spec.m) for spec in linears}
+    kept = {}
+    handles = [
+        model.get_submodule(spec.name).register_forward_hook(
+            lambda module, args, out, name=spec.name: kept.__setitem__(name, out)
+        )
+        for spec in linears
+    ]
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+    for window in windows:
+        ids = window[None]
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
+        for name, gradient in zip(kept, torch.autograd.grad(loss, list(kept.values())), strict=True):
+            flat = gradient.reshape(-1, gradient.shape[-1])
+            expected[name] += flat.T @ flat / windows.numel()
+    for handle in handles:
+        handle.remove()
+    for spec in linears:
+        torch.testing.assert_close(found[spec.name].second_moment, expected[spec.name], rtol=1e-4, atol=1e-6)
+        assert found[spec.name].tokens == windows.numel()
+
+
+def test_a_later_block_alone_gives_the_same_gradients():
+    model = tiny_model("llama").requires_grad_(False)
+    linears = find_linears(model)
+    windows = torch.randint(4, 200, (3, 11), generator=torch.Generator().manual_seed(1))
+    whole = collect_gradients(model, linears, windows, 2, targets="text")
+    late = [spec for spec in linears if spec.layer == 2]
+    for name, stats in collect_gradients(model, late, windows, 2, targets="text").items():
+        torch.testing.assert_close(stats.second_moment, whole[name].second_moment, rtol=1e-4, atol=1e-8)
+
+
+def test_drawn_targets_are_the_same_for_the_same_seed():
+    model = tiny_model("llama").requires_grad_(False)
+    linears = find_linears(model)[:2]
+    windows = torch.randint(4, 200, (3, 11), generator=torch.Generator().manual_seed(1))
+    first, again, other = (collect_gradients(model, linears, windows, 2, seed=seed) for seed in (3, 3, 4))
+    name = linears[0].name
+    assert torch.equal(first[name].second_moment, again[name].second_moment)
+    assert not torch.equal(first[name].second_moment, other[name].second_moment)
