@@ -26,7 +26,7 @@ PIP_INSTALL := if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast check format-check lint types format bench-decompose bench-quality clean
+.PHONY: help setup demo test test-fast check format-check lint types format bench-decompose bench-masks bench-quality clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -111,7 +111,11 @@ bench-decompose: $(STAMP) ## time our whitened decomposition against the textboo
 	@echo "Comparing decompositions"
 	@$(WITH_DATA); $(BIN)/python benchmarks/decompose.py $(BENCH_FLAGS)
 
-bench-quality: $(STAMP) ## WikiText-2 perplexity of SmolLM2-135M at several sizes (needs ARA_DATA_DIR)
+bench-masks: $(STAMP) ## time mask training against a dense forward and backward pass (after bench-quality)
+	@echo "Timing mask training"
+	@$(WITH_DATA); $(BIN)/python benchmarks/masks.py $(BENCH_FLAGS)
+
+bench-quality: $(STAMP) ## perplexity of SmolLM2-135M by every method at keep 0.8 and 0.6 (needs ARA_DATA_DIR; hours)
 	@echo "Measuring quality"
 	@$(WITH_DATA); $(BIN)/python benchmarks/quality.py $(BENCH_FLAGS)
 

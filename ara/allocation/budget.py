@@ -122,10 +122,10 @@ def minimise_loss(specs: Sequence[LinearSpec], losses: Sequence[torch.Tensor], b
         lower_hull([cost for _, cost in options], loss.tolist()) for options, loss in zip(choices, losses, strict=True)
     ]
     left = budget.parameters - sum(options[0][1] for options in choices)
-    picks, left = _climb(choices, losses, hulls, left)
+    picks, left = climb(choices, losses, hulls, left)
     # What the hulls leave over is spent in single steps.
     steps = [range(pick, len(options)) for pick, options in zip(picks, choices, strict=True)]
-    return _climb(choices, losses, steps, left)[0]
+    return climb(choices, losses, steps, left)[0]
 
 
 def lower_hull(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
@@ -148,7 +148,7 @@ def lower_hull(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
     return hull
 
 
-def _climb(
+def climb(
     choices: list[list[tuple[int | None, int]]],
     losses: Sequence[torch.Tensor],
     ladders: Sequence[Sequence[int]],

@@ -32,7 +32,7 @@ from pydantic import Field
 
 from ara.allocation.base import Allocation, Allocator, Context, Module
 from ara.allocation.budget import Budget
-from ara.allocation.rounding import proportional
+from ara.allocation.rounding import proportional, without_choice
 from ara.decomposition.base import MethodOptions
 from ara.masks.family import Cut, MaskFamily
 from ara.masks.training import TrainingSettings, train
@@ -100,6 +100,7 @@ class GumbelMasks(MaskFamily):
         """
         self.specs, self.budget, self.options = [module.spec for module in modules], budget, options
         self.sizes = [spec.full_rank for spec in self.specs]
+        self.fixed = without_choice(self.specs, budget)
         self.energies = []
         for module in modules:
             energy = module.spectrum.float()
@@ -113,13 +114,17 @@ class GumbelMasks(MaskFamily):
         uniform = torch.rand(logits.shape, generator=generator).clamp(_EDGE, 1 - _EDGE)
         soft = torch.sigmoid((logits + uniform.logit()) / self.options.temperature)
         hard = (soft.detach() > 0.5).float()
-        self.drawn = list((hard + (soft - soft.detach())).split(self.sizes))
+        drawn = (hard + (soft - soft.detach())).split(self.sizes)
+        self.drawn = [torch.ones_like(mask) if fixed else mask for mask, fixed in zip(drawn, self.fixed, strict=True)]
         return Cut({spec.name: mask for spec, mask in zip(self.specs, self.drawn, strict=True)}, None)
 
     def penalty(self) -> torch.Tensor:
         """Return λ · budget term + γ · alignment of the latest :meth:`cut`, nats."""
-        spent = torch.stack([spec.rank_cost * mask.sum() for spec, mask in zip(self.specs, self.drawn, strict=True)])
-        over = (spent.sum() / self.budget.parameters).clamp_min(1).log()
+        costs = [
+            torch.tensor(float(spec.dense_cost)) if fixed else spec.rank_cost * mask.sum()
+            for spec, mask, fixed in zip(self.specs, self.drawn, self.fixed, strict=True)
+        ]
+        over = (torch.stack(costs).sum() / self.budget.parameters).clamp_min(1).log()
         align = torch.stack(
             [
                 ((mask - _prefix(mask)).square() * energy).sum()

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ara.allocation.budget import Budget, _climb, lower_hull, minimise_loss
+from ara.allocation.budget import Budget, climb, lower_hull, minimise_loss
 from ara.models.linears import LinearSpec
 
 # Relative to the loss of the relaxation and the worth of the budget, see `_Relaxation.scale`.
@@ -54,9 +54,9 @@ def exact_minimise(specs: Sequence[LinearSpec], losses: Sequence[torch.Tensor], 
     The loss is the least possible within ``TOLERANCE`` · scale, where the scale is at most twice the summed fall of the
     losses from the cheapest choice to dense; with losses that are integers below 10¹¹ in sum it is the least possible.
     Only where more than ``MAX_STATES`` states, or ``MAX_PAIRS`` pairs of a state and a choice, survive dominance and
-    bounds in one layer, the range of the states' losses is cut into as many equal intervals as states may remain, and of
-    the states in one interval only the cheapest is kept. The loss is then above the least one by no more than the widths
-    of these intervals (one per layer) together, by no more than the gap to the Lagrangian bound, and never above that of
+    bounds in one layer, the range of the states' losses is cut into as many equal intervals as states may remain, and
+    the cheapest state of each interval is kept. The loss is then above the least one by no more than the widths of
+    these intervals (one per layer) together, by no more than the gap to the Lagrangian bound, and never above that of
     ``minimise_loss``. This happens where many layers offer long runs of choices at nearly the same loss per parameter
     (losses proportional to the cost but for small noise or a fixed fee; one piecewise linear loss for all layers).
 
@@ -89,7 +89,7 @@ def exact_minimise(specs: Sequence[LinearSpec], losses: Sequence[torch.Tensor], 
         picks = min(picks, greedy, key=lambda found: _total(falling, found))
     left = budget.parameters - sum(options[pick][1] for options, pick in zip(choices, picks, strict=True))
     steps = [range(pick, len(options)) for pick, options in zip(picks, choices, strict=True)]
-    return _climb(choices, losses, steps, left)[0]
+    return climb(choices, losses, steps, left)[0]
 
 
 def _total(losses: Sequence[torch.Tensor], picks: Sequence[int]) -> float:

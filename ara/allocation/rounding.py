@@ -69,6 +69,11 @@ def proportional(
     return Allocation({spec.name: options[pick][0] for spec, options, pick in zip(specs, choices, picks, strict=True)})
 
 
+def without_choice(specs: Sequence[LinearSpec], budget: Budget) -> list[bool]:
+    """Return which layers are dense in every allocation: named so by the budget, or too small for any rank to pay."""
+    return [len(budget.choices(spec)) == 1 for spec in specs]
+
+
 def _dense_that_fit(choices: list[list[tuple[int | None, int]]], shares: Sequence[float], budget: Budget) -> list[bool]:
     """Return which layers stay dense: those of share 1 or more, less the smallest while the least ranks do not fit."""
     whole = [share >= 1 for share in shares]

@@ -27,7 +27,7 @@ from pydantic import Field
 
 from ara.allocation.base import Allocation, Allocator, Context, Module
 from ara.allocation.budget import Budget
-from ara.allocation.rounding import proportional
+from ara.allocation.rounding import proportional, without_choice
 from ara.decomposition.base import MethodOptions
 from ara.masks.family import Cut, MaskFamily
 from ara.masks.training import TrainingSettings, train
@@ -92,6 +92,7 @@ class TanhMasks(MaskFamily):
         """
         self.specs, self.budget, self.options = [module.spec for module in modules], budget, options
         self.dense_costs = torch.tensor([spec.dense_cost for spec in self.specs], dtype=torch.float64)
+        self.fixed = torch.tensor(without_choice(self.specs, budget))
         # R of rank 1, and of full rank.
         self.least = torch.tensor([spec.rank_cost / spec.dense_cost for spec in self.specs], dtype=torch.float64)
         self.most = self.least * torch.tensor([spec.full_rank for spec in self.specs])
@@ -104,17 +105,17 @@ class TanhMasks(MaskFamily):
         with torch.no_grad():
             shares.copy_(self._within(shares))
         positions = (shares / self.least).float()
-        masks = {
-            spec.name: 0.5 * torch.tanh(self.options.beta * (position - torch.arange(1, spec.full_rank + 1))) + 0.5
-            for spec, position in zip(self.specs, positions, strict=True)
-        }
+        masks = {}
+        for spec, position, fixed in zip(self.specs, positions, self.fixed.tolist(), strict=True):
+            ahead = position - torch.arange(1, spec.full_rank + 1)
+            masks[spec.name] = torch.ones_like(ahead) if fixed else 0.5 * torch.tanh(self.options.beta * ahead) + 0.5
         return Cut(masks, None)
 
     def penalty(self) -> torch.Tensor:
         """Return λ |kept − keep|, nats; float64 scalar."""
         shares = self.parameters["shares"]
         # At 1 and above the gradient is 0, as dense layers cost what they cost.
-        charged = torch.where(shares < 1, shares, 1)
+        charged = torch.where((shares < 1) & ~self.fixed, shares, 1)
         kept = (charged * self.dense_costs).sum() / self.dense_costs.sum()
         return self.options.budget_weight * (kept - self.keep).abs()
 

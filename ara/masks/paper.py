@@ -41,7 +41,7 @@ from pydantic import Field
 
 from ara.allocation.base import Allocation
 from ara.allocation.budget import Budget
-from ara.allocation.rounding import proportional
+from ara.allocation.rounding import proportional, without_choice
 from ara.decomposition.base import MethodOptions
 from ara.masks.family import Cut, MaskFamily
 from ara.masks.staircase import Atoms
@@ -91,6 +91,7 @@ class PaperStaircase(MaskFamily):
         self.parameters = {"theta": start.clone().requires_grad_()}
         self.dense_costs = torch.tensor([spec.dense_cost for spec in atoms.specs], dtype=torch.float64)
         self.break_even = torch.tensor([_break_even(spec) for spec in atoms.specs], dtype=torch.float64)
+        self.fixed = torch.tensor(without_choice(atoms.specs, budget))
         self.guidance = Guidance(atoms.specs, spectra)
         self.expected = torch.zeros(0)
 
@@ -102,9 +103,10 @@ class PaperStaircase(MaskFamily):
 
     def penalty(self) -> torch.Tensor:
         """Return λ1 · budget term + λ2 · guidance of the latest :meth:`cut`, nats; float64 scalar."""
-        dense = self.expected.detach() >= self.break_even
+        dense = self.fixed | (self.expected.detach() >= self.break_even)
         # Dense layers count as at break-even; with ``dense_returns`` they have a gradient there, too.
-        moving = self.expected - self.expected.detach() if self.options.dense_returns else 0
+        returning = ~self.fixed if self.options.dense_returns else torch.zeros_like(self.fixed)
+        moving = (self.expected - self.expected.detach()) * returning
         capped = torch.where(dense, self.break_even + moving, self.expected)
         spent = (capped / self.break_even * self.dense_costs).sum()
         budget = (spent / self.budget.parameters - 1).square()
@@ -127,9 +129,10 @@ class PaperStaircase(MaskFamily):
     def _ranks(self, expected: torch.Tensor) -> dict[str, int | None]:
         """Return the hard rank of every layer; below break-even no rounding reaches it."""
         ranks: dict[str, int | None] = {}
-        for spec, value in zip(self.atoms.specs, expected.tolist(), strict=True):
+        for spec, value, fixed in zip(self.atoms.specs, expected.tolist(), self.fixed.tolist(), strict=True):
             highest = (spec.dense_cost - 1) // spec.rank_cost
-            ranks[spec.name] = None if value >= _break_even(spec) else max(1, min(round(value), highest))
+            dense = fixed or value >= _break_even(spec)
+            ranks[spec.name] = None if dense else max(1, min(round(value), highest))
         return ranks
 
 

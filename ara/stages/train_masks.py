@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ class _Training:
         self.options = MaskTrainingOptions(**{key: getattr(config, key) for key in MaskTrainingOptions.model_fields})
         stage.results.setdefault("budgets", {})
         stage.results.setdefault("log", {})
+        stage.results.setdefault("table_seconds", 0.0)
+        stage.results.setdefault("table_windows", 0)
 
     def all_budgets(self) -> None:
         """Train at each budget, largest first; each starts from what the one before has learned."""
@@ -111,7 +114,10 @@ class _Training:
         if not needs_table(self.options):
             return None
         if TABLE_FILE not in self.stage.resumed:
-            self.stage.tensors(TABLE_FILE, sensitivity_table(self.context))
+            begun = time.monotonic()
+            table = sensitivity_table(self.context)
+            facts = {"table_seconds": time.monotonic() - begun, "table_windows": len(self.context.train)}
+            self.stage.tensors(TABLE_FILE, table, facts)
         return load_file(self.stage.folder / TABLE_FILE)
 
     def _one_budget(

@@ -143,6 +143,21 @@ def test_the_budget_term_presses_towards_the_budget_from_both_sides(sign: int) -
     assert (sign * (after - before) < 0).all()
 
 
+@pytest.mark.parametrize("returns", [False, True])
+def test_a_layer_that_must_stay_dense_is_so_whatever_its_scores(returns: bool) -> None:
+    specs = specs_of(SHAPES)
+    atoms, limit = paper_atoms(specs, 100), Budget.for_keep(specs, 0.7, dense=frozenset([specs[2].name]))
+    start = start_at(atoms, {spec.name: 0.4 for spec in specs})
+    options = PaperOptions(budget_weight=7, guidance_weight=3, dense_returns=returns)
+    family = PaperStaircase(atoms, spectra_of(specs), limit, start, options)
+    assert [rank is None for rank in cut(family).values()] == [i == 2 for i in range(6)]
+    charged = sum((1 if i == 2 else 0.4) * spec.m * spec.n for i, spec in enumerate(specs))
+    assert family.penalty().item() == pytest.approx(7 * (charged / limit.parameters - 1) ** 2, rel=1e-4)
+    (gradient,) = torch.autograd.grad(family.penalty(), family.parameters["theta"])
+    assert gradient[2].eq(0).all() and gradient[3].abs().max() > 0
+    assert family.allocation().ranks[specs[2].name] is None
+
+
 def gain(spec: LinearSpec, spectrum: torch.Tensor, rank: float) -> float:
     """Return the share of energy kept at a rank that need not be whole."""
     whole = int(rank)
@@ -161,10 +176,11 @@ def envelope(spec: LinearSpec, spectrum: torch.Tensor, share: float) -> float:
     )
 
 
-@pytest.mark.parametrize("index", range(len(SHAPES) - 1))
-def test_guidance_is_the_gain_less_its_concave_envelope(index: int) -> None:
-    spec = specs_of(SHAPES)[index]
-    spectrum = spectra_of(specs_of(SHAPES))[spec.name]
+@pytest.mark.parametrize("shape", [(84, 60), (28, 60), (40, 40)])
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.8, 2.0])
+def test_guidance_is_the_gain_less_its_concave_envelope(shape: tuple[int, int], decay: float) -> None:
+    (spec,) = specs_of([shape])
+    spectrum = torch.arange(1, spec.full_rank + 1).double() ** -decay
     guidance = Guidance([spec], {spec.name: spectrum})
     even = spec.m * spec.n / (spec.m + spec.n)
     seen = set()

@@ -1,0 +1,96 @@
+"""Speed of mask training: tokens/s of its forward and backward pass over those of the dense model, in turn in one run.
+
+    python benchmarks/masks.py --workspace bench-quality --factors two-sided
+
+Dense means: the same model, the same text, the gradient carried back to the embeddings and to no weight, as mask
+training does it. Also printed with gradients of all weights of the linear layers, which is what training a model takes.
+The cut is the one of ``--keep`` by uniform ranks, and by the energy allocator, which leaves layers dense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ara.allocation.budget import Budget
+from ara.allocation.energy import Energy
+from ara.allocation.uniform import Uniform
+from ara.config import AllocateConfig
+from ara.masks.losses import token_losses
+from ara.stages.allocate import load_modules
+from ara.stages.common import Run, model_of
+from ara.stages.lab import open_lab, placed
+from ara_cli.console import Column, Console
+
+
+def main() -> None:
+    """Measure and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workspace", type=Path, default=Path("bench-quality"), help="with a decomposition")
+    parser.add_argument("--factors", help="decomposition [default: the latest]")
+    parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--windows", type=int, default=4, help="windows per pass")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    console = Console()
+    run = Run(arguments.workspace, "python benchmarks/masks.py", console)
+    workspace = run.open()
+    view = workspace.require("decompose", arguments.factors)
+    config = placed(AllocateConfig(), run)
+    context = open_lab(view, config, workspace, run)
+    modules, model = load_modules(view), context.model
+    budget = Budget.for_keep([module.spec for module in modules], arguments.keep)
+    cuts = {name: kind().allocate(modules, budget).ranks for name, kind in (("uniform", Uniform), ("energy", Energy))}
+    windows = context.train[: arguments.windows].to(model.device)
+    plain = model_of(view, run).load_model(model.model.dtype, str(model.device)).requires_grad_(False)
+    names = {spec.name for spec in model.specs}
+
+    def dense(weights: bool) -> None:
+        for name in names:
+            plain.get_submodule(name).weight.requires_grad_(weights)
+        embedded = plain.get_input_embeddings()(windows).requires_grad_()
+        token_losses(plain(inputs_embeds=embedded, use_cache=False).logits, windows).sum().backward()
+        plain.zero_grad(set_to_none=True)
+
+    def masked(cut: str) -> None:
+        model.use(cuts[cut])
+        model.gradients(windows, "ce", len(windows))
+
+    passes: dict[str, Callable[[], None]] = {
+        "dense": lambda: dense(False),
+        "dense with weight gradients": lambda: dense(True),
+        **{f"masks, {name} ranks": (lambda name=name: masked(name)) for name in cuts},
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    with console.bar("Timing", (arguments.rounds + 1) * len(passes)) as bar:
+        for number in range(arguments.rounds + 1):
+            for name, step in passes.items():
+                begun = time.perf_counter()
+                step()
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if number:  # the first round warms up
+                    seconds[name].append(time.perf_counter() - begun)
+                bar.advance()
+    rows = []
+    for name, values in seconds.items():
+        ratios = [value / base for value, base in zip(values, seconds["dense"], strict=True)]
+        rows.append(
+            (
+                name,
+                f"{windows.numel() / statistics.median(values):,.0f}",
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})",
+            )
+        )
+    columns = [Column("forward + backward of", "left"), Column("tokens/s"), Column("time over dense (range)")]
+    title = f"keep {arguments.keep:g}, {windows.shape[0]} × {windows.shape[1]} tokens, {arguments.rounds} rounds"
+    console.table(title, columns, rows)
+
+
+if __name__ == "__main__":
+    main()
