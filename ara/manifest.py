@@ -19,7 +19,9 @@ FORMAT_VERSION = 1
 # Settings that change speed and memory only, or that the model's fingerprint says better.
 _NOT_DECISIVE = {
     "decompose": frozenset({"model", "revision", "device", "batch_size", "moment_memory"}),
+    "train-masks": frozenset({"save_every", "tensorboard"}),
     "eval": frozenset({"batch_size"}),
+    "compare": frozenset({"eval_batch_size"}),
 }
 
 

@@ -219,13 +219,10 @@ def show_status(console: Console, workspace: Workspace) -> None:
     rows: list[tuple[str, ...]] = []
     for stage in STAGES:
         found = [view for view in views if view.stage == stage.name]
-        for view in found:
-            manifest = view.manifest
-            made = "" if manifest is None else f"{manifest.created[:16].replace('T', ' ')} UTC"
-            time = "" if manifest is None else seconds_text(manifest.seconds)
-            rows.append((stage.name, view.name, view.state, made, time, view.why or _figure(view)))
+        rows += [_status_row(view) for view in found]
         if not found:
             rows.append((stage.name, "–", "optional" if stage.optional else "missing", "", "", stage.title))
+    rows += [_status_row(view) for view in views if view.stage == "compare"]
     model = (workspace.model or {}).get("requested", "no model yet")
     titles = ("stage", "name", "state", "made", "took", "what")
     console.table(f"{workspace.root}: {model}", [Column(title, _LEFT) for title in titles], rows)
@@ -242,12 +239,25 @@ def show_status(console: Console, workspace: Workspace) -> None:
     )
 
 
+def _status_row(view: StageView) -> tuple[str, ...]:
+    manifest = view.manifest
+    made = "" if manifest is None else f"{manifest.created[:16].replace('T', ' ')} UTC"
+    time = "" if manifest is None else seconds_text(manifest.seconds)
+    return view.stage, view.name, view.state, made, time, view.why or _figure(view)
+
+
 def _figure(view: StageView) -> str:
     if view.manifest is None:
         return ""
     results = view.manifest.results
     if view.stage == "decompose":
         return f"{len(results['modules'])} layers, {count_text(results['linear_parameters'])} parameters"
+    if view.stage == "train-masks":
+        won = (f"keep {k}: {b['start_held_out'] - b['held_out']:.4f} nats won" for k, b in results["budgets"].items())
+        return ", ".join(won)
+    if view.stage == "compare":
+        losses = {name: row["held_out"] for name, row in results["methods"].items() if "held_out" in row}
+        return "best on held-out text: " + min((n for n in losses if n != "dense"), key=losses.__getitem__, default="–")
     if view.stage == "allocate":
         return f"linear kept {percent(results['linear_keep'], 2)}, {results['dense_layers']} dense"
     if view.stage == "truncate":

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from ara.allocation.base import Allocation, Allocator, Context, Module
 from ara.allocation.budget import Budget
+from ara.allocation.sensitivity import best_ranks
 from ara.config import MaskTrainingOptions
 from ara.masks.ara import ara_family, needs_table, sensitivity_table, training_settings
 from ara.masks.learned import nearest
@@ -40,3 +41,9 @@ class Ara(Allocator):
             report=context.report,
         )
         return Allocation(state.best)
+
+    def starts(self, modules: Sequence[Module], budget: Budget, context: Context) -> dict[str, Allocation]:
+        """Return what the sensitivity table alone would give."""
+        if context.table is None:
+            return {}
+        return {"sensitivity": best_ranks([module.spec for module in modules], context.table, budget)}

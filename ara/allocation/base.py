@@ -74,6 +74,7 @@ class Context:
         seed: of everything random.
         report: progress.
         learned: what ``ara train-masks`` has found, by budget; ``None`` when there was no training.
+        table: the sensitivity table that it began with; ``None`` where it needed none.
     """
 
     model: MaskedModel
@@ -83,6 +84,7 @@ class Context:
     seed: int = 0
     report: Reporter = SILENT
     learned: Sequence[LearnedLosses] | None = None
+    table: Mapping[str, torch.Tensor] | None = None
 
 
 class Allocator:

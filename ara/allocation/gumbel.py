@@ -114,8 +114,8 @@ class GumbelMasks(MaskFamily):
         uniform = torch.rand(logits.shape, generator=generator).clamp(_EDGE, 1 - _EDGE)
         soft = torch.sigmoid((logits + uniform.logit()) / self.options.temperature)
         hard = (soft.detach() > 0.5).float()
-        drawn = (hard + (soft - soft.detach())).split(self.sizes)
-        self.drawn = [torch.ones_like(mask) if fixed else mask for mask, fixed in zip(drawn, self.fixed, strict=True)]
+        fixed = torch.tensor(self.fixed).repeat_interleave(torch.tensor(self.sizes))
+        self.drawn = list(torch.where(fixed, 1, hard + (soft - soft.detach())).split(self.sizes))
         return Cut({spec.name: mask for spec, mask in zip(self.specs, self.drawn, strict=True)}, None)
 
     def penalty(self) -> torch.Tensor:

@@ -88,6 +88,7 @@ class TrainingState:
         log: one row per step; row 0 is the start.
         seconds: of training so far.
         backward_passes: windows through a backward pass so far.
+        interrupted: whether Ctrl+C ended it.
     """
 
     step: int = 0
@@ -99,6 +100,7 @@ class TrainingState:
     log: list[LogRow] = field(default_factory=list)
     seconds: float = 0.0
     backward_passes: int = 0
+    interrupted: bool = False
 
     def plain(self) -> dict[str, Any]:
         """Return all but the tensors as JSON data."""
@@ -207,6 +209,7 @@ def train(
                 row = LogRow(state.step, found.loss, allocation.cost(specs) / dense_cost, allocation.dense_count(), 0.0)
                 if last or state.step % settings.check_every == 0:
                     row.held_out = check()
+                report.fact(_told(row, settings.steps, state.best_held_out))
                 row.seconds = state.seconds = time.monotonic() - clock
                 state.backward_passes = model.backward_passes - passes
                 state.log.append(row)
@@ -219,9 +222,17 @@ def train(
         report.warn(f"interrupted after step {state.step} of {settings.steps}: keeping the best allocation so far")
         if not state.best:
             raise
+        state.interrupted = True
     finally:
         model.use_dense()
     return state
+
+
+def _told(row: LogRow, steps: int, best: float) -> str:
+    words = [f"step {row.step} of {steps}: loss {row.loss:.4f}", f"keep {row.keep:.2%}", f"{row.dense} dense"]
+    if row.held_out is not None:
+        words.append(f"held-out {row.held_out:.4f} (best {best:.4f})")
+    return ", ".join(words)
 
 
 def _refuse_divergence(log: list[LogRow]) -> None:

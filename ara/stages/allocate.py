@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ara.models.linears import LinearSpec, matching
 from ara.stage_view import StageView, parent_of
 from ara.stages.common import Run, already_done, begin, layer_file, specs_of
 from ara.stages.lab import open_lab, placed
-from ara.stages.learned import read_learned
+from ara.stages.learned import with_training
 from ara.workspace import Workspace
 
 
@@ -199,9 +199,9 @@ def _by_method(
     assert config.keep is not None
     budget = budget_of(config, specs, config.keep)
     modules = load_modules(decomposition)
-    context = open_lab(decomposition, config, workspace, run) if allocator.needs_model else None
-    if context is not None and trained is not None:
-        context = replace(context, learned=read_learned(trained))
+    context = None
+    if allocator.needs_model:
+        context = with_training(open_lab(decomposition, config, workspace, run), trained)
     allocation = allocator.allocate(modules, budget, context)
     assert allocation.cost(specs) <= budget.parameters, f"{config.method} went over the budget"
     if context is None or not config.guard:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import replace
 from typing import Any
 
 from ara.allocation import ALLOCATORS
@@ -22,7 +21,7 @@ from ara.stages.allocate import budget_of, load_modules, summary
 from ara.stages.common import Run, already_done, begin, model_of
 from ara.stages.evaluate import window_length
 from ara.stages.lab import open_lab, placed
-from ara.stages.learned import read_learned
+from ara.stages.learned import with_training
 from ara.workspace import Workspace
 
 RESULTS_FILE = "results.json"
@@ -89,9 +88,7 @@ def compare(
         with workspace.writer(
             "compare", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
         ) as stage:
-            context = open_lab(decomposition, resolved, workspace, run)
-            if trained is not None:
-                context = replace(context, learned=read_learned(trained))
+            context = with_training(open_lab(decomposition, resolved, workspace, run), trained)
             _measure_all(resolved, modules, context, windows, stage, run)
             parameters = decomposition.manifest.results["model_parameters"]
             _conclude(resolved, modules, parameters, stage, trained)

@@ -1,17 +1,31 @@
-"""What ``ara train-masks`` leaves in the workspace, read back."""
+"""What ``ara train-masks`` leaves in the workspace: names of its files, and the way back into memory."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from safetensors.torch import load_file
 
-from ara.allocation.base import DENSE, Allocation
+from ara.allocation.base import DENSE, Allocation, Context
 from ara.masks.learned import LearnedLosses
 from ara.stage_view import StageView
+
+TABLE_FILE = "sensitivity.safetensors"
+LOG_FILE = "log.csv"
 
 
 def masks_file(keep: float) -> str:
     """Name of the file with what was learned at one budget."""
     return f"masks-{keep:g}.safetensors"
+
+
+def with_training(context: Context, trained: StageView | None) -> Context:
+    """Return ``context`` with what a finished training has learned, and the table that it began with."""
+    if trained is None:
+        return context
+    assert trained.manifest is not None
+    table = load_file(trained.path / TABLE_FILE) if TABLE_FILE in trained.manifest.files else None
+    return replace(context, learned=read_learned(trained), table=table)
 
 
 def read_learned(view: StageView) -> list[LearnedLosses]:

@@ -22,11 +22,8 @@ from ara.stage_writer import StageWriter
 from ara.stages.allocate import budget_of, load_modules
 from ara.stages.common import Run, already_done, begin
 from ara.stages.lab import open_lab, placed
-from ara.stages.learned import masks_file
+from ara.stages.learned import LOG_FILE, TABLE_FILE, masks_file
 from ara.workspace import Workspace
-
-TABLE_FILE = "sensitivity.safetensors"
-LOG_FILE = "log.csv"
 
 
 def train_masks(
@@ -108,6 +105,9 @@ class _Training:
             else:
                 learned = self._one_budget(keep, table, learned)
                 self._write_log(keep, None)
+                if self.stage.results["interrupted"]:
+                    self.run.report.warn("what is not trained yet stays so; to train again: --force")
+                    return
 
     def _table(self) -> dict[str, torch.Tensor] | None:
         """Return the sensitivity table, read back when an interrupted run had it already."""
@@ -165,6 +165,7 @@ class _Training:
             "seconds": state.seconds,
             "backward_passes": state.backward_passes,
         }
+        self.stage.results["interrupted"] = state.interrupted
         self.stage.results["log"][f"{keep:g}"] = state.plain()["log"]
         self.stage.results["budgets"][f"{keep:g}"] = result
         self.stage.tensors(masks_file(keep), best or state.best_tensors)

@@ -76,8 +76,8 @@ def test_any_budget_is_met_with_one_training(learned, keep):
     results = view.manifest.results
     assert keep - 0.01 < results["linear_keep"] <= keep
     guard = results["guard"]
-    assert set(guard["held_out"]) == {"dense", "ara", "uniform"}
-    assert guard["held_out"][guard["winner"]] == min(guard["held_out"][name] for name in ("ara", "uniform"))
+    assert set(guard["held_out"]) == {"dense", "ara", "sensitivity", "uniform"}
+    assert guard["held_out"][guard["winner"]] == min(guard["held_out"][n] for n in ("ara", "sensitivity", "uniform"))
 
 
 def test_the_trained_budget_gives_the_trained_ranks(learned):
@@ -199,6 +199,7 @@ def test_ctrl_c_keeps_the_best_and_says_so(learned, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "keeping the best allocation so far" in result.output
     budgets = read_manifest(learned / "train-masks" / "stopped").results["budgets"]
+    assert list(budgets) == ["0.8"]
     assert budgets["0.8"]["steps"] == 2 and len(budgets["0.8"]["ranks"]) == 21
 
 
@@ -269,6 +270,8 @@ def test_compare_from_the_command_line(learned, tiny_text):
     result = invoke("compare", "--keep", "0.7", "--methods", "uniform,energy", *words, "-w", learned)
     assert result.exit_code == 0, result.output
     assert "gap closed" in result.output and "energy" in result.output
+    status = invoke("status", "-w", learned)
+    assert "best on held-out text:" in status.output and "nats won" in status.output
     as_json = invoke("compare", "--keep", "0.7", "--methods", "uniform,energy", *words, "-w", learned, "--json", "-q")
     assert json.loads(as_json.stdout)["results"]["methods"]["energy"]["dense_layers"] >= 0
 

@@ -152,7 +152,9 @@ def test_a_layer_that_must_stay_dense_is_so_whatever_its_scores(returns: bool) -
     family = PaperStaircase(atoms, spectra_of(specs), limit, start, options)
     assert [rank is None for rank in cut(family).values()] == [i == 2 for i in range(6)]
     charged = sum((1 if i == 2 else 0.4) * spec.m * spec.n for i, spec in enumerate(specs))
-    assert family.penalty().item() == pytest.approx(7 * (charged / limit.parameters - 1) ** 2, rel=1e-4)
+    guidance = family.guidance(torch.where(torch.arange(6) == 2, family.break_even, family.expected)).item()
+    wanted = 7 * (charged / limit.parameters - 1) ** 2 + 3 * guidance
+    assert family.penalty().item() == pytest.approx(wanted, rel=1e-4)
     (gradient,) = torch.autograd.grad(family.penalty(), family.parameters["theta"])
     assert gradient[2].eq(0).all() and gradient[3].abs().max() > 0
     assert family.allocation().ranks[specs[2].name] is None
