@@ -8,7 +8,6 @@ import torch
 from ara.allocation.budget import Budget
 from ara.config import MaskTrainingOptions
 from ara.errors import NumericalError
-from ara.masks import training
 from ara.masks.ara import ara_family, needs_table, sensitivity_table, training_settings
 from ara.masks.training import TrainingState, batch_indices, train
 from tests.toy import toy_problem
@@ -120,19 +119,33 @@ def test_a_loss_of_nan_stops_with_advice(toy, monkeypatch):
     assert all(layer.rank is None for layer in toy[1].model.layers.values())
 
 
+def _checks_give(monkeypatch, values):
+    """Let the checks on held-out text give these losses, and every check look at another allocation."""
+    from ara.allocation.base import Allocation
+    from ara.masks.model import MaskedModel
+    from ara.masks.priced import PricedStaircase
+
+    given, real, count = iter(values), PricedStaircase.allocation, iter(range(1000))
+
+    def another(self):
+        ranks = dict(real(self).ranks)
+        return Allocation({**ranks, next(iter(ranks)): 1 + next(count)})
+
+    monkeypatch.setattr(PricedStaircase, "allocation", another)
+    monkeypatch.setattr(MaskedModel, "nll", lambda self, *args, **kwargs: torch.tensor([next(given)]))
+
+
 def test_divergence_stops_with_advice(toy, monkeypatch):
-    from ara.masks.model import MaskedModel, MaskGradients
-
-    real, calls = MaskedModel.gradients, []
-
-    def growing(self, *args, **kwargs):
-        calls.append(1)
-        return MaskGradients(0.3 * len(calls), 0.1, real(self, *args, **kwargs).masks)
-
-    monkeypatch.setattr(MaskedModel, "gradients", growing)
-    with pytest.raises(NumericalError, match="diverges") as caught:
+    _checks_give(monkeypatch, [1.0, 3.5, 1.1, 3.2, 3.4, 0.0])
+    with pytest.raises(NumericalError, match=r"diverges.*by 2\.2 nats") as caught:
         _run(toy, "adam", steps=60)
-    assert "--rate" in caught.value.hint and len(calls) == 2 * training._DIVERGED_STEPS
+    assert "--rate" in caught.value.hint
+
+
+def test_a_start_of_nan_is_refused(toy, monkeypatch):
+    _checks_give(monkeypatch, [float("nan")])
+    with pytest.raises(NumericalError, match="to start from gives a held-out loss of nan"):
+        _run(toy, "adam", steps=4)
 
 
 def test_every_window_is_read_once_per_round():
