@@ -39,7 +39,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "ara-adam": {"optimiser": "adam"},
     "ara-paper": {"objective": "paper", "learning_rate": 0.1, "start": "uniform"},
 }
-RIVALS = ("uniform", "energy", "strs", "dp-kl", "gumbel", "tanh", "sensitivity")
+# All of them, in the order in which they are measured.
+METHODS = ("uniform", "energy", "sensitivity", "ara", "strs", "dp-kl", "gumbel", "tanh", "ara-paper", "ara-adam")
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,15 @@ def rows_of(data_dir: Path) -> list[str]:
 
 
 def wanted(arguments: argparse.Namespace) -> Iterator[Row]:
-    """List what is to be measured, whole methods before further seeds."""
-    for seed in range(arguments.seeds):
+    """List what is to be measured: whitened factors first, then all methods, then the learned ones by further seeds."""
+    for method in ("uniform", "sensitivity"):
         for keep in arguments.keep:
-            if seed == 0:
-                for method in ("uniform", "sensitivity"):
-                    yield Row("whitened", method, keep, 0)
-                for method in RIVALS:
-                    if method not in LEARNED:
-                        yield Row("two-sided", method, keep, 0)
-            for method in LEARNED:
-                yield Row("two-sided", method, keep, seed)
+            yield Row("whitened", method, keep, 0)
+    for seed in range(arguments.seeds):
+        for method in METHODS:
+            if seed == 0 or method in LEARNED:
+                for keep in arguments.keep:
+                    yield Row("two-sided", method, keep, seed)
 
 
 class Bench:
@@ -278,7 +277,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, action="append", help="budget; may be repeated [default: 0.8 and 0.6]")
     parser.add_argument("--samples", type=int, default=256, help="calibration windows of 512 tokens")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens per evaluation window")
-    parser.add_argument("--windows", type=int, default=16, help="evaluate the first N windows of each text")
+    parser.add_argument("--windows", type=int, default=8, help="evaluate the first N windows of each text")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the learned methods")
     parser.add_argument("--steps", type=int, help="training steps of ARA's forms [default: theirs]")
     parser.add_argument("--only", help="allocators to measure, with commas [default: all]")
