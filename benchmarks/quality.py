@@ -270,6 +270,26 @@ def show(console: Console, rows: dict[str, Any], keeps: list[float]) -> None:
         console.table(f"keep {keep:g}", columns, table)
 
 
+def draw(rows: dict[str, Any], keeps: list[float]) -> bytes:
+    """Draw uniform ranks, ARA, and the rival that is best on average over the budgets."""
+    from ara.reporting.figures import keep_curves
+
+    def curve(factors: str, method: str) -> dict[float, float]:
+        found = {keep: rows.get(f"{factors}/{method}/{keep:g}/0", {}) for keep in keeps}
+        return {keep: math.exp(row["wikitext2"]) for keep, row in found.items() if "wikitext2" in row}
+
+    rivals = {name: curve("two-sided", name) for name in METHODS if not name.startswith("ara")}
+    whole = {name: points for name, points in rivals.items() if len(points) == len(keeps)}
+    best = min(whole, key=lambda name: sum(math.log(value) for value in whole[name].values()))
+    curves = {
+        "uniform ranks, whitened factors": curve("whitened", "uniform"),
+        f"{best}, two-sided factors": rivals[best],
+        "ARA, two-sided factors": curve("two-sided", "ara"),
+    }
+    title = "SmolLM2-135M, WikiText-2"
+    return keep_curves(curves, math.exp(rows["dense"]["wikitext2"]), title)
+
+
 def main() -> None:
     """Measure, print the tables, check the dense row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -281,6 +301,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the learned methods")
     parser.add_argument("--steps", type=int, help="training steps of ARA's forms [default: theirs]")
     parser.add_argument("--only", help="allocators to measure, with commas [default: all]")
+    parser.add_argument("--figure", type=Path, help="draw WikiText-2 perplexity against keep into this SVG file")
     parser.add_argument("--check-windows", type=int, default=4, help="windows of the independent computation")
     parser.add_argument("--workspace", type=Path, default=Path("bench-quality"), help="where to work")
     arguments = parser.parse_args()
@@ -295,6 +316,8 @@ def main() -> None:
         if only is None or row.method in only or row == Row("whitened", "uniform", row.keep, 0):
             bench.measure(row)
     show(console, bench.rows, arguments.keep)
+    if arguments.figure:
+        arguments.figure.write_bytes(draw(bench.rows, arguments.keep))
     check(bench, arguments, console)
 
 

@@ -4,9 +4,40 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ara.allocation.base import Allocation, cost
 from ara.models.linears import LinearSpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def keep_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title: str) -> bytes:
+    """Return an SVG of perplexity (logarithmic) against the fraction of parameters kept.
+
+    Args:
+        curves: label → keep → perplexity, drawn in order.
+        dense: perplexity of the dense model, drawn as a line.
+        title: above.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ara"}):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axis = figure.subplots()
+        for (label, points), marker in zip(curves.items(), "os^Dv*", strict=False):
+            keeps = sorted(points)
+            axis.plot(keeps, [points[keep] for keep in keeps], marker=marker, markersize=4, label=label)
+        axis.axhline(dense, color="gray", linestyle="--", linewidth=1, label="dense")
+        axis.set_yscale("log")
+        axis.set_xlabel("keep: fraction of the factorised layers' parameters")
+        axis.set_ylabel("perplexity")
+        axis.set_title(title, fontsize=10)
+        axis.grid(True, which="both", linewidth=0.3)
+        axis.legend(fontsize=8)
+        return _svg(figure)
 
 
 def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[LinearSpec], title: str) -> bytes:
@@ -53,6 +84,10 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
         bar.set_label("share of parameters kept (dot: dense)", fontsize=8)
         bar.ax.tick_params(labelsize=7)
         figure.suptitle(title, fontsize=10)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="svg", metadata={"Date": None})
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="svg", metadata={"Date": None})
     return picture.getvalue()

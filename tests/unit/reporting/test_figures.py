@@ -1,0 +1,37 @@
+"""The pictures: well-formed SVG with its words as text, and the same bytes for the same figures."""
+
+from xml.etree import ElementTree
+
+import pytest
+
+from ara.allocation.base import Allocation
+from ara.models.linears import LinearSpec
+from ara.reporting.figures import keep_curves, rank_heat_maps
+
+SPECS = [LinearSpec(f"layers.{i}.{kind}", i, kind, 20, 10) for i in range(3) for kind in ("attn.q_proj", "mlp.up_proj")]
+
+
+def _words(picture):
+    return {node.text for node in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")}
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_heat_maps(count):
+    allocations = {
+        f"method {n}": Allocation({spec.name: None if i == n else 1 + i for i, spec in enumerate(SPECS)})
+        for n in range(count)
+    }
+    picture = rank_heat_maps(allocations, SPECS, "Share kept")
+    words = _words(picture)
+    assert {"Share kept", "q", "up", "layer", *allocations} <= words
+    assert picture == rank_heat_maps(allocations, SPECS, "Share kept")
+    assert picture != rank_heat_maps(
+        {**allocations, "method 0": Allocation({spec.name: 2 for spec in SPECS})}, SPECS, "Share kept"
+    )
+
+
+def test_keep_curves():
+    curves = {"uniform": {0.6: 100.0, 0.8: 30.0}, "ARA": {0.6: 40.0, 0.8: 15.0}}
+    picture = keep_curves(curves, 10.0, "WikiText-2")
+    assert {"uniform", "ARA", "dense", "WikiText-2", "perplexity"} <= _words(picture)
+    assert picture == keep_curves(curves, 10.0, "WikiText-2")
