@@ -14,7 +14,7 @@ from ara.allocation.sensitivity import best_ranks
 from ara.config import MaskTrainingOptions
 from ara.masks.ara import ara_family, needs_table, sensitivity_table, training_settings
 from ara.masks.learned import nearest
-from ara.masks.training import train
+from ara.masks.training import trained_allocation
 
 
 class Ara(Allocator):
@@ -32,15 +32,8 @@ class Ara(Allocator):
             return nearest(context.learned, keep).allocation(specs, budget)
         table = sensitivity_table(context) if needs_table(self.options) else None
         family = ara_family(self.options, modules, budget, table)
-        state = train(
-            family,
-            context.model,
-            context.train,
-            context.held_out,
-            training_settings(self.options, context.batch_size, context.seed),
-            report=context.report,
-        )
-        return Allocation(state.best)
+        settings = training_settings(self.options, context.batch_size, context.seed)
+        return trained_allocation(family, context, settings, "Training masks")
 
     def starts(self, modules: Sequence[Module], budget: Budget, context: Context) -> dict[str, Allocation]:
         """Return what the sensitivity table alone would give."""

@@ -35,7 +35,7 @@ from ara.allocation.budget import Budget
 from ara.allocation.rounding import proportional, without_choice
 from ara.decomposition.base import MethodOptions
 from ara.masks.family import Cut, MaskFamily
-from ara.masks.training import TrainingSettings, train
+from ara.masks.training import TrainingSettings, trained_allocation
 
 # Noise stays finite: the smallest and the largest uniform number, as distances from 0 and 1.
 _EDGE = 1e-7
@@ -75,16 +75,7 @@ class Gumbel(Allocator):
             seed=context.seed,
         )
         family = GumbelMasks(modules, budget, options)
-        state = train(
-            family,
-            context.model,
-            context.train,
-            context.held_out,
-            settings,
-            report=context.report,
-            label="Training Gumbel-sigmoid masks",
-        )
-        return Allocation(state.best)
+        return trained_allocation(family, context, settings, "Training Gumbel-sigmoid masks")
 
 
 class GumbelMasks(MaskFamily):

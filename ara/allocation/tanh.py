@@ -30,7 +30,7 @@ from ara.allocation.budget import Budget
 from ara.allocation.rounding import proportional, without_choice
 from ara.decomposition.base import MethodOptions
 from ara.masks.family import Cut, MaskFamily
-from ara.masks.training import TrainingSettings, train
+from ara.masks.training import TrainingSettings, trained_allocation
 
 
 class TanhOptions(MethodOptions):
@@ -67,16 +67,7 @@ class Tanh(Allocator):
             seed=context.seed,
         )
         family = TanhMasks(modules, budget, options)
-        state = train(
-            family,
-            context.model,
-            context.train,
-            context.held_out,
-            settings,
-            report=context.report,
-            label="Training tanh masks",
-        )
-        return Allocation(state.best)
+        return trained_allocation(family, context, settings, "Training tanh masks")
 
 
 class TanhMasks(MaskFamily):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ara.allocation.base import Allocation
+from ara.allocation.base import Allocation, Context
 from ara.errors import NumericalError
 from ara.masks.family import Cut, MaskFamily
 from ara.masks.model import LossKind, MaskedModel, MaskGradients
@@ -231,6 +231,12 @@ def train(
     finally:
         model.use_dense()
     return state
+
+
+def trained_allocation(family: MaskFamily, context: Context, settings: TrainingSettings, label: str) -> Allocation:
+    """Train ``family`` on the windows of ``context``; returns its best allocation on the held-out ones."""
+    state = train(family, context.model, context.train, context.held_out, settings, report=context.report, label=label)
+    return Allocation(state.best)
 
 
 def _told(row: LogRow, steps: int, best: float) -> str:
