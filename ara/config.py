@@ -119,7 +119,7 @@ class MaskTrainingOptions(MethodOptions):
         0.9, ge=0, lt=1, description="decay of the moving average that is deployed; 0: the last step"
     )
     budget_weight: float = Field(100.0, ge=0, description="weight of the budget penalty (objective paper)")
-    guidance_weight: float = Field(1.0, ge=0, description="weight of the guidance loss (objective paper)")
+    guidance_weight: float = Field(10.0, ge=0, description="weight of the guidance loss (objective paper)")
     check_every: int = Field(2, ge=1, description="steps between checks on held-out text; the best one is kept")
 
 
