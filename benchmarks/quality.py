@@ -21,26 +21,28 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ara.config import AllocateConfig, DecomposeConfig, MaskTrainingOptions, TrainMasksConfig
 from ara.errors import AraError
 from ara_cli.console import Column, Console
 from ara_cli.words import percent, seconds_text
 
+if TYPE_CHECKING:
+    from ara.allocation.base import Allocation
+
 TASKS = ("wikitext2", "c4")
 # Allocators whose result depends on the seed.
-LEARNED = ("ara", "ara-adam", "ara-paper", "gumbel", "tanh")
+LEARNED = ("ara", "ara-paper", "gumbel", "tanh")
 FORMS: dict[str, dict[str, Any]] = {
     "ara": {},
-    "ara-adam": {"optimiser": "adam"},
     "ara-paper": {"objective": "paper", "learning_rate": 0.1, "start": "uniform"},
 }
 # All of them, in the order in which they are measured.
-METHODS = ("uniform", "energy", "sensitivity", "ara", "strs", "dp-kl", "gumbel", "tanh", "ara-paper", "ara-adam")
+METHODS = ("uniform", "energy", "sensitivity", "ara", "ara-paper", "dp-kl", "strs", "tanh", "gumbel")
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,13 @@ def wanted(arguments: argparse.Namespace) -> Iterator[Row]:
     for method in ("uniform", "sensitivity"):
         for keep in arguments.keep:
             yield Row("whitened", method, keep, 0)
-    for seed in range(arguments.seeds):
-        for method in METHODS:
-            if seed == 0 or method in LEARNED:
-                for keep in arguments.keep:
-                    yield Row("two-sided", method, keep, seed)
+    for method in METHODS:
+        for keep in arguments.keep:
+            yield Row("two-sided", method, keep, 0)
+    for method in LEARNED:
+        for seed in range(1, arguments.seeds):
+            for keep in arguments.keep:
+                yield Row("two-sided", method, keep, seed)
 
 
 class Bench:
@@ -107,6 +111,8 @@ class Bench:
         self.settings = [arguments.windows, arguments.seq_len, arguments.steps]
         self.rows = self._finished()
         self.loaded: str | None = None
+        # Sensitivity table and probes of the loaded factors: the same for all budgets.
+        self.measured: dict[str, tuple[Any, float]] = {}
 
     def _finished(self) -> dict[str, Any]:
         try:
@@ -145,9 +151,9 @@ class Bench:
             task: evaluation_windows(load_documents(task, "evaluation"), tokenizer, seq_len=length, max_windows=limit)
             for task in TASKS
         }
-        self.loaded = factors
+        self.loaded, self.measured = factors, {}
 
-    def quality(self, ranks: dict[str, int | None]) -> dict[str, Any]:
+    def quality(self, ranks: Mapping[str, int | None]) -> dict[str, Any]:
         """Return losses on held-out calibration text and on the evaluation texts, nats per token."""
         model, context = self.context.model, self.context
         model.use(ranks)
@@ -172,39 +178,55 @@ class Bench:
             return
         self.console.step(row.key)
         self.load(row.factors)
-        begun = time.monotonic()
         try:
-            ranks, facts = self._ranks(row)
+            allocation, facts = self._allocation(row)
         except AraError as error:
             self.console.warn(f"{row.key}: {error}")
             self.rows[row.key] = {"error": str(error)}
             self.store()
             return
-        facts.setdefault("seconds", time.monotonic() - begun)
-        specs = [module.spec for module in self.modules]
-        spent = sum(s.dense_cost if ranks[s.name] is None else ranks[s.name] * s.rank_cost for s in specs)
-        facts["linear_keep"] = spent / sum(spec.dense_cost for spec in specs)
-        facts["dense_layers"] = sum(rank is None for rank in ranks.values())
-        self.rows[row.key] = {**facts, **self.quality(ranks)}
+        facts["linear_keep"] = allocation.keep([module.spec for module in self.modules])
+        facts["dense_layers"] = allocation.dense_count()
+        self.rows[row.key] = {**facts, **self.quality(allocation.ranks)}
         self.store()
 
-    def _ranks(self, row: Row) -> tuple[dict[str, int | None], dict[str, Any]]:
+    def _allocation(self, row: Row) -> tuple[Allocation, dict[str, Any]]:
         from ara.allocation import ALLOCATORS
         from ara.allocation.budget import Budget
+        from ara.allocation.probed import Probed
+        from ara.allocation.sensitivity import Sensitivity, best_ranks, sensitivity_of
         from ara.config import method_options
 
         if row.method in FORMS:
             return self._trained(row)
         kind = ALLOCATORS.load(row.method)
         context = replace(self.context, seed=row.seed)
-        passes = context.model.backward_passes
-        budget = Budget.for_keep([module.spec for module in self.modules], row.keep)
+        specs = [module.spec for module in self.modules]
+        budget = Budget.for_keep(specs, row.keep)
         allocator = kind(method_options(kind.Options, {}))
+        passes, begun = context.model.backward_passes, time.monotonic()
+        if isinstance(allocator, Sensitivity):
+            table, seconds = self._once(row.method, lambda: sensitivity_of(context, allocator.options))
+            allocation = best_ranks(specs, table, budget)
+            return allocation, {"seconds": seconds, "backward_passes": len(context.train)}
+        if isinstance(allocator, Probed):
+            probes, seconds = self._once(row.method, lambda: allocator.probes(specs, budget, context))
+            return allocator.choose(specs, probes, budget), {"seconds": seconds, "backward_passes": 0}
         allocation = allocator.allocate(self.modules, budget, context if allocator.needs_model else None)
-        return dict(allocation.ranks), {"backward_passes": context.model.backward_passes - passes}
+        seconds = time.monotonic() - begun
+        return allocation, {"seconds": seconds, "backward_passes": context.model.backward_passes - passes}
 
-    def _trained(self, row: Row) -> tuple[dict[str, int | None], dict[str, Any]]:
+    def _once(self, name: str, measure: Callable[[], Any]) -> tuple[Any, float]:
+        """Measure what all budgets share; returns it with the seconds that it took, which count for each budget."""
+        if name not in self.measured:
+            begun = time.monotonic()
+            found = measure()
+            self.measured[name] = found, time.monotonic() - begun
+        return self.measured[name]
+
+    def _trained(self, row: Row) -> tuple[Allocation, dict[str, Any]]:
         """Train as ``ara train-masks`` does, at all budgets in one go."""
+        from ara.allocation.ranks_file import from_table
         from ara.stages.train_masks import train_masks
 
         steps = self.arguments.steps or MaskTrainingOptions().steps
@@ -212,7 +234,6 @@ class Bench:
         view = train_masks(config, self.run, factors=row.factors, name=f"{row.method}-{row.seed}")
         assert view.manifest is not None
         result = view.manifest.results["budgets"][f"{row.keep:g}"]
-        ranks = {name: None if rank == "dense" else rank for name, rank in result["ranks"].items()}
         log = view.manifest.results["log"][f"{row.keep:g}"]
         facts = {
             "seconds": view.manifest.results["table_seconds"] + result["seconds"],
@@ -220,13 +241,14 @@ class Bench:
             "won_on_held_out": result["start_held_out"] - result["held_out"],
             "curve": [[entry["step"], entry["held_out"]] for entry in log if entry["held_out"] is not None],
         }
-        return ranks, facts
+        return from_table(result["ranks"]), facts
 
 
-def gap_closed(rows: dict[str, Any], row: dict[str, Any], keep: float, task: str) -> float:
+def share_closed(rows: dict[str, Any], row: dict[str, Any], keep: float, task: str) -> float:
     """Return the share of the gap between whitened uniform ranks and the dense model that ``row`` closes."""
-    uniform, dense = rows[f"whitened/uniform/{keep:g}/0"][task], rows["dense"][task]
-    return float((uniform - row[task]) / (uniform - dense))
+    from ara.stages.compare import gap_closed
+
+    return gap_closed(row[task], rows[f"whitened/uniform/{keep:g}/0"][task], rows["dense"][task])
 
 
 def mean_and_range(values: list[float], digits: int = 0, scale: float = 100, unit: str = " %") -> str:
@@ -258,7 +280,7 @@ def show(console: Console, rows: dict[str, Any], keeps: list[float]) -> None:
             cells: list[Any] = list(name)
             for task in TASKS:
                 cells.append(mean_and_range([math.exp(r[task]) for r in found], 2, 1, ""))
-                cells.append(mean_and_range([gap_closed(rows, r, keep, task) for r in found], 1))
+                cells.append(mean_and_range([share_closed(rows, r, keep, task) for r in found], 1))
             cells += [
                 mean_and_range([r["dense_layers"] for r in found], 0, 1, ""),
                 seconds_text(sum(r["seconds"] for r in found) / len(found)),

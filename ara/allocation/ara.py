@@ -12,7 +12,7 @@ from ara.allocation.base import Allocation, Allocator, Context, Module
 from ara.allocation.budget import Budget
 from ara.allocation.sensitivity import best_ranks
 from ara.config import MaskTrainingOptions
-from ara.masks.ara import ara_family, needs_table, sensitivity_table, training_settings
+from ara.masks.ara import ara_family, needs_table, sensitivity_table
 from ara.masks.learned import nearest
 from ara.masks.training import trained_allocation
 
@@ -32,8 +32,7 @@ class Ara(Allocator):
             return nearest(context.learned, keep).allocation(specs, budget)
         table = sensitivity_table(context) if needs_table(self.options) else None
         family = ara_family(self.options, modules, budget, table)
-        settings = training_settings(self.options, context.batch_size, context.seed)
-        return trained_allocation(family, context, settings, "Training masks")
+        return trained_allocation(family, context, self.options, "Training masks")
 
     def starts(self, modules: Sequence[Module], budget: Budget, context: Context) -> dict[str, Allocation]:
         """Return what the sensitivity table alone would give."""

@@ -40,6 +40,11 @@ class Allocation:
 
     ranks: Mapping[str, int | None]
 
+    @classmethod
+    def from_picks(cls, specs: Sequence[LinearSpec], picks: Sequence[int], budget: Budget) -> Allocation:
+        """Return the allocation that ``picks``, an index into ``budget.choices(spec)`` per layer, stands for."""
+        return cls({spec.name: budget.choices(spec)[pick][0] for spec, pick in zip(specs, picks, strict=True)})
+
     def cost(self, specs: Sequence[LinearSpec]) -> int:
         """Return the parameters of all ``specs`` under this allocation."""
         return sum(cost(spec, self.ranks[spec.name]) for spec in specs)

@@ -18,41 +18,23 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from pydantic import Field
 
-from ara.allocation.base import Allocation, Allocator, Context, Module
+from ara.allocation.base import Allocation
 from ara.allocation.budget import Budget
 from ara.allocation.knapsack import exact_minimise
-from ara.decomposition.base import MethodOptions
-from ara.masks.probing import probe_choices
+from ara.allocation.probed import Probed
 from ara.models.linears import LinearSpec
 
 
-class DpKlOptions(MethodOptions):
-    """Options of the knapsack over probed KL divergences."""
-
-    ratios: int = Field(
-        5, ge=1, le=64, description="parameter ratios probed per layer, evenly spaced from the least rank"
-    )
-    windows: int = Field(2, ge=1, le=64, description="calibration windows per probe, read in one batch")
-
-
-class DpKl(Allocator):
+class DpKl(Probed):
     """Least sum over layers of the KL divergence that each one's cut alone causes."""
 
-    Options = DpKlOptions
-    needs_model = True
+    measure = "kl"
 
-    def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
+    def choose(self, specs: Sequence[LinearSpec], curves: Sequence[Mapping[int, float]], budget: Budget) -> Allocation:
         """Minimise the summed KL divergence under the budget."""
-        assert context is not None and isinstance(self.options, DpKlOptions)
-        specs = [module.spec for module in modules]
-        curves = probe_choices(
-            context, specs, budget, ratios=self.options.ratios, windows=self.options.windows, measure="kl"
-        )
         losses = [interpolate(spec, curve, budget) for spec, curve in zip(specs, curves, strict=True)]
-        picks = exact_minimise(specs, losses, budget)
-        return Allocation({spec.name: budget.choices(spec)[pick][0] for spec, pick in zip(specs, picks, strict=True)})
+        return Allocation.from_picks(specs, exact_minimise(specs, losses, budget), budget)
 
 
 def interpolate(spec: LinearSpec, curve: Mapping[int, float], budget: Budget) -> torch.Tensor:

@@ -29,9 +29,7 @@ class Energy(Allocator):
             for module, options in zip(modules, choices, strict=True)
         ]
         picks = minimise_loss(specs, losses, budget)
-        return Allocation(
-            {spec.name: options[pick][0] for spec, options, pick in zip(specs, choices, picks, strict=True)}
-        )
+        return Allocation.from_picks(specs, picks, budget)
 
 
 def relative_loss(spectrum: torch.Tensor, ranks: Sequence[int | None]) -> torch.Tensor:

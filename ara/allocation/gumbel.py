@@ -35,7 +35,7 @@ from ara.allocation.budget import Budget
 from ara.allocation.rounding import proportional, without_choice
 from ara.decomposition.base import MethodOptions
 from ara.masks.family import Cut, MaskFamily
-from ara.masks.training import TrainingSettings, trained_allocation
+from ara.masks.training import trained_allocation
 
 # Noise stays finite: the smallest and the largest uniform number, as distances from 0 and 1.
 _EDGE = 1e-7
@@ -65,17 +65,8 @@ class Gumbel(Allocator):
     def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
         """Train masks; return the best allocation seen on held-out text, the start's included."""
         assert context is not None and isinstance(self.options, GumbelOptions)
-        options = self.options
-        settings = TrainingSettings(
-            options.steps,
-            options.batch,
-            options.learning_rate,
-            options.loss,
-            micro_batch=context.batch_size,
-            seed=context.seed,
-        )
-        family = GumbelMasks(modules, budget, options)
-        return trained_allocation(family, context, settings, "Training Gumbel-sigmoid masks")
+        family = GumbelMasks(modules, budget, self.options)
+        return trained_allocation(family, context, self.options, "Training Gumbel-sigmoid masks")
 
 
 class GumbelMasks(MaskFamily):

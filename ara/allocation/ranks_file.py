@@ -16,10 +16,20 @@ RANKS_FORMAT = 1
 RANKS_FILE = "ranks.json"
 
 
+def ranks_table(allocation: Allocation) -> dict[str, int | str]:
+    """Return an allocation as JSON data: module path → rank or ``"dense"``."""
+    return {name: DENSE if rank is None else rank for name, rank in allocation.ranks.items()}
+
+
+def from_table(ranks: Mapping[str, Any]) -> Allocation:
+    """Return the allocation that :func:`ranks_table` describes; what a person may have edited is checked before."""
+    return Allocation({name: None if rank == DENSE else rank for name, rank in ranks.items()})
+
+
 def ranks_document(allocation: Allocation, about: Mapping[str, Any]) -> str:
     """Return the text of ``ranks.json``; ``about`` says where it comes from and is not read back."""
-    ranks = {name: DENSE if rank is None else rank for name, rank in allocation.ranks.items()}
-    return json.dumps({"format_version": RANKS_FORMAT, "about": about, "ranks": ranks}, indent=1) + "\n"
+    document = {"format_version": RANKS_FORMAT, "about": about, "ranks": ranks_table(allocation)}
+    return json.dumps(document, indent=1) + "\n"
 
 
 def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
@@ -60,7 +70,7 @@ def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
     if problems:
         raise ProblemsError(f"{path} does not fit this model", problems)
     ranks = document["ranks"]
-    return Allocation({spec.name: None if ranks[spec.name] == DENSE else ranks[spec.name] for spec in specs})
+    return from_table({spec.name: ranks[spec.name] for spec in specs})
 
 
 def _problems(ranks: dict[str, Any], specs: Sequence[LinearSpec]) -> list[str]:

@@ -66,7 +66,7 @@ def proportional(
     ]
     picks = [[cost for _, cost in options].index(cost) for options, cost in zip(choices, costs, strict=True)]
     spend_rest(specs, picks, budget, lost)
-    return Allocation({spec.name: options[pick][0] for spec, options, pick in zip(specs, choices, picks, strict=True)})
+    return Allocation.from_picks(specs, picks, budget)
 
 
 def without_choice(specs: Sequence[LinearSpec], budget: Budget) -> list[bool]:

@@ -69,4 +69,4 @@ def best_ranks(specs: Sequence[LinearSpec], tables: Mapping[str, torch.Tensor], 
         for spec, options in zip(specs, choices, strict=True)
     ]
     picks = exact_minimise(specs, losses, budget)
-    return Allocation({s.name: options[p][0] for s, options, p in zip(specs, choices, picks, strict=True)})
+    return Allocation.from_picks(specs, picks, budget)

@@ -19,40 +19,22 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from pydantic import Field
-
-from ara.allocation.base import Allocation, Allocator, Context, Module
+from ara.allocation.base import Allocation
 from ara.allocation.budget import Budget, spend_rest
-from ara.decomposition.base import MethodOptions
-from ara.masks.probing import probe_choices
+from ara.allocation.probed import Probed
 from ara.models.linears import LinearSpec
 
 
-class StrsOptions(MethodOptions):
-    """Options of STRS."""
-
-    ratios: int = Field(
-        5, ge=1, le=64, description="parameter ratios probed per layer, evenly spaced from the least rank (ASVD uses 9)"
-    )
-    windows: int = Field(2, ge=1, le=64, description="calibration windows per probe, read in one batch")
-
-
-class Strs(Allocator):
+class Strs(Probed):
     """The cheapest rank per layer that, cut alone, stays below one perplexity."""
 
-    Options = StrsOptions
-    needs_model = True
+    measure = "nll"
 
-    def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
+    def choose(self, specs: Sequence[LinearSpec], curves: Sequence[Mapping[int, float]], budget: Budget) -> Allocation:
         """Search the threshold on the perplexity of single layers that meets the budget."""
-        assert context is not None and isinstance(self.options, StrsOptions)
-        specs = [module.spec for module in modules]
-        curves = probe_choices(
-            context, specs, budget, ratios=self.options.ratios, windows=self.options.windows, measure="nll"
-        )
         picks = search(specs, curves, budget)
         spend_rest(specs, picks, budget, [curve.get(pick, 0.0) for curve, pick in zip(curves, picks, strict=True)])
-        return Allocation({spec.name: budget.choices(spec)[pick][0] for spec, pick in zip(specs, picks, strict=True)})
+        return Allocation.from_picks(specs, picks, budget)
 
 
 def search(specs: Sequence[LinearSpec], curves: Sequence[Mapping[int, float]], budget: Budget) -> list[int]:

@@ -30,7 +30,7 @@ from ara.allocation.budget import Budget
 from ara.allocation.rounding import proportional, without_choice
 from ara.decomposition.base import MethodOptions
 from ara.masks.family import Cut, MaskFamily
-from ara.masks.training import TrainingSettings, trained_allocation
+from ara.masks.training import trained_allocation
 
 
 class TanhOptions(MethodOptions):
@@ -57,17 +57,8 @@ class Tanh(Allocator):
     def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
         """Train positions; return the best allocation seen on held-out text, the uniform start included."""
         assert context is not None and isinstance(self.options, TanhOptions)
-        options = self.options
-        settings = TrainingSettings(
-            options.steps,
-            options.batch,
-            options.learning_rate,
-            options.loss,
-            micro_batch=context.batch_size,
-            seed=context.seed,
-        )
-        family = TanhMasks(modules, budget, options)
-        return trained_allocation(family, context, settings, "Training tanh masks")
+        family = TanhMasks(modules, budget, self.options)
+        return trained_allocation(family, context, self.options, "Training tanh masks")
 
 
 class TanhMasks(MaskFamily):

@@ -26,9 +26,7 @@ class Uniform(Allocator):
             for spec, options, pick in zip(specs, choices, picks, strict=True)
         ]
         spend_rest(specs, picks, budget, lost)
-        return Allocation(
-            {spec.name: options[pick][0] for spec, options, pick in zip(specs, choices, picks, strict=True)}
-        )
+        return Allocation.from_picks(specs, picks, budget)
 
 
 def _lower_to_budget(choices: list[list[tuple[int | None, int]]], picks: list[int], budget: Budget) -> None:

@@ -72,14 +72,11 @@ def collect_gradients(
             return (args[0].detach().requires_grad_(), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
 
-    def watch(name: str, output: torch.Tensor) -> None:
-        output.register_hook(lambda g: sums[name].add(g))
-
     handles = [find_blocks(model)[1][first].register_forward_pre_hook(start, with_kwargs=True)]
     for spec in linears:
 
         def hook(module: nn.Module, args: object, output: torch.Tensor, name: str = spec.name) -> None:
-            watch(name, output)
+            output.register_hook(sums[name].add)
 
         handles.append(model.get_submodule(spec.name).register_forward_hook(hook))
     try:
@@ -97,7 +94,7 @@ def collect_gradients(
         for handle in handles:
             handle.remove()
     for name, accumulator in sums.items():
-        if not torch.isfinite(accumulator.abs_sum).all() or not torch.isfinite(accumulator.gram.diagonal()).all():
+        if not accumulator.is_finite:
             raise NumericalError(
                 f"the gradients at {name} hold NaN or infinity",
                 "try --dtype float32; if it stays, the model itself is broken",

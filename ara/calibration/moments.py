@@ -59,6 +59,11 @@ class InputAccumulator:
         self.abs_sum += x.abs().sum(0)
         self.tokens += x.shape[0]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no sum is NaN or infinite."""
+        return bool(torch.isfinite(self.abs_sum).all() and torch.isfinite(self.gram.diagonal()).all())
+
     def result(self) -> InputStats:
         """Return the averages and give up the sums; the Gram matrix is mirrored along its diagonal in place."""
         gram = self.gram.triu_()
@@ -152,7 +157,7 @@ def collect_moments(
     finally:
         end.remove()
     for name, accumulator in sums.items():
-        if not torch.isfinite(accumulator.abs_sum).all() or not torch.isfinite(accumulator.gram.diagonal()).all():
+        if not accumulator.is_finite:
             raise NumericalError(
                 f"the inputs of {name} hold NaN or infinity",
                 "try --dtype float32; if it stays, the model itself is broken",

@@ -14,7 +14,6 @@ from ara.masks.newton import NewtonMasks
 from ara.masks.paper import PaperOptions, PaperStaircase, shares_of, start_at
 from ara.masks.priced import PricedStaircase
 from ara.masks.staircase import paper_atoms, priced_atoms
-from ara.masks.training import TrainingSettings
 from ara.models.linears import LinearSpec
 
 Tables = Mapping[str, torch.Tensor]
@@ -71,20 +70,6 @@ def learned_tables(family: AraFamily, parameters: Tables) -> dict[str, torch.Ten
     if isinstance(family, PricedStaircase):
         return family.tables(parameters["theta"])
     return None
-
-
-def training_settings(options: MaskTrainingOptions, batch_size: int, seed: int) -> TrainingSettings:
-    """Return the settings of the loop."""
-    return TrainingSettings(
-        steps=options.steps,
-        batch=options.batch,
-        learning_rate=options.learning_rate,
-        loss=options.loss,
-        average=options.average,
-        check_every=options.check_every,
-        micro_batch=batch_size,
-        seed=seed,
-    )
 
 
 def even_tables(specs: Sequence[LinearSpec]) -> dict[str, torch.Tensor]:

@@ -147,30 +147,62 @@ class MaskedModel:
         Raises:
             NumericalError: the loss is NaN or infinite.
         """
-        generator = torch.Generator().manual_seed(seed)
         predicted = windows.shape[0] * (windows.shape[1] - 1)
-        windows_seen: list[torch.Tensor] = []
         with self.listening():
+            losses = self.backward(windows, loss, batch_size, seed, divisor=predicted)
+            masks = {name: _gradient(layer) for name, layer in self.layers.items()}
+        stderr = float(losses.std()) / len(losses) ** 0.5 if len(losses) > 1 else math.inf
+        return MaskGradients(float(losses.mean()), stderr, masks)
+
+    def backward(
+        self,
+        windows: torch.Tensor,
+        loss: LossKind,
+        batch_size: int,
+        seed: int,
+        *,
+        divisor: float = 1.0,
+        report: Reporter = SILENT,
+        label: str = "",
+    ) -> torch.Tensor:
+        """Read windows forward and backward; to be called inside :meth:`listening`.
+
+        Args:
+            windows: (w, t) int64.
+            loss: see :meth:`gradients`.
+            batch_size: windows per pass.
+            seed: of the drawing.
+            divisor: of the summed loss that is differentiated.
+            report: shows a bar of windows.
+            label: of the bar.
+
+        Returns:
+            (w) float64 on the CPU, mean loss of each window, nats per predicted token.
+
+        Raises:
+            NumericalError: the mean loss is NaN or infinite.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        found: list[torch.Tensor] = []
+        with report.bar(label, len(windows)) as bar, torch.enable_grad():
             for batch in windows.split(batch_size):
                 ids = batch.to(self.device)
                 teacher = self._teacher(ids) if loss == "kl" else None
-                with torch.enable_grad():
-                    logits = self.forward(ids)
-                    targets = sampled_targets(logits, generator) if loss == "fisher" else ids
-                    values = token_losses(logits, targets, teacher)
-                    del logits, teacher
-                    (values.sum() / predicted).backward()
-                windows_seen.append(values.detach().double().mean(1).cpu())
+                logits = self.forward(ids)
+                targets = sampled_targets(logits, generator) if loss == "fisher" else ids
+                values = token_losses(logits, targets, teacher)
+                del logits, teacher
+                (values.sum() / divisor).backward()
+                found.append(values.detach().double().mean(1).cpu())
                 self.backward_passes += len(batch)
-            masks = {name: _gradient(layer) for name, layer in self.layers.items()}
-        losses = torch.cat(windows_seen)
+                bar.advance(len(batch))
+        losses = torch.cat(found)
         mean = float(losses.mean())
         if not math.isfinite(mean):
             raise NumericalError(
                 f"the loss is {mean}", "the model computes NaN or infinity: try --dtype float32 or a higher --keep"
             )
-        stderr = float(losses.std()) / len(losses) ** 0.5 if len(losses) > 1 else math.inf
-        return MaskGradients(mean, stderr, masks)
+        return losses
 
     @contextmanager
     def listening(self, observers: Mapping[str, Callable[[torch.Tensor], None]] | None = None) -> Iterator[None]:

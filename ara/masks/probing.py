@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
+from ara.config import MethodOptions
 from ara.errors import NumericalError
 from ara.masks.model import MaskedModel
 from ara.models.linears import LinearSpec, find_blocks
@@ -77,19 +79,28 @@ def probe(
     return losses
 
 
+class ProbeOptions(MethodOptions):
+    """Options of the methods that cut every layer alone."""
+
+    ratios: int = Field(
+        5, ge=1, le=64, description="parameter ratios probed per layer, evenly spaced from the least rank"
+    )
+    windows: int = Field(2, ge=1, le=64, description="calibration windows per probe, read in one batch")
+
+
 def probe_choices(
-    context: Context, specs: Sequence[LinearSpec], budget: Budget, *, ratios: int, windows: int, measure: Measure
+    context: Context, specs: Sequence[LinearSpec], budget: Budget, options: ProbeOptions, measure: Measure
 ) -> list[dict[int, float]]:
-    """Probe some of the ranks that a budget offers, on the first ``windows`` training windows.
+    """Probe some of the ranks that a budget offers, on the first ``options.windows`` training windows.
 
     Per layer: for i = 0 … ratios − 1 the largest rank that keeps at most i/ratios of its parameters, or the least rank.
 
     Returns:
         Per layer, index into ``budget.choices(spec)`` → loss; see :func:`probe`. Dense is not among them.
     """
-    points = [_points(spec, budget, ratios) for spec in specs]
+    points = [_points(spec, budget, options.ratios) for spec in specs]
     ranks = {spec.name: list(at.values()) for spec, at in zip(specs, points, strict=True)}
-    losses = probe(context.model, context.train[:windows], ranks, measure, context.report)
+    losses = probe(context.model, context.train[: options.windows], ranks, measure, context.report)
     return [dict(zip(at, losses[spec.name], strict=True)) for spec, at in zip(specs, points, strict=True)]
 
 

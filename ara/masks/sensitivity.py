@@ -16,7 +16,6 @@ from __future__ import annotations
 import torch
 
 from ara.masks.linear import Observer
-from ara.masks.losses import sampled_targets, token_losses
 from ara.masks.model import LossKind, MaskedModel
 from ara.progress import SILENT, Reporter
 
@@ -46,30 +45,19 @@ def sensitivity_tables(
         Module path → (r + 1) float64: entry k is the loss of keeping k components, nats per token; entry r is 0.
     """
     sums = {spec.name: torch.zeros(spec.full_rank, dtype=torch.float64, device=model.device) for spec in model.specs}
-    width = 0
 
     def observer(name: str) -> Observer:
         def observe(effect: torch.Tensor) -> None:
             effect = effect.float()
             if per_window:
-                effect = effect.view(width, -1, effect.shape[-1]).sum(1)
+                effect = effect.view(-1, windows.shape[1], effect.shape[-1]).sum(1)
             tails = effect.flip(1).cumsum(1).flip(1)
             sums[name] += tails.square_().sum(0, dtype=torch.float64)
 
         return observe
 
-    observers = {name: observer(name) for name in sums}
-    generator = torch.Generator().manual_seed(seed)
-    with model.listening(observers), report.bar("Reading sensitivities", len(windows)) as bar, torch.enable_grad():
-        for batch in windows.split(batch_size):
-            ids, width = batch.to(model.device), len(batch)
-            logits = model.forward(ids)
-            targets = sampled_targets(logits, generator) if loss == "fisher" else ids
-            value = token_losses(logits, targets).sum()
-            del logits
-            value.backward()
-            model.backward_passes += width
-            bar.advance(width)
+    with model.listening({name: observer(name) for name in sums}):
+        model.backward(windows, loss, batch_size, seed, report=report, label="Reading sensitivities")
     predicted = windows.shape[0] * (windows.shape[1] - 1)
     return {
         name: torch.cat([values.cpu() / (2 * predicted), torch.zeros(1, dtype=torch.float64)])

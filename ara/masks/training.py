@@ -12,12 +12,13 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
 from ara.allocation.base import Allocation, Context
+from ara.config import MethodOptions
 from ara.errors import NumericalError
 from ara.masks.family import Cut, MaskFamily
 from ara.masks.model import LossKind, MaskedModel, MaskGradients
@@ -53,6 +54,12 @@ class TrainingSettings:
     check_every: int = 10
     micro_batch: int = 4
     seed: int = 0
+
+    @classmethod
+    def of(cls, options: MethodOptions, micro_batch: int, seed: int) -> TrainingSettings:
+        """Return the settings that a method's ``options`` name; by default where they do not."""
+        named = {field.name: getattr(options, field.name) for field in fields(cls) if hasattr(options, field.name)}
+        return cls(**named, micro_batch=micro_batch, seed=seed)
 
 
 @dataclass
@@ -233,8 +240,9 @@ def train(
     return state
 
 
-def trained_allocation(family: MaskFamily, context: Context, settings: TrainingSettings, label: str) -> Allocation:
-    """Train ``family`` on the windows of ``context``; returns its best allocation on the held-out ones."""
+def trained_allocation(family: MaskFamily, context: Context, options: MethodOptions, label: str) -> Allocation:
+    """Train ``family`` as ``options`` say on the windows of ``context``; returns its best on the held-out ones."""
+    settings = TrainingSettings.of(options, context.batch_size, context.seed)
     state = train(family, context.model, context.train, context.held_out, settings, report=context.report, label=label)
     return Allocation(state.best)
 

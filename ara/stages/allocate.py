@@ -21,7 +21,7 @@ from ara.models.linears import LinearSpec, matching
 from ara.stage_view import StageView, parent_of
 from ara.stages.common import Run, already_done, begin, layer_file, specs_of
 from ara.stages.lab import open_lab, placed
-from ara.stages.learned import with_training
+from ara.stages.learned import require_training, with_training
 from ara.workspace import Workspace
 
 
@@ -116,14 +116,7 @@ def _training(
         raise WorkspaceError(
             f"{workspace.root} has no trained masks", f"run first: ara train-masks --keep {config.keep:g}"
         )
-    view = workspace.require("train-masks", masks)
-    assert view.manifest is not None
-    if parent_of(decomposition) not in view.manifest.parents:
-        raise WorkspaceError(
-            f"{view.key} was trained on other factors than {decomposition.key}",
-            "name the right ones with --masks and --factors, or run ara train-masks again",
-        )
-    return view
+    return require_training(workspace, decomposition, masks)
 
 
 def default_name(config: AllocateConfig, factors: str, ranks: Path | None = None) -> str:

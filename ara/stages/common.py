@@ -98,6 +98,11 @@ def layer_file(layer: int) -> str:
     return f"layer-{layer:03d}.safetensors"
 
 
+def factor_files(decomposition: StageView, specs: list[LinearSpec]) -> dict[str, Path]:
+    """Return module path → file with its factors."""
+    return {spec.name: decomposition.path / layer_file(spec.layer) for spec in specs}
+
+
 def already_done(view: StageView, run: Run) -> StageView:
     """Say that ``view`` is there already, and return it."""
     run.report.fact(f"{view.key} is there already, made from the same settings (again: --force)")

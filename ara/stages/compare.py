@@ -9,11 +9,11 @@ from typing import Any
 
 from ara.allocation import ALLOCATORS
 from ara.allocation.base import DENSE, Allocation, Allocator, Context, Module
-from ara.allocation.guard import compare_candidates
+from ara.allocation.ranks_file import from_table, ranks_table
 from ara.calibration.texts import check_text_spec, load_documents
 from ara.calibration.tokens import TokenWindows, evaluation_windows
 from ara.config import CompareConfig, method_options
-from ara.errors import NumericalError, UsageError
+from ara.errors import NumericalError
 from ara.reporting.figures import rank_heat_maps
 from ara.stage_view import StageView, parent_of
 from ara.stage_writer import StageWriter
@@ -21,7 +21,7 @@ from ara.stages.allocate import budget_of, load_modules, summary
 from ara.stages.common import Run, already_done, begin, model_of
 from ara.stages.evaluate import window_length
 from ara.stages.lab import open_lab, placed
-from ara.stages.learned import with_training
+from ara.stages.learned import fits, require_training, with_training
 from ara.workspace import Workspace
 
 RESULTS_FILE = "results.json"
@@ -108,16 +108,8 @@ def _default_name(config: CompareConfig, factors: str) -> str:
 def _training(workspace: Workspace, decomposition: StageView, masks: str | None) -> StageView | None:
     """Return the training to use: the named one, or the latest on these factors, or ``None``."""
     if masks is not None:
-        view = workspace.require("train-masks", masks)
-        assert view.manifest is not None
-        if parent_of(decomposition) not in view.manifest.parents:
-            raise UsageError(f"{view.key} was trained on other factors than {decomposition.key}", "name others")
-        return view
-    fitting = [
-        view
-        for view in workspace.views("train-masks")
-        if view.state == "done" and view.manifest and parent_of(decomposition) in view.manifest.parents
-    ]
+        return require_training(workspace, decomposition, masks)
+    fitting = [v for v in workspace.views("train-masks") if v.state == "done" and fits(v, decomposition)]
     return workspace.require("train-masks", fitting[-1].name) if fitting else None
 
 
@@ -161,7 +153,7 @@ def _measure(
     allocation = allocator.allocate(modules, budget, context if allocator.needs_model else None)
     seconds = time.monotonic() - begun
     return {
-        "ranks": {name: DENSE if rank is None else rank for name, rank in allocation.ranks.items()},
+        "ranks": ranks_table(allocation),
         "linear_keep": allocation.keep(specs),
         "dense_layers": allocation.dense_count(),
         "seconds": seconds,
@@ -174,8 +166,10 @@ def _quality(
     allocation: Allocation, config: CompareConfig, context: Context, windows: dict[str, TokenWindows], name: str
 ) -> dict[str, Any]:
     """Return held-out loss and perplexities of an allocation."""
-    held_out = compare_candidates({name: allocation}, context).held_out[name]
     context.model.use(allocation.ranks)
+    held_out = float(
+        context.model.nll(context.held_out, context.batch_size, context.report, f"Reading held-out text: {name}").mean()
+    )
     tasks = {}
     for task, text in windows.items():
         losses = context.model.nll(text.ids, config.eval_batch_size, context.report, f"Reading {task}: {name}")
@@ -201,11 +195,7 @@ def _conclude(
             figures["gap_closed"] = (
                 gap_closed(figures["nll"], uniform[task]["nll"], rows[DENSE]["tasks"][task]["nll"]) if uniform else None
             )
-    allocations = {
-        name: Allocation({key: None if rank == DENSE else rank for key, rank in row["ranks"].items()})
-        for name, row in rows.items()
-        if name != DENSE and "ranks" in row
-    }
+    allocations = {name: from_table(row["ranks"]) for name, row in rows.items() if name != DENSE and "ranks" in row}
     for name, allocation in allocations.items():
         rows[name]["model_keep"] = summary(allocation, specs, model_parameters)["model_keep"]
     stage.results["training"] = trained.name if trained else None

@@ -27,8 +27,8 @@ from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
 from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import load_modules, read_allocation
-from ara.stages.common import Run, already_done, begin, check_window, model_of, specs_of
-from ara.stages.truncate import CHECKPOINT, decomposition_of, factor_files
+from ara.stages.common import Run, already_done, begin, check_window, factor_files, model_of, specs_of
+from ara.stages.truncate import CHECKPOINT, decomposition_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from ara.config import TuningConfig
 from ara.masks.model import MaskedModel
 from ara.models.placement import choose_placement, torch_dtype
 from ara.stage_view import StageView
-from ara.stages.common import Run, layer_file, model_of, specs_of
+from ara.stages.common import Run, factor_files, model_of, specs_of
 from ara.workspace import Workspace
 
 C = TypeVar("C", bound=TuningConfig)
@@ -76,6 +76,12 @@ def open_lab(decomposition: StageView, config: TuningConfig, workspace: Workspac
     )
     run.report.fact("loading the model")
     specs = specs_of(decomposition)
-    files = {spec.name: decomposition.path / layer_file(spec.layer) for spec in specs}
     model = source.load_model(torch_dtype(config.dtype), config.device)
-    return Context(MaskedModel(model, specs, files), train, windows[-held:], config.batch_size, config.seed, run.report)
+    return Context(
+        MaskedModel(model, specs, factor_files(decomposition, specs)),
+        train,
+        windows[-held:],
+        config.batch_size,
+        config.seed,
+        run.report,
+    )

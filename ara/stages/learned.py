@@ -6,12 +6,35 @@ from dataclasses import replace
 
 from safetensors.torch import load_file
 
-from ara.allocation.base import DENSE, Allocation, Context
+from ara.allocation.base import Context
+from ara.allocation.ranks_file import from_table
+from ara.errors import WorkspaceError
 from ara.masks.learned import LearnedLosses
-from ara.stage_view import StageView
+from ara.stage_view import StageView, parent_of
+from ara.workspace import Workspace
 
 TABLE_FILE = "sensitivity.safetensors"
 LOG_FILE = "log.csv"
+
+
+def fits(training: StageView, decomposition: StageView) -> bool:
+    """Tell whether a training was made on these factors."""
+    return training.manifest is not None and parent_of(decomposition) in training.manifest.parents
+
+
+def require_training(workspace: Workspace, decomposition: StageView, name: str | None) -> StageView:
+    """Return a finished training on these factors, the latest one unless ``name`` says which.
+
+    Raises:
+        WorkspaceError: there is none, or it was made on other factors.
+    """
+    view = workspace.require("train-masks", name)
+    if not fits(view, decomposition):
+        raise WorkspaceError(
+            f"{view.key} was trained on other factors than {decomposition.key}",
+            "name the right ones with --masks and --factors, or run ara train-masks again",
+        )
+    return view
 
 
 def masks_file(keep: float) -> str:
@@ -34,6 +57,5 @@ def read_learned(view: StageView) -> list[LearnedLosses]:
     learned, priced = [], view.manifest.config["objective"] == "priced"
     for keep, result in view.manifest.results["budgets"].items():
         tables = load_file(view.path / masks_file(float(keep))) if priced else None
-        ranks = Allocation({name: None if rank == DENSE else rank for name, rank in result["ranks"].items()})
-        learned.append(LearnedLosses(float(keep), tables, ranks))
+        learned.append(LearnedLosses(float(keep), tables, from_table(result["ranks"])))
     return learned

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ara.allocation.base import DENSE, Context, Module
+from ara.allocation.base import Allocation, Context, Module
+from ara.allocation.ranks_file import ranks_table
 from ara.config import MaskTrainingOptions, TrainMasksConfig
 from ara.errors import UnavailableError
-from ara.masks.ara import ara_family, learned_tables, needs_table, sensitivity_table, training_settings
-from ara.masks.training import LogRow, TrainingState, train
+from ara.masks.ara import ara_family, learned_tables, needs_table, sensitivity_table
+from ara.masks.training import LogRow, TrainingSettings, TrainingState, train
 from ara.stage_view import StageView, parent_of
 from ara.stage_writer import StageWriter
 from ara.stages.allocate import budget_of, load_modules
@@ -143,7 +144,7 @@ class _Training:
             self.context.model,
             self.context.train,
             self.context.held_out,
-            training_settings(self.options, config.batch_size, config.seed),
+            TrainingSettings.of(self.options, config.batch_size, config.seed),
             state=state,
             save=save,
             report=report,
@@ -157,7 +158,7 @@ class _Training:
             f"{start - state.best_held_out:.4f} less than the start's"
         )
         result = {
-            "ranks": {name: DENSE if rank is None else rank for name, rank in state.best.items()},
+            "ranks": ranks_table(Allocation(state.best)),
             "start_held_out": start,
             "held_out": state.best_held_out,
             "best_step": state.best_step,

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ara.config import TruncateConfig
 from ara.manifest import Manifest
 from ara.models.accounting import parameter_count, weight_bytes
 from ara.models.checkpoint import apply_factors, checkpoint_bytes, save_checkpoint
-from ara.models.linears import LinearSpec
 from ara.models.placement import torch_dtype
 from ara.reporting.model_card import display_name, model_card
 from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import read_allocation
-from ara.stages.common import Run, already_done, begin, layer_file, model_of, specs_of
+from ara.stages.common import Run, already_done, begin, factor_files, model_of, specs_of
 from ara.workspace import Workspace
 
 CHECKPOINT = "checkpoint"
@@ -90,11 +88,6 @@ def decomposition_of(workspace: Workspace, allocation: StageView) -> StageView:
     assert allocation.manifest is not None
     key = next(parent.key for parent in allocation.manifest.parents if parent.key.startswith("decompose/"))
     return workspace.require("decompose", key.partition("/")[2])
-
-
-def factor_files(decomposition: StageView, specs: list[LinearSpec]) -> dict[str, Path]:
-    """Return module path → file with its factors."""
-    return {spec.name: decomposition.path / layer_file(spec.layer) for spec in specs}
 
 
 def provenance(decomposition: Manifest, allocation: Manifest) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import torch
 
 from ara.allocation.base import Context
 from ara.allocation.budget import Budget
-from ara.allocation.dp_kl import DpKl, DpKlOptions, interpolate
-from ara.allocation.strs import Strs, StrsOptions, search
+from ara.allocation.dp_kl import DpKl, interpolate
+from ara.allocation.strs import Strs, search
+from ara.masks.probing import ProbeOptions
 from ara.models.linears import LinearSpec
 from tests.oracles.allocation import least_loss
 from tests.toy import toy_problem
@@ -61,7 +62,7 @@ def test_strs_takes_the_smallest_threshold_that_meets_the_budget(seed: int) -> N
 def test_strs_spends_what_is_left_on_the_most_sensitive_layer(tmp_path: Path) -> None:
     modules, context = toy_problem(tmp_path, SHAPES)
     specs = [module.spec for module in modules]
-    options = StrsOptions(ratios=1, windows=6)
+    options = ProbeOptions(ratios=1, windows=6)
     # One ratio: the least rank is all that is probed, and only that of every layer together fits.
     budget = Budget(sum(spec.rank_cost for spec in specs) + max(spec.rank_cost for spec in specs))
     ranks = Strs(options).allocate(modules, budget, context).ranks
@@ -107,7 +108,7 @@ def test_dp_kl_finds_the_least_summed_kl_of_all_allocations(small: tuple, keep: 
     specs = [module.spec for module in modules]
     budget = Budget.for_keep(specs, keep)
     # With more ratios than ranks every rank is probed and nothing interpolated.
-    allocation = DpKl(DpKlOptions(ratios=64, windows=6)).allocate(modules, budget, context)
+    allocation = DpKl(ProbeOptions(ratios=64, windows=6)).allocate(modules, budget, context)
     layers = [[(cost, _kl(context, spec, rank)) for rank, cost in budget.choices(spec)] for spec in specs]
     found = sum(_kl(context, spec, allocation.ranks[spec.name]) for spec in specs)
     assert math.isclose(found, least_loss(layers, budget.parameters), rel_tol=1e-5)

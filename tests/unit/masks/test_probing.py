@@ -18,7 +18,7 @@ from ara.allocation.budget import Budget
 from ara.decomposition.subspace import weighted_factors
 from ara.errors import NumericalError
 from ara.masks.model import MaskedModel
-from ara.masks.probing import probe, probe_choices
+from ara.masks.probing import ProbeOptions, probe, probe_choices
 from ara.models.linears import LinearSpec, find_blocks, find_linears
 from ara.progress import SilentReporter
 from tests.tiny import FAMILIES, VOCABULARY, tiny_model
@@ -187,7 +187,7 @@ def test_probed_ranks_are_evenly_spaced_choices(
     modules, context = toy_problem(tmp_path, [(84, 60), (1, 1)])
     specs: list[LinearSpec] = [module.spec for module in modules]
     budget = Budget(10**6, rank_multiple, min_rank)
-    first, second = probe_choices(context, specs, budget, ratios=5, windows=2, measure="kl")
+    first, second = probe_choices(context, specs, budget, ProbeOptions(ratios=5, windows=2), "kl")
     choices = budget.choices(specs[0])
     assert [choices[at][0] for at in first] == expected
     assert second == {}

@@ -8,8 +8,8 @@ import torch
 from ara.allocation.budget import Budget
 from ara.config import MaskTrainingOptions
 from ara.errors import NumericalError
-from ara.masks.ara import ara_family, needs_table, sensitivity_table, training_settings
-from ara.masks.training import TrainingState, batch_indices, train
+from ara.masks.ara import ara_family, needs_table, sensitivity_table
+from ara.masks.training import TrainingSettings, TrainingState, batch_indices, train
 from tests.toy import toy_problem
 
 SHAPES = [(20, 14), (9, 20), (16, 16), (20, 14)]
@@ -37,7 +37,7 @@ def _run(toy, form, steps=6, state=None, save=None, **changes):
     budget = Budget.for_keep([module.spec for module in modules], 0.6)
     table = sensitivity_table(context) if needs_table(options) else None
     family = ara_family(options, modules, budget, table)
-    settings = training_settings(options, 2, seed=5)
+    settings = TrainingSettings.of(options, 2, seed=5)
     found = train(family, context.model, context.train, context.held_out, settings, state=state, save=save)
     return found, family, budget
 
