@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ara.errors import ProblemsError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Layout = Literal["factors", "pivoted"]
 
 
 class StageConfig(BaseModel):
@@ -68,8 +69,13 @@ class TuningConfig(PlacementConfig):
 
 
 class BudgetConfig(StageConfig):
-    """What limits the ranks of every layer, beside the budget itself."""
+    """What limits the ranks of every layer, and what a rank costs, beside the budget itself."""
 
+    layout: Layout = Field(
+        "factors",
+        description="storage of a layer of rank k: factors (A and B, k(m+n) parameters) or pivoted "
+        "(k rows of BA, the others as combinations of them, k(m+n-k))",
+    )
     rank_multiple: int = Field(1, ge=1, description="ranks are multiples of this (8, 16, 32 or 64 suit GPUs)")
     min_rank: int = Field(1, ge=1, description="least rank of a layer")
     min_keep: float = Field(0.0, ge=0, le=1, description="least share of its parameters that each layer keeps")

@@ -23,7 +23,7 @@ from ara.allocation.uniform import Uniform
 from ara.config import AllocateConfig
 from ara.masks.losses import token_losses
 from ara.stages.allocate import load_modules
-from ara.stages.common import Run, model_of
+from ara.stages.common import Run, model_of, specs_of
 from ara.stages.lab import open_lab, placed
 from ara_cli.console import Column, Console
 
@@ -42,7 +42,7 @@ def main() -> None:
     workspace = run.open()
     view = workspace.require("decompose", arguments.factors)
     config = placed(AllocateConfig(), run)
-    context = open_lab(view, config, workspace, run)
+    context = open_lab(view, specs_of(view), config, workspace, run)
     modules, model = load_modules(view), context.model
     budget = Budget.for_keep([module.spec for module in modules], arguments.keep)
     cuts = {name: kind().allocate(modules, budget).ranks for name, kind in (("uniform", Uniform), ("energy", Energy))}

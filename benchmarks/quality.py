@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ara.config import AllocateConfig, DecomposeConfig, MaskTrainingOptions, TrainMasksConfig
+from ara.config import AllocateConfig, DecomposeConfig, Layout, MaskTrainingOptions, TrainMasksConfig
 from ara.errors import AraError
 from ara_cli.console import Column, Console
 from ara_cli.words import percent, seconds_text
@@ -43,21 +43,25 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 # All of them, in the order in which they are measured.
 METHODS = ("uniform", "energy", "sensitivity", "ara", "ara-paper", "dp-kl", "strs", "tanh", "gumbel")
+# Those that are measured with pivoted layers, too.
+PIVOTED = ("uniform", "energy", "sensitivity", "ara", "dp-kl")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement to make: factors, allocator, budget, seed."""
+    """One measurement to make: factors, allocator, budget, seed, layout."""
 
     factors: str
     method: str
     keep: float
     seed: int
+    layout: Layout = "factors"
 
     @property
     def key(self) -> str:
         """Name in the file of finished rows."""
-        return f"{self.factors}/{self.method}/{self.keep:g}/{self.seed}"
+        layout = "" if self.layout == "factors" else f", {self.layout}"
+        return f"{self.factors}{layout}/{self.method}/{self.keep:g}/{self.seed}"
 
 
 def independent_perplexity(model: Any, tokenizer: Any, rows: list[str], seq_len: int, windows: int) -> float:
@@ -85,10 +89,16 @@ def wanted(arguments: argparse.Namespace) -> Iterator[Row]:
     for method in ("uniform", "sensitivity"):
         for keep in arguments.keep:
             yield Row("whitened", method, keep, 0)
-    for method in METHODS:
-        for keep in arguments.keep:
-            yield Row("two-sided", method, keep, 0)
-    for method in LEARNED:
+    # What one seed says of everything, the methods of this project first; then further seeds.
+    for layout, methods in (("factors", METHODS[:4]), ("pivoted", PIVOTED), ("factors", METHODS[4:])):
+        for method in methods:
+            for keep in arguments.keep:
+                yield Row("two-sided", method, keep, 0, layout)
+    for seed in range(1, arguments.seeds):
+        for layout in ("factors", "pivoted"):
+            for keep in arguments.keep:
+                yield Row("two-sided", "ara", keep, seed, layout)
+    for method in LEARNED[1:]:
         for seed in range(1, arguments.seeds):
             for keep in arguments.keep:
                 yield Row("two-sided", method, keep, seed)
@@ -135,16 +145,14 @@ class Bench:
         """Bring a model with these factors, and the texts, into memory."""
         from ara.calibration.texts import load_documents
         from ara.calibration.tokens import evaluation_windows
-        from ara.stages.allocate import load_modules
-        from ara.stages.common import model_of
+        from ara.stages.common import model_of, specs_of
         from ara.stages.lab import open_lab, placed
 
         if self.loaded == factors:
             return
         view, workspace = self.views[factors], self.run.open()
         config = placed(AllocateConfig(), self.run)
-        self.context = open_lab(view, config, workspace, self.run)
-        self.modules = load_modules(view)
+        self.context = open_lab(view, specs_of(view), config, workspace, self.run)
         tokenizer = model_of(view, self.run).load_tokenizer()
         limit, length = self.arguments.windows, self.arguments.seq_len
         self.texts = {
@@ -174,6 +182,8 @@ class Bench:
 
     def measure(self, row: Row) -> None:
         """Allocate and measure one row, unless it is there already."""
+        from ara.stages.common import specs_of
+
         if row.key in self.rows:
             return
         self.console.step(row.key)
@@ -185,7 +195,7 @@ class Bench:
             self.rows[row.key] = {"error": str(error)}
             self.store()
             return
-        facts["linear_keep"] = allocation.keep([module.spec for module in self.modules])
+        facts["linear_keep"] = allocation.keep(specs_of(self.views[row.factors], row.layout))
         facts["dense_layers"] = allocation.dense_count()
         self.rows[row.key] = {**facts, **self.quality(allocation.ranks)}
         self.store()
@@ -196,12 +206,14 @@ class Bench:
         from ara.allocation.probed import Probed
         from ara.allocation.sensitivity import Sensitivity, best_ranks, sensitivity_of
         from ara.config import method_options
+        from ara.stages.allocate import load_modules
 
         if row.method in FORMS:
             return self._trained(row)
         kind = ALLOCATORS.load(row.method)
         context = replace(self.context, seed=row.seed)
-        specs = [module.spec for module in self.modules]
+        modules = load_modules(self.views[row.factors], row.layout)
+        specs = [module.spec for module in modules]
         budget = Budget.for_keep(specs, row.keep)
         allocator = kind(method_options(kind.Options, {}))
         passes, begun = context.model.backward_passes, time.monotonic()
@@ -210,9 +222,11 @@ class Bench:
             allocation = best_ranks(specs, table, budget)
             return allocation, {"seconds": seconds, "backward_passes": len(context.train)}
         if isinstance(allocator, Probed):
-            probes, seconds = self._once(row.method, lambda: allocator.probes(specs, budget, context))
+            probes, seconds = self._once(
+                f"{row.method}, {row.layout}", lambda: allocator.probes(specs, budget, context)
+            )
             return allocator.choose(specs, probes, budget), {"seconds": seconds, "backward_passes": 0}
-        allocation = allocator.allocate(self.modules, budget, context if allocator.needs_model else None)
+        allocation = allocator.allocate(modules, budget, context if allocator.needs_model else None)
         seconds = time.monotonic() - begun
         return allocation, {"seconds": seconds, "backward_passes": context.model.backward_passes - passes}
 
@@ -230,8 +244,10 @@ class Bench:
         from ara.stages.train_masks import train_masks
 
         steps = self.arguments.steps or MaskTrainingOptions().steps
-        config = TrainMasksConfig(keep=tuple(self.arguments.keep), steps=steps, seed=row.seed, **FORMS[row.method])
-        view = train_masks(config, self.run, factors=row.factors, name=f"{row.method}-{row.seed}")
+        config = TrainMasksConfig(
+            keep=tuple(self.arguments.keep), steps=steps, seed=row.seed, layout=row.layout, **FORMS[row.method]
+        )
+        view = train_masks(config, self.run, factors=row.factors, name=f"{row.method}-{row.layout}-{row.seed}")
         assert view.manifest is not None
         result = view.manifest.results["budgets"][f"{row.keep:g}"]
         log = view.manifest.results["log"][f"{row.keep:g}"]
@@ -307,6 +323,7 @@ def draw(rows: dict[str, Any], keeps: list[float]) -> bytes:
         "uniform ranks, whitened factors": curve("whitened", "uniform"),
         f"{best}, two-sided factors": rivals[best],
         "ARA, two-sided factors": curve("two-sided", "ara"),
+        "ARA, two-sided factors, pivoted": curve("two-sided, pivoted", "ara"),
     }
     title = "SmolLM2-135M, WikiText-2"
     return keep_curves(curves, math.exp(rows["dense"]["wikitext2"]), title)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from ara.allocation.budget import Budget
+from ara.config import Layout
 from ara.decomposition.base import MethodOptions
 from ara.models.linears import LinearSpec
 from ara.progress import SILENT, Reporter
@@ -63,8 +64,8 @@ class Allocation:
 
 
 def cost(spec: LinearSpec, rank: int | None) -> int:
-    """Parameters of one layer: k(m + n), or mn when it stays dense (``rank`` is ``None``)."""
-    return spec.dense_cost if rank is None else rank * spec.rank_cost
+    """Parameters of one layer: those of its rank, or mn when it stays dense (``rank`` is ``None``)."""
+    return spec.dense_cost if rank is None else spec.cost(rank)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +99,12 @@ class Allocator:
     Class attributes:
         Options: the method's own options.
         needs_model: whether :meth:`allocate` must be given a :class:`Context`.
+        layouts: those whose costs it knows.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     needs_model: ClassVar[bool] = False
+    layouts: ClassVar[tuple[Layout, ...]] = ("factors", "pivoted")
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options = options or self.Options()
@@ -115,7 +118,7 @@ class Allocator:
             context: the model and calibration text; ``None`` only when ``needs_model`` is false.
 
         The result never costs more than ``budget.parameters`` and leaves less than the cheapest rank step unspent;
-        every rank is a positive multiple of ``budget.rank_multiple`` with k(m + n) < mn.
+        every rank is a positive multiple of ``budget.rank_multiple`` that costs less than mn.
         """
         raise NotImplementedError
 

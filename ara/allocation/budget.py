@@ -1,13 +1,14 @@
 """The budget, and how integer ranks meet it exactly.
 
-A layer's choices are the ranks 1·s, 2·s, … below break-even (s the rank multiple) at k(m + n) parameters, and dense at
-mn: a rank that costs as much as W is never offered, for W itself is then the better layer (ARA, Eq. 8).
+A layer's choices are the ranks 1·s, 2·s, … (s the rank multiple) that cost less than mn, and dense at mn: a rank that
+costs as much as W is never offered, for W itself is then the better layer (ARA, Eq. 8). What a rank costs depends on
+how it is stored, see :meth:`ara.models.linears.LinearSpec.cost`.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,11 +72,12 @@ class Budget:
         if spec.name in self.dense:
             return [(None, spec.dense_cost)]
         step = self.rank_multiple
-        floor = max(self.min_rank, math.ceil(self.min_keep * spec.dense_cost / spec.rank_cost - 1e-9))
-        first = max(step, -(-floor // step) * step)
-        last = (spec.dense_cost - 1) // spec.rank_cost
-        ranks = range(first, last + 1, step)
-        return [*((rank, rank * spec.rank_cost) for rank in ranks), (None, spec.dense_cost)]
+        # The small number forgives the rounding of a product such as 0.3 · 1 000 000.
+        floor = self.min_keep * spec.dense_cost - 1e-6
+        least = max(self.min_rank, 1 + bisect_left(range(1, spec.top_rank + 1), floor, key=spec.cost))
+        first = max(step, -(-least // step) * step)
+        ranks = range(first, spec.top_rank + 1, step)
+        return [*((rank, spec.cost(rank)) for rank in ranks), (None, spec.dense_cost)]
 
 
 def spend_rest(specs: Sequence[LinearSpec], picks: list[int], budget: Budget, priority: Sequence[float]) -> None:

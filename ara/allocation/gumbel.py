@@ -103,7 +103,7 @@ class GumbelMasks(MaskFamily):
     def penalty(self) -> torch.Tensor:
         """Return λ · budget term + γ · alignment of the latest :meth:`cut`, nats."""
         costs = [
-            torch.tensor(float(spec.dense_cost)) if fixed else spec.rank_cost * mask.sum()
+            torch.tensor(float(spec.dense_cost)) if fixed else spec.cost(mask.sum())
             for spec, mask, fixed in zip(self.specs, self.drawn, self.fixed, strict=True)
         ]
         over = (torch.stack(costs).sum() / self.budget.parameters).clamp_min(1).log()
@@ -119,7 +119,7 @@ class GumbelMasks(MaskFamily):
         """Return the expected counts, scaled to the budget; dense where that reaches break-even."""
         logits = self.parameters["logits"].detach().double()
         counts = [float(part.sum()) for part in torch.sigmoid(logits).split(self.sizes)]
-        shares = [count * spec.rank_cost / spec.dense_cost for spec, count in zip(self.specs, counts, strict=True)]
+        shares = [spec.cost(count) / spec.dense_cost for spec, count in zip(self.specs, counts, strict=True)]
         return proportional(self.specs, shares, self.budget, keep_dense=False)
 
 

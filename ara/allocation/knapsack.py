@@ -104,13 +104,13 @@ class _Layer:
         choice: (c) int64, index into ``budget.choices(spec)``, increasing.
         cost: (c) int64, parameters, increasing.
         loss: (c) float64, decreasing to 0.
-        rank_cost: parameters of one rank; layers that share it reach the same costs.
+        perimeter: m + n; layers that share it reach the same costs.
     """
 
     choice: np.ndarray
     cost: np.ndarray
     loss: np.ndarray
-    rank_cost: int
+    perimeter: int
 
 
 def _useful(spec: LinearSpec, options: Sequence[tuple[int | None, int]], loss: np.ndarray) -> _Layer:
@@ -131,7 +131,7 @@ def _useful(spec: LinearSpec, options: Sequence[tuple[int | None, int]], loss: n
     falling = np.minimum.accumulate(loss)
     choice = np.flatnonzero(np.diff(falling, prepend=np.inf) < 0)
     cost = np.array([cost for _, cost in options], dtype=np.int64)
-    return _Layer(choice, cost[choice], falling[choice] - falling[-1], spec.rank_cost)
+    return _Layer(choice, cost[choice], falling[choice] - falling[-1], spec.m + spec.n)
 
 
 @dataclass(eq=False)
@@ -341,8 +341,8 @@ class _Core:
         # Layers that reach the same costs follow each other, so that their states coincide.
         sizes = Counter[int]()
         for i in free:
-            sizes[layers[i].rank_cost] += len(kept[i])
-        self.order = sorted(free, key=lambda i: (-sizes[layers[i].rank_cost], layers[i].rank_cost, -len(kept[i]), i))
+            sizes[layers[i].perimeter] += len(kept[i])
+        self.order = sorted(free, key=lambda i: (-sizes[layers[i].perimeter], layers[i].perimeter, -len(kept[i]), i))
         self.cost = [(layers[i].cost[kept[i]] - layers[i].cost[kept[i][0]]) // unit for i in self.order]
         self.reduced = [relaxed.reduced[i][kept[i]] for i in self.order]
         self.flat_cost = np.concatenate([np.zeros(0, np.int64), *self.cost])

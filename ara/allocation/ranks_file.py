@@ -87,8 +87,8 @@ def _problems(ranks: dict[str, Any], specs: Sequence[LinearSpec]) -> list[str]:
             continue
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             problems.append(f'{name}: {rank!r} is neither a whole number of at least 1 nor "dense"')
-        elif rank * spec.rank_cost >= spec.dense_cost:
-            last = (spec.dense_cost - 1) // spec.rank_cost
-            less = f" or at most {last}" if last else ""
+        elif rank > spec.top_rank:
+            less = f" or at most {spec.top_rank}" if spec.top_rank else ""
+            less += "; --layout pivoted allows more" if spec.layout == "factors" and rank < spec.full_rank else ""
             problems.append(f'{name}: rank {rank} costs as much as the dense weight; write "dense"{less}')
     return problems

@@ -61,7 +61,7 @@ def proportional(
             high = middle
     costs = [ladder[pick] for ladder, pick in zip(ladders, picks_at(low), strict=True)]
     lost = [
-        (low * share * spec.dense_cost - cost) / spec.rank_cost
+        (low * share * spec.dense_cost - cost) / (spec.m + spec.n)
         for spec, share, cost in zip(specs, shares, costs, strict=True)
     ]
     picks = [[cost for _, cost in options].index(cost) for options, cost in zip(choices, costs, strict=True)]

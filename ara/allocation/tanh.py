@@ -53,6 +53,7 @@ class Tanh(Allocator):
 
     Options = TanhOptions
     needs_model = True
+    layouts = ("factors",)
 
     def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
         """Train positions; return the best allocation seen on held-out text, the uniform start included."""
@@ -76,7 +77,7 @@ class TanhMasks(MaskFamily):
         self.dense_costs = torch.tensor([spec.dense_cost for spec in self.specs], dtype=torch.float64)
         self.fixed = torch.tensor(without_choice(self.specs, budget))
         # R of rank 1, and of full rank.
-        self.least = torch.tensor([spec.rank_cost / spec.dense_cost for spec in self.specs], dtype=torch.float64)
+        self.least = torch.tensor([(spec.m + spec.n) / spec.dense_cost for spec in self.specs], dtype=torch.float64)
         self.most = self.least * torch.tensor([spec.full_rank for spec in self.specs])
         self.keep = budget.parameters / float(self.dense_costs.sum())
         self.parameters = {"shares": torch.full_like(self.least, self.keep).requires_grad_()}

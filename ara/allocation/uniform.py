@@ -22,7 +22,7 @@ class Uniform(Allocator):
             picks.append(affordable[-1] if affordable else 0)
         _lower_to_budget(choices, picks, budget)
         lost = [
-            (keep * spec.dense_cost - options[pick][1]) / spec.rank_cost
+            (keep * spec.dense_cost - options[pick][1]) / (spec.m + spec.n)
             for spec, options, pick in zip(specs, choices, picks, strict=True)
         ]
         spend_rest(specs, picks, budget, lost)

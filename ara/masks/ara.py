@@ -9,7 +9,8 @@ import torch
 from ara.allocation.base import Context, Module
 from ara.allocation.budget import Budget
 from ara.allocation.sensitivity import SensitivityOptions, best_ranks, sensitivity_of
-from ara.config import MaskTrainingOptions
+from ara.config import Layout, MaskTrainingOptions
+from ara.errors import UsageError
 from ara.masks.newton import NewtonMasks
 from ara.masks.paper import PaperOptions, PaperStaircase, shares_of, start_at
 from ara.masks.priced import PricedStaircase
@@ -18,6 +19,19 @@ from ara.models.linears import LinearSpec
 
 Tables = Mapping[str, torch.Tensor]
 AraFamily = NewtonMasks | PricedStaircase | PaperStaircase
+
+
+def check_layout(options: MaskTrainingOptions, layout: Layout) -> None:
+    """Refuse the paper's form for pivoted layers.
+
+    Raises:
+        UsageError: its gain function has a jump at k(m + n) = mn, which pivoted layers have not.
+    """
+    if options.objective == "paper" and layout != "factors":
+        raise UsageError(
+            f"--objective paper and --layout {layout} are both given: the paper's form counts k(m + n) parameters",
+            "use --objective priced, or --layout factors",
+        )
 
 
 def needs_table(options: MaskTrainingOptions) -> bool:
@@ -47,6 +61,7 @@ def ara_family(
         learned: what a training at another budget has learned, to start from instead.
     """
     specs = [module.spec for module in modules]
+    check_layout(options, specs[0].layout)
     start = learned or (table if options.start == "sensitivity" else None) or even_tables(specs)
     if options.objective == "priced":
         if options.optimiser == "newton":
@@ -76,7 +91,7 @@ def even_tables(specs: Sequence[LinearSpec]) -> dict[str, torch.Tensor]:
     """Return losses whose optimum is one share R for all layers: ½ (1 − R)² mn / Σ mn up to R = 1; (r + 1) each."""
     tables, total = {}, sum(spec.dense_cost for spec in specs)
     for spec in specs:
-        share = torch.arange(spec.full_rank + 1, dtype=torch.float64) * spec.rank_cost / spec.dense_cost
+        share = spec.cost(torch.arange(spec.full_rank + 1, dtype=torch.float64)) / spec.dense_cost
         tables[spec.name] = 0.5 * spec.dense_cost / total * (1 - share).clamp_min(0).square()
         tables[spec.name][-1] = 0
     return tables

@@ -130,7 +130,7 @@ class PaperStaircase(MaskFamily):
         """Return the hard rank of every layer; below break-even no rounding reaches it."""
         ranks: dict[str, int | None] = {}
         for spec, value, fixed in zip(self.atoms.specs, expected.tolist(), self.fixed.tolist(), strict=True):
-            highest = (spec.dense_cost - 1) // spec.rank_cost
+            highest = spec.top_rank
             dense = fixed or value >= _break_even(spec)
             ranks[spec.name] = None if dense else max(1, min(round(value), highest))
         return ranks
@@ -147,7 +147,7 @@ class Guidance:
     def __init__(self, specs: Sequence[LinearSpec], spectra: Mapping[str, torch.Tensor]) -> None:
         self.break_even = torch.tensor([_break_even(spec) for spec in specs], dtype=torch.float64)
         # Last rank below break-even, where the last linear piece of g starts.
-        self.highest = torch.tensor([(spec.dense_cost - 1) // spec.rank_cost for spec in specs])
+        self.highest = torch.tensor([spec.top_rank for spec in specs])
         self.weights = torch.tensor([spec.dense_cost for spec in specs], dtype=torch.float64)
         self.weights = self.weights / self.weights.sum()
         # g at ranks 0 … r, filled up with ones.
@@ -226,4 +226,4 @@ def shares_of(specs: Sequence[LinearSpec], ranks: Mapping[str, int | None]) -> d
 
 def _break_even(spec: LinearSpec) -> float:
     """Return k* = mn / (m + n), where R = 1."""
-    return spec.dense_cost / spec.rank_cost
+    return spec.dense_cost / (spec.m + spec.n)

@@ -85,7 +85,7 @@ def paper_atoms(specs: Sequence[LinearSpec], count: int) -> Atoms:
     for spec in specs:
         steps = min(count, spec.full_rank)
         ranks = sorted({max(1, round((i + 1) * spec.full_rank / steps)) for i in range(steps)})
-        rows.append([(rank, rank * spec.rank_cost, False) for rank in ranks])
+        rows.append([(rank, rank * (spec.m + spec.n), False) for rank in ranks])
     return _stack(specs, rows)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ara.models.modeling_ara import PivotedLinear
+
 
 def parameter_count(model: nn.Module) -> int:
     """Return the number of parameters of ``model``; a tied weight counts once."""
@@ -11,5 +13,6 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters of ``model``; a tied weight counts once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    """Return the bytes of parameters and stored indices of ``model``; a tied weight counts once."""
+    indices = [module.order for module in model.modules() if isinstance(module, PivotedLinear)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *indices])

@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ara.config import Layout
 from ara.errors import ModelError, first_line
 from ara.models import modeling_ara
 from ara.models.linears import bias_of
 from ara.models.modeling_ara import (
+    FORMATS,
     QUANT_METHOD,
     AraConfig,
     AraQuantizer,
+    CompressedLinear,
     Conv1D,
     LowRankLinear,
+    PivotedLinear,
     densify,
     replace_linear,
 )
+from ara.models.pivoting import pivot
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.quiet import quiet_transformers
 
@@ -33,7 +38,9 @@ if TYPE_CHECKING:
 CODE_FILE = "modeling_ara.py"
 
 
-def apply_factors(model: PreTrainedModel, ranks: Mapping[str, int], files: Mapping[str, Path]) -> None:
+def apply_factors(
+    model: PreTrainedModel, ranks: Mapping[str, int], files: Mapping[str, Path], layout: Layout = "factors"
+) -> None:
     """Replace linear layers of ``model`` by low-rank ones, in place.
 
     Args:
@@ -41,16 +48,23 @@ def apply_factors(model: PreTrainedModel, ranks: Mapping[str, int], files: Mappi
         ranks: module path → kept rank k.
         files: module path → safetensors file with its full factors ``<path>.A`` (r, n) and ``<path>.B`` (m, r); only
             the kept components are read.
+        layout: how the new layers hold the product.
     """
     for path in dict.fromkeys(files[name] for name in ranks):
         with safe_open(path, "pt") as file:
             for name in (name for name in ranks if files[name] == path):
                 module, rank = model.get_submodule(name), ranks[name]
-                a = file.get_slice(f"{name}.A")[:rank].to(model.device, model.dtype)
-                b = file.get_slice(f"{name}.B")[:, :rank].to(model.device, model.dtype)
-                layer = LowRankLinear.from_factors(
-                    a.contiguous(), b.contiguous(), bias_of(module), isinstance(module, Conv1D)
-                )
+                a = file.get_slice(f"{name}.A")[:rank].to(model.device)
+                b = file.get_slice(f"{name}.B")[:, :rank].to(model.device)
+                bias, transposed = bias_of(module), isinstance(module, Conv1D)
+                layer: LowRankLinear | PivotedLinear
+                if layout == "pivoted":
+                    parts = pivot(a, b)
+                    a, c = parts.a.to(model.dtype), parts.c.to(model.dtype)
+                    layer = PivotedLinear.from_parts(a, c, parts.order, bias, transposed)
+                else:
+                    a, b = a.to(model.dtype).contiguous(), b.to(model.dtype).contiguous()
+                    layer = LowRankLinear.from_factors(a, b, bias, transposed)
                 replace_linear(model, name, layer)
 
 
@@ -61,6 +75,7 @@ def save_checkpoint(
     *,
     ranks: Mapping[str, int],
     provenance: dict[str, Any],
+    layout: Layout = "factors",
     dense: bool = False,
     max_shard_size: str = "5GB",
 ) -> None:
@@ -72,6 +87,7 @@ def save_checkpoint(
         folder: created if need be.
         ranks: module path → kept rank of the low-rank layers.
         provenance: carried in ``config.json``.
+        layout: of the low-rank layers.
         dense: write an ordinary dense checkpoint.
         max_shard_size: largest file, such as ``5GB``.
     """
@@ -79,7 +95,7 @@ def save_checkpoint(
     if dense:
         densify(model)
     elif ranks:
-        config = AraConfig(ranks=dict(ranks), provenance=provenance)
+        config = AraConfig(dict(ranks), FORMATS[layout], provenance, layout)
         model.config.quantization_config = config
         model.config.auto_map = {"AutoModelForCausalLM": f"{Path(CODE_FILE).stem}.AraForCausalLM"}
         model.hf_quantizer = AraQuantizer(config)
@@ -170,4 +186,4 @@ def checkpoint_bytes(folder: Path) -> int:
 
 def low_rank_layers(model: torch.nn.Module) -> dict[str, int]:
     """Return module path → rank of the low-rank layers of a model."""
-    return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    return {name: module.rank for name, module in model.named_modules() if isinstance(module, CompressedLinear)}

@@ -9,13 +9,17 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ara.config import Layout
 from ara.errors import UnsupportedModelError, UsageError
-from ara.models.modeling_ara import LowRankLinear
+from ara.models.modeling_ara import CompressedLinear
+
+Number = TypeVar("Number", int, float, torch.Tensor)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class LinearSpec:
         kind: path inside the block, such as ``self_attn.q_proj``.
         m: out features.
         n: in features.
+        layout: how it would be stored at a lower rank, which decides what a rank costs; see
+            :mod:`ara.models.pivoting`.
     """
 
     name: str
@@ -35,6 +41,7 @@ class LinearSpec:
     kind: str
     m: int
     n: int
+    layout: Layout = "factors"
 
     @property
     def full_rank(self) -> int:
@@ -46,10 +53,16 @@ class LinearSpec:
         """Parameters of the dense weight, mn; the bias is kept in any case and not counted."""
         return self.m * self.n
 
+    def cost(self, rank: Number) -> Number:
+        """Parameters of rank k: k(m + n) as factors, k(m + n − k) pivoted, which is mn at full rank."""
+        return rank * (self.m + self.n - rank) if self.layout == "pivoted" else rank * (self.m + self.n)
+
     @property
-    def rank_cost(self) -> int:
-        """Parameters of one rank, m + n."""
-        return self.m + self.n
+    def top_rank(self) -> int:
+        """The largest rank that costs less than the dense weight; 0 if there is none."""
+        if self.layout == "pivoted":
+            return self.full_rank - 1
+        return (self.dense_cost - 1) // (self.m + self.n)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -82,7 +95,7 @@ def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSp
     linears: list[LinearSpec] = []
     for layer, block in enumerate(blocks):
         for kind, module in block.named_modules():
-            if isinstance(module, LowRankLinear):
+            if isinstance(module, CompressedLinear):
                 raise UnsupportedModelError(
                     f"{prefix}.{layer}.{kind} is already factorised", "start from the original, dense model"
                 )

@@ -23,8 +23,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 QUANT_METHOD = "ara"
-# Version of the layout that ``quantization_config`` describes; a newer one is refused, not guessed at.
-CHECKPOINT_FORMAT = 1
+# Version of what ``quantization_config`` describes, by layout of the layers; a newer one is refused, not guessed at.
+FORMATS = {"factors": 1, "pivoted": 2}
+CHECKPOINT_FORMAT = max(FORMATS.values())
 
 
 class LowRankLinear(nn.Module):
@@ -100,30 +101,125 @@ class LowRankLinear(nn.Module):
         return f"rank={self.rank}"
 
 
+class PivotedLinear(nn.Module):
+    """A linear layer of rank k in k(m + n − k) parameters: ``y = P [h; C h] + bias`` with ``h = A x``.
+
+    The rows of A are k rows of the layer's own weight, the pivots; each other row is a combination of them.
+
+    Attributes:
+        A: the pivot rows; weight (k, n), no bias.
+        C: the other rows in terms of the pivots; weight (m − k, k), no bias.
+        order: (m) int32; output i is element ``order[i]`` of [h; C h].
+        bias: (m), or ``None``.
+        transposed: whether it stands for a ``Conv1D``, GPT-2's linear layer with a weight of (n, m).
+    """
+
+    order: torch.Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.transposed = transposed
+        self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.C = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
+        self.register_buffer("order", torch.arange(out_features, dtype=torch.int32, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_parts(
+        cls,
+        a: torch.Tensor,
+        c: torch.Tensor,
+        order: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        transposed: bool = False,
+    ) -> PivotedLinear:
+        """Build the layer from ``a`` (k, n), ``c`` (m − k, k), ``order`` (m) and ``bias`` (m), used as they are."""
+        layer = cls(a.shape[1], len(order), a.shape[0], False, transposed, device="meta", dtype=a.dtype)
+        layer.A.weight = nn.Parameter(a, requires_grad=False)
+        layer.C.weight = nn.Parameter(c, requires_grad=False)
+        layer.order = order
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return layer
+
+    @property
+    def in_features(self) -> int:
+        """Width n of the input."""
+        return self.A.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width m of the output."""
+        return len(self.order)
+
+    @property
+    def rank(self) -> int:
+        """Kept rank k."""
+        return self.A.out_features
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight (m, n), multiplied anew at each access: for model code that asks for it."""
+        a = self.A.weight
+        return torch.cat([a, self.C.weight @ a]).index_select(0, self.order)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``x`` (..., n) to (..., m) through k of its own outputs."""
+        h = self.A(x)
+        y = torch.cat([h, self.C(h)], -1).index_select(-1, self.order)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """Show the rank."""
+        return f"rank={self.rank}"
+
+
+# What stands for a linear layer in a compressed model.
+CompressedLinear = LowRankLinear | PivotedLinear
+
+
 class AraConfig(QuantizationConfigMixin):
     """``quantization_config`` of an ARA checkpoint.
 
     Args:
         ranks: module path → kept rank k, for the factorised modules only; all others are dense.
-        format_version: layout of the checkpoint.
+        layout: how those are stored: ``factors`` (:class:`LowRankLinear`) or ``pivoted`` (:class:`PivotedLinear`).
+        format_version: of the checkpoint; see ``FORMATS``.
         provenance: how the checkpoint was made; carried along, never interpreted.
     """
 
     def __init__(
         self,
         ranks: dict[str, int] | None = None,
-        format_version: int = CHECKPOINT_FORMAT,
+        format_version: int = 1,
         provenance: dict[str, Any] | None = None,
+        layout: str = "factors",
         **_: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.ranks = dict(ranks or {})
+        self.layout = layout
         self.format_version = format_version
         self.provenance = dict(provenance or {})
         if type(format_version) is not int or not 1 <= format_version <= CHECKPOINT_FORMAT:
             raise ValueError(
                 f"this checkpoint has ARA format {format_version!r}; this code reads up to {CHECKPOINT_FORMAT}: "
                 "update ara-svd"
+            )
+        if FORMATS.get(layout, format_version + 1) > format_version:
+            raise ValueError(
+                f"quantization_config.layout must be one of those of ARA format {format_version} "
+                f"({', '.join(name for name, since in FORMATS.items() if since <= format_version)}), got {layout!r}"
             )
         for name, rank in self.ranks.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -133,17 +229,22 @@ class AraConfig(QuantizationConfigMixin):
 
 
 class AraQuantizer(HfQuantizer):
-    """Puts :class:`LowRankLinear` modules into the empty model before transformers loads the weights."""
+    """Puts compressed layers into the empty model before transformers loads the weights."""
 
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         ignored = {rf"^{re.escape(key)}$" for key in self._guards()}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
-        for name, rank in self.quantization_config.ranks.items():
-            replace_linear(model, name, _empty_like(_linear(model, name), rank))
+        config = self.quantization_config
+        kind = PivotedLinear if config.layout == "pivoted" else LowRankLinear
+        for name, rank in config.ranks.items():
+            replace_linear(model, name, _empty_like(_linear(model, name), kind, rank))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, module in model.named_modules():
+            if isinstance(module, PivotedLinear) and not _is_permutation(module.order):
+                raise ValueError(f"{name}.order is not a permutation of 0 … {len(module.order) - 1}")
         # The code file does not travel with a later save_pretrained; a reference to it would dangle.
         if getattr(model.config, "auto_map", None):
             del model.config.auto_map
@@ -205,12 +306,12 @@ def replace_linear(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Multiply every :class:`LowRankLinear` of ``model`` back into an ordinary linear layer, in place.
+    """Multiply every compressed layer of ``model`` back into an ordinary linear layer, in place.
 
     The product is taken in float32 and rounded once, to the dtype of the factors.
     """
     for name, module in list(model.named_modules()):
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, CompressedLinear):
             replace_linear(model, name, _dense_layer(module))
     return model
 
@@ -238,8 +339,17 @@ def _linear(model: nn.Module, name: str) -> Any:
     return module
 
 
-def _dense_layer(module: LowRankLinear) -> nn.Module:
-    weight = (module.B.weight.detach().float() @ module.A.weight.detach().float()).to(module.A.weight.dtype)
+def _is_permutation(order: torch.Tensor) -> bool:
+    return torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device))
+
+
+def _dense_layer(module: LowRankLinear | PivotedLinear) -> nn.Module:
+    a = module.A.weight.detach().float()
+    if isinstance(module, PivotedLinear):
+        weight = torch.cat([a, module.C.weight.detach().float() @ a]).index_select(0, module.order)
+    else:
+        weight = module.B.weight.detach().float() @ a
+    weight = weight.to(module.A.weight.dtype)
     layer: nn.Module
     if module.transposed:
         with torch.device("meta"):
@@ -253,11 +363,11 @@ def _dense_layer(module: LowRankLinear) -> nn.Module:
     return layer
 
 
-def _empty_like(linear: Any, rank: int) -> LowRankLinear:
+def _empty_like(linear: Any, kind: type[LowRankLinear | PivotedLinear], rank: int) -> LowRankLinear | PivotedLinear:
     weight, bias = linear.weight, linear.bias
     transposed = isinstance(linear, Conv1D)
     n, m = weight.shape if transposed else reversed(weight.shape)
-    return LowRankLinear(n, m, rank, bias is not None, transposed, device=weight.device, dtype=weight.dtype)
+    return kind(n, m, rank, bias is not None, transposed, device=weight.device, dtype=weight.dtype)
 
 
 register()

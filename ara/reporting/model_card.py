@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ara.calibration.texts import FILE_PREFIX
+from ara.config import Layout
 from ara.manifest import Manifest
 
 # Options whose value is a path however it is written, and those whose value is never one.
@@ -18,7 +19,9 @@ _PROSE_OPTION = "--prompt"
 _GLUED = re.compile(r"([\w-]+=|-[a-z]*?w)(.+)", re.DOTALL)
 
 
-def model_card(decomposition: Manifest, allocation: Manifest, results: dict[str, Any], dtype: str) -> str:
+def model_card(
+    decomposition: Manifest, allocation: Manifest, results: dict[str, Any], dtype: str, layout: Layout = "factors"
+) -> str:
     """Return the card as Markdown with the front matter that model hubs read.
 
     Args:
@@ -26,6 +29,7 @@ def model_card(decomposition: Manifest, allocation: Manifest, results: dict[str,
         allocation: manifest of the ranks.
         results: figures of the truncation: parameters, bytes, layers.
         dtype: precision of the stored weights.
+        layout: of the low-rank layers.
     """
     model = decomposition.model
     base = display_name(model)
@@ -43,7 +47,7 @@ def model_card(decomposition: Manifest, allocation: Manifest, results: dict[str,
     sections = [
         "\n".join([*front, "---"]),
         f"# {base}, compressed by ARA to {results['model_keep']:.1%} of its parameters",
-        _what(decomposition, allocation, results, base),
+        _what(decomposition, allocation, results, base, layout),
         _numbers(decomposition, allocation, results, dtype),
         _ranks(allocation),
         _loading(results),
@@ -110,14 +114,16 @@ def _shared_text(spec: str) -> str:
     return prefix + Path(spec.removeprefix(prefix)).name
 
 
-def _what(decomposition: Manifest, allocation: Manifest, results: dict[str, Any], base: str) -> str:
+def _what(decomposition: Manifest, allocation: Manifest, results: dict[str, Any], base: str, layout: Layout) -> str:
     config, figures = decomposition.config, decomposition.results
     text = (
         f"{figures['windows'][0]} × {figures['windows'][1]} tokens of {_shared_text(config['text'])}"
         if figures["windows"]
         else "none"
     )
-    shape = "multiplied back to dense weights" if results["densified"] else "stored as two thin matrices each"
+    pivoted = "stored as some of their rows, the others as combinations of those"
+    shape = {"factors": "stored as two thin matrices each", "pivoted": pivoted}[layout]
+    shape = "multiplied back to dense weights" if results["densified"] else shape
     return (
         f"{results['low_rank_layers']} linear layers of `{base}` were factorised by SVD and are {shape}; "
         f"{results['dense_layers']} stay dense, embeddings and head are untouched. No weight was trained.\n\n"

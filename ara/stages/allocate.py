@@ -14,7 +14,7 @@ from ara.allocation.budget import Budget
 from ara.allocation.guard import Verdict, compare_candidates
 from ara.allocation.ranks_file import RANKS_FILE, ranks_document, read_ranks
 from ara.allocation.uniform import Uniform
-from ara.config import AllocateConfig, BudgetConfig, TuningConfig, method_options
+from ara.config import AllocateConfig, BudgetConfig, Layout, TuningConfig, method_options
 from ara.errors import UsageError, WorkspaceError
 from ara.manifest import file_sha256
 from ara.models.linears import LinearSpec, matching
@@ -51,10 +51,11 @@ def allocate(
     workspace = run.open()
     with workspace.lock(run.command):
         decomposition = workspace.require("decompose", factors)
-        specs = specs_of(decomposition)
+        specs = specs_of(decomposition, config.layout)
         if ranks is None:
             if config.keep is None:
                 raise UsageError("no budget given", "add --keep 0.8, for example")
+            refuse_layout(config.method, config.layout)
             run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}")
         else:
             run.report.step(f"Reading ranks from {ranks}")
@@ -82,6 +83,20 @@ def allocate(
             (stage.folder / RANKS_FILE).write_text(ranks_document(allocation, about), encoding="utf-8")
             stage.results.update({**results, "guard": asdict(verdict) if verdict else None})
         return workspace.view(f"allocate/{name}")
+
+
+def refuse_layout(method: str, layout: Layout) -> None:
+    """Refuse a layout whose costs an allocator does not know.
+
+    Raises:
+        UsageError: it does not know them, or there is no such allocator.
+    """
+    known = ALLOCATORS.load(method).layouts
+    if layout not in known:
+        raise UsageError(
+            f"--method {method} does not know what --layout {layout} costs",
+            f"use --layout {known[0]}, or another method",
+        )
 
 
 def needs_model(config: AllocateConfig) -> bool:
@@ -113,8 +128,9 @@ def _training(
             raise UsageError(f"--masks {masks} and --method {config.method} are both given", "use --method ara")
         return None
     if masks is None and not workspace.views("train-masks"):
+        layout = "" if config.layout == "factors" else f" --layout {config.layout}"
         raise WorkspaceError(
-            f"{workspace.root} has no trained masks", f"run first: ara train-masks --keep {config.keep:g}"
+            f"{workspace.root} has no trained masks", f"run first: ara train-masks --keep {config.keep:g}{layout}"
         )
     return require_training(workspace, decomposition, masks)
 
@@ -127,14 +143,16 @@ def default_name(config: AllocateConfig, factors: str, ranks: Path | None = None
     assert config.keep is not None
     keep = f"{config.keep:g}"
     parts += [config.method, keep if len(keep) > 4 else f"{config.keep:.2f}"]
+    if config.layout != "factors":
+        parts.append(config.layout)
     if config.rank_multiple > 1:
         parts.append(f"x{config.rank_multiple}")
     return "-".join(parts)
 
 
-def load_modules(decomposition: StageView) -> list[Module]:
+def load_modules(decomposition: StageView, layout: Layout = "factors") -> list[Module]:
     """Read the spectra of a decomposition, and nothing else of its factors."""
-    modules, specs = [], specs_of(decomposition)
+    modules, specs = [], specs_of(decomposition, layout)
     for layer in dict.fromkeys(spec.layer for spec in specs):
         with safe_open(decomposition.path / layer_file(layer), "pt") as file:
             for spec in (spec for spec in specs if spec.layer == layer):
@@ -171,6 +189,13 @@ def summary(allocation: Allocation, specs: list[LinearSpec], model_parameters: i
     }
 
 
+def layout_of(allocation: StageView) -> Layout:
+    """Return the layout that an allocation counts its parameters in; manifests that name none mean factors."""
+    assert allocation.manifest is not None
+    layout: Layout = allocation.manifest.config.get("layout", "factors")
+    return layout
+
+
 def read_allocation(view: StageView, specs: list[LinearSpec]) -> Allocation:
     """Read the ranks of a finished allocation."""
     return read_ranks(view.path / RANKS_FILE, specs)
@@ -187,14 +212,15 @@ def _by_method(
     config: AllocateConfig, decomposition: StageView, trained: StageView | None, workspace: Workspace, run: Run
 ) -> tuple[Allocation, Verdict | None]:
     """Allocate by the method, and let the guard choose between its result and simpler ones."""
-    entry, specs = ALLOCATORS.entry(config.method), specs_of(decomposition)
-    allocator: Allocator = entry.load()(method_options(entry.load().Options, config.options))
+    kind: type[Allocator] = ALLOCATORS.load(config.method)
+    allocator = kind(method_options(kind.Options, config.options))
     assert config.keep is not None
+    modules = load_modules(decomposition, config.layout)
+    specs = [module.spec for module in modules]
     budget = budget_of(config, specs, config.keep)
-    modules = load_modules(decomposition)
     context = None
     if allocator.needs_model:
-        context = with_training(open_lab(decomposition, config, workspace, run), trained)
+        context = with_training(open_lab(decomposition, specs, config, workspace, run), trained)
     allocation = allocator.allocate(modules, budget, context)
     assert allocation.cost(specs) <= budget.parameters, f"{config.method} went over the budget"
     if context is None or not config.guard:

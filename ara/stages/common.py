@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ara.config import Layout
 from ara.environment import reset_peak_memory
 from ara.errors import ModelError, UsageError
 from ara.models.linears import LinearSpec
@@ -71,10 +73,10 @@ def model_of(view: StageView, run: Run) -> ModelSource:
     return source
 
 
-def specs_of(decomposition: StageView) -> list[LinearSpec]:
-    """Return the factorised layers that the manifest of a decomposition lists."""
+def specs_of(decomposition: StageView, layout: Layout = "factors") -> list[LinearSpec]:
+    """Return the factorised layers that the manifest of a decomposition lists, to be stored in ``layout``."""
     assert decomposition.manifest is not None
-    return [LinearSpec(**module) for module in decomposition.manifest.results["modules"]]
+    return [LinearSpec(**{**module, "layout": layout}) for module in decomposition.manifest.results["modules"]]
 
 
 def check_window(seq_len: int, model_config: Any) -> int | None:
@@ -98,7 +100,7 @@ def layer_file(layer: int) -> str:
     return f"layer-{layer:03d}.safetensors"
 
 
-def factor_files(decomposition: StageView, specs: list[LinearSpec]) -> dict[str, Path]:
+def factor_files(decomposition: StageView, specs: Sequence[LinearSpec]) -> dict[str, Path]:
     """Return module path → file with its factors."""
     return {spec.name: decomposition.path / layer_file(spec.layer) for spec in specs}
 

@@ -12,12 +12,12 @@ from ara.allocation.base import DENSE, Allocation, Allocator, Context, Module
 from ara.allocation.ranks_file import from_table, ranks_table
 from ara.calibration.texts import check_text_spec, load_documents
 from ara.calibration.tokens import TokenWindows, evaluation_windows
-from ara.config import CompareConfig, method_options
+from ara.config import CompareConfig, Layout, method_options
 from ara.errors import NumericalError
 from ara.reporting.figures import rank_heat_maps
 from ara.stage_view import StageView, parent_of
 from ara.stage_writer import StageWriter
-from ara.stages.allocate import budget_of, load_modules, summary
+from ara.stages.allocate import budget_of, load_modules, refuse_layout, summary
 from ara.stages.common import Run, already_done, begin, model_of
 from ara.stages.evaluate import window_length
 from ara.stages.lab import open_lab, placed
@@ -47,9 +47,9 @@ def compare(
         AraError: no decomposition, an unknown method, a budget that cannot be met, a missing text.
     """
     started = begin()
-    methods = config.methods or tuple(ALLOCATORS.names())
+    methods = config.methods or methods_for(config.layout)
     for method in methods:
-        ALLOCATORS.entry(method)
+        refuse_layout(method, config.layout)
     for task in config.tasks:
         check_text_spec(task)
     workspace = run.open()
@@ -76,8 +76,9 @@ def compare(
         done = workspace.finished("compare", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
-        modules = load_modules(decomposition)
-        budget_of(resolved, [module.spec for module in modules], resolved.keep)
+        modules = load_modules(decomposition, config.layout)
+        specs = [module.spec for module in modules]
+        budget_of(resolved, specs, resolved.keep)
         tokenizer = source.load_tokenizer()
         windows = {
             task: evaluation_windows(
@@ -88,7 +89,7 @@ def compare(
         with workspace.writer(
             "compare", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
         ) as stage:
-            context = with_training(open_lab(decomposition, resolved, workspace, run), trained)
+            context = with_training(open_lab(decomposition, specs, resolved, workspace, run), trained)
             _measure_all(resolved, modules, context, windows, stage, run)
             parameters = decomposition.manifest.results["model_parameters"]
             _conclude(resolved, modules, parameters, stage, trained)
@@ -100,9 +101,15 @@ def gap_closed(loss: float, uniform: float, dense: float) -> float | None:
     return (uniform - loss) / (uniform - dense) if uniform > dense else None
 
 
+def methods_for(layout: Layout) -> tuple[str, ...]:
+    """Return the allocators that know ``layout``."""
+    return tuple(name for name in ALLOCATORS.names() if layout in ALLOCATORS.load(name).layouts)
+
+
 def _default_name(config: CompareConfig, factors: str) -> str:
     keep = f"{config.keep:g}"
-    return "-".join([*([] if factors == "whitened" else [factors]), keep if len(keep) > 4 else f"{config.keep:.2f}"])
+    parts = [*([] if factors == "whitened" else [factors]), keep if len(keep) > 4 else f"{config.keep:.2f}"]
+    return "-".join([*parts, *([] if config.layout == "factors" else [config.layout])])
 
 
 def _training(workspace: Workspace, decomposition: StageView, masks: str | None) -> StageView | None:

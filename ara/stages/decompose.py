@@ -141,7 +141,7 @@ def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], stage: Sta
     """Refuse to start what the disk cannot hold, or what a broken weight would stop halfway."""
     finished = set(stage.resumed)
     todo = [spec for spec in linears if layer_file(spec.layer) not in finished]
-    needed = sum(spec.full_rank * spec.rank_cost for spec in todo) * model.dtype.itemsize
+    needed = sum(spec.full_rank * (spec.m + spec.n) for spec in todo) * model.dtype.itemsize
     free = shutil.disk_usage(stage.folder).free
     run.report.fact(f"{len(todo)} linear layers; their factors take {needed / 2**20:,.0f} MiB")
     if free < needed:
@@ -160,7 +160,7 @@ def _overview(
     from ara.models.accounting import parameter_count
 
     return {
-        "modules": [asdict(spec) for spec in linears],
+        "modules": [{key: value for key, value in asdict(spec).items() if key != "layout"} for spec in linears],
         "model_parameters": parameter_count(model),
         "linear_parameters": sum(spec.dense_cost for spec in linears),
         "text": origin,

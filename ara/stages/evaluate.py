@@ -26,7 +26,7 @@ from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
 from ara.stage_view import StageView, parent_of
-from ara.stages.allocate import load_modules, read_allocation
+from ara.stages.allocate import layout_of, load_modules, read_allocation
 from ara.stages.common import Run, already_done, begin, check_window, factor_files, model_of, specs_of
 from ara.stages.truncate import CHECKPOINT, decomposition_of
 
@@ -135,7 +135,8 @@ def _variants(
 ) -> list[Variant]:
     """List dense, uniform at the same budget, and the chosen checkpoint (which may itself be the uniform one)."""
     assert chosen.manifest is not None
-    specs = specs_of(decomposition)
+    layout = layout_of(chosen)
+    specs = specs_of(decomposition, layout)
     dtype, files = torch_dtype(config.dtype), factor_files(decomposition, specs)
     made, allocation = chosen.manifest.config, read_allocation(chosen, specs)
     if made["method"] == "uniform" and made["ranks_sha256"] is None:
@@ -144,14 +145,14 @@ def _variants(
         excluded = matching(specs, made["exclude"])
         spent = allocation.cost(specs)
         budget = Budget(spent, made["rank_multiple"], made["min_rank"], made["min_keep"], excluded)
-        uniform = Uniform().allocate(load_modules(decomposition), budget)
+        uniform = Uniform().allocate(load_modules(decomposition, layout), budget)
 
     def load_dense() -> PreTrainedModel:
         return source.load_model(dtype, config.device)
 
     def load_uniform() -> PreTrainedModel:
         model = load_dense()
-        apply_factors(model, uniform.low_rank(), files)
+        apply_factors(model, uniform.low_rank(), files, layout)
         return model
 
     def load_chosen() -> PreTrainedModel:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 from ara.allocation.base import Context
 from ara.config import TuningConfig
 from ara.masks.model import MaskedModel
+from ara.models.linears import LinearSpec
 from ara.models.placement import choose_placement, torch_dtype
 from ara.stage_view import StageView
-from ara.stages.common import Run, factor_files, model_of, specs_of
+from ara.stages.common import Run, factor_files, model_of
 from ara.workspace import Workspace
 
 C = TypeVar("C", bound=TuningConfig)
@@ -22,7 +24,9 @@ def placed(config: C, run: Run) -> C:
     return config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
 
 
-def open_lab(decomposition: StageView, config: TuningConfig, workspace: Workspace, run: Run) -> Context:
+def open_lab(
+    decomposition: StageView, specs: Sequence[LinearSpec], config: TuningConfig, workspace: Workspace, run: Run
+) -> Context:
     """Load the model with its factors, and two sets of calibration windows that share no document.
 
     Windows are cut from the text of the decomposition in its order: first those that the factors were fitted to,
@@ -32,6 +36,7 @@ def open_lab(decomposition: StageView, config: TuningConfig, workspace: Workspac
 
     Args:
         decomposition: a verified result of ``ara decompose``.
+        specs: its layers, in the layout that they are to have.
         config: with device and dtype decided.
         workspace: for the cache of calibration windows.
         run: reporter.
@@ -75,13 +80,6 @@ def open_lab(decomposition: StageView, config: TuningConfig, workspace: Workspac
         f"{len(train)} windows of {made['seq_len']} tokens to learn from, {held} held out ({documents.origin})"
     )
     run.report.fact("loading the model")
-    specs = specs_of(decomposition)
     model = source.load_model(torch_dtype(config.dtype), config.device)
-    return Context(
-        MaskedModel(model, specs, factor_files(decomposition, specs)),
-        train,
-        windows[-held:],
-        config.batch_size,
-        config.seed,
-        run.report,
-    )
+    masked = MaskedModel(model, list(specs), factor_files(decomposition, specs))
+    return Context(masked, train, windows[-held:], config.batch_size, config.seed, run.report)

@@ -16,7 +16,7 @@ from ara.allocation.base import Allocation, Context, Module
 from ara.allocation.ranks_file import ranks_table
 from ara.config import MaskTrainingOptions, TrainMasksConfig
 from ara.errors import UnavailableError
-from ara.masks.ara import ara_family, learned_tables, needs_table, sensitivity_table
+from ara.masks.ara import ara_family, check_layout, learned_tables, needs_table, sensitivity_table
 from ara.masks.training import LogRow, TrainingSettings, TrainingState, train
 from ara.stage_view import StageView, parent_of
 from ara.stage_writer import StageWriter
@@ -47,9 +47,10 @@ def train_masks(
         decomposition = workspace.require("decompose", factors)
         assert decomposition.manifest is not None
         run.report.step(f"Training masks at keep {', '.join(f'{keep:g}' for keep in config.keep)}")
+        check_layout(_options(config), config.layout)
         if config.tensorboard:
             _event_writer_class()
-        modules = load_modules(decomposition)
+        modules = load_modules(decomposition, config.layout)
         specs = [module.spec for module in modules]
         for keep in config.keep:
             budget_of(config, specs, keep)
@@ -72,7 +73,12 @@ def train_masks(
 
 def default_name(config: TrainMasksConfig, factors: str) -> str:
     """Return ``objective``, with the decomposition in front unless it is whitened."""
-    return config.objective if factors == "whitened" else f"{factors}-{config.objective}"
+    parts = [*([] if factors == "whitened" else [factors]), config.objective]
+    return "-".join([*parts, *([] if config.layout == "factors" else [config.layout])])
+
+
+def _options(config: TrainMasksConfig) -> MaskTrainingOptions:
+    return MaskTrainingOptions(**{key: getattr(config, key) for key in MaskTrainingOptions.model_fields})
 
 
 class _Training:
@@ -89,8 +95,8 @@ class _Training:
     ) -> None:
         self.config, self.modules, self.stage, self.run = config, modules, stage, run
         self.specs = [module.spec for module in modules]
-        self.context: Context = open_lab(decomposition, config, workspace, run)
-        self.options = MaskTrainingOptions(**{key: getattr(config, key) for key in MaskTrainingOptions.model_fields})
+        self.context: Context = open_lab(decomposition, self.specs, config, workspace, run)
+        self.options = _options(config)
         stage.results.setdefault("budgets", {})
         stage.results.setdefault("log", {})
         stage.results.setdefault("table_seconds", 0.0)

@@ -11,7 +11,7 @@ from ara.models.checkpoint import apply_factors, checkpoint_bytes, save_checkpoi
 from ara.models.placement import torch_dtype
 from ara.reporting.model_card import display_name, model_card
 from ara.stage_view import StageView, parent_of
-from ara.stages.allocate import read_allocation
+from ara.stages.allocate import layout_of, read_allocation
 from ara.stages.common import Run, already_done, begin, factor_files, model_of, specs_of
 from ara.workspace import Workspace
 
@@ -47,12 +47,13 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
         done = workspace.finished("truncate", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
-        specs = specs_of(decomposition)
+        layout = layout_of(chosen)
+        specs = specs_of(decomposition, layout)
         ranks = read_allocation(chosen, specs).low_rank()
         source = model_of(decomposition, run)
         model = source.load_model(torch_dtype(dtype), "cpu")
         dense_bytes = weight_bytes(model)
-        apply_factors(model, ranks, factor_files(decomposition, specs))
+        apply_factors(model, ranks, factor_files(decomposition, specs), layout)
         with workspace.writer("truncate", name, facts, command=run.command, started=started) as stage:
             folder = stage.folder / CHECKPOINT
             parameters, stored = parameter_count(model), weight_bytes(model)
@@ -73,12 +74,13 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
                 source.load_tokenizer(),
                 folder,
                 ranks=ranks,
+                layout=layout,
                 provenance=provenance(decomposition.manifest, chosen.manifest),
                 dense=config.densify,
                 max_shard_size=config.max_shard_size,
             )
             stage.results["disk_bytes"] = checkpoint_bytes(folder)
-            card = model_card(decomposition.manifest, chosen.manifest, stage.results, dtype)
+            card = model_card(decomposition.manifest, chosen.manifest, stage.results, dtype, layout)
             (folder / "README.md").write_text(card, encoding="utf-8")
         return workspace.view(f"truncate/{name}")
 

@@ -29,6 +29,9 @@ def command(
     decomposition: Annotated[str, field(DecomposeConfig, "method", "--decomposition")] = default(
         DecomposeConfig, "method"
     ),
+    layout: Annotated[str, field(AllocateConfig, "layout", metavar="factors|pivoted")] = default(
+        AllocateConfig, "layout"
+    ),
     rank_multiple: Annotated[int, field(AllocateConfig, "rank_multiple")] = default(AllocateConfig, "rank_multiple"),
     text: Annotated[str, field(DecomposeConfig, "text", metavar="TEXT")] = default(DecomposeConfig, "text"),
     samples: Annotated[int, field(DecomposeConfig, "samples")] = default(DecomposeConfig, "samples"),
@@ -66,6 +69,7 @@ def command(
             build(
                 AllocateConfig,
                 method=method,
+                layout=layout,
                 rank_multiple=rank_multiple,
                 keep=value or default(AllocateConfig, "keep"),
                 seed=seed,

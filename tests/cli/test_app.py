@@ -44,6 +44,7 @@ RUN_OPTIONS = {
     "keep": (AllocateConfig, "keep"),
     "method": (AllocateConfig, "method"),
     "decomposition": (DecomposeConfig, "method"),
+    "layout": (AllocateConfig, "layout"),
     "rank_multiple": (AllocateConfig, "rank_multiple"),
     **{name: (DecomposeConfig, name) for name in ("model", "text", "samples", "seq_len", "seed", "device", "dtype")},
     **{name: (DecomposeConfig, name) for name in ("revision",)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,13 @@ def _specs(modules: list[Module]) -> list[LinearSpec]:
 
 
 def _cost(spec: LinearSpec, rank: int | None) -> int:
-    return spec.m * spec.n if rank is None else rank * (spec.m + spec.n)
+    if rank is None:
+        return spec.m * spec.n
+    return rank * (spec.m + spec.n) if spec.layout == "factors" else rank * spec.n + (spec.m - rank) * rank
+
+
+def _pivoted(modules: list[Module]) -> list[Module]:
+    return [Module(replace(module.spec, layout="pivoted"), module.spectrum) for module in modules]
 
 
 def _check(allocation: Allocation, modules: list[Module], budget: Budget) -> None:
@@ -104,8 +111,9 @@ def _check(allocation: Allocation, modules: list[Module], budget: Budget) -> Non
         assert type(rank) is int
         assert rank >= max(budget.min_rank, 1)
         assert rank % budget.rank_multiple == 0
-        assert rank * (spec.m + spec.n) < spec.m * spec.n
-        larger = (rank + budget.rank_multiple) * (spec.m + spec.n)
+        assert _cost(spec, rank) < spec.m * spec.n
+        higher = rank + budget.rank_multiple
+        larger = _cost(spec, higher) if higher < min(spec.m, spec.n) else spec.m * spec.n
         steps.append(min(larger, spec.m * spec.n) - _cost(spec, rank))
     assert left >= 0, "over the budget"
     assert not steps or left < min(steps), "a rank step was left unspent"
@@ -136,6 +144,19 @@ def test_the_budget_is_met_exactly(
     modules, context = problems.of(name, MODELS[model])
     for keep in KEEPS if name in BLIND else FEW_KEEPS[rank_multiple]:
         budget = _budget(modules, keep, rank_multiple, min_rank)
+        _check(_allocate(name, modules, budget, context), modules, budget)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "pivoted" in ALLOCATORS.load(name).layouts])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("rank_multiple", [1, 8])
+def test_the_budget_is_met_exactly_with_pivoted_layers(
+    problems: Problems, name: str, model: str, rank_multiple: int
+) -> None:
+    modules, context = problems.of(name, MODELS[model])
+    modules = _pivoted(modules)
+    for keep in KEEPS if name in BLIND else FEW_KEEPS[rank_multiple]:
+        budget = _budget(modules, keep, rank_multiple)
         _check(_allocate(name, modules, budget, context), modules, budget)
 
 
@@ -239,7 +260,7 @@ def test_more_keep_never_costs_less(problems: Problems, name: str, rank_multiple
     modules, context = problems.of(name, MODELS["all"])
     specs = _specs(modules)
     # One step of the dearest layer apart: closer budgets may be met more or less snugly.
-    apart = rank_multiple * max(spec.rank_cost for spec in specs) / sum(spec.dense_cost for spec in specs)
+    apart = rank_multiple * max((spec.m + spec.n) for spec in specs) / sum(spec.dense_cost for spec in specs)
     keeps = [0.2 + apart * i for i in range(int(0.8 / apart) + 1)]
     assert len(keeps) > 15
     if name in LOOKING:

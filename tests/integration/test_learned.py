@@ -7,17 +7,37 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import ara
 from ara.allocation import ALLOCATORS
-from ara.config import AllocateConfig, CompareConfig, DecomposeConfig, TrainMasksConfig
-from ara.errors import UsageError, WorkspaceError
+from ara.allocation.base import Module
+from ara.allocation.budget import Budget
+from ara.config import (
+    AllocateConfig,
+    CompareConfig,
+    DecomposeConfig,
+    EvalConfig,
+    MaskTrainingOptions,
+    TrainMasksConfig,
+    TruncateConfig,
+)
+from ara.errors import ProblemsError, UsageError, WorkspaceError
 from ara.manifest import read_manifest
+from ara.masks.ara import ara_family
+from ara.models.accounting import parameter_count
+from ara.models.checkpoint import apply_factors
+from ara.models.linears import LinearSpec
+from ara.models.modeling_ara import PivotedLinear
 from ara.stages.allocate import allocate
-from ara.stages.common import Run
-from ara.stages.compare import compare
+from ara.stages.common import Run, factor_files, specs_of
+from ara.stages.compare import compare, methods_for
 from ara.stages.decompose import decompose
+from ara.stages.evaluate import evaluate
 from ara.stages.train_masks import train_masks
+from ara.stages.truncate import truncate
 from ara_cli.app import app
 from tests.integration.test_resume import killed  # noqa: F401
 
@@ -298,3 +318,69 @@ def test_text_that_is_too_short_is_shared_out(learned, capsys):
     config = AllocateConfig(keep=0.8, method="sensitivity", **{**TUNING, "samples": 5000, "held_out": 4000})
     allocate(config, Run(learned, report=Listener()))
     assert any("were wanted" in text for text in heard)
+
+
+# -- pivoted layers ---------------------------------------------------------------------------------------------
+
+
+def test_pivoted_layers_through_all_stages(learned, tiny_text):
+    train_masks(TrainMasksConfig(**TRAINING, layout="pivoted"), Run(learned))
+    ranks = allocate(AllocateConfig(keep=0.6, method="ara", layout="pivoted", **TUNING), Run(learned))
+    assert ranks.name == "two-sided-ara-0.60-pivoted"
+    checkpoint = truncate(TruncateConfig(), Run(learned))
+    card = (checkpoint.path / "checkpoint" / "README.md").read_text()
+    assert "stored as some of their rows, the others as combinations of those" in card
+    evaluate(EvalConfig(tasks=(tiny_text,), seq_len=48, device="cpu", dtype="float32"), Run(learned))
+
+    results = read_manifest(checkpoint.path).results
+    planned = read_manifest(ranks.path).results
+    assert results["parameters"] == planned["model_parameters"]
+    assert 0.59 < planned["linear_keep"] <= 0.6
+    model = ara.load(checkpoint.path / "checkpoint", device="cpu")
+    layers = [module for module in model.modules() if isinstance(module, PivotedLinear)]
+    assert len(layers) == results["low_rank_layers"] > 0
+    # The same ranks as two factors are the same function, and more parameters.
+    kept = {name: rank for name, rank in json.loads((ranks.path / "ranks.json").read_text())["ranks"].items()}
+    other = AutoModelForCausalLM.from_pretrained(read_manifest(ranks.path).model["location"], dtype=torch.float32)
+    decomposition = Run(learned).open().require("decompose")
+    files = factor_files(decomposition, specs_of(decomposition))
+    apply_factors(other, {name: rank for name, rank in kept.items() if rank != "dense"}, files)
+    ids = torch.arange(3, 3 + 2 * 37).view(2, 37)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-3, atol=1e-3)
+    assert parameter_count(model) == parameter_count(other) - sum(layer.rank**2 for layer in layers)
+
+
+def test_ranks_from_a_file_are_counted_in_the_layout_asked_for(learned, tmp_path):
+    ranks = allocate(AllocateConfig(keep=0.9, method="sensitivity", layout="pivoted", **TUNING), Run(learned))
+    file = Path(shutil.copy(ranks.path / "ranks.json", tmp_path / "mine.json"))
+    with pytest.raises(ProblemsError, match=r"costs as much as the dense weight.*--layout pivoted allows more"):
+        allocate(AllocateConfig(keep=None), Run(learned), ranks=file)
+    again = allocate(AllocateConfig(keep=None, layout="pivoted"), Run(learned), ranks=file)
+    assert again.manifest.results["linear_keep"] == ranks.manifest.results["linear_keep"]
+
+
+def test_what_knows_only_factors_refuses_pivoted_layers(learned):
+    with pytest.raises(UsageError, match="--method tanh does not know what --layout pivoted costs"):
+        allocate(AllocateConfig(keep=0.8, method="tanh", layout="pivoted", **TUNING), Run(learned))
+    with pytest.raises(UsageError, match="--objective paper and --layout pivoted are both given"):
+        train_masks(TrainMasksConfig(**TRAINING, objective="paper", layout="pivoted"), Run(learned))
+    asked = {"objective": "paper"}
+    with pytest.raises(UsageError, match="--objective paper and --layout pivoted are both given"):
+        ara_family(MaskTrainingOptions(**asked), [module("pivoted")], Budget(100), None)
+
+
+def module(layout):
+    return Module(LinearSpec("x", 0, "x", 20, 30, layout), torch.ones(20))
+
+
+def test_compare_leaves_out_what_does_not_know_the_layout(learned, tiny_text):
+    config = {"tasks": (tiny_text,), "eval_seq_len": 48, "max_windows": 2, "layout": "pivoted", "keep": 0.7}
+    quick = ("uniform", "energy", "sensitivity")
+    view = compare(CompareConfig(**config, methods=quick, **TUNING), Run(learned))
+    assert view.name == "two-sided-0.70-pivoted"
+    rows = view.manifest.results["methods"]
+    assert all(0.69 < rows[name]["linear_keep"] <= 0.7 for name in quick)
+    with pytest.raises(UsageError, match="--method tanh does not know"):
+        compare(CompareConfig(**config, methods=("tanh",), **TUNING), Run(learned))
+    assert methods_for("pivoted") == tuple(name for name in ALLOCATORS.names() if name != "tanh")

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from ara.allocation import knapsack
 from ara.allocation.budget import Budget, minimise_loss
 from ara.allocation.knapsack import exact_minimise
+from ara.config import Layout
 from ara.models.linears import LinearSpec
 from tests.oracles import allocation as oracle
 
 
-def _specs(shapes: Sequence[tuple[int, int]]) -> list[LinearSpec]:
-    return [LinearSpec(f"b.{i}", i, "l", m, n) for i, (m, n) in enumerate(shapes)]
+def _specs(shapes: Sequence[tuple[int, int]], layout: Layout = "factors") -> list[LinearSpec]:
+    return [LinearSpec(f"b.{i}", i, "l", m, n, layout) for i, (m, n) in enumerate(shapes)]
 
 
 def _budget(specs: Sequence[LinearSpec], keep: float, rank_multiple: int = 1) -> Budget:
@@ -101,11 +102,12 @@ def test_any_whole_losses_are_minimised_exactly(
     rank_multiple=st.sampled_from([1, 1, 2]),
     power=st.sampled_from([0.2, 1.0, 3.0]),
     unlike=st.sampled_from([0.0, 1.0, 6.0]),
+    layout=st.sampled_from(["factors", "pivoted"]),
 )
 def test_falling_losses_are_minimised_and_never_worse_than_greedy(
-    layers: list[tuple[int, int, int]], keep: float, rank_multiple: int, power: float, unlike: float
+    layers: list[tuple[int, int, int]], keep: float, rank_multiple: int, power: float, unlike: float, layout: Layout
 ) -> None:
-    specs = _specs([(m, n) for m, n, _ in layers])
+    specs = _specs([(m, n) for m, n, _ in layers], layout)
     budget = _budget(specs, keep, rank_multiple)
     losses = []
     for spec, (_, _, seed) in zip(specs, layers, strict=True):
@@ -183,8 +185,11 @@ _CURVES = {
 @pytest.mark.parametrize("curve", _CURVES)
 @pytest.mark.parametrize("keep", [0.1, 0.35, 0.6, 0.83, 0.97])
 @pytest.mark.parametrize("rank_multiple", [1, 4])
-def test_the_loss_is_that_of_dynamic_programming_over_every_cost(curve: str, keep: float, rank_multiple: int) -> None:
-    specs = _specs(_MIXED * 2)
+@pytest.mark.parametrize("layout", ["factors", "pivoted"])
+def test_the_loss_is_that_of_dynamic_programming_over_every_cost(
+    curve: str, keep: float, rank_multiple: int, layout: Layout
+) -> None:
+    specs = _specs(_MIXED * 2, layout)
     budget = _budget(specs, keep, rank_multiple)
     losses = _CURVES[curve](specs, budget, seed=int(100 * keep))
     picks = exact_minimise(specs, losses, budget)

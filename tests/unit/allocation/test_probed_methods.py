@@ -64,7 +64,7 @@ def test_strs_spends_what_is_left_on_the_most_sensitive_layer(tmp_path: Path) ->
     specs = [module.spec for module in modules]
     options = ProbeOptions(ratios=1, windows=6)
     # One ratio: the least rank is all that is probed, and only that of every layer together fits.
-    budget = Budget(sum(spec.rank_cost for spec in specs) + max(spec.rank_cost for spec in specs))
+    budget = Budget(sum((spec.m + spec.n) for spec in specs) + max((spec.m + spec.n) for spec in specs))
     ranks = Strs(options).allocate(modules, budget, context).ranks
     alone = {}
     for spec in specs:

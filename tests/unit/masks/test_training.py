@@ -45,7 +45,7 @@ def _run(toy, form, steps=6, state=None, save=None, **changes):
 def test_the_best_is_within_budget_and_never_worse_than_the_start(toy, form):
     state, _, budget = _run(toy, form)
     specs = toy[1].model.specs
-    spent = sum(s.dense_cost if state.best[s.name] is None else state.best[s.name] * s.rank_cost for s in specs)
+    spent = sum(s.dense_cost if state.best[s.name] is None else s.cost(state.best[s.name]) for s in specs)
     assert spent <= budget.parameters
     assert state.best_held_out <= state.log[0].held_out
     assert [row.step for row in state.log] == list(range(7))

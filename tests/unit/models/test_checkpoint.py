@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ from ara.models.checkpoint import (
     save_checkpoint,
 )
 from ara.models.linears import LinearSpec, bias_of, find_linears, weight_of
-from ara.models.modeling_ara import AraConfig, LowRankLinear, replace_linear
+from ara.models.modeling_ara import AraConfig, CompressedLinear, LowRankLinear, PivotedLinear, replace_linear
 from tests.tiny import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 
 _REPOSITORY = Path(__file__).resolve().parents[3]
@@ -47,6 +47,18 @@ _FILES = {
     "tokenizer_config.json",
     "chat_template.jinja",
 }
+
+
+# Some families with pivoted layers as well: with and without biases, grouped queries, Conv1D, tied embeddings.
+VARIANTS = [*FAMILIES, "llama-pivoted", "gpt2-pivoted", "qwen2-pivoted"]
+
+
+def _layout(variant: str) -> Literal["factors", "pivoted"]:
+    return "pivoted" if variant.endswith("-pivoted") else "factors"
+
+
+def _dense(variant: str) -> PreTrainedModel:
+    return tiny_model(variant.partition("-")[0])
 
 
 def _ids() -> torch.Tensor:
@@ -77,18 +89,28 @@ def _compressed(
     family: str, folder: Path, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, dict[str, int]]:
     """Return a model with low-rank layers, and its ranks; its factors lie beside ``folder``."""
-    model = tiny_model(family)
+    model = _dense(family)
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32 when a model is loaded
         parameter.data = parameter.data.to(dtype)
     linears = find_linears(model)
     ranks = _half_ranks(linears)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    apply_factors(model, ranks, _factor_file(model, linears, folder.with_suffix(".factors.safetensors")))
+    files = _factor_file(model, linears, folder.with_suffix(".factors.safetensors"))
+    apply_factors(model, ranks, files, _layout(family))
     return model, ranks
 
 
 def _save(model: PreTrainedModel, folder: Path, ranks: dict[str, int], **options: Any) -> Path:
-    save_checkpoint(model, tiny_tokenizer(), folder, ranks=ranks, provenance={"made": "here"}, **options)
+    pivoted = any(isinstance(module, PivotedLinear) for module in model.modules())
+    save_checkpoint(
+        model,
+        tiny_tokenizer(),
+        folder,
+        ranks=ranks,
+        provenance={"made": "here"},
+        layout="pivoted" if pivoted else "factors",
+        **options,
+    )
     return folder
 
 
@@ -97,7 +119,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with one checkpoint per family, and the in-memory models' logits beside them."""
     root = tmp_path_factory.mktemp("checkpoints")
     expected = {}
-    for family in FAMILIES:
+    for family in VARIANTS:
         model, ranks = _compressed(family, root / family)
         expected[family] = _logits(model)
         _save(model, root / family, ranks)
@@ -120,7 +142,7 @@ def _copy(checkpoints: Path, family: str, to: Path, **quantization: Any) -> Path
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_apply_factors_puts_the_first_components_in_place(family: str, tmp_path: Path) -> None:
-    dense = tiny_model(family)
+    dense = _dense(family)
     model, ranks = _compressed(family, tmp_path / family)
     assert low_rank_layers(model) == ranks
     with safe_open(tmp_path / f"{family}.factors.safetensors", "pt") as file:
@@ -143,9 +165,9 @@ def test_apply_factors_puts_the_first_components_in_place(family: str, tmp_path:
     assert parameter_count(dense) - parameter_count(model) == saved > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIANTS)
 def test_full_rank_gives_the_dense_logits(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family)
+    model = _dense(family)
     expected = _logits(model)
     linears = find_linears(model)
     files = _factor_file(model, linears, tmp_path / "factors.safetensors")
@@ -164,6 +186,30 @@ def test_the_layer_itself() -> None:
     assert {name for name, _ in layer.named_parameters()} == {"A.weight", "B.weight", "B.bias"}
     assert "rank=5" in repr(layer)
     assert LowRankLinear.from_factors(a, b).bias is None
+
+
+def test_the_pivoted_layer_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, c, bias, x = (torch.randn(*shape, generator=generator) for shape in ((5, 31), (18, 5), (23,), (2, 7, 31)))
+    order = torch.randperm(23, generator=generator).int()
+    layer = PivotedLinear.from_parts(a, c, order, bias)
+    assert (layer.in_features, layer.out_features, layer.rank) == (31, 23, 5)
+    weight = torch.cat([a, c @ a])[order.long()]
+    torch.testing.assert_close(layer.weight, weight)
+    torch.testing.assert_close(layer(x), x @ weight.T + bias, rtol=1e-4, atol=1e-4)
+    assert layer.A.weight.data_ptr() == a.data_ptr()
+    assert {name for name, _ in layer.named_parameters()} == {"A.weight", "C.weight", "bias"}
+    assert "rank=5" in repr(layer)
+    assert PivotedLinear.from_parts(a, c, order).bias is None
+
+
+@pytest.mark.parametrize("family", [name for name in VARIANTS if name not in FAMILIES])
+def test_pivoted_and_factors_are_the_same_function(family: str, tmp_path: Path) -> None:
+    pivoted, ranks = _compressed(family, tmp_path / "pivoted")
+    factors, _ = _compressed(family.partition("-")[0], tmp_path / "factors")
+    assert low_rank_layers(pivoted) == low_rank_layers(factors) == ranks
+    torch.testing.assert_close(_logits(pivoted), _logits(factors), rtol=1e-3, atol=1e-3)
+    assert parameter_count(pivoted) == parameter_count(factors) - sum(rank**2 for rank in ranks.values())
 
 
 # -- three ways of loading --------------------------------------------------------------------------------------
@@ -241,29 +287,29 @@ def _different(checkpoints: Path, logits: dict[str, torch.Tensor]) -> list[str]:
 
 def test_after_import_ara_and_by_ara_load(checkpoints: Path, tmp_path: Path) -> None:
     done = _run(checkpoints, tmp_path / "out", "ara first")
-    assert set(done["logits"]) == {*FAMILIES, *(f"{family} by ara.load" for family in FAMILIES)}
+    assert set(done["logits"]) == {*VARIANTS, *(f"{family} by ara.load" for family in VARIANTS)}
     assert _different(checkpoints, done["logits"]) == []
 
 
 def test_with_transformers_imported_before_ara(checkpoints: Path, tmp_path: Path) -> None:
     done = _run(checkpoints, tmp_path / "out", "transformers first")
-    assert set(done["logits"]) == set(FAMILIES)
+    assert set(done["logits"]) == set(VARIANTS)
     assert _different(checkpoints, done["logits"]) == []
 
 
 def test_without_ara_by_the_code_in_the_checkpoint_and_not_without_it(checkpoints: Path, tmp_path: Path) -> None:
     done = _run(checkpoints, tmp_path / "out", "without ara")
     assert done["ara"] is False
-    assert set(done["logits"]) == {*FAMILIES, *(f"{family} again" for family in FAMILIES)}
+    assert set(done["logits"]) == {*VARIANTS, *(f"{family} again" for family in VARIANTS)}
     assert _different(checkpoints, done["logits"]) == []
     # All were tried before with neither ara nor its code: an error, never random weights.
-    assert set(done["facts"]) == set(FAMILIES)
+    assert set(done["facts"]) == set(VARIANTS)
     assert [family for family, outcome in done["facts"].items() if outcome == "loaded"] == []
 
 
 def test_a_reader_ignorant_of_ara_fails_for_every_family(checkpoints: Path, tmp_path: Path) -> None:
     """Drop the quantization_config, as such a reader does: the empty guard tensor must stop the loading."""
-    for family in FAMILIES:
+    for family in VARIANTS:
         folder = tmp_path / family
         shutil.copytree(checkpoints / family, folder)
         config = json.loads((folder / "config.json").read_text())
@@ -276,7 +322,7 @@ def test_a_reader_ignorant_of_ara_fails_for_every_family(checkpoints: Path, tmp_
 # -- saved again ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIANTS)
 def test_loaded_saved_and_loaded_again(family: str, checkpoints: Path, tmp_path: Path) -> None:
     model = load(checkpoints / family, device="cpu")
     model.save_pretrained(tmp_path / "again")
@@ -291,14 +337,14 @@ def test_loaded_saved_and_loaded_again(family: str, checkpoints: Path, tmp_path:
     assert all(torch.equal(stored[0][key], stored[1][key]) for key in stored[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIANTS)
 def test_dequantize_gives_an_ordinary_dense_model(family: str, checkpoints: Path, tmp_path: Path) -> None:
     model = load(checkpoints / family, device="cpu")
-    products = {n: m.weight.clone() for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    products = {n: m.weight.clone() for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
     assert products
     dense = model.dequantize()
     assert low_rank_layers(dense) == {}
-    kind = Conv1D if family == "gpt2" else nn.Linear
+    kind = Conv1D if family.startswith("gpt2") else nn.Linear
     for name, product in products.items():
         layer = dense.get_submodule(name)
         assert isinstance(layer, kind)
@@ -309,12 +355,12 @@ def test_dequantize_gives_an_ordinary_dense_model(family: str, checkpoints: Path
     config = read_config(tmp_path / "dense")
     assert "quantization_config" not in config and "auto_map" not in config
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    assert type(again) is type(tiny_model(family))
+    assert type(again) is type(_dense(family))
     assert torch.equal(_logits(again), _logits(dense))
-    assert parameter_count(again) == parameter_count(tiny_model(family))
+    assert parameter_count(again) == parameter_count(_dense(family))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIANTS)
 def test_a_dense_checkpoint_is_an_ordinary_one(family: str, tmp_path: Path) -> None:
     model, ranks = _compressed(family, tmp_path / family)
     expected = _logits(model)
@@ -326,7 +372,7 @@ def test_a_dense_checkpoint_is_an_ordinary_one(family: str, tmp_path: Path) -> N
     with safe_open(folder / "model.safetensors", "pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     ordinary = tmp_path / "ordinary"
-    tiny_model(family).save_pretrained(ordinary)
+    _dense(family).save_pretrained(ordinary)
     with safe_open(ordinary / "model.safetensors", "pt") as file:
         assert shapes == {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     torch.testing.assert_close(_logits(load(folder, device="cpu")), expected, rtol=1e-3, atol=1e-3)
@@ -343,7 +389,7 @@ def test_nothing_low_rank_is_an_ordinary_checkpoint_too(tmp_path: Path) -> None:
 # -- what lies on the disk --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIANTS)
 def test_the_folder_holds_exactly_what_it_should(family: str, checkpoints: Path) -> None:
     folder = checkpoints / family
     assert {path.name for path in folder.iterdir()} == _FILES  # nothing pickled among them
@@ -351,47 +397,53 @@ def test_the_folder_holds_exactly_what_it_should(family: str, checkpoints: Path)
     code = _REPOSITORY / "ara" / "models" / "modeling_ara.py"
     assert (folder / "modeling_ara.py").read_bytes() == code.read_bytes()
     config = read_config(folder)
-    assert config["architectures"] == [type(tiny_model(family)).__name__]
+    assert config["architectures"] == [type(_dense(family)).__name__]
     assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_ara.AraForCausalLM"}
     assert config["dtype"] == "float32"
-    model = tiny_model(family)
+    model = _dense(family)
     assert config["quantization_config"] == {
         "quant_method": "ara",
-        "format_version": 1,
+        "format_version": 2 if _layout(family) == "pivoted" else 1,
+        "layout": _layout(family),
         "ranks": _half_ranks(find_linears(model)),
         "provenance": {"made": "here"},
     }
     assert is_compressed(folder)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_size_is_what_the_ranks_say(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, ranks = _compressed(family, tmp_path / family, dtype)
-    dense = tiny_model(family)
+    dense = _dense(family)
     linears = {spec.name: spec for spec in find_linears(dense)}
-    parameters = parameter_count(dense)
+    parameters, indices = parameter_count(dense), 0
     for name, rank in ranks.items():
-        parameters += rank * (linears[name].m + linears[name].n) - linears[name].m * linears[name].n
+        m, n = linears[name].m, linears[name].n
+        if _layout(family) == "pivoted":
+            parameters += rank * n + (m - rank) * rank - m * n
+            indices += m
+        else:
+            parameters += rank * (m + n) - m * n
     assert parameter_count(model) == parameters
-    assert weight_bytes(model) == parameters * dtype.itemsize
+    assert weight_bytes(model) == parameters * dtype.itemsize + indices * 4
     folder = _save(model, tmp_path / "out", ranks)
     path = folder / "model.safetensors"
     (header,) = struct.unpack("<Q", path.read_bytes()[:8])
-    assert path.stat().st_size == 8 + header + parameters * dtype.itemsize
+    assert path.stat().st_size == 8 + header + parameters * dtype.itemsize + indices * 4
     assert checkpoint_bytes(folder) == path.stat().st_size
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIANTS)
 def test_tied_embeddings_stay_tied_and_are_stored_once(family: str, checkpoints: Path) -> None:
     keys = set(load_file(checkpoints / family / "model.safetensors"))
-    assert ("lm_head.weight" in keys) is (family not in _TIED)
+    tied = family.partition("-")[0] in _TIED
+    assert ("lm_head.weight" in keys) is not tied
     model = load(checkpoints / family, device="cpu")
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    assert (head.data_ptr() == embedding.data_ptr()) is (family in _TIED)
-    assert parameter_count(model) == sum(
-        t.numel() for t in load_file(checkpoints / family / "model.safetensors").values()
-    )
+    assert (head.data_ptr() == embedding.data_ptr()) is tied
+    stored = load_file(checkpoints / family / "model.safetensors")
+    assert parameter_count(model) == sum(t.numel() for key, t in stored.items() if not key.endswith(".order"))
 
 
 def test_large_checkpoints_are_split(tmp_path: Path) -> None:
@@ -417,7 +469,7 @@ def test_load_takes_the_dtype_of_the_checkpoint_or_the_one_asked_for(tmp_path: P
     assert {p.dtype for p in load(str(folder), "cpu", "float32").parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VARIANTS)
 def test_generate_works_and_agrees_with_and_without_cache(family: str, checkpoints: Path) -> None:
     model = load(checkpoints / family, device="cpu")
     prompt = _ids()[:1, :5]
@@ -433,10 +485,38 @@ def test_generate_works_and_agrees_with_and_without_cache(family: str, checkpoin
 # -- damaged or too new -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [2, 99, "1", None])
+@pytest.mark.parametrize("version", [3, 99, "1", None])
 def test_a_newer_format_is_refused(version: object, checkpoints: Path, tmp_path: Path) -> None:
     folder = _copy(checkpoints, "llama", tmp_path, format_version=version)
-    with pytest.raises(ModelError, match=rf"ARA format {version!r}; this code reads up to 1: update ara-svd"):
+    with pytest.raises(ModelError, match=rf"ARA format {version!r}; this code reads up to 2: update ara-svd"):
+        load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"layout": "columns"}),
+        ("llama-pivoted", {"layout": "columns"}),
+        ("llama-pivoted", {"format_version": 1}),
+        ("llama-pivoted", {"layout": None}),
+    ],
+)
+def test_a_layout_that_the_format_has_not_is_refused(
+    family: str, change: dict[str, Any], checkpoints: Path, tmp_path: Path
+) -> None:
+    folder = _copy(checkpoints, family, tmp_path, **change)
+    with pytest.raises(ModelError, match=r"layout must be one of those of ARA format [12] \(factors"):
+        load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6, 0])
+def test_an_order_that_is_no_permutation_is_refused(wrong: int, checkpoints: Path, tmp_path: Path) -> None:
+    folder = _copy(checkpoints, "llama-pivoted", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    order = tensors["model.layers.1.mlp.up_proj.order"]
+    order[int(order.argmax())] = wrong
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj\.order is not a permutation of 0 … \d+"):
         load(folder, device="cpu")
 
 
