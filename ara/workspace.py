@@ -8,7 +8,7 @@
       allocate/energy-0.80/     manifest.json + ranks.json
       truncate/energy-0.80/     manifest.json + checkpoint/
       ...
-      cache/                    calibration tokens, keyed by tokenizer, text and settings
+      cache/                    calibration tokens and sensitivity tables, keyed by what they are made from
 
 A stage killed at any moment leaves either nothing or a ``.NAME.partial`` folder, from which a resumable stage goes on.
 A stage whose parent has changed since is *stale*: it is shown as such, and nothing builds on it.

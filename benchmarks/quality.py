@@ -121,7 +121,7 @@ class Bench:
         self.settings = [arguments.windows, arguments.seq_len, arguments.steps]
         self.rows = self._finished()
         self.loaded: str | None = None
-        # Sensitivity table and probes of the loaded factors: the same for all budgets.
+        # Probes of the loaded factors: the same for all budgets.
         self.measured: dict[str, tuple[Any, float]] = {}
 
     def _finished(self) -> dict[str, Any]:
@@ -218,9 +218,9 @@ class Bench:
         allocator = kind(method_options(kind.Options, {}))
         passes, begun = context.model.backward_passes, time.monotonic()
         if isinstance(allocator, Sensitivity):
-            table, seconds = self._once(row.method, lambda: sensitivity_of(context, allocator.options))
-            allocation = best_ranks(specs, table, budget)
-            return allocation, {"seconds": seconds, "backward_passes": len(context.train)}
+            table = sensitivity_of(context, allocator.options)
+            allocation = best_ranks(specs, table.losses, budget)
+            return allocation, {"seconds": table.seconds, "backward_passes": len(context.train)}
         if isinstance(allocator, Probed):
             probes, seconds = self._once(
                 f"{row.method}, {row.layout}", lambda: allocator.probes(specs, budget, context)

@@ -30,7 +30,7 @@ class Ara(Allocator):
             specs = [module.spec for module in modules]
             keep = budget.parameters / sum(spec.dense_cost for spec in specs)
             return nearest(context.learned, keep).allocation(specs, budget)
-        table = sensitivity_table(context) if needs_table(self.options) else None
+        table = sensitivity_table(context).losses if needs_table(self.options) else None
         family = ara_family(self.options, modules, budget, table)
         return trained_allocation(family, context, self.options, "Training masks")
 

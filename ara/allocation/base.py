@@ -17,6 +17,7 @@ from ara.progress import SILENT, Reporter
 if TYPE_CHECKING:
     from ara.masks.learned import LearnedLosses
     from ara.masks.model import MaskedModel
+    from ara.masks.table_cache import TableCache
 
 # What a rank is called when the layer stays dense.
 DENSE = "dense"
@@ -81,6 +82,7 @@ class Context:
         report: progress.
         learned: what ``ara train-masks`` has found, by budget; ``None`` when there was no training.
         table: the sensitivity table that it began with; ``None`` where it needed none.
+        tables: where sensitivity tables are kept; ``None``: every one is made anew.
     """
 
     model: MaskedModel
@@ -91,6 +93,7 @@ class Context:
     report: Reporter = SILENT
     learned: Sequence[LearnedLosses] | None = None
     table: Mapping[str, torch.Tensor] | None = None
+    tables: TableCache | None = None
 
 
 class Allocator:

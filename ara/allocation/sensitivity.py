@@ -16,6 +16,7 @@ from ara.allocation.budget import Budget
 from ara.allocation.knapsack import exact_minimise
 from ara.decomposition.base import MethodOptions
 from ara.masks.sensitivity import sensitivity_tables
+from ara.masks.table_cache import SensitivityTable, timed
 from ara.models.linears import LinearSpec
 
 
@@ -37,21 +38,34 @@ class Sensitivity(Allocator):
     def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
         """Read the table off the dense model and solve the knapsack."""
         assert context is not None and isinstance(self.options, SensitivityOptions)
-        return best_ranks([m.spec for m in modules], sensitivity_of(context, self.options), budget)
+        return best_ranks([m.spec for m in modules], sensitivity_of(context, self.options).losses, budget)
 
 
-def sensitivity_of(context: Context, options: SensitivityOptions) -> dict[str, torch.Tensor]:
-    """Return the tables of the dense model: module path → (r + 1) float64, nats per token."""
-    context.model.use_dense()
-    return sensitivity_tables(
-        context.model,
-        context.train,
-        loss="fisher" if options.targets == "model" else "ce",
-        per_window=options.sums == "window",
-        batch_size=context.batch_size,
-        seed=context.seed,
-        report=context.report,
-    )
+def sensitivity_of(context: Context, options: SensitivityOptions) -> SensitivityTable:
+    """Return the table of the dense model, that of ``context.tables`` if there is one."""
+
+    def make() -> dict[str, torch.Tensor]:
+        context.model.use_dense()
+        return sensitivity_tables(
+            context.model,
+            context.train,
+            loss="fisher" if options.targets == "model" else "ce",
+            per_window=options.sums == "window",
+            batch_size=context.batch_size,
+            seed=context.seed,
+            report=context.report,
+        )
+
+    if context.tables is None:
+        return timed(make)
+    settings: dict[str, str | int] = {
+        **options.model_dump(),
+        "batch_size": context.batch_size,
+        "seed": context.seed,
+        "device": str(context.model.device),
+        "dtype": str(context.model.model.dtype),
+    }
+    return context.tables.get(context.train, settings, lambda: timed(make))
 
 
 def best_ranks(specs: Sequence[LinearSpec], tables: Mapping[str, torch.Tensor], budget: Budget) -> Allocation:

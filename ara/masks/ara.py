@@ -15,6 +15,7 @@ from ara.masks.newton import NewtonMasks
 from ara.masks.paper import PaperOptions, PaperStaircase, shares_of, start_at
 from ara.masks.priced import PricedStaircase
 from ara.masks.staircase import paper_atoms, priced_atoms
+from ara.masks.table_cache import SensitivityTable
 from ara.models.linears import LinearSpec
 
 Tables = Mapping[str, torch.Tensor]
@@ -39,8 +40,8 @@ def needs_table(options: MaskTrainingOptions) -> bool:
     return options.start == "sensitivity" or (options.objective == "priced" and options.optimiser == "newton")
 
 
-def sensitivity_table(context: Context) -> dict[str, torch.Tensor]:
-    """Return the table of the dense model: module path → (r + 1) float64, nats per token."""
+def sensitivity_table(context: Context) -> SensitivityTable:
+    """Return the table of the dense model that trainings begin with."""
     return sensitivity_of(context, SensitivityOptions())
 
 

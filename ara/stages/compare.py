@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 from ara.allocation import ALLOCATORS
@@ -89,7 +90,9 @@ def compare(
         with workspace.writer(
             "compare", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
         ) as stage:
-            context = with_training(open_lab(decomposition, specs, resolved, workspace, run), trained)
+            # Every method pays for what it measures: no table of another command.
+            lab = replace(open_lab(decomposition, specs, resolved, workspace, run), tables=None)
+            context = with_training(lab, trained)
             _measure_all(resolved, modules, context, windows, stage, run)
             parameters = decomposition.manifest.results["model_parameters"]
             _conclude(resolved, modules, parameters, stage, trained)

@@ -8,6 +8,7 @@ from typing import TypeVar
 from ara.allocation.base import Context
 from ara.config import TuningConfig
 from ara.masks.model import MaskedModel
+from ara.masks.table_cache import TableCache
 from ara.models.linears import LinearSpec
 from ara.models.placement import choose_placement, torch_dtype
 from ara.stage_view import StageView
@@ -82,4 +83,5 @@ def open_lab(
     run.report.fact("loading the model")
     model = source.load_model(torch_dtype(config.dtype), config.device)
     masked = MaskedModel(model, list(specs), factor_files(decomposition, specs))
-    return Context(masked, train, windows[-held:], config.batch_size, config.seed, run.report)
+    tables = TableCache(workspace.cache / "tables", decomposition.manifest.id, run.report)
+    return Context(masked, train, windows[-held:], config.batch_size, config.seed, run.report, tables=tables)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -121,10 +120,9 @@ class _Training:
         if not needs_table(self.options):
             return None
         if TABLE_FILE not in self.stage.resumed:
-            begun = time.monotonic()
             table = sensitivity_table(self.context)
-            facts = {"table_seconds": time.monotonic() - begun, "table_windows": len(self.context.train)}
-            self.stage.tensors(TABLE_FILE, table, facts)
+            facts = {"table_seconds": table.seconds, "table_windows": len(self.context.train)}
+            self.stage.tensors(TABLE_FILE, table.losses, facts)
         return load_file(self.stage.folder / TABLE_FILE)
 
     def _one_budget(

@@ -1,0 +1,107 @@
+"""Sensitivity tables kept in the workspace: one pass serves every budget, layout and training of the same factors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ara.progress import SILENT, Reporter
+from ara.tensors import save_tensors, tensor_records
+
+# Change it when tables are computed otherwise.
+TABLE_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class SensitivityTable:
+    """The loss of every rank of every layer.
+
+    Attributes:
+        losses: module path → (r + 1) float64, nats per token; entry k is that of keeping k components, entry r is 0.
+        seconds: that it took to make, whenever that was.
+    """
+
+    losses: dict[str, torch.Tensor]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TableCache:
+    """A folder of tables.
+
+    Attributes:
+        folder: made if need be.
+        factors: content hash of the decomposition.
+        report: says what is read and what is thrown away.
+    """
+
+    folder: Path
+    factors: str
+    report: Reporter = SILENT
+
+    def get(
+        self, windows: torch.Tensor, settings: dict[str, str | int], make: Callable[[], SensitivityTable]
+    ) -> SensitivityTable:
+        """Read the table that was made of the same factors, ``windows`` and ``settings``, or make and keep it.
+
+        A damaged file is reported, thrown away and written anew.
+
+        Raises:
+            DiskFullError: no room for the table.
+        """
+        text = hashlib.sha256(windows.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+        key = json.dumps([TABLE_FORMAT, self.factors, list(windows.shape), text, settings], sort_keys=True)
+        path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+        if path.exists():
+            try:
+                found = _read(path)
+            except (SafetensorError, OSError, KeyError, ValueError) as error:
+                self.report.warn(f"discarding the damaged sensitivity table {path} ({error})")
+            else:
+                self.report.fact(f"sensitivity table read from {path}")
+                return found
+        found = make()
+        _write(path, found)
+        return found
+
+
+def timed(make: Callable[[], dict[str, torch.Tensor]]) -> SensitivityTable:
+    """Make a table and note how long that took."""
+    begun = time.monotonic()
+    losses = make()
+    return SensitivityTable(losses, time.monotonic() - begun)
+
+
+def _read(path: Path) -> SensitivityTable:
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+        if about["digest"] != _digest(path):
+            raise ValueError("its checksum is wrong")
+        return SensitivityTable({name: file.get_tensor(name) for name in file.keys()}, float(about["seconds"]))  # noqa: SIM118
+
+
+def _write(path: Path, table: SensitivityTable) -> None:
+    """Write aside and rename, so that a killed process or a second one leaves no half file."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The checksum is over the tensors' bytes, which a file without it tells.
+        save_tensors(aside, table.losses)
+        save_tensors(aside, table.losses, {"digest": _digest(aside), "seconds": repr(table.seconds)})
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> str:
+    hashes = {name: record.sha256 for name, record in tensor_records(path, path.name).items()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()

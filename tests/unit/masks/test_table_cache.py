@@ -1,0 +1,82 @@
+"""Sensitivity tables kept between commands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ara.allocation.base import Context
+from ara.allocation.sensitivity import SensitivityOptions, sensitivity_of
+from ara.masks.table_cache import TableCache
+from ara.progress import SilentReporter
+from tests.toy import toy_problem
+
+
+class _Listener(SilentReporter):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return toy_problem(tmp_path, [(20, 14), (9, 20)])[1]
+
+
+def _passes(context: Context, **options: str) -> tuple[dict[str, torch.Tensor], int]:
+    before = context.model.backward_passes
+    return sensitivity_of(context, SensitivityOptions(**options)).losses, context.model.backward_passes - before
+
+
+def test_a_table_is_made_once_and_read_back_as_it_was(context: Context, tmp_path: Path) -> None:
+    fresh, passes = _passes(context)
+    assert passes == len(context.train)
+    context = replace(context, tables=TableCache(tmp_path / "tables", "f" * 64))
+    first, passes = _passes(context)
+    assert passes == len(context.train)
+    again, passes = _passes(context)
+    assert passes == 0
+    for name, losses in fresh.items():
+        assert torch.equal(first[name], losses) and torch.equal(again[name], losses)
+    assert [path.suffix for path in (tmp_path / "tables").iterdir()] == [".safetensors"]
+    made = sensitivity_of(replace(context, tables=None), SensitivityOptions()).seconds
+    assert sensitivity_of(context, SensitivityOptions()).seconds > 0 and made > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: replace(c, seed=1),
+        lambda c: replace(c, batch_size=3),
+        lambda c: replace(c, train=c.train[:-1]),
+        lambda c: replace(c, train=c.train.flip(0)),
+        lambda c: replace(c, tables=replace(c.tables, factors="0" * 64)),
+    ],
+)
+def test_anything_else_makes_another_table(context: Context, tmp_path: Path, change) -> None:
+    context = replace(context, tables=TableCache(tmp_path / "tables", "f" * 64))
+    _passes(context)
+    assert _passes(change(context))[1] > 0
+    assert _passes(context, targets="text")[1] > 0
+    assert _passes(context, sums="window")[1] > 0
+    assert _passes(context)[1] == 0
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-5], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b"", lambda b: b"x" * 99]
+)
+def test_a_damaged_table_is_reported_and_made_anew(context: Context, tmp_path: Path, damage) -> None:
+    recorder = _Listener()
+    context = replace(context, tables=TableCache(tmp_path / "tables", "f" * 64, recorder))
+    first, _ = _passes(context)
+    (path,) = (tmp_path / "tables").iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    again, passes = _passes(context)
+    assert passes > 0 and all(torch.equal(first[name], again[name]) for name in first)
+    assert any("discarding the damaged sensitivity table" in text for text in recorder.warnings)
+    assert _passes(context)[1] == 0
