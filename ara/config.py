@@ -42,7 +42,7 @@ class DecomposeConfig(PlacementConfig):
 
     model: str = Field(description="hub id, local folder, GGUF file or alias (see ara models)")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    method: str = Field("whitened", description="decomposition (see ara methods)")
+    method: str = Field("two-sided", description="decomposition (see ara methods)")
     options: dict[str, str] = Field(default_factory=dict, description="options of the method, NAME=VALUE")
     text: str = Field("c4", description="calibration text: c4, wikitext2, python-docs or file:PATH (txt or jsonl)")
     samples: int = Field(256, ge=1, description="calibration windows")
@@ -90,7 +90,10 @@ class AllocateConfig(TuningConfig, BudgetConfig):
     keep: float | None = Field(
         0.8, gt=0, le=1, description="fraction of the factorised layers' parameters that stays, in (0, 1]"
     )
-    method: str = Field("uniform", description="allocator (see ara methods)")
+    method: str = Field(
+        "auto",
+        description="allocator (see ara methods); auto: ara where masks were trained on the factors, else sensitivity",
+    )
     options: dict[str, str] = Field(default_factory=dict, description="options of the method, NAME=VALUE")
     guard: bool = Field(
         True, description="compare on held-out text and never hand out ranks worse than uniform or the start"

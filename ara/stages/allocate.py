@@ -19,10 +19,13 @@ from ara.errors import UsageError, WorkspaceError
 from ara.manifest import file_sha256
 from ara.models.linears import LinearSpec, matching
 from ara.stage_view import StageView, parent_of
-from ara.stages.common import Run, already_done, begin, layer_file, specs_of
+from ara.stages.common import Run, already_done, begin, layer_file, name_parts, specs_of
 from ara.stages.lab import open_lab, placed
-from ara.stages.learned import require_training, with_training
+from ara.stages.learned import find_training, require_training, with_training
 from ara.workspace import Workspace
+
+# The method that stands for the best one that needs no further command.
+AUTO = "auto"
 
 
 def allocate(
@@ -55,6 +58,7 @@ def allocate(
         if ranks is None:
             if config.keep is None:
                 raise UsageError("no budget given", "add --keep 0.8, for example")
+            config = _decided(config, workspace, decomposition, masks, run)
             refuse_layout(config.method, config.layout)
             run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}")
         else:
@@ -83,6 +87,18 @@ def allocate(
             (stage.folder / RANKS_FILE).write_text(ranks_document(allocation, about), encoding="utf-8")
             stage.results.update({**results, "guard": asdict(verdict) if verdict else None})
         return workspace.view(f"allocate/{name}")
+
+
+def _decided(
+    config: AllocateConfig, workspace: Workspace, decomposition: StageView, masks: str | None, run: Run
+) -> AllocateConfig:
+    """Return ``config`` with a method in the place of ``auto``, and say which and why."""
+    if config.method != AUTO:
+        return config
+    trained = find_training(workspace, decomposition, masks)
+    method, why = ("ara", "masks") if trained else ("sensitivity", "no masks")
+    run.report.fact(f"method {method}: {why} have been trained on {decomposition.key}")
+    return config.model_copy(update={"method": method})
 
 
 def refuse_layout(method: str, layout: Layout) -> None:
@@ -127,17 +143,18 @@ def _training(
         if masks is not None:
             raise UsageError(f"--masks {masks} and --method {config.method} are both given", "use --method ara")
         return None
-    if masks is None and not workspace.views("train-masks"):
+    found = find_training(workspace, decomposition, masks)
+    if found is None and not workspace.views("train-masks"):
         layout = "" if config.layout == "factors" else f" --layout {config.layout}"
         raise WorkspaceError(
             f"{workspace.root} has no trained masks", f"run first: ara train-masks --keep {config.keep:g}{layout}"
         )
-    return require_training(workspace, decomposition, masks)
+    return found or require_training(workspace, decomposition, None)
 
 
 def default_name(config: AllocateConfig, factors: str, ranks: Path | None = None) -> str:
-    """Return a name that says decomposition (unless whitened), method and keep, such as ``energy-0.80``."""
-    parts = [] if factors == "whitened" else [factors]
+    """Return a name that says decomposition (unless it is the default), method and keep, such as ``energy-0.80``."""
+    parts = name_parts(factors)
     if ranks is not None:
         return "-".join([*parts, ranks.stem])
     assert config.keep is not None

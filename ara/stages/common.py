@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ara.config import Layout
+from ara.config import DecomposeConfig, Layout
 from ara.environment import reset_peak_memory
 from ara.errors import ModelError, UsageError
 from ara.models.linears import LinearSpec
@@ -93,6 +93,11 @@ def check_window(seq_len: int, model_config: Any) -> int | None:
     if limit is not None and seq_len > limit:
         raise UsageError(f"--seq-len {seq_len} is more than the {limit} positions of the model", f"use at most {limit}")
     return limit
+
+
+def name_parts(factors: str) -> list[str]:
+    """Return how a result's default name begins: with the decomposition's name, unless that is the default one's."""
+    return [] if factors == DecomposeConfig.model_fields["method"].default else [factors]
 
 
 def layer_file(layer: int) -> str:

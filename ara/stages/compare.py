@@ -19,11 +19,10 @@ from ara.reporting.figures import rank_heat_maps
 from ara.stage_view import StageView, parent_of
 from ara.stage_writer import StageWriter
 from ara.stages.allocate import budget_of, load_modules, refuse_layout, summary
-from ara.stages.common import Run, already_done, begin, model_of
+from ara.stages.common import Run, already_done, begin, model_of, name_parts
 from ara.stages.evaluate import window_length
 from ara.stages.lab import open_lab, placed
-from ara.stages.learned import fits, require_training, with_training
-from ara.workspace import Workspace
+from ara.stages.learned import find_training, with_training
 
 RESULTS_FILE = "results.json"
 PICTURE_FILE = "ranks.svg"
@@ -42,7 +41,7 @@ def compare(
         factors: name of the decomposition; the latest by default.
         masks: name of the training that ``ara`` uses; the latest one on these factors by default. Where there is
             none, ``ara`` trains here, by its default options.
-        name: of the result; says decomposition (unless whitened) and keep by default.
+        name: of the result; says decomposition (unless it is the default one) and keep by default.
 
     Raises:
         AraError: no decomposition, an unknown method, a budget that cannot be met, a missing text.
@@ -58,7 +57,7 @@ def compare(
         decomposition = workspace.require("decompose", factors)
         assert decomposition.manifest is not None
         run.report.step(f"Comparing {len(methods)} allocators at keep {config.keep:g}")
-        trained = _training(workspace, decomposition, masks)
+        trained = find_training(workspace, decomposition, masks)
         resolved = placed(config, run)
         source = model_of(decomposition, run)
         resolved = resolved.model_copy(
@@ -111,16 +110,8 @@ def methods_for(layout: Layout) -> tuple[str, ...]:
 
 def _default_name(config: CompareConfig, factors: str) -> str:
     keep = f"{config.keep:g}"
-    parts = [*([] if factors == "whitened" else [factors]), keep if len(keep) > 4 else f"{config.keep:.2f}"]
+    parts = [*name_parts(factors), keep if len(keep) > 4 else f"{config.keep:.2f}"]
     return "-".join([*parts, *([] if config.layout == "factors" else [config.layout])])
-
-
-def _training(workspace: Workspace, decomposition: StageView, masks: str | None) -> StageView | None:
-    """Return the training to use: the named one, or the latest on these factors, or ``None``."""
-    if masks is not None:
-        return require_training(workspace, decomposition, masks)
-    fitting = [v for v in workspace.views("train-masks") if v.state == "done" and fits(v, decomposition)]
-    return workspace.require("train-masks", fitting[-1].name) if fitting else None
 
 
 def _measure_all(

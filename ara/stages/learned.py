@@ -37,6 +37,18 @@ def require_training(workspace: Workspace, decomposition: StageView, name: str |
     return view
 
 
+def find_training(workspace: Workspace, decomposition: StageView, name: str | None = None) -> StageView | None:
+    """Return the training called ``name``, or the latest finished one on these factors, or ``None``.
+
+    Raises:
+        WorkspaceError: there is none of that name, or it was made on other factors.
+    """
+    if name is not None:
+        return require_training(workspace, decomposition, name)
+    fitting = [v for v in workspace.views("train-masks") if v.state == "done" and fits(v, decomposition)]
+    return workspace.require("train-masks", fitting[-1].name) if fitting else None
+
+
 def masks_file(keep: float) -> str:
     """Name of the file with what was learned at one budget."""
     return f"masks-{keep:g}.safetensors"

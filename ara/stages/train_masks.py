@@ -20,7 +20,7 @@ from ara.masks.training import LogRow, TrainingSettings, TrainingState, train
 from ara.stage_view import StageView, parent_of
 from ara.stage_writer import StageWriter
 from ara.stages.allocate import budget_of, load_modules
-from ara.stages.common import Run, already_done, begin
+from ara.stages.common import Run, already_done, begin, name_parts
 from ara.stages.lab import open_lab, placed
 from ara.stages.learned import LOG_FILE, TABLE_FILE, masks_file
 from ara.workspace import Workspace
@@ -35,7 +35,7 @@ def train_masks(
         config: budgets, objective, steps.
         run: workspace and reporter.
         factors: name of the decomposition; the latest by default.
-        name: of the result; says decomposition (unless whitened) and objective by default.
+        name: of the result; says decomposition (unless it is the default one) and objective by default.
 
     Raises:
         AraError: no decomposition, a budget that cannot be met, a loss that is NaN or diverges.
@@ -71,8 +71,8 @@ def train_masks(
 
 
 def default_name(config: TrainMasksConfig, factors: str) -> str:
-    """Return ``objective``, with the decomposition in front unless it is whitened."""
-    parts = [*([] if factors == "whitened" else [factors]), config.objective]
+    """Return ``objective``, with the decomposition in front unless it is the default one."""
+    parts = [*name_parts(factors), config.objective]
     return "-".join([*parts, *([] if config.layout == "factors" else [config.layout])])
 
 

@@ -77,7 +77,7 @@ def each(words, tiny_text, tmp_path):
     place = ["-w", tmp_path / "ws"]
     return [
         ["decompose", *words[:-8], *place],
-        ["allocate", "--keep", 0.7, *place],
+        ["allocate", "--keep", 0.7, "--method", "energy", *place],
         ["truncate", *place],
         ["eval", "--tasks", tiny_text, "--seq-len", 64, "--max-windows", 2, "--device", "cpu", *place],
         ["run", *words, "--keep", 0.6, *place],
@@ -239,7 +239,7 @@ def test_status_shows_every_stage_and_state(copied):
     document = json.loads(done("status", "-w", copied, "--json").stdout)
     states = {(stage["stage"], stage["name"]): stage["state"] for stage in document["stages"]}
     assert states == {
-        ("decompose", "whitened"): "done",
+        ("decompose", "two-sided"): "done",
         ("allocate", NAME): "done",
         ("truncate", NAME): "done",
         ("truncate", "energy-0.50"): "partial",
@@ -321,7 +321,7 @@ def test_run_with_several_budgets(copied, words):
     before = stamps(copied / "decompose")
     document = json.loads(done("run", *words, "--keep", 0.8, "--keep", 0.6, "-w", copied, "--json").stdout)
     assert [(Path(stage["path"]).parent.name, stage["name"]) for stage in document["stages"]] == [
-        ("decompose", "whitened"),
+        ("decompose", "two-sided"),
         ("allocate", "energy-0.80"),
         ("truncate", "energy-0.80"),
         ("eval", f"energy-0.80-{story()}"),
@@ -336,7 +336,7 @@ def test_run_with_several_budgets(copied, words):
 
 def test_run_with_remove_and_without_eval(copied, words):
     document = json.loads(done("run", *words, "--remove", 0.45, "--no-eval", "-w", copied, "--json").stdout)
-    assert [stage["name"] for stage in document["stages"]] == ["whitened", "energy-0.55", "energy-0.55"]
+    assert [stage["name"] for stage in document["stages"]] == ["two-sided", "energy-0.55", "energy-0.55"]
     assert document["stages"][1]["config"]["keep"] == 0.55
 
 
@@ -349,7 +349,7 @@ def test_allocate_takes_remove_ranks_and_factors(copied):
     document = json.loads(file.read_text())
     document["ranks"]["model.layers.0.mlp.up_proj"] = 2
     (copied.parent / "mine.json").write_text(json.dumps(document))
-    words = ("--ranks", copied.parent / "mine.json", "--factors", "whitened", "--name", "edited")
+    words = ("--ranks", copied.parent / "mine.json", "--factors", "two-sided", "--name", "edited")
     result = json.loads(done("allocate", *words, "-w", copied, "--json").stdout)
     assert result["name"] == "edited"
     assert result["config"]["keep"] is None

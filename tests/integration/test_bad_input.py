@@ -165,7 +165,7 @@ def test_activations_that_overflow_name_the_layer(root, tiny_text, tmp_path):
         model.model.layers[0].mlp.down_proj.weight.mul_(1e35)
 
     model = save_broken(tmp_path / "broken", change)
-    result = decompose(model, tiny_text, root, "--moment-memory", 1e-6)
+    result = decompose(model, tiny_text, root, "--moment-memory", 1e-6, "--method", "whitened")
     message = refused(result, 1, "NaN or infinity", "--dtype float32")
     assert "model.layers.1." in message
 
@@ -179,7 +179,7 @@ def test_model_that_changed_since(unchanged, tmp_path):
         refused(run("truncate", "--name", "x", "-w", unchanged, "-q"), 1, "does not exist")
         save_tiny(location, "llama", seed=9)
         refused(
-            run("truncate", "--name", "x", "-w", unchanged, "-q"), 1, "has changed since decompose/whitened was made"
+            run("truncate", "--name", "x", "-w", unchanged, "-q"), 1, "has changed since decompose/two-sided was made"
         )
     finally:
         shutil.rmtree(location, ignore_errors=True)
@@ -230,7 +230,7 @@ def test_all_wrong_settings_are_shown_together(root, tiny_llama):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["-m", "witened"], "did you mean whitened"),
+        (["-m", "twosided"], "did you mean two-sided"),
         (["-O", "alpha"], "expected NAME=VALUE"),
         (["-O", "alpha=1"], "alpha"),
         (["-m", "asvd", "-O", "alpha=9"], "alpha"),
@@ -289,7 +289,7 @@ def test_few_tokens_are_warned_about_with_numbers(tmp_path, tiny_llama, tiny_tex
 def test_replacing_a_result_made_from_other_settings_is_said(tmp_path, tiny_llama, tiny_text):
     assert decompose(tiny_llama, tiny_text, tmp_path / "ws", "--samples", 19).exit_code == 0
     other = decompose(tiny_llama, tiny_text, tmp_path / "ws", "--samples", 20)
-    assert "warning: replacing decompose/whitened, which was made with other settings (samples)" in other.stderr
+    assert "warning: replacing decompose/two-sided, which was made with other settings (samples)" in other.stderr
     assert "--name keeps both" in other.stderr
     faster = decompose(tiny_llama, tiny_text, tmp_path / "ws", "--samples", 20, "--batch-size", 3)
     assert faster.exit_code == 0 and faster.stderr == ""
@@ -357,7 +357,7 @@ def test_stage_that_is_missing(tmp_path, tiny_llama, tiny_text):
     decompose(tiny_llama, tiny_text, tmp_path / "ws")
     refused(run("truncate", "-w", tmp_path / "ws", "-q"), 1, "no result of ara allocate yet", "run ara allocate first")
     refused(run("eval", "-w", tmp_path / "ws", "-q"), 1, "no result of ara truncate yet")
-    refused(run("allocate", "--factors", "whitend", "-w", tmp_path / "ws", "-q"), 1, "did you mean whitened")
+    refused(run("allocate", "--factors", "two-side", "-w", tmp_path / "ws", "-q"), 1, "did you mean two-sided")
 
 
 def test_workspace_of_another_model(unchanged, tiny_text, tmp_path):
@@ -372,7 +372,7 @@ def test_workspace_of_a_newer_format(unchanged, tiny_llama, tiny_text):
     for result in (run("status", "-w", unchanged, "-q"), decompose(tiny_llama, tiny_text, unchanged)):
         refused(result, 1, "has format 2; this ara reads formats up to 1", "update")
     index.write_text(clean)
-    manifest = unchanged / "decompose" / "whitened" / "manifest.json"
+    manifest = unchanged / "decompose" / "two-sided" / "manifest.json"
     clean = manifest.read_text()
     manifest.write_text(json.dumps({**json.loads(clean), "format_version": 2}))
     refused(run("allocate", "-w", unchanged, "-q"), 1, "manifest.json has format 2", "update")
@@ -399,7 +399,7 @@ def test_one_flipped_byte_in_any_tensor_file_is_named(unchanged, stage, command)
         assert last in manifest["tensors"]
 
 
-@pytest.mark.parametrize("key", ["decompose/whitened", f"allocate/{NAME}", f"truncate/{NAME}"])
+@pytest.mark.parametrize("key", ["decompose/two-sided", f"allocate/{NAME}", f"truncate/{NAME}"])
 def test_edited_manifest_and_other_files_are_named(copied, key):
     command = {"decompose": "allocate", "allocate": "truncate", "truncate": "eval"}[key.partition("/")[0]]
     folder = copied / key
@@ -412,7 +412,7 @@ def test_edited_manifest_and_other_files_are_named(copied, key):
 
 
 def test_missing_and_cut_tensor_files_are_named(unchanged):
-    path = unchanged / "decompose" / "whitened" / "layer-001.safetensors"
+    path = unchanged / "decompose" / "two-sided" / "layer-001.safetensors"
     clean = path.read_bytes()
     path.write_bytes(clean[:-1])
     refused(run("allocate", "-w", unchanged, "-q"), 1, "layer-001.safetensors has ")
@@ -483,7 +483,7 @@ def test_disk_that_fills_up_in_truncate_allocate_and_eval(unchanged, tiny_text, 
         return write(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "write_text", no_room)
-    refused(run("allocate", "--keep", "0.5", "-w", unchanged, "-q"), 1, "the disk is full")
+    refused(run("allocate", "--keep", "0.5", "--method", "energy", "-w", unchanged, "-q"), 1, "the disk is full")
     words = ("--seq-len", 64, "--max-windows", 1, "--device", "cpu", "--dtype", "float32")
     refused(run("eval", "--tasks", tiny_text, *words, "-w", unchanged, "-q", "--force"), 1, "the disk is full")
 
@@ -518,7 +518,7 @@ def test_full_disk_for_real(small_disk, finished, tiny_llama, tiny_text, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 2**40))
         refused(decompose(tiny_llama, tiny_text, disk / "ws"), 1, "the disk is full")
-    assert {path.split("/")[0] for path in listing(disk / "ws" / "decompose")} <= {".whitened.partial"}
+    assert {path.split("/")[0] for path in listing(disk / "ws" / "decompose")} <= {".two-sided.partial"}
     used = sum(path.stat().st_blocks * 512 for path in finished.rglob("*") if path.is_file())
     disk = small_disk((used + 4095) // 4096 * 4096 + (120 << 10))
     root = Path(shutil.copytree(finished, disk / "ws"))

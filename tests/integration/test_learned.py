@@ -76,7 +76,7 @@ def invoke(*arguments):
 def test_training_stores_losses_ranks_and_a_log(learned):
     view = Run(learned).open().require("train-masks")
     budgets = view.manifest.results["budgets"]
-    assert view.name == "two-sided-priced" and list(budgets) == ["0.8", "0.6"]
+    assert view.name == "priced" and list(budgets) == ["0.8", "0.6"]
     assert all(row["held_out"] <= row["start_held_out"] for row in budgets.values())
     assert set(view.manifest.files) == {
         "log.csv",
@@ -140,6 +140,18 @@ def test_ara_without_a_training_says_how_to_get_one(finished):
     assert caught.value.hint == "run first: ara train-masks --keep 0.8"
 
 
+def test_auto_is_ara_where_masks_are_trained_and_else_sensitivity(learned, tiny_settings):
+    first = allocate(AllocateConfig(keep=0.8, **TUNING), Run(learned))
+    assert first.name == "ara-0.80" and first.manifest.config["method"] == "ara"
+    decompose(DecomposeConfig(**tiny_settings, method="plain"), Run(learned))
+    other = allocate(AllocateConfig(keep=0.8, **TUNING), Run(learned), factors="plain")
+    assert other.name == "plain-sensitivity-0.80" and other.manifest.config["method"] == "sensitivity"
+    # Masks of these factors are found behind a later training on others.
+    train_masks(TrainMasksConfig(**{**TRAINING, "steps": 1}), Run(learned), factors="plain")
+    again = allocate(AllocateConfig(keep=0.7, **TUNING), Run(learned), factors="two-sided")
+    assert again.manifest.config["method"] == "ara"
+
+
 def test_a_training_on_other_factors_is_refused(learned, tiny_settings):
     decompose(DecomposeConfig(**tiny_settings, method="plain"), Run(learned))
     with pytest.raises(WorkspaceError, match="trained on other factors than decompose/plain"):
@@ -189,12 +201,12 @@ def train_words(root, *more):
     ],
 )
 def test_a_killed_training_ends_in_the_same_bytes(killed, learned, place, count):  # noqa: F811
-    whole = read_manifest(learned / "train-masks" / "two-sided-priced")
+    whole = read_manifest(learned / "train-masks" / "priced")
     shutil.rmtree(learned / "train-masks")
     killed(place, count, "before", *train_words(learned))
     result = invoke(*train_words(learned))
     assert result.exit_code == 0, result.output
-    again = read_manifest(learned / "train-masks" / "two-sided-priced")
+    again = read_manifest(learned / "train-masks" / "priced")
     for name in ("masks-0.8.safetensors", "masks-0.6.safetensors", "sensitivity.safetensors"):
         assert again.files[name] == whole.files[name], name
     for keep, row in whole.results["budgets"].items():
@@ -253,7 +265,7 @@ def test_compare_puts_all_side_by_side(learned, tiny_text):
     results = json.loads((view.path / "results.json").read_text())
     rows = results["methods"]
     assert list(rows) == ["dense", "uniform", "energy", "sensitivity", "ara"]
-    assert results["training"] == "two-sided-priced"
+    assert results["training"] == "priced"
     for name, row in rows.items():
         figures = row["tasks"][tiny_text]
         assert figures["perplexity"] > 1 and len(figures["window_nlls"]) == 3
@@ -326,7 +338,7 @@ def test_text_that_is_too_short_is_shared_out(learned, capsys):
 def test_pivoted_layers_through_all_stages(learned, tiny_text):
     train_masks(TrainMasksConfig(**TRAINING, layout="pivoted"), Run(learned))
     ranks = allocate(AllocateConfig(keep=0.6, method="ara", layout="pivoted", **TUNING), Run(learned))
-    assert ranks.name == "two-sided-ara-0.60-pivoted"
+    assert ranks.name == "ara-0.60-pivoted"
     checkpoint = truncate(TruncateConfig(), Run(learned))
     card = (checkpoint.path / "checkpoint" / "README.md").read_text()
     assert "stored as some of their rows, the others as combinations of those" in card
@@ -378,7 +390,7 @@ def test_compare_leaves_out_what_does_not_know_the_layout(learned, tiny_text):
     config = {"tasks": (tiny_text,), "eval_seq_len": 48, "max_windows": 2, "layout": "pivoted", "keep": 0.7}
     quick = ("uniform", "energy", "sensitivity")
     view = compare(CompareConfig(**config, methods=quick, **TUNING), Run(learned))
-    assert view.name == "two-sided-0.70-pivoted"
+    assert view.name == "0.70-pivoted"
     rows = view.manifest.results["methods"]
     assert all(0.69 < rows[name]["linear_keep"] <= 0.7 for name in quick)
     with pytest.raises(UsageError, match="--method tanh does not know"):

@@ -52,7 +52,7 @@ def manifest(root, key):
     return view.manifest
 
 
-def factors(root, name="whitened"):
+def factors(root, name="two-sided"):
     tensors = {}
     for path in sorted((root / "decompose" / name).glob("*.safetensors")):
         tensors |= load_file(path)
@@ -86,7 +86,7 @@ def test_workspace_holds_exactly_these_files(finished):
         "workspace.json",
         ".lock",
         *(
-            f"decompose/whitened/{name}"
+            f"decompose/two-sided/{name}"
             for name in ("manifest.json", *(f"layer-{i:03d}.safetensors" for i in range(3)))
         ),
         f"allocate/{NAME}/manifest.json",
@@ -112,10 +112,10 @@ def test_every_file_of_a_stage_is_in_its_manifest(finished):
 
 
 def test_manifests_tell_how_everything_was_made(finished, tiny_settings, tiny_llama):
-    made = manifest(finished, "decompose/whitened")
+    made = manifest(finished, "decompose/two-sided")
     for field, value in tiny_settings.items():
         assert made.config[field] == value
-    assert made.config["method"] == "whitened"
+    assert made.config["method"] == "two-sided"
     assert len(made.config["text_sha256"]) == 64
     assert made.seed == 0
     assert made.parents == ()
@@ -132,7 +132,7 @@ def test_manifests_tell_how_everything_was_made(finished, tiny_settings, tiny_ll
     assert found == {(layer, kind): shape for layer in range(3) for kind, shape in SHAPES.items()}
     ids = {
         stage: manifest(finished, f"{stage}/{name}").id
-        for stage, name in (("decompose", "whitened"), ("allocate", NAME), ("truncate", NAME))
+        for stage, name in (("decompose", "two-sided"), ("allocate", NAME), ("truncate", NAME))
     }
     parents = {
         "allocate": ["decompose"],
@@ -146,7 +146,7 @@ def test_manifests_tell_how_everything_was_made(finished, tiny_settings, tiny_ll
 
 
 def test_tensor_tables_fit_the_files(finished):
-    made = manifest(finished, "decompose/whitened")
+    made = manifest(finished, "decompose/two-sided")
     tensors = factors(finished)
     assert set(made.tensors) == set(tensors)
     for kind, (m, n) in SHAPES.items():
@@ -165,7 +165,7 @@ def test_tensor_tables_fit_the_files(finished):
 @pytest.mark.parametrize("name", [entry.name for entry in DECOMPOSITIONS])
 def test_full_factors_give_the_weights_back(finished, tiny_settings, tmp_path, name):
     root = finished
-    if name != "whitened":
+    if name != "two-sided":
         root = tmp_path / "ws"
         decompose(DecomposeConfig(**{**tiny_settings, "method": name}), Run(root))
     model = tiny_model("llama")
@@ -180,7 +180,7 @@ def test_full_factors_give_the_weights_back(finished, tiny_settings, tmp_path, n
 @pytest.mark.parametrize("keep", [0.2, 0.55, 0.7, 0.9, 1.0])
 def test_budget_is_met_within_one_rank_step_and_never_exceeded(copied, method, keep):
     view = allocate(AllocateConfig(keep=keep, method=method), Run(copied))
-    specs = specs_of(Workspace.open(copied).view("decompose/whitened"))
+    specs = specs_of(Workspace.open(copied).view("decompose/two-sided"))
     ranks = ranks_of(copied, view.name)
     assert list(ranks) == [spec.name for spec in specs]
     spent, dense, cheapest = 0, 0, math.inf
@@ -224,7 +224,7 @@ def test_size_on_disk_falls_by_what_the_ranks_say(finished):
     made = manifest(finished, f"truncate/{NAME}").results
     allocated = manifest(finished, f"allocate/{NAME}").results
     saved = allocated["linear_parameters_dense"] - allocated["linear_parameters"]
-    assert made["parameters"] == manifest(finished, "decompose/whitened").results["model_parameters"] - saved
+    assert made["parameters"] == manifest(finished, "decompose/two-sided").results["model_parameters"] - saved
     assert made["weight_bytes"] == 4 * made["parameters"] == made["dense_weight_bytes"] - 4 * saved
     file = finished / "truncate" / NAME / "checkpoint" / "model.safetensors"
     assert made["disk_bytes"] == file.stat().st_size
@@ -369,7 +369,7 @@ def test_whole_pipeline_for_every_method(tmp_path, tiny_settings, tiny_text, met
         None,
         Run(tmp_path / "ws"),
     )
-    prefix = "" if method == "whitened" else f"{method}-"
+    prefix = "" if method == "two-sided" else f"{method}-"
     assert [view.key for view in views] == [
         f"decompose/{method}",
         f"allocate/{prefix}{allocator}-0.70",
@@ -382,7 +382,8 @@ def test_whole_pipeline_for_every_method(tmp_path, tiny_settings, tiny_text, met
 
 def test_whitened_factors_lose_less_of_the_output_than_plain_ones(copied, tiny_settings, tiny_text):
     """The point of calibration: at equal ranks, less error of the outputs on the calibration text."""
-    decompose(DecomposeConfig(**{**tiny_settings, "method": "plain"}), Run(copied))
+    for method in ("whitened", "plain"):
+        decompose(DecomposeConfig(**{**tiny_settings, "method": method}), Run(copied))
     model = tiny_model("llama")
     name, rank = "model.layers.1.mlp.down_proj", 11
     inputs = []
@@ -436,7 +437,7 @@ def test_edited_ranks_are_taken_as_they_are(copied, tmp_path):
     torch.testing.assert_close(logits(model), expected, atol=2e-4, rtol=1e-4)
     # Fed back once more it is the same; another edit is another result.
     again = allocate(AllocateConfig(keep=None), Run(copied), ranks=view.path / "ranks.json", name="again")
-    specs = specs_of(Workspace.open(copied).view("decompose/whitened"))
+    specs = specs_of(Workspace.open(copied).view("decompose/two-sided"))
     assert read_allocation(again, specs) == read_allocation(view, specs)
     (tmp_path / "mine.json").write_text(json.dumps({**document, "ranks": {**document["ranks"], name: 4}}))
     changed = allocate(AllocateConfig(keep=None), Run(copied), ranks=tmp_path / "mine.json")
@@ -513,7 +514,7 @@ def test_same_seed_gives_the_same_bytes(finished, tiny_settings, tmp_path):
     first = {name: sha for name, sha in contents(finished, "*.safetensors").items()}
     assert len(first) == 5
     assert contents(root, "*.safetensors") == first
-    for key in ("decompose/whitened", f"allocate/{NAME}", f"truncate/{NAME}"):
+    for key in ("decompose/two-sided", f"allocate/{NAME}", f"truncate/{NAME}"):
         assert manifest(root, key).id == manifest(finished, key).id
 
 
@@ -532,7 +533,7 @@ def test_other_seed_makes_everything_after_it_stale(copied, tiny_settings, tiny_
     decompose(DecomposeConfig(**{**tiny_settings, "seed": 1}), Run(copied, force=True))
     assert contents(copied / "decompose", "*.safetensors") != before
     assert {view.key: view.state for view in workspace.views()} == {
-        "decompose/whitened": "done",
+        "decompose/two-sided": "done",
         f"allocate/{NAME}": "stale",
         f"truncate/{NAME}": "stale",
         f"eval/{NAME}-{story()}": "stale",
@@ -590,7 +591,7 @@ def test_token_cache_is_used_and_not_trusted_blindly(copied, tiny_settings):
 def test_excluded_layers_stay_dense_and_uncounted(tmp_path, tiny_settings):
     config = DecomposeConfig(**tiny_settings, exclude=("*.down_proj", "model.layers.0.*"))
     run_pipeline(config, [AllocateConfig(keep=KEEP, method="energy")], TruncateConfig(), None, Run(tmp_path / "ws"))
-    assert listing(tmp_path / "ws" / "decompose" / "whitened") == {
+    assert listing(tmp_path / "ws" / "decompose" / "two-sided") == {
         "manifest.json",
         "layer-001.safetensors",
         "layer-002.safetensors",

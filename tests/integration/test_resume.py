@@ -135,30 +135,32 @@ def cut(killed_root, tmp_path):
 
 
 def test_killed_decomposition_leaves_a_part_that_status_shows(cut):
-    partial = cut / "decompose" / ".whitened.partial"
+    partial = cut / "decompose" / ".two-sided.partial"
     assert listing(partial) == {"layer-000.safetensors", "layer-001.safetensors", ".journal.json"}
-    assert not (cut / "decompose" / "whitened").exists()
-    assert status(cut) == {"decompose/whitened": "partial"}
+    assert not (cut / "decompose" / "two-sided").exists()
+    assert status(cut) == {"decompose/two-sided": "partial"}
     result = CliRunner().invoke(app, ["allocate", "-w", str(cut)])
     assert result.exit_code == 1
     assert "has no result of ara decompose yet" in result.stderr
 
 
 def test_killed_decomposition_goes_on_and_gives_the_same_bytes(cut, finished, tiny_settings):
-    partial = cut / "decompose" / ".whitened.partial"
+    partial = cut / "decompose" / ".two-sided.partial"
     before = {name: stamp for name, stamp in stamps(partial).items() if name.endswith(".safetensors")}
     heard = Heard()
     config = DecomposeConfig(**{**tiny_settings, "moment_memory": 1e-6})
     view = decompose(config, Run(cut, report=heard))
     assert "going on after an interruption: 2 blocks are done" in heard.facts
-    assert heard.bars == ["Reading inputs of blocks 3 to 3", "Factoring blocks 3 to 3"]
+    assert heard.bars == [
+        f"{what} blocks 3 to 3" for what in ("Reading inputs of", "Reading gradients of", "Factoring")
+    ]
     after = stamps(view.path)
     assert {name: after[name] for name in before} == before  # not written again
     assert not partial.exists()
-    assert contents(view.path, "*.safetensors") == contents(finished / "decompose" / "whitened", "*.safetensors")
+    assert contents(view.path, "*.safetensors") == contents(finished / "decompose" / "two-sided", "*.safetensors")
     manifest = read_manifest(view.path)
     verify_files(view.path, manifest)
-    uninterrupted = read_manifest(finished / "decompose" / "whitened")
+    uninterrupted = read_manifest(finished / "decompose" / "two-sided")
     assert manifest.tensors == uninterrupted.tensors
     assert manifest.files == uninterrupted.files
     assert manifest.results == uninterrupted.results
@@ -166,7 +168,7 @@ def test_killed_decomposition_goes_on_and_gives_the_same_bytes(cut, finished, ti
         "workspace.json",
         ".lock",
         *(f"cache/{name}" for name in listing(cut / "cache")),
-        *(f"decompose/whitened/{name}" for name in (*manifest.files, "manifest.json")),
+        *(f"decompose/two-sided/{name}" for name in (*manifest.files, "manifest.json")),
     }
 
 
@@ -180,11 +182,11 @@ def test_part_made_with_other_settings_is_not_gone_on_with(cut, tiny_settings):
 
 
 def test_part_with_a_damaged_file_is_not_gone_on_with(cut, finished, tiny_settings):
-    flip(cut / "decompose" / ".whitened.partial" / "layer-000.safetensors", -5)
+    flip(cut / "decompose" / ".two-sided.partial" / "layer-000.safetensors", -5)
     heard = Heard()
     view = decompose(DecomposeConfig(**{**tiny_settings, "moment_memory": 1e-6}), Run(cut, report=heard))
     assert not any("going on" in fact for fact in heard.facts)
-    assert contents(view.path, "*.safetensors") == contents(finished / "decompose" / "whitened", "*.safetensors")
+    assert contents(view.path, "*.safetensors") == contents(finished / "decompose" / "two-sided", "*.safetensors")
 
 
 def test_part_belongs_to_its_model(cut, tiny_text, tmp_path):
@@ -198,10 +200,10 @@ def test_part_belongs_to_its_model(cut, tiny_text, tmp_path):
 def test_killed_before_the_first_layer_starts_over(killed, tmp_path, tiny_settings, finished):
     root = tmp_path / "ws"
     killed("ara.stages.decompose:_factor", 4, "after", *decompose_arguments(tiny_settings, root))
-    assert status(root) == {"decompose/whitened": "partial"}
+    assert status(root) == {"decompose/two-sided": "partial"}
     view = decompose(DecomposeConfig(**tiny_settings), Run(root))
-    assert contents(view.path, "*.safetensors") == contents(finished / "decompose" / "whitened", "*.safetensors")
-    assert status(root) == {"decompose/whitened": "done"}
+    assert contents(view.path, "*.safetensors") == contents(finished / "decompose" / "two-sided", "*.safetensors")
+    assert status(root) == {"decompose/two-sided": "done"}
 
 
 def test_killed_while_its_manifest_is_written_goes_on(killed, tmp_path, tiny_settings):
@@ -233,7 +235,7 @@ def test_killed_truncate_and_eval_leave_a_part_that_the_next_run_replaces(
     partial = copied / stage / f".{result}.partial"
     assert partial.is_dir()
     assert status(copied)[f"{stage}/{result}"] == "partial"
-    assert status(copied)["decompose/whitened"] == status(copied)[f"allocate/{NAME}"] == "done"
+    assert status(copied)["decompose/two-sided"] == status(copied)[f"allocate/{NAME}"] == "done"
     (partial / "stray").write_text("of the killed process")
     if stage == "truncate":
         view = truncate(TruncateConfig(), Run(copied))
