@@ -26,7 +26,7 @@ PIP_INSTALL := if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast check format-check lint types format bench-decompose bench-masks bench-quality clean
+.PHONY: help setup demo test test-fast check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -118,6 +118,10 @@ bench-masks: $(STAMP) ## time mask training against a dense forward and backward
 bench-quality: $(STAMP) ## perplexity of SmolLM2-135M by every method at keep 0.8 and 0.6 (needs ARA_DATA_DIR; hours)
 	@echo "Measuring quality"
 	@$(WITH_DATA); $(BIN)/python benchmarks/quality.py $(BENCH_FLAGS)
+
+bench-ablation: $(STAMP) ## mask training with one setting changed at a time, on held-out text (needs ARA_DATA_DIR; hours)
+	@echo "Training variants"
+	@$(WITH_DATA); $(BIN)/python benchmarks/ablation.py $(BENCH_FLAGS)
 
 clean: ## remove .venv, caches and builds (workspaces stay)
 	@echo "Removing $(VENV), caches and builds"

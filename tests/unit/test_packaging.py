@@ -179,5 +179,6 @@ def test_makefile_describes_its_targets():
         "format",
         "bench-decompose",
         "bench-quality",
+        "bench-ablation",
         "clean",
     }

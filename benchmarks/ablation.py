@@ -1,0 +1,98 @@
+"""What matters in mask training: one setting changed at a time, judged on held-out calibration text.
+
+    ARA_DATA_DIR=... make bench-ablation
+    python benchmarks/ablation.py --workspace bench-quality --only default,adam,cross-entropy
+
+All variants start from the same factors and the same sensitivity table, at one budget, with the same windows to learn
+from; no evaluation text is read. A variant that is finished is not trained again, and one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ara.config import DecomposeConfig, TrainMasksConfig
+from ara.errors import AraError
+from ara.stages.common import Run
+from ara.stages.decompose import decompose
+from ara.stages.train_masks import train_masks
+from ara_cli.console import Column, Console
+from ara_cli.words import seconds_text
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "cross-entropy": {"loss": "ce"},
+    "batch 4": {"batch": 4},
+    "batch 32": {"batch": 32},
+    "rate 1 (no memory of earlier steps)": {"rate": 1.0},
+    "rate 0.1": {"rate": 0.1},
+    "trust 0.005": {"trust": 0.005},
+    "trust 0.1": {"trust": 0.1},
+    "no curvature": {"damping": 0.0},
+    "curvature × 4": {"damping": 4.0},
+    "start uniform": {"start": "uniform"},
+    "adam": {"optimiser": "adam"},
+    "adam, step 0.01": {"optimiser": "adam", "learning_rate": 0.01},
+    "adam, step 0.2": {"optimiser": "adam", "learning_rate": 0.2},
+    "adam, temperature 0.3": {"optimiser": "adam", "temperature": 0.3},
+    "adam, 16 atoms": {"optimiser": "adam", "atoms": 16},
+    "adam, no average": {"optimiser": "adam", "average": 0.0},
+    "adam, start uniform": {"optimiser": "adam", "start": "uniform"},
+    "paper": {"objective": "paper"},
+    "paper, start uniform": {"objective": "paper", "start": "uniform", "learning_rate": 0.1},
+    "paper, start uniform, no guidance": {
+        "objective": "paper",
+        "start": "uniform",
+        "learning_rate": 0.1,
+        "guidance_weight": 0.0,
+    },
+}
+
+
+def main() -> None:
+    """Train all variants and print what each has won."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="model to compress")
+    parser.add_argument("--keep", type=float, default=0.8, help="budget")
+    parser.add_argument("--layout", default="factors", help="factors or pivoted")
+    parser.add_argument("--steps", type=int, default=12, help="training steps of every variant")
+    parser.add_argument("--samples", type=int, default=256, help="calibration windows of the factors")
+    parser.add_argument("--only", help="variants to train, with commas [default: all]")
+    parser.add_argument("--workspace", type=Path, default=Path("bench-quality"), help="where to work")
+    arguments = parser.parse_args()
+    console = Console()
+    run = Run(arguments.workspace, "python benchmarks/ablation.py", console)
+    decompose(DecomposeConfig(model=arguments.model, method="two-sided", samples=arguments.samples), run)
+    only = set(arguments.only.split(",")) if arguments.only else set(VARIANTS)
+    rows = []
+    for number, (label, changes) in enumerate(VARIANTS.items()):
+        if label not in only:
+            continue
+        console.step(label)
+        config = TrainMasksConfig(keep=(arguments.keep,), steps=arguments.steps, layout=arguments.layout, **changes)
+        try:
+            view = train_masks(config, run, factors="two-sided", name=f"ablation-{arguments.layout}-{number:02d}")
+        except AraError as error:
+            rows.append((label, "", "", "", "", str(error)))
+            continue
+        assert view.manifest is not None
+        found = view.manifest.results["budgets"][f"{arguments.keep:g}"]
+        dense = sum(rank == "dense" for rank in found["ranks"].values())
+        won = found["start_held_out"] - found["held_out"]
+        at = f"{found['best_step']} of {found['steps']}"
+        rows.append((label, f"{found['held_out']:.4f}", f"{won:+.4f}", at, dense, seconds_text(found["seconds"])))
+    columns = [
+        Column("variant", "left"),
+        Column("held-out loss"),
+        Column("won over its start"),
+        Column("best step"),
+        Column("dense layers"),
+        Column("time"),
+    ]
+    console.table(f"keep {arguments.keep:g}, {arguments.layout}", columns, rows)
+
+
+if __name__ == "__main__":
+    main()
