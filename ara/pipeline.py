@@ -53,7 +53,7 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage("decompose", "Factor every linear layer once", "model, text", "factors", None),
     Stage("train-masks", "Learn which ranks matter", "factors, text", "masks", "decompose", optional=True),
-    Stage("allocate", "Give every layer a rank under one budget", "factors", "ranks", "decompose"),
+    Stage("allocate", "Give every layer a rank under one budget", "factors, text", "ranks", "decompose"),
     Stage("truncate", "Write the compressed checkpoint", "factors, ranks, model", "checkpoint", "allocate"),
     Stage("eval", "Measure dense, uniform and chosen side by side", "checkpoint, text", "results", "truncate"),
     Stage("export", "Write the model for another runtime", "checkpoint", "ONNX graph", "truncate", optional=True),
@@ -83,11 +83,13 @@ def run_pipeline(
     factors = decompose(decompose_config, run)
     views = [factors]
     learned = [config for config in allocate_configs if config.method == "ara"]
+    training = None
     if learned:
-        training = training_for(learned)
-        views.append(train_masks(training, run, factors=factors.name))
+        training = train_masks(training_for(learned), run, factors=factors.name)
+        views.append(training)
     for config in allocate_configs:
-        ranks = allocate(config, run, factors=factors.name)
+        masks = training.name if training and config.method == "ara" else None
+        ranks = allocate(config, run, factors=factors.name, masks=masks)
         checkpoint = truncate(truncate_config, run, allocation=ranks.name)
         views += [ranks, checkpoint]
         if eval_config is not None:

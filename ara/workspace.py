@@ -4,7 +4,7 @@
 
     ara-workspace/
       workspace.json            format version and the model that this workspace belongs to
-      decompose/whitened/       manifest.json + factors, one safetensors file per decoder block
+      decompose/two-sided/      manifest.json + factors, one safetensors file per decoder block
       allocate/energy-0.80/     manifest.json + ranks.json
       truncate/energy-0.80/     manifest.json + checkpoint/
       ...

@@ -32,7 +32,7 @@ def show_decomposition(console: Console, view: StageView) -> None:
         Column("count"),
         Column("shape (out × in)"),
         Column("full rank"),
-        Column("highest paying rank"),
+        Column("highest paying rank (factors)"),
         Column("parameters"),
     ]
     linear, model = count_text(results["linear_parameters"]), count_text(results["model_parameters"])

@@ -1,7 +1,7 @@
 """What matters in mask training: one setting changed at a time, judged on held-out calibration text.
 
     ARA_DATA_DIR=... make bench-ablation
-    python benchmarks/ablation.py --workspace bench-quality --only default,adam,cross-entropy
+    python benchmarks/ablation.py --workspace bench-quality --only default --only adam
 
 All variants start from the same factors and the same sensitivity table, at one budget, with the same windows to learn
 from; no evaluation text is read. A variant that is finished is not trained again, and one that was interrupted goes on.
@@ -59,13 +59,15 @@ def main() -> None:
     parser.add_argument("--layout", default="factors", help="factors or pivoted")
     parser.add_argument("--steps", type=int, default=12, help="training steps of every variant")
     parser.add_argument("--samples", type=int, default=256, help="calibration windows of the factors")
-    parser.add_argument("--only", help="variants to train, with commas [default: all]")
+    parser.add_argument(
+        "--only", action="append", choices=VARIANTS, help="variant to train; may be repeated [default: all]"
+    )
     parser.add_argument("--workspace", type=Path, default=Path("bench-quality"), help="where to work")
     arguments = parser.parse_args()
     console = Console()
     run = Run(arguments.workspace, "python benchmarks/ablation.py", console)
     decompose(DecomposeConfig(model=arguments.model, method="two-sided", samples=arguments.samples), run)
-    only = set(arguments.only.split(",")) if arguments.only else set(VARIANTS)
+    only = arguments.only or list(VARIANTS)
     rows = []
     for number, (label, changes) in enumerate(VARIANTS.items()):
         if label not in only:

@@ -82,7 +82,7 @@ class Context:
         report: progress.
         learned: what ``ara train-masks`` has found, by budget; ``None`` when there was no training.
         table: the sensitivity table that it began with; ``None`` where it needed none.
-        tables: where sensitivity tables are kept; ``None``: every one is made anew.
+        table_cache: where sensitivity tables are kept; ``None``: every one is made anew.
     """
 
     model: MaskedModel
@@ -93,7 +93,7 @@ class Context:
     report: Reporter = SILENT
     learned: Sequence[LearnedLosses] | None = None
     table: Mapping[str, torch.Tensor] | None = None
-    tables: TableCache | None = None
+    table_cache: TableCache | None = None
 
 
 class Allocator:

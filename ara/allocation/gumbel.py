@@ -61,6 +61,7 @@ class Gumbel(Allocator):
 
     Options = GumbelOptions
     needs_model = True
+    layouts = ("factors",)
 
     def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
         """Train masks; return the best allocation seen on held-out text, the start's included."""

@@ -6,9 +6,10 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ara.allocation.base import DENSE, Allocation
+from ara.config import Layout
 from ara.errors import DataError, ProblemsError, near_matches
 from ara.models.linears import LinearSpec
 
@@ -26,10 +27,26 @@ def from_table(ranks: Mapping[str, Any]) -> Allocation:
     return Allocation({name: None if rank == DENSE else rank for name, rank in ranks.items()})
 
 
-def ranks_document(allocation: Allocation, about: Mapping[str, Any]) -> str:
+def ranks_document(allocation: Allocation, layout: Layout, about: Mapping[str, Any]) -> str:
     """Return the text of ``ranks.json``; ``about`` says where it comes from and is not read back."""
-    document = {"format_version": RANKS_FORMAT, "about": about, "ranks": ranks_table(allocation)}
+    document = {"format_version": RANKS_FORMAT, "layout": layout, "about": about, "ranks": ranks_table(allocation)}
     return json.dumps(document, indent=1) + "\n"
+
+
+def read_layout(path: Path) -> Layout:
+    """Return the layout that a ranks file names; one that names none means factors.
+
+    Raises:
+        DataError: missing, not a ranks file, or an unknown layout.
+    """
+    layout = _read(path)[0].get("layout", "factors")
+    if layout not in get_args(Layout):
+        raise DataError(
+            f"{path} has layout {layout!r}, known are {', '.join(get_args(Layout))}",
+            "copy an allocation's ranks.json and edit its numbers",
+        )
+    found: Layout = layout
+    return found
 
 
 def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
@@ -37,12 +54,24 @@ def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
 
     Args:
         path: JSON with ``format_version`` and ``ranks``: module path → whole number or ``"dense"``.
-        specs: the factorised layers; each must be named, and no other.
+        specs: the factorised layers, in the file's layout; each must be named, and no other.
 
     Raises:
         DataError: missing or not such JSON.
         ProblemsError: lists every unknown or missing module and every rank that cannot be.
     """
+    document, repeated = _read(path)
+    problems = [f"unknown key {key!r}" for key in document if key not in ("format_version", "layout", "about", "ranks")]
+    problems += [f"{name}: named more than once" for name in repeated]
+    problems += _problems(document["ranks"], specs)
+    if problems:
+        raise ProblemsError(f"{path} does not fit this model", problems)
+    ranks = document["ranks"]
+    return from_table({spec.name: ranks[spec.name] for spec in specs})
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the document of a ranks file, and the names that stand in it more than once."""
     repeated: list[str] = []
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -64,13 +93,7 @@ def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
             f"{path} has format_version {document.get('format_version')!r}, expected {RANKS_FORMAT}",
             "copy an allocation's ranks.json and edit its numbers",
         )
-    problems = [f"unknown key {key!r}" for key in document if key not in ("format_version", "about", "ranks")]
-    problems += [f"{name}: named more than once" for name in repeated]
-    problems += _problems(document["ranks"], specs)
-    if problems:
-        raise ProblemsError(f"{path} does not fit this model", problems)
-    ranks = document["ranks"]
-    return from_table({spec.name: ranks[spec.name] for spec in specs})
+    return document, repeated
 
 
 def _problems(ranks: dict[str, Any], specs: Sequence[LinearSpec]) -> list[str]:
@@ -89,6 +112,5 @@ def _problems(ranks: dict[str, Any], specs: Sequence[LinearSpec]) -> list[str]:
             problems.append(f'{name}: {rank!r} is neither a whole number of at least 1 nor "dense"')
         elif rank > spec.top_rank:
             less = f" or at most {spec.top_rank}" if spec.top_rank else ""
-            less += "; --layout pivoted allows more" if spec.layout == "factors" and rank < spec.full_rank else ""
             problems.append(f'{name}: rank {rank} costs as much as the dense weight; write "dense"{less}')
     return problems

@@ -42,7 +42,7 @@ class Sensitivity(Allocator):
 
 
 def sensitivity_of(context: Context, options: SensitivityOptions) -> SensitivityTable:
-    """Return the table of the dense model, that of ``context.tables`` if there is one."""
+    """Return the table of the dense model, that of ``context.table_cache`` if there is one."""
 
     def make() -> dict[str, torch.Tensor]:
         context.model.use_dense()
@@ -56,7 +56,7 @@ def sensitivity_of(context: Context, options: SensitivityOptions) -> Sensitivity
             report=context.report,
         )
 
-    if context.tables is None:
+    if context.table_cache is None:
         return timed(make)
     settings: dict[str, str | int] = {
         **options.model_dump(),
@@ -65,7 +65,7 @@ def sensitivity_of(context: Context, options: SensitivityOptions) -> Sensitivity
         "device": str(context.model.device),
         "dtype": str(context.model.model.dtype),
     }
-    return context.tables.get(context.train, settings, lambda: timed(make))
+    return context.table_cache.get(context.train, settings, lambda: timed(make))
 
 
 def best_ranks(specs: Sequence[LinearSpec], tables: Mapping[str, torch.Tensor], budget: Budget) -> Allocation:

@@ -9,7 +9,7 @@ from ara.allocation.budget import Budget, spend_rest
 
 
 class Uniform(Allocator):
-    """k = floor(keep · mn / (m + n)), and the parameters left by rounding go to the layers that lost most."""
+    """The largest rank within keep · mn parameters; what rounding leaves goes to the layers that lost most."""
 
     def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
         """Give every module the same fraction of the budget."""

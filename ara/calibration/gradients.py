@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -59,7 +60,7 @@ def collect_gradients(
         Statistics by layer name.
 
     Raises:
-        NumericalError: a gradient is NaN or infinite.
+        NumericalError: an output or a gradient is NaN or infinite.
     """
     device = next(model.parameters()).device
     sums = {spec.name: InputAccumulator(spec.m, device) for spec in linears}
@@ -76,7 +77,8 @@ def collect_gradients(
     for spec in linears:
 
         def hook(module: nn.Module, args: object, output: torch.Tensor, name: str = spec.name) -> None:
-            output.register_hook(sums[name].add)
+            if output.requires_grad:
+                output.register_hook(sums[name].add)
 
         handles.append(model.get_submodule(spec.name).register_forward_hook(hook))
     try:
@@ -85,6 +87,8 @@ def collect_gradients(
             for batch in windows.split(batch_size):
                 ids = batch.to(device)
                 logits = model(input_ids=ids, use_cache=False).logits
+                if not logits.isfinite().all():
+                    raise _overflow(model, ids)
                 drawn = sampled_targets(logits, generator) if targets == "model" else ids
                 loss = token_losses(logits, drawn).sum()
                 del logits
@@ -104,3 +108,25 @@ def collect_gradients(
         stats = sums.pop(name).result()
         results[name] = GradientStats(stats.second_moment, stats.tokens)
     return results
+
+
+@torch.no_grad()
+def _overflow(model: nn.Module, ids: torch.Tensor) -> NumericalError:
+    """Return an error that names the first module whose output is NaN or infinite, found by reading ``ids`` again."""
+    found: list[str] = []
+
+    def hook(module: nn.Module, args: object, output: object, name: str) -> None:
+        value = output[0] if isinstance(output, tuple) else output
+        if not found and isinstance(value, torch.Tensor) and not value.isfinite().all():
+            found.append(name)
+
+    handles = [module.register_forward_hook(partial(hook, name=name)) for name, module in model.named_modules() if name]
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return NumericalError(
+        f"the outputs of {found[0] if found else 'the model'} hold NaN or infinity",
+        "try --dtype float32; if it stays, the model itself is broken",
+    )

@@ -44,7 +44,9 @@ def sensitivity_tables(
     Returns:
         Module path → (r + 1) float64: entry k is the loss of keeping k components, nats per token; entry r is 0.
     """
-    sums = {spec.name: torch.zeros(spec.full_rank, dtype=torch.float64, device=model.device) for spec in model.specs}
+    # Apple's GPUs have no float64.
+    wide = torch.float32 if model.device.type == "mps" else torch.float64
+    sums = {spec.name: torch.zeros(spec.full_rank, dtype=wide, device=model.device) for spec in model.specs}
 
     def observer(name: str) -> Observer:
         def observe(effect: torch.Tensor) -> None:
@@ -52,7 +54,7 @@ def sensitivity_tables(
             if per_window:
                 effect = effect.view(-1, windows.shape[1], effect.shape[-1]).sum(1)
             tails = effect.flip(1).cumsum(1).flip(1)
-            sums[name] += tails.square_().sum(0, dtype=torch.float64)
+            sums[name] += tails.square_().sum(0, dtype=wide)
 
         return observe
 
@@ -60,6 +62,6 @@ def sensitivity_tables(
         model.backward(windows, loss, batch_size, seed, report=report, label="Reading sensitivities")
     predicted = windows.shape[0] * (windows.shape[1] - 1)
     return {
-        name: torch.cat([values.cpu() / (2 * predicted), torch.zeros(1, dtype=torch.float64)])
+        name: torch.cat([values.cpu().double() / (2 * predicted), torch.zeros(1, dtype=torch.float64)])
         for name, values in sums.items()
     }

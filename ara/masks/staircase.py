@@ -65,10 +65,10 @@ class Atoms:
 
 
 def priced_atoms(specs: Sequence[LinearSpec], budget: Budget, count: int) -> Atoms:
-    """Return up to ``count`` evenly spaced ranks below break-even per layer, and dense as one more atom.
+    """Return up to ``count`` evenly spaced ranks cheaper than dense per layer, and dense as one more atom.
 
-    Ranks between break-even and full rank cost more than dense and give less: they are not in the search space, so
-    there is no jump in it either.
+    Ranks that cost more than dense, as factors do between break-even and full rank, give less: they are not in the
+    search space, so there is no jump in it either.
     """
     rows = []
     for spec in specs:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ara.errors import DiskFullError
 from ara.progress import SILENT, Reporter
 from ara.tensors import save_tensors, tensor_records
 
@@ -53,13 +54,12 @@ class TableCache:
     ) -> SensitivityTable:
         """Read the table that was made of the same factors, ``windows`` and ``settings``, or make and keep it.
 
-        A damaged file is reported, thrown away and written anew.
-
-        Raises:
-            DiskFullError: no room for the table.
+        A damaged file is reported, thrown away and written anew; where there is no room for it, it is not kept.
         """
         text = hashlib.sha256(windows.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
-        key = json.dumps([TABLE_FORMAT, self.factors, list(windows.shape), text, settings], sort_keys=True)
+        key = json.dumps(
+            [TABLE_FORMAT, torch.__version__, self.factors, list(windows.shape), text, settings], sort_keys=True
+        )
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
         if path.exists():
             try:
@@ -70,7 +70,11 @@ class TableCache:
                 self.report.fact(f"sensitivity table read from {path}")
                 return found
         found = make()
-        _write(path, found)
+        try:
+            _write(path, found)
+        except (DiskFullError, OSError) as error:
+            # What took minutes is not thrown away because it cannot be kept.
+            self.report.warn(f"the sensitivity table is not kept for later ({error})")
         return found
 
 

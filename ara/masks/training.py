@@ -59,6 +59,7 @@ class TrainingSettings:
     def of(cls, options: MethodOptions, micro_batch: int, seed: int) -> TrainingSettings:
         """Return the settings that a method's ``options`` name; by default where they do not."""
         named = {field.name: getattr(options, field.name) for field in fields(cls) if hasattr(options, field.name)}
+        assert not {"micro_batch", "seed"} & set(named), "these are the context's"
         return cls(**named, micro_batch=micro_batch, seed=seed)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from ara.models.modeling_ara import (
 from ara.models.pivoting import pivot
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.quiet import quiet_transformers
+from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +41,11 @@ CODE_FILE = "modeling_ara.py"
 
 
 def apply_factors(
-    model: PreTrainedModel, ranks: Mapping[str, int], files: Mapping[str, Path], layout: Layout = "factors"
+    model: PreTrainedModel,
+    ranks: Mapping[str, int],
+    files: Mapping[str, Path],
+    layout: Layout = "factors",
+    report: Reporter = SILENT,
 ) -> None:
     """Replace linear layers of ``model`` by low-rank ones, in place.
 
@@ -49,23 +55,34 @@ def apply_factors(
         files: module path → safetensors file with its full factors ``<path>.A`` (r, n) and ``<path>.B`` (m, r); only
             the kept components are read.
         layout: how the new layers hold the product.
+        report: progress of pivoting, which takes a while.
     """
-    for path in dict.fromkeys(files[name] for name in ranks):
-        with safe_open(path, "pt") as file:
-            for name in (name for name in ranks if files[name] == path):
-                module, rank = model.get_submodule(name), ranks[name]
-                a = file.get_slice(f"{name}.A")[:rank].to(model.device)
-                b = file.get_slice(f"{name}.B")[:, :rank].to(model.device)
-                bias, transposed = bias_of(module), isinstance(module, Conv1D)
-                layer: LowRankLinear | PivotedLinear
-                if layout == "pivoted":
-                    parts = pivot(a, b)
-                    a, c = parts.a.to(model.dtype), parts.c.to(model.dtype)
-                    layer = PivotedLinear.from_parts(a, c, parts.order, bias, transposed)
-                else:
-                    a, b = a.to(model.dtype).contiguous(), b.to(model.dtype).contiguous()
-                    layer = LowRankLinear.from_factors(a, b, bias, transposed)
-                replace_linear(model, name, layer)
+    with report.bar("Pivoting layers", len(ranks)) if layout == "pivoted" else nullcontext() as bar:
+        for path in dict.fromkeys(files[name] for name in ranks):
+            with safe_open(path, "pt") as file:
+                for name in (name for name in ranks if files[name] == path):
+                    a = file.get_slice(f"{name}.A")[: ranks[name]]
+                    b = file.get_slice(f"{name}.B")[:, : ranks[name]]
+                    replace_linear(model, name, _low_rank(model, model.get_submodule(name), a, b, layout))
+                    if bar is not None:
+                        bar.advance()
+
+
+def _low_rank(
+    model: PreTrainedModel, module: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, layout: Layout
+) -> LowRankLinear | PivotedLinear:
+    """Return what takes the place of ``module``: the product of ``b`` (m, k) and ``a`` (k, n), and its bias."""
+    bias, transposed = bias_of(module), isinstance(module, Conv1D)
+
+    def placed(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(model.dtype).to(model.device).contiguous()
+
+    if layout == "factors":
+        return LowRankLinear.from_factors(placed(a), placed(b), bias, transposed)
+    # Apple's GPUs have no float64.
+    worker = "cpu" if model.device.type == "mps" else model.device
+    parts = pivot(a.to(worker), b.to(worker))
+    return PivotedLinear.from_parts(placed(parts.a), placed(parts.c), parts.order.to(model.device), bias, transposed)
 
 
 def save_checkpoint(

@@ -170,8 +170,10 @@ class PivotedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The dense weight (m, n), multiplied anew at each access: for model code that asks for it."""
-        a = self.A.weight
-        return torch.cat([a, self.C.weight @ a]).index_select(0, self.order)
+        return self._rows(self.A.weight, self.C.weight)
+
+    def _rows(self, a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return torch.cat([a, c @ a]).index_select(0, self.order)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``x`` (..., n) to (..., m) through k of its own outputs."""
@@ -216,7 +218,7 @@ class AraConfig(QuantizationConfigMixin):
                 f"this checkpoint has ARA format {format_version!r}; this code reads up to {CHECKPOINT_FORMAT}: "
                 "update ara-svd"
             )
-        if FORMATS.get(layout, format_version + 1) > format_version:
+        if not isinstance(layout, str) or FORMATS.get(layout, format_version + 1) > format_version:
             raise ValueError(
                 f"quantization_config.layout must be one of those of ARA format {format_version} "
                 f"({', '.join(name for name, since in FORMATS.items() if since <= format_version)}), got {layout!r}"
@@ -346,7 +348,7 @@ def _is_permutation(order: torch.Tensor) -> bool:
 def _dense_layer(module: LowRankLinear | PivotedLinear) -> nn.Module:
     a = module.A.weight.detach().float()
     if isinstance(module, PivotedLinear):
-        weight = torch.cat([a, module.C.weight.detach().float() @ a]).index_select(0, module.order)
+        weight = module._rows(a, module.C.weight.detach().float())
     else:
         weight = module.B.weight.detach().float() @ a
     weight = weight.to(module.A.weight.dtype)
@@ -367,6 +369,8 @@ def _empty_like(linear: Any, kind: type[LowRankLinear | PivotedLinear], rank: in
     weight, bias = linear.weight, linear.bias
     transposed = isinstance(linear, Conv1D)
     n, m = weight.shape if transposed else reversed(weight.shape)
+    if rank > min(m, n):
+        raise ValueError(f"the checkpoint has rank {rank} for a layer of {m} × {n}")
     return kind(n, m, rank, bias is not None, transposed, device=weight.device, dtype=weight.dtype)
 
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-# No coefficient is larger, unless _SWAPS_PER_RANK is used up first. 1 is the limit of what swaps can reach.
+# No coefficient is larger, unless _SWAPS are used up first; 1 is the limit of what swaps can reach. LU leaves a largest
+# coefficient of 2 to 3, and 7 to 62 swaps bring it below 1.05 in layers of SmolLM2-135M; the first ones matter most.
 _LARGEST = 1.05
-_SWAPS_PER_RANK = 1
+_SWAPS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +27,8 @@ class Pivoted:
     """A matrix of rank k, pivoted.
 
     Attributes:
-        a: (k, n), the pivot rows W_p.
-        c: (m − k, k), every other row as a combination of the pivot rows.
+        a: (k, n) float64, the pivot rows W_p.
+        c: (m − k, k) float64, every other row as a combination of the pivot rows.
         order: (m) int32; row i of the matrix is row ``order[i]`` of [W_p; C W_p].
     """
 
@@ -37,10 +38,10 @@ class Pivoted:
 
 
 def pivot(a: torch.Tensor, b: torch.Tensor) -> Pivoted:
-    """Return the product B A pivoted, in the dtype of ``a``.
+    """Return the product B A pivoted, in float64.
 
-    Computed in float64: QR of B, rows of Q by LU with partial pivoting, improved by swaps; Q has full rank even where B
-    has not. O(m k²) and O(m k) per swap.
+    QR of B, rows of Q by LU with partial pivoting, improved by swaps; Q has full rank even where B has not. O(m k²) and
+    O(m k) per swap.
 
     Args:
         a: (k, n).
@@ -60,7 +61,7 @@ def pivot(a: torch.Tensor, b: torch.Tensor) -> Pivoted:
     order = torch.empty(m, dtype=torch.int32, device=b.device)
     order[torch.cat([pivots, rest])] = torch.arange(m, dtype=torch.int32, device=b.device)
     rows = q[pivots] @ (r @ a.double())
-    return Pivoted(rows.to(a.dtype), torch.linalg.solve(q[pivots], q[rest], left=False).to(a.dtype), order)
+    return Pivoted(rows, torch.linalg.solve(q[pivots], q[rest], left=False), order)
 
 
 def dominant_rows(q: torch.Tensor) -> torch.Tensor:
@@ -75,9 +76,10 @@ def dominant_rows(q: torch.Tensor) -> torch.Tensor:
     for i, other in enumerate(swaps.tolist()):
         rows[[i, other - 1]] = rows[[other - 1, i]]
     rows = rows[:k].to(q.device)
-    coefficients = torch.linalg.solve(q[rows], q, left=False)
-    for _ in range(_SWAPS_PER_RANK * k):
-        i, j = divmod(int(coefficients.abs().argmax()), k)
+    coefficients = torch.linalg.solve(q[rows], q, left=False).contiguous()
+    for _ in range(_SWAPS):
+        at = max((coefficients.argmax(), coefficients.argmin()), key=lambda at: float(coefficients.view(-1)[at].abs()))
+        i, j = divmod(int(at), k)
         largest = coefficients[i, j].clone()
         if largest.abs() <= _LARGEST:
             break

@@ -121,6 +121,7 @@ def _what(decomposition: Manifest, allocation: Manifest, results: dict[str, Any]
         if figures["windows"]
         else "none"
     )
+    from_file = allocation.config.get("ranks_sha256") is not None
     pivoted = "stored as some of their rows, the others as combinations of those"
     shape = {"factors": "stored as two thin matrices each", "pivoted": pivoted}[layout]
     shape = "multiplied back to dense weights" if results["densified"] else shape
@@ -128,7 +129,7 @@ def _what(decomposition: Manifest, allocation: Manifest, results: dict[str, Any]
         f"{results['low_rank_layers']} linear layers of `{base}` were factorised by SVD and are {shape}; "
         f"{results['dense_layers']} stay dense, embeddings and head are untouched. No weight was trained.\n\n"
         f"- decomposition: `{config['method']}`, calibration text: {text}\n"
-        f"- ranks: `{allocation.name}` (`{allocation.config['method']}`)\n"
+        f"- ranks: `{allocation.name}` (`{allocation.config['method'] if not from_file else 'from a file'}`)\n"
         "- evaluation: run `ara eval` in the workspace; this card holds no quality figure that was not measured"
     )
 

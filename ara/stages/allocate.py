@@ -12,14 +12,14 @@ from ara.allocation import ALLOCATORS
 from ara.allocation.base import Allocation, Allocator, Module, cost
 from ara.allocation.budget import Budget
 from ara.allocation.guard import Verdict, compare_candidates
-from ara.allocation.ranks_file import RANKS_FILE, ranks_document, read_ranks
+from ara.allocation.ranks_file import RANKS_FILE, ranks_document, read_layout, read_ranks
 from ara.allocation.uniform import Uniform
 from ara.config import AllocateConfig, BudgetConfig, Layout, TuningConfig, method_options
 from ara.errors import UsageError, WorkspaceError
 from ara.manifest import file_sha256
 from ara.models.linears import LinearSpec, matching
 from ara.stage_view import StageView, parent_of
-from ara.stages.common import Run, already_done, begin, layer_file, name_parts, specs_of
+from ara.stages.common import Run, already_done, begin, default_name, layer_file, specs_of
 from ara.stages.lab import open_lab, placed
 from ara.stages.learned import find_training, require_training, with_training
 from ara.workspace import Workspace
@@ -54,6 +54,8 @@ def allocate(
     workspace = run.open()
     with workspace.lock(run.command):
         decomposition = workspace.require("decompose", factors)
+        if ranks is not None:
+            config = config.model_copy(update={"layout": _layout_in(ranks, config.layout)})
         specs = specs_of(decomposition, config.layout)
         if ranks is None:
             if config.keep is None:
@@ -65,7 +67,7 @@ def allocate(
             run.report.step(f"Reading ranks from {ranks}")
             _refuse_method_settings(config)
         trained = _training(config, workspace, decomposition, masks) if ranks is None else None
-        name = name or default_name(config, decomposition.name, ranks)
+        name = name or _name(config, decomposition.name, ranks)
         resolved = _resolved(config, ranks, run)
         assert decomposition.manifest is not None
         facts = {
@@ -84,7 +86,7 @@ def allocate(
         results = summary(allocation, specs, decomposition.manifest.results["model_parameters"])
         with workspace.writer("allocate", name, facts, command=run.command, started=started) as stage:
             about = {"method": "file" if ranks else config.method, **{k: v for k, v in results.items() if k != "kinds"}}
-            (stage.folder / RANKS_FILE).write_text(ranks_document(allocation, about), encoding="utf-8")
+            (stage.folder / RANKS_FILE).write_text(ranks_document(allocation, config.layout, about), encoding="utf-8")
             stage.results.update({**results, "guard": asdict(verdict) if verdict else None})
         return workspace.view(f"allocate/{name}")
 
@@ -95,7 +97,9 @@ def _decided(
     """Return ``config`` with a method in the place of ``auto``, and say which and why."""
     if config.method != AUTO:
         return config
-    trained = find_training(workspace, decomposition, masks)
+    if config.options:
+        raise UsageError(f"-O {next(iter(config.options))}=… is given, and no method", "name the method: --method NAME")
+    trained = find_training(workspace, decomposition, config.layout, masks)
     method, why = ("ara", "masks") if trained else ("sensitivity", "no masks")
     run.report.fact(f"method {method}: {why} have been trained on {decomposition.key}")
     return config.model_copy(update={"method": method})
@@ -143,7 +147,11 @@ def _training(
         if masks is not None:
             raise UsageError(f"--masks {masks} and --method {config.method} are both given", "use --method ara")
         return None
-    found = find_training(workspace, decomposition, masks)
+    if config.options:
+        raise UsageError(
+            f"--method ara takes no option here, got {next(iter(config.options))}", "give it to ara train-masks"
+        )
+    found = find_training(workspace, decomposition, config.layout, masks)
     if found is None and not workspace.views("train-masks"):
         layout = "" if config.layout == "factors" else f" --layout {config.layout}"
         raise WorkspaceError(
@@ -152,19 +160,12 @@ def _training(
     return found or require_training(workspace, decomposition, None)
 
 
-def default_name(config: AllocateConfig, factors: str, ranks: Path | None = None) -> str:
-    """Return a name that says decomposition (unless it is the default), method and keep, such as ``energy-0.80``."""
-    parts = name_parts(factors)
+def _name(config: AllocateConfig, factors: str, ranks: Path | None) -> str:
+    """Return a name that says decomposition, method and keep, such as ``energy-0.80``, or the name of a file."""
     if ranks is not None:
-        return "-".join([*parts, ranks.stem])
-    assert config.keep is not None
-    keep = f"{config.keep:g}"
-    parts += [config.method, keep if len(keep) > 4 else f"{config.keep:.2f}"]
-    if config.layout != "factors":
-        parts.append(config.layout)
-    if config.rank_multiple > 1:
-        parts.append(f"x{config.rank_multiple}")
-    return "-".join(parts)
+        return default_name(factors, ranks.stem)
+    multiple = [f"x{config.rank_multiple}"] if config.rank_multiple > 1 else []
+    return "-".join([default_name(factors, config.method, keep=config.keep, layout=config.layout), *multiple])
 
 
 def load_modules(decomposition: StageView, layout: Layout = "factors") -> list[Module]:
@@ -278,6 +279,14 @@ def _from_file(config: AllocateConfig, path: Path, specs: list[LinearSpec]) -> A
                 f"lower some ranks, or give --keep {allocation.keep(specs) + 0.0005:.3f}, or no --keep at all",
             )
     return allocation
+
+
+def _layout_in(path: Path, asked: Layout) -> Layout:
+    """Return the layout that a ranks file names, which is that of its costs."""
+    layout = read_layout(path)
+    if asked not in ("factors", layout):
+        raise UsageError(f"{path} names the layout {layout}, --layout {asked} is given", "leave --layout out")
+    return layout
 
 
 def _checksum(path: Path) -> str | None:

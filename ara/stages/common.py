@@ -95,9 +95,14 @@ def check_window(seq_len: int, model_config: Any) -> int | None:
     return limit
 
 
-def name_parts(factors: str) -> list[str]:
-    """Return how a result's default name begins: with the decomposition's name, unless that is the default one's."""
-    return [] if factors == DecomposeConfig.model_fields["method"].default else [factors]
+def default_name(factors: str, *parts: str, keep: float | None = None, layout: Layout = "factors") -> str:
+    """Return a result's name: decomposition (unless the default), parts, keep as 0.80, layout (unless factors)."""
+    words = [] if factors == DecomposeConfig.model_fields["method"].default else [factors]
+    words += parts
+    if keep is not None:
+        short = f"{keep:g}"
+        words.append(short if len(short) > 4 else f"{keep:.2f}")
+    return "-".join(words if layout == "factors" else [*words, layout])
 
 
 def layer_file(layer: int) -> str:

@@ -19,7 +19,7 @@ from ara.reporting.figures import rank_heat_maps
 from ara.stage_view import StageView, parent_of
 from ara.stage_writer import StageWriter
 from ara.stages.allocate import budget_of, load_modules, refuse_layout, summary
-from ara.stages.common import Run, already_done, begin, model_of, name_parts
+from ara.stages.common import Run, already_done, begin, default_name, model_of
 from ara.stages.evaluate import window_length
 from ara.stages.lab import open_lab, placed
 from ara.stages.learned import find_training, with_training
@@ -57,7 +57,7 @@ def compare(
         decomposition = workspace.require("decompose", factors)
         assert decomposition.manifest is not None
         run.report.step(f"Comparing {len(methods)} allocators at keep {config.keep:g}")
-        trained = find_training(workspace, decomposition, masks)
+        trained = find_training(workspace, decomposition, config.layout, masks)
         resolved = placed(config, run)
         source = model_of(decomposition, run)
         resolved = resolved.model_copy(
@@ -72,7 +72,7 @@ def compare(
             "model": decomposition.manifest.model,
             "parents": tuple(parent_of(view) for view in (decomposition, trained) if view),
         }
-        name = name or _default_name(config, decomposition.name)
+        name = name or default_name(decomposition.name, keep=config.keep, layout=config.layout)
         done = workspace.finished("compare", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
@@ -90,7 +90,7 @@ def compare(
             "compare", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
         ) as stage:
             # Every method pays for what it measures: no table of another command.
-            lab = replace(open_lab(decomposition, specs, resolved, workspace, run), tables=None)
+            lab = replace(open_lab(decomposition, specs, resolved, workspace, run), table_cache=None)
             context = with_training(lab, trained)
             _measure_all(resolved, modules, context, windows, stage, run)
             parameters = decomposition.manifest.results["model_parameters"]
@@ -106,12 +106,6 @@ def gap_closed(loss: float, uniform: float, dense: float) -> float | None:
 def methods_for(layout: Layout) -> tuple[str, ...]:
     """Return the allocators that know ``layout``."""
     return tuple(name for name in ALLOCATORS.names() if layout in ALLOCATORS.load(name).layouts)
-
-
-def _default_name(config: CompareConfig, factors: str) -> str:
-    keep = f"{config.keep:g}"
-    parts = [*name_parts(factors), keep if len(keep) > 4 else f"{config.keep:.2f}"]
-    return "-".join([*parts, *([] if config.layout == "factors" else [config.layout])])
 
 
 def _measure_all(

@@ -101,7 +101,7 @@ def evaluate(config: EvalConfig, run: Run, *, checkpoint: str | None = None, nam
         done = workspace.finished("eval", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
-        variants = _variants(truncated, chosen, decomposition, source, resolved)
+        variants = _variants(truncated, chosen, decomposition, source, resolved, run)
         with workspace.writer("eval", name, facts, command=run.command, started=started) as stage:
             stage.results.update(_measure(variants, resolved, texts, source, truncated, run))
             text = json.dumps(stage.results, indent=1, allow_nan=False)
@@ -131,7 +131,12 @@ def window_length(asked: int | None, model_config: Any) -> int:
 
 
 def _variants(
-    truncated: StageView, chosen: StageView, decomposition: StageView, source: ModelSource, config: EvalConfig
+    truncated: StageView,
+    chosen: StageView,
+    decomposition: StageView,
+    source: ModelSource,
+    config: EvalConfig,
+    run: Run,
 ) -> list[Variant]:
     """List dense, uniform at the same budget, and the chosen checkpoint (which may itself be the uniform one)."""
     assert chosen.manifest is not None
@@ -152,7 +157,7 @@ def _variants(
 
     def load_uniform() -> PreTrainedModel:
         model = load_dense()
-        apply_factors(model, uniform.low_rank(), files, layout)
+        apply_factors(model, uniform.low_rank(), files, layout, run.report)
         return model
 
     def load_chosen() -> PreTrainedModel:

@@ -83,5 +83,6 @@ def open_lab(
     run.report.fact("loading the model")
     model = source.load_model(torch_dtype(config.dtype), config.device)
     masked = MaskedModel(model, list(specs), factor_files(decomposition, specs))
-    tables = TableCache(workspace.cache / "tables", decomposition.manifest.id, run.report)
-    return Context(masked, train, windows[-held:], config.batch_size, config.seed, run.report, tables=tables)
+    made_from = decomposition.manifest.id
+    tables = None if run.force else TableCache(workspace.cache / "tables", made_from, run.report)
+    return Context(masked, train, windows[-held:], config.batch_size, config.seed, run.report, table_cache=tables)

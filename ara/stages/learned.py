@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from ara.allocation.base import Context
 from ara.allocation.ranks_file import from_table
+from ara.config import Layout
 from ara.errors import WorkspaceError
 from ara.masks.learned import LearnedLosses
 from ara.stage_view import StageView, parent_of
@@ -37,16 +38,42 @@ def require_training(workspace: Workspace, decomposition: StageView, name: str |
     return view
 
 
-def find_training(workspace: Workspace, decomposition: StageView, name: str | None = None) -> StageView | None:
-    """Return the training called ``name``, or the latest finished one on these factors, or ``None``.
+def find_training(
+    workspace: Workspace, decomposition: StageView, layout: Layout, name: str | None = None
+) -> StageView | None:
+    """Return the training called ``name``, or the latest finished one that serves, or ``None``.
+
+    It must have been made on these factors. One of the same layout is preferred; losses of ranks serve any layout, but
+    what a training of the paper's form leaves, shares of k(m + n), serves only its own.
 
     Raises:
-        WorkspaceError: there is none of that name, or it was made on other factors.
+        WorkspaceError: there is none of that name, or it was made on other factors, or does not serve the layout.
     """
     if name is not None:
-        return require_training(workspace, decomposition, name)
-    fitting = [v for v in workspace.views("train-masks") if v.state == "done" and fits(v, decomposition)]
+        view = require_training(workspace, decomposition, name)
+        if not _serves(view, layout):
+            raise WorkspaceError(
+                f"{view.key} was trained by the paper's form, which does not know what layout {layout} costs",
+                f"train with --objective priced, or allocate with --layout {_layout(view)}",
+            )
+        return view
+    fitting = [
+        view
+        for view in workspace.views("train-masks")
+        if view.state == "done" and fits(view, decomposition) and _serves(view, layout)
+    ]
+    fitting.sort(key=lambda view: _layout(view) == layout)  # stable: the latest of the same layout comes last
     return workspace.require("train-masks", fitting[-1].name) if fitting else None
+
+
+def _layout(training: StageView) -> str:
+    assert training.manifest is not None
+    return str(training.manifest.config.get("layout", "factors"))
+
+
+def _serves(training: StageView, layout: Layout) -> bool:
+    assert training.manifest is not None
+    return training.manifest.config["objective"] == "priced" or _layout(training) == layout
 
 
 def masks_file(keep: float) -> str:

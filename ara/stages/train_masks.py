@@ -20,7 +20,7 @@ from ara.masks.training import LogRow, TrainingSettings, TrainingState, train
 from ara.stage_view import StageView, parent_of
 from ara.stage_writer import StageWriter
 from ara.stages.allocate import budget_of, load_modules
-from ara.stages.common import Run, already_done, begin, name_parts
+from ara.stages.common import Run, already_done, begin, default_name
 from ara.stages.lab import open_lab, placed
 from ara.stages.learned import LOG_FILE, TABLE_FILE, masks_file
 from ara.workspace import Workspace
@@ -59,7 +59,7 @@ def train_masks(
             "model": decomposition.manifest.model,
             "parents": (parent_of(decomposition),),
         }
-        name = name or default_name(config, decomposition.name)
+        name = name or default_name(decomposition.name, config.objective, layout=config.layout)
         done = workspace.finished("train-masks", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
@@ -68,12 +68,6 @@ def train_masks(
         ) as stage:
             _Training(resolved, modules, decomposition, workspace, stage, run).all_budgets()
         return workspace.view(f"train-masks/{name}")
-
-
-def default_name(config: TrainMasksConfig, factors: str) -> str:
-    """Return ``objective``, with the decomposition in front unless it is the default one."""
-    parts = [*name_parts(factors), config.objective]
-    return "-".join([*parts, *([] if config.layout == "factors" else [config.layout])])
 
 
 def _options(config: TrainMasksConfig) -> MaskTrainingOptions:

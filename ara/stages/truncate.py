@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ara.config import TruncateConfig
+from ara.config import Layout, TruncateConfig
 from ara.manifest import Manifest
-from ara.models.accounting import parameter_count, weight_bytes
+from ara.models.accounting import weight_bytes
 from ara.models.checkpoint import apply_factors, checkpoint_bytes, save_checkpoint
 from ara.models.placement import torch_dtype
 from ara.reporting.model_card import display_name, model_card
@@ -53,17 +53,19 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
         source = model_of(decomposition, run)
         model = source.load_model(torch_dtype(dtype), "cpu")
         dense_bytes = weight_bytes(model)
-        apply_factors(model, ranks, factor_files(decomposition, specs), layout)
+        # What is multiplied back at once needs no pivots, and is more exact without.
+        built: Layout = "factors" if config.densify else layout
+        apply_factors(model, ranks, factor_files(decomposition, specs), built, run.report)
         with workspace.writer("truncate", name, facts, command=run.command, started=started) as stage:
             folder = stage.folder / CHECKPOINT
-            parameters, stored = parameter_count(model), weight_bytes(model)
+            stored = weight_bytes(model)
             stage.results.update(
                 {
                     "linear_keep": chosen.manifest.results["linear_keep"],
                     "model_keep": chosen.manifest.results["model_keep"],
                     "low_rank_layers": len(ranks),
                     "dense_layers": len(specs) - len(ranks),
-                    "parameters": parameters,
+                    "parameters": chosen.manifest.results["model_parameters"],
                     "weight_bytes": stored,
                     "dense_weight_bytes": dense_bytes,
                     "densified": config.densify,

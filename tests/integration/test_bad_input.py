@@ -139,7 +139,7 @@ def test_compressed_checkpoint_is_not_compressed_again(root, tiny_text, finished
     refused(decompose(folder, tiny_text, root), 1, "already compressed by ARA")
 
 
-@pytest.mark.parametrize("method", ["whitened", "plain", "asvd"])
+@pytest.mark.parametrize("method", ["two-sided", "whitened", "plain", "asvd"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_weight_is_named(root, tiny_text, tmp_path, method, value):
     """Also by the method that stores block 0 before it comes to the broken one."""
@@ -165,9 +165,11 @@ def test_activations_that_overflow_name_the_layer(root, tiny_text, tmp_path):
         model.model.layers[0].mlp.down_proj.weight.mul_(1e35)
 
     model = save_broken(tmp_path / "broken", change)
-    result = decompose(model, tiny_text, root, "--moment-memory", 1e-6, "--method", "whitened")
+    result = decompose(model, tiny_text, root, "--moment-memory", 1e-6)
     message = refused(result, 1, "NaN or infinity", "--dtype float32")
-    assert "model.layers.1." in message
+    assert "the outputs of model.layers.0.mlp.down_proj hold" in message
+    result = decompose(model, tiny_text, root, "--moment-memory", 1e-6, "--method", "whitened")
+    assert "inputs of model.layers.1." in refused(result, 1, "NaN or infinity", "--dtype float32")
 
 
 def test_model_that_changed_since(unchanged, tmp_path):

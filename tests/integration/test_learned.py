@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import ara
+import ara.allocation.sensitivity as sensitivity
 from ara.allocation import ALLOCATORS
 from ara.allocation.base import Module
 from ara.allocation.budget import Budget
@@ -24,7 +25,7 @@ from ara.config import (
     TrainMasksConfig,
     TruncateConfig,
 )
-from ara.errors import ProblemsError, UsageError, WorkspaceError
+from ara.errors import DataError, ProblemsError, UsageError, WorkspaceError
 from ara.manifest import read_manifest
 from ara.masks.ara import ara_family
 from ara.models.accounting import parameter_count
@@ -366,10 +367,83 @@ def test_pivoted_layers_through_all_stages(learned, tiny_text):
 def test_ranks_from_a_file_are_counted_in_the_layout_asked_for(learned, tmp_path):
     ranks = allocate(AllocateConfig(keep=0.9, method="sensitivity", layout="pivoted", **TUNING), Run(learned))
     file = Path(shutil.copy(ranks.path / "ranks.json", tmp_path / "mine.json"))
-    with pytest.raises(ProblemsError, match=r"costs as much as the dense weight.*--layout pivoted allows more"):
-        allocate(AllocateConfig(keep=None), Run(learned), ranks=file)
-    again = allocate(AllocateConfig(keep=None, layout="pivoted"), Run(learned), ranks=file)
+    again = allocate(AllocateConfig(keep=None), Run(learned), ranks=file)
+    assert again.manifest.config["layout"] == "pivoted"
     assert again.manifest.results["linear_keep"] == ranks.manifest.results["linear_keep"]
+    truncate(TruncateConfig(), Run(learned), allocation="mine")
+    assert "(`from a file`)" in (learned / "truncate" / "mine" / "checkpoint" / "README.md").read_text()
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps({**document, "layout": "factors"}))
+    with pytest.raises(ProblemsError, match=r"costs as much as the dense weight"):
+        allocate(AllocateConfig(keep=None), Run(learned), ranks=file)
+    with pytest.raises(UsageError, match="names the layout factors, --layout pivoted is given"):
+        allocate(AllocateConfig(keep=None, layout="pivoted"), Run(learned), ranks=file)
+    file.write_text(json.dumps({**document, "layout": "columns"}))
+    with pytest.raises(DataError, match="has layout 'columns', known are factors, pivoted"):
+        allocate(AllocateConfig(keep=None), Run(learned), ranks=file)
+
+
+def test_a_training_of_the_same_layout_is_preferred_and_the_papers_serves_only_its_own(learned):
+    pivoted = AllocateConfig(keep=0.8, layout="pivoted", **TUNING)
+
+    def used(config, name):
+        view = allocate(config, Run(learned), name=name)
+        return next(
+            (p.key for p in view.manifest.parents if p.key.startswith("train-masks/")), view.manifest.config["method"]
+        )
+
+    assert used(pivoted, "a") == "train-masks/priced"  # losses of ranks serve any layout
+    train_masks(TrainMasksConfig(**{**TRAINING, "steps": 1}, layout="pivoted"), Run(learned))
+    train_masks(TrainMasksConfig(**{**TRAINING, "steps": 1}, objective="paper"), Run(learned))
+    assert used(pivoted, "b") == "train-masks/priced-pivoted"
+    assert used(AllocateConfig(keep=0.8, **TUNING), "c") == "train-masks/paper"
+    with pytest.raises(WorkspaceError, match="paper's form, which does not know what layout pivoted costs"):
+        allocate(pivoted, Run(learned), masks="paper")
+    for name in ("priced", "priced-pivoted"):
+        shutil.rmtree(learned / "train-masks" / name)
+    assert used(pivoted, "d") == "sensitivity"
+
+
+def test_options_need_a_method_that_takes_them(learned):
+    config = {"keep": 0.8, "options": {"sums": "window"}, **TUNING}
+    with pytest.raises(UsageError, match="-O sums=… is given, and no method"):
+        allocate(AllocateConfig(**config), Run(learned))
+    with pytest.raises(UsageError, match="--method ara takes no option here, got sums"):
+        allocate(AllocateConfig(**config, method="ara"), Run(learned))
+    assert allocate(AllocateConfig(**config, method="sensitivity"), Run(learned)).manifest is not None
+
+
+def test_one_sensitivity_table_serves_all_commands_but_compare(learned, tiny_text, monkeypatch):
+    made = []
+    original = sensitivity.sensitivity_tables
+
+    def counted(*arguments, **options):
+        made.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(sensitivity, "sensitivity_tables", counted)
+    allocate(AllocateConfig(keep=0.8, method="sensitivity", **TUNING), Run(learned))
+    train_masks(TrainMasksConfig(**{**TRAINING, "steps": 1}, layout="pivoted"), Run(learned))
+    assert made == []  # the training of the fixture has made it
+    allocate(AllocateConfig(keep=0.8, method="sensitivity", **TUNING), Run(learned, force=True))
+    assert made == [1]
+    config = {"tasks": (tiny_text,), "eval_seq_len": 48, "max_windows": 2, "methods": ("sensitivity",)}
+    compare(CompareConfig(**config, **TUNING), Run(learned))
+    assert made == [1, 1]
+
+
+def test_run_trains_and_allocates_in_the_layout_asked_for(tmp_path, tiny_settings):
+    root = tmp_path / "ws"
+    settings = {key.replace("_", "-"): value for key, value in tiny_settings.items() if key != "model"}
+    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    for layout in ("pivoted", "factors", "pivoted"):
+        asked = ["--method", "ara", "--keep", "0.8", "--layout", layout, "--no-eval"]
+        result = invoke("run", tiny_settings["model"], *words, *asked, "-w", root)
+        assert result.exit_code == 0, result.output
+    parents = {view.name: [p.key for p in view.manifest.parents] for view in Run(root).open().views("allocate")}
+    assert "train-masks/priced-pivoted" in parents["ara-0.80-pivoted"]
+    assert "train-masks/priced" in parents["ara-0.80"]
+    assert "replacing" not in result.stderr
 
 
 def test_what_knows_only_factors_refuses_pivoted_layers(learned):
@@ -395,4 +469,4 @@ def test_compare_leaves_out_what_does_not_know_the_layout(learned, tiny_text):
     assert all(0.69 < rows[name]["linear_keep"] <= 0.7 for name in quick)
     with pytest.raises(UsageError, match="--method tanh does not know"):
         compare(CompareConfig(**config, methods=("tanh",), **TUNING), Run(learned))
-    assert methods_for("pivoted") == tuple(name for name in ALLOCATORS.names() if name != "tanh")
+    assert methods_for("pivoted") == tuple(name for name in ALLOCATORS.names() if name not in ("gumbel", "tanh"))

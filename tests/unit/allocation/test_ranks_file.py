@@ -36,10 +36,10 @@ def _write(path: Path, ranks: Any = None, **changes: Any) -> Path:
 def test_round_trip(tmp_path: Path) -> None:
     allocation = Allocation({spec.name: rank for spec, rank in zip(SPECS, (34, 1, None, None), strict=True)})
     path = tmp_path / "ranks.json"
-    path.write_text(ranks_document(allocation, {"method": "energy"}), encoding="utf-8")
+    path.write_text(ranks_document(allocation, "factors", {"method": "energy"}), encoding="utf-8")
     assert read_ranks(path, SPECS) == allocation
     document = json.loads(path.read_text())
-    assert document == {"format_version": 1, "about": {"method": "energy"}, "ranks": GOOD}
+    assert document == {"format_version": 1, "layout": "factors", "about": {"method": "energy"}, "ranks": GOOD}
     assert '"model.layers.0.q_proj": 34,\n' in path.read_text()  # one layer a line, for people
 
 

@@ -36,7 +36,7 @@ def _passes(context: Context, **options: str) -> tuple[dict[str, torch.Tensor], 
 def test_a_table_is_made_once_and_read_back_as_it_was(context: Context, tmp_path: Path) -> None:
     fresh, passes = _passes(context)
     assert passes == len(context.train)
-    context = replace(context, tables=TableCache(tmp_path / "tables", "f" * 64))
+    context = replace(context, table_cache=TableCache(tmp_path / "tables", "f" * 64))
     first, passes = _passes(context)
     assert passes == len(context.train)
     again, passes = _passes(context)
@@ -44,7 +44,7 @@ def test_a_table_is_made_once_and_read_back_as_it_was(context: Context, tmp_path
     for name, losses in fresh.items():
         assert torch.equal(first[name], losses) and torch.equal(again[name], losses)
     assert [path.suffix for path in (tmp_path / "tables").iterdir()] == [".safetensors"]
-    made = sensitivity_of(replace(context, tables=None), SensitivityOptions()).seconds
+    made = sensitivity_of(replace(context, table_cache=None), SensitivityOptions()).seconds
     assert sensitivity_of(context, SensitivityOptions()).seconds > 0 and made > 0
 
 
@@ -55,11 +55,11 @@ def test_a_table_is_made_once_and_read_back_as_it_was(context: Context, tmp_path
         lambda c: replace(c, batch_size=3),
         lambda c: replace(c, train=c.train[:-1]),
         lambda c: replace(c, train=c.train.flip(0)),
-        lambda c: replace(c, tables=replace(c.tables, factors="0" * 64)),
+        lambda c: replace(c, table_cache=replace(c.table_cache, factors="0" * 64)),
     ],
 )
 def test_anything_else_makes_another_table(context: Context, tmp_path: Path, change) -> None:
-    context = replace(context, tables=TableCache(tmp_path / "tables", "f" * 64))
+    context = replace(context, table_cache=TableCache(tmp_path / "tables", "f" * 64))
     _passes(context)
     assert _passes(change(context))[1] > 0
     assert _passes(context, targets="text")[1] > 0
@@ -72,7 +72,7 @@ def test_anything_else_makes_another_table(context: Context, tmp_path: Path, cha
 )
 def test_a_damaged_table_is_reported_and_made_anew(context: Context, tmp_path: Path, damage) -> None:
     recorder = _Listener()
-    context = replace(context, tables=TableCache(tmp_path / "tables", "f" * 64, recorder))
+    context = replace(context, table_cache=TableCache(tmp_path / "tables", "f" * 64, recorder))
     first, _ = _passes(context)
     (path,) = (tmp_path / "tables").iterdir()
     path.write_bytes(damage(path.read_bytes()))

@@ -212,6 +212,24 @@ def test_pivoted_and_factors_are_the_same_function(family: str, tmp_path: Path) 
     assert parameter_count(pivoted) == parameter_count(factors) - sum(rank**2 for rank in ranks.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pivots_are_rounded_once_to_the_dtype_of_the_model(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Factors lie in bfloat16 as a rule; a float32 model must not see that rounding twice."""
+    model = tiny_model("llama").to(dtype)
+    linears = find_linears(model)
+    path = _factor_file(model.float(), linears, tmp_path / "f.safetensors")[linears[0].name]
+    halves = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+    save_file(halves, path)
+    model = model.to(dtype)
+    spec = linears[0]
+    apply_factors(model, {spec.name: 20}, {spec.name: path}, "pivoted")
+    layer = model.get_submodule(spec.name)
+    exact = halves[f"{spec.name}.B"][:, :20].double() @ halves[f"{spec.name}.A"][:20].double()
+    assert layer.A.weight.dtype == dtype
+    off = (layer.weight.double() - exact).norm() / exact.norm()
+    assert off < (1e-6 if dtype == torch.float32 else 0.02)
+
+
 # -- three ways of loading --------------------------------------------------------------------------------------
 
 _SCRIPT = """
@@ -499,6 +517,7 @@ def test_a_newer_format_is_refused(version: object, checkpoints: Path, tmp_path:
         ("llama-pivoted", {"layout": "columns"}),
         ("llama-pivoted", {"format_version": 1}),
         ("llama-pivoted", {"layout": None}),
+        ("llama-pivoted", {"layout": ["pivoted"]}),
     ],
 )
 def test_a_layout_that_the_format_has_not_is_refused(

@@ -35,13 +35,20 @@ def test_the_product_is_the_same_and_the_numbers_are_fewer(m: int, n: int, k: in
     torch.testing.assert_close(parts.a[parts.order[parts.order < k].long()], rows, rtol=0, atol=1e-10)
 
 
-def test_rounded_to_the_dtype_of_a() -> None:
-    a, b = _factors(90, 30, 17)
-    parts = pivot(a.bfloat16(), b.bfloat16())
-    assert (parts.a.dtype, parts.c.dtype) == (torch.bfloat16, torch.bfloat16)
-    exact = b.bfloat16().double() @ a.bfloat16().double()
-    found = torch.cat([parts.a.double(), parts.c.double() @ parts.a.double()])[parts.order.long()]
-    assert (found - exact).norm() / exact.norm() < 2**-6
+def test_factors_of_any_dtype_are_pivoted_exactly() -> None:
+    a, b = (factor.bfloat16() for factor in _factors(90, 30, 17))
+    parts = pivot(a, b)
+    assert (parts.a.dtype, parts.c.dtype) == (torch.float64, torch.float64)
+    torch.testing.assert_close(_product(parts), b.double() @ a.double(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("like", ["zero", "equal"])
+def test_rows_that_say_nothing_are_no_pivots(like: str) -> None:
+    a, b = _factors(20, 30, 6)
+    b[4:12] = 0 if like == "zero" else b[3]
+    parts = pivot(a, b)
+    torch.testing.assert_close(_product(parts), b @ a, rtol=0, atol=1e-10)
+    assert parts.c.abs().max() <= 1.05 + 1e-9
 
 
 @pytest.mark.parametrize("zero", [0, 3, 9])
