@@ -362,6 +362,41 @@ def main() -> None:
     if arguments.figure:
         arguments.figure.write_bytes(draw(bench.rows, arguments.keep))
     check(bench, arguments, console)
+    check_stored(bench, arguments, console)
+
+
+def check_stored(bench: Bench, arguments: argparse.Namespace, console: Console) -> None:
+    """Compare what was measured with masks to the layers that a checkpoint holds; more than 1 % off is a failure.
+
+    All rows are measured by one masked model that computes with A and B; a checkpoint may hold pivoted layers, whose
+    rounding is another one.
+    """
+    import torch
+
+    from ara.allocation.ranks_file import from_table
+    from ara.models.checkpoint import apply_factors
+    from ara.stages.common import factor_files, model_of, specs_of
+
+    keep = arguments.keep[0]
+    for layout in ("factors", "pivoted"):
+        row = bench.rows.get(Row("two-sided", "ara", keep, 0, layout).key, {})
+        trained = bench.run.open().view(f"train-masks/ara-{layout}-0")
+        if "wikitext2_windows" not in row or trained.manifest is None:
+            continue
+        view = bench.views["two-sided"]
+        assert view.manifest is not None
+        source = model_of(view, bench.run)
+        model = source.load_model(getattr(torch, view.manifest.config["dtype"]))
+        ranks = from_table(trained.manifest.results["budgets"][f"{keep:g}"]["ranks"]).low_rank()
+        apply_factors(model, ranks, factor_files(view, specs_of(view)), layout, console)
+        losses = row["wikitext2_windows"][: arguments.check_windows]
+        masked = math.exp(sum(losses) / len(losses))
+        rows = rows_of(Path(os.environ["ARA_DATA_DIR"]))
+        stored = independent_perplexity(model, source.load_tokenizer(), rows, arguments.seq_len, len(losses))
+        off = stored / masked - 1
+        console.text(f"ara at keep {keep:g}, {layout}: {masked:.3f} with masks, {stored:.3f} as stored ({off:+.2%})")
+        if abs(off) > 0.01:
+            sys.exit("error: the stored layers disagree with the masks by more than 1 %")
 
 
 def check(bench: Bench, arguments: argparse.Namespace, console: Console) -> None:
