@@ -169,6 +169,14 @@ class TruncateConfig(StageConfig):
     )
 
 
+class GenerateConfig(PlacementConfig):
+    """``ara generate``: continue a text, greedily."""
+
+    backend: Literal["torch", "onnx"] = Field("torch", description="torch: the checkpoint; onnx: the exported graph")
+    max_new_tokens: int = Field(200, ge=1, description="length of the answer, in tokens")
+    chat: bool = Field(True, description="put the text into the model's chat template, where it has one")
+
+
 class EvalConfig(PlacementConfig):
     """``ara eval``: dense, uniform and the chosen model side by side."""
 
@@ -180,6 +188,9 @@ class EvalConfig(PlacementConfig):
     )
     max_windows: int | None = Field(None, ge=1, description="evaluate only the first N windows of each text")
     batch_size: int = Field(1, ge=1, description="windows per forward pass")
+    backend: Literal["torch", "onnx"] = Field(
+        "torch", description="onnx: measure the exported graph in ONNX Runtime, too (see ara export)"
+    )
     prompt: str | None = Field(None, description="also continue this text greedily with every model")
     max_new_tokens: int = Field(40, ge=1, description="length of that continuation, in tokens")
 

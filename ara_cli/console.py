@@ -183,6 +183,11 @@ class Console:
         if self._results is not None:
             self._write(self._results, text)
 
+    def stream(self, piece: str) -> None:
+        """Print a piece of text as it arrives, without a line break behind it."""
+        if self._results is not None:
+            self._write(self._results, piece, end="")
+
     def result(self, data: Mapping[str, Any]) -> None:
         """Print the JSON document with ``--json``, otherwise nothing.
 
@@ -258,9 +263,9 @@ class Console:
             style = label_style = ""
         self._rich_stderr.print(Text.assemble((label, label_style), (text, style)))
 
-    def _write(self, stream: TextIO, text: str) -> None:
+    def _write(self, stream: TextIO, text: str, end: str = "\n") -> None:
         try:
-            stream.write(_printable(text, stream) + "\n")
+            stream.write(_printable(text, stream) + end)
             stream.flush()
         except BrokenPipeError:
             self.reader_gone = True

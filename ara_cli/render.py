@@ -185,6 +185,36 @@ def show_evaluation(console: Console, view: StageView) -> None:
             console.text(f"{name}: {results['prompt']}…{_one_line(figures['continuation'])}")
 
 
+def show_export(console: Console, about: dict[str, Any]) -> None:
+    """Show how far the graph is from the checkpoint."""
+    if about["parity"] is None:
+        console.warn("the graph was not compared with the checkpoint (--no-parity)")
+        return
+    cases = about["parity"]["cases"]
+    rows = [
+        (
+            case["case"],
+            case["tokens"],
+            f"{case['difference']:.2g}",
+            percent(case["agreement"], 2),
+            f"{case['kl']:.2g}",
+            f"{case['nll_torch']:.4f}",
+            f"{case['nll_onnx']:.4f}",
+        )
+        for case in cases
+    ]
+    columns = [
+        Column("run as", _LEFT),
+        Column("tokens"),
+        Column("largest difference of a logit"),
+        Column("same token"),
+        Column("KL, nats"),
+        Column("NLL torch"),
+        Column("NLL ONNX"),
+    ]
+    console.table(f"{about['precision']} graph in ONNX Runtime against torch", columns, rows)
+
+
 def show_end(console: Console, view: StageView, root: Path) -> None:
     """Say what was written and what comes next; in JSON mode, print the manifest."""
     manifest = _manifest(view)

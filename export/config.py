@@ -14,5 +14,17 @@ class ExportConfig(StageConfig):
 
     target: Literal["onnx"] = Field("onnx", description="runtime to write for")
     precision: Literal["fp32", "fp16", "int8", "int4"] | None = Field(
-        None, description="precision of the weights [default: fp32 on CPU, fp16 on CUDA]"
+        None, description="precision of the weights: fp32, fp16, int8 [default: fp32 on CPU, fp16 on CUDA]"
+    )
+    execution_provider: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the graph is to run: auto (CUDA when there is one), cpu or cuda"
+    )
+    merge_shared_inputs: bool = Field(
+        False, description="multiply the first factors of q, k, v and of gate, up in one go (fewer, larger products)"
+    )
+    last_logits: bool = Field(
+        False, description="give the logits of the last position only: for generation, not for evaluation"
+    )
+    parity: bool = Field(
+        True, description="compare the graph with the checkpoint in torch on real text, and fail beyond tolerance"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, 
 def copied(finished: Path, tmp_path: Path) -> Path:
     """Return a copy of :func:`finished` that a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "ws"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Return a function that saves a checkpoint of a family that can be exported; each is made once."""
+    from tests.exportable import make_checkpoint
+
+    made: dict[str, Any] = {}
+
+    def make(family: str, layout: str | None = "factors", **changes: Any) -> Any:
+        key = repr((family, layout, changes))
+        if key not in made:
+            made[key] = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), family, layout, **changes)
+        return made[key]
+
+    return make

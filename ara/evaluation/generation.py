@@ -2,12 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.inference_mode()
+def greedy_tokens(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int, stop: set[int]) -> Iterator[int]:
+    """Yield the most likely next tokens, one by one, until one of ``stop``, which is not yielded.
+
+    Args:
+        model: a causal language model in eval mode.
+        ids: (t) int64, the prompt.
+        max_new_tokens: at most so many.
+        stop: token ids that end the text.
+    """
+    past, new = None, ids[None].to(model.device)
+    for _ in range(max_new_tokens):
+        found = model(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1)
+        token = int(found.logits[0, -1].argmax())
+        if token in stop:
+            return
+        yield token
+        past, new = found.past_key_values, torch.tensor([[token]], device=model.device)
+
+
+def stop_tokens(model: PreTrainedModel) -> set[int]:
+    """Return the token ids that end a text of ``model``."""
+    config = getattr(model, "generation_config", None) or model.config
+    eos = config.eos_token_id
+    return set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> torch.Tensor:
+    """Return the tokens (t) int64 of a prompt, inside the chat template if asked for and there is one."""
+    if chat and tokenizer.chat_template:
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        ids = tokenizer(text)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
+    """Yield text as tokens arrive; a character that takes several tokens comes whole."""
+    pending: list[int] = []
+    for token in tokens:
+        pending.append(token)
+        text = tokenizer.decode(pending, skip_special_tokens=True)
+        # The replacement character stands for bytes whose rest has not come yet.
+        if text and not text.endswith("\ufffd"):
+            yield text
+            pending = []
+    if pending:
+        yield tokenizer.decode(pending, skip_special_tokens=True)
 
 
 def greedy_continuation(

@@ -29,6 +29,7 @@ from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import layout_of, load_modules, read_allocation
 from ara.stages.common import Run, already_done, begin, check_window, factor_files, model_of, specs_of
 from ara.stages.truncate import CHECKPOINT, decomposition_of
+from ara.workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,14 +49,27 @@ class Variant:
         name: dense, uniform, or the name of the checkpoint.
         load: brings the model into memory.
         linear_keep: fraction kept of the factorised layers' parameters.
+        figures: parameters and bytes, where they cannot be counted on what ``load`` returns.
     """
 
     name: str
     load: Callable[[], PreTrainedModel]
     linear_keep: float
+    figures: Mapping[str, int] | None = None
 
 
-def evaluate(config: EvalConfig, run: Run, *, checkpoint: str | None = None, name: str | None = None) -> StageView:
+# Finds the export of a checkpoint, and how to load it: this package does not know other runtimes.
+FindExport = Callable[[Workspace, StageView], tuple[StageView, Callable[[], Any]]]
+
+
+def evaluate(
+    config: EvalConfig,
+    run: Run,
+    *,
+    checkpoint: str | None = None,
+    name: str | None = None,
+    find_export: FindExport | None = None,
+) -> StageView:
     """Measure perplexity and speed, and store them with the settings.
 
     Args:
@@ -63,6 +77,7 @@ def evaluate(config: EvalConfig, run: Run, *, checkpoint: str | None = None, nam
         run: workspace and reporter.
         checkpoint: which result of ``ara truncate``; the latest by default.
         name: of the result; says checkpoint and tasks by default.
+        find_export: needed for ``config.backend`` other than torch.
 
     Raises:
         AraError: a stage is missing or stale, a text is missing, a model yields NaN.
@@ -88,6 +103,10 @@ def evaluate(config: EvalConfig, run: Run, *, checkpoint: str | None = None, nam
                 "seq_len": window_length(config.seq_len, source.config),
             }
         )
+        exported = None
+        if config.backend != "torch":
+            assert find_export is not None
+            exported = find_export(workspace, truncated)
         texts = {task: load_documents(task, "evaluation", report=run.report) for task in config.tasks}
         facts = {
             "config": {
@@ -95,13 +114,15 @@ def evaluate(config: EvalConfig, run: Run, *, checkpoint: str | None = None, nam
                 "text_sha256": {task: documents.digest for task, documents in texts.items()},
             },
             "model": truncated.manifest.model,
-            "parents": (parent_of(truncated), parent_of(decomposition)),
+            "parents": tuple(parent_of(v) for v in (truncated, decomposition, *(exported or ())[:1])),
         }
-        name = name or result_name(truncated.name, texts)
+        name = name or result_name(truncated.name, texts) + ("" if exported is None else f"-{config.backend}")
         done = workspace.finished("eval", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
         variants = _variants(truncated, chosen, decomposition, source, resolved, run)
+        if exported is not None:
+            variants.append(_exported(truncated, *exported))
         with workspace.writer("eval", name, facts, command=run.command, started=started) as stage:
             stage.results.update(_measure(variants, resolved, texts, source, truncated, run))
             text = json.dumps(stage.results, indent=1, allow_nan=False)
@@ -170,6 +191,15 @@ def _variants(
     return variants
 
 
+def _exported(truncated: StageView, view: StageView, load_export: Callable[[], Any]) -> Variant:
+    """Return the row of an exported graph."""
+    assert truncated.manifest is not None and view.manifest is not None
+    results = truncated.manifest.results
+    size = sum(path.stat().st_size for path in view.path.iterdir() if path.suffix == ".data")
+    figures = {"parameters": results["parameters"], "weight_bytes": size}
+    return Variant(view.key, load_export, results["linear_keep"], figures)
+
+
 def _label(truncated: StageView) -> str:
     """Return what the chosen model is called in the table; never the name of another row."""
     return truncated.key if truncated.name in ("dense", "uniform") else truncated.name
@@ -230,8 +260,13 @@ def _measure_group(
     models = {variant.name: variant.load() for variant in group}
     figures: dict[str, dict[str, Any]] = {
         variant.name: {
-            "parameters": parameter_count(models[variant.name]),
-            "weight_bytes": weight_bytes(models[variant.name]),
+            **(
+                variant.figures
+                or {
+                    "parameters": parameter_count(models[variant.name]),
+                    "weight_bytes": weight_bytes(models[variant.name]),
+                }
+            ),
             "linear_keep": variant.linear_keep,
         }
         for variant in group

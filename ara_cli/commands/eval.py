@@ -32,6 +32,7 @@ def command(
     max_windows: Annotated[int | None, field(_C, "max_windows")] = None,
     batch_size: Annotated[int, field(_C, "batch_size")] = default(_C, "batch_size"),
     name: NameOption = None,
+    backend: Annotated[str, field(_C, "backend", metavar="torch|onnx")] = default(_C, "backend"),
     prompt: Annotated[str | None, field(_C, "prompt")] = None,
     max_new_tokens: Annotated[int, field(_C, "max_new_tokens")] = default(_C, "max_new_tokens"),
     device: Annotated[str, field(_C, "device")] = default(_C, "device"),
@@ -49,6 +50,7 @@ def command(
             seq_len=seq_len,
             max_windows=max_windows,
             batch_size=batch_size,
+            backend=backend,
             prompt=prompt,
             max_new_tokens=max_new_tokens,
             device=device,
@@ -57,6 +59,10 @@ def command(
         from ara.stages.evaluate import evaluate
         from ara_cli.render import show_end, show_evaluation
 
-        view = evaluate(config, s.run(), checkpoint=checkpoint, name=name)
+        if config.backend == "onnx":
+            from export.evaluation import find_export
+        else:
+            find_export = None  # type: ignore[assignment]
+        view = evaluate(config, s.run(), checkpoint=checkpoint, name=name, find_export=find_export)
         show_evaluation(s.console, view)
         show_end(s.console, view, workspace)

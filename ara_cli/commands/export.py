@@ -2,31 +2,77 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ara.config import build
-from ara_cli.options import WORKSPACE, JsonOption, QuietOption, WorkspaceOption, field
+from ara.errors import UsageError
+from ara_cli.options import (
+    WORKSPACE,
+    ForceOption,
+    JsonOption,
+    NameOption,
+    QuietOption,
+    WorkspaceOption,
+    default,
+    field,
+)
 from ara_cli.session import session
 from export.config import ExportConfig
+
+_C = ExportConfig
 
 
 def command(
     onnx: Annotated[
         bool, typer.Option("--onnx", help="write an ONNX graph for onnxruntime (the only target so far)")
     ] = True,
-    precision: Annotated[str | None, field(ExportConfig, "precision")] = None,
+    precision: Annotated[str | None, field(_C, "precision")] = None,
+    execution_provider: Annotated[str, field(_C, "execution_provider", metavar="auto|cpu|cuda")] = default(
+        _C, "execution_provider"
+    ),
+    merge_shared_inputs: Annotated[bool, field(_C, "merge_shared_inputs", "--merge-shared-inputs")] = False,
+    last_logits: Annotated[bool, field(_C, "last_logits", "--last-logits")] = False,
+    parity: Annotated[bool, field(_C, "parity", "--parity/--no-parity")] = True,
     checkpoint: Annotated[
         str | None, typer.Option(help="result of ara truncate to export [default: the latest]")
     ] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="export this checkpoint folder instead, into --output", metavar="FOLDER")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="folder for the export of --source", metavar="FOLDER")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in --output")] = False,
+    name: NameOption = None,
     workspace: WorkspaceOption = WORKSPACE,
+    force: ForceOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the chosen checkpoint for another runtime (arrives with ONNX)."""
-    with session(workspace, quiet, as_json) as s:
-        config = build(ExportConfig, target="onnx", precision=precision)
-        from export.stage import export
+    """Write the chosen checkpoint as an ONNX graph and prove it against torch."""
+    with session(workspace, quiet, as_json, force) as s:
+        config = build(
+            ExportConfig,
+            target="onnx",
+            precision=precision,
+            execution_provider=execution_provider,
+            merge_shared_inputs=merge_shared_inputs,
+            last_logits=last_logits,
+            parity=parity,
+        )
+        if (source is None) != (output is None):
+            raise UsageError("--source and --output belong together", "give both, or neither to export a workspace's")
+        from ara_cli.render import show_end, show_export
+        from export.stage import export, export_folder
 
-        export(config, s.run(), checkpoint=checkpoint)
+        if source is not None and output is not None:
+            about = export_folder(config, s.run(), source, output, overwrite=overwrite)
+            show_export(s.console, about)
+            s.console.saved(output)
+            s.console.result(about)
+        else:
+            view = export(config, s.run(), checkpoint=checkpoint, name=name)
+            assert view.manifest is not None
+            show_export(s.console, view.manifest.results)
+            show_end(s.console, view, workspace)

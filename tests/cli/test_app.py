@@ -12,7 +12,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ara.config import AllocateConfig, CompareConfig, DecomposeConfig, EvalConfig, TrainMasksConfig, TruncateConfig
+from ara.config import (
+    AllocateConfig,
+    CompareConfig,
+    DecomposeConfig,
+    EvalConfig,
+    GenerateConfig,
+    TrainMasksConfig,
+    TruncateConfig,
+)
 from ara.models.sources import ModelSource
 from ara.pipeline import STAGES
 from ara.version import __version__
@@ -35,6 +43,7 @@ CONFIGS = {
     "eval": EvalConfig,
     "export": ExportConfig,
     "compare": CompareConfig,
+    "generate": GenerateConfig,
 }
 # Options that are called otherwise than the config field.
 OPTION_OF = {"options": "option"}
@@ -81,6 +90,7 @@ def each(words, tiny_text, tmp_path):
         ["truncate", *place],
         ["eval", "--tasks", tiny_text, "--seq-len", 64, "--max-windows", 2, "--device", "cpu", *place],
         ["run", *words, "--keep", 0.6, *place],
+        ["generate", "the river", "--max-new-tokens", 5, "--device", "cpu", *place],
         ["status", *place],
         ["models"],
         ["methods"],
@@ -90,7 +100,7 @@ def each(words, tiny_text, tmp_path):
 def test_help_lists_the_commands_in_the_order_of_the_pipeline():
     text = done("--help").stdout
     listed = re.findall(r"^  ([a-z-]+) ", text[text.index("Commands:") :], re.MULTILINE)
-    assert listed == ["run", *(stage.name for stage in STAGES), "compare", "status", "models", "methods"]
+    assert listed == ["run", *(stage.name for stage in STAGES), "compare", "generate", "status", "models", "methods"]
     assert listed == list(COMMANDS)
     for stage in STAGES:
         assert f"  {stage.name} " in text
@@ -190,6 +200,7 @@ def test_json_is_exactly_one_document_for_every_command(each):
         "truncate": "results",
         "eval": "results",
         "run": "stages",
+        "generate": "answer",
         "status": "next",
         "models": "models",
         "methods": "decompositions",
@@ -273,27 +284,6 @@ def test_default_workspace_is_in_the_current_folder(tmp_path, monkeypatch, words
     done("decompose", *words[:-8], "-q")
     assert (tmp_path / "ara-workspace" / "workspace.json").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["ara-workspace"]
-
-
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        (["export"], ["is not there yet", "arrives with ONNX"]),
-        (["export", "--onnx"], ["is not there yet", "arrives with ONNX"]),
-    ],
-)
-def test_commands_that_are_to_come_say_so(copied, command, words):
-    before = contents(copied)
-    result = ara(*command, "-w", copied)
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["error", "hint"]
-    for word in words:
-        assert word in result.stderr
-    assert contents(copied) == before
-    document = json.loads(ara(*command, "-w", copied, "--json").stdout)
-    assert set(document) == {"error", "hint"}
 
 
 def test_error_with_json_is_the_one_document(tmp_path):

@@ -1,0 +1,50 @@
+"""``ara generate``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ara.config import GenerateConfig, build
+from ara.errors import UsageError
+from ara_cli.options import WORKSPACE, JsonOption, QuietOption, WorkspaceOption, default, field
+from ara_cli.session import session
+
+_C = GenerateConfig
+
+
+def command(
+    prompt: Annotated[str, typer.Argument(help="text to answer or to continue; - reads it from stdin")],
+    backend: Annotated[str, field(_C, "backend", metavar="torch|onnx")] = default(_C, "backend"),
+    max_new_tokens: Annotated[int, field(_C, "max_new_tokens")] = default(_C, "max_new_tokens"),
+    chat: Annotated[bool, field(_C, "chat", "--chat/--no-chat")] = True,
+    checkpoint: Annotated[str | None, typer.Option(help="result of ara truncate [default: the latest]")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(help="a checkpoint folder or an exported folder instead of a workspace's", metavar="FOLDER"),
+    ] = None,
+    device: Annotated[str, field(_C, "device")] = default(_C, "device"),
+    dtype: Annotated[str, field(_C, "dtype")] = default(_C, "dtype"),
+    workspace: WorkspaceOption = WORKSPACE,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a prompt with the compressed model, word by word."""
+    with session(workspace, quiet, as_json) as s:
+        config = build(
+            GenerateConfig, backend=backend, max_new_tokens=max_new_tokens, chat=chat, device=device, dtype=dtype
+        )
+        text = sys.stdin.read() if prompt == "-" else prompt
+        if not text.strip():
+            raise UsageError("the prompt is empty", "say something: ara generate 'Who are you?'")
+        from export.generate import answer
+
+        pieces = []
+        for piece in answer(config, s.run(), text, checkpoint=checkpoint, source=source):
+            pieces.append(piece)
+            s.console.stream(piece)
+        s.console.stream("\n")
+        s.console.result({"prompt": text, "answer": "".join(pieces), "backend": config.backend})

@@ -1,0 +1,201 @@
+"""What a decoder is made of, read from its ``config.json``: all that the graph builder needs to know of a family.
+
+A family is one entry of :data:`FAMILIES`. All of them share Llama's module names; what differs is data here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ara.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+# Rotary variants whose angles depend on the position alone, within the model's context.
+_ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
+# GroupQueryAttention of ONNX Runtime rotates only such widths of a head, the whole of it or its front.
+_HEAD_MULTIPLE = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """Sizes and variants of a decoder-only model.
+
+    Attributes:
+        family: ``model_type`` of the config.
+        hidden: width of the residual stream.
+        layers: number of blocks.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head: width of a head.
+        intermediate: width of the gated layer.
+        vocabulary: rows of the embedding.
+        context: positions that the model was made for.
+        epsilon: of the norms.
+        norm_offset: added to the norms' weights (Gemma stores w − 1).
+        embedding_scale: factor on the embeddings.
+        activation: of the gate.
+        head_norm: whether queries and keys are normed per head (Qwen3).
+        tied: whether the head is the embedding.
+        scale: factor on attention scores.
+        windows: per block, how many latest positions it sees; ``None``: all.
+        packed: whether q, k, v are one projection and gate, up another (Phi-3).
+        frequencies: (rotated / 2) float32, angle per position.
+        rope_scale: factor on cosine and sine (YaRN).
+        bos, eos, pad: token ids; ``None`` where the model has none.
+    """
+
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head: int
+    intermediate: int
+    vocabulary: int
+    context: int
+    epsilon: float
+    norm_offset: float
+    embedding_scale: float
+    activation: Activation
+    head_norm: bool
+    tied: bool
+    scale: float
+    windows: tuple[int | None, ...]
+    packed: bool
+    frequencies: torch.Tensor
+    rope_scale: float
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+
+    def rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosine and sine of every position: (context, rotated / 2) float32 each."""
+        angles = torch.arange(self.context, dtype=torch.float32)[:, None] * self.frequencies
+        return angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between families that share Llama's names.
+
+    Attributes:
+        head_norm: queries and keys are normed per head.
+        norm_offset: added to the norms' weights.
+        scaled_embedding: embeddings are multiplied by √hidden.
+        packed: q, k, v and gate, up are packed.
+    """
+
+    head_norm: bool = False
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+    packed: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(head_norm=True),
+    "gemma": Family(norm_offset=1.0, scaled_embedding=True),
+    "phi3": Family(packed=True),
+}
+
+
+def read_decoder(config: PreTrainedConfig) -> Decoder:
+    """Return what the graph builder needs to know of a model.
+
+    Raises:
+        UnsupportedModelError: an unknown family, rotary variant, activation or head width.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UnsupportedModelError(
+            f"the ONNX graph builder does not know the family {config.model_type!r}; "
+            f"known are {', '.join(sorted(FAMILIES))}",
+            "add an entry to FAMILIES in export/architecture.py (see CONTRIBUTING.md)",
+        )
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    name = getattr(config, "hidden_act", None) or config.hidden_activation
+    if name not in _ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"the activation {name!r} is not known; known are {', '.join(sorted(_ACTIVATIONS))}",
+            "add it to export/architecture.py and export/graph.py",
+        )
+    frequencies, rope_scale = _rotary(config, head)
+    rotated = 2 * len(frequencies)
+    if head % _HEAD_MULTIPLE or rotated % _HEAD_MULTIPLE:
+        raise UnsupportedModelError(
+            f"heads are {head} wide and {rotated} of that is rotated; ONNX Runtime's GroupQueryAttention wants "
+            f"multiples of {_HEAD_MULTIPLE}",
+            "this model cannot be exported with fused attention",
+        )
+    eos = config.eos_token_id
+    return Decoder(
+        family=config.model_type,
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head=head,
+        intermediate=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        context=config.max_position_embeddings,
+        epsilon=config.rms_norm_eps,
+        norm_offset=family.norm_offset,
+        embedding_scale=config.hidden_size**0.5 if family.scaled_embedding else 1.0,
+        activation=_ACTIVATIONS[name],
+        head_norm=family.head_norm,
+        tied=bool(config.tie_word_embeddings),
+        scale=head**-0.5,
+        windows=_windows(config),
+        packed=family.packed,
+        frequencies=frequencies,
+        rope_scale=rope_scale,
+        bos=config.bos_token_id,
+        eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        pad=config.pad_token_id,
+    )
+
+
+def _rotary(config: PreTrainedConfig, head: int) -> tuple[torch.Tensor, float]:
+    """Return angles per position and the factor on cosine and sine, by transformers' own formulas."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    kind = rope.get("rope_type", "default")
+    if kind not in _ROPES:
+        raise UnsupportedModelError(
+            f"rotary embeddings of type {kind!r} depend on more than the position; known are {', '.join(_ROPES)}",
+            "this model cannot be exported exactly, so it is not",
+        )
+    if kind == "default":
+        rotated = int(head * rope.get("partial_rotary_factor", 1.0))
+        return 1.0 / rope["rope_theta"] ** (torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated), 1.0
+    # ``dynamic`` changes its angles beyond the context only, which the exported graph does not go.
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return frequencies.float(), float(scale)
+
+
+def _windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """Return how many latest positions each block sees, by ``sliding_window`` and ``layer_types``."""
+    window = getattr(config, "sliding_window", None)
+    if window is not None and not getattr(config, "use_sliding_window", True):
+        window = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * (
+        config.num_hidden_layers
+    )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -1,0 +1,43 @@
+"""Finds exported graphs in a workspace, for the commands that run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ara.errors import WorkspaceError
+from ara.stage_view import StageView, parent_of
+from ara.workspace import Workspace
+from export.runner import OnnxDecoder, TorchLike
+
+
+def find_export(workspace: Workspace, truncated: StageView) -> tuple[StageView, Callable[[], TorchLike]]:
+    """Return the latest export of a checkpoint, verified, and what loads it as a model that can be evaluated.
+
+    Raises:
+        WorkspaceError: the checkpoint was not exported, or only with the logits of the last position.
+    """
+    view = latest_export(workspace, truncated)
+    assert view.manifest is not None
+    if view.manifest.results["last_logits"]:
+        raise WorkspaceError(
+            f"{view.key} gives the logits of the last position only", "export without --last-logits to evaluate"
+        )
+    return view, lambda: TorchLike(OnnxDecoder(view.path)).eval()
+
+
+def latest_export(workspace: Workspace, truncated: StageView) -> StageView:
+    """Return the latest finished export of a checkpoint, verified.
+
+    Raises:
+        WorkspaceError: there is none.
+    """
+    fitting = [
+        view
+        for view in workspace.views("export")
+        if view.state == "done" and view.manifest and parent_of(truncated) in view.manifest.parents
+    ]
+    if not fitting:
+        raise WorkspaceError(
+            f"{truncated.key} was not exported", f"run first: ara export --onnx --checkpoint {truncated.name}"
+        )
+    return workspace.require("export", fitting[-1].name)

@@ -1,0 +1,212 @@
+"""Writes a checkpoint as a folder that ONNX Runtime and ONNX Runtime GenAI run, and proves it against torch.
+
+Weights go from safetensors to the external data file one at a time; only the parity check loads the model into torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+
+from ara.calibration.texts import load_documents
+from ara.environment import versions
+from ara.errors import DataError, NumericalError, UnavailableError, UsageError, disk_errors
+from ara.models.quiet import quiet_transformers
+from ara.progress import Reporter
+from export.architecture import Decoder, read_decoder
+from export.config import ExportConfig
+from export.genai import genai_config
+from export.graph import GraphOptions, Precision, build
+from export.parity import TOLERANCES, Parity, compare
+from export.runner import GRAPH_FILE, PROVIDERS, REPORT_FILE, OnnxDecoder, Provider
+from export.weights import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DATA_FILE = f"{GRAPH_FILE}.data"
+GENAI_FILE = "genai_config.json"
+EXPORT_FORMAT = 1
+# What belongs to the tokenizer and to generation, in the words of transformers.
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+# Text that needs no network; its evaluation part.
+PARITY_TEXT = "python-docs"
+_PARITY_TOKENS = 96
+_BLOCKED_INT4 = (
+    "int4 is not offered: rounding to nearest compounds over two factors (SmolLM2-135M: NLL 2.92 → 3.43, against "
+    "2.94 → 3.08 for dense weights), and calibrated rounding is not there yet"
+)
+
+
+def resolve(config: ExportConfig) -> ExportConfig:
+    """Decide provider and precision.
+
+    Raises:
+        UnavailableError: CUDA was asked for, and this ONNX Runtime has none; int4.
+        UsageError: a combination that ONNX Runtime cannot run.
+    """
+    import onnxruntime as ort
+
+    provider = config.execution_provider
+    if provider == "auto":
+        there = torch.cuda.is_available() and PROVIDERS["cuda"] in ort.get_available_providers()
+        provider = "cuda" if there else "cpu"
+    precision = config.precision or ("fp16" if provider == "cuda" else "fp32")
+    if precision == "int4":
+        raise UnavailableError(_BLOCKED_INT4, "use --precision int8")
+    if (provider, precision) == ("cuda", "fp32"):
+        raise UsageError(
+            "fused attention of ONNX Runtime has no fp32 on CUDA", "use --precision fp16, or --execution-provider cpu"
+        )
+    return config.model_copy(update={"execution_provider": provider, "precision": precision})
+
+
+def write_onnx(source: Path, folder: Path, config: ExportConfig, origin: str, report: Reporter) -> dict[str, Any]:
+    """Write a checkpoint as ONNX, prove it, and return what ``ara_export.json`` says of it.
+
+    Args:
+        source: folder of the checkpoint, compressed or dense.
+        folder: empty; on failure it is the caller's to remove.
+        config: resolved by :func:`resolve`.
+        origin: hash that names the source.
+        report: progress.
+
+    Raises:
+        ModelError: the checkpoint is damaged, or of a family that the builder does not know.
+        NumericalError: the graph is not what the checkpoint is.
+        DiskFullError: no room.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    checkpoint = Checkpoint(source)
+    if not checkpoint.compressed:
+        report.warn(f"{source} is not compressed: it is exported as it is, dense")
+    with quiet_transformers():
+        decoder = read_decoder(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    assert config.execution_provider != "auto" and config.precision not in (None, "int4")
+    provider: Provider = config.execution_provider
+    precision: Precision = config.precision  # type: ignore[assignment]
+    options = GraphOptions(
+        precision=precision,
+        activations="fp16" if provider == "cuda" or precision == "fp16" else "fp32",
+        merge_shared_inputs=config.merge_shared_inputs,
+        last_logits=config.last_logits,
+    )
+    layers = f"{decoder.layers} blocks, {len(checkpoint.ranks)} low-rank layers"
+    report.fact(f"{decoder.family}: {layers}; {precision} for {provider}")
+    about: dict[str, Any] = {
+        "format_version": EXPORT_FORMAT,
+        "source": {"name": source.name, "sha256": origin},
+        "precision": precision,
+        "execution_provider": provider,
+        "merge_shared_inputs": config.merge_shared_inputs,
+        "last_logits": config.last_logits,
+        "layout": "pivoted" if checkpoint.pivoted else "factors",
+        "ranks": checkpoint.ranks,
+        "decoder": _described(decoder),
+        "versions": {**versions(), "onnx_ir": ir.__version__},
+        "parity": None,
+    }
+    with disk_errors(folder):
+        _save(build(checkpoint, decoder, options), folder, report)
+        _write_json(folder / GENAI_FILE, genai_config(decoder, provider))
+        for name in _COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        _write_json(folder / REPORT_FILE, about)
+    if config.parity:
+        found = _prove(source, folder, precision, decoder, tokenizer, report)
+        about["parity"] = {
+            "text": PARITY_TEXT,
+            "tolerance": asdict(TOLERANCES[precision]),
+            "cases": [row.plain() for row in found],
+        }
+        with disk_errors(folder):
+            _write_json(folder / REPORT_FILE, about)
+    return about
+
+
+def source_hash(folder: Path) -> str:
+    """Return the sha256 over names and contents of a checkpoint's config and weights."""
+    sha = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        sha.update(path.name.encode())
+        with path.open("rb") as file:
+            sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()
+
+
+def _described(decoder: Decoder) -> dict[str, Any]:
+    names = ("family", "hidden", "layers", "heads", "kv_heads", "head", "vocabulary", "context")
+    return {**{name: getattr(decoder, name) for name in names}, "eos": list(decoder.eos)}
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _save(model: ir.Model, folder: Path, report: Reporter) -> None:
+    """Write graph and weights; each weight is read when its turn comes and let go again."""
+    with report.bar("Writing weights", len(model.graph.initializers)) as bar:
+        ir.save(
+            model,
+            folder / GRAPH_FILE,
+            external_data=DATA_FILE,
+            callback=lambda tensor, info: bar.advance(),
+            max_workers=1,
+        )
+
+
+def _prove(
+    source: Path, folder: Path, precision: str, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, report: Reporter
+) -> list[Parity]:
+    """Compare the graph with the checkpoint; beyond tolerance is an error."""
+    from ara.models.checkpoint import load
+
+    ids = parity_windows(tokenizer, min(_PARITY_TOKENS, decoder.context // 2))
+    report.fact(f"comparing with torch on {ids.shape[1]} tokens of {PARITY_TEXT}")
+    model = load(source, device="cpu", dtype="float32")
+    found = compare(OnnxDecoder(folder), model, ids)
+    problems = [text for row in found for text in row.misses(TOLERANCES[precision])]
+    if problems:
+        more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
+        raise NumericalError(
+            f"the {precision} graph is not what the checkpoint is: {'; '.join(problems[:2])}{more}",
+            "this is a defect of the export, or a model whose activations this precision cannot hold: try another one",
+        )
+    return found
+
+
+def parity_windows(tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
+    """Return two windows of text that no calibration has seen: (2, length) int64.
+
+    Raises:
+        DataError: the text is shorter than that.
+    """
+    documents = load_documents(PARITY_TEXT, "evaluation")
+    ids: list[int] = []
+    for text in documents.documents:
+        ids += tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) >= 2 * length:
+            return torch.tensor(ids[: 2 * length], dtype=torch.int64).view(2, length)
+    raise DataError(
+        f"{PARITY_TEXT} has only {len(ids)} tokens, {2 * length} are needed", "install Python's documentation"
+    )

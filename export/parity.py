@@ -1,0 +1,165 @@
+"""An export proves itself: the graph in ONNX Runtime against the checkpoint in torch, on real text, in four ways.
+
+Prefill (all at once), decode (token by token behind a short prompt), chunks (prefill in pieces), and two rows of
+different length, filled up on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from export.runner import OnnxDecoder
+
+# What a case starts with before it goes on token by token, and how long chunks are.
+_PROMPT = 7
+_CHUNK = 19
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a precision is held to.
+
+    Attributes:
+        difference: largest difference of a logit; ``None``: not looked at.
+        agreement: least share of positions with the same most likely token.
+        kl: largest mean KL(torch ‖ ONNX), nats per token.
+        nll: largest difference of the mean negative log-likelihood, nats per token.
+    """
+
+    difference: float | None
+    agreement: float
+    kl: float
+    nll: float
+
+
+# fp32: rounding alone, on models whose logits are of ordinary size. fp16 and int8: what these cost, see docs/export.md.
+TOLERANCES = {
+    "fp32": Tolerance(5e-3, 0.999, 1e-5, 1e-4),
+    "fp16": Tolerance(1.0, 0.98, 1e-3, 5e-3),
+    "int8": Tolerance(None, 0.9, 2e-2, 2e-2),
+}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the graph is from torch in one way of running it.
+
+    Attributes:
+        case: prefill, decode, chunks or padded.
+        tokens: positions compared.
+        difference: largest difference of a logit.
+        agreement: share of positions with the same most likely token.
+        kl: mean KL(torch ‖ ONNX), nats per token.
+        nll_torch, nll_onnx: mean negative log-likelihood of the text, nats per token.
+    """
+
+    case: str
+    tokens: int
+    difference: float
+    agreement: float
+    kl: float
+    nll_torch: float
+    nll_onnx: float
+
+    def misses(self, tolerance: Tolerance) -> list[str]:
+        """Return in words what is beyond the tolerance."""
+        nll = self.nll_onnx - self.nll_torch
+        found = []
+        if tolerance.difference is not None and not self.difference <= tolerance.difference:
+            found.append(f"{self.case}: largest difference {self.difference:.2g}, allowed {tolerance.difference:g}")
+        if not self.agreement >= tolerance.agreement:
+            found.append(f"{self.case}: same token at {self.agreement:.2%}, at least {tolerance.agreement:.2%}")
+        if not self.kl <= tolerance.kl:
+            found.append(f"{self.case}: KL {self.kl:.2g} nats, allowed {tolerance.kl:g}")
+        if not abs(nll) <= tolerance.nll:
+            found.append(f"{self.case}: NLL off by {nll:+.2g} nats, allowed {tolerance.nll:g}")
+        return found
+
+    def plain(self) -> dict[str, Any]:
+        """Return the figures as JSON data."""
+        return asdict(self)
+
+
+# Logits (n, v) float32 of n positions, and which ones: (row, place) each.
+_Read = tuple[torch.Tensor, list[tuple[int, int]]]
+
+
+def compare(decoder: OnnxDecoder, model: PreTrainedModel, ids: torch.Tensor) -> list[Parity]:
+    """Run both models in all four ways and return how far apart they are.
+
+    A graph that gives the logits of the last position alone is compared there, and not with rows of different length.
+
+    Args:
+        decoder: the exported model.
+        model: the checkpoint, float32.
+        ids: (2, t) int64, two windows of text; the last token is only predicted.
+    """
+    with torch.inference_mode():
+        expected = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    length = ids.shape[1] - 1
+    cases: dict[str, Callable[[], _Read]] = {
+        "prefill": lambda: _pieces(decoder, ids, [length]),
+        "decode": lambda: _pieces(decoder, ids, [_PROMPT] + [1] * (length - _PROMPT)),
+        "chunks": lambda: _pieces(decoder, ids, _chunks(length)),
+        "padded": lambda: _padded(decoder, ids),
+    }
+    if decoder.about["last_logits"]:
+        del cases["padded"]
+    return [_distance(case, run(), expected, ids) for case, run in cases.items()]
+
+
+def _chunks(length: int) -> list[int]:
+    whole, rest = divmod(length, _CHUNK)
+    return [_CHUNK] * whole + [rest] * bool(rest)
+
+
+def _pieces(decoder: OnnxDecoder, ids: torch.Tensor, lengths: list[int]) -> _Read:
+    """Read the first row in pieces of these lengths."""
+    past, found, places, at = None, [], [], 0
+    for length in lengths:
+        logits, past = decoder.forward(ids[:1, at : at + length].numpy(), None, past)
+        at += length
+        found.append(torch.from_numpy(logits[0]))
+        places += [(0, place) for place in range(at - logits.shape[1], at)]
+    return torch.cat(found), places
+
+
+def _padded(decoder: OnnxDecoder, ids: torch.Tensor) -> _Read:
+    """Read both rows at once, the second one cut to three fifths, then one more token each."""
+    length = ids.shape[1] - 2
+    counts = [length, 3 * length // 5]
+    mask = np.zeros((2, length), np.int64)
+    for row, count in enumerate(counts):
+        mask[row, :count] = 1
+    logits, past = decoder.forward(ids[:, :length].numpy() * mask, mask)
+    # The next token of each row goes behind its own last one, wherever the filling ends.
+    following = np.stack([ids[row, count].numpy() for row, count in enumerate(counts)])[:, None]
+    after, _ = decoder.forward(following, np.concatenate([mask, np.ones((2, 1), np.int64)], 1), past)
+    found = [np.concatenate([logits[row, :count], after[row]]) for row, count in enumerate(counts)]
+    places = [(row, place) for row, count in enumerate(counts) for place in range(count + 1)]
+    return torch.from_numpy(np.concatenate(found)), places
+
+
+def _distance(case: str, read: _Read, expected: torch.Tensor, ids: torch.Tensor) -> Parity:
+    """Compare logits with the ``expected`` ones (2, t, v) at their places."""
+    ours, places = read
+    theirs = torch.stack([expected[row, place] for row, place in places])
+    q, p = ours.log_softmax(-1), theirs.log_softmax(-1)
+    following = torch.tensor([[int(ids[row, place + 1])] for row, place in places])
+    return Parity(
+        case=case,
+        tokens=len(ours),
+        difference=float((ours - theirs).abs().max()),
+        agreement=float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()),
+        kl=float((p.exp() * (p - q)).sum(-1).double().mean()),
+        nll_torch=-float(p.gather(1, following).double().mean()),
+        nll_onnx=-float(q.gather(1, following).double().mean()),
+    )

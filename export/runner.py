@@ -1,0 +1,200 @@
+"""Runs an exported decoder in ONNX Runtime: whole passes, and token by token with caches that never move.
+
+The key and value caches are bound once, for the whole length, and shared between past and present: a step appends to
+them in place and copies only its logits.
+
+Shapes: b batch, s new tokens, p past tokens, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from ara.errors import ModelError, UnavailableError, UsageError, first_line
+
+Provider = Literal["cpu", "cuda"]
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+GRAPH_FILE = "model.onnx"
+REPORT_FILE = "ara_export.json"
+# Below this, ONNX Runtime writes about things that nobody asked for.
+_ERRORS_ONLY = 3
+
+
+class OnnxDecoder:
+    """An exported model, ready to run.
+
+    Args:
+        folder: what ``ara export`` wrote.
+        provider: where to run; that of the export by default.
+        threads: of the CPU; ONNX Runtime's choice by default.
+
+    Raises:
+        ModelError: not an export, or ONNX Runtime cannot load it.
+        UnavailableError: the provider is not there. ONNX Runtime itself would fall back to the CPU and say nothing.
+    """
+
+    def __init__(self, folder: Path, provider: Provider | None = None, threads: int | None = None) -> None:
+        self.folder, self.about = folder, read_report(folder)
+        self.provider: Provider = provider or self.about["execution_provider"]
+        wanted = PROVIDERS[self.provider]
+        _require(wanted)
+        options = ort.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self.session = ort.InferenceSession(str(folder / GRAPH_FILE), options, providers=[wanted])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise ModelError(
+                f"{folder / GRAPH_FILE} cannot be loaded: {first_line(error)}", "export it again: ara export --force"
+            ) from error
+        got = self.session.get_providers()[0]
+        if got != wanted:
+            raise UnavailableError(f"ONNX Runtime runs on {got}, {wanted} was asked for", _INSTALL[self.provider])
+        self._inputs = {value.name: value for value in self.session.get_inputs()}
+        self._outputs = [value.name for value in self.session.get_outputs()]
+        self._float = np.float16 if "float16" in self._inputs[self._caches()[0]].type else np.float32
+
+    @property
+    def context(self) -> int:
+        """Positions that the model has."""
+        return int(self.about["decoder"]["context"])
+
+    def empty_past(self, batch: int, length: int = 0) -> dict[str, np.ndarray]:
+        """Return caches of ``length`` positions, zeros: input name → (b, kv heads, length, head)."""
+        decoder = self.about["decoder"]
+        shape = (batch, decoder["kv_heads"], length, decoder["head"])
+        return {name: np.zeros(shape, self._float) for name in self._caches()}
+
+    def forward(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, past: dict[str, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Read tokens and return their logits and the caches after them.
+
+        Args:
+            ids: (b, s) int64.
+            mask: (b, p + s) int64, 1 where a token counts; rows are filled up on the right. All ones by default.
+            past: caches of a call before, by input name; none by default.
+
+        Returns:
+            Logits (b, s, v) float32, and the caches of p + s positions.
+        """
+        past = past or self.empty_past(len(ids))
+        before = next(iter(past.values())).shape[2]
+        if mask is None:
+            mask = np.ones((ids.shape[0], before + ids.shape[1]), np.int64)
+        logits, *present = self.session.run(self._outputs, {"input_ids": ids, "attention_mask": mask, **past})
+        return logits.astype(np.float32, copy=False), dict(zip(self._caches(), present, strict=True))
+
+    def generate(self, ids: np.ndarray, max_new_tokens: int, stop: set[int] | None = None) -> Iterator[int]:
+        """Yield the most likely next tokens, one by one, until one of ``stop``, which is not yielded.
+
+        Args:
+            ids: (s) int64, the prompt.
+            max_new_tokens: at most so many.
+            stop: token ids that end the text; those of the model by default.
+
+        Raises:
+            UsageError: prompt and answer together are longer than the context.
+        """
+        total = len(ids) + max_new_tokens
+        if total > self.context:
+            raise UsageError(
+                f"{len(ids)} tokens of prompt and {max_new_tokens} new ones are more than the {self.context} positions "
+                "of the model",
+                f"ask for at most {max(0, self.context - len(ids))} new tokens",
+            )
+        stop = set(self.about["decoder"]["eos"]) if stop is None else stop
+        binding = self.session.io_binding()
+        binding.bind_output("logits", "cpu")
+        # One tensor is past and present at once: the attention appends to it in place.
+        for name, array in self.empty_past(1, total).items():
+            cache = ort.OrtValue.ortvalue_from_numpy(array, self.provider)
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(_present(name), cache)
+        mask, new = np.ones((1, len(ids)), np.int64), ids[None]
+        for _ in range(max_new_tokens):
+            binding.bind_cpu_input("input_ids", new)
+            binding.bind_cpu_input("attention_mask", mask)
+            # Bound anew: their size changes after the prompt. They are the first output that was bound.
+            binding.bind_output("logits", "cpu")
+            self.session.run_with_iobinding(binding)
+            logits = binding.get_outputs()[0].numpy()
+            token = int(logits[0, -1].argmax())
+            if token in stop:
+                return
+            yield token
+            mask, new = np.ones((1, mask.shape[1] + 1), np.int64), np.array([[token]], np.int64)
+
+    def _caches(self) -> list[str]:
+        return [name for name in self._inputs if name.startswith("past_key_values.")]
+
+
+class TorchLike(torch.nn.Module):
+    """An :class:`OnnxDecoder` that is called as a model of transformers is: for evaluation code that wants one."""
+
+    def __init__(self, decoder: OnnxDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.anchor = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False, **_: Any) -> Any:
+        """Return an object with ``logits`` (b, t, v) float32."""
+        from transformers.modeling_outputs import CausalLMOutput
+
+        logits, _past = self.decoder.forward(input_ids.cpu().numpy())
+        return CausalLMOutput(logits=torch.from_numpy(logits))
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are expected."""
+        return self.anchor.device
+
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **_: Any) -> torch.Tensor:
+        """Return one row of ids (1, t) with its greedy continuation behind it: (1, t + new)."""
+        new = list(self.decoder.generate(input_ids[0].cpu().numpy(), max_new_tokens))
+        return torch.cat([input_ids, torch.tensor([new], dtype=input_ids.dtype)], 1)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Return ``ara_export.json`` of an exported folder.
+
+    Raises:
+        ModelError: there is none, or it is not what ``ara export`` writes.
+    """
+    path = folder / REPORT_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ModelError(
+            f"{folder} is not an export ({REPORT_FILE} is missing)", "make one: ara export --onnx"
+        ) from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error})", "export again: ara export --force") from None
+    if not isinstance(report, dict) or not {"decoder", "execution_provider"} <= set(report):
+        raise ModelError(f"{path} is not what ara export writes", "export again: ara export --force")
+    return report
+
+
+_INSTALL = {
+    "cpu": "install onnxruntime",
+    "cuda": "install onnxruntime-gpu and its CUDA libraries (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use "
+    "--execution-provider cpu",
+}
+
+
+def _require(provider: str) -> None:
+    if provider not in ort.get_available_providers():
+        raise UnavailableError(f"this ONNX Runtime has no {provider}", _INSTALL["cuda"])
+
+
+def _present(past: str) -> str:
+    """Return the output that follows an input: ``past_key_values.3.key`` → ``present.3.key``."""
+    return past.replace("past_key_values.", "present.")

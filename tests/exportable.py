@@ -1,0 +1,62 @@
+"""Small checkpoints of the families that the graph builder knows, with heads that fused attention can rotate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ara.decomposition.plain import Plain
+from ara.models.checkpoint import apply_factors, save_checkpoint
+from ara.models.linears import find_linears, weight_of
+from ara.models.quiet import quiet_transformers
+from tests.tiny import tiny_config, tiny_tokenizer
+
+SIZES: dict[str, Any] = {"hidden_size": 102, "head_dim": 16, "max_position_embeddings": 200}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A checkpoint on the disk, and the model that it holds."""
+
+    folder: Path
+    model: PreTrainedModel
+
+
+def make_checkpoint(root: Path, family: str, layout: Any, **changes: Any) -> Made:
+    """Save a checkpoint below ``root``: dense where ``layout`` is ``None``, else with low-rank layers."""
+    values = {
+        key: value
+        for key, value in tiny_config(family).to_dict().items()
+        if key not in ("rope_parameters", "layer_types")
+    }
+    config = type(tiny_config(family))(**{**values, **SIZES, **changes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+            elif "norm" in name:  # weights of one would hide a norm that lost its own
+                torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.2)
+    folder = root / "checkpoint"
+    with quiet_transformers():
+        if layout is None:
+            model.save_pretrained(folder)
+            tiny_tokenizer().save_pretrained(folder)
+        else:
+            linears = find_linears(model)
+            tensors = {}
+            for spec in linears:
+                factors = Plain().decompose(weight_of(model.get_submodule(spec.name)), None)
+                tensors[f"{spec.name}.A"] = factors.a.float().contiguous()
+                tensors[f"{spec.name}.B"] = factors.b.float().contiguous()
+            save_file(tensors, root / "factors.safetensors")
+            ranks = {s.name: s.full_rank // 2 - s.layer for s in linears if s.name != linears[1].name}
+            apply_factors(model, ranks, {spec.name: root / "factors.safetensors" for spec in linears}, layout)
+            save_checkpoint(model, tiny_tokenizer(), folder, ranks=ranks, provenance={}, layout=layout)
+    return Made(folder, model)

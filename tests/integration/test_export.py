@@ -1,0 +1,149 @@
+"""``ara export``: from a workspace and from a folder, what it leaves, and that nothing stays behind on failure."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ara.config import AllocateConfig, DecomposeConfig, TruncateConfig
+from ara.pipeline import run_pipeline
+from ara.stages.common import Run
+from ara_cli.app import app
+from export import onnx_target
+from tests.damage import flip, listing
+
+
+def ara(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(result: Any, code: int, words: str) -> None:
+    assert result.exit_code == code, result.output
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("warning")]
+    assert [line.partition(":")[0] for line in lines] == ["error", "hint"], result.stderr
+    assert words in lines[0], result.stderr
+
+
+@pytest.fixture(scope="module")
+def finished_base(checkpoint: Callable[..., Any], tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("export") / "ws"
+    settings = {"text": tiny_text, "samples": 12, "seq_len": 48, "device": "cpu", "dtype": "float32"}
+    run_pipeline(
+        DecomposeConfig(model=str(checkpoint("llama", None).folder), **settings),
+        [AllocateConfig(keep=0.7, method="energy", layout="pivoted")],
+        TruncateConfig(),
+        None,
+        Run(root),
+    )
+    return root
+
+
+@pytest.fixture
+def workspace(finished_base: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_base, tmp_path / "ws"))
+
+
+def test_a_workspace_is_exported_and_told_of(workspace: Path) -> None:
+    result = ara("export", "--onnx", "--execution-provider", "cpu", "-w", workspace)
+    assert result.exit_code == 0, result.output
+    for word in ("prefill", "decode", "chunks", "padded", "100.00%", "energy-0.70-pivoted-fp32"):
+        assert word in result.stdout + result.stderr
+    folder = workspace / "export" / "energy-0.70-pivoted-fp32"
+    assert {"model.onnx", "model.onnx.data", "ara_export.json", "genai_config.json"} <= listing(folder)
+    again = ara("export", "--execution-provider", "cpu", "-w", workspace)
+    assert "is there already" in again.stderr
+    status = json.loads(ara("status", "--json", "-w", workspace).stdout)
+    assert ("export", "done") in {(stage["stage"], stage["state"]) for stage in status["stages"]}
+
+
+def test_a_folder_is_exported_without_a_workspace(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = ["export", "--execution-provider", "cpu", "--output", output, "--source"]
+    document = json.loads(ara(*command, checkpoint("llama").folder, "--json").stdout)
+    assert document["layout"] == "factors" and len(document["parity"]["cases"]) == 4
+    assert len(document["source"]["sha256"]) == 64
+    before = listing(output)
+    refused(ara(*command, checkpoint("llama").folder, "-q"), 2, "is not empty")
+    dense = ara(*command, checkpoint("llama", None).folder, "--overwrite", "--no-parity")
+    assert dense.exit_code == 0 and "is not compressed: it is exported as it is, dense" in dense.stderr
+    assert "was not compared" in dense.stderr
+    assert listing(output) == before and json.loads((output / "ara_export.json").read_text())["ranks"] == {}
+    refused(ara("export", "--output", output), 2, "--source and --output belong together")
+
+
+def test_nothing_is_left_where_it_fails(
+    workspace: Path, checkpoint: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["export", "--execution-provider", "cpu", "-q"]
+
+    def nothing_left() -> bool:
+        return not listing(workspace / "export") and {path.name for path in tmp_path.iterdir()} == {"ws"}
+
+    def wrong(self: Any) -> Any:
+        return tuple(table.flip(1) for table in original(self))
+
+    original = onnx_target.Decoder.rotary_tables
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_target.Decoder, "rotary_tables", wrong)
+        refused(ara(*command, "-w", workspace), 1, "the fp32 graph is not what the checkpoint is")
+        folder = checkpoint("llama").folder
+        refused(ara(*command, "--source", folder, "--output", tmp_path / "out"), 1, "is not what the checkpoint is")
+    assert nothing_left()
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_target.ir, "save", full)
+        refused(ara(*command, "-w", workspace), 1, "the disk is full")
+        refused(ara(*command, "--source", folder, "--output", tmp_path / "out"), 1, "the disk is full")
+    assert nothing_left()
+    refused(ara(*command, "--precision", "int4", "-w", workspace), 1, "int4 is not offered")
+    refused(
+        ara(*command, "--source", checkpoint("gpt2", None).folder, "--output", tmp_path / "out"),
+        1,
+        "does not know the family 'gpt2'",
+    )
+    assert nothing_left()
+    flip(next((workspace / "truncate").glob("*/checkpoint/model.safetensors")), -5)
+    refused(ara(*command, "-w", workspace), 1, "model.safetensors")
+    assert nothing_left()
+
+
+def test_what_is_shipped_is_what_is_measured(workspace: Path, tiny_text: str) -> None:
+    """ara eval --backend onnx and ara generate --backend onnx run the exported graph."""
+    words = ["--tasks", tiny_text, "--seq-len", 64, "--max-windows", 3, "--device", "cpu", "--dtype", "float32"]
+    refused(ara("eval", "--backend", "onnx", *words, "-w", workspace, "-q"), 1, "was not exported")
+    assert ara("export", "--execution-provider", "cpu", "-w", workspace).exit_code == 0
+    result = ara("eval", "--backend", "onnx", *words, "--prompt", "The baker", "-w", workspace, "--json")
+    document = json.loads(result.stdout)["results"]
+    (task,) = document["tasks"].values()
+    ours, torch = "export/energy-0.70-pivoted-fp32", "energy-0.70-pivoted"
+    assert list(task["models"]) == ["dense", "uniform", torch, ours]
+    assert task["models"][ours]["nll"] == pytest.approx(task["models"][torch]["nll"], rel=1e-6)
+    figures = document["variants"]
+    assert figures[ours]["continuation"] == figures[torch]["continuation"]
+    assert figures[ours]["parameters"] == figures[torch]["parameters"]
+    answers = [
+        json.loads(ara("generate", "the river", "--backend", backend, *options, "-w", workspace, "--json").stdout)
+        for backend in ("torch", "onnx")
+        for options in (["--max-new-tokens", 30], ["--no-chat", "--max-new-tokens", 30])
+    ]
+    assert answers[0]["answer"] == answers[2]["answer"] and answers[1]["answer"] == answers[3]["answer"]
+    assert len(answers[0]["answer"]) > 3
+    refused(ara("generate", "x", "--max-new-tokens", 500, "-w", workspace, "-q"), 2, "are more than the 200 positions")
+    refused(ara("generate", " ", "-w", workspace, "-q"), 2, "the prompt is empty")
+
+
+def test_an_export_of_last_logits_cannot_be_evaluated(workspace: Path, tiny_text: str) -> None:
+    assert ara("export", "--execution-provider", "cpu", "--last-logits", "-w", workspace).exit_code == 0
+    words = ["--tasks", tiny_text, "--seq-len", 64, "--device", "cpu", "-w", workspace, "-q"]
+    refused(ara("eval", "--backend", "onnx", *words), 1, "gives the logits of the last position only")
+    assert ara("generate", "the river", "--backend", "onnx", "--max-new-tokens", 5, "-w", workspace).exit_code == 0

@@ -1,0 +1,104 @@
+"""The ONNX runner: greedy text with caches bound once, providers that are what was asked for, bad folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ara.errors import ModelError, UnavailableError, UsageError
+from ara.progress import SILENT
+from export import runner
+from export.config import ExportConfig
+from export.onnx_target import resolve, write_onnx
+from export.runner import OnnxDecoder, TorchLike
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    made = checkpoint("llama", "pivoted")
+    folder = tmp_path_factory.mktemp("onnx")
+    write_onnx(made.folder, folder, resolve(ExportConfig(execution_provider="cpu")), "0" * 64, SILENT)
+    return folder, made.model
+
+
+def test_greedy_text_is_that_of_torch(exported: tuple[Path, Any]) -> None:
+    folder, model = exported
+    prompt = torch.arange(4, 30)
+    expected = model.generate(prompt[None], max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    decoder = OnnxDecoder(folder, threads=1)
+    found = list(decoder.generate(prompt.numpy(), 40, stop=set()))
+    assert found == expected[0, 26:].tolist() and len(set(found)) > 3
+    # It ends before a token that stops it, and begins anew each time.
+    stop = found[5]
+    assert list(decoder.generate(prompt.numpy(), 40, stop={stop})) == found[: found.index(stop)]
+
+
+def test_more_tokens_than_the_context_are_refused(exported: tuple[Path, Any]) -> None:
+    decoder = OnnxDecoder(exported[0])
+    with pytest.raises(
+        UsageError, match="26 tokens of prompt and 175 new ones are more than the 200 positions"
+    ) as caught:
+        next(decoder.generate(np.arange(4, 30), 175))
+    assert caught.value.hint == "ask for at most 174 new tokens"
+
+
+def test_it_can_stand_for_a_model_of_transformers(exported: tuple[Path, Any]) -> None:
+    folder, model = exported
+    ids = torch.arange(4, 60).view(2, 28)
+    with torch.inference_mode():
+        expected = model(ids).logits
+    found = TorchLike(OnnxDecoder(folder)).eval()(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_provider_that_is_not_there_is_an_error(exported: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime itself would take the CPU and say nothing."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(UnavailableError, match="CUDAExecutionProvider"):
+        OnnxDecoder(exported[0], "cuda")
+    monkeypatch.setattr(runner.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UnavailableError, match="this ONNX Runtime has no CUDAExecutionProvider"):
+        OnnxDecoder(exported[0], "cuda")
+
+
+def test_folders_that_are_no_export(exported: tuple[Path, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"is not an export \(ara_export\.json is missing\)"):
+        OnnxDecoder(tmp_path)
+    (tmp_path / "ara_export.json").write_text("{")
+    with pytest.raises(ModelError, match="is not JSON"):
+        OnnxDecoder(tmp_path)
+    (tmp_path / "ara_export.json").write_text("{}")
+    with pytest.raises(ModelError, match="is not what ara export writes"):
+        OnnxDecoder(tmp_path)
+    (tmp_path / "ara_export.json").write_text((exported[0] / "ara_export.json").read_text())
+    (tmp_path / "model.onnx").write_bytes(b"nonsense")
+    with pytest.raises(ModelError, match=r"model\.onnx cannot be loaded"):
+        OnnxDecoder(tmp_path)
+    assert json.loads((tmp_path / "ara_export.json").read_text())["decoder"]["context"] == 200
+
+
+def test_genai_answers_as_torch_does(exported: tuple[Path, Any]) -> None:
+    og = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai (make setup installs it)")
+    folder, model = exported
+    prompt = list(range(4, 30))
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, len(prompt) :].tolist()
+    loaded = og.Model(str(folder))
+    parameters = og.GeneratorParams(loaded)
+    parameters.set_search_options(max_length=len(prompt) + 20, do_sample=False)
+    generator = og.Generator(loaded, parameters)
+    generator.append_tokens(prompt)
+    found = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        found.append(int(generator.get_next_tokens()[0]))
+    until = next((i for i, token in enumerate(expected) if token == 2), len(expected))  # the end of a text
+    assert until > 5 and found[:until] == expected[:until]
