@@ -22,6 +22,9 @@ class ExportConfig(StageConfig):
     merge_shared_inputs: bool = Field(
         False, description="multiply the first factors of q, k, v and of gate, up in one go (fewer, larger products)"
     )
+    rewrite: str | None = Field(
+        None, description="put the factors into this ONNX graph of the dense model instead of building one"
+    )
     last_logits: bool = Field(
         False, description="give the logits of the last position only: for generation, not for evaluation"
     )

@@ -20,16 +20,17 @@ from ara.environment import versions
 from ara.errors import DataError, NumericalError, UnavailableError, UsageError, disk_errors
 from ara.models.quiet import quiet_transformers
 from ara.progress import Reporter
-from export.architecture import Decoder, read_decoder
+from export.architecture import read_decoder
 from export.config import ExportConfig
 from export.genai import genai_config
 from export.graph import GraphOptions, Precision, build
 from export.parity import TOLERANCES, Parity, compare
+from export.rewrite import load_graph, rewrite
 from export.runner import GRAPH_FILE, PROVIDERS, REPORT_FILE, OnnxDecoder, Provider
 from export.weights import Checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 DATA_FILE = f"{GRAPH_FILE}.data"
 GENAI_FILE = "genai_config.json"
@@ -99,7 +100,7 @@ def write_onnx(source: Path, folder: Path, config: ExportConfig, origin: str, re
     if not checkpoint.compressed:
         report.warn(f"{source} is not compressed: it is exported as it is, dense")
     with quiet_transformers():
-        decoder = read_decoder(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     assert config.execution_provider != "auto" and config.precision not in (None, "int4")
     provider: Provider = config.execution_provider
@@ -110,8 +111,8 @@ def write_onnx(source: Path, folder: Path, config: ExportConfig, origin: str, re
         merge_shared_inputs=config.merge_shared_inputs,
         last_logits=config.last_logits,
     )
-    layers = f"{decoder.layers} blocks, {len(checkpoint.ranks)} low-rank layers"
-    report.fact(f"{decoder.family}: {layers}; {precision} for {provider}")
+    report.fact(f"{model_config.model_type}: {len(checkpoint.ranks)} low-rank layers; {precision} for {provider}")
+    model, genai = _graph(checkpoint, model_config, options, config, provider, report)
     about: dict[str, Any] = {
         "format_version": EXPORT_FORMAT,
         "source": {"name": source.name, "sha256": origin},
@@ -121,19 +122,25 @@ def write_onnx(source: Path, folder: Path, config: ExportConfig, origin: str, re
         "last_logits": config.last_logits,
         "layout": "pivoted" if checkpoint.pivoted else "factors",
         "ranks": checkpoint.ranks,
-        "decoder": _described(decoder),
+        "rewritten": config.rewrite is not None,
+        "decoder": {
+            "family": model_config.model_type,
+            "context": model_config.max_position_embeddings,
+            "eos": _list(model_config.eos_token_id),
+        },
         "versions": {**versions(), "onnx_ir": ir.__version__},
         "parity": None,
     }
     with disk_errors(folder):
-        _save(build(checkpoint, decoder, options), folder, report)
-        _write_json(folder / GENAI_FILE, genai_config(decoder, provider))
+        _save(model, folder, report)
+        if genai is not None:
+            _write_json(folder / GENAI_FILE, genai)
         for name in _COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         _write_json(folder / REPORT_FILE, about)
     if config.parity:
-        found = _prove(source, folder, precision, decoder, tokenizer, report)
+        found = _prove(source, folder, precision, tokenizer, report)
         about["parity"] = {
             "text": PARITY_TEXT,
             "tolerance": asdict(TOLERANCES[precision]),
@@ -154,9 +161,30 @@ def source_hash(folder: Path) -> str:
     return sha.hexdigest()
 
 
-def _described(decoder: Decoder) -> dict[str, Any]:
-    names = ("family", "hidden", "layers", "heads", "kv_heads", "head", "vocabulary", "context")
-    return {**{name: getattr(decoder, name) for name in names}, "eos": list(decoder.eos)}
+def _graph(
+    checkpoint: Checkpoint,
+    model_config: PreTrainedConfig,
+    options: GraphOptions,
+    config: ExportConfig,
+    provider: Provider,
+    report: Reporter,
+) -> tuple[ir.Model, dict[str, Any] | None]:
+    """Return the graph, and what GenAI wants to know of it, if that is known."""
+    if config.rewrite is None:
+        decoder = read_decoder(model_config)
+        return build(checkpoint, decoder, options), genai_config(decoder, provider)
+    dense = Path(config.rewrite)
+    if not checkpoint.compressed:
+        raise UsageError("--rewrite is given, and the checkpoint has no low-rank layers", "leave --rewrite out")
+    model = load_graph(dense)
+    with report.bar("Putting factors into the graph", len(checkpoint.ranks)) as bar:
+        rewrite(model, checkpoint, bar.advance)
+    beside = dense.with_name(GENAI_FILE)
+    return model, {**json.loads(beside.read_text(encoding="utf-8"))} if beside.is_file() else None
+
+
+def _list(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
@@ -176,15 +204,16 @@ def _save(model: ir.Model, folder: Path, report: Reporter) -> None:
 
 
 def _prove(
-    source: Path, folder: Path, precision: str, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, report: Reporter
+    source: Path, folder: Path, precision: str, tokenizer: PreTrainedTokenizerBase, report: Reporter
 ) -> list[Parity]:
     """Compare the graph with the checkpoint; beyond tolerance is an error."""
     from ara.models.checkpoint import load
 
+    decoder = OnnxDecoder(folder)
     ids = parity_windows(tokenizer, min(_PARITY_TOKENS, decoder.context // 2))
     report.fact(f"comparing with torch on {ids.shape[1]} tokens of {PARITY_TEXT}")
     model = load(source, device="cpu", dtype="float32")
-    found = compare(OnnxDecoder(folder), model, ids)
+    found = compare(decoder, model, ids)
     problems = [text for row in found for text in row.misses(TOLERANCES[precision])]
     if problems:
         more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""

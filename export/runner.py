@@ -59,7 +59,22 @@ class OnnxDecoder:
         if got != wanted:
             raise UnavailableError(f"ONNX Runtime runs on {got}, {wanted} was asked for", _INSTALL[self.provider])
         self._inputs = {value.name: value for value in self.session.get_inputs()}
-        self._outputs = [value.name for value in self.session.get_outputs()]
+        present = {_present(name) for name in self._caches()}
+        names = [value.name for value in self.session.get_outputs()]
+        # Logits first, then the caches in the order of the inputs.
+        self._outputs = ["logits", *(_present(name) for name in self._caches())]
+        if not {"logits", *present} <= set(names):
+            raise ModelError(
+                f"{folder / GRAPH_FILE} gives {', '.join(names[:3])} …, expected logits and present.0.key …",
+                "export the dense model with the names of ONNX Runtime GenAI, or without comparing: --no-parity",
+            )
+        unknown = [name for name in self._inputs if name not in _KNOWN and name not in self._caches()]
+        if unknown or not self._caches():
+            raise ModelError(
+                f"{folder / GRAPH_FILE} wants {', '.join(unknown) or 'no past_key_values'}; known inputs are "
+                f"{', '.join(_KNOWN)} and past_key_values",
+                "export the dense model with the names of ONNX Runtime GenAI, or without comparing: --no-parity",
+            )
         self._float = np.float16 if "float16" in self._inputs[self._caches()[0]].type else np.float32
 
     @property
@@ -69,9 +84,10 @@ class OnnxDecoder:
 
     def empty_past(self, batch: int, length: int = 0) -> dict[str, np.ndarray]:
         """Return caches of ``length`` positions, zeros: input name → (b, kv heads, length, head)."""
-        decoder = self.about["decoder"]
-        shape = (batch, decoder["kv_heads"], length, decoder["head"])
-        return {name: np.zeros(shape, self._float) for name in self._caches()}
+        return {
+            name: np.zeros((batch, self._inputs[name].shape[1], length, self._inputs[name].shape[3]), self._float)
+            for name in self._caches()
+        }
 
     def forward(
         self, ids: np.ndarray, mask: np.ndarray | None = None, past: dict[str, np.ndarray] | None = None
@@ -90,7 +106,9 @@ class OnnxDecoder:
         before = next(iter(past.values())).shape[2]
         if mask is None:
             mask = np.ones((ids.shape[0], before + ids.shape[1]), np.int64)
-        logits, *present = self.session.run(self._outputs, {"input_ids": ids, "attention_mask": mask, **past})
+        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": _positions(mask, ids.shape[1])}
+        fed = {name: value for name, value in feed.items() if name in self._inputs}
+        logits, *present = self.session.run(self._outputs, {**fed, **past})
         return logits.astype(np.float32, copy=False), dict(zip(self._caches(), present, strict=True))
 
     def generate(self, ids: np.ndarray, max_new_tokens: int, stop: set[int] | None = None) -> Iterator[int]:
@@ -123,6 +141,8 @@ class OnnxDecoder:
         for _ in range(max_new_tokens):
             binding.bind_cpu_input("input_ids", new)
             binding.bind_cpu_input("attention_mask", mask)
+            if "position_ids" in self._inputs:
+                binding.bind_cpu_input("position_ids", _positions(mask, new.shape[1]))
             # Bound anew: their size changes after the prompt. They are the first output that was bound.
             binding.bind_output("logits", "cpu")
             self.session.run_with_iobinding(binding)
@@ -183,6 +203,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
+_KNOWN = ("input_ids", "attention_mask", "position_ids")
 _INSTALL = {
     "cpu": "install onnxruntime",
     "cuda": "install onnxruntime-gpu and its CUDA libraries (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use "
@@ -193,6 +214,12 @@ _INSTALL = {
 def _require(provider: str) -> None:
     if provider not in ort.get_available_providers():
         raise UnavailableError(f"this ONNX Runtime has no {provider}", _INSTALL["cuda"])
+
+
+def _positions(mask: np.ndarray, new: int) -> np.ndarray:
+    """Return the position of each of the ``new`` last tokens, counting the tokens of its row: (b, new) int64."""
+    found: np.ndarray = np.maximum(mask.cumsum(1) - 1, 0)[:, -new:]
+    return found
 
 
 def _present(past: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ara.errors import UsageError, disk_errors
+from ara.manifest import file_sha256
 from ara.stage_view import StageView, parent_of
 from ara.stages.common import Run, already_done, begin
 from ara.stages.truncate import CHECKPOINT
@@ -34,8 +35,12 @@ def export(config: ExportConfig, run: Run, *, checkpoint: str | None = None, nam
         truncated = workspace.require("truncate", checkpoint)
         assert truncated.manifest is not None
         run.report.step(f"Exporting {truncated.key} to ONNX")
-        facts = {"config": resolved, "model": truncated.manifest.model, "parents": (parent_of(truncated),)}
-        name = name or f"{truncated.name}-{resolved.precision}"
+        facts = {
+            "config": {**resolved.model_dump(mode="json"), "rewrite_sha256": _digest(config)},
+            "model": truncated.manifest.model,
+            "parents": (parent_of(truncated),),
+        }
+        name = name or f"{truncated.name}-{'rewritten' if resolved.rewrite else resolved.precision}"
         done = workspace.finished("export", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
@@ -44,6 +49,16 @@ def export(config: ExportConfig, run: Run, *, checkpoint: str | None = None, nam
             about = write_onnx(source, stage.folder, resolved, truncated.manifest.id, run.report)
             stage.results.update(about)
         return workspace.view(f"export/{name}")
+
+
+def _digest(config: ExportConfig) -> str | None:
+    """Return the checksum of the graph to be rewritten; its weights lie in another file and are checked one by one."""
+    if config.rewrite is None:
+        return None
+    path = Path(config.rewrite)
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}", "--rewrite wants the .onnx file of a dense export")
+    return file_sha256(path)
 
 
 def export_folder(
@@ -64,6 +79,7 @@ def export_folder(
     from export.onnx_target import resolve, source_hash, write_onnx
 
     resolved = resolve(config)
+    _digest(config)
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
         raise UsageError(f"{output} is not empty", "choose another folder, or replace it with --overwrite")
     run.report.step(f"Exporting {source} to ONNX")

@@ -35,6 +35,7 @@ def command(
     ),
     merge_shared_inputs: Annotated[bool, field(_C, "merge_shared_inputs", "--merge-shared-inputs")] = False,
     last_logits: Annotated[bool, field(_C, "last_logits", "--last-logits")] = False,
+    rewrite: Annotated[str | None, field(_C, "rewrite", metavar="DENSE.onnx")] = None,
     parity: Annotated[bool, field(_C, "parity", "--parity/--no-parity")] = True,
     checkpoint: Annotated[
         str | None, typer.Option(help="result of ara truncate to export [default: the latest]")
@@ -59,6 +60,7 @@ def command(
             execution_provider=execution_provider,
             merge_shared_inputs=merge_shared_inputs,
             last_logits=last_logits,
+            rewrite=rewrite,
             parity=parity,
         )
         if (source is None) != (output is None):

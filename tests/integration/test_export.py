@@ -16,7 +16,7 @@ from ara.config import AllocateConfig, DecomposeConfig, TruncateConfig
 from ara.pipeline import run_pipeline
 from ara.stages.common import Run
 from ara_cli.app import app
-from export import onnx_target
+from export import architecture, onnx_target
 from tests.damage import flip, listing
 
 
@@ -89,9 +89,9 @@ def test_nothing_is_left_where_it_fails(
     def wrong(self: Any) -> Any:
         return tuple(table.flip(1) for table in original(self))
 
-    original = onnx_target.Decoder.rotary_tables
+    original = architecture.Decoder.rotary_tables
     with monkeypatch.context() as patch:
-        patch.setattr(onnx_target.Decoder, "rotary_tables", wrong)
+        patch.setattr(architecture.Decoder, "rotary_tables", wrong)
         refused(ara(*command, "-w", workspace), 1, "the fp32 graph is not what the checkpoint is")
         folder = checkpoint("llama").folder
         refused(ara(*command, "--source", folder, "--output", tmp_path / "out"), 1, "is not what the checkpoint is")

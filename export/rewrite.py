@@ -1,0 +1,165 @@
+"""Puts the factors of a checkpoint into an ONNX graph that somebody has exported from the dense model.
+
+Any graph will do in which the linear layers are MatMul or Gemm nodes with a weight of their own, and in which node or
+weight carries the module's name, as exporters write it: ``/model/layers.0/mlp/up_proj/MatMul``. What is not a
+factorised layer stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from ara.errors import ModelError, first_line
+from export.weights import Checkpoint, LinearLayer
+
+_FLOATS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
+# Least cosine between the dense weight and the product of the factors: a cut layer is far above, another layer's weight
+# near 0.
+_LEAST_COSINE = 0.3
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Read a graph; its weights stay on the disk until they are asked for.
+
+    Raises:
+        ModelError: not an ONNX graph, or its weights are missing.
+    """
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf's and onnx-ir's exceptions share no base class
+        raise ModelError(
+            f"{path} cannot be read as ONNX: {first_line(error)}", "name the .onnx file of a dense export"
+        ) from error
+
+
+def rewrite(model: ir.Model, checkpoint: Checkpoint, advance: Callable[[], None] = lambda: None) -> list[str]:
+    """Replace the dense linear layers of ``model`` by the checkpoint's low-rank ones, in place.
+
+    Args:
+        model: a graph of the dense model.
+        checkpoint: compressed.
+        advance: called once per layer.
+
+    Returns:
+        The modules replaced, in the order of the checkpoint.
+
+    Raises:
+        ModelError: a layer is not found, found twice, or has another shape or other weights.
+    """
+    nodes = _linear_nodes(model.graph)
+    missing = [path for path in checkpoint.ranks if path not in nodes]
+    if missing:
+        raise ModelError(
+            f"the graph has no MatMul or Gemm of its own for {len(missing)} of {len(checkpoint.ranks)} layers, "
+            f"{missing[0]} among them",
+            "export the dense model unquantised, unpacked and with module names, or leave --rewrite out",
+        )
+    for path in checkpoint.ranks:
+        _replace(model.graph, nodes[path], checkpoint, path)
+        advance()
+    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
+        if not model.graph.initializers[name].is_graph_output():
+            del model.graph.initializers[name]
+    model.graph.sort()
+    return list(checkpoint.ranks)
+
+
+def _linear_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
+    """Return module path → its node, for nodes that multiply by a weight of their own."""
+    found: dict[str, ir.Node] = {}
+    for node in graph:
+        if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
+            continue
+        weight = node.inputs[1]
+        if weight is None or weight.const_value is None:
+            continue
+        for name in {_module(node.name or ""), _module(weight.name or "")} - {""}:
+            if name in found and found[name] is not node:
+                raise ModelError(
+                    f"the graph has two nodes for {name}", "leave --rewrite out: ara then builds the graph"
+                )
+            found[name] = node
+    return found
+
+
+def _module(name: str) -> str:
+    """Return the module path that a node or weight is named after, or nothing."""
+    name = name.strip("/").replace("/", ".")
+    return re.sub(r"(\.(MatMul|Gemm|weight|output_\d+|MatMul_\d+))+$", "", name)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, checkpoint: Checkpoint, path: str) -> None:
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None and weight.shape is not None
+    swapped = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
+    sides = [int(side) for side in weight.const_value.shape]  # type: ignore[arg-type]
+    m, n = sides if swapped else reversed(sides)
+    layer = checkpoint.linear(path, m, n)
+    stored = weight.const_value.dtype
+    if stored not in _FLOATS:
+        raise ModelError(f"{path} is {stored} in the graph", "rewrite a graph in float32 or float16")
+    dense = torch.tensor(weight.const_value.numpy()).double()
+    _check(dense if swapped else dense.T, checkpoint, layer)
+
+    def factor(name: str) -> ir.Value:
+        m, n = checkpoint.shape(name)
+        made = ir.LazyTensor(
+            lambda: ir.tensor(checkpoint.tensor(name).T.to(_FLOATS[stored]).contiguous().numpy(), name=name),
+            dtype=stored,
+            shape=ir.Shape((n, m)),
+            name=name,
+        )
+        value = ir.val(name, const_value=made)
+        graph.register_initializer(value)
+        return value
+
+    new = [ir.node("MatMul", [node.inputs[0], factor(f"{path}.A.weight")], name=f"{path}.A/MatMul")]
+    h = new[0].outputs[0]
+    if layer.pivoted:
+        new.append(ir.node("MatMul", [h, factor(f"{path}.C.weight")], name=f"{path}.C/MatMul"))
+        new.append(ir.node("Concat", [h, new[-1].outputs[0]], {"axis": -1}, name=f"{path}.rows/Concat"))
+        order = ir.val(f"{path}.order", const_value=ir.tensor(_order(checkpoint, path), name=f"{path}.order"))
+        graph.register_initializer(order)
+        new.append(ir.node("Gather", [new[-1].outputs[0], order], {"axis": -1}, name=f"{path}.ordered/Gather"))
+    else:
+        new.append(ir.node("MatMul", [h, factor(f"{path}.B.weight")], name=f"{path}.B/MatMul"))
+    bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+    if bias is not None:
+        new.append(ir.node("Add", [new[-1].outputs[0], bias], name=f"{path}.biased/Add"))
+    for made in new:
+        for i, output in enumerate(made.outputs):
+            output.name = f"{made.name}/output_{i}"
+    _take_place(graph, node, new)
+
+
+def _take_place(graph: ir.Graph, node: ir.Node, new: Sequence[ir.Node]) -> None:
+    old, last = node.outputs[0], new[-1].outputs[0]
+    last.type, last.shape, last.name = old.type, old.shape, old.name
+    ir.convenience.replace_nodes_and_values(graph, node, [node], list(new), [old], [last])
+
+
+def _order(checkpoint: Checkpoint, path: str) -> np.ndarray:
+    found: np.ndarray = checkpoint.tensor(f"{path}.order").numpy()
+    return found
+
+
+def _check(dense: torch.Tensor, checkpoint: Checkpoint, layer: LinearLayer) -> None:
+    """See that the product of the factors is a cut of this very weight: (m, n) float64."""
+    a = checkpoint.tensor(f"{layer.path}.A.weight").double()
+    if layer.pivoted:
+        c = checkpoint.tensor(f"{layer.path}.C.weight").double()
+        product = torch.cat([a, c @ a])[torch.from_numpy(_order(checkpoint, layer.path)).long()]
+    else:
+        product = checkpoint.tensor(f"{layer.path}.B.weight").double() @ a
+    cosine = float((dense * product).sum() / (dense.norm() * product.norm()).clamp_min(1e-300))
+    if not cosine >= _LEAST_COSINE:
+        raise ModelError(
+            f"the weight of {layer.path} in the graph is not the one that was factorised (cosine {cosine:.2f})",
+            "rewrite an export of the very model that the checkpoint was made from",
+        )
