@@ -26,7 +26,7 @@ PIP_INSTALL := if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation clean
+.PHONY: help setup demo test test-fast check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -124,6 +124,10 @@ bench-quality: $(STAMP) ## perplexity of SmolLM2-135M by every method at keep 0.
 bench-ablation: $(STAMP) ## mask training with one setting changed at a time, on held-out text (needs ARA_DATA_DIR; hours)
 	@echo "Training variants"
 	@$(WITH_DATA); $(BIN)/python benchmarks/ablation.py $(BENCH_FLAGS)
+
+bench-export-memory: $(STAMP) ## peak memory of exporting a 7B-shaped checkpoint (22 GB of disk)
+	@echo "Measuring the memory of an export"
+	@$(BIN)/python benchmarks/export_memory.py $(BENCH_FLAGS)
 
 clean: ## remove .venv, caches and builds (workspaces stay)
 	@echo "Removing $(VENV), caches and builds"

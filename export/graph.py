@@ -234,7 +234,8 @@ class _Builder:
         m, n = sum(shape[0] for shape in shapes), shapes[0][1]
 
         def stacked() -> torch.Tensor:
-            return torch.cat([self.checkpoint.tensor(name) for name in names])
+            tensors = [self.checkpoint.tensor(name) for name in names]
+            return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
         if self.options.precision != "int8":
             weight = self.lazy(f"{path}.weight", self.float, (n, m), lambda: self._array(stacked().T))
@@ -334,7 +335,9 @@ class _Builder:
     def _array(self, tensor: torch.Tensor) -> np.ndarray:
         """Return a tensor in the precision of the activations."""
         converted = tensor.to(_TORCH[self.float])
-        if self.float == ir.DataType.FLOAT16 and not converted.isfinite().all():
+        narrowed = self.float == ir.DataType.FLOAT16 and tensor.dtype != torch.float16 and tensor.numel() > 0
+        # The ends are looked at, not all numbers: a mask of them would be a copy more.
+        if narrowed and not torch.stack(converted.aminmax()).isfinite().all():
             raise NumericalError("a weight is beyond the range of float16", "export with --precision fp32")
         found: np.ndarray = converted.contiguous().numpy()
         return found

@@ -94,14 +94,13 @@ def write_onnx(source: Path, folder: Path, config: ExportConfig, origin: str, re
         NumericalError: the graph is not what the checkpoint is.
         DiskFullError: no room.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     checkpoint = Checkpoint(source)
     if not checkpoint.compressed:
         report.warn(f"{source} is not compressed: it is exported as it is, dense")
     with quiet_transformers():
         model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     assert config.execution_provider != "auto" and config.precision not in (None, "int4")
     provider: Provider = config.execution_provider
     precision: Precision = config.precision  # type: ignore[assignment]
@@ -140,7 +139,7 @@ def write_onnx(source: Path, folder: Path, config: ExportConfig, origin: str, re
                 shutil.copyfile(source / name, folder / name)
         _write_json(folder / REPORT_FILE, about)
     if config.parity:
-        found = _prove(source, folder, precision, tokenizer, report)
+        found = _prove(source, folder, precision, report)
         about["parity"] = {
             "text": PARITY_TEXT,
             "tolerance": asdict(TOLERANCES[precision]),
@@ -199,16 +198,20 @@ def _save(model: ir.Model, folder: Path, report: Reporter) -> None:
             folder / GRAPH_FILE,
             external_data=DATA_FILE,
             callback=lambda tensor, info: bar.advance(),
+            # One at a time: none waits in memory while another is written.
             max_workers=1,
+            max_in_flight_bytes=1,
         )
 
 
-def _prove(
-    source: Path, folder: Path, precision: str, tokenizer: PreTrainedTokenizerBase, report: Reporter
-) -> list[Parity]:
+def _prove(source: Path, folder: Path, precision: str, report: Reporter) -> list[Parity]:
     """Compare the graph with the checkpoint; beyond tolerance is an error."""
+    from transformers import AutoTokenizer
+
     from ara.models.checkpoint import load
 
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     decoder = OnnxDecoder(folder)
     ids = parity_windows(tokenizer, min(_PARITY_TOKENS, decoder.context // 2))
     report.fact(f"comparing with torch on {ids.shape[1]} tokens of {PARITY_TEXT}")
