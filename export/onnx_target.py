@@ -18,6 +18,7 @@ import torch
 from ara.calibration.texts import load_documents
 from ara.environment import versions
 from ara.errors import DataError, NumericalError, UnavailableError, UsageError, disk_errors
+from ara.manifest import file_sha256
 from ara.models.quiet import quiet_transformers
 from ara.progress import Reporter
 from export.architecture import read_decoder
@@ -154,9 +155,7 @@ def source_hash(folder: Path) -> str:
     """Return the sha256 over names and contents of a checkpoint's config and weights."""
     sha = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        sha.update(path.name.encode())
-        with path.open("rb") as file:
-            sha.update(hashlib.file_digest(file, "sha256").digest())
+        sha.update(f"{path.name} {file_sha256(path)}\n".encode())
     return sha.hexdigest()
 
 
