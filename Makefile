@@ -26,7 +26,7 @@ PIP_INSTALL := if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory clean
+.PHONY: help setup demo test test-fast check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -128,6 +128,10 @@ bench-ablation: $(STAMP) ## mask training with one setting changed at a time, on
 bench-export-memory: $(STAMP) ## peak memory of exporting a 7B-shaped checkpoint (22 GB of disk)
 	@echo "Measuring the memory of an export"
 	@$(BIN)/python benchmarks/export_memory.py $(BENCH_FLAGS)
+
+bench-inference: $(STAMP) ## speed of exported models against dense, and what the arithmetic predicts
+	@echo "Timing exported models"
+	@$(BIN)/python benchmarks/inference.py $(BENCH_FLAGS)
 
 clean: ## remove .venv, caches and builds (workspaces stay)
 	@echo "Removing $(VENV), caches and builds"
