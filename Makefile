@@ -26,7 +26,7 @@ PIP_INSTALL := if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference clean
+.PHONY: help setup demo test test-fast check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-quantised clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -132,6 +132,10 @@ bench-export-memory: $(STAMP) ## peak memory of exporting a 7B-shaped checkpoint
 bench-inference: $(STAMP) ## speed of exported models against dense, and what the arithmetic predicts
 	@echo "Timing exported models"
 	@$(BIN)/python benchmarks/inference.py $(BENCH_FLAGS)
+
+bench-quantised: $(STAMP) ## what 8 and 4 bits cost dense and factorised models (after bench-inference)
+	@echo "Rounding weights"
+	@$(BIN)/python benchmarks/quantised.py $(BENCH_FLAGS)
 
 clean: ## remove .venv, caches and builds (workspaces stay)
 	@echo "Removing $(VENV), caches and builds"

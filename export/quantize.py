@@ -1,4 +1,4 @@
-"""Blockwise int8 weights for ONNX Runtime's MatMulNBits: round to nearest, symmetric, a scale per 32 of a row."""
+"""Blockwise integer weights for ONNX Runtime's MatMulNBits: round to nearest, symmetric, a scale per 32 of a row."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import torch
 
 BITS = 8
 BLOCK = 32
-# What MatMulNBits takes for zero when it is given no zero points.
-_ZERO = 1 << (BITS - 1)
 
 
 def quantize(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return the blocks of a weight and their scales.
+    """Return the blocks of a weight in 8 bits, and their scales.
 
     Args:
         weight: (m, n).
@@ -21,10 +19,21 @@ def quantize(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         (m, ⌈n / 32⌉, 32) uint8, the last block of a row filled up with zeros, and (m · ⌈n / 32⌉) float32.
         A weight is (block − 128) · scale, off by at most half a scale.
     """
+    steps, scales = _steps(weight, BITS)
+    # MatMulNBits takes the middle for zero when it is given no zero points.
+    return (steps + (1 << (BITS - 1))).to(torch.uint8).numpy(), scales.flatten().numpy()
+
+
+def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return what is left of a weight (m, n) after rounding to so many bits, float32."""
+    steps, scales = _steps(weight, bits)
+    return (steps * scales[..., None]).flatten(1)[:, : weight.shape[1]]
+
+
+def _steps(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return whole steps (m, b, 32) and scales (m, b), float32; the largest weight of a block is the last step."""
     m, n = weight.shape
     blocks = -(-n // BLOCK)
     padded = torch.nn.functional.pad(weight.float(), (0, blocks * BLOCK - n)).view(m, blocks, BLOCK)
-    scales = padded.abs().amax(-1) / (_ZERO - 1)
-    steps = padded / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-    packed = (steps.round() + _ZERO).clamp(0, 2 * _ZERO - 1).to(torch.uint8)
-    return packed.numpy(), scales.flatten().numpy()
+    scales = padded.abs().amax(-1) / ((1 << (bits - 1)) - 1)
+    return (padded / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round(), scales
