@@ -10,11 +10,17 @@ the mean square of a tail sum whose terms are nearly uncorrelated, so the compon
 difference. Gradients that agree with the table give the table again.
 
 Every step averages the new model into the old ones, V ← (1 − η) V + η L, and takes the ranks that are optimal for V
-under the budget, so the noise of a batch moves few ranks. The model holds near the cut alone: a step that would move
-more than a given share of the parameters is shortened (a trust region, by way of η), and one after which the loss
-is far higher is taken back, the next ones being half as long. What stays is a cut that is
-optimal for its own linearisation: all layers pay the same price for their last component. Adam on θ
-(:mod:`ara.masks.priced`) needs many more steps for this, for it has no idea of the scale of the loss.
+under the budget, so the noise of a batch moves few ranks. The model holds near the cut alone, hence:
+
+- a step that would move more than a given share of all parameters is shortened, by way of η;
+- no layer falls below half of its rank in one step;
+- a step after which the loss is far higher has gone over a cliff: one component may hold up the whole model (in
+  SmolLM2-135M the value projection of the first block, by 1.2 nats). The gradient behind the cliff points back at it:
+  the layers that it wants restored most are pinned at the rank that they had before. Where that does not explain the
+  loss, or does not help, the step is taken back and the next ones are half as long.
+
+What stays is a cut that is optimal for its own linearisation: all layers pay the same price for their last component.
+Adam on θ (:mod:`ara.masks.priced`) needs many more steps for this, for it has no idea of the scale of the loss.
 """
 
 from __future__ import annotations
@@ -38,6 +44,15 @@ _BAD_STDERRS = 3.0
 _ACCEPTED = "accepted:"
 # Halvings of the rate's interval on the way to a step of the right length.
 _BISECTIONS = 6
+# Share of its rank that a layer keeps at least in one step.
+_LEAST = 0.5
+# Layers share the blame for a cliff if they would win back this share of what the first of them would; together they
+# must explain this share of the loss.
+_BLAME = 0.5
+# Bad steps in a row before the last of them are taken back.
+_PATIENCE = 2
+# Loss, nats, of rank 0 beside what V says, where a rank below the floor is all that a budget can pay.
+_BARRIER = 10.0
 
 
 class NewtonMasks(MaskFamily):
@@ -70,10 +85,16 @@ class NewtonMasks(MaskFamily):
         self.specs, self.budget, self.rate, self.damping = list(specs), budget, rate, damping
         self.curvature = {name: table.double() for name, table in curvature.items()}
         tables = {spec.name: start[spec.name].double().clone() for spec in self.specs}
+        floors = torch.zeros(len(self.specs), dtype=torch.int64)
         self.parameters = {
             **tables,
             **{f"{_ACCEPTED}{name}": table.clone() for name, table in tables.items()},
             f"{_ACCEPTED}loss": torch.full((2,), torch.inf, dtype=torch.float64),
+            f"{_ACCEPTED}floors": floors.clone(),
+            f"{_ACCEPTED}ranks": floors.clone(),
+            "floors": floors,
+            "pins": floors.clone(),
+            "bad": torch.zeros((), dtype=torch.int64),
             "trust": torch.tensor(trust, dtype=torch.float64),
         }
         self.latest: Allocation | None = None
@@ -84,28 +105,61 @@ class NewtonMasks(MaskFamily):
         return Cut({}, self.latest.ranks)
 
     def update(self, found: MaskGradients, progress: float) -> None:
-        """Average the model around the latest cut into the tables, or go back to the cut before."""
+        """Average the model around the latest cut into the tables, or deal with a step that was bad."""
         assert self.latest is not None
-        trust, accepted = self.parameters["trust"], self.parameters[f"{_ACCEPTED}loss"]
+        accepted = self.parameters[f"{_ACCEPTED}loss"]
         noise = math.hypot(found.stderr, float(accepted[1]))
         if found.loss > max(_BAD * float(accepted[0]), float(accepted[0]) + _BAD_STDERRS * noise):
-            for spec in self.specs:
-                self.parameters[spec.name].copy_(self.parameters[f"{_ACCEPTED}{spec.name}"])
-            trust /= 2
+            self._over_a_cliff(found)
             return
+        ranks = self._as_numbers(self.latest)
         accepted.copy_(torch.tensor([found.loss, found.stderr]))
+        self.parameters["bad"].zero_()
+        for name in ("floors", *(spec.name for spec in self.specs)):
+            self.parameters[f"{_ACCEPTED}{name}"].copy_(self.parameters[name])
+        self.parameters[f"{_ACCEPTED}ranks"].copy_(ranks)
+        self.parameters["floors"].copy_(torch.maximum((_LEAST * ranks).ceil().long(), self.parameters["pins"]))
         old, new = {}, {}
-        for spec in self.specs:
-            rank = self.latest.ranks[spec.name]
-            at = spec.full_rank if rank is None else rank
-            first = torch.cat([torch.zeros(1, dtype=torch.float64), found.masks[spec.name].double().cumsum(0)])
-            curve, table = self.curvature[spec.name], self.parameters[spec.name]
-            self.parameters[f"{_ACCEPTED}{spec.name}"].copy_(table)
+        for spec, at in zip(self.specs, ranks.tolist(), strict=True):
+            curve, table, first = self.curvature[spec.name], self.parameters[spec.name], _tails(found, spec.name)
             old[spec.name] = table - table[at]
             new[spec.name] = first - first[at] + self.damping * (curve - curve[at]).abs()
-        mixed = self._within(self.latest, old, new, float(trust) * (1 - 0.75 * progress))
+        mixed = self._within(self.latest, old, new, float(self.parameters["trust"]) * (1 - 0.75 * progress))
         for name, table in mixed.items():
             self.parameters[name].copy_(table)
+
+    def _over_a_cliff(self, found: MaskGradients) -> None:
+        """Pin the layers that the gradient blames for the loss; else, or when that did not help, go back."""
+        assert self.latest is not None
+        before, now = self.parameters[f"{_ACCEPTED}ranks"], self._as_numbers(self.latest)
+        back = [
+            float(first[k] - first[to]) if to > k else 0.0
+            for first, k, to in zip(
+                (_tails(found, spec.name) for spec in self.specs), now.tolist(), before.tolist(), strict=True
+            )
+        ]
+        blamed = [i for i, won in enumerate(back) if won > 0 and won >= _BLAME * max(back)]
+        self.parameters["bad"] += 1
+        for i in blamed:
+            self.parameters["pins"][i] = before[i]
+        floors = torch.maximum(self.parameters["floors"], self.parameters["pins"])
+        self.parameters["floors"].copy_(floors)
+        excess = found.loss - float(self.parameters[f"{_ACCEPTED}loss"][0])
+        if sum(back[i] for i in blamed) >= _BLAME * excess and int(self.parameters["bad"]) < _PATIENCE:
+            return
+        for spec in self.specs:
+            self.parameters[spec.name].copy_(self.parameters[f"{_ACCEPTED}{spec.name}"])
+        # What was pinned stays so: the cut that is gone back to keeps to it.
+        accepted = self.parameters[f"{_ACCEPTED}floors"]
+        self.parameters["floors"].copy_(torch.maximum(accepted, self.parameters["pins"]))
+        self.parameters["bad"].zero_()
+        self.parameters["trust"] /= 2
+
+    def _as_numbers(self, allocation: Allocation) -> torch.Tensor:
+        """Return the rank of each layer (L) int64, full rank where it is dense."""
+        ranks = (allocation.ranks[spec.name] for spec in self.specs)
+        full = (spec.full_rank for spec in self.specs)
+        return torch.tensor([whole if rank is None else rank for rank, whole in zip(ranks, full, strict=True)])
 
     def _within(
         self, latest: Allocation, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor], limit: float
@@ -116,7 +170,7 @@ class NewtonMasks(MaskFamily):
             return {name: (1 - rate) * old[name] + rate * new[name] for name in old}
 
         def moved(rate: float) -> float:
-            ranks = best_ranks(self.specs, mixed(rate), self.budget).ranks
+            ranks = best_ranks(self.specs, self._above(mixed(rate), self.parameters["floors"]), self.budget).ranks
             each = (abs(cost(s, ranks[s.name]) - cost(s, latest.ranks[s.name])) for s in self.specs)
             return sum(each) / sum(spec.dense_cost for spec in self.specs)
 
@@ -129,10 +183,29 @@ class NewtonMasks(MaskFamily):
         return mixed(low)
 
     def tables(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """Return V, by default the present one: module path → (r + 1) float64, nats per token."""
+        """Return V with the floors in it, by default the present one: module path → (r + 1) float64, nats per token."""
         found = parameters or self.parameters
-        return {spec.name: found[spec.name].clone() for spec in self.specs}
+        return self._above({spec.name: found[spec.name] for spec in self.specs}, found["floors"])
 
     def allocation(self) -> Allocation:
-        """Return the exact optimum for the present tables."""
-        return best_ranks(self.specs, self.parameters, self.budget)
+        """Return the exact optimum for the present tables and floors."""
+        return best_ranks(self.specs, self.tables(), self.budget)
+
+    def _above(self, tables: Mapping[str, torch.Tensor], floors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return tables with a barrier in front of ranks below the floors: 10 (1 − k / floor)² nats on the floor's own.
+
+        The barrier is finite: another budget may leave no other choice.
+        """
+        guarded = {}
+        for spec, floor in zip(self.specs, floors.tolist(), strict=True):
+            table = tables[spec.name].clone()
+            below = torch.arange(floor, dtype=torch.float64)
+            table[:floor] = torch.maximum(table[:floor], table[floor]) + _BARRIER * (1 - below / max(floor, 1)).square()
+            guarded[spec.name] = table
+        return guarded
+
+
+def _tails(found: MaskGradients, name: str) -> torch.Tensor:
+    """Return the summed gradient of the first k masks of a layer, k = 0 … r: (r + 1) float64."""
+    masks = found.masks[name].double().cpu()
+    return torch.cat([torch.zeros(1, dtype=torch.float64), masks.cumsum(0)])

@@ -173,15 +173,19 @@ def test_newton_finds_that_a_layer_matters_more_than_the_table_says():
     assert problem.loss(after.ranks) <= problem.loss(best.ranks) + 0.5 * (before - problem.loss(best.ranks))
 
 
-def test_a_step_moves_no_more_than_it_is_trusted_to():
+def _steep():
+    """Return layers, tables, a budget and a generator, such that no layer is all or nothing."""
     specs = [LinearSpec(f"l{i}", i, "l", 40, 30) for i in range(12)]
     drawing = torch.Generator().manual_seed(8)
     tables = {}
     for spec in specs:
-        # Steep, so that no layer is all or nothing.
         energy = torch.rand(30, generator=drawing, dtype=torch.float64) * 0.7 ** torch.arange(30)
         tables[spec.name] = torch.cat([energy.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
-    budget = Budget.for_keep(specs, 0.4)
+    return specs, tables, Budget.for_keep(specs, 0.4), drawing
+
+
+def test_a_step_moves_no_more_than_it_is_trusted_to():
+    specs, tables, budget, drawing = _steep()
     wild = {spec.name: -0.1 * torch.rand(30, generator=drawing) * i for i, spec in enumerate(specs)}
     for trust in (0.02, 0.1):
         family = NewtonMasks(specs, budget, tables, tables, rate=1.0, trust=trust)
@@ -197,15 +201,77 @@ def test_a_step_moves_no_more_than_it_is_trusted_to():
         assert trust < 0.1 or moved > 0
 
 
-def test_a_step_that_makes_it_far_worse_is_taken_back():
+def test_a_step_that_makes_it_far_worse_is_taken_back_where_no_layer_explains_it():
     budget, tables = Budget.for_keep(SPECS, 0.6), _tables()
     scale = {spec.name: 8.0 if i == 0 else 1.0 for i, spec in enumerate(SPECS)}
     problem = Quadratic(tables, scale)
     family = NewtonMasks(SPECS, budget, tables, tables, rate=0.5, trust=1.0)
     first = family.cut(0.0, GENERATOR).ranks
     family.update(_found(problem.gradients(first)), 0.0)
-    family.update(_found(problem.gradients(family.cut(0.1, GENERATOR).ranks), 1.5), 0.1)
+    family.cut(0.1, GENERATOR)
+    flat = {spec.name: torch.full((spec.full_rank,), -1e-4) for spec in SPECS}
+    family.update(_found(flat, 1.5), 0.1)
     assert family.cut(0.2, GENERATOR).ranks == first
     assert float(family.parameters["trust"]) == 0.5
     family.update(_found(problem.gradients(first), 1.1), 0.2)
+    assert float(family.parameters["trust"]) == 0.5
+
+
+def test_no_layer_falls_below_half_of_its_rank_in_one_step():
+    specs, tables, budget, _ = _steep()
+    family = NewtonMasks(specs, budget, tables, tables, rate=1.0, trust=1.0)
+    before = family.cut(0.0, GENERATOR).ranks
+    # All that matters is in the last layer, says the gradient.
+    wild = {spec.name: torch.full((spec.full_rank,), -1.0 if spec is specs[-1] else 0.0) for spec in specs}
+    family.update(_found(wild), 0.0)
+    after = family.cut(0.1, GENERATOR).ranks
+    assert after != before
+    for spec in specs:
+        ranks = [spec.full_rank if r[spec.name] is None else r[spec.name] for r in (before, after)]
+        assert ranks[1] >= ranks[0] / 2
+    # What is learned says so, too, for whoever asks for another budget.
+    floors = family.parameters["floors"].tolist()
+    for spec, floor in zip(specs, floors, strict=True):
+        table = family.tables()[spec.name]
+        assert floor < 2 or table[1] > 10 * (1 - 1 / floor) ** 2 - 1e-9
+
+
+def _over_a_cliff(specs, family, layer, edge):
+    """Let a family step over a cliff below rank ``edge`` of ``layer``; return the cut before and the one after."""
+    spec = specs[layer]
+    before = family.cut(0.0, GENERATOR).ranks
+    down = {s.name: torch.full((s.full_rank,), 0.5 if s is spec else -0.05) for s in specs}
+    family.update(_found(down), 0.0)
+    fallen = family.cut(0.1, GENERATOR).ranks
+    assert fallen[spec.name] < edge <= before[spec.name]
+    behind = {s.name: torch.full((s.full_rank,), -0.3 if s is spec else -0.001) for s in specs}
+    family.update(_found(behind, 2.5), 0.1)
+    return before, family.cut(0.2, GENERATOR).ranks
+
+
+def test_the_layer_that_went_over_a_cliff_is_pinned_and_the_others_go_on():
+    specs, tables, budget, _ = _steep()
+    family = NewtonMasks(specs, budget, tables, tables, rate=1.0, trust=1.0)
+    layer = max(range(12), key=lambda i: family.allocation().ranks[specs[i].name] or 0)
+    edge = family.allocation().ranks[specs[layer].name]
+    before, after = _over_a_cliff(specs, family, layer, edge)
+    assert after[specs[layer].name] == edge and after != before
+    assert float(family.parameters["trust"]) == 1.0
+    # For good: the next steps ask for less of it in vain.
+    for i in range(3):
+        down = {s.name: torch.full((s.full_rank,), 0.5 if i == layer else -0.05) for i, s in enumerate(specs)}
+        family.update(_found(down), 0.3)
+        ranks = family.cut(0.4, GENERATOR).ranks
+        assert ranks[specs[layer].name] is None or ranks[specs[layer].name] >= edge
+    assert family.tables()[specs[layer].name][edge - 1] > family.tables()[specs[layer].name][edge]
+
+
+def test_a_cliff_that_stays_is_gone_back_from():
+    specs, tables, budget, _ = _steep()
+    family = NewtonMasks(specs, budget, tables, tables, rate=1.0, trust=1.0)
+    layer = max(range(12), key=lambda i: family.allocation().ranks[specs[i].name] or 0)
+    before, _ = _over_a_cliff(specs, family, layer, family.allocation().ranks[specs[layer].name])
+    behind = {s.name: torch.full((s.full_rank,), -0.001) for s in specs}
+    family.update(_found(behind, 2.5), 0.2)
+    assert family.cut(0.3, GENERATOR).ranks == before
     assert float(family.parameters["trust"]) == 0.5
