@@ -70,6 +70,10 @@ class DiskFullError(AraError):
     """The disk has no room for what is to be written."""
 
 
+class OutputError(AraError):
+    """The folder that is to be written must not be touched."""
+
+
 class UnavailableError(AraError):
     """A command that is registered, but whose implementation has not arrived yet."""
 

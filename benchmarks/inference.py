@@ -76,7 +76,7 @@ class Counted:
 
     def __init__(self, folder: Path, bytes_per_weight: float) -> None:
         checkpoint, config = Checkpoint(folder), json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        names = [name for name in checkpoint._shapes if "layers" in name and name.endswith(".weight")]
+        names = [name for name in checkpoint.names() if "layers" in name and name.endswith(".weight")]
         self.linear = sum(np.prod(checkpoint.shape(name)) for name in names if len(checkpoint.shape(name)) == 2)
         self.head = config["vocab_size"] * config["hidden_size"]
         self.bytes = bytes_per_weight

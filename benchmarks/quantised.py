@@ -20,7 +20,6 @@ from ara.calibration.tokens import evaluation_windows
 from ara.evaluation.perplexity import window_nll
 from ara.models.checkpoint import load
 from ara.models.linears import find_blocks
-from ara.models.modeling_ara import CompressedLinear
 from ara_cli.console import Column, Console
 from export.quantize import rounded
 
@@ -56,7 +55,7 @@ def nll(folder: Path, windows: torch.Tensor, bits: int | None) -> float:
     """Return the loss of a checkpoint whose linear layers are rounded to so many bits."""
     model = load(folder, "cpu", "float32")
     for module in find_blocks(model)[1].modules():
-        if isinstance(module, torch.nn.Linear) and not isinstance(module, CompressedLinear) and bits is not None:
+        if isinstance(module, torch.nn.Linear) and bits is not None:
             module.weight.copy_(rounded(module.weight, bits))
     losses = [window_nll(model(input_ids=window[None]).logits, window[None]) for window in windows]
     return float(torch.cat(losses).mean())

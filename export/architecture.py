@@ -55,7 +55,7 @@ class Decoder:
         packed: whether q, k, v are one projection and gate, up another (Phi-3).
         frequencies: (rotated / 2) float32, angle per position.
         rope_scale: factor on cosine and sine (YaRN).
-        bos, eos, pad: token ids; ``None`` where the model has none.
+        bos, pad: token ids; ``None`` where the model has none.
     """
 
     family: str
@@ -79,7 +79,6 @@ class Decoder:
     frequencies: torch.Tensor
     rope_scale: float
     bos: int | None
-    eos: tuple[int, ...]
     pad: int | None
 
     def rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,21 +96,25 @@ class Family:
         norm_offset: added to the norms' weights.
         scaled_embedding: embeddings are multiplied by √hidden.
         packed: q, k, v and gate, up are packed.
+        partial_rotation: ``partial_rotary_factor`` counts.
+        switched_windows: ``use_sliding_window`` counts.
     """
 
     head_norm: bool = False
     norm_offset: float = 0.0
     scaled_embedding: bool = False
     packed: bool = False
+    partial_rotation: bool = False
+    switched_windows: bool = False
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(head_norm=True),
+    "qwen2": Family(switched_windows=True),
+    "qwen3": Family(head_norm=True, switched_windows=True),
     "gemma": Family(norm_offset=1.0, scaled_embedding=True),
-    "phi3": Family(packed=True),
+    "phi3": Family(packed=True, partial_rotation=True),
 }
 
 
@@ -129,13 +132,17 @@ def read_decoder(config: PreTrainedConfig) -> Decoder:
             "add an entry to FAMILIES in export/architecture.py (see CONTRIBUTING.md)",
         )
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UnsupportedModelError(
+            "the model reads text in both directions", "it is not a decoder: nothing to be done"
+        )
     name = getattr(config, "hidden_act", None) or config.hidden_activation
     if name not in _ACTIVATIONS:
         raise UnsupportedModelError(
             f"the activation {name!r} is not known; known are {', '.join(sorted(_ACTIVATIONS))}",
             "add it to export/architecture.py and export/graph.py",
         )
-    frequencies, rope_scale = _rotary(config, head)
+    frequencies, rope_scale = _rotary(config, head, family)
     rotated = 2 * len(frequencies)
     if head % _HEAD_MULTIPLE or rotated % _HEAD_MULTIPLE:
         raise UnsupportedModelError(
@@ -143,7 +150,6 @@ def read_decoder(config: PreTrainedConfig) -> Decoder:
             f"multiples of {_HEAD_MULTIPLE}",
             "this model cannot be exported with fused attention",
         )
-    eos = config.eos_token_id
     return Decoder(
         family=config.model_type,
         hidden=config.hidden_size,
@@ -161,17 +167,16 @@ def read_decoder(config: PreTrainedConfig) -> Decoder:
         head_norm=family.head_norm,
         tied=bool(config.tie_word_embeddings),
         scale=head**-0.5,
-        windows=_windows(config),
+        windows=_windows(config, family),
         packed=family.packed,
         frequencies=frequencies,
         rope_scale=rope_scale,
         bos=config.bos_token_id,
-        eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         pad=config.pad_token_id,
     )
 
 
-def _rotary(config: PreTrainedConfig, head: int) -> tuple[torch.Tensor, float]:
+def _rotary(config: PreTrainedConfig, head: int, family: Family) -> tuple[torch.Tensor, float]:
     """Return angles per position and the factor on cosine and sine, by transformers' own formulas."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -183,17 +188,17 @@ def _rotary(config: PreTrainedConfig, head: int) -> tuple[torch.Tensor, float]:
             "this model cannot be exported exactly, so it is not",
         )
     if kind == "default":
-        rotated = int(head * rope.get("partial_rotary_factor", 1.0))
+        rotated = int(head * (rope.get("partial_rotary_factor", 1.0) if family.partial_rotation else 1.0))
         return 1.0 / rope["rope_theta"] ** (torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated), 1.0
     # ``dynamic`` changes its angles beyond the context only, which the exported graph does not go.
     frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return frequencies.float(), float(scale)
 
 
-def _windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+def _windows(config: PreTrainedConfig, family: Family) -> tuple[int | None, ...]:
     """Return how many latest positions each block sees, by ``sliding_window`` and ``layer_types``."""
     window = getattr(config, "sliding_window", None)
-    if window is not None and not getattr(config, "use_sliding_window", True):
+    if family.switched_windows and not getattr(config, "use_sliding_window", True):
         window = None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * (
         config.num_hidden_layers

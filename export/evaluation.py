@@ -10,13 +10,15 @@ from ara.workspace import Workspace
 from export.runner import OnnxDecoder, TorchLike
 
 
-def find_export(workspace: Workspace, truncated: StageView) -> tuple[StageView, Callable[[], TorchLike]]:
-    """Return the latest export of a checkpoint, verified, and what loads it as a model that can be evaluated.
+def find_export(
+    workspace: Workspace, truncated: StageView, name: str | None = None
+) -> tuple[StageView, Callable[[], TorchLike]]:
+    """Return an export of a checkpoint, the latest by default, verified, and what loads it for evaluation.
 
     Raises:
         WorkspaceError: the checkpoint was not exported, or only with the logits of the last position.
     """
-    view = latest_export(workspace, truncated)
+    view = latest_export(workspace, truncated, name)
     assert view.manifest is not None
     if view.manifest.results["last_logits"]:
         raise WorkspaceError(
@@ -25,12 +27,19 @@ def find_export(workspace: Workspace, truncated: StageView) -> tuple[StageView, 
     return view, lambda: TorchLike(OnnxDecoder(view.path)).eval()
 
 
-def latest_export(workspace: Workspace, truncated: StageView) -> StageView:
-    """Return the latest finished export of a checkpoint, verified.
+def latest_export(workspace: Workspace, truncated: StageView, name: str | None = None) -> StageView:
+    """Return the export called ``name``, or the latest finished one of a checkpoint, verified.
 
     Raises:
-        WorkspaceError: there is none.
+        WorkspaceError: there is none, or it is one of another checkpoint.
     """
+    if name is not None:
+        view = workspace.require("export", name)
+        if view.manifest is None or parent_of(truncated) not in view.manifest.parents:
+            raise WorkspaceError(
+                f"{view.key} is not an export of {truncated.key}", "name its checkpoint with --checkpoint"
+            )
+        return view
     fitting = [
         view
         for view in workspace.views("export")

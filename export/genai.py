@@ -8,16 +8,15 @@ from export.architecture import Decoder
 from export.runner import GRAPH_FILE, Provider
 
 
-def genai_config(decoder: Decoder, provider: Provider) -> dict[str, Any]:
-    """Return the document; greedy search with caches that past and present share."""
+def genai_config(decoder: Decoder, eos: list[int], provider: Provider) -> dict[str, Any]:
+    """Return the document; greedy search with caches that past and present share; ``eos`` ends a text."""
     options: list[dict[str, Any]] = [{"cuda": {}}] if provider == "cuda" else []
-    eos = list(decoder.eos)
     model: dict[str, Any] = {
         "type": decoder.family,
         "context_length": decoder.context,
         "vocab_size": decoder.vocabulary,
         "bos_token_id": decoder.bos,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         # GenAI insists on one; what fills rows up is masked.
         "pad_token_id": decoder.pad if decoder.pad is not None else (eos[0] if eos else 0),
         "decoder": {

@@ -14,7 +14,13 @@ from ara.stages.truncate import CHECKPOINT
 
 
 def answer(
-    config: GenerateConfig, run: Run, prompt: str, *, checkpoint: str | None = None, source: Path | None = None
+    config: GenerateConfig,
+    run: Run,
+    prompt: str,
+    *,
+    checkpoint: str | None = None,
+    source: Path | None = None,
+    export: str | None = None,
 ) -> Iterator[str]:
     """Yield the answer to ``prompt``.
 
@@ -24,13 +30,14 @@ def answer(
         prompt: of the user.
         checkpoint: which result of ``ara truncate``, or whose export; the latest by default.
         source: a checkpoint folder, or an exported folder, instead of the workspace's.
+        export: which export of the checkpoint; the latest by default.
 
     Raises:
         AraError: no checkpoint, no export, a prompt that is too long.
     """
     from transformers import AutoTokenizer
 
-    folder = source or _folder(config, run, checkpoint)
+    folder = source or _folder(config, run, checkpoint, export)
     run.report.step(f"{config.backend}: {folder}")
     with quiet_transformers():
         if config.backend == "onnx":
@@ -53,14 +60,14 @@ def answer(
         yield from text_pieces(tokenizer, greedy_tokens(model, ids, config.max_new_tokens, stop_tokens(model)))
 
 
-def _folder(config: GenerateConfig, run: Run, checkpoint: str | None) -> Path:
+def _folder(config: GenerateConfig, run: Run, checkpoint: str | None, export: str | None) -> Path:
     workspace = run.open()
     truncated = workspace.require("truncate", checkpoint)
     if config.backend == "torch":
         return truncated.path / CHECKPOINT
     from export.evaluation import latest_export
 
-    return latest_export(workspace, truncated).path
+    return latest_export(workspace, truncated, export).path
 
 
 def _check(prompt: int, new: int, context: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ara.errors import NumericalError
+from ara.errors import ModelError, NumericalError
 from export.architecture import Decoder
 from export.quantize import BITS, BLOCK, quantize
 from export.weights import Checkpoint, LinearLayer
@@ -59,6 +59,7 @@ class _Builder:
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder, options: GraphOptions) -> None:
         self.checkpoint, self.decoder, self.options = checkpoint, decoder, options
         self.float = _FLOATS[options.activations]
+        self.used: set[str] = set()
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, _CONTRIB: 1}, name="decoder")
 
     # -- the whole ----------------------------------------------------------------------------------------------
@@ -102,11 +103,22 @@ class _Builder:
         ]:
             value.name, value.dtype, value.shape = name, kind, ir.Shape(shape)
             self.graph.outputs.append(value)
+        self._refuse_leftovers()
         return ir.Model(self.graph, ir_version=10, producer_name="ara")
+
+    def _refuse_leftovers(self) -> None:
+        """Every tensor of the checkpoint must have found its place: one that has not is a part we do not know."""
+        left = [name for name in self.checkpoint.names() if name not in self.used and not name.endswith(".inv_freq")]
+        if left:
+            raise ModelError(
+                f"{len(left)} tensors of the checkpoint have no place in the graph, {left[0]} among them",
+                "the model has parts that export/graph.py does not know: it cannot be exported",
+            )
 
     def _head(self, x: ir.Value, table: ir.Value) -> ir.Value:
         """Return logits; a tied head multiplies by the embedding, which stays one tensor."""
-        if not self.decoder.tied:
+        # A head of its own that is stored is used, whatever the config says: so does transformers.
+        if not self.decoder.tied or self.checkpoint.has("lm_head.weight"):
             return self.linear(x, self._layer("lm_head", self.decoder.vocabulary, self.decoder.hidden))
         if self.options.precision == "int8":
             return self._matmul(x, "lm_head", "model.embed_tokens.weight")
@@ -222,6 +234,7 @@ class _Builder:
         elif layer.rank is not None:
             others = self._matmul(h, f"{layer.path}.C", f"{layer.path}.C.weight")
             both = self.op("Concat", [h, others], f"{layer.path}.rows", {"axis": -1})
+            self.used.add(f"{layer.path}.order")
             order = self.constant(f"{layer.path}.order", self.checkpoint.tensor(f"{layer.path}.order").numpy())
             y = self.op("Gather", [both, order], f"{layer.path}.ordered", {"axis": -1})
         if layer.bias is not None:
@@ -230,6 +243,7 @@ class _Builder:
 
     def _matmul(self, x: ir.Value, path: str, *names: str) -> ir.Value:
         """Multiply by weights of the checkpoint, (out, in) each, that are put under each other."""
+        self.used.update(names)
         shapes = [self.checkpoint.shape(name) for name in names]
         m, n = sum(shape[0] for shape in shapes), shapes[0][1]
 
@@ -318,6 +332,7 @@ class _Builder:
 
     def weight(self, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> ir.Value:
         """Return a tensor of the checkpoint under its own name."""
+        self.used.add(name)
         return self.lazy(
             name,
             self.float,

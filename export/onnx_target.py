@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
+import onnxruntime as ort
 import torch
 
 from ara.calibration.texts import load_documents
 from ara.environment import versions
-from ara.errors import DataError, NumericalError, UnavailableError, UsageError, disk_errors
+from ara.errors import DataError, ModelError, NumericalError, UnavailableError, UsageError, disk_errors, first_line
 from ara.manifest import file_sha256
 from ara.models.quiet import quiet_transformers
 from ara.progress import Reporter
@@ -27,7 +28,8 @@ from export.genai import genai_config
 from export.graph import GraphOptions, Precision, build
 from export.parity import TOLERANCES, Parity, compare
 from export.rewrite import load_graph, rewrite
-from export.runner import GRAPH_FILE, PROVIDERS, REPORT_FILE, OnnxDecoder, Provider
+from export.runner import GRAPH_FILE, PROVIDERS, OnnxDecoder, Provider
+from export.stage import REPORT_FILE
 from export.weights import Checkpoint
 
 if TYPE_CHECKING:
@@ -64,12 +66,14 @@ def resolve(config: ExportConfig) -> ExportConfig:
         UnavailableError: CUDA was asked for, and this ONNX Runtime has none; int4.
         UsageError: a combination that ONNX Runtime cannot run.
     """
-    import onnxruntime as ort
-
     provider = config.execution_provider
     if provider == "auto":
         there = torch.cuda.is_available() and PROVIDERS["cuda"] in ort.get_available_providers()
         provider = "cuda" if there else "cpu"
+    if provider == "cuda" and PROVIDERS["cuda"] not in ort.get_available_providers():
+        raise UnavailableError(
+            f"this ONNX Runtime has no {PROVIDERS['cuda']}", "install onnxruntime-gpu, or use --execution-provider cpu"
+        )
     precision = config.precision or ("fp16" if provider == "cuda" else "fp32")
     if precision == "int4":
         raise UnavailableError(_BLOCKED_INT4, "use --precision int8")
@@ -100,8 +104,13 @@ def write_onnx(source: Path, folder: Path, config: ExportConfig, origin: str, re
     checkpoint = Checkpoint(source)
     if not checkpoint.compressed:
         report.warn(f"{source} is not compressed: it is exported as it is, dense")
-    with quiet_transformers():
-        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    try:
+        with quiet_transformers():
+            model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # transformers' errors of a bad config share no base class
+        raise ModelError(
+            f"{source}/config.json cannot be used: {first_line(error)}", "is it a model's folder?"
+        ) from error
     assert config.execution_provider != "auto" and config.precision not in (None, "int4")
     provider: Provider = config.execution_provider
     precision: Precision = config.precision  # type: ignore[assignment]
@@ -111,8 +120,9 @@ def write_onnx(source: Path, folder: Path, config: ExportConfig, origin: str, re
         merge_shared_inputs=config.merge_shared_inputs,
         last_logits=config.last_logits,
     )
+    eos = _eos(source, model_config)
     report.fact(f"{model_config.model_type}: {len(checkpoint.ranks)} low-rank layers; {precision} for {provider}")
-    model, genai = _graph(checkpoint, model_config, options, config, provider, report)
+    model, genai = _graph(checkpoint, model_config, eos, options, config, provider, report)
     about: dict[str, Any] = {
         "format_version": EXPORT_FORMAT,
         "source": {"name": source.name, "sha256": origin},
@@ -126,9 +136,9 @@ def write_onnx(source: Path, folder: Path, config: ExportConfig, origin: str, re
         "decoder": {
             "family": model_config.model_type,
             "context": model_config.max_position_embeddings,
-            "eos": _list(model_config.eos_token_id),
+            "eos": eos,
         },
-        "versions": {**versions(), "onnx_ir": ir.__version__},
+        "versions": {**versions(), "onnx_ir": ir.__version__, "onnxruntime": ort.__version__},
         "parity": None,
     }
     with disk_errors(folder):
@@ -162,6 +172,7 @@ def source_hash(folder: Path) -> str:
 def _graph(
     checkpoint: Checkpoint,
     model_config: PreTrainedConfig,
+    eos: list[int],
     options: GraphOptions,
     config: ExportConfig,
     provider: Provider,
@@ -170,7 +181,7 @@ def _graph(
     """Return the graph, and what GenAI wants to know of it, if that is known."""
     if config.rewrite is None:
         decoder = read_decoder(model_config)
-        return build(checkpoint, decoder, options), genai_config(decoder, provider)
+        return build(checkpoint, decoder, options), genai_config(decoder, eos, provider)
     dense = Path(config.rewrite)
     if not checkpoint.compressed:
         raise UsageError("--rewrite is given, and the checkpoint has no low-rank layers", "leave --rewrite out")
@@ -181,7 +192,17 @@ def _graph(
     return model, {**json.loads(beside.read_text(encoding="utf-8"))} if beside.is_file() else None
 
 
-def _list(value: int | list[int] | None) -> list[int]:
+def _eos(source: Path, model_config: PreTrainedConfig) -> list[int]:
+    """Return the tokens that end a text; chat models name the end of a turn in ``generation_config.json`` alone."""
+    value = model_config.eos_token_id
+    path = source / "generation_config.json"
+    if path.is_file():
+        try:
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", value)
+        except (ValueError, AttributeError) as error:
+            raise ModelError(
+                f"{path} is not JSON ({error})", "write the checkpoint again: ara truncate --force"
+            ) from None
     return value if isinstance(value, list) else [] if value is None else [value]
 
 

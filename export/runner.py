@@ -18,11 +18,11 @@ import onnxruntime as ort
 import torch
 
 from ara.errors import ModelError, UnavailableError, UsageError, first_line
+from export.stage import REPORT_FILE
 
 Provider = Literal["cpu", "cuda"]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 GRAPH_FILE = "model.onnx"
-REPORT_FILE = "ara_export.json"
 # Below this, ONNX Runtime writes about things that nobody asked for.
 _ERRORS_ONLY = 3
 
@@ -55,6 +55,8 @@ class OnnxDecoder:
             raise ModelError(
                 f"{folder / GRAPH_FILE} cannot be loaded: {first_line(error)}", "export it again: ara export --force"
             ) from error
+        # Nor later, when a run fails.
+        self.session.disable_fallback()
         got = self.session.get_providers()[0]
         if got != wanted:
             raise UnavailableError(f"ONNX Runtime runs on {got}, {wanted} was asked for", _INSTALL[self.provider])

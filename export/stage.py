@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ara.errors import UsageError, disk_errors
+from ara.errors import OutputError, UsageError, disk_errors
 from ara.manifest import file_sha256
 from ara.stage_view import StageView, parent_of
 from ara.stages.common import Run, already_done, begin
 from ara.stages.truncate import CHECKPOINT
 from export.config import ExportConfig
+
+# What makes a folder an export.
+REPORT_FILE = "ara_export.json"
 
 
 def export(config: ExportConfig, run: Run, *, checkpoint: str | None = None, name: str | None = None) -> StageView:
@@ -77,23 +81,53 @@ def export_folder(
         AraError: as :func:`export`; ``output`` is not empty.
     """
     from export.onnx_target import resolve, source_hash, write_onnx
+    from export.weights import Checkpoint
 
     resolved = resolve(config)
     _digest(config)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
-        raise UsageError(f"{output} is not empty", "choose another folder, or replace it with --overwrite")
+    source, output = source.resolve(), output.resolve()
+    _refuse_output(output, [source, *([Path(config.rewrite).resolve()] if config.rewrite else [])], overwrite)
     run.report.step(f"Exporting {source} to ONNX")
-    aside = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    Checkpoint(source)
+    origin = source_hash(source)
+    aside, before = (output.with_name(f".{output.name}.{word}") for word in ("partial", "before"))
+    made = [parent for parent in output.parents if not parent.exists()]
     try:
         with disk_errors(output):
+            shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        about = write_onnx(source, aside, resolved, source_hash(source), run.report)
-        if output.is_dir():
-            shutil.rmtree(output)
-        elif output.exists():
-            output.unlink()
+        about = write_onnx(source, aside, resolved, origin, run.report)
+        if output.exists():
+            output.rename(before)
         aside.rename(output)
-    finally:
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        if before.exists() and not output.exists():
+            before.rename(output)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+    shutil.rmtree(before, ignore_errors=True)
     return about
+
+
+def _refuse_output(output: Path, needed: list[Path], overwrite: bool) -> None:
+    """Refuse a folder that holds anything but an earlier export, or that something else lives in.
+
+    Raises:
+        OutputError: such a folder.
+    """
+    for path in (*needed, Path.cwd()):
+        if path.is_relative_to(output) or (path != Path.cwd() and output.is_relative_to(path)):
+            raise OutputError(f"--output {output} and {path} lie in one another", "choose another folder")
+    if not output.exists():
+        return
+    if not output.is_dir() or any(output.iterdir()):
+        if not overwrite:
+            raise OutputError(f"{output} is not empty", "choose another folder, or replace an export with --overwrite")
+        if not (output / REPORT_FILE).is_file():
+            raise OutputError(
+                f"{output} is not an export (no {REPORT_FILE}), so --overwrite does not touch it",
+                "choose another folder",
+            )

@@ -83,6 +83,10 @@ class Checkpoint:
         """Whether it has low-rank layers."""
         return bool(self.ranks)
 
+    def names(self) -> list[str]:
+        """List the tensors, without the empty one that guards a compressed checkpoint against ignorant readers."""
+        return [name for name, shape in self._shapes.items() if shape != (0,)]
+
     def has(self, name: str) -> bool:
         """Tell whether a tensor is there."""
         return name in self._shapes
@@ -190,4 +194,4 @@ def _shapes(folder: Path, files: Mapping[str, Path]) -> dict[str, tuple[int, ...
             raise ModelError(
                 f"{path} is damaged ({error})", "write the checkpoint again: ara truncate --force"
             ) from None
-    return shapes
+    return {name: shape for name, shape in shapes.items() if name in files or isinstance(files, _Everything)}

@@ -49,17 +49,27 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> tor
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
-    """Yield text as tokens arrive; a character that takes several tokens comes whole."""
-    pending: list[int] = []
+    """Yield text as tokens arrive; a character that takes several tokens comes whole.
+
+    Tokens are decoded together with those of the piece before: many tokenizers drop the space at the beginning of what
+    they decode.
+    """
+    before: list[int] = []
+    new: list[int] = []
+
+    def fresh() -> str:
+        shown = tokenizer.decode(before, skip_special_tokens=True)
+        return str(tokenizer.decode(before + new, skip_special_tokens=True))[len(shown) :]
+
     for token in tokens:
-        pending.append(token)
-        text = tokenizer.decode(pending, skip_special_tokens=True)
+        new.append(token)
+        text = fresh()
         # The replacement character stands for bytes whose rest has not come yet.
         if text and not text.endswith("\ufffd"):
             yield text
-            pending = []
-    if pending:
-        yield tokenizer.decode(pending, skip_special_tokens=True)
+            before, new = new, []
+    if new and (text := fresh()):
+        yield text
 
 
 def greedy_continuation(

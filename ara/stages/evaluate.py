@@ -116,7 +116,7 @@ def evaluate(
             "model": truncated.manifest.model,
             "parents": tuple(parent_of(v) for v in (truncated, decomposition, *(exported or ())[:1])),
         }
-        name = name or result_name(truncated.name, texts) + ("" if exported is None else f"-{config.backend}")
+        name = name or result_name(truncated.name, texts) + ("" if exported is None else f"-{exported[0].name}")
         done = workspace.finished("eval", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from ara.config import EvalConfig, build
+from ara.errors import UsageError
 from ara_cli.options import (
     WORKSPACE,
     ForceOption,
@@ -33,6 +35,9 @@ def command(
     batch_size: Annotated[int, field(_C, "batch_size")] = default(_C, "batch_size"),
     name: NameOption = None,
     backend: Annotated[str, field(_C, "backend", metavar="torch|onnx")] = default(_C, "backend"),
+    export: Annotated[
+        str | None, typer.Option(help="export that --backend onnx measures [default: the latest]")
+    ] = None,
     prompt: Annotated[str | None, field(_C, "prompt")] = None,
     max_new_tokens: Annotated[int, field(_C, "max_new_tokens")] = default(_C, "max_new_tokens"),
     device: Annotated[str, field(_C, "device")] = default(_C, "device"),
@@ -59,10 +64,13 @@ def command(
         from ara.stages.evaluate import evaluate
         from ara_cli.render import show_end, show_evaluation
 
+        find = None
         if config.backend == "onnx":
             from export.evaluation import find_export
-        else:
-            find_export = None  # type: ignore[assignment]
-        view = evaluate(config, s.run(), checkpoint=checkpoint, name=name, find_export=find_export)
+
+            find = partial(find_export, name=export)
+        elif export is not None:
+            raise UsageError(f"--export {export} is given, and --backend is torch", "add --backend onnx")
+        view = evaluate(config, s.run(), checkpoint=checkpoint, name=name, find_export=find)
         show_evaluation(s.console, view)
         show_end(s.console, view, workspace)

@@ -22,6 +22,7 @@ def command(
     max_new_tokens: Annotated[int, field(_C, "max_new_tokens")] = default(_C, "max_new_tokens"),
     chat: Annotated[bool, field(_C, "chat", "--chat/--no-chat")] = True,
     checkpoint: Annotated[str | None, typer.Option(help="result of ara truncate [default: the latest]")] = None,
+    export: Annotated[str | None, typer.Option(help="export that --backend onnx runs [default: the latest]")] = None,
     source: Annotated[
         Path | None,
         typer.Option(help="a checkpoint folder or an exported folder instead of a workspace's", metavar="FOLDER"),
@@ -43,7 +44,7 @@ def command(
         from export.generate import answer
 
         pieces = []
-        for piece in answer(config, s.run(), text, checkpoint=checkpoint, source=source):
+        for piece in answer(config, s.run(), text, checkpoint=checkpoint, source=source, export=export):
             pieces.append(piece)
             s.console.stream(piece)
         s.console.stream("\n")

@@ -70,7 +70,7 @@ def test_a_folder_is_exported_without_a_workspace(checkpoint: Callable[..., Any]
     assert document["layout"] == "factors" and len(document["parity"]["cases"]) == 4
     assert len(document["source"]["sha256"]) == 64
     before = listing(output)
-    refused(ara(*command, checkpoint("llama").folder, "-q"), 2, "is not empty")
+    refused(ara(*command, checkpoint("llama").folder, "-q"), 1, "is not empty")
     dense = ara(*command, checkpoint("llama", None).folder, "--overwrite", "--no-parity")
     assert dense.exit_code == 0 and "is not compressed: it is exported as it is, dense" in dense.stderr
     assert "was not compared" in dense.stderr
@@ -147,3 +147,68 @@ def test_an_export_of_last_logits_cannot_be_evaluated(workspace: Path, tiny_text
     words = ["--tasks", tiny_text, "--seq-len", 64, "--device", "cpu", "-w", workspace, "-q"]
     refused(ara("eval", "--backend", "onnx", *words), 1, "gives the logits of the last position only")
     assert ara("generate", "the river", "--backend", "onnx", "--max-new-tokens", 5, "-w", workspace).exit_code == 0
+
+
+def test_overwrite_touches_nothing_but_exports(
+    checkpoint: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(checkpoint("llama").folder, tmp_path / "models" / "mine"))
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    before = listing(tmp_path)
+    command = [
+        "export",
+        "--execution-provider",
+        "cpu",
+        "--no-parity",
+        "--overwrite",
+        "-q",
+        "--source",
+        source,
+        "--output",
+    ]
+    monkeypatch.chdir(precious)
+    for output in (source, source / "onnx", source.parent, tmp_path, precious, "."):
+        refused(ara(*command, output), 1, "lie in one another")
+    monkeypatch.chdir(tmp_path / "models")
+    for output in (precious, precious / "thesis.txt"):
+        refused(ara(*command, output), 1, "is not an export (no ara_export.json), so --overwrite does not touch it")
+    assert listing(tmp_path) == before
+    # What fails later leaves what was there, and no new parents.
+    output = tmp_path / "exports" / "deep" / "mine"
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_target.ir, "save", lambda *arguments, **options: 1 / 0)
+        assert isinstance(ara(*command, output).exception, ZeroDivisionError)
+    assert listing(tmp_path) == before and not (tmp_path / "exports").exists()
+    assert ara(*command, output).exit_code == 0
+    first = (output / "ara_export.json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_target.ir, "save", lambda *arguments, **options: 1 / 0)
+        ara(*command, output)
+    assert (output / "ara_export.json").read_text() == first
+    assert [path.name for path in output.parent.iterdir()] == ["mine"]
+
+
+def test_the_end_of_a_turn_is_known(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    """Chat models name it in generation_config.json alone."""
+    source = Path(shutil.copytree(checkpoint("llama").folder, tmp_path / "source"))
+    path = source / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [2, 9]}))
+    command = ["export", "--execution-provider", "cpu", "--no-parity", "-q", "--source", source, "--output"]
+    assert ara(*command, tmp_path / "out").exit_code == 0
+    assert json.loads((tmp_path / "out" / "ara_export.json").read_text())["decoder"]["eos"] == [2, 9]
+    assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["eos_token_id"] == [2, 9]
+    (source / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
+    refused(ara(*command, tmp_path / "other"), 1, "config.json cannot be used")
+
+
+def test_a_tensor_without_a_place_is_found(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = Path(shutil.copytree(checkpoint("llama").folder, tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.sinks"] = tensors["model.norm.weight"].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    command = ["export", "--execution-provider", "cpu", "--no-parity", "-q", "--source", source, "--output"]
+    refused(ara(*command, tmp_path / "out"), 1, "1 tensors of the checkpoint have no place in the graph")

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from ara.errors import NumericalError, UnavailableError, UnsupportedModelError, UsageError
+from ara.errors import ModelError, NumericalError, UnavailableError, UnsupportedModelError, UsageError
 from ara.progress import SILENT
 from export.architecture import FAMILIES
 from export.config import ExportConfig
@@ -213,6 +213,9 @@ def test_a_graph_that_is_wrong_is_found_out(
         from dataclasses import replace
 
         monkeypatch.setattr(_Builder, "_rest", lambda self, h, layer: original_rest(self, h, replace(layer, bias=None)))
+        with pytest.raises(ModelError, match=r"9 tensors of the checkpoint have no place in the graph"):
+            exported(made, tmp_path / "early")
+        monkeypatch.setattr(_Builder, "_refuse_leftovers", lambda self: None)
     with pytest.raises(
         NumericalError, match="the fp32 graph is not what the checkpoint is: prefill: largest difference"
     ):

@@ -1,0 +1,71 @@
+"""Greedy tokens and the text that they are shown as."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens, text_pieces
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def sentencepiece_like() -> PreTrainedTokenizerFast:
+    """Return a tokenizer that decodes as Llama 2's does: a space in front of words, dropped at the beginning."""
+    words = ["<s>", "</s>", "▁the", "▁river", "▁runs", "s", "<0xC3>", "<0xA9>", "▁caf", "<0xE2>", "<0x82>", "<0xAC>"]
+    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [[2, 3, 4], [2, 3, 5, 4], [8, 6, 7, 2, 3], [2, 9, 10, 11, 4], [0, 2, 3, 1], [3], [], [2, 6], [6, 7, 9, 10, 11]],
+)
+def test_pieces_together_are_the_text(tokens: list[int]) -> None:
+    tokenizer = sentencepiece_like()
+    pieces = list(text_pieces(tokenizer, iter(tokens)))
+    assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert all(pieces) and all("\ufffd" not in piece for piece in pieces[:-1])
+
+
+def test_words_come_as_soon_as_they_are_whole() -> None:
+    tokenizer = sentencepiece_like()
+    assert list(text_pieces(tokenizer, iter([2, 3, 8, 6, 7, 4]))) == ["the", " river", " caf", "é", " runs"]
+
+
+def test_bytes_come_whole() -> None:
+    tokenizer = tiny_tokenizer()
+    text = "Zoë paid 5 € – naïve?"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert "".join(text_pieces(tokenizer, iter(tokens))) == text
+
+
+def test_greedy_tokens_are_those_of_transformers() -> None:
+    model = tiny_model("llama")
+    prompt = torch.arange(4, 24)
+    expected = model.generate(prompt[None], max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    found = list(greedy_tokens(model, prompt, 30, set()))
+    assert found == expected[0, 20:].tolist()
+    assert list(greedy_tokens(model, prompt, 30, {found[3]})) == found[: found.index(found[3])]
+
+
+def test_what_ends_a_text() -> None:
+    model = tiny_model("llama")
+    assert stop_tokens(model) == {2}
+    model.generation_config.eos_token_id = [2, 7]
+    assert stop_tokens(model) == {2, 7}
+    model.generation_config.eos_token_id = None
+    assert stop_tokens(model) == set()
+
+
+def test_prompts_go_into_the_chat_template_if_there_is_one() -> None:
+    tokenizer = tiny_tokenizer()
+    plain = prompt_ids(tokenizer, "hi", chat=False).tolist()
+    assert plain == tokenizer("hi")["input_ids"]
+    assert tokenizer.decode(prompt_ids(tokenizer, "hi", chat=True)).endswith("user: hi\nassistant: ")
+    tokenizer.chat_template = None
+    assert prompt_ids(tokenizer, "hi", chat=True).tolist() == plain
