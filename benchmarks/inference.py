@@ -142,13 +142,15 @@ def onnx_contender(name: str, folder: Path, precision: str, arguments: argparse.
         config = ExportConfig(precision=precision, execution_provider="cpu", parity=False)
         export_folder(config, run, folder, output)
     decoder = OnnxDecoder(output, threads=arguments.threads)
-    prepared: dict[Case, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
+    prepared: dict[Case, tuple[Any, np.ndarray, np.ndarray]] = {}
 
     def step(case: Case) -> None:
         if case not in prepared:
             ids = np.random.default_rng(0).integers(4, 900, (case.batch, case.new))
-            prepared[case] = ids, decoder.empty_past(case.batch, case.past)
-        decoder.forward(prepared[case][0], None, prepared[case][1])
+            mask = np.ones((case.batch, case.past + case.new), np.int64)
+            prepared.clear()  # the caches of the case before
+            prepared[case] = decoder.bind(case.batch, mask.shape[1]), ids, mask
+        decoder.step(*prepared[case])
 
     counted = Counted(folder, 1 + 4 / 32 if precision == "int8" else 4)
     return Contender(name, step, counted.macs, counted.read)
@@ -162,18 +164,21 @@ def torch_contender(name: str, folder: Path, compiled: bool) -> Contender:
     config = model.config
     call = torch.compile(model, dynamic=True) if compiled else model
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    prepared: dict[Case, torch.Tensor] = {}
+    prepared: dict[Case, tuple[torch.Tensor, Any]] = {}
 
     @torch.inference_mode()
     def step(case: Case) -> None:
         if case not in prepared:
-            prepared[case] = torch.randint(4, 900, (case.batch, case.new))
-        past = DynamicCache()
-        if case.past:
-            shape = (case.batch, config.num_key_value_heads, case.past, width)
-            for layer in range(config.num_hidden_layers):
-                past.update(torch.zeros(shape), torch.zeros(shape), layer)
-        call(prepared[case], past_key_values=past, use_cache=True)
+            prepared.clear()
+            past = DynamicCache()
+            if case.past:
+                shape = (case.batch, config.num_key_value_heads, case.past, width)
+                for layer in range(config.num_hidden_layers):
+                    past.update(torch.zeros(shape), torch.zeros(shape), layer)
+            prepared[case] = torch.randint(4, 900, (case.batch, case.new)), past
+        ids, past = prepared[case]
+        call(ids, past_key_values=past, use_cache=True)
+        past.crop(case.past)
 
     counted = Counted(folder, 4)
     return Contender(name, step, counted.macs, counted.read)

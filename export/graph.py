@@ -19,7 +19,7 @@ import torch
 
 from ara.errors import ModelError, NumericalError
 from export.architecture import Decoder
-from export.quantize import BITS, BLOCK, quantize
+from export.quantize import BITS, BLOCK, quantize, scales_of
 from export.weights import Checkpoint, LinearLayer
 
 Precision = Literal["fp32", "fp16", "int8"]
@@ -256,10 +256,13 @@ class _Builder:
             return self.op("MatMul", [x, weight], path)
         blocks = -(-n // BLOCK)
         packed = self.lazy(
-            f"{path}.weight_quantized", ir.DataType.UINT8, (m, blocks, BLOCK), lambda: quantize(stacked())[0]
+            f"{path}.weight_quantized",
+            ir.DataType.UINT8,
+            (m, blocks, BLOCK),
+            lambda: quantize(stacked(), _TORCH[self.float]),
         )
         scales = self.lazy(
-            f"{path}.scales", self.float, (m * blocks,), lambda: self._array(torch.from_numpy(quantize(stacked())[1]))
+            f"{path}.scales", self.float, (m * blocks,), lambda: self._array(scales_of(stacked(), _TORCH[self.float]))
         )
         attributes = {"K": n, "N": m, "bits": BITS, "block_size": BLOCK, "accuracy_level": 4}
         return self.op("MatMulNBits", [x, packed, scales], path, attributes, domain=_CONTRIB)

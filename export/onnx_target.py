@@ -28,7 +28,7 @@ from export.genai import genai_config
 from export.graph import GraphOptions, Precision, build
 from export.parity import TOLERANCES, Parity, compare
 from export.rewrite import load_graph, rewrite
-from export.runner import GRAPH_FILE, PROVIDERS, OnnxDecoder, Provider
+from export.runner import GRAPH_FILE, PROVIDERS, OnnxDecoder, Provider, read_report
 from export.stage import REPORT_FILE
 from export.weights import Checkpoint
 
@@ -77,6 +77,11 @@ def resolve(config: ExportConfig) -> ExportConfig:
     precision = config.precision or ("fp16" if provider == "cuda" else "fp32")
     if precision == "int4":
         raise UnavailableError(_BLOCKED_INT4, "use --precision int8")
+    if config.rewrite is not None and (config.merge_shared_inputs or config.last_logits or config.precision):
+        raise UsageError(
+            "--rewrite changes nothing but the factors: no --precision, --merge-shared-inputs or --last-logits",
+            "leave them out, or leave --rewrite out",
+        )
     if (provider, precision) == ("cuda", "fp32"):
         raise UsageError(
             "fused attention of ONNX Runtime has no fp32 on CUDA", "use --precision fp16, or --execution-provider cpu"
@@ -123,6 +128,8 @@ def write_onnx(source: Path, folder: Path, config: ExportConfig, origin: str, re
     eos = _eos(source, model_config)
     report.fact(f"{model_config.model_type}: {len(checkpoint.ranks)} low-rank layers; {precision} for {provider}")
     model, genai = _graph(checkpoint, model_config, eos, options, config, provider, report)
+    if config.rewrite is not None:
+        precision = _precision_of(model)
     about: dict[str, Any] = {
         "format_version": EXPORT_FORMAT,
         "source": {"name": source.name, "sha256": origin},
@@ -188,8 +195,28 @@ def _graph(
     model = load_graph(dense)
     with report.bar("Putting factors into the graph", len(checkpoint.ranks)) as bar:
         rewrite(model, checkpoint, bar.advance)
-    beside = dense.with_name(GENAI_FILE)
-    return model, {**json.loads(beside.read_text(encoding="utf-8"))} if beside.is_file() else None
+    return model, _genai_beside(dense)
+
+
+def _genai_beside(dense: Path) -> dict[str, Any] | None:
+    """Return what stands beside a dense graph for GenAI, with the name that our graph has."""
+    path = dense.with_name(GENAI_FILE)
+    if not path.is_file():
+        return None
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        document["model"]["decoder"]["filename"] = GRAPH_FILE
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} is not what GenAI reads ({error})", "remove it, or export the dense model again"
+        ) from None
+    return document
+
+
+def _precision_of(model: ir.Model) -> Precision:
+    """Return the precision of a graph that somebody else has built, by its caches."""
+    kinds = {value.dtype for value in model.graph.inputs}
+    return "fp16" if ir.DataType.FLOAT16 in kinds else "fp32"
 
 
 def _eos(source: Path, model_config: PreTrainedConfig) -> list[int]:
@@ -232,11 +259,15 @@ def _prove(source: Path, folder: Path, precision: str, report: Reporter) -> list
 
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    decoder = OnnxDecoder(folder)
-    ids = parity_windows(tokenizer, min(_PARITY_TOKENS, decoder.context // 2))
+    context = int(read_report(folder)["decoder"]["context"])
+    ids = parity_windows(tokenizer, min(_PARITY_TOKENS, context // 2))
     report.fact(f"comparing with torch on {ids.shape[1]} tokens of {PARITY_TEXT}")
     model = load(source, device="cpu", dtype="float32")
-    found = compare(decoder, model, ids)
+    with torch.inference_mode():
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+    # Not both at once: the graph takes as much memory again.
+    del model
+    found = compare(OnnxDecoder(folder), expected, ids)
     problems = [text for row in found for text in row.misses(TOLERANCES[precision])]
     if problems:
         more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""

@@ -5,35 +5,70 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ara.errors import NumericalError
+
 BITS = 8
 BLOCK = 32
 
 
-def quantize(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return the blocks of a weight in 8 bits, and their scales.
+# Rows that are in float32 at once.
+_ROWS = 2048
+
+
+def quantize(weight: torch.Tensor, scale_dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """Return the blocks of a weight in 8 bits: (m, ⌈n / 32⌉, 32) uint8, the last block of a row filled up with zeros.
+
+    A weight is (block − 128) · scale, off by at most half a scale; see :func:`scales_of`.
 
     Args:
         weight: (m, n).
-
-    Returns:
-        (m, ⌈n / 32⌉, 32) uint8, the last block of a row filled up with zeros, and (m · ⌈n / 32⌉) float32.
-        A weight is (block − 128) · scale, off by at most half a scale.
+        scale_dtype: what the scales are rounded to before they are divided by.
     """
-    steps, scales = _steps(weight, BITS)
-    # MatMulNBits takes the middle for zero when it is given no zero points.
-    return (steps + (1 << (BITS - 1))).to(torch.uint8).numpy(), scales.flatten().numpy()
+    m, n = weight.shape
+    packed = torch.empty(m, -(-n // BLOCK), BLOCK, dtype=torch.uint8)
+    for at in range(0, m, _ROWS):
+        steps, _ = _steps(weight[at : at + _ROWS], BITS, scale_dtype)
+        # MatMulNBits takes the middle for zero when it is given no zero points.
+        packed[at : at + _ROWS] = steps.add_(1 << (BITS - 1)).to(torch.uint8)
+    return packed.numpy()
+
+
+def scales_of(weight: torch.Tensor, scale_dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return the scales that belong to :func:`quantize`: (m · ⌈n / 32⌉) float32.
+
+    Raises:
+        NumericalError: a block's scale is too small for ``scale_dtype``.
+    """
+    parts = [_scales(_blocks(weight[at : at + _ROWS]), BITS, scale_dtype) for at in range(0, len(weight), _ROWS)]
+    return torch.cat(parts).flatten()
 
 
 def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """Return what is left of a weight (m, n) after rounding to so many bits, float32."""
-    steps, scales = _steps(weight, bits)
+    steps, scales = _steps(weight, bits, torch.float32)
     return (steps * scales[..., None]).flatten(1)[:, : weight.shape[1]]
 
 
-def _steps(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return whole steps (m, b, 32) and scales (m, b), float32; the largest weight of a block is the last step."""
+def _blocks(weight: torch.Tensor) -> torch.Tensor:
     m, n = weight.shape
     blocks = -(-n // BLOCK)
-    padded = torch.nn.functional.pad(weight.float(), (0, blocks * BLOCK - n)).view(m, blocks, BLOCK)
-    scales = padded.abs().amax(-1) / ((1 << (bits - 1)) - 1)
-    return (padded / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round(), scales
+    return torch.nn.functional.pad(weight.float(), (0, blocks * BLOCK - n)).view(m, blocks, BLOCK)
+
+
+def _scales(blocks: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return scales (m, b) float32, so that the largest weight of a block is the last step."""
+    exact = blocks.abs().amax(-1) / ((1 << (bits - 1)) - 1)
+    scales = exact.to(dtype).float()
+    if ((scales == 0) & (exact > 0)).any() or not scales.isfinite().all():
+        raise NumericalError(
+            "the scale of a block of weights is beyond float16", "export for the CPU, or with --precision fp16"
+        )
+    return scales
+
+
+def _steps(weight: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return whole steps (m, b, 32) and scales (m, b), float32."""
+    blocks, last = _blocks(weight), (1 << (bits - 1)) - 1
+    scales = _scales(blocks, bits, dtype)
+    divisor = scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    return blocks.div(divisor).round_().clamp_(-last - 1, last), scales

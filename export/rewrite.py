@@ -97,6 +97,14 @@ def _module(name: str) -> str:
 def _replace(graph: ir.Graph, node: ir.Node, checkpoint: Checkpoint, path: str) -> None:
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None and weight.shape is not None
+    if node.op_type == "Gemm" and (
+        bool(node.attributes.get_int("transA", 0))
+        or node.attributes.get_float("alpha", 1.0) != 1
+        or node.attributes.get_float("beta", 1.0) != 1
+    ):
+        raise ModelError(
+            f"the Gemm of {path} has transA, alpha or beta", "leave --rewrite out: ara then builds the graph"
+        )
     swapped = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
     sides = [int(side) for side in weight.const_value.shape]  # type: ignore[arg-type]
     m, n = sides if swapped else reversed(sides)

@@ -132,28 +132,44 @@ class OnnxDecoder:
                 f"ask for at most {max(0, self.context - len(ids))} new tokens",
             )
         stop = set(self.about["decoder"]["eos"]) if stop is None else stop
-        binding = self.session.io_binding()
-        binding.bind_output("logits", "cpu")
-        # One tensor is past and present at once: the attention appends to it in place.
-        for name, array in self.empty_past(1, total).items():
-            cache = ort.OrtValue.ortvalue_from_numpy(array, self.provider)
-            binding.bind_ortvalue_input(name, cache)
-            binding.bind_ortvalue_output(_present(name), cache)
-        mask, new = np.ones((1, len(ids)), np.int64), ids[None]
+        bound, mask, new = self.bind(1, total), np.ones((1, len(ids)), np.int64), ids[None]
         for _ in range(max_new_tokens):
-            binding.bind_cpu_input("input_ids", new)
-            binding.bind_cpu_input("attention_mask", mask)
-            if "position_ids" in self._inputs:
-                binding.bind_cpu_input("position_ids", _positions(mask, new.shape[1]))
-            # Bound anew: their size changes after the prompt. They are the first output that was bound.
-            binding.bind_output("logits", "cpu")
-            self.session.run_with_iobinding(binding)
-            logits = binding.get_outputs()[0].numpy()
-            token = int(logits[0, -1].argmax())
+            token = int(self.step(bound, new, mask)[0, -1].argmax())
             if token in stop:
                 return
             yield token
             mask, new = np.ones((1, mask.shape[1] + 1), np.int64), np.array([[token]], np.int64)
+
+    def bind(self, batch: int, total: int) -> ort.IOBinding:
+        """Return caches for ``total`` positions of ``batch`` rows, bound to inputs and outputs at once.
+
+        One tensor is past and present: the attention appends to it in place.
+        """
+        binding = self.session.io_binding()
+        binding.bind_output("logits", "cpu")
+        for name, array in self.empty_past(batch, total).items():
+            cache = ort.OrtValue.ortvalue_from_numpy(array, self.provider)
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(_present(name), cache)
+        return binding
+
+    def step(self, bound: ort.IOBinding, new: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Read tokens behind those that are in bound caches; returns logits (b, s, v).
+
+        Args:
+            bound: of :meth:`bind`.
+            new: (b, s) int64.
+            mask: (b, p + s) int64, over all tokens so far.
+        """
+        bound.bind_cpu_input("input_ids", new)
+        bound.bind_cpu_input("attention_mask", mask)
+        if "position_ids" in self._inputs:
+            bound.bind_cpu_input("position_ids", _positions(mask, new.shape[1]))
+        # Bound anew: their size changes after the prompt. They are the first output that was bound.
+        bound.bind_output("logits", "cpu")
+        self.session.run_with_iobinding(bound)
+        logits: np.ndarray = bound.get_outputs()[0].numpy()
+        return logits
 
     def _caches(self) -> list[str]:
         return [name for name in self._inputs if name.startswith("past_key_values.")]

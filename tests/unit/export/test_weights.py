@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ara.errors import ModelError
-from export.quantize import BLOCK, quantize
+from ara.errors import ModelError, NumericalError
+from export.quantize import BLOCK, quantize, scales_of
 from export.weights import Checkpoint
 
 UP = "model.layers.1.mlp.up_proj"
@@ -112,11 +112,21 @@ def test_what_is_no_checkpoint(copy: Callable[..., Path], tmp_path: Path) -> Non
 def test_blocks_are_off_by_at_most_half_a_step(m: int, n: int) -> None:
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
     weight[0] = 0
-    blocks, scales = quantize(weight)
+    blocks, scales = quantize(weight), scales_of(weight)
     assert blocks.shape == (m, -(-n // BLOCK), BLOCK) and blocks.dtype.name == "uint8"
-    step = torch.from_numpy(scales).view(m, -1, 1)
+    step = scales.view(m, -1, 1)
     back = (torch.from_numpy(blocks).float() - 128) * step
     assert (
         (back.view(m, -1)[:, :n] - weight).abs() <= 0.5001 * step.expand_as(back).reshape(m, -1)[:, :n] + 1e-9
     ).all()
     assert (back.view(m, -1)[:, n:] == 0).all() and (back[0] == 0).all()
+
+
+def test_scales_in_half_precision_are_rounded_before_the_weights_are() -> None:
+    weight = 0.01 * torch.randn(9, 70, generator=torch.Generator().manual_seed(0))
+    scales = scales_of(weight, torch.float16)
+    assert torch.equal(scales, scales.half().float()) and not torch.equal(scales, scales_of(weight))
+    back = (torch.from_numpy(quantize(weight, torch.float16)).float() - 128) * scales.view(9, -1, 1)
+    assert (back.flatten(1)[:, :70] - weight).abs().max() <= 0.51 * scales.max()
+    with pytest.raises(NumericalError, match="beyond float16"):
+        scales_of(weight * 1e-7, torch.float16)
