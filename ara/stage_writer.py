@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ara.environment import now, peak_memory_bytes, versions
 from ara.errors import NumericalError, disk_errors, disk_full_error
 from ara.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Manifest, digest, essence, file_record, plain
-from ara.tensors import TensorRecord, save_tensors, tensor_records
+from ara.tensors import TensorRecord, save_tensors, tensor_digests, tensor_records
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +104,7 @@ class StageWriter:
         aside = path.with_name(f"{path.name}{PARTIAL}")
         body = json.dumps({"values": values, "seconds": self._seconds()})
         with disk_errors(self.folder):
-            save_tensors(aside, tensors, {"body": body, "digest": digest([body, _tensor_digests(tensors)])})
+            save_tensors(aside, tensors, {"body": body, "digest": digest([body, tensor_digests(tensors)])})
             os.replace(aside, path)
             if not (self.folder / JOURNAL).exists():
                 self._write_journal()
@@ -120,7 +119,7 @@ class StageWriter:
                 found = file.metadata()
                 # Copied: the file that they are views of is about to be replaced.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            if digest([found["body"], _tensor_digests(tensors)]) != found["digest"]:
+            if digest([found["body"], tensor_digests(tensors)]) != found["digest"]:
                 return None
             body = json.loads(found["body"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
@@ -206,13 +205,6 @@ class StageWriter:
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._start
-
-
-def _tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    return {
-        name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-        for name, tensor in tensors.items()
-    }
 
 
 def _write_synced(path: Path, text: str) -> None:

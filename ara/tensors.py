@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,8 +38,6 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
     Raises:
         DiskFullError: no room; the partial file is removed.
     """
-    import os
-
     from safetensors.torch import save_file
 
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -48,6 +49,29 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give a name beside ``path`` to write to; what is there at the end takes its place in one step.
+
+    So neither a killed process nor a second one at the same work leaves half a file.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return the sha256 (hex) over the bytes of each tensor, as :func:`tensor_records` finds it in a file."""
+    return {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+    }
 
 
 def tensor_records(path: Path, name: str) -> dict[str, TensorRecord]:

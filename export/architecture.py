@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ara.errors import UnsupportedModelError
+from ara.models.context import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -159,7 +160,7 @@ def read_decoder(config: PreTrainedConfig) -> Decoder:
         head=head,
         intermediate=config.intermediate_size,
         vocabulary=config.vocab_size,
-        context=config.max_position_embeddings,
+        context=context_length(config) or 0,
         epsilon=config.rms_norm_eps,
         norm_offset=family.norm_offset,
         embedding_scale=config.hidden_size**0.5 if family.scaled_embedding else 1.0,

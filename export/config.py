@@ -28,6 +28,9 @@ class ExportConfig(StageConfig):
     last_logits: bool = Field(
         False, description="give the logits of the last position only: for generation, not for evaluation"
     )
+    parity_tokens: int = Field(
+        96, ge=16, description="tokens of each text that the graph is compared on (more than a sliding window reach it)"
+    )
     parity: bool = Field(
         True, description="compare the graph with the checkpoint in torch on real text, and fail beyond tolerance"
     )

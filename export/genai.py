@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from export.architecture import Decoder
-from export.runner import GRAPH_FILE, Provider
+from export.report import GRAPH_FILE, Provider
 
 
 def genai_config(decoder: Decoder, eos: list[int], provider: Provider) -> dict[str, Any]:

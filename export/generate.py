@@ -8,6 +8,7 @@ from pathlib import Path
 from ara.config import GenerateConfig
 from ara.errors import UsageError
 from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens, text_pieces
+from ara.models.context import context_length
 from ara.models.quiet import quiet_transformers
 from ara.stages.common import Run
 from ara.stages.truncate import CHECKPOINT
@@ -54,7 +55,7 @@ def answer(
         model = load(folder, config.device, config.dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = prompt_ids(tokenizer, prompt, config.chat)
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = context_length(model.config)
         if limit is not None:
             _check(len(ids), config.max_new_tokens, limit)
         yield from text_pieces(tokenizer, greedy_tokens(model, ids, config.max_new_tokens, stop_tokens(model)))

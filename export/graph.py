@@ -20,9 +20,9 @@ import torch
 from ara.errors import ModelError, NumericalError
 from export.architecture import Decoder
 from export.quantize import BITS, BLOCK, quantize, scales_of
+from export.report import Precision
 from export.weights import Checkpoint, LinearLayer
 
-Precision = Literal["fp32", "fp16", "int8"]
 OPSET = 21
 _CONTRIB = "com.microsoft"
 _FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}

@@ -8,21 +8,18 @@ Shapes: b batch, s new tokens, p past tokens, v vocabulary.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import torch
 
 from ara.errors import ModelError, UnavailableError, UsageError, first_line
-from export.stage import REPORT_FILE
+from export.report import GRAPH_FILE, Provider, read_report
 
-Provider = Literal["cpu", "cuda"]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-GRAPH_FILE = "model.onnx"
 # Below this, ONNX Runtime writes about things that nobody asked for.
 _ERRORS_ONLY = 3
 
@@ -42,7 +39,7 @@ class OnnxDecoder:
 
     def __init__(self, folder: Path, provider: Provider | None = None, threads: int | None = None) -> None:
         self.folder, self.about = folder, read_report(folder)
-        self.provider: Provider = provider or self.about["execution_provider"]
+        self.provider: Provider = provider or self.about.execution_provider
         wanted = PROVIDERS[self.provider]
         _require(wanted)
         options = ort.SessionOptions()
@@ -82,7 +79,7 @@ class OnnxDecoder:
     @property
     def context(self) -> int:
         """Positions that the model has."""
-        return int(self.about["decoder"]["context"])
+        return self.about.decoder.context
 
     def empty_past(self, batch: int, length: int = 0) -> dict[str, np.ndarray]:
         """Return caches of ``length`` positions, zeros: input name → (b, kv heads, length, head)."""
@@ -131,19 +128,36 @@ class OnnxDecoder:
                 "of the model",
                 f"ask for at most {max(0, self.context - len(ids))} new tokens",
             )
-        stop = set(self.about["decoder"]["eos"]) if stop is None else stop
-        bound, mask, new = self.bind(1, total), np.ones((1, len(ids)), np.int64), ids[None]
+        stop = set(self.about.decoder.eos) if stop is None else stop
+        read = self._reader(total)
+        new = ids[None]
         for _ in range(max_new_tokens):
-            token = int(self.step(bound, new, mask)[0, -1].argmax())
+            token = int(read(new)[0, -1].argmax())
             if token in stop:
                 return
             yield token
-            mask, new = np.ones((1, mask.shape[1] + 1), np.int64), np.array([[token]], np.int64)
+            new = np.array([[token]], np.int64)
+
+    def _reader(self, total: int) -> Callable[[np.ndarray], np.ndarray]:
+        """Return what reads the next tokens of one row and gives their logits, ``total`` tokens at most."""
+        past: dict[str, np.ndarray] | None = None
+        bound = self.bind(1, total) if self.about.decoder.shared_caches else None
+        length = 0
+
+        def read(new: np.ndarray) -> np.ndarray:
+            nonlocal past, length
+            length += new.shape[1]
+            if bound is not None:
+                return self.step(bound, new, np.ones((1, length), np.int64))
+            logits, past = self.forward(new, None, past)
+            return logits
+
+        return read
 
     def bind(self, batch: int, total: int) -> ort.IOBinding:
         """Return caches for ``total`` positions of ``batch`` rows, bound to inputs and outputs at once.
 
-        One tensor is past and present: the attention appends to it in place.
+        One tensor is past and present: the attention appends to it in place. Only for graphs with ``shared_caches``.
         """
         binding = self.session.io_binding()
         binding.bind_output("logits", "cpu")
@@ -199,26 +213,6 @@ class TorchLike(torch.nn.Module):
         """Return one row of ids (1, t) with its greedy continuation behind it: (1, t + new)."""
         new = list(self.decoder.generate(input_ids[0].cpu().numpy(), max_new_tokens))
         return torch.cat([input_ids, torch.tensor([new], dtype=input_ids.dtype)], 1)
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """Return ``ara_export.json`` of an exported folder.
-
-    Raises:
-        ModelError: there is none, or it is not what ``ara export`` writes.
-    """
-    path = folder / REPORT_FILE
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ModelError(
-            f"{folder} is not an export ({REPORT_FILE} is missing)", "make one: ara export --onnx"
-        ) from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error})", "export again: ara export --force") from None
-    if not isinstance(report, dict) or not {"decoder", "execution_provider"} <= set(report):
-        raise ModelError(f"{path} is not what ara export writes", "export again: ara export --force")
-    return report
 
 
 _KNOWN = ("input_ids", "attention_mask", "position_ids")

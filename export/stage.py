@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ara.errors import OutputError, UsageError, disk_errors
 from ara.manifest import file_sha256
@@ -13,9 +12,8 @@ from ara.stage_view import StageView, parent_of
 from ara.stages.common import Run, already_done, begin
 from ara.stages.truncate import CHECKPOINT
 from export.config import ExportConfig
-
-# What makes a folder an export.
-REPORT_FILE = "ara_export.json"
+from export.report import REPORT_FILE, ExportReport
+from export.weights import Checkpoint
 
 
 def export(config: ExportConfig, run: Run, *, checkpoint: str | None = None, name: str | None = None) -> StageView:
@@ -33,14 +31,15 @@ def export(config: ExportConfig, run: Run, *, checkpoint: str | None = None, nam
     from export.onnx_target import resolve, write_onnx
 
     started = begin()
-    resolved = resolve(config)
+    resolved, dense = resolve(config), _dense_graph(config)
     workspace = run.open()
     with workspace.lock(run.command):
         truncated = workspace.require("truncate", checkpoint)
         assert truncated.manifest is not None
         run.report.step(f"Exporting {truncated.key} to ONNX")
         facts = {
-            "config": {**resolved.model_dump(mode="json"), "rewrite_sha256": _digest(config)},
+            # The graph's weights lie in another file, and are checked one by one.
+            "config": {**resolved.model_dump(mode="json"), "rewrite_sha256": file_sha256(dense) if dense else None},
             "model": truncated.manifest.model,
             "parents": (parent_of(truncated),),
         }
@@ -49,25 +48,25 @@ def export(config: ExportConfig, run: Run, *, checkpoint: str | None = None, nam
         if done is not None and not run.force:
             return already_done(done, run)
         with workspace.writer("export", name, facts, command=run.command, started=started) as stage:
-            source = truncated.path / CHECKPOINT
+            source = Checkpoint(truncated.path / CHECKPOINT)
             about = write_onnx(source, stage.folder, resolved, truncated.manifest.id, run.report)
-            stage.results.update(about)
+            stage.results.update(about.model_dump(mode="json"))
         return workspace.view(f"export/{name}")
 
 
-def _digest(config: ExportConfig) -> str | None:
-    """Return the checksum of the graph to be rewritten; its weights lie in another file and are checked one by one."""
+def _dense_graph(config: ExportConfig) -> Path | None:
+    """Return the graph to be rewritten, if there is to be one."""
     if config.rewrite is None:
         return None
-    path = Path(config.rewrite)
+    path = Path(config.rewrite).resolve()
     if not path.is_file():
         raise UsageError(f"there is no file {path}", "--rewrite wants the .onnx file of a dense export")
-    return file_sha256(path)
+    return path
 
 
 def export_folder(
     config: ExportConfig, run: Run, source: Path, output: Path, *, overwrite: bool = False
-) -> dict[str, Any]:
+) -> ExportReport:
     """Write the checkpoint in ``source`` to ``output``, without a workspace; returns ``ara_export.json``.
 
     Args:
@@ -81,22 +80,19 @@ def export_folder(
         AraError: as :func:`export`; ``output`` is not empty.
     """
     from export.onnx_target import resolve, source_hash, write_onnx
-    from export.weights import Checkpoint
 
-    resolved = resolve(config)
-    _digest(config)
+    resolved, dense = resolve(config), _dense_graph(config)
     source, output = source.resolve(), output.resolve()
-    _refuse_output(output, [source, *([Path(config.rewrite).resolve()] if config.rewrite else [])], overwrite)
+    _refuse_output(output, [source, *([dense] if dense else [])], overwrite)
     run.report.step(f"Exporting {source} to ONNX")
-    Checkpoint(source)
-    origin = source_hash(source)
+    checkpoint = Checkpoint(source)
     aside, before = (output.with_name(f".{output.name}.{word}") for word in ("partial", "before"))
     made = [parent for parent in output.parents if not parent.exists()]
     try:
         with disk_errors(output):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        about = write_onnx(source, aside, resolved, origin, run.report)
+        about = write_onnx(checkpoint, aside, resolved, source_hash(source), run.report)
         if output.exists():
             output.rename(before)
         aside.rename(output)

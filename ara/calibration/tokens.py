@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from safetensors.torch import save_file
 from ara.calibration.texts import Documents
 from ara.errors import DataError, UsageError, disk_errors
 from ara.progress import SILENT, Reporter
+from ara.tensors import written_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -238,12 +237,5 @@ def _read_cache(path: Path, asked: int, seq_len: int, seed: int) -> TokenWindows
 
 
 def _write_cache(path: Path, windows: TokenWindows) -> None:
-    """Write aside and rename, so that a killed process or a second one leaves no half file."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with disk_errors(path.parent, windows.tokens * 4):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"ids": windows.ids.to(torch.int32)}, aside, metadata={"digest": windows.digest})
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+    with disk_errors(path.parent, windows.tokens * 4), written_aside(path) as aside:
+        save_file({"ids": windows.ids.to(torch.int32)}, aside, metadata={"digest": windows.digest})

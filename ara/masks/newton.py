@@ -15,7 +15,7 @@ under the budget, so the noise of a batch moves few ranks. The model holds near 
 - a step that would move more than a given share of all parameters is shortened, by way of η;
 - no layer falls below half of its rank in one step;
 - a step after which the loss is far higher has gone over a cliff: one component may hold up the whole model (in
-  SmolLM2-135M the value projection of the first block, by 1.2 nats). The gradient behind the cliff points back at it:
+  SmolLM2-135M the value projection of the first block). The gradient behind the cliff points back at it:
   the layers that it wants restored most are pinned at the rank that they had before. Where that does not explain the
   loss, or does not help, the step is taken back and the next ones are half as long.
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ara.errors import DiskFullError
 from ara.progress import SILENT, Reporter
-from ara.tensors import save_tensors, tensor_records
+from ara.tensors import save_tensors, tensor_digests, written_aside
 
 # Change it when tables are computed otherwise.
 TABLE_FORMAT = 1
@@ -88,24 +86,17 @@ def timed(make: Callable[[], dict[str, torch.Tensor]]) -> SensitivityTable:
 def _read(path: Path) -> SensitivityTable:
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
-        if about["digest"] != _digest(path):
-            raise ValueError("its checksum is wrong")
-        return SensitivityTable({name: file.get_tensor(name) for name in file.keys()}, float(about["seconds"]))  # noqa: SIM118
+        losses = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if about["digest"] != _digest(losses):
+        raise ValueError("its checksum is wrong")
+    return SensitivityTable(losses, float(about["seconds"]))
 
 
 def _write(path: Path, table: SensitivityTable) -> None:
-    """Write aside and rename, so that a killed process or a second one leaves no half file."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The checksum is over the tensors' bytes, which a file without it tells.
-        save_tensors(aside, table.losses)
-        save_tensors(aside, table.losses, {"digest": _digest(aside), "seconds": repr(table.seconds)})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    about = {"digest": _digest(table.losses), "seconds": repr(table.seconds)}
+    with written_aside(path) as aside:
+        save_tensors(aside, table.losses, about)
 
 
-def _digest(path: Path) -> str:
-    hashes = {name: record.sha256 for name, record in tensor_records(path, path.name).items()}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+def _digest(losses: Mapping[str, torch.Tensor]) -> str:
+    return hashlib.sha256(json.dumps(tensor_digests(losses), sort_keys=True).encode()).hexdigest()

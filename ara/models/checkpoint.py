@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ara.config import Layout
 from ara.errors import ModelError, first_line
+from ara.jsonfile import read_object
 from ara.models import modeling_ara
 from ara.models.linears import bias_of
 from ara.models.modeling_ara import (
@@ -70,7 +70,7 @@ def apply_factors(
 
 def _low_rank(
     model: PreTrainedModel, module: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, layout: Layout
-) -> LowRankLinear | PivotedLinear:
+) -> CompressedLinear:
     """Return what takes the place of ``module``: the product of ``b`` (m, k) and ``a`` (k, n), and its bias."""
     bias, transposed = bias_of(module), isinstance(module, Conv1D)
 
@@ -174,20 +174,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return ``config.json`` of a checkpoint folder.
 
     Raises:
-        ModelError: there is none, or it is not JSON.
+        ModelError: there is none, or it is not a JSON object.
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+    if not path.is_file():
         raise ModelError(
             f"{folder} is not a checkpoint folder (no config.json)", "ara truncate writes one: .../checkpoint"
-        ) from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error})", "write it again: ara truncate --force") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} is not a model's config (no table)", "write it again: ara truncate --force")
-    return config
+        )
+    return read_object(path, "write it again: ara truncate --force")
 
 
 def is_compressed(folder: Path) -> bool:

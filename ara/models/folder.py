@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ara.errors import ModelError
+from ara.jsonfile import read_object
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -20,14 +21,7 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: it cannot be read, or is not a JSON object.
     """
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is not a valid model config: {error}", "download the model again") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path} is not a valid model config: got a {type(raw).__name__}, expected a JSON object")
-    return raw
+    return read_object(folder / "config.json", "download the model again")
 
 
 def find_weights(folder: Path) -> list[Path]:

@@ -28,93 +28,17 @@ FORMATS = {"factors": 1, "pivoted": 2}
 CHECKPOINT_FORMAT = max(FORMATS.values())
 
 
-class LowRankLinear(nn.Module):
-    """A linear layer of rank k: ``y = B (A x) + bias``, in place of ``y = W x + bias``.
+class CompressedLinear(nn.Module):
+    """What stands for a linear layer in a compressed model: first ``h = A x``, of width k, then what a subclass makes.
 
-    Both factors are plain ``nn.Linear`` modules, so that whatever works on linear layers (quantisers, adapters,
-    exporters) works on them.
+    Every part with weights is a plain ``nn.Linear``, so that whatever works on linear layers (quantisers, adapters,
+    exporters) works on it.
 
     Attributes:
         A: projects the input down; weight (k, n), no bias.
-        B: projects up to the output; weight (m, k), with the bias (m) of the original layer, if it had one.
         transposed: whether it stands for a ``Conv1D``, GPT-2's linear layer with a weight of (n, m).
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool,
-        transposed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.transposed = transposed
-        self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.B = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
-
-    @classmethod
-    def from_factors(
-        cls, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, transposed: bool = False
-    ) -> LowRankLinear:
-        """Build the layer from ``a`` (k, n), ``b`` (m, k) and ``bias`` (m), which are used as they are, not copied."""
-        layer = cls(a.shape[1], b.shape[0], a.shape[0], bias is not None, transposed, device="meta", dtype=a.dtype)
-        layer.A.weight = nn.Parameter(a, requires_grad=False)
-        layer.B.weight = nn.Parameter(b, requires_grad=False)
-        if bias is not None:
-            layer.B.bias = nn.Parameter(bias, requires_grad=False)
-        return layer
-
-    @property
-    def in_features(self) -> int:
-        """Width n of the input."""
-        return self.A.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Width m of the output."""
-        return self.B.out_features
-
-    @property
-    def rank(self) -> int:
-        """Kept rank k."""
-        return self.A.out_features
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """Bias (m) of the layer."""
-        return self.B.bias
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The product ``B A`` (m, n), multiplied anew at each access: for model code that asks for it."""
-        return self.B.weight @ self.A.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``x`` (..., n) to (..., m) through k dimensions."""
-        return self.B(self.A(x))
-
-    def extra_repr(self) -> str:
-        """Show the rank."""
-        return f"rank={self.rank}"
-
-
-class PivotedLinear(nn.Module):
-    """A linear layer of rank k in k(m + n − k) parameters: ``y = P [h; C h] + bias`` with ``h = A x``.
-
-    The rows of A are k rows of the layer's own weight, the pivots; each other row is a combination of them.
-
-    Attributes:
-        A: the pivot rows; weight (k, n), no bias.
-        C: the other rows in terms of the pivots; weight (m − k, k), no bias.
-        order: (m) int32; output i is element ``order[i]`` of [h; C h].
-        bias: (m), or ``None``.
-        transposed: whether it stands for a ``Conv1D``, GPT-2's linear layer with a weight of (n, m).
-    """
-
-    order: torch.Tensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -130,6 +54,96 @@ class PivotedLinear(nn.Module):
         super().__init__()
         self.transposed = transposed
         self.A = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self._grow(out_features, rank, bias, device, dtype)
+
+    def _grow(self, out_features: int, rank: int, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+        """Make what maps h to the output, with a bias (m) if there is to be one."""
+        raise NotImplementedError
+
+    def product(self, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply the dense weight (m, n) out, in ``dtype``."""
+        raise NotImplementedError
+
+    @property
+    def in_features(self) -> int:
+        """Width n of the input."""
+        return self.A.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width m of the output."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int:
+        """Kept rank k."""
+        return self.A.out_features
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight (m, n), multiplied anew at each access: for model code that asks for it."""
+        return self.product(self.A.weight.dtype)
+
+    def extra_repr(self) -> str:
+        """Show the rank."""
+        return f"rank={self.rank}"
+
+
+class LowRankLinear(CompressedLinear):
+    """A linear layer of rank k: ``y = B (A x) + bias``, in place of ``y = W x + bias``.
+
+    Attributes:
+        B: projects up to the output; weight (m, k), with the bias (m) of the original layer, if it had one.
+    """
+
+    def _grow(self, out_features: int, rank: int, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+        self.B = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_factors(
+        cls, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, transposed: bool = False
+    ) -> LowRankLinear:
+        """Build the layer from ``a`` (k, n), ``b`` (m, k) and ``bias`` (m), which are used as they are, not copied."""
+        layer = cls(a.shape[1], b.shape[0], a.shape[0], bias is not None, transposed, device="meta", dtype=a.dtype)
+        layer.A.weight = nn.Parameter(a, requires_grad=False)
+        layer.B.weight = nn.Parameter(b, requires_grad=False)
+        if bias is not None:
+            layer.B.bias = nn.Parameter(bias, requires_grad=False)
+        return layer
+
+    @property
+    def out_features(self) -> int:
+        """Width m of the output."""
+        return self.B.out_features
+
+    @property
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
+        """Bias (m) of the layer."""
+        return self.B.bias
+
+    def product(self, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply ``B A`` (m, n) out, in ``dtype``."""
+        return self.B.weight.to(dtype) @ self.A.weight.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``x`` (..., n) to (..., m) through k dimensions."""
+        return self.B(self.A(x))
+
+
+class PivotedLinear(CompressedLinear):
+    """A linear layer of rank k in k(m + n − k) parameters: ``y = P [h; C h] + bias`` with ``h = A x``.
+
+    The rows of A are k rows of the layer's own weight, the pivots; each other row is a combination of them.
+
+    Attributes:
+        C: the other rows in terms of the pivots; weight (m − k, k), no bias.
+        order: (m) int32; output i is element ``order[i]`` of [h; C h].
+        bias: (m), or ``None``.
+    """
+
+    order: torch.Tensor
+
+    def _grow(self, out_features: int, rank: int, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         self.C = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
         self.register_buffer("order", torch.arange(out_features, dtype=torch.int32, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
@@ -153,26 +167,13 @@ class PivotedLinear(nn.Module):
         return layer
 
     @property
-    def in_features(self) -> int:
-        """Width n of the input."""
-        return self.A.in_features
-
-    @property
     def out_features(self) -> int:
         """Width m of the output."""
         return len(self.order)
 
-    @property
-    def rank(self) -> int:
-        """Kept rank k."""
-        return self.A.out_features
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The dense weight (m, n), multiplied anew at each access: for model code that asks for it."""
-        return self._rows(self.A.weight, self.C.weight)
-
-    def _rows(self, a: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def product(self, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply the dense weight (m, n) out, in ``dtype``."""
+        a, c = self.A.weight.to(dtype), self.C.weight.to(dtype)
         return torch.cat([a, c @ a]).index_select(0, self.order)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -180,14 +181,6 @@ class PivotedLinear(nn.Module):
         h = self.A(x)
         y = torch.cat([h, self.C(h)], -1).index_select(-1, self.order)
         return y if self.bias is None else y + self.bias
-
-    def extra_repr(self) -> str:
-        """Show the rank."""
-        return f"rank={self.rank}"
-
-
-# What stands for a linear layer in a compressed model.
-CompressedLinear = LowRankLinear | PivotedLinear
 
 
 class AraConfig(QuantizationConfigMixin):
@@ -345,13 +338,8 @@ def _is_permutation(order: torch.Tensor) -> bool:
     return torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device))
 
 
-def _dense_layer(module: LowRankLinear | PivotedLinear) -> nn.Module:
-    a = module.A.weight.detach().float()
-    if isinstance(module, PivotedLinear):
-        weight = module._rows(a, module.C.weight.detach().float())
-    else:
-        weight = module.B.weight.detach().float() @ a
-    weight = weight.to(module.A.weight.dtype)
+def _dense_layer(module: CompressedLinear) -> nn.Module:
+    weight = module.product(torch.float32).detach().to(module.A.weight.dtype)
     layer: nn.Module
     if module.transposed:
         with torch.device("meta"):
@@ -365,7 +353,7 @@ def _dense_layer(module: LowRankLinear | PivotedLinear) -> nn.Module:
     return layer
 
 
-def _empty_like(linear: Any, kind: type[LowRankLinear | PivotedLinear], rank: int) -> LowRankLinear | PivotedLinear:
+def _empty_like(linear: Any, kind: type[CompressedLinear], rank: int) -> CompressedLinear:
     weight, bias = linear.weight, linear.bias
     transposed = isinstance(linear, Conv1D)
     n, m = weight.shape if transposed else reversed(weight.shape)

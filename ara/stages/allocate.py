@@ -60,13 +60,13 @@ def allocate(
         if ranks is None:
             if config.keep is None:
                 raise UsageError("no budget given", "add --keep 0.8, for example")
-            config = _decided(config, workspace, decomposition, masks, run)
+            config, trained = _decided(config, workspace, decomposition, masks, run)
             refuse_layout(config.method, config.layout)
             run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}")
         else:
             run.report.step(f"Reading ranks from {ranks}")
             _refuse_method_settings(config)
-        trained = _training(config, workspace, decomposition, masks) if ranks is None else None
+            trained = None
         name = name or _name(config, decomposition.name, ranks)
         resolved = _resolved(config, ranks, run)
         assert decomposition.manifest is not None
@@ -93,16 +93,16 @@ def allocate(
 
 def _decided(
     config: AllocateConfig, workspace: Workspace, decomposition: StageView, masks: str | None, run: Run
-) -> AllocateConfig:
-    """Return ``config`` with a method in the place of ``auto``, and say which and why."""
+) -> tuple[AllocateConfig, StageView | None]:
+    """Return ``config`` with a method in the place of ``auto`` (say which and why), and the training that it uses."""
     if config.method != AUTO:
-        return config
+        return config, _training(config, workspace, decomposition, masks)
     if config.options:
         raise UsageError(f"-O {next(iter(config.options))}=… is given, and no method", "name the method: --method NAME")
     trained = find_training(workspace, decomposition, config.layout, masks)
     method, why = ("ara", "masks") if trained else ("sensitivity", "no masks")
     run.report.fact(f"method {method}: {why} have been trained on {decomposition.key}")
-    return config.model_copy(update={"method": method})
+    return config.model_copy(update={"method": method}), trained
 
 
 def refuse_layout(method: str, layout: Layout) -> None:

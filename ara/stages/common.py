@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ara.config import DecomposeConfig, Layout
 from ara.environment import reset_peak_memory
 from ara.errors import ModelError, UsageError
+from ara.models.context import context_length
 from ara.models.linears import LinearSpec
 from ara.progress import SILENT, Reporter
 from ara.stage_view import StageView
@@ -89,7 +90,7 @@ def check_window(seq_len: int, model_config: Any) -> int | None:
     Raises:
         UsageError: ``seq_len`` is more than the model can read.
     """
-    limit: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model_config)
     if limit is not None and seq_len > limit:
         raise UsageError(f"--seq-len {seq_len} is more than the {limit} positions of the model", f"use at most {limit}")
     return limit

@@ -103,10 +103,11 @@ def evaluate(
                 "seq_len": window_length(config.seq_len, source.config),
             }
         )
-        exported = None
+        exported, parents = None, [truncated, decomposition]
         if config.backend != "torch":
             assert find_export is not None
             exported = find_export(workspace, truncated)
+            parents.append(exported[0])
         texts = {task: load_documents(task, "evaluation", report=run.report) for task in config.tasks}
         facts = {
             "config": {
@@ -114,7 +115,7 @@ def evaluate(
                 "text_sha256": {task: documents.digest for task, documents in texts.items()},
             },
             "model": truncated.manifest.model,
-            "parents": tuple(parent_of(v) for v in (truncated, decomposition, *(exported or ())[:1])),
+            "parents": tuple(parent_of(view) for view in parents),
         }
         name = name or result_name(truncated.name, texts) + ("" if exported is None else f"-{exported[0].name}")
         done = workspace.finished("eval", name, facts, run.report)

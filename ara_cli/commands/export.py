@@ -36,6 +36,7 @@ def command(
     merge_shared_inputs: Annotated[bool, field(_C, "merge_shared_inputs", "--merge-shared-inputs")] = False,
     last_logits: Annotated[bool, field(_C, "last_logits", "--last-logits")] = False,
     rewrite: Annotated[str | None, field(_C, "rewrite", metavar="DENSE.onnx")] = None,
+    parity_tokens: Annotated[int, field(_C, "parity_tokens")] = default(_C, "parity_tokens"),
     parity: Annotated[bool, field(_C, "parity", "--parity/--no-parity")] = True,
     checkpoint: Annotated[
         str | None, typer.Option(help="result of ara truncate to export [default: the latest]")
@@ -62,14 +63,23 @@ def command(
             last_logits=last_logits,
             rewrite=rewrite,
             parity=parity,
+            parity_tokens=parity_tokens,
         )
         if (source is None) != (output is None):
             raise UsageError("--source and --output belong together", "give both, or neither to export a workspace's")
+        if overwrite and output is None:
+            raise UsageError("--overwrite is for --output", "use --force to replace an export of the workspace")
         from ara_cli.render import show_end, show_export
         from export.stage import export, export_folder
 
         if source is not None and output is not None:
-            about = export_folder(config, s.run(), source, output, overwrite=overwrite)
+            flags = {"--checkpoint": checkpoint, "--name": name, "--force": force}
+            given = [flag for flag, value in flags.items() if value]
+            if given:
+                raise UsageError(
+                    f"{given[0]} and --source are both given", f"{given[0]} is for a workspace: leave it out"
+                )
+            about = export_folder(config, s.run(), source, output, overwrite=overwrite).model_dump(mode="json")
             show_export(s.console, about)
             s.console.saved(output)
             s.console.result(about)

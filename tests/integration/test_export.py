@@ -76,6 +76,8 @@ def test_a_folder_is_exported_without_a_workspace(checkpoint: Callable[..., Any]
     assert "was not compared" in dense.stderr
     assert listing(output) == before and json.loads((output / "ara_export.json").read_text())["ranks"] == {}
     refused(ara("export", "--output", output), 2, "--source and --output belong together")
+    refused(ara("export", "--overwrite"), 2, "--overwrite is for --output")
+    refused(ara(*command, output, "--name", "mine"), 2, "--name and --source are both given")
 
 
 def test_nothing_is_left_where_it_fails(
@@ -92,6 +94,7 @@ def test_nothing_is_left_where_it_fails(
     original = architecture.Decoder.rotary_tables
     with monkeypatch.context() as patch:
         patch.setattr(architecture.Decoder, "rotary_tables", wrong)
+        patch.setattr("export.proof.check_rotary", lambda decoder, model: None)
         refused(ara(*command, "-w", workspace), 1, "the fp32 graph is not what the checkpoint is")
         folder = checkpoint("llama").folder
         refused(ara(*command, "--source", folder, "--output", tmp_path / "out"), 1, "is not what the checkpoint is")

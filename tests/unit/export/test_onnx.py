@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from ara.errors import ModelError, NumericalError, UnavailableError, UnsupportedModelError, UsageError
-from ara.progress import SILENT
-from export.architecture import FAMILIES
+from ara.progress import SILENT, SilentReporter
+from export.architecture import FAMILIES, read_decoder
 from export.config import ExportConfig
 from export.graph import _Builder
 from export.onnx_target import resolve, write_onnx
 from export.parity import TOLERANCES
+from export.proof import check_rotary
 from export.runner import OnnxDecoder
+from export.weights import Checkpoint
 
 CPU = {"execution_provider": "cpu"}
 THETA = {"rope_theta": 10000.0}
@@ -36,7 +38,18 @@ LLAMA3 = {
 
 def exported(made: Any, folder: Path, **settings: Any) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
-    return write_onnx(made.folder, folder, resolve(ExportConfig(**{**CPU, **settings})), "0" * 64, SILENT)
+    config = resolve(ExportConfig(**{**CPU, **settings}))
+    return write_onnx(Checkpoint(made.folder), folder, config, "0" * 64, SILENT).model_dump(mode="json")
+
+
+class Telling(SilentReporter):
+    """Keeps the facts that it is told."""
+
+    def __init__(self) -> None:
+        self.facts: list[str] = []
+
+    def fact(self, text: str) -> None:
+        self.facts.append(text)
 
 
 def worst(about: dict[str, Any]) -> float:
@@ -80,6 +93,31 @@ def test_variants_are_exact(
     with torch.inference_mode():
         assert torch.allclose(plain.model(ids).logits, changed.model(ids).logits, atol=1e-3) is same
     assert worst(exported(changed, tmp_path / "out")) < 1e-4
+
+
+def test_late_positions_are_those_of_the_model(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    """YaRN reaches beyond ``max_position_embeddings``; one late angle that is off is found."""
+    made = checkpoint("llama", rope_parameters=YARN, max_position_embeddings=64)
+    about = exported(made, tmp_path / "out")
+    assert about["decoder"]["context"] == 256 and worst(about) < 1e-4
+    decoder = read_decoder(made.model.config)
+    check_rotary(decoder, made.model)
+    cos, sin = decoder.rotary_tables()
+    cos[200, 3] += 1e-3
+    object.__setattr__(decoder, "rotary_tables", lambda: (cos, sin))
+    with pytest.raises(NumericalError, match=r"differs from the model's by 0\.001 between positions 0 and 255"):
+        check_rotary(decoder, made.model)
+
+
+def test_a_window_that_the_comparison_does_not_reach_is_told(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    made = checkpoint("mistral", sliding_window=60)
+    for tokens, reached in ((30, False), (90, True)):
+        (tmp_path / str(tokens)).mkdir()
+        config = resolve(ExportConfig(**CPU, parity_tokens=tokens))
+        report = Telling()
+        about = write_onnx(Checkpoint(made.folder), tmp_path / str(tokens), config, "0" * 64, report)
+        assert about.parity is not None and about.parity.cases[0].tokens == tokens - 1
+        assert any("sliding window of 60 tokens is longer" in line for line in report.facts) is not reached
 
 
 @pytest.mark.parametrize("layout", [None, "factors", "pivoted"])
@@ -208,6 +246,9 @@ def test_a_graph_that_is_wrong_is_found_out(
 
         original = Decoder.rotary_tables
         monkeypatch.setattr(Decoder, "rotary_tables", lambda self: tuple(t.flip(1) for t in original(self)))
+        with pytest.raises(NumericalError, match="rotary embedding of the graph differs from the model's by"):
+            exported(made, tmp_path / "early")
+        monkeypatch.setattr("export.proof.check_rotary", lambda decoder, model: None)
     else:
         original_rest = _Builder._rest
         from dataclasses import replace

@@ -24,7 +24,7 @@ from export.weights import Checkpoint
 def exported(source: Path, folder: Path, **settings: Any) -> dict[str, Any]:
     folder.mkdir()
     config = resolve(ExportConfig(execution_provider="cpu", **settings))
-    return write_onnx(source, folder, config, "0" * 64, SILENT)
+    return write_onnx(Checkpoint(source), folder, config, "0" * 64, SILENT).model_dump(mode="json")
 
 
 @pytest.fixture
@@ -167,6 +167,7 @@ def test_the_neighbour_for_genai_gets_our_file_name(
     exported(source, tmp_path / "out", rewrite=str(dense), parity=False)
     found = json.loads((tmp_path / "out" / "genai_config.json").read_text())
     assert found["model"]["decoder"]["filename"] == "model.onnx"
-    genai.write_text("[]")
-    with pytest.raises(ModelError, match="is not what GenAI reads"):
-        exported(source, tmp_path / "again", rewrite=str(dense), parity=False)
+    for number, (text, words) in enumerate((("[]", "holds a JSON list"), ('{"model": 1}', "is not what GenAI reads"))):
+        genai.write_text(text)
+        with pytest.raises(ModelError, match=words):
+            exported(source, tmp_path / str(number), rewrite=str(dense), parity=False)

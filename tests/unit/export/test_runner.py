@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from export import runner
 from export.config import ExportConfig
 from export.onnx_target import resolve, write_onnx
 from export.runner import OnnxDecoder, TorchLike
+from export.weights import Checkpoint
 
 
 @pytest.fixture(scope="module")
 def exported(checkpoint: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     made = checkpoint("llama", "pivoted")
     folder = tmp_path_factory.mktemp("onnx")
-    write_onnx(made.folder, folder, resolve(ExportConfig(execution_provider="cpu")), "0" * 64, SILENT)
+    write_onnx(Checkpoint(made.folder), folder, resolve(ExportConfig(execution_provider="cpu")), "0" * 64, SILENT)
     return folder, made.model
 
 
@@ -37,6 +39,18 @@ def test_greedy_text_is_that_of_torch(exported: tuple[Path, Any]) -> None:
     # It ends before a token that stops it, and begins anew each time.
     stop = found[5]
     assert list(decoder.generate(prompt.numpy(), 40, stop={stop})) == found[: found.index(stop)]
+
+
+def test_graphs_that_hand_out_new_caches_generate_the_same(exported: tuple[Path, Any], tmp_path: Path) -> None:
+    """As another exporter's graphs do; caches are not bound then."""
+    folder = Path(shutil.copytree(exported[0], tmp_path / "out"))
+    document = json.loads((folder / "ara_export.json").read_text())
+    assert document["decoder"]["shared_caches"] is True
+    document["decoder"]["shared_caches"] = False
+    (folder / "ara_export.json").write_text(json.dumps(document))
+    decoder, prompt = OnnxDecoder(folder), np.arange(4, 30)
+    decoder.bind = None  # type: ignore[assignment,method-assign]
+    assert list(decoder.generate(prompt, 20, set())) == list(OnnxDecoder(exported[0]).generate(prompt, 20, set()))
 
 
 def test_more_tokens_than_the_context_are_refused(exported: tuple[Path, Any]) -> None:
@@ -75,13 +89,30 @@ def test_folders_that_are_no_export(exported: tuple[Path, Any], tmp_path: Path) 
     with pytest.raises(ModelError, match="is not JSON"):
         OnnxDecoder(tmp_path)
     (tmp_path / "ara_export.json").write_text("{}")
-    with pytest.raises(ModelError, match="is not what ara export writes"):
+    with pytest.raises(ModelError, match=r"is not what ara export writes \(source: Field required\)"):
         OnnxDecoder(tmp_path)
-    (tmp_path / "ara_export.json").write_text((exported[0] / "ara_export.json").read_text())
-    (tmp_path / "model.onnx").write_bytes(b"nonsense")
+    document = json.loads((exported[0] / "ara_export.json").read_text())
+    (tmp_path / "ara_export.json").write_text(json.dumps(document))
+    with pytest.raises(ModelError, match=r"model\.onnx is missing; ara_export\.json says"):
+        OnnxDecoder(tmp_path)
+    for name in document["files"]:
+        shutil.copyfile(exported[0] / name, tmp_path / name)
+    assert list(OnnxDecoder(tmp_path).generate(np.arange(4, 30), 3))
+    with (tmp_path / "model.onnx.data").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ModelError, match=r"model\.onnx\.data has 1,000 bytes; ara_export\.json says [\d,]+") as caught:
+        OnnxDecoder(tmp_path)
+    assert caught.value.hint is not None and "copy it once more" in caught.value.hint
+    (tmp_path / "model.onnx").write_bytes(b"x" * document["files"]["model.onnx"]["bytes"])
+    (tmp_path / "model.onnx.data").unlink()
+    del document["files"]["model.onnx.data"]
+    (tmp_path / "ara_export.json").write_text(json.dumps(document))
     with pytest.raises(ModelError, match=r"model\.onnx cannot be loaded"):
         OnnxDecoder(tmp_path)
-    assert json.loads((tmp_path / "ara_export.json").read_text())["decoder"]["context"] == 200
+    document["files"]["../../secret"] = document["files"]["model.onnx"]
+    (tmp_path / "ara_export.json").write_text(json.dumps(document))
+    with pytest.raises(ModelError, match=r"names the file '\.\./\.\./secret'"):
+        OnnxDecoder(tmp_path)
 
 
 def test_genai_answers_as_torch_does(exported: tuple[Path, Any]) -> None:

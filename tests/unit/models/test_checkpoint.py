@@ -601,7 +601,7 @@ def test_folders_that_are_no_checkpoints(checkpoints: Path, tmp_path: Path) -> N
     with pytest.raises(ModelError, match=r"config\.json is not JSON"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ModelError, match=r"config\.json is not a model's config"):
+    with pytest.raises(ModelError, match=r"config\.json holds a JSON list"):
         load(tmp_path)
     folder = _copy(checkpoints, "llama", tmp_path)
     (folder / "model.safetensors").unlink()

@@ -118,10 +118,14 @@ def test_no_weights_no_config_no_tokenizer(folder: Path) -> None:
         resolve(str(folder))
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", ""], ids=["cut", "list", "empty"])
-def test_broken_config(folder: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", "is not JSON"), ("[1]", "holds a JSON list, expected an object"), ("", "is not JSON")],
+    ids=["cut", "list", "empty"],
+)
+def test_broken_config(folder: Path, content: str, words: str) -> None:
     (folder / "config.json").write_text(content)
-    with pytest.raises(ModelError, match=r"config\.json is not a valid model config"):
+    with pytest.raises(ModelError, match=rf"config\.json {words}"):
         resolve(str(folder))
 
 

@@ -1,0 +1,22 @@
+"""How many positions a model has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def context_length(model_config: Any) -> int | None:
+    """Return how many tokens a model can read at once, or ``None`` if its config does not say.
+
+    YaRN stretches rotary embeddings to ``factor`` times the context of the pretraining, and models that come with it
+    (or whose users have switched it on) may leave ``max_position_embeddings`` at what it was before (arXiv 2309.00071).
+
+    Args:
+        model_config: of transformers.
+    """
+    text = model_config.get_text_config()
+    limit: int | None = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if limit is not None and rope.get("rope_type") == "yarn" and rope.get("factor"):
+        limit = max(limit, int(rope["factor"] * rope.get("original_max_position_embeddings", limit)))
+    return limit
