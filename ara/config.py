@@ -181,18 +181,25 @@ class EvalConfig(PlacementConfig):
     """``ara eval``: dense, uniform and the chosen model side by side."""
 
     tasks: tuple[str, ...] = Field(
-        ("wikitext2",), min_length=1, description="wikitext2, c4, python-docs or file:PATH; several with commas"
+        ("wikitext2",),
+        min_length=1,
+        description="texts (wikitext2, c4, python-docs, file:PATH), tasks of lm-eval, zero-shot for seven; with commas",
     )
     seq_len: int | None = Field(
         None, ge=2, description="tokens per window [default: 2048, or the model's limit if that is less]"
     )
     max_windows: int | None = Field(None, ge=1, description="evaluate only the first N windows of each text")
-    batch_size: int = Field(1, ge=1, description="windows per forward pass")
+    limit: int | None = Field(None, ge=1, description="ask only N questions of each task, drawn at random")
+    seed: int = Field(0, ge=0, description="of that draw")
+    batch_size: int = Field(1, ge=1, description="windows, or texts of a task, per forward pass")
     backend: Literal["torch", "onnx"] = Field(
         "torch", description="onnx: measure the exported graph in ONNX Runtime, too (see ara export)"
     )
-    prompt: str | None = Field(None, description="also continue this text greedily with every model")
-    max_new_tokens: int = Field(40, ge=1, description="length of that continuation, in tokens")
+    continuations: int = Field(
+        3, ge=0, description="beginnings of the first text's documents that every model continues greedily"
+    )
+    prompt: str | None = Field(None, description="continue this text instead")
+    max_new_tokens: int = Field(40, ge=1, description="length of a continuation, in tokens")
 
 
 def build(config: type[Any], **values: Any) -> Any:

@@ -29,7 +29,7 @@ class StageWriter:
 
     Leaving the block normally writes the manifest and renames the folder into place. Leaving it by an exception
     removes the folder, unless the stage is resumable, at least one file is finished, and the same work might succeed
-    when it is taken up again (NaN would come back). A full disk is told as such.
+    when it is taken up again (NaN would come back, unless ``keep_after_nan``). A full disk is told as such.
 
     Attributes:
         folder: where to write; becomes ``<stage>/<name>``.
@@ -37,12 +37,20 @@ class StageWriter:
     """
 
     def __init__(
-        self, parent: Path, stage: str, name: str, resumable: bool, facts: dict[str, Any], started: float | None = None
+        self,
+        parent: Path,
+        stage: str,
+        name: str,
+        resumable: bool,
+        facts: dict[str, Any],
+        started: float | None = None,
+        keep_after_nan: bool = False,
     ) -> None:
         self.final = parent / name
         self.folder = parent / f".{name}{PARTIAL}"
         self.results: dict[str, Any] = {}
         self._stage, self._name, self._resumable, self._facts = stage, name, resumable, facts
+        self._keep_after_nan = keep_after_nan
         self._files: dict[str, FileRecord] = {}
         self._tensors: dict[str, TensorRecord] = {}
         self._fingerprint = digest(essence(stage, facts["config"], facts["model"], facts["parents"]))
@@ -67,14 +75,14 @@ class StageWriter:
                 self._abandon()
                 raise
             return
-        self._abandon(repeats=issubclass(kind, NumericalError))
+        self._abandon(repeats=issubclass(kind, NumericalError) and not self._keep_after_nan)
         full = disk_full_error(error, self.folder) if isinstance(error, Exception) else None
         if full is not None:
             raise full from error
 
     @property
-    def resumed(self) -> list[str]:
-        """Names of the files that an earlier, interrupted run has finished."""
+    def finished(self) -> list[str]:
+        """Names of the files that are finished, by this run or by an earlier, interrupted one."""
         return list(self._files)
 
     def tensors(self, name: str, tensors: Mapping[str, torch.Tensor], results: Mapping[str, Any] | None = None) -> None:

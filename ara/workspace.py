@@ -195,6 +195,7 @@ class Workspace:
         command: str,
         seed: int | None = None,
         resumable: bool = False,
+        keep_after_nan: bool = False,
         started: float | None = None,
     ) -> StageWriter:
         """Return a :class:`StageWriter` for ``stage/name``.
@@ -206,6 +207,7 @@ class Workspace:
             command: what the user typed.
             seed: of the stage, if it has one.
             resumable: whether an interrupted run leaves its finished files.
+            keep_after_nan: whether a run that ends by NaN leaves them, too.
             started: ``time.monotonic()`` when the stage began; now by default.
 
         Raises:
@@ -216,9 +218,8 @@ class Workspace:
                 f"{name!r} cannot be the name of a result",
                 "give a plain folder name with --name: no slash, backslash or colon, no dot in front",
             )
-        return StageWriter(
-            self.root / stage, stage, name, resumable, {**facts, "seed": seed, "command": command}, started
-        )
+        about = {**facts, "seed": seed, "command": command}
+        return StageWriter(self.root / stage, stage, name, resumable, about, started, keep_after_nan)
 
     def finished(self, stage: str, name: str, facts: dict[str, Any], report: Reporter = SILENT) -> StageView | None:
         """Return ``stage/name`` if it is done and was made from these ``facts``, else ``None``.

@@ -10,6 +10,7 @@ from ara.pipeline import STAGES, next_command
 from ara.stage_view import StageView
 from ara.workspace import Workspace
 from ara_cli.console import Column, Console
+from ara_cli.render_eval import show_evaluation
 from ara_cli.words import bytes_text, count_text, percent, seconds_text
 
 _LEFT: Literal["left"] = "left"
@@ -150,41 +151,6 @@ def show_checkpoint(console: Console, view: StageView) -> None:
     console.table(f"{view.name}", [Column("", _LEFT), Column("")], rows)
 
 
-def show_evaluation(console: Console, view: StageView) -> None:
-    """Show all models of an evaluation side by side, and their continuations of the prompt."""
-    results = _manifest(view)["results"]
-    tasks = results["tasks"]
-    columns = [Column("model", _LEFT)]
-    for task, values in tasks.items():
-        columns.append(Column(f"{task} perplexity ({values['windows']} × {values['seq_len']} tokens)"))
-    columns += [
-        Column("parameters"),
-        Column("linear kept"),
-        Column("model kept"),
-        Column("weights (MiB)"),
-        Column("tokens/s (p10 – p90)"),
-    ]
-    busiest = max(tasks.values(), key=lambda values: values["windows"] * values["seq_len"])
-    rows = []
-    for name, figures in results["variants"].items():
-        speed = busiest["models"][name]["tokens_per_second"]
-        rows.append(
-            (
-                name,
-                *(f"{values['models'][name]['perplexity']:,.2f}" for values in tasks.values()),
-                count_text(figures["parameters"]),
-                percent(figures["linear_keep"]),
-                percent(figures["model_keep"]),
-                f"{figures['weight_bytes'] / 2**20:,.1f}",
-                f"{speed['median']:,.0f} ({speed['low']:,.0f} – {speed['high']:,.0f})",
-            )
-        )
-    console.table("Dense, uniform and chosen, " + _order(results), columns, rows)
-    if results["prompt"] is not None:
-        for name, figures in results["variants"].items():
-            console.text(f"{name}: {results['prompt']}…{_one_line(figures['continuation'])}")
-
-
 def show_export(console: Console, about: dict[str, Any]) -> None:
     """Show how far the graph is from the checkpoint."""
     if about["parity"] is None:
@@ -294,12 +260,12 @@ def _figure(view: StageView) -> str:
         return f"{count_text(results['parameters'])} parameters, {bytes_text(results['disk_bytes'])}"
     if view.stage == "eval":
         chosen = results["chosen"]
-        return ", ".join(f"{t} {v['models'][chosen]['perplexity']:,.2f}" for t, v in results["tasks"].items())
+        return ", ".join(
+            f"{name} {row['perplexity']:,.2f}" if task["kind"] == "text" else f"{name} {row['value']:.3g}"
+            for name, task in results["tasks"].items()
+            for row in [task["models"][chosen]]
+        )
     return ""
-
-
-def _order(results: dict[str, Any]) -> str:
-    return "run in turn, window by window" if results["interleaved"] else "run one after the other"
 
 
 def _manifest(view: StageView) -> dict[str, Any]:
@@ -311,7 +277,3 @@ def _document(view: StageView) -> dict[str, Any]:
     manifest = _manifest(view)
     kept = ("stage", "name", "id", "parents", "config", "model", "seconds", "peak_memory_bytes", "results")
     return {"path": str(view.path), **{key: manifest[key] for key in kept}}
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ara.errors import WorkspaceError
 from ara.stage_view import StageView, parent_of
+from ara.stages.truncate import CHECKPOINT
 from ara.workspace import Workspace
 from export.runner import OnnxDecoder, TorchLike
 
@@ -24,7 +25,14 @@ def find_export(
         raise WorkspaceError(
             f"{view.key} gives the logits of the last position only", "export without --last-logits to evaluate"
         )
-    return view, lambda: TorchLike(OnnxDecoder(view.path)).eval()
+
+    def load() -> TorchLike:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(truncated.path / CHECKPOINT, trust_remote_code=False)
+        return TorchLike(OnnxDecoder(view.path), config).eval()
+
+    return view, load
 
 
 def latest_export(workspace: Workspace, truncated: StageView, name: str | None = None) -> StageView:

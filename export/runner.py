@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -18,6 +18,9 @@ import torch
 
 from ara.errors import ModelError, UnavailableError, UsageError, first_line
 from export.report import GRAPH_FILE, Provider, read_report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Below this, ONNX Runtime writes about things that nobody asked for.
@@ -190,11 +193,16 @@ class OnnxDecoder:
 
 
 class TorchLike(torch.nn.Module):
-    """An :class:`OnnxDecoder` that is called as a model of transformers is: for evaluation code that wants one."""
+    """An :class:`OnnxDecoder` that is called as a model of transformers is: for evaluation code that wants one.
 
-    def __init__(self, decoder: OnnxDecoder) -> None:
+    Args:
+        decoder: the exported model.
+        config: of the checkpoint, for who asks what model it is.
+    """
+
+    def __init__(self, decoder: OnnxDecoder, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.config = decoder, config
         self.anchor = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False, **_: Any) -> Any:
@@ -209,10 +217,42 @@ class TorchLike(torch.nn.Module):
         """Where inputs are expected."""
         return self.anchor.device
 
-    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **_: Any) -> torch.Tensor:
-        """Return one row of ids (1, t) with its greedy continuation behind it: (1, t + new)."""
-        new = list(self.decoder.generate(input_ids[0].cpu().numpy(), max_new_tokens))
-        return torch.cat([input_ids, torch.tensor([new], dtype=input_ids.dtype)], 1)
+    def tie_weights(self) -> None:
+        """Do nothing: the graph is finished."""
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        do_sample: bool = False,
+        pad_token_id: int = 0,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Return ids (b, t) with their greedy continuations behind them: (b, t + new), filled up on the right.
+
+        Args:
+            input_ids: (b, t).
+            attention_mask: (b, t), 0 where a row is filled up, on the left; all ones by default.
+            max_new_tokens: at most so many; or ``max_length``, with those that are there.
+            max_length: see there.
+            do_sample: must be false.
+            pad_token_id: what rows are filled up with.
+
+        Raises:
+            UsageError: sampling was asked for.
+        """
+        if do_sample:
+            raise UsageError("an exported graph continues greedily only", "use --backend torch for this task")
+        new = max_new_tokens if max_new_tokens is not None else (max_length or 0) - input_ids.shape[1]
+        rows = []
+        for number, ids in enumerate(input_ids):
+            prompt = ids if attention_mask is None else ids[attention_mask[number].bool()]
+            room = min(new, self.decoder.context - len(prompt))
+            rows.append(torch.tensor(list(self.decoder.generate(prompt.cpu().numpy(), room)), dtype=input_ids.dtype))
+        continued = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+        return torch.cat([input_ids, continued], 1)
 
 
 _KNOWN = ("input_ids", "attention_mask", "position_ids")

@@ -153,7 +153,7 @@ def load_documents(spec: str, purpose: Purpose, *, report: Reporter = SILENT) ->
 def load_c4(purpose: Purpose, report: Reporter = SILENT) -> Documents:
     """Load C4; locally, documents that also occur in the calibration part are left out of the evaluation."""
     texts, origin = _read_part("c4", purpose, _C4[purpose], report)
-    if purpose == "evaluation" and _data_dir() is not None:
+    if purpose == "evaluation" and data_dir() is not None:
         # The hub's validation split is disjoint by construction; two samples on a disk need not be.
         seen = {text.strip() for text in _read_part("c4", "calibration", _C4["calibration"], report)[0]}
         kept = [text for text in texts if text.strip() not in seen]
@@ -226,14 +226,15 @@ def _file_path(spec: str) -> Path:
     return Path(path).expanduser()
 
 
-def _data_dir() -> Path | None:
+def data_dir() -> Path | None:
+    """Return the folder that ``$ARA_DATA_DIR`` names, or ``None``."""
     folder = os.environ.get(DATA_DIR_VARIABLE)
     return Path(folder).expanduser() if folder else None
 
 
 def _read_part(name: str, purpose: Purpose, part: _Part, report: Reporter) -> tuple[list[str], str]:
     """Return the documents of ``part`` and the sentence of where they came from."""
-    folder = _data_dir()
+    folder = data_dir()
     if folder is None:
         return _read_hub(name, part, report)
     path = folder / part.local
@@ -255,7 +256,7 @@ def _read_hub(name: str, part: _Part, report: Reporter) -> tuple[list[str], str]
     report.step(f"Fetching {where} ({part.split} split{front}) from the Hugging Face hub")
     files = {part.split: part.data_file} if part.data_file else None
     try:
-        with _quiet_datasets():
+        with quiet_datasets():
             rows = datasets.load_dataset(
                 part.hub, part.config, data_files=files, split=part.split, streaming=part.data_file is not None
             )
@@ -274,7 +275,7 @@ def _read_hub(name: str, part: _Part, report: Reporter) -> tuple[list[str], str]
 
 
 @contextmanager
-def _quiet_datasets() -> Iterator[None]:
+def quiet_datasets() -> Iterator[None]:
     """Hide the progress bars of datasets and the hub inside the block: all printing is the console's."""
     import datasets
     from huggingface_hub import utils as hub

@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional
 
 from ara.errors import NumericalError
+from ara.evaluation.divergence import Divergence, summarise_divergence, window_divergence
 from ara.progress import SILENT, Reporter
 
 # Bytes of float32 logits that one chunk of rows may hold; 128 rows for a vocabulary of 131,072.
@@ -61,10 +62,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class VariantRun:
-    """What one model did in an interleaved run; speed is tokens read per second of forward pass."""
+    """What one model did in an interleaved run.
+
+    Attributes:
+        result: its perplexity.
+        tokens_per_second: tokens read per second of forward pass.
+        divergence: from the reference, if there is one and this is not it.
+    """
 
     result: PerplexityResult
     tokens_per_second: Spread
+    divergence: Divergence | None = None
 
 
 def window_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -122,48 +130,61 @@ def interleaved_perplexity(
     windows: torch.Tensor,
     *,
     batch_size: int = 1,
+    reference: str | None = None,
     report: Reporter = SILENT,
     label: str = "Perplexity",
 ) -> dict[str, VariantRun]:
     """Run several models over the same windows, batch by batch in turn, so that a slow spell hits all of them.
 
-    The order of the models rotates from batch to batch. The time of a batch is that of the forward pass alone; the
-    first batch is left out of the speed when there are more (it warms caches and compiles kernels). Only one
-    model's logits exist at a time. Each model runs on the device of its first parameter, in eval mode.
+    The order of the models rotates from batch to batch, behind the reference. The time of a batch is that of the
+    forward pass alone; the first batch is left out of the speed when there are more (it warms caches and compiles
+    kernels). Beside the reference's, only one model's logits exist at a time. Each model runs on the device of its
+    first parameter, in eval mode.
 
     Args:
         models: causal language models by name; called with ``input_ids`` and ``use_cache=False``, they return an
             object with ``logits`` (b, t, v).
         windows: (w, t) int64 token ids.
         batch_size: windows per forward pass.
+        reference: name of the model from which the divergence of all others is measured; ``None``: it is not.
         report: told about the progress.
         label: of the progress bar.
 
     Raises:
         NumericalError: a model gives a non-finite NLL; names the model and the window.
     """
-    names = list(models)
-    nlls: dict[str, list[float]] = {name: [] for name in names}
-    speeds: dict[str, list[float]] = {name: [] for name in names}
+    first = [reference] if reference is not None else []
+    names = [name for name in models if name != reference]
+    distances: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    nlls: dict[str, list[float]] = {name: [] for name in models}
+    speeds: dict[str, list[float]] = {name: [] for name in models}
     batches = windows.split(batch_size)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         for model in models.values():
             stack.enter_context(_evaluating(model))
-        bar = stack.enter_context(report.bar(label, len(windows) * len(names)))
+        bar = stack.enter_context(report.bar(label, len(windows) * len(models)))
         for number, batch in enumerate(batches):
             turn = number % len(names) if names else 0
-            for name in names[turn:] + names[:turn]:
-                values, seconds = _forward(models[name], batch)
+            dense: torch.Tensor | None = None
+            for name in first + names[turn:] + names[:turn]:
+                logits, values, seconds = _forward(models[name], batch)
                 _check_finite(values, len(nlls[name]), f"model {name!r}")
                 nlls[name] += values
                 speeds[name].append(batch.numel() / seconds)
+                if name == reference:
+                    dense = logits
+                elif dense is not None:
+                    distances[name] += window_divergence(dense, logits)
+                del logits
                 bar.advance(len(batch))
     return {
         name: VariantRun(
-            summarise(nlls[name], windows.shape[1]), spread(speeds[name][1:] if len(batches) > 1 else speeds[name])
+            summarise(nlls[name], windows.shape[1]),
+            spread(speeds[name][1:] if len(batches) > 1 else speeds[name]),
+            summarise_divergence(distances[name]) if distances.get(name) else None,
         )
-        for name in names
+        for name in models
     }
 
 
@@ -175,15 +196,15 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(values), deciles[0], deciles[-1])
 
 
-def _forward(model: torch.nn.Module, batch: torch.Tensor) -> tuple[list[float], float]:
-    """Return the NLLs of a batch (b, t) of windows, nats per predicted token, and the seconds of the forward pass."""
+def _forward(model: torch.nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, list[float], float]:
+    """Return logits (b, t, v), NLLs (nats per predicted token) of a batch (b, t), and the forward pass's seconds."""
     ids = batch.to(next(model.parameters()).device)
     _synchronize(ids.device)
     start = time.perf_counter()
     logits = model(input_ids=ids, use_cache=False).logits
     _synchronize(logits.device)
     seconds = time.perf_counter() - start
-    return window_nll(logits, ids.to(logits.device)).tolist(), max(seconds, 1e-9)
+    return logits, window_nll(logits, ids.to(logits.device)).tolist(), max(seconds, 1e-9)
 
 
 def _synchronize(device: torch.device) -> None:

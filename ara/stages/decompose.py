@@ -139,7 +139,7 @@ def _advised(width: int, seq_len: int) -> int:
 
 def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], stage: StageWriter, run: Run) -> None:
     """Refuse to start what the disk cannot hold, or what a broken weight would stop halfway."""
-    finished = set(stage.resumed)
+    finished = set(stage.finished)
     todo = [spec for spec in linears if layer_file(spec.layer) not in finished]
     needed = sum(spec.full_rank * (spec.m + spec.n) for spec in todo) * model.dtype.itemsize
     free = shutil.disk_usage(stage.folder).free
@@ -179,7 +179,7 @@ def _factor_layers(
     run: Run,
 ) -> None:
     """Collect statistics for as many blocks at once as memory allows, factor them, store them; repeat."""
-    finished = set(stage.resumed)
+    finished = set(stage.finished)
     todo = [spec for spec in linears if layer_file(spec.layer) not in finished]
     if finished:
         run.report.fact(f"going on after an interruption: {len(finished)} blocks are done")

@@ -2,61 +2,37 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from ara.allocation.budget import Budget
 from ara.allocation.uniform import Uniform
 from ara.calibration.texts import Documents, check_text_spec, load_documents
-from ara.calibration.tokens import TokenWindows, evaluation_windows
 from ara.config import EvalConfig
-from ara.evaluation.generation import greedy_continuation
-from ara.evaluation.perplexity import VariantRun, interleaved_perplexity
-from ara.models.accounting import parameter_count, weight_bytes
+from ara.evaluation.tasks import check_task, expand, is_text, load_tasks
 from ara.models.checkpoint import apply_factors, load
+from ara.models.context import context_length
 from ara.models.linears import matching
-from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
 from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import layout_of, load_modules, read_allocation
 from ara.stages.common import Run, already_done, begin, check_window, factor_files, model_of, specs_of
+from ara.stages.measure import DENSE, Measurement, Questions, Variant, prompts_of
 from ara.stages.truncate import CHECKPOINT, decomposition_of
 from ara.workspace import Workspace
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 RESULTS_FILE = "results.json"
 # Windows of the compression papers' evaluation.
 _DEFAULT_SEQ_LEN = 2048
 # What must not stand in the name of a folder.
 _NOT_PLAIN = re.compile(r"[^\w.-]")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of the table.
-
-    Attributes:
-        name: dense, uniform, or the name of the checkpoint.
-        load: brings the model into memory.
-        linear_keep: fraction kept of the factorised layers' parameters.
-        figures: parameters and bytes, where they cannot be counted on what ``load`` returns.
-    """
-
-    name: str
-    load: Callable[[], PreTrainedModel]
-    linear_keep: float
-    figures: Mapping[str, int] | None = None
-
 
 # Finds the export of a checkpoint, and how to load it: this package does not know other runtimes.
 FindExport = Callable[[Workspace, StageView], tuple[StageView, Callable[[], Any]]]
@@ -70,7 +46,7 @@ def evaluate(
     name: str | None = None,
     find_export: FindExport | None = None,
 ) -> StageView:
-    """Measure perplexity and speed, and store them with the settings.
+    """Measure perplexity and speed on texts, accuracy on tasks, and store them with the settings.
 
     Args:
         config: tasks, windows, device.
@@ -83,8 +59,9 @@ def evaluate(
         AraError: a stage is missing or stale, a text is missing, a model yields NaN.
     """
     started = begin()
-    for task in config.tasks:
-        check_text_spec(task)
+    names = expand(config.tasks)
+    for task in names:
+        check_text_spec(task) if is_text(task) else check_task(task, run.report)
     placement = choose_placement(config.device, config.dtype)
     workspace = run.open()
     with workspace.lock(run.command):
@@ -108,36 +85,58 @@ def evaluate(
             assert find_export is not None
             exported = find_export(workspace, truncated)
             parents.append(exported[0])
-        texts = {task: load_documents(task, "evaluation", report=run.report) for task in config.tasks}
+        texts = {task: load_documents(task, "evaluation", report=run.report) for task in names if is_text(task)}
+        tasks = [task for name in names if not is_text(name) for task in load_tasks(name, run.report)]
         facts = {
             "config": {
                 **resolved.model_dump(mode="json"),
-                "text_sha256": {task: documents.digest for task, documents in texts.items()},
+                "text_sha256": {
+                    **{task: documents.digest for task, documents in texts.items()},
+                    **{task.name: task.digest for task in tasks},
+                },
             },
             "model": truncated.manifest.model,
             "parents": tuple(parent_of(view) for view in parents),
         }
-        name = name or result_name(truncated.name, texts) + ("" if exported is None else f"-{exported[0].name}")
+        name = name or result_name(truncated.name, config.tasks, texts) + (f"-{exported[0].name}" if exported else "")
         done = workspace.finished("eval", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
         variants = _variants(truncated, chosen, decomposition, source, resolved, run)
         if exported is not None:
             variants.append(_exported(truncated, *exported))
-        with workspace.writer("eval", name, facts, command=run.command, started=started) as stage:
-            stage.results.update(_measure(variants, resolved, texts, source, truncated, run))
+        tokenizer, context = source.load_tokenizer(), context_length(source.config)
+        room = None if context is None else context - config.max_new_tokens
+        prompts = prompts_of(texts, config.continuations, tokenizer, room) if config.prompt is None else [config.prompt]
+        questions = Questions(tokenizer, texts, tasks, prompts)
+        with workspace.writer(
+            "eval", name, facts, command=run.command, resumable=True, keep_after_nan=True, started=started
+        ) as stage:
+            measurement = Measurement(variants, _label(truncated), questions, resolved, stage, run.report)
+            interleaved = measurement.run(truncated.manifest.results["dense_weight_bytes"])
+            stage.results.update(_complete(measurement.results(), truncated), interleaved=interleaved)
             text = json.dumps(stage.results, indent=1, allow_nan=False)
             (stage.folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
         return workspace.view(f"eval/{name}")
 
 
-def result_name(checkpoint: str, texts: Mapping[str, Documents]) -> str:
+def _complete(results: dict[str, Any], truncated: StageView) -> dict[str, Any]:
+    """Add what follows from all rows together."""
+    assert truncated.manifest is not None
+    dense = results["variants"][DENSE]["parameters"]
+    for row in results["variants"].values():
+        row["model_keep"] = row["parameters"] / dense
+    results["variants"][_label(truncated)]["disk_bytes"] = truncated.manifest.results["disk_bytes"]
+    return {"chosen": _label(truncated), **results}
+
+
+def result_name(checkpoint: str, tasks: Sequence[str], texts: Mapping[str, Documents]) -> str:
     """Return ``checkpoint-task-task``; a file is named by its stem and the checksum of its text."""
     names = [
-        f"{_NOT_PLAIN.sub('_', Path(task.removeprefix('file:')).stem)}-{documents.digest[:8]}"
+        f"{_NOT_PLAIN.sub('_', Path(task.removeprefix('file:')).stem)}-{texts[task].digest[:8]}"
         if task.startswith("file:")
         else task
-        for task, documents in texts.items()
+        for task in tasks
     ]
     return "-".join([checkpoint, *names])
 
@@ -185,7 +184,7 @@ def _variants(
     def load_chosen() -> PreTrainedModel:
         return load(truncated.path / CHECKPOINT, config.device, config.dtype)
 
-    variants = [Variant("dense", load_dense, 1.0)]
+    variants = [Variant(DENSE, load_dense, 1.0)]
     if uniform != allocation:
         variants.append(Variant("uniform", load_uniform, uniform.keep(specs)))
     variants.append(Variant(_label(truncated), load_chosen, allocation.keep(specs)))
@@ -204,100 +203,3 @@ def _exported(truncated: StageView, view: StageView, load_export: Callable[[], A
 def _label(truncated: StageView) -> str:
     """Return what the chosen model is called in the table; never the name of another row."""
     return truncated.key if truncated.name in ("dense", "uniform") else truncated.name
-
-
-def _measure(
-    variants: list[Variant],
-    config: EvalConfig,
-    texts: dict[str, Any],
-    source: ModelSource,
-    truncated: StageView,
-    run: Run,
-) -> dict[str, Any]:
-    assert config.seq_len is not None and truncated.manifest is not None
-    tokenizer = source.load_tokenizer()
-    windows = {
-        task: evaluation_windows(documents, tokenizer, seq_len=config.seq_len, max_windows=config.max_windows)
-        for task, documents in texts.items()
-    }
-    figures: dict[str, dict[str, Any]] = {variant.name: {} for variant in variants}
-    tasks: dict[str, dict[str, Any]] = {
-        task: {"text": texts[task].origin, "windows": windows[task].windows, "seq_len": config.seq_len, "models": {}}
-        for task in texts
-    }
-    groups = _groups(variants, truncated.manifest.results["dense_weight_bytes"], config, run)
-    for group in groups:
-        measured, rows = _measure_group(group, windows, config, tokenizer, run)
-        for name in measured:
-            figures[name] |= measured[name]
-            for task in tasks:
-                tasks[task]["models"][name] = rows[task][name]
-        gc.collect()
-    dense = figures["dense"]["parameters"]
-    for row in figures.values():
-        row["model_keep"] = row["parameters"] / dense
-    figures[_label(truncated)]["disk_bytes"] = truncated.manifest.results["disk_bytes"]
-    return {
-        "chosen": _label(truncated),
-        "variants": figures,
-        "tasks": {
-            task: {**values, "models": {v.name: values["models"][v.name] for v in variants}}
-            for task, values in tasks.items()
-        },
-        "interleaved": len(groups) == 1,
-        "prompt": config.prompt,
-    }
-
-
-def _measure_group(
-    group: list[Variant],
-    windows: Mapping[str, TokenWindows],
-    config: EvalConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    run: Run,
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Load the models of one group and measure them; they are out of memory again when this returns."""
-    run.report.fact(f"loading {', '.join(variant.name for variant in group)}")
-    models = {variant.name: variant.load() for variant in group}
-    figures: dict[str, dict[str, Any]] = {
-        variant.name: {
-            **(
-                variant.figures
-                or {
-                    "parameters": parameter_count(models[variant.name]),
-                    "weight_bytes": weight_bytes(models[variant.name]),
-                }
-            ),
-            "linear_keep": variant.linear_keep,
-        }
-        for variant in group
-    }
-    if config.prompt is not None:
-        for name, model in models.items():
-            figures[name]["continuation"] = greedy_continuation(model, tokenizer, config.prompt, config.max_new_tokens)
-    rows = {}
-    for task, text in windows.items():
-        results = interleaved_perplexity(
-            models, text.ids, batch_size=config.batch_size, report=run.report, label=f"Reading {task}"
-        )
-        rows[task] = {name: _row(result) for name, result in results.items()}
-    return figures, rows
-
-
-def _row(run: VariantRun) -> dict[str, Any]:
-    row = asdict(run.result)
-    row["window_nlls"] = list(row["window_nlls"])
-    return {**row, "tokens_per_second": asdict(run.tokens_per_second)}
-
-
-def _groups(variants: list[Variant], dense_bytes: int, config: EvalConfig, run: Run) -> list[list[Variant]]:
-    """Return the models to run in turn: all together when they fit into memory, else one by one."""
-    free = available_bytes(torch.device(config.device))
-    # A quarter on top for activations and logits.
-    if 1.25 * dense_bytes * len(variants) < free:
-        return [variants]
-    run.report.warn(
-        f"{len(variants)} models do not fit into {free / 2**30:.1f} GiB at once: they are run one after the other, "
-        "so a change of the machine's speed in between shows in their tokens/s"
-    )
-    return [[variant] for variant in variants]

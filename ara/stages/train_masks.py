@@ -99,7 +99,7 @@ class _Training:
         """Train at each budget, largest first; each starts from what the one before has learned."""
         table, learned = self._table(), None
         for keep in sorted(set(self.config.keep), reverse=True):
-            if masks_file(keep) in self.stage.resumed:
+            if masks_file(keep) in self.stage.finished:
                 if self.config.objective == "priced":
                     learned = load_file(self.stage.folder / masks_file(keep))
             else:
@@ -113,7 +113,7 @@ class _Training:
         """Return the sensitivity table, read back when an interrupted run had it already."""
         if not needs_table(self.options):
             return None
-        if TABLE_FILE not in self.stage.resumed:
+        if TABLE_FILE not in self.stage.finished:
             table = sensitivity_table(self.context)
             facts = {"table_seconds": table.seconds, "table_windows": len(self.context.train)}
             self.stage.tensors(TABLE_FILE, table.losses, facts)

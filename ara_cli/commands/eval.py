@@ -32,12 +32,15 @@ def command(
     ] = None,
     seq_len: Annotated[int | None, field(_C, "seq_len")] = None,
     max_windows: Annotated[int | None, field(_C, "max_windows")] = None,
+    limit: Annotated[int | None, field(_C, "limit")] = None,
+    seed: Annotated[int, field(_C, "seed")] = default(_C, "seed"),
     batch_size: Annotated[int, field(_C, "batch_size")] = default(_C, "batch_size"),
     name: NameOption = None,
     backend: Annotated[str, field(_C, "backend", metavar="torch|onnx")] = default(_C, "backend"),
     export: Annotated[
         str | None, typer.Option(help="export that --backend onnx measures [default: the latest]")
     ] = None,
+    continuations: Annotated[int, field(_C, "continuations")] = default(_C, "continuations"),
     prompt: Annotated[str | None, field(_C, "prompt")] = None,
     max_new_tokens: Annotated[int, field(_C, "max_new_tokens")] = default(_C, "max_new_tokens"),
     device: Annotated[str, field(_C, "device")] = default(_C, "device"),
@@ -54,6 +57,9 @@ def command(
             tasks=task_names(tasks),
             seq_len=seq_len,
             max_windows=max_windows,
+            limit=limit,
+            seed=seed,
+            continuations=continuations,
             batch_size=batch_size,
             backend=backend,
             prompt=prompt,
@@ -62,7 +68,8 @@ def command(
             dtype=dtype,
         )
         from ara.stages.evaluate import evaluate
-        from ara_cli.render import show_end, show_evaluation
+        from ara_cli.render import show_end
+        from ara_cli.render_eval import show_evaluation
 
         find = None
         if config.backend == "onnx":

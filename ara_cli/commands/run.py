@@ -40,6 +40,7 @@ def command(
     tasks: Annotated[str, field(EvalConfig, "tasks")] = ",".join(default(EvalConfig, "tasks")),
     eval_seq_len: Annotated[int | None, field(EvalConfig, "seq_len", "--eval-seq-len")] = None,
     max_windows: Annotated[int | None, field(EvalConfig, "max_windows")] = None,
+    limit: Annotated[int | None, field(EvalConfig, "limit")] = None,
     prompt: Annotated[str | None, field(EvalConfig, "prompt")] = None,
     device: Annotated[str, field(DecomposeConfig, "device")] = default(DecomposeConfig, "device"),
     dtype: Annotated[str, field(DecomposeConfig, "dtype")] = default(DecomposeConfig, "dtype"),
@@ -84,6 +85,7 @@ def command(
                 tasks=task_names(tasks),
                 seq_len=eval_seq_len,
                 max_windows=max_windows,
+                limit=limit,
                 prompt=prompt,
                 **placement,
             )

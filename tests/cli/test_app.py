@@ -57,7 +57,7 @@ RUN_OPTIONS = {
     "rank_multiple": (AllocateConfig, "rank_multiple"),
     **{name: (DecomposeConfig, name) for name in ("model", "text", "samples", "seq_len", "seed", "device", "dtype")},
     **{name: (DecomposeConfig, name) for name in ("revision",)},
-    **{name: (EvalConfig, name) for name in ("tasks", "max_windows", "prompt")},
+    **{name: (EvalConfig, name) for name in ("tasks", "max_windows", "limit", "prompt")},
     "eval_seq_len": (EvalConfig, "seq_len"),
 }
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
+from ara.evaluation import tasks
+from ara.stages import measure
 from ara.workspace import Workspace
 from ara_cli.app import app
 from tests.damage import contents, flip, listing
@@ -322,9 +325,10 @@ def test_text_that_cannot_be_used(root, tiny_llama, tmp_path, name, data, word):
     refused(decompose(tiny_llama, f"file:{tmp_path / name}", root), 1, word, name)
 
 
-def test_unknown_text_and_task(root, unchanged, tiny_llama):
+def test_unknown_text_and_task(root, unchanged, tiny_llama, monkeypatch):
     refused(decompose(tiny_llama, "wikitext", root), 2, "did you mean wikitext2", "file:PATH")
-    refused(run("eval", "--tasks", "wikitext", "-w", unchanged, "-q"), 2, "did you mean wikitext2")
+    monkeypatch.setattr(tasks, "_manager", lambda folder: SimpleNamespace(all_tasks=["boolq"]))
+    refused(run("eval", "--tasks", "wikitex2", "-w", unchanged, "-q"), 2, "did you mean wikitext2")
     refused(run("eval", "--tasks", " , ", "-w", unchanged, "-q"), 2, "names no task")
 
 
@@ -473,21 +477,37 @@ def test_disk_that_fills_up_after_a_block_keeps_the_block(tmp_path, tiny_llama, 
     assert decompose(tiny_llama, tiny_text, tmp_path / "ws").exit_code == 0
 
 
-def test_disk_that_fills_up_in_truncate_allocate_and_eval(unchanged, tiny_text, monkeypatch):
+def test_disk_that_fills_up_in_truncate_and_allocate(unchanged, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("transformers.modeling_utils.safe_save_file", full)
         refused(run("truncate", "--name", "x", "-w", unchanged, "-q"), 1, "the disk is full")
     write = Path.write_text
 
     def no_room(path, *args, **kwargs):
-        if path.name in ("ranks.json", "results.json"):
+        if path.name == "ranks.json":
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "write_text", no_room)
     refused(run("allocate", "--keep", "0.5", "--method", "energy", "-w", unchanged, "-q"), 1, "the disk is full")
-    words = ("--seq-len", 64, "--max-windows", 1, "--device", "cpu", "--dtype", "float32")
-    refused(run("eval", "--tasks", tiny_text, *words, "-w", unchanged, "-q", "--force"), 1, "the disk is full")
+
+
+def test_disk_that_fills_up_in_eval_keeps_what_is_measured(copied, tiny_text, monkeypatch):
+    words = ("--tasks", tiny_text, "--seq-len", 64, "--max-windows", 1, "--device", "cpu", "--dtype", "float32")
+    write = Path.write_text
+
+    def no_room(path, *args, **kwargs):
+        if path.name == "results.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, *args, **kwargs)
+
+    before = contents(copied)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", no_room)
+        refused(run("eval", *words, "-w", copied, "-q", "--name", "full"), 1, "the disk is full")
+    assert {name: sha for name, sha in contents(copied).items() if name in before} == before
+    monkeypatch.setattr(measure, "interleaved_perplexity", None)  # not measured again
+    assert run("eval", *words, "-w", copied, "-q", "--name", "full").exit_code == 0
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from ara.stages.common import Run
 from ara_cli.app import app
 from export import architecture, onnx_target
 from tests.damage import flip, listing
+from tests.questions import write_questions
 
 
 def ara(*arguments: Any) -> Any:
@@ -132,7 +133,8 @@ def test_what_is_shipped_is_what_is_measured(workspace: Path, tiny_text: str) ->
     assert list(task["models"]) == ["dense", "uniform", torch, ours]
     assert task["models"][ours]["nll"] == pytest.approx(task["models"][torch]["nll"], rel=1e-6)
     figures = document["variants"]
-    assert figures[ours]["continuation"] == figures[torch]["continuation"]
+    (continued,) = document["continuations"]
+    assert continued["models"][ours] == continued["models"][torch]
     assert figures[ours]["parameters"] == figures[torch]["parameters"]
     answers = [
         json.loads(ara("generate", "the river", "--backend", backend, *options, "-w", workspace, "--json").stdout)
@@ -143,6 +145,19 @@ def test_what_is_shipped_is_what_is_measured(workspace: Path, tiny_text: str) ->
     assert len(answers[0]["answer"]) > 3
     refused(ara("generate", "x", "--max-new-tokens", 500, "-w", workspace, "-q"), 2, "are more than the 200 positions")
     refused(ara("generate", " ", "-w", workspace, "-q"), 2, "the prompt is empty")
+
+
+def test_an_export_answers_questions_as_its_checkpoint_does(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval scores the graph itself."""
+    monkeypatch.setenv("ARA_DATA_DIR", str(write_questions(workspace.parent / "data")))
+    monkeypatch.setenv("ARA_CACHE_DIR", str(workspace.parent / "cache"))
+    assert ara("export", "--execution-provider", "cpu", "-w", workspace).exit_code == 0
+    words = ["--tasks", "piqa,lambada_openai,wikitext", "--batch-size", 3, "--device", "cpu", "--dtype", "float32"]
+    result = ara("eval", "--backend", "onnx", *words, "-w", workspace, "--json")
+    assert result.exit_code == 0, result.output
+    for task in json.loads(result.stdout)["results"]["tasks"].values():
+        ours, torch = (task["models"][name] for name in ("export/energy-0.70-pivoted-fp32", "energy-0.70-pivoted"))
+        assert ours["metrics"] == pytest.approx(torch["metrics"], rel=1e-4)
 
 
 def test_an_export_of_last_logits_cannot_be_evaluated(workspace: Path, tiny_text: str) -> None:

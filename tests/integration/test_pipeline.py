@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import ara
-import ara.stages.evaluate as evaluation
+import ara.stages.measure as measure
 from ara.allocation.base import cost
 from ara.calibration.texts import load_documents
 from ara.calibration.tokens import evaluation_windows
@@ -102,6 +102,11 @@ def test_workspace_holds_exactly_these_files(finished):
         f"{checkpoint}/tokenizer_config.json",
         f"eval/{NAME}-{story()}/manifest.json",
         f"eval/{NAME}-{story()}/results.json",
+        *(
+            f"eval/{NAME}-{story()}/{piece}.{row}-{model}.json"
+            for piece in ("00-model", "01-story")
+            for row, model in enumerate(("dense", "uniform", NAME))
+        ),
     }
 
 
@@ -326,8 +331,19 @@ def test_checkpoint_with_the_name_of_another_row_keeps_its_own(copied, tiny_text
 def test_continuations_of_a_prompt(copied, tiny_text):
     config = EvalConfig(tasks=(tiny_text,), seq_len=64, max_windows=1, prompt="The baker", max_new_tokens=3, **CPU)
     results = evaluate(config, Run(copied)).manifest.results
-    assert results["prompt"] == "The baker"
-    assert all(isinstance(row["continuation"], str) for row in results["variants"].values())
+    (continued,) = results["continuations"]
+    assert continued["prompt"] == "The baker" and list(continued["models"]) == list(results["variants"])
+    assert all(isinstance(text, str) for text in continued["models"].values())
+
+
+def test_continuations_of_the_text_itself(copied, tiny_text):
+    config = EvalConfig(tasks=(tiny_text,), seq_len=64, max_windows=1, max_new_tokens=3, continuations=2, **CPU)
+    continued = evaluate(config, Run(copied)).manifest.results["continuations"]
+    beginnings = [" ".join(text.split()) for text in load_documents(tiny_text, "evaluation").documents]
+    assert len(continued) == 2 and all(
+        any(text.startswith(row["prompt"]) and len(text) > len(row["prompt"]) for text in beginnings)
+        for row in continued
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -478,15 +494,15 @@ def test_settings_of_a_method_are_refused_beside_a_ranks_file(copied):
 def test_models_that_do_not_fit_together_are_alone_in_memory(copied, tiny_text, monkeypatch):
     alive: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
     most = []
-    original = evaluation.interleaved_perplexity
+    original = measure.interleaved_perplexity
 
     def watched(models, *arguments, **options):
         alive.update(models.values())
         most.append(len(alive))
         return original(models, *arguments, **options)
 
-    monkeypatch.setattr(evaluation, "interleaved_perplexity", watched)
-    monkeypatch.setattr(evaluation, "available_bytes", lambda device: 1)
+    monkeypatch.setattr(measure, "interleaved_perplexity", watched)
+    monkeypatch.setattr(measure, "available_bytes", lambda device: 1)
     config = EvalConfig(tasks=(tiny_text,), seq_len=32, max_windows=2, device="cpu", dtype="float32")
     together = manifest(copied, f"eval/{NAME}-{story()}").results
     alone = evaluate(config, Run(copied)).manifest.results

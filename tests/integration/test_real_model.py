@@ -83,7 +83,7 @@ def test_checkpoint_loads_and_speaks(made, source):
     ids = source.load_tokenizer()("The capital of France is", return_tensors="pt").input_ids
     with torch.inference_mode():
         assert torch.equal(model(ids).logits, same(ids).logits)
-    assert made["eval"].manifest.results["variants"]["dense"]["continuation"].strip()
+    assert made["eval"].manifest.results["continuations"][0]["models"]["dense"].strip()
 
 
 def test_dense_row_agrees_with_an_independent_computation(made, source):

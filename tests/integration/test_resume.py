@@ -221,7 +221,7 @@ def test_killed_while_its_manifest_is_written_goes_on(killed, tmp_path, tiny_set
     ("stage", "place", "after"),
     [
         ("truncate", "ara.stages.truncate:model_card", "before"),
-        ("eval", "ara.stages.evaluate:interleaved_perplexity", "after"),
+        ("eval", "ara.stages.measure:interleaved_perplexity", "after"),
     ],
 )
 def test_killed_truncate_and_eval_leave_a_part_that_the_next_run_replaces(

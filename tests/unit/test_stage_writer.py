@@ -85,7 +85,7 @@ def test_resumed_stage_keeps_finished_files_and_their_results(tmp_path):
     (partial(tmp_path) / "d.safetensors").write_bytes(b"written, but not yet noted")
     inode = (partial(tmp_path) / "a.safetensors").stat().st_ino
     with writer(tmp_path) as stage:
-        assert stage.resumed == ["a.safetensors", "b.safetensors"]
+        assert stage.finished == ["a.safetensors", "b.safetensors"]
         stage.tensors("c.safetensors", {"c": W["w"]})
     folder = tmp_path / "decompose" / "plain"
     manifest = read_manifest(folder)
@@ -103,7 +103,7 @@ def test_resumed_stage_is_the_same_content_as_an_uninterrupted_one(tmp_path):
     for name in ("plain", "other"):
         with writer(tmp_path, name=name) as stage:
             for file in ("a.safetensors", "b.safetensors"):
-                if file not in stage.resumed:
+                if file not in stage.finished:
                     stage.tensors(file, {file.partition(".")[0]: W["w"]})
         ids.append(read_manifest(tmp_path / "decompose" / name).id)
     assert ids[0] == ids[1]
@@ -129,14 +129,14 @@ def test_seconds_of_the_interrupted_run_count(tmp_path):
 def test_other_facts_discard_what_was_finished(tmp_path, changes):
     interrupted(tmp_path, "a.safetensors")
     with writer(tmp_path, **changes) as stage:
-        assert stage.resumed == []
+        assert stage.finished == []
         assert list(stage.folder.iterdir()) == []
 
 
 def test_another_command_line_still_goes_on(tmp_path):
     interrupted(tmp_path, "a.safetensors")
     with writer(tmp_path, command="ara run x") as stage:
-        assert stage.resumed == ["a.safetensors"]
+        assert stage.finished == ["a.safetensors"]
 
 
 @pytest.mark.parametrize("position", [0, 20, -1])
@@ -144,7 +144,7 @@ def test_damaged_finished_file_discards_all(tmp_path, position):
     interrupted(tmp_path, "a.safetensors", "b.safetensors")
     flip(partial(tmp_path) / "b.safetensors", position)
     with writer(tmp_path) as stage:
-        assert stage.resumed == []
+        assert stage.finished == []
         assert list(stage.folder.iterdir()) == []
 
 
@@ -157,7 +157,7 @@ def test_journal_that_cannot_be_trusted_discards_all(tmp_path, text):
     else:
         journal.write_text(text)
     with writer(tmp_path) as stage:
-        assert stage.resumed == []
+        assert stage.finished == []
         assert list(stage.folder.iterdir()) == []
 
 
@@ -193,7 +193,7 @@ def test_full_disk_at_the_manifest_loses_no_finished_file(tmp_path, monkeypatch)
         with pytest.raises(DiskFullError), writer(tmp_path) as stage:
             stage.tensors("a.safetensors", W)
     with writer(tmp_path) as stage:
-        assert stage.resumed == ["a.safetensors"]
+        assert stage.finished == ["a.safetensors"]
     assert listing(tmp_path / "decompose" / "plain") == {"a.safetensors", MANIFEST}
 
 

@@ -169,7 +169,7 @@ def test_nan_names_model_and_window() -> None:
 def test_first_batch_is_left_out_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([10.0, 1.0, 2.0, 4.0])
     nlls = torch.zeros(1).tolist()
-    monkeypatch.setattr(perplexity, "_forward", lambda *_: (nlls, next(seconds)))
+    monkeypatch.setattr(perplexity, "_forward", lambda *_: (torch.zeros(1, 8, 3), nlls, next(seconds)))
     speed = interleaved_perplexity({"a": _Recorder("a", [])}, _windows(4, length=8))["a"].tokens_per_second
     assert speed.median == 4.0  # 8 tokens in 1, 2 and 4 seconds
     assert (speed.low, speed.high) == pytest.approx((2.4, 7.2))

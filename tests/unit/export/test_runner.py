@@ -67,8 +67,24 @@ def test_it_can_stand_for_a_model_of_transformers(exported: tuple[Path, Any]) ->
     ids = torch.arange(4, 60).view(2, 28)
     with torch.inference_mode():
         expected = model(ids).logits
-    found = TorchLike(OnnxDecoder(folder)).eval()(input_ids=ids, use_cache=False).logits
+    found = TorchLike(OnnxDecoder(folder), model.config).eval()(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_rows_that_are_filled_up_on_the_left_are_continued(exported: tuple[Path, Any]) -> None:
+    """As lm-eval asks for text; the graph itself knows no filling on the left."""
+    folder, model = exported
+    like = TorchLike(OnnxDecoder(folder), model.config)
+    rows = [torch.arange(4, 30), torch.arange(40, 50)]
+    single = [like.generate(row[None], max_new_tokens=8)[0, len(row) :] for row in rows]
+    ids = torch.stack([rows[0], torch.cat([torch.zeros(16, dtype=torch.int64), rows[1]])])
+    mask = torch.ones_like(ids)
+    mask[1, :16] = 0
+    both = like.generate(ids, attention_mask=mask, max_length=34, pad_token_id=3)
+    for row, expected in zip(both[:, 26:], single, strict=True):
+        assert row[: len(expected)].tolist() == expected.tolist() and set(row[len(expected) :].tolist()) <= {3}
+    with pytest.raises(UsageError, match="continues greedily only"):
+        like.generate(ids, max_new_tokens=1, do_sample=True)
 
 
 def test_a_provider_that_is_not_there_is_an_error(exported: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:

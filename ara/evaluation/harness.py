@@ -1,0 +1,203 @@
+"""Runs lm-eval's tasks on a model that is in memory, question by question, so that two models can be compared in pairs.
+
+Scoring is lm-eval's own (``HFLM``, ``evaluate``): the figures are those of its command on the same questions.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ara.errors import NumericalError
+from ara.evaluation.tasks import Task, quiet_lm_eval
+from ara.models.context import context_length
+from ara.models.quiet import quiet_transformers
+from ara.progress import SILENT, Bar, Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# The metric that a task is known by, the first of these that it has; else its first one.
+_HEADLINES = ("acc", "exact_match", "f1", "word_perplexity", "perplexity")
+# What lm-eval's command draws examples with, for tasks that come with some.
+_EXAMPLES_SEED = 1234
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question as one model answered it.
+
+    Attributes:
+        document: number of the question.
+        digest: lm-eval's hash of the question.
+        responses: what lm-eval scored: log-likelihoods (nats) with whether they were the greedy choice, or texts.
+        metrics: metric → value, a number, or what lm-eval aggregates.
+    """
+
+    document: int
+    digest: str
+    responses: Any
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model scores on a task.
+
+    Attributes:
+        metrics: metric → mean over the questions, or what else lm-eval makes of them.
+        stderrs: metric → standard error of the mean, ``None`` for what is no mean.
+        headline: the metric that the task is known by.
+        answers: per question, by number.
+    """
+
+    metrics: dict[str, float]
+    stderrs: dict[str, float | None]
+    headline: str
+    answers: tuple[Answer, ...]
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    documents: list[int] | None,
+    *,
+    batch_size: int = 1,
+    report: Reporter = SILENT,
+    label: str = "Questions",
+) -> TaskScore:
+    """Ask a model the questions of a task, zero-shot unless the task says otherwise.
+
+    Args:
+        model: a causal language model in eval mode, or what can be called like one.
+        tokenizer: the model's own.
+        task: of :func:`ara.evaluation.tasks.load_tasks`.
+        documents: numbers of the questions, ascending; ``None`` for all.
+        batch_size: texts per forward pass.
+        report: told about the progress.
+        label: of the progress bar.
+
+    Raises:
+        NumericalError: the model gives NaN.
+    """
+    from lm_eval.evaluator import evaluate
+
+    definition = task.definition
+    if definition.get_config("num_fewshot") is None:
+        definition.set_config(key="num_fewshot", value=0)
+    definition.set_fewshot_seed(seed=_EXAMPLES_SEED)
+    with _as_before(), quiet_transformers(), quiet_lm_eval():
+        found = evaluate(
+            lm=_wrapped(model, tokenizer, batch_size, report, label),
+            task_dict={"tasks": {task.name: definition}, "groups": {}, "group_map": {}},
+            samples=None if documents is None else {task.name: documents},
+            bootstrap_iters=0,
+        )
+    return _score(found["results"][task.name], found["samples"][task.name])
+
+
+def _score(results: Mapping[str, Any], samples: list[dict[str, Any]]) -> TaskScore:
+    """Put lm-eval's result into ours; of several filters of one metric the first counts."""
+    first = samples[0]["filter"]
+    rows = sorted((row for row in samples if row["filter"] == first), key=lambda row: int(row["doc_id"]))
+    metrics: dict[str, float] = {}
+    for key, value in results.items():
+        name, comma, _filter = key.partition(",")
+        if comma and not name.endswith("_stderr") and isinstance(value, int | float):
+            metrics.setdefault(name, float(value))
+    stderrs = {name: _stderr([row.get(name) for row in rows], value) for name, value in metrics.items()}
+    answers = tuple(
+        Answer(row["doc_id"], row["doc_hash"], row["filtered_resps"], {name: row[name] for name in row["metrics"]})
+        for row in rows
+    )
+    headline = next((name for name in _HEADLINES if name in metrics), next(iter(metrics)))
+    return TaskScore(metrics, stderrs, headline, answers)
+
+
+def _stderr(values: list[Any], aggregate: float) -> float | None:
+    """Return the standard error of a mean, as lm-eval does, or ``None`` if ``aggregate`` is no mean of the values."""
+    if len(values) < 2 or not all(isinstance(value, int | float) for value in values):
+        return None
+    mean = statistics.fmean(values)
+    if not math.isclose(mean, aggregate, rel_tol=1e-9, abs_tol=1e-12):
+        return None
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _wrapped(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, report: Reporter, label: str
+) -> Any:
+    """Return lm-eval's view of a model that is in memory, with our progress bar and an eye on NaN."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Wrapped(HFLM):
+        """The model under lm-eval's own scoring."""
+
+        bar: Bar | None = None
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
+            with self._counting(len(requests)):
+                found = super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
+            for number, (value, _greedy) in enumerate(found):
+                if not math.isfinite(value):
+                    raise NumericalError(
+                        f"the model gives a log-likelihood of {value} on text {number} of {label}, "
+                        "expected a finite number",
+                        "the model computes NaN or infinity: try --dtype float32, and check its weights",
+                    )
+            return found
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            with self._counting(len(requests)):
+                return super().generate_until(requests, disable_tqdm=True)
+
+        @contextmanager
+        def _counting(self, texts: int) -> Iterator[None]:
+            with report.bar(label, texts) as bar:
+                self.bar = bar
+                yield
+                self.bar = None
+
+        def _model_call(self, inps: Any, **options: Any) -> Any:
+            found = super()._model_call(inps, **options)
+            if self.bar is not None:
+                self.bar.advance(len(inps))
+            return found
+
+        def _model_generate(self, context: Any, *arguments: Any, **options: Any) -> Any:
+            found = super()._model_generate(context, *arguments, **options)
+            if self.bar is not None:
+                self.bar.advance(len(context))
+            return found
+
+        def get_model_info(self) -> dict[str, Any]:
+            """Return nothing: a model in memory has no address."""
+            return {}
+
+    return Wrapped(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context_length(model.config)
+    )
+
+
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """Give random numbers back as they were: lm-eval seeds all generators."""
+    import numpy
+    import torch
+
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])

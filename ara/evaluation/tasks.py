@@ -1,0 +1,238 @@
+"""Zero-shot tasks of lm-eval: their names, and their official definitions with local data in the place of the hub's.
+
+With ``$ARA_DATA_DIR`` set, the tasks of :data:`LOCAL` read their questions there: a definition of a few lines includes
+lm-eval's own file and replaces its data source, nothing else. All other tasks, and these without the variable, come
+from the Hugging Face hub as lm-eval describes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ara.calibration.texts import DATA_DIR_VARIABLE, FILE_PREFIX, TEXTS, data_dir, quiet_datasets
+from ara.errors import DataError, UsageError, first_line, near_matches
+from ara.models.cache import cache_dir
+from ara.progress import SILENT, Reporter
+
+# The seven of ARA, SVD-LLM and others.
+ZERO_SHOT = ("arc_easy", "arc_challenge", "piqa", "hellaswag", "winogrande", "openbookqa", "mathqa")
+GROUPS = {"zero-shot": ZERO_SHOT}
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """Where the questions of a task lie below ``$ARA_DATA_DIR``.
+
+    Attributes:
+        definition: lm-eval's file of the task, below its folder of tasks.
+        files: split → file of JSON lines.
+        hub: data set on the Hugging Face hub that it mirrors.
+    """
+
+    definition: str
+    files: dict[str, str]
+    hub: str
+
+
+LOCAL = {
+    "arc_easy": LocalData("arc/arc_easy.yaml", {"test": "arc_easy/test.jsonl"}, "allenai/ai2_arc"),
+    "arc_challenge": LocalData("arc/arc_challenge.yaml", {"test": "arc_challenge/test.jsonl"}, "allenai/ai2_arc"),
+    "piqa": LocalData("piqa/piqa.yaml", {"validation": "piqa/validation.jsonl"}, "baber/piqa"),
+    "hellaswag": LocalData("hellaswag/hellaswag.yaml", {"validation": "hellaswag/validation.jsonl"}, "Rowan/hellaswag"),
+    "winogrande": LocalData(
+        "winogrande/default.yaml", {"validation": "winogrande/validation.jsonl"}, "allenai/winogrande"
+    ),
+    "openbookqa": LocalData("openbookqa/openbookqa.yaml", {"test": "openbookqa/test.jsonl"}, "allenai/openbookqa"),
+    "mathqa": LocalData("mathqa/mathqa.yaml", {"test": "mathqa/test.jsonl"}, "regisss/math_qa"),
+    "lambada_openai": LocalData(
+        "lambada/lambada_openai.yaml", {"test": "lambada_openai/test.jsonl"}, "EleutherAI/lambada_openai"
+    ),
+    "wikitext": LocalData(
+        "wikitext/wikitext.yaml",
+        {"test": "wikitext2_raw/test_documents.jsonl"},
+        "EleutherAI/wikitext_document_level",
+    ),
+}
+_SPLITS = ("training", "validation", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A loaded task.
+
+    Attributes:
+        name: of lm-eval.
+        definition: lm-eval's object.
+        documents: how many questions it has.
+        origin: where they came from, for people.
+        digest: sha256 (hex) over the questions.
+    """
+
+    name: str
+    definition: Any
+    documents: int
+    origin: str
+    digest: str
+
+
+def is_text(name: str) -> bool:
+    """Tell whether ``name`` is a text for perplexity, and no task."""
+    return name.startswith(FILE_PREFIX) or name in TEXTS
+
+
+def expand(names: Sequence[str]) -> tuple[str, ...]:
+    """Put the tasks of a group of :data:`GROUPS` in its place; each name once, in order."""
+    return tuple(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
+
+
+def check_task(name: str, report: Reporter = SILENT) -> None:
+    """Check that lm-eval, and the local data, have a task, without reading its questions.
+
+    Raises:
+        UsageError: lm-eval has no such task.
+        DataError: the file below ``$ARA_DATA_DIR`` is missing.
+    """
+    if name in LOCAL:
+        _local_files(name)
+        return
+    report.fact(f"looking for {name} among the tasks of lm-eval")
+    known = _manager(None).all_tasks
+    if name not in known:
+        near = near_matches(name, [*TEXTS.names(), *GROUPS, *known])
+        raise UsageError(
+            f"there is no text or lm-eval task {name!r}",
+            f"{near}texts: {', '.join(TEXTS.names())}, file:PATH; tasks: {', '.join(GROUPS)}, {', '.join(LOCAL)}, "
+            "and all that `lm_eval ls tasks` lists",
+        )
+
+
+def load_tasks(name: str, report: Reporter = SILENT) -> list[Task]:
+    """Load a task, or the tasks that one of lm-eval's groups or tags stands for.
+
+    Raises:
+        UsageError: lm-eval has no such task, or it runs code that a model writes.
+        DataError: its questions cannot be read or fetched.
+    """
+    check_task(name)
+    files = _local_files(name) if name in LOCAL else None
+    report.fact(f"reading the questions of {name}" + ("" if files else " (Hugging Face hub)"))
+    try:
+        with quiet_datasets(), quiet_lm_eval():
+            loaded = _load(name, files)
+    except Exception as error:  # datasets, huggingface_hub and lm-eval each raise their own families
+        what = f"the questions of {name} cannot be "
+        if files:
+            path = next(iter(files.values()))
+            raise DataError(f"{what}used: {first_line(error)}", f"is {path} what {LOCAL[name].hub} holds?") from error
+        raise DataError(
+            f"{what}fetched from the Hugging Face hub ({type(error).__name__}: {first_line(error)})",
+            f"go online, or use a task with local data: {', '.join(LOCAL)}",
+        ) from error
+    tasks = []
+    for found, definition in loaded.items():
+        if getattr(definition, "UNSAFE_CODE", False):
+            raise UsageError(f"task {found} runs code that the model writes", "run it with lm_eval, in a sandbox")
+        hub = f"Hugging Face hub {definition.DATASET_PATH}"
+        origin = f"file {next(iter(files.values()))}" if files else hub
+        tasks.append(Task(found, definition, len(definition.eval_docs), origin, _digest(definition.eval_docs)))
+    return tasks
+
+
+def chosen_documents(task: str, documents: int, limit: int | None, seed: int) -> list[int] | None:
+    """Return which questions to ask, ascending, drawn without replacement; ``None`` for all.
+
+    Args:
+        task: name; the draw differs between tasks.
+        documents: how many there are.
+        limit: how many to ask; ``None`` for all.
+        seed: of the draw.
+    """
+    if limit is None or limit >= documents:
+        return None
+    return sorted(random.Random(f"{seed} {task}").sample(range(documents), limit))
+
+
+def _digest(documents: Iterable[Mapping[str, Any]]) -> str:
+    sha = hashlib.sha256()
+    for document in documents:
+        sha.update(json.dumps(document, sort_keys=True, default=str).encode())
+    return sha.hexdigest()
+
+
+def _local_files(name: str) -> dict[str, Path] | None:
+    """Return split → file of a task below ``$ARA_DATA_DIR``, or ``None`` when that is not set."""
+    folder = data_dir()
+    if folder is None:
+        return None
+    files = {split: folder / file for split, file in LOCAL[name].files.items()}
+    for path in files.values():
+        if not path.is_file():
+            raise DataError(
+                f"task {name!r}: no file {path} ({DATA_DIR_VARIABLE} is {folder})",
+                f"put it there (JSON lines of {LOCAL[name].hub}), or unset {DATA_DIR_VARIABLE} to fetch it",
+            )
+    return {split: path.resolve() for split, path in files.items()}
+
+
+def _load(name: str, files: dict[str, Path] | None) -> dict[str, Any]:
+    import lm_eval.tasks
+
+    if name not in LOCAL:
+        return dict(_manager(None).load(name)["tasks"])
+    definition = Path(lm_eval.tasks.__file__).parent / LOCAL[name].definition
+    lines = [f"include: {json.dumps(str(definition))}", f"task: {name}"]
+    if files:
+        source = {
+            "data_files": {split: str(path) for split, path in files.items()},
+            "cache_dir": str(cache_dir() / "tasks"),
+        }
+        lines += ["dataset_path: json", "dataset_name: null", f"dataset_kwargs: {json.dumps(source)}"]
+        # Splits that are not there: lm-eval would look into them for examples, of which zero-shot has none.
+        lines += [f"{split}_split: null" for split in _SPLITS if split not in files]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / f"{name}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return {name: _manager(folder).load(name)["tasks"][name]}
+
+
+def _manager(folder: str | None) -> Any:
+    """Return lm-eval's index of ``folder`` alone, or of all that comes with it, which takes ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    with quiet_lm_eval():
+        return TaskManager(include_defaults=folder is None, include_path=folder)
+
+
+@contextmanager
+def quiet_lm_eval() -> Iterator[None]:
+    """Keep what lm-eval says besides errors, and its bars, off the terminal inside the block."""
+    from tqdm import tqdm
+
+    def silent(*arguments: Any, **options: Any) -> Any:
+        return tqdm(*arguments, **{**options, "disable": True})
+
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    talking = [
+        vars(module)
+        for name, module in sys.modules.items()
+        if name.startswith("lm_eval.") and getattr(module, "tqdm", None) is tqdm
+    ]
+    for names in talking:
+        names["tqdm"] = silent
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        for names in talking:
+            names["tqdm"] = tqdm

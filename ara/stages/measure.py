@@ -1,0 +1,348 @@
+"""What ``ara eval`` does with its models: texts in turn, tasks one by one; every finished piece is kept.
+
+A piece is one text or task of one model, a JSON file of the stage; for a task it holds every question's answer. A run
+that was stopped, or in which a model gave NaN, goes on behind the pieces that it has finished.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ara.calibration.texts import Documents
+from ara.calibration.tokens import evaluation_windows
+from ara.config import EvalConfig
+from ara.evaluation.generation import greedy_continuation
+from ara.evaluation.harness import ask
+from ara.evaluation.paired import bootstrap_pairs, compare_pairs
+from ara.evaluation.perplexity import VariantRun, interleaved_perplexity
+from ara.evaluation.tasks import Task, chosen_documents
+from ara.models.accounting import parameter_count, weight_bytes
+from ara.models.memory import available_bytes
+from ara.progress import Reporter
+from ara.stage_writer import StageWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DENSE = "dense"
+# Words of a prompt, at most half of its document, and of the shortest document that gives one.
+_PROMPT_WORDS = 24
+_LEAST_WORDS = 8
+# What must not stand in the name of a file.
+_NOT_PLAIN = re.compile(r"[^\w.-]")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    Attributes:
+        name: dense, uniform, or the name of the checkpoint.
+        load: brings the model into memory.
+        linear_keep: fraction kept of the factorised layers' parameters.
+        figures: parameters and bytes, where they cannot be counted on what ``load`` returns.
+    """
+
+    name: str
+    load: Callable[[], PreTrainedModel]
+    linear_keep: float
+    figures: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """What all models are asked.
+
+    Attributes:
+        tokenizer: of the model.
+        texts: name → text for perplexity.
+        tasks: tasks of lm-eval.
+        prompts: beginnings that every model continues.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    texts: Mapping[str, Documents]
+    tasks: Sequence[Task]
+    prompts: Sequence[str]
+
+
+class Measurement:
+    """Measures models, and keeps every finished piece in the folder of the stage.
+
+    Args:
+        variants: rows of the table; the dense one is called ``dense``.
+        chosen: name of the row that is compared with all others.
+        questions: what to ask.
+        config: resolved.
+        stage: writer of the stage, resumable.
+        report: progress.
+    """
+
+    def __init__(
+        self,
+        variants: Sequence[Variant],
+        chosen: str,
+        questions: Questions,
+        config: EvalConfig,
+        stage: StageWriter,
+        report: Reporter,
+    ) -> None:
+        assert config.seq_len is not None, "not resolved"
+        self.variants, self.chosen, self.questions, self.config = variants, chosen, questions, config
+        self.stage, self.report = stage, report
+        self.windows = {
+            name: evaluation_windows(
+                documents, questions.tokenizer, seq_len=config.seq_len, max_windows=config.max_windows
+            )
+            for name, documents in questions.texts.items()
+        }
+        self.documents = {
+            task.name: chosen_documents(task.name, task.documents, config.limit, config.seed)
+            for task in questions.tasks
+        }
+
+    def run(self, dense_bytes: int) -> bool:
+        """Measure all that is not there yet; return whether the models took turns.
+
+        Args:
+            dense_bytes: of the weights of the dense model, the largest one.
+
+        Raises:
+            NumericalError: a model gives NaN.
+        """
+        groups = self._groups(dense_bytes)
+        for group in groups:
+            if not all(self._done(piece, variant) for variant in group for piece in self._pieces()):
+                self._measure(group)
+                gc.collect()
+        return len(groups) == 1
+
+    def results(self) -> dict[str, Any]:
+        """Return the figures of all models and tasks, from the finished pieces."""
+        models = {variant.name: self._read("model", variant) for variant in self.variants}
+        texts = {
+            name: {
+                "kind": "text",
+                "text": self.questions.texts[name].origin,
+                "windows": windows.windows,
+                "seq_len": windows.seq_len,
+                "models": {variant.name: self._read(name, variant) for variant in self.variants},
+            }
+            for name, windows in self.windows.items()
+        }
+        answers = {task.name: self._answers(task) for task in self.questions.tasks}
+        tasks = {task.name: self._task(task, answers[task.name]) for task in self.questions.tasks}
+        found = {
+            "variants": {name: {k: v for k, v in row.items() if k != "continuations"} for name, row in models.items()},
+            "tasks": {**texts, **tasks},
+            "continuations": [
+                {"prompt": prompt, "models": {name: row["continuations"][number] for name, row in models.items()}}
+                for number, prompt in enumerate(self.questions.prompts)
+            ],
+        }
+        return {**found, "zero_shot": self._zero_shot(tasks, answers)}
+
+    # -- pieces -------------------------------------------------------------------------------------------------
+
+    def _pieces(self) -> list[str]:
+        return ["model", *self.questions.texts, *(task.name for task in self.questions.tasks)]
+
+    def _file(self, piece: str, variant: Variant) -> str:
+        """Name the file of a piece; the numbers keep names apart that differ in what a file name cannot hold."""
+        row = self.variants.index(variant)
+        words = Path(piece.removeprefix("file:")).stem if piece.startswith("file:") else piece
+        number = self._pieces().index(piece)
+        return f"{number:02d}-{_NOT_PLAIN.sub('_', words)}.{row}-{_NOT_PLAIN.sub('_', variant.name)}.json"
+
+    def _done(self, piece: str, variant: Variant) -> bool:
+        return self._file(piece, variant) in self.stage.finished
+
+    def _read(self, piece: str, variant: Variant) -> dict[str, Any]:
+        path = self.stage.folder / self._file(piece, variant)
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def _keep(self, piece: str, variant: Variant, row: Mapping[str, Any]) -> None:
+        self.stage.text(self._file(piece, variant), json.dumps(row, allow_nan=False) + "\n")
+
+    # -- measuring ----------------------------------------------------------------------------------------------
+
+    def _groups(self, dense_bytes: int) -> list[list[Variant]]:
+        """Return the models to run in turn: all together when they fit into memory, else one by one."""
+        free = available_bytes(torch.device(self.config.device))
+        # A quarter on top for activations and logits.
+        if 1.25 * dense_bytes * len(self.variants) < free:
+            return [list(self.variants)]
+        self.report.warn(
+            f"{len(self.variants)} models do not fit into {free / 2**30:.1f} GiB at once: they are run one after the "
+            "other, so a change of the machine's speed in between shows in their tokens/s, and their distance from "
+            "the dense model is not measured"
+        )
+        return [[variant] for variant in self.variants]
+
+    def _measure(self, group: Sequence[Variant]) -> None:
+        """Load the models of one group and measure them; they are out of memory again when this returns."""
+        self.report.fact(f"loading {', '.join(variant.name for variant in group)}")
+        models = {variant.name: variant.load() for variant in group}
+        for variant in group:
+            if not self._done("model", variant):
+                self._keep("model", variant, self._figures(variant, models[variant.name]))
+        for name, windows in self.windows.items():
+            if all(self._done(name, variant) for variant in group):
+                continue
+            found = interleaved_perplexity(
+                models,
+                windows.ids,
+                batch_size=self.config.batch_size,
+                reference=DENSE if DENSE in models and len(models) > 1 else None,
+                report=self.report,
+                label=f"Reading {name}",
+            )
+            for variant in group:
+                self._keep(name, variant, _text_row(found[variant.name]))
+        for task in self.questions.tasks:
+            for variant in group:
+                if not self._done(task.name, variant):
+                    score = ask(
+                        models[variant.name],
+                        self.questions.tokenizer,
+                        task,
+                        self.documents[task.name],
+                        batch_size=self.config.batch_size,
+                        report=self.report,
+                        label=f"{task.name}, {variant.name}",
+                    )
+                    self._keep(task.name, variant, asdict(score))
+
+    def _figures(self, variant: Variant, model: PreTrainedModel) -> dict[str, Any]:
+        counted = variant.figures or {"parameters": parameter_count(model), "weight_bytes": weight_bytes(model)}
+        tokenizer, length = self.questions.tokenizer, self.config.max_new_tokens
+        continued = [greedy_continuation(model, tokenizer, prompt, length) for prompt in self.questions.prompts]
+        return {**counted, "linear_keep": variant.linear_keep, "continuations": continued}
+
+    # -- results ------------------------------------------------------------------------------------------------
+
+    def _answers(self, task: Task) -> dict[str, dict[str, Any]]:
+        return {variant.name: self._read(task.name, variant) for variant in self.variants}
+
+    def _task(self, task: Task, rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return one task's figures, and how the chosen model compares with all others."""
+        metric = next(iter(rows.values()))["headline"]
+        dense = rows[DENSE]["metrics"][metric] if DENSE in rows else None
+        models = {
+            name: {
+                "value": row["metrics"][metric],
+                "stderr": row["stderrs"][metric],
+                # Of a mean of questions only: a share of a perplexity says nothing.
+                "retained": row["metrics"][metric] / dense if dense and row["stderrs"][metric] is not None else None,
+                "metrics": row["metrics"],
+                "stderrs": row["stderrs"],
+            }
+            for name, row in rows.items()
+        }
+        compared = {}
+        if all(row["stderrs"][metric] is not None for row in rows.values()):
+            ours = _values(rows[self.chosen], metric)
+            compared = {
+                name: asdict(compare_pairs(ours, _values(row, metric)))
+                for name, row in rows.items()
+                if name != self.chosen
+            }
+        return {
+            "kind": "harness",
+            "text": task.origin,
+            "metric": metric,
+            "examples": len(rows[self.chosen]["answers"]),
+            "of": task.documents,
+            "seed": self.config.seed,
+            "models": models,
+            "compared": compared,
+        }
+
+    def _zero_shot(
+        self, tasks: Mapping[str, dict[str, Any]], answers: Mapping[str, Mapping[str, dict[str, Any]]]
+    ) -> dict[str, Any] | None:
+        """Return the mean accuracy over all tasks that have one, each counting the same."""
+        names = [
+            name
+            for name, task in tasks.items()
+            if task["metric"] == "acc" and all(row["stderr"] is not None for row in task["models"].values())
+        ]
+        if len(names) < 2:
+            return None
+
+        def mean(model: str) -> float:
+            return sum(tasks[name]["models"][model]["value"] for name in names) / len(names)
+
+        def stderr(model: str) -> float:
+            return math.hypot(*(tasks[name]["models"][model]["stderr"] for name in names)) / len(names)
+
+        models = [variant.name for variant in self.variants]
+        return {
+            "tasks": names,
+            "models": {
+                model: {
+                    "mean": mean(model),
+                    "stderr": stderr(model),
+                    "retained": mean(model) / mean(DENSE) if DENSE in models and mean(DENSE) else None,
+                }
+                for model in models
+            },
+            "compared": {
+                other: asdict(
+                    bootstrap_pairs(
+                        {
+                            name: (_values(answers[name][self.chosen], "acc"), _values(answers[name][other], "acc"))
+                            for name in names
+                        }
+                    )
+                )
+                for other in models
+                if other != self.chosen
+            },
+        }
+
+
+def prompts_of(
+    texts: Mapping[str, Documents], count: int, tokenizer: PreTrainedTokenizerBase, room: int | None
+) -> list[str]:
+    """Return the beginnings of ``count`` documents of the first text.
+
+    Args:
+        texts: to be measured.
+        count: at most so many.
+        tokenizer: of the model.
+        room: most tokens of a prompt, with which its continuation fits into the context; ``None``: no limit.
+    """
+    prompts: list[str] = []
+    for text in next(iter(texts.values())).documents if texts else ():
+        words = text.split()
+        prompt = " ".join(words[: min(_PROMPT_WORDS, len(words) // 2)])
+        if len(prompts) == count:
+            break
+        if len(words) >= _LEAST_WORDS and (room is None or len(tokenizer(prompt)["input_ids"]) <= room):
+            prompts.append(prompt)
+    return prompts
+
+
+def _values(row: Mapping[str, Any], metric: str) -> list[float]:
+    return [float(answer["metrics"][metric]) for answer in row["answers"]]
+
+
+def _text_row(run: VariantRun) -> dict[str, Any]:
+    row = asdict(run.result)
+    row["window_nlls"] = list(row["window_nlls"])
+    return {
+        **row,
+        "tokens_per_second": asdict(run.tokens_per_second),
+        "divergence": asdict(run.divergence) if run.divergence else None,
+    }

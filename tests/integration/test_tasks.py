@@ -1,0 +1,121 @@
+"""``ara eval`` on tasks of lm-eval: a table of three models, answers kept, resumed after NaN and kill, exports too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import ara.stages.measure as measure
+from ara.config import EvalConfig
+from ara.errors import NumericalError
+from ara.evaluation.paired import mcnemar
+from ara.stages.common import Run
+from ara.stages.evaluate import evaluate
+from ara.workspace import Workspace
+from ara_cli.app import app
+from tests.questions import write_questions
+from tests.tiny import story
+
+NAME = "energy-0.70"
+CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+TASKS = ("piqa", "arc_easy")
+
+
+@pytest.fixture(autouse=True)
+def questions(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path_factory.mktemp("local")
+    monkeypatch.setenv("ARA_CACHE_DIR", str(root / "cache"))
+    monkeypatch.setenv("ARA_DATA_DIR", str(write_questions(root / "data")))
+    return root / "data"
+
+
+def _config(tiny_text: str, **changes: Any) -> EvalConfig:
+    values = {"tasks": (tiny_text, *TASKS), "seq_len": 64, "max_windows": 2, "limit": 16, "max_new_tokens": 3}
+    return EvalConfig(**{**values, **CPU, **changes})
+
+
+def test_tasks_stand_beside_texts(copied: Path, tiny_text: str) -> None:
+    results = evaluate(_config(tiny_text), Run(copied)).manifest.results  # type: ignore[union-attr]
+    models = ["dense", "uniform", NAME]
+    assert list(results["variants"]) == models and list(results["tasks"]) == [tiny_text, *TASKS]
+    text = results["tasks"][tiny_text]
+    assert text["models"]["dense"]["divergence"] is None
+    for name in models[1:]:
+        assert (
+            text["models"][name]["divergence"]["kl"] > 0 and 0 <= text["models"][name]["divergence"]["agreement"] <= 1
+        )
+    for name in TASKS:
+        task = results["tasks"][name]
+        assert (task["kind"], task["metric"], task["examples"], task["of"]) == ("harness", "acc", 16, 24)
+        folder = copied / "eval" / f"{NAME}-{story()}-piqa-arc_easy"
+        answers = {
+            model: json.loads(next(folder.glob(f"*-{name}.{row}-{model}.json")).read_text())["answers"]
+            for row, model in enumerate(models)
+        }
+        right = {model: [answer["metrics"]["acc"] for answer in answers[model]] for model in models}
+        assert len({tuple(answer["digest"] for answer in rows) for rows in answers.values()}) == 1
+        for model in models:
+            row = task["models"][model]
+            assert row["value"] == pytest.approx(sum(right[model]) / 16)
+            dense = sum(right["dense"])
+            assert row["retained"] == (pytest.approx(sum(right[model]) / dense) if dense else None)
+        found = mcnemar(right[NAME], right["uniform"])
+        assert task["compared"]["uniform"] == {"difference": found.difference, "p": found.p, "test": found.test}
+    mean = results["zero_shot"]
+    assert mean["tasks"] == list(TASKS)
+    for model in models:
+        both = [results["tasks"][name]["models"][model]["value"] for name in TASKS]
+        assert mean["models"][model]["mean"] == pytest.approx(sum(both) / 2)
+    assert set(mean["compared"]) == {"dense", "uniform"}
+
+
+def test_the_table_marks_what_is_noise(copied: Path) -> None:
+    words = ["--tasks", "piqa,arc_easy", "--limit", "12", "--device", "cpu", "--dtype", "float32"]
+    result = CliRunner().invoke(app, ["eval", *words, "-w", str(copied)])
+    assert result.exit_code == 0, result.output
+    for word in ("Tasks of lm-eval", "12 of 24", "mean", "≈ marks what may be chance", "±"):
+        assert word in result.output
+    again = CliRunner().invoke(app, ["eval", *words, "-w", str(copied)])
+    assert "is there already" in again.output
+    unknown = CliRunner().invoke(app, ["eval", "--tasks", "piqa,arc_hard", "-w", str(copied), "-q"])
+    assert unknown.exit_code == 2 and "there is no text or lm-eval task 'arc_hard'" in unknown.output
+    missing = CliRunner().invoke(app, ["eval", "--tasks", "zero-shot", "-w", str(copied), "-q"])
+    assert missing.exit_code == 1 and "task 'hellaswag': no file" in missing.output
+
+
+def test_finished_tasks_survive_nan_and_are_not_asked_again(
+    copied: Path, tiny_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    original = measure.ask
+
+    def watched(model: Any, tokenizer: Any, task: Any, *arguments: Any, **options: Any) -> Any:
+        asked.append(options["label"])
+        if options["label"] == broken:
+            model = type(model)(model.config)
+            with torch.no_grad():
+                model.lm_head.weight.fill_(float("nan"))
+        return original(model, tokenizer, task, *arguments, **options)
+
+    monkeypatch.setattr(measure, "ask", watched)
+    broken = "arc_easy, uniform"
+    with pytest.raises(NumericalError, match="the model gives a log-likelihood of nan on text 0 of arc_easy, uniform"):
+        evaluate(_config(tiny_text), Run(copied))
+    assert asked == ["piqa, dense", "piqa, uniform", f"piqa, {NAME}", "arc_easy, dense", "arc_easy, uniform"]
+    asked.clear()
+    broken = ""
+    readings: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "interleaved_perplexity", lambda *arguments, **options: readings.append(arguments))
+        view = evaluate(_config(tiny_text), Run(copied))
+    assert asked == ["arc_easy, uniform", f"arc_easy, {NAME}"] and readings == []
+    whole = evaluate(_config(tiny_text), Run(copied, force=True), name="again")
+    assert view.manifest is not None and whole.manifest is not None
+    for name in TASKS:
+        assert view.manifest.results["tasks"][name] == whole.manifest.results["tasks"][name]
+    assert Workspace.open(copied).view("eval/again").state == "done"

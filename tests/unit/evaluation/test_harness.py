@@ -1,0 +1,154 @@
+"""lm-eval's tasks: local data in official definitions, lm-eval's own figures, names, subsets, and what goes wrong."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ara.errors import DataError, NumericalError, UsageError
+from ara.evaluation import tasks
+from ara.evaluation.harness import ask
+from ara.evaluation.tasks import LOCAL, ZERO_SHOT, check_task, chosen_documents, expand, is_text, load_tasks
+from tests.questions import write_questions
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("questions"))
+
+
+@pytest.fixture(autouse=True)
+def local(questions: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARA_DATA_DIR", str(questions))
+    monkeypatch.setenv("ARA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+def _model() -> Any:
+    return tiny_model("llama").eval()
+
+
+def test_names() -> None:
+    assert expand(["wikitext2", "zero-shot", "piqa"]) == ("wikitext2", *ZERO_SHOT)
+    assert is_text("wikitext2") and is_text("file:x") and not is_text("wikitext") and not is_text("zero-shot")
+    assert set(ZERO_SHOT) <= set(LOCAL)
+    for name in LOCAL.keys() - {"hellaswag", "openbookqa", "mathqa"}:
+        check_task(name)
+
+
+def test_a_subset_is_drawn_by_seed_and_task() -> None:
+    drawn = chosen_documents("piqa", 100, 10, 0)
+    assert drawn is not None and drawn == sorted(set(drawn)) and len(drawn) == 10 and max(drawn) < 100
+    assert drawn == chosen_documents("piqa", 100, 10, 0)
+    assert drawn != chosen_documents("piqa", 100, 10, 1) != chosen_documents("arc_easy", 100, 10, 1)
+    assert chosen_documents("piqa", 100, 100, 0) is None and chosen_documents("piqa", 100, None, 0) is None
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "piqa", "winogrande", "lambada_openai", "wikitext"])
+def test_figures_are_those_of_lm_eval(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its own entry point, with its own wrapper of the model, gives the same for every question."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = _model(), tiny_tokenizer()
+    (task,) = load_tasks(name)
+    documents = chosen_documents(name, task.documents, 9, 0)
+    states = random.getstate(), torch.random.get_rng_state()
+    capfd.readouterr()
+    score = ask(model, tokenizer, task, documents, batch_size=4)
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
+    assert random.getstate() == states[0] and torch.equal(torch.random.get_rng_state(), states[1])
+    assert logging.getLogger("lm_eval").level != logging.ERROR
+    (again,) = load_tasks(name)
+    assert again.digest == task.digest
+    expected = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=200),
+        tasks=[again.definition],
+        samples={name: documents},
+        task_manager=tasks._manager(str(Path(__file__).parent)),
+        bootstrap_iters=10,
+    )
+    row = expected["results"][name]
+    assert score.metrics == {key: pytest.approx(row[f"{key},none"], rel=1e-4) for key in score.metrics}
+    for metric, stderr in score.stderrs.items():
+        if metric.startswith("acc"):
+            assert stderr == pytest.approx(row[f"{metric}_stderr,none"])
+        else:
+            assert stderr is None
+    assert [answer.document for answer in score.answers] == documents
+    assert score.headline == ("word_perplexity" if name == "wikitext" else "acc")
+    theirs = {sample["doc_id"]: sample for sample in expected["samples"][name]}
+    for answer in score.answers:
+        assert answer.digest == theirs[answer.document]["doc_hash"]
+        if name != "wikitext":
+            assert answer.metrics["acc"] == theirs[answer.document]["acc"]
+
+
+def test_the_definition_is_the_official_one() -> None:
+    """All but the data source and the splits that are not there."""
+    (task,) = load_tasks("arc_challenge")
+    config = task.definition.config
+    assert config.doc_to_text == "Question: {{question}}\nAnswer:"
+    assert [metric["metric"] for metric in config.metric_list] == ["acc", "acc_norm"]
+    assert config.test_split == "test" and config.training_split is None
+    assert task.documents == 24 and task.origin.startswith("file ")
+
+
+@pytest.mark.parametrize("name", sorted(LOCAL))
+def test_every_definition_is_where_we_look(name: str) -> None:
+    import lm_eval.tasks
+    import yaml
+
+    class Lenient(yaml.SafeLoader):
+        """Reads lm-eval's own tags as nothing."""
+
+    Lenient.add_multi_constructor("!", lambda loader, suffix, node: None)
+    path = Path(lm_eval.tasks.__file__).parent / LOCAL[name].definition
+    found = yaml.load(path.read_text(encoding="utf-8"), Lenient)
+    assert found["task"] == name
+    hub = found.get("dataset_path") or "allenai/ai2_arc"  # arc_challenge includes arc_easy
+    assert hub == LOCAL[name].hub
+
+
+def test_what_is_missing_is_named(questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"task 'mathqa': no file .*mathqa/test\.jsonl \(ARA_DATA_DIR is") as caught:
+        load_tasks("mathqa")
+    assert "regisss/math_qa" in str(caught.value.hint)
+    monkeypatch.setattr(tasks, "_manager", lambda folder: type("M", (), {"all_tasks": ["boolq", "copa"]})())
+    with pytest.raises(UsageError, match="there is no text or lm-eval task 'bolq'") as unknown:
+        check_task("bolq")
+    assert str(unknown.value.hint).startswith("did you mean boolq? texts: c4, wikitext2, python-docs, file:PATH;")
+
+
+def test_damaged_questions_and_the_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "validation.jsonl").write_text('{"goal": "x"}\n')
+    monkeypatch.setenv("ARA_DATA_DIR", str(tmp_path))
+    with pytest.raises(DataError, match="the questions of piqa cannot be used") as caught:
+        load_tasks("piqa")
+    assert "baber/piqa" in str(caught.value.hint)
+    monkeypatch.delenv("ARA_DATA_DIR")
+    import datasets
+
+    def unreachable(*arguments: Any, **options: Any) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match=r"cannot be fetched from the Hugging Face hub \(ConnectionError: no route\)$"):
+        load_tasks("piqa")
+
+
+def test_a_model_that_gives_nan_is_an_error() -> None:
+    model = _model()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.nan
+    (task,) = load_tasks("piqa")
+    with pytest.raises(NumericalError, match="the model gives a log-likelihood of nan on text 0 of mine"):
+        ask(model, tiny_tokenizer(), task, [0, 1, 2], label="mine")
