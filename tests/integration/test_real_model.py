@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ara
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
 from ara.errors import ModelError
+from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens
 from ara.models.checkpoint import low_rank_layers
 from ara.models.sources import resolve
 from ara.pipeline import run_pipeline
 from ara.stages.common import Run
+from ara.stages.evaluate import evaluate
+from export.config import ExportConfig
+from export.evaluation import find_export
+from export.stage import export
 from tests.oracles import perplexity as oracle
 
 pytestmark = pytest.mark.real_model
@@ -41,10 +47,10 @@ def made(source, tmp_path_factory):
     decompose = DecomposeConfig(
         model="demo", text="python-docs", samples=6, seq_len=256, exclude=ONE_BLOCK, dtype="float32", device="cpu"
     )
-    evaluate = EvalConfig(
+    measured = EvalConfig(
         tasks=("python-docs",), seq_len=SEQ_LEN, max_windows=WINDOWS, dtype="float32", device="cpu", prompt="A list is"
     )
-    views = run_pipeline(decompose, [AllocateConfig(keep=KEEP, method="energy")], TruncateConfig(), evaluate, run)
+    views = run_pipeline(decompose, [AllocateConfig(keep=KEEP, method="energy")], TruncateConfig(), measured, run)
     return {view.stage: view for view in views}
 
 
@@ -97,3 +103,56 @@ def test_dense_row_agrees_with_an_independent_computation(made, source):
     expected = oracle.perplexity(logits, ids.view(WINDOWS, SEQ_LEN).numpy())
     shown = made["eval"].manifest.results["tasks"]["python-docs"]["models"]["dense"]["perplexity"]
     assert np.isclose(shown, expected, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def exported(made):
+    run = Run(made["truncate"].path.parents[1])
+    return {
+        precision: export(ExportConfig(execution_provider="cpu", precision=precision), run)
+        for precision in ("fp32", "int8")
+    }
+
+
+@pytest.mark.parametrize(("precision", "off"), [("fp32", 1e-5), ("int8", 0.02)])
+def test_exported_graph_is_the_checkpoint(made, exported, precision, off):
+    """Perplexity through ONNX Runtime, measured as torch's is."""
+    config = EvalConfig(
+        tasks=("python-docs",),
+        seq_len=SEQ_LEN,
+        max_windows=WINDOWS,
+        dtype="float32",
+        device="cpu",
+        backend="onnx",
+        continuations=0,
+    )
+    run, view = Run(made["truncate"].path.parents[1]), exported[precision]
+    results = evaluate(config, run, find_export=partial(find_export, name=view.name)).manifest.results
+    models = results["tasks"]["python-docs"]["models"]
+    ours, torchs = models[view.key]["nll"], models[results["chosen"]]["nll"]
+    assert abs(ours - torchs) < off
+    assert len(view.manifest.results["parity"]["cases"]) == 4
+    sizes = [sum(path.stat().st_size for path in exported[name].path.glob("*.data")) for name in ("int8", "fp32")]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_genai_chats_with_the_export_as_torch_does(made, exported):
+    og = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai (make setup installs it)")
+    loaded = og.Model(str(exported["fp32"].path))
+    tokenizer = og.Tokenizer(loaded)
+    question = "What is the capital of France?"
+    messages = json.dumps([{"role": "user", "content": question}])
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    parameters = og.GeneratorParams(loaded)
+    parameters.set_search_options(max_length=100, do_sample=False)
+    generator = og.Generator(loaded, parameters)
+    generator.append_tokens(tokenizer.encode(prompt))
+    found = []
+    while not generator.is_done() and len(found) < 20:
+        generator.generate_next_token()
+        found.append(int(generator.get_next_tokens()[0]))
+    model = ara.load(made["truncate"].path / "checkpoint", device="cpu", dtype="float32")
+    ids = prompt_ids(AutoTokenizer.from_pretrained(exported["fp32"].path), question, chat=True)
+    stop = stop_tokens(model)
+    expected = list(greedy_tokens(model, ids, 20, stop))
+    assert [token for token in found if token not in stop] == expected and len(expected) > 3
