@@ -128,7 +128,7 @@ def load_tasks(name: str, report: Reporter = SILENT) -> list[Task]:
     report.fact(f"reading the questions of {name}" + ("" if files else " (Hugging Face hub)"))
     try:
         with quiet_datasets(), quiet_lm_eval():
-            loaded = _load(name, files)
+            loaded = _load(name)
     except Exception as error:  # datasets, huggingface_hub and lm-eval each raise their own families
         what = f"the questions of {name} cannot be "
         if files:
@@ -146,6 +146,28 @@ def load_tasks(name: str, report: Reporter = SILENT) -> list[Task]:
         origin = f"file {next(iter(files.values()))}" if files else hub
         tasks.append(Task(found, definition, len(definition.eval_docs), origin, _digest(definition.eval_docs)))
     return tasks
+
+
+def definition(name: str) -> str:
+    """Return the definition (YAML) of a task of :data:`LOCAL`: lm-eval's own, with local data if there is any.
+
+    Raises:
+        DataError: the file below ``$ARA_DATA_DIR`` is missing.
+    """
+    import lm_eval.tasks
+
+    files = _local_files(name)
+    official = Path(lm_eval.tasks.__file__).parent / LOCAL[name].definition
+    lines = [f"include: {json.dumps(str(official))}", f"task: {name}"]
+    if files:
+        source = {
+            "data_files": {split: str(path) for split, path in files.items()},
+            "cache_dir": str(cache_dir() / "tasks"),
+        }
+        lines += ["dataset_path: json", "dataset_name: null", f"dataset_kwargs: {json.dumps(source)}"]
+        # Splits that are not there: lm-eval would look into them for examples, of which zero-shot has none.
+        lines += [f"{split}_split: null" for split in _SPLITS if split not in files]
+    return "\n".join(lines) + "\n"
 
 
 def chosen_documents(task: str, documents: int, limit: int | None, seed: int) -> list[int] | None:
@@ -184,23 +206,11 @@ def _local_files(name: str) -> dict[str, Path] | None:
     return {split: path.resolve() for split, path in files.items()}
 
 
-def _load(name: str, files: dict[str, Path] | None) -> dict[str, Any]:
-    import lm_eval.tasks
-
+def _load(name: str) -> dict[str, Any]:
     if name not in LOCAL:
         return dict(_manager(None).load(name)["tasks"])
-    definition = Path(lm_eval.tasks.__file__).parent / LOCAL[name].definition
-    lines = [f"include: {json.dumps(str(definition))}", f"task: {name}"]
-    if files:
-        source = {
-            "data_files": {split: str(path) for split, path in files.items()},
-            "cache_dir": str(cache_dir() / "tasks"),
-        }
-        lines += ["dataset_path: json", "dataset_name: null", f"dataset_kwargs: {json.dumps(source)}"]
-        # Splits that are not there: lm-eval would look into them for examples, of which zero-shot has none.
-        lines += [f"{split}_split: null" for split in _SPLITS if split not in files]
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / f"{name}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (Path(folder) / f"{name}.yaml").write_text(definition(name), encoding="utf-8")
         return {name: _manager(folder).load(name)["tasks"][name]}
 
 

@@ -1,0 +1,110 @@
+"""Zero-shot accuracy of SmolLM2-135M: dense, uniform ranks and the chosen ones, the same questions, in pairs.
+
+    ARA_DATA_DIR=... make bench-zero-shot
+    python benchmarks/zero_shot.py --workspace WS --checkpoint NAME --limit 400
+
+Without --checkpoint the pipeline runs first: two-sided factors calibrated on C4, ranks by the sensitivity table at
+--keep. Afterwards lm-eval's own command asks the dense model the same questions, in a process of its own; a task whose
+accuracy differs from ours by more than one standard error is a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
+from ara.evaluation.tasks import LOCAL, definition, expand, is_text
+from ara.stage_view import StageView
+from ara.stages.allocate import allocate
+from ara.stages.common import Run, model_of
+from ara.stages.decompose import decompose
+from ara.stages.evaluate import evaluate
+from ara.stages.truncate import truncate
+from ara_cli.console import Column, Console
+from ara_cli.render_eval import show_evaluation
+
+TASKS = "zero-shot,lambada_openai,wikitext"
+
+
+def main() -> None:
+    """Measure, print the tables, check the dense column."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="model to compress")
+    parser.add_argument("--keep", type=float, default=0.8, help="budget")
+    parser.add_argument("--layout", default="factors", help="factors or pivoted")
+    parser.add_argument("--tasks", default=TASKS, help="with commas")
+    parser.add_argument("--limit", type=int, default=400, help="questions per task")
+    parser.add_argument("--batch-size", type=int, default=8, help="texts per forward pass")
+    parser.add_argument("--checkpoint", help="result of ara truncate in the workspace [default: made here]")
+    parser.add_argument("--no-check", action="store_true", help="do not run lm-eval's own command")
+    parser.add_argument("--workspace", type=Path, default=Path("bench-zero-shot"), help="where to work")
+    arguments = parser.parse_args()
+    if "ARA_DATA_DIR" not in os.environ:
+        sys.exit("error: ARA_DATA_DIR is not set\nhint: point it at a folder with arc_easy/, piqa/, …")
+    console = Console()
+    run = Run(arguments.workspace, "python benchmarks/zero_shot.py", console)
+    factors = decompose(DecomposeConfig(model=arguments.model), run)
+    if arguments.checkpoint is None:
+        chosen = allocate(AllocateConfig(keep=arguments.keep, method="sensitivity", layout=arguments.layout), run)
+        arguments.checkpoint = truncate(TruncateConfig(), run, allocation=chosen.name).name
+    names = tuple(arguments.tasks.split(","))
+    config = EvalConfig(tasks=names, limit=arguments.limit, batch_size=arguments.batch_size)
+    view = evaluate(config, run, checkpoint=arguments.checkpoint)
+    show_evaluation(console, view)
+    if not arguments.no_check:
+        check(view, factors, run, console)
+
+
+def check(view: StageView, factors: StageView, run: Run, console: Console) -> None:
+    """Ask the dense model the same questions by lm-eval's command, and compare."""
+    assert view.manifest is not None
+    config = view.manifest.config
+    tasks = [name for name in expand(config["tasks"]) if not is_text(name) and name in LOCAL]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        source = model_of(factors, run)
+        model, tokenizer = source.load_model(), source.load_tokenizer()
+        model.save_pretrained(folder / "dense")
+        tokenizer.save_pretrained(folder / "dense")
+        del model
+        (folder / "tasks").mkdir()
+        for name in tasks:
+            (folder / "tasks" / f"{name}.yaml").write_text(definition(name), encoding="utf-8")
+        questions = json.dumps({name: asked(view, name) for name in tasks})
+        command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", config["device"]]
+        command += ["--model_args", f"pretrained={folder / 'dense'},dtype={config['dtype']}"]
+        command += ["--include_path", str(folder / "tasks"), "--tasks", *tasks]
+        command += ["--samples", questions, "--batch_size", str(config["batch_size"])]
+        subprocess.run([*command, "--output_path", str(folder / "out.json")], check=True)
+        (written,) = folder.glob("out*.json")
+        theirs = json.loads(written.read_text(encoding="utf-8"))["results"]
+    rows, off = [], []
+    for name in tasks:
+        task = view.manifest.results["tasks"][name]
+        row, metric = task["models"]["dense"], task["metric"]
+        other = theirs[name][f"{metric},none"]
+        distance = abs(row["value"] - other)
+        # Perplexities have no standard error here: they are held to 1 %.
+        allowed = row["stderr"] if row["stderr"] is not None else 0.01 * other
+        off += [name] if distance > allowed else []
+        rows.append((name, metric, f"{row['value']:.4f}", f"{other:.4f}", f"{distance:.4f}", f"{allowed:.4f}"))
+    columns = [Column("task", "left"), Column("metric", "left"), Column("ara"), Column("lm-eval's command")]
+    console.table("The dense model", [*columns, Column("difference"), Column("allowed")], rows)
+    if off:
+        sys.exit(f"error: {', '.join(off)}: the dense column is not what lm-eval's command says")
+
+
+def asked(view: StageView, task: str) -> list[int]:
+    """Return the numbers of the questions that the dense model was asked."""
+    (path,) = view.path.glob(f"[0-9][0-9]-{task}.0-dense.json")
+    return [answer["document"] for answer in json.loads(path.read_text(encoding="utf-8"))["answers"]]
+
+
+if __name__ == "__main__":
+    main()
