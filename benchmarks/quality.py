@@ -37,9 +37,17 @@ if TYPE_CHECKING:
 TASKS = ("wikitext2", "c4")
 # Allocators whose result depends on the seed.
 LEARNED = ("ara", "ara-paper", "gumbel", "tanh")
+# The paper's form walks by Adam, as tanh and gumbel do, and gets as many steps of as many windows as they.
 FORMS: dict[str, dict[str, Any]] = {
     "ara": {},
-    "ara-paper": {"objective": "paper", "learning_rate": 0.1, "start": "uniform"},
+    "ara-paper": {
+        "objective": "paper",
+        "start": "uniform",
+        "steps": 60,
+        "batch": 4,
+        "learning_rate": 0.2,
+        "check_every": 10,
+    },
 }
 # All of them, in the order in which they are measured.
 OURS = ("uniform", "energy", "sensitivity", "ara")
@@ -243,10 +251,10 @@ class Bench:
         from ara.allocation.ranks_file import from_table
         from ara.stages.train_masks import train_masks
 
-        steps = self.arguments.steps or MaskTrainingOptions().steps
-        config = TrainMasksConfig(
-            keep=tuple(self.arguments.keep), steps=steps, seed=row.seed, layout=row.layout, **FORMS[row.method]
-        )
+        options = {"steps": MaskTrainingOptions().steps, **FORMS[row.method]}
+        if self.arguments.steps:
+            options["steps"] = self.arguments.steps
+        config = TrainMasksConfig(keep=tuple(self.arguments.keep), seed=row.seed, layout=row.layout, **options)
         view = train_masks(config, self.run, factors=row.factors, name=f"{row.method}-{row.layout}-{row.seed}")
         assert view.manifest is not None
         result = view.manifest.results["budgets"][f"{row.keep:g}"]
