@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
 from ara.evaluation.tasks import LOCAL, definition, expand, is_text
+from ara.models.placement import torch_dtype
 from ara.stage_view import StageView
 from ara.stages.allocate import allocate
 from ara.stages.common import Run, model_of
@@ -69,7 +70,7 @@ def check(view: StageView, factors: StageView, run: Run, console: Console) -> No
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         source = model_of(factors, run)
-        model, tokenizer = source.load_model(), source.load_tokenizer()
+        model, tokenizer = source.load_model(torch_dtype(config["dtype"])), source.load_tokenizer()
         model.save_pretrained(folder / "dense")
         tokenizer.save_pretrained(folder / "dense")
         del model

@@ -1,8 +1,9 @@
 """Builds the decoder graph: one ONNX graph for prefill and decode, with ONNX Runtime's fused operators.
 
 Inputs and outputs carry the names that ONNX Runtime GenAI expects. A dense linear layer is one MatMul; a factorised one
-is MatMul A → MatMul B; a pivoted one MatMul A → MatMul C → Concat → Gather. Nodes and weights are named after their
-modules. Weights are lazy: each is read, converted and written on its own when the model is saved.
+is MatMul A → MatMul B; a pivoted one MatMul A → MatMul C → Concat → Gather, in float32 a Gather of whole blocks. Nodes
+and weights are named after their modules. Weights are lazy: each is read, converted and written on its own when the
+model is saved.
 
 Shapes: b batch, s new tokens, p past tokens, t = p + s.
 """
@@ -19,6 +20,7 @@ import torch
 
 from ara.errors import ModelError, NumericalError
 from export.architecture import Decoder
+from export.pivots import BlockPivots
 from export.quantize import BITS, BLOCK, quantize, scales_of
 from export.report import Precision
 from export.weights import Checkpoint, LinearLayer
@@ -57,7 +59,11 @@ def build(checkpoint: Checkpoint, decoder: Decoder, options: GraphOptions) -> ir
 
 class _Builder:
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder, options: GraphOptions) -> None:
-        self.checkpoint, self.decoder, self.options = checkpoint, decoder, options
+        self.checkpoint: Checkpoint | BlockPivots = checkpoint
+        # More pivots magnify rounding a little more: nothing for float32, too much for less.
+        if checkpoint.pivoted and options.precision == "fp32":
+            self.checkpoint = BlockPivots(checkpoint)
+        self.decoder, self.options = decoder, options
         self.float = _FLOATS[options.activations]
         self.used: set[str] = set()
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, _CONTRIB: 1}, name="decoder")
@@ -235,11 +241,22 @@ class _Builder:
             others = self._matmul(h, f"{layer.path}.C", f"{layer.path}.C.weight")
             both = self.op("Concat", [h, others], f"{layer.path}.rows", {"axis": -1})
             self.used.add(f"{layer.path}.order")
-            order = self.constant(f"{layer.path}.order", self.checkpoint.tensor(f"{layer.path}.order").numpy())
-            y = self.op("Gather", [both, order], f"{layer.path}.ordered", {"axis": -1})
+            order = self._order(layer)
+            if layer.block == 1:
+                y = self.op("Gather", [both, order], f"{layer.path}.ordered", {"axis": -1})
+            else:
+                apart, whole = self._ints([0, 0, layer.m // layer.block, layer.block], [0, 0, layer.m])
+                blocks = self.op("Reshape", [both, apart], f"{layer.path}.blocks")
+                ordered = self.op("Gather", [blocks, order], f"{layer.path}.ordered", {"axis": 2})
+                y = self.op("Reshape", [ordered, whole], f"{layer.path}.whole")
         if layer.bias is not None:
             y = self.op("Add", [y, self.weight(layer.bias)], f"{layer.path}.biased")
         return y
+
+    def _order(self, layer: LinearLayer) -> ir.Value:
+        name = f"{layer.path}.order"
+        kind = ir.DataType.INT32 if layer.block == 1 else ir.DataType.INT64
+        return self.lazy(name, kind, (layer.m // layer.block,), lambda: self.checkpoint.tensor(name).numpy())
 
     def _matmul(self, x: ir.Value, path: str, *names: str) -> ir.Value:
         """Multiply by weights of the checkpoint, (out, in) each, that are put under each other."""

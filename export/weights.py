@@ -30,6 +30,7 @@ class LinearLayer:
         rank: k; ``None`` when it is dense.
         pivoted: whether a low-rank layer is stored as pivot rows and coefficients.
         bias: name of the bias (m), or ``None``.
+        block: of how many outputs a pivoted layer's order speaks at once.
     """
 
     path: str
@@ -38,6 +39,7 @@ class LinearLayer:
     rank: int | None
     pivoted: bool
     bias: str | None
+    block: int = 1
 
     @property
     def parameters(self) -> int:
