@@ -55,8 +55,8 @@ def _show_texts(console: Console, results: Mapping[str, Any], texts: Mapping[str
             speed = busiest["models"][name]["tokens_per_second"]
             cells.append(f"{speed['median']:,.0f} ({speed['low']:,.0f} – {speed['high']:,.0f})")
         rows.append(cells)
-    order = "on the same windows in turn" if results["interleaved"] else "one after the other"
-    console.table(f"Dense, uniform and chosen, {order}", columns, rows)
+    order = ", on the same windows in turn" if results["interleaved"] else ", one after the other"
+    console.table(f"Dense, uniform and chosen{order if texts else ''}", columns, rows)
 
 
 def _show_tasks(console: Console, results: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
