@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ara.allocation.budget import Budget
 from ara.allocation.uniform import Uniform
 from ara.calibration.texts import Documents, check_text_spec, load_documents
@@ -22,12 +20,21 @@ from ara.evaluation.perplexity import VariantRun, interleaved_perplexity
 from ara.models.accounting import parameter_count, weight_bytes
 from ara.models.checkpoint import apply_factors, load
 from ara.models.linears import matching
-from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
 from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import layout_of, load_modules, read_allocation
-from ara.stages.common import Run, already_done, begin, check_window, factor_files, model_of, specs_of
+from ara.stages.common import (
+    Run,
+    already_done,
+    begin,
+    check_window,
+    factor_files,
+    groups_in_memory,
+    label_of,
+    model_of,
+    specs_of,
+)
 from ara.stages.truncate import CHECKPOINT, decomposition_of
 from ara.workspace import Workspace
 
@@ -188,7 +195,7 @@ def _variants(
     variants = [Variant("dense", load_dense, 1.0)]
     if uniform != allocation:
         variants.append(Variant("uniform", load_uniform, uniform.keep(specs)))
-    variants.append(Variant(_label(truncated), load_chosen, allocation.keep(specs)))
+    variants.append(Variant(label_of(truncated), load_chosen, allocation.keep(specs)))
     return variants
 
 
@@ -199,11 +206,6 @@ def _exported(truncated: StageView, view: StageView, load_export: Callable[[], A
     size = sum(path.stat().st_size for path in view.path.iterdir() if path.suffix == ".data")
     figures = {"parameters": results["parameters"], "weight_bytes": size}
     return Variant(view.key, load_export, results["linear_keep"], figures)
-
-
-def _label(truncated: StageView) -> str:
-    """Return what the chosen model is called in the table; never the name of another row."""
-    return truncated.key if truncated.name in ("dense", "uniform") else truncated.name
 
 
 def _measure(
@@ -225,7 +227,7 @@ def _measure(
         task: {"text": texts[task].origin, "windows": windows[task].windows, "seq_len": config.seq_len, "models": {}}
         for task in texts
     }
-    groups = _groups(variants, truncated.manifest.results["dense_weight_bytes"], config, run)
+    groups = groups_in_memory(variants, truncated.manifest.results["dense_weight_bytes"], config.device, run)
     for group in groups:
         measured, rows = _measure_group(group, windows, config, tokenizer, run)
         for name in measured:
@@ -236,9 +238,9 @@ def _measure(
     dense = figures["dense"]["parameters"]
     for row in figures.values():
         row["model_keep"] = row["parameters"] / dense
-    figures[_label(truncated)]["disk_bytes"] = truncated.manifest.results["disk_bytes"]
+    figures[label_of(truncated)]["disk_bytes"] = truncated.manifest.results["disk_bytes"]
     return {
-        "chosen": _label(truncated),
+        "chosen": label_of(truncated),
         "variants": figures,
         "tasks": {
             task: {**values, "models": {v.name: values["models"][v.name] for v in variants}}
@@ -288,16 +290,3 @@ def _row(run: VariantRun) -> dict[str, Any]:
     row = asdict(run.result)
     row["window_nlls"] = list(row["window_nlls"])
     return {**row, "tokens_per_second": asdict(run.tokens_per_second)}
-
-
-def _groups(variants: list[Variant], dense_bytes: int, config: EvalConfig, run: Run) -> list[list[Variant]]:
-    """Return the models to run in turn: all together when they fit into memory, else one by one."""
-    free = available_bytes(torch.device(config.device))
-    # A quarter on top for activations and logits.
-    if 1.25 * dense_bytes * len(variants) < free:
-        return [variants]
-    run.report.warn(
-        f"{len(variants)} models do not fit into {free / 2**30:.1f} GiB at once: they are run one after the other, "
-        "so a change of the machine's speed in between shows in their tokens/s"
-    )
-    return [[variant] for variant in variants]
