@@ -202,6 +202,25 @@ class EvalConfig(PlacementConfig):
     max_new_tokens: int = Field(40, ge=1, description="length of a continuation, in tokens")
 
 
+class BenchConfig(PlacementConfig):
+    """``ara bench``: speed, memory and size of the dense and the chosen model."""
+
+    prefill: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (128, 512), description="tokens that are read at once; several with commas, '' for none"
+    )
+    decode: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (512,), description="tokens behind which one more is decoded; several with commas, '' for none"
+    )
+    batch: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 4), min_length=1, description="rows at once; several with commas"
+    )
+    rounds: int = Field(9, ge=3, description="measurements of every model in every case; one more warms up")
+    threads: int | None = Field(None, ge=1, description="threads of the CPU [default: as many as torch takes]")
+    backend: Literal["torch", "onnx"] = Field(
+        "torch", description="onnx: the exported graphs in ONNX Runtime, placed as the export says (see ara export)"
+    )
+
+
 def build(config: type[Any], **values: Any) -> Any:
     """Build ``config`` from ``values``; all problems are reported at once.
 

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         for stage in STAGES
     },
     "compare": ("compare:command", "All allocators side by side: loss, perplexity, cost, a picture of their ranks"),
+    "bench": ("bench:command", "Speed, memory and size of the dense and the compressed model, in turn in one run"),
     "generate": ("generate:command", "Answer a prompt with the compressed model, in torch or ONNX Runtime"),
     "status": ("status:command", "What the workspace holds, what is stale or missing, the next command"),
     "models": ("info:models", "Names for models"),

@@ -30,6 +30,11 @@ def default(config: type[StageConfig], name: str) -> Any:
     return config.model_fields[name].get_default(call_default_factory=True)
 
 
+def joined(values: tuple[int, ...]) -> str:
+    """Return numbers as an option takes them: ``1,4``."""
+    return ",".join(str(value) for value in values)
+
+
 WorkspaceOption = Annotated[
     Path, typer.Option("--workspace", "-w", envvar="ARA_WORKSPACE", help="folder that holds all results of one model")
 ]
@@ -87,3 +92,15 @@ def task_names(tasks: str, flag: str = "--tasks", what: str = "task", example: s
     if not names:
         raise UsageError(f"{flag} {tasks!r} names no {what}", f"for example {flag} {example}")
     return names
+
+
+def whole_numbers(text: str, flag: str) -> tuple[int, ...]:
+    """Split ``1,4`` into numbers, each once, in their order; an empty text gives none.
+
+    Raises:
+        UsageError: a part is no whole number.
+    """
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+    except ValueError:
+        raise UsageError(f"{flag} {text!r}: expected whole numbers", f"several with commas: {flag} 1,4") from None

@@ -10,6 +10,7 @@ from ara.pipeline import STAGES, next_command
 from ara.stage_view import StageView
 from ara.workspace import Workspace
 from ara_cli.console import Column, Console
+from ara_cli.render_bench import figure
 from ara_cli.render_eval import show_evaluation
 from ara_cli.words import bytes_text, count_text, percent, seconds_text
 
@@ -218,7 +219,7 @@ def show_status(console: Console, workspace: Workspace) -> None:
         rows += [_status_row(view) for view in found]
         if not found:
             rows.append((stage.name, "–", "optional" if stage.optional else "missing", "", "", stage.title))
-    rows += [_status_row(view) for view in views if view.stage == "compare"]
+    rows += [_status_row(view) for view in views if view.stage in ("compare", "bench")]
     model = (workspace.model or {}).get("requested", "no model yet")
     titles = ("stage", "name", "state", "made", "took", "what")
     console.table(f"{workspace.root}: {model}", [Column(title, _LEFT) for title in titles], rows)
@@ -265,6 +266,8 @@ def _figure(view: StageView) -> str:
             for name, task in results["tasks"].items()
             for row in [task["models"][chosen]]
         )
+    if view.stage == "bench":
+        return figure(results)
     return ""
 
 

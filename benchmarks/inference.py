@@ -15,13 +15,8 @@ uniform ranks: every layer is low-rank, so no layer is spared the second product
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,70 +24,22 @@ import torch
 from ara.allocation.budget import Budget
 from ara.allocation.uniform import Uniform
 from ara.config import DecomposeConfig, Layout
+from ara.evaluation.cost import Case
+from ara.evaluation.speed import Runner, TorchRunner, interleaved_seconds
 from ara.models.checkpoint import apply_factors, load, save_checkpoint
 from ara.models.quiet import quiet_transformers
 from ara.stages.allocate import load_modules
 from ara.stages.common import Run, factor_files, model_of
 from ara.stages.decompose import decompose
 from ara_cli.console import Column, Console
+from export.bench import OnnxRunner, count_checkpoint, parameters_of
 from export.config import ExportConfig
-from export.runner import OnnxDecoder
+from export.report import read_report
 from export.stage import export_folder
 from export.weights import Checkpoint
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
 LAYOUTS: tuple[Layout, ...] = ("factors", "pivoted")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measurement: ``new`` tokens behind ``past`` ones, for ``batch`` rows."""
-
-    name: str
-    batch: int
-    past: int
-    new: int
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One model in one runtime.
-
-    Attributes:
-        name: of the row.
-        run: does a case once, prepared by its first call.
-        macs: multiplications of a case.
-        read: bytes read in a case.
-    """
-
-    name: str
-    run: Callable[[Case], None]
-    macs: Callable[[Case], float]
-    read: Callable[[Case], float]
-
-
-class Counted:
-    """What a checkpoint computes and reads, from the shapes of its tensors."""
-
-    def __init__(self, folder: Path, bytes_per_weight: float) -> None:
-        checkpoint, config = Checkpoint(folder), json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        names = [name for name in checkpoint.names() if "layers" in name and name.endswith(".weight")]
-        self.linear = sum(np.prod(checkpoint.shape(name)) for name in names if len(checkpoint.shape(name)) == 2)
-        self.head = config["vocab_size"] * config["hidden_size"]
-        self.bytes = bytes_per_weight
-        heads, self.layers = config["num_attention_heads"], config["num_hidden_layers"]
-        width = config.get("head_dim") or config["hidden_size"] // heads
-        self.attention = heads * width
-        self.cache = 2 * config["num_key_value_heads"] * width * 4
-
-    def macs(self, case: Case) -> float:
-        """Return multiplications: weights and head for every new token, scores and sums for every pair."""
-        pairs = case.new * case.past + case.new * (case.new + 1) / 2
-        return float(case.batch * (case.new * (self.linear + self.head) + 2 * self.layers * self.attention * pairs))
-
-    def read(self, case: Case) -> float:
-        """Return bytes: weights and head once, caches of every row."""
-        return float((self.linear + self.head) * self.bytes + case.batch * self.layers * self.cache * case.past)
 
 
 def dense_folder(arguments: argparse.Namespace, run: Run) -> Path:
@@ -135,66 +82,22 @@ def compressed_folder(arguments: argparse.Namespace, run: Run, dense: Path, keep
     return folder
 
 
-def onnx_contender(name: str, folder: Path, precision: str, arguments: argparse.Namespace, run: Run) -> Contender:
-    """Export a checkpoint and return how to run it."""
+def onnx_runner(folder: Path, precision: str, arguments: argparse.Namespace, run: Run) -> Runner:
+    """Export a checkpoint and return what runs it."""
     output: Path = arguments.workspace / "onnx" / f"{folder.name}-{precision}"
     if not (output / "ara_export.json").exists():
         config = ExportConfig(precision=precision, execution_provider="cpu", parity=False)
         export_folder(config, run, folder, output)
-    decoder = OnnxDecoder(output, threads=arguments.threads)
-    prepared: dict[Case, tuple[Any, np.ndarray, np.ndarray]] = {}
-
-    def step(case: Case) -> None:
-        if case not in prepared:
-            ids = np.random.default_rng(0).integers(4, 900, (case.batch, case.new))
-            mask = np.ones((case.batch, case.past + case.new), np.int64)
-            prepared.clear()  # the caches of the case before
-            prepared[case] = decoder.bind(case.batch, mask.shape[1]), ids, mask
-        decoder.step(*prepared[case])
-
-    counted = Counted(folder, 1 + 4 / 32 if precision == "int8" else 4)
-    return Contender(name, step, counted.macs, counted.read)
+    checkpoint = Checkpoint(folder)
+    cost = count_checkpoint(checkpoint, read_report(output))
+    return OnnxRunner(output, parameters_of(checkpoint), cost, arguments.threads)
 
 
-def torch_contender(name: str, folder: Path, compiled: bool) -> Contender:
-    """Load a checkpoint in torch and return how to run it."""
-    from transformers import DynamicCache
-
-    model: Any = load(folder, "cpu", "float32")
-    config = model.config
-    call = torch.compile(model, dynamic=True) if compiled else model
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    prepared: dict[Case, tuple[torch.Tensor, Any]] = {}
-
-    @torch.inference_mode()
-    def step(case: Case) -> None:
-        if case not in prepared:
-            prepared.clear()
-            past = DynamicCache()
-            if case.past:
-                shape = (case.batch, config.num_key_value_heads, case.past, width)
-                for layer in range(config.num_hidden_layers):
-                    past.update(torch.zeros(shape), torch.zeros(shape), layer)
-            prepared[case] = torch.randint(4, 900, (case.batch, case.new)), past
-        ids, past = prepared[case]
-        call(ids, past_key_values=past, use_cache=True)
-        past.crop(case.past)
-
-    counted = Counted(folder, 4)
-    return Contender(name, step, counted.macs, counted.read)
-
-
-def measure(contenders: list[Contender], case: Case, rounds: int) -> dict[str, list[float]]:
-    """Return seconds per contender and round."""
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for turn in range(rounds + 1):
-        shift = turn % len(contenders)
-        for contender in contenders[shift:] + contenders[:shift]:
-            begun = time.perf_counter()
-            contender.run(case)
-            if turn:  # the first round warms up
-                seconds[contender.name].append(time.perf_counter() - begun)
-    return seconds
+def torch_runner(folder: Path, compiled: bool) -> Runner:
+    """Load a checkpoint in torch; like the graphs, it gives the logits of all positions."""
+    model = load(folder, "cpu", "float32")
+    call = torch.compile(model, dynamic=True) if compiled else None
+    return TorchRunner(model, last_logits=False, call=call)
 
 
 def main() -> None:
@@ -221,37 +124,36 @@ def main() -> None:
     for keep in arguments.keep or [0.8, 0.6]:
         for layout in LAYOUTS:
             folders[f"keep {keep:g}, {layout}"] = compressed_folder(arguments, run, dense, keep, layout)
-    contenders = [onnx_contender(f"ONNX fp32, {name}", path, "fp32", arguments, run) for name, path in folders.items()]
+    runners = {f"ONNX fp32, {name}": onnx_runner(path, "fp32", arguments, run) for name, path in folders.items()}
     if arguments.int8:
-        contenders += [onnx_contender(f"ONNX int8, {n}", path, "int8", arguments, run) for n, path in folders.items()]
+        runners |= {f"ONNX int8, {name}": onnx_runner(path, "int8", arguments, run) for name, path in folders.items()}
     if arguments.torch:
-        contenders += [torch_contender(f"torch, {name}", path, False) for name, path in folders.items()]
+        runners |= {f"torch, {name}": torch_runner(path, False) for name, path in folders.items()}
     if arguments.compiled:
-        contenders += [torch_contender(f"torch.compile, {name}", path, True) for name, path in folders.items()]
+        runners |= {f"torch.compile, {name}": torch_runner(path, True) for name, path in folders.items()}
     batches = arguments.batch or [1, 4]
-    cases = [Case(f"prefill {n}", b, 0, n) for n in arguments.prefill or [128, 512, 2048] for b in batches]
-    cases += [Case(f"decode behind {n}", b, n, 1) for n in arguments.decode or [512, 2048] for b in batches]
+    cases = [Case(b, 0, n) for n in arguments.prefill or [128, 512, 2048] for b in batches]
+    cases += [Case(b, n, 1) for n in arguments.decode or [512, 2048] for b in batches]
     for case in cases:
-        show(console, case, contenders, measure(contenders, case, arguments.rounds))
+        show(console, case, runners, interleaved_seconds(runners, case, arguments.rounds))
 
 
-def show(console: Console, case: Case, contenders: list[Contender], seconds: dict[str, list[float]]) -> None:
-    """Print one case: each contender against the dense one of its runtime."""
+def show(console: Console, case: Case, runners: dict[str, Runner], seconds: dict[str, list[float]]) -> None:
+    """Print one case: each model against the dense one of its runtime."""
     rows = []
-    base = contenders[0]
-    for contender in contenders:
-        runtime, _, model = contender.name.partition(", ")
+    base = next(iter(runners))
+    for name, runner in runners.items():
+        runtime, _, model = name.partition(", ")
         if model == "dense":
-            base = contender
-        ratios = [d / c for d, c in zip(seconds[base.name], seconds[contender.name], strict=True)]
+            base = name
+        ratios = [d / c for d, c in zip(seconds[base], seconds[name], strict=True)]
         low, _, high = np.percentile(ratios, [10, 50, 90])
-        count = contender.macs if case.new > 1 else contender.read
-        predicted = (base.macs if case.new > 1 else base.read)(case) / count(case)
+        predicted = runner.cost.predicted_ratio(runners[base].cost, case)
         rows.append(
             (
                 runtime,
                 model,
-                f"{1000 * statistics.median(seconds[contender.name]):.1f}",
+                f"{1000 * statistics.median(seconds[name]):.1f}",
                 f"{statistics.median(ratios):.2f} ({low:.2f} – {high:.2f})",
                 f"{predicted:.2f}",
                 f"{statistics.median(ratios) / predicted - 1:+.0%}",
@@ -265,7 +167,8 @@ def show(console: Console, case: Case, contenders: list[Contender], seconds: dic
         Column("predicted"),
         Column("off"),
     ]
-    console.table(f"{case.name}, batch {case.batch}", columns, rows)
+    what = f"decode behind {case.past}" if case.past else f"prefill {case.new}"
+    console.table(f"{what}, batch {case.batch}", columns, rows)
 
 
 if __name__ == "__main__":

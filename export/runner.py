@@ -84,6 +84,12 @@ class OnnxDecoder:
         """Positions that the model has."""
         return self.about.decoder.context
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that there are logits for."""
+        (logits,) = (value for value in self.session.get_outputs() if value.name == "logits")
+        return int(logits.shape[-1])
+
     def empty_past(self, batch: int, length: int = 0) -> dict[str, np.ndarray]:
         """Return caches of ``length`` positions, zeros: input name → (b, kv heads, length, head)."""
         return {

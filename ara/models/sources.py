@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,17 @@ class ModelSource:
         check_complete(loading["missing_keys"], self.identity.location)
         loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
         return loaded
+
+    def for_another_process(self, dtype: torch.dtype) -> ModelSource:
+        """Return this source, able to be pickled and reporting to nobody, with a GGUF file unpacked for ``dtype``.
+
+        Raises:
+            ModelError: the file is damaged.
+            DiskFullError: the cache has no room for what is unpacked.
+        """
+        if self._gguf is not None:
+            self._gguf.weights_folder(dtype, self._report)
+        return replace(self, _report=SILENT)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer.

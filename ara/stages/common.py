@@ -6,19 +6,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ara.config import DecomposeConfig, Layout
 from ara.environment import reset_peak_memory
 from ara.errors import ModelError, UsageError
 from ara.models.context import context_length
 from ara.models.linears import LinearSpec
+from ara.models.memory import available_bytes
 from ara.progress import SILENT, Reporter
 from ara.stage_view import StageView
 from ara.workspace import Workspace
 
 if TYPE_CHECKING:
     from ara.models.sources import ModelSource
+
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -80,20 +84,49 @@ def specs_of(decomposition: StageView, layout: Layout = "factors") -> list[Linea
     return [LinearSpec(**{**module, "layout": layout}) for module in decomposition.manifest.results["modules"]]
 
 
-def check_window(seq_len: int, model_config: Any) -> int | None:
+def check_window(seq_len: int, model_config: Any, flag: str = "--seq-len") -> int | None:
     """Return how many positions the model has, or ``None`` if it does not say.
 
     Args:
         seq_len: tokens per window that somebody asked for.
         model_config: of transformers.
+        flag: the option by which they did.
 
     Raises:
         UsageError: ``seq_len`` is more than the model can read.
     """
     limit = context_length(model_config)
     if limit is not None and seq_len > limit:
-        raise UsageError(f"--seq-len {seq_len} is more than the {limit} positions of the model", f"use at most {limit}")
+        raise UsageError(f"{flag} {seq_len} is more than the {limit} positions of the model", f"use at most {limit}")
     return limit
+
+
+def label_of(truncated: StageView) -> str:
+    """Return what a checkpoint is called in a table; never the name of another row."""
+    return truncated.key if truncated.name in ("dense", "uniform") else truncated.name
+
+
+def groups_in_memory(
+    models: Sequence[Item], each_bytes: int, device: str, report: Reporter, lost: str = ""
+) -> list[list[Item]]:
+    """Return the models to run in turn: all together when they fit into memory, else one by one, which is warned of.
+
+    Args:
+        models: whatever stands for them.
+        each_bytes: weights of the largest.
+        device: where they run.
+        report: told when they do not.
+        lost: what else cannot be measured then, as the end of a sentence.
+    """
+    free = available_bytes(device)
+    # A quarter on top for activations and logits.
+    if 1.25 * each_bytes * len(models) < free:
+        return [list(models)]
+    report.warn(
+        f"{len(models)} models do not fit into {free / 2**30:.1f} GiB at once: they are run one after the other, "
+        f"so a change of the machine's speed in between shows in their tokens/s{lost}"
+    )
+    return [[model] for model in models]
 
 
 def default_name(factors: str, *parts: str, keep: float | None = None, layout: Layout = "factors") -> str:

@@ -20,7 +20,7 @@ from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
 from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import layout_of, load_modules, read_allocation
-from ara.stages.common import Run, already_done, begin, check_window, factor_files, model_of, specs_of
+from ara.stages.common import Run, already_done, begin, check_window, factor_files, label_of, model_of, specs_of
 from ara.stages.measure import DENSE, Measurement, Questions, Variant, prompts_of
 from ara.stages.truncate import CHECKPOINT, decomposition_of
 from ara.workspace import Workspace
@@ -112,7 +112,7 @@ def evaluate(
         with workspace.writer(
             "eval", name, facts, command=run.command, resumable=True, keep_after_nan=True, started=started
         ) as stage:
-            measurement = Measurement(variants, _label(truncated), questions, resolved, stage, run.report)
+            measurement = Measurement(variants, label_of(truncated), questions, resolved, stage, run.report)
             interleaved = measurement.run(truncated.manifest.results["dense_weight_bytes"])
             stage.results.update(_complete(measurement.results(), truncated), interleaved=interleaved)
             text = json.dumps(stage.results, indent=1, allow_nan=False)
@@ -126,8 +126,8 @@ def _complete(results: dict[str, Any], truncated: StageView) -> dict[str, Any]:
     dense = results["variants"][DENSE]["parameters"]
     for row in results["variants"].values():
         row["model_keep"] = row["parameters"] / dense
-    results["variants"][_label(truncated)]["disk_bytes"] = truncated.manifest.results["disk_bytes"]
-    return {"chosen": _label(truncated), **results}
+    results["variants"][label_of(truncated)]["disk_bytes"] = truncated.manifest.results["disk_bytes"]
+    return {"chosen": label_of(truncated), **results}
 
 
 def result_name(checkpoint: str, tasks: Sequence[str], texts: Mapping[str, Documents]) -> str:
@@ -187,7 +187,7 @@ def _variants(
     variants = [Variant(DENSE, load_dense, 1.0)]
     if uniform != allocation:
         variants.append(Variant("uniform", load_uniform, uniform.keep(specs)))
-    variants.append(Variant(_label(truncated), load_chosen, allocation.keep(specs)))
+    variants.append(Variant(label_of(truncated), load_chosen, allocation.keep(specs)))
     return variants
 
 
@@ -198,8 +198,3 @@ def _exported(truncated: StageView, view: StageView, load_export: Callable[[], A
     size = sum(path.stat().st_size for path in view.path.iterdir() if path.suffix == ".data")
     figures = {"parameters": results["parameters"], "weight_bytes": size}
     return Variant(view.key, load_export, results["linear_keep"], figures)
-
-
-def _label(truncated: StageView) -> str:
-    """Return what the chosen model is called in the table; never the name of another row."""
-    return truncated.key if truncated.name in ("dense", "uniform") else truncated.name

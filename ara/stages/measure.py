@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ara.calibration.texts import Documents
 from ara.calibration.tokens import evaluation_windows
 from ara.config import EvalConfig
@@ -26,9 +24,9 @@ from ara.evaluation.paired import bootstrap_pairs, compare_pairs
 from ara.evaluation.perplexity import VariantRun, interleaved_perplexity
 from ara.evaluation.tasks import Task, chosen_documents
 from ara.models.accounting import parameter_count, weight_bytes
-from ara.models.memory import available_bytes
 from ara.progress import Reporter
 from ara.stage_writer import StageWriter
+from ara.stages.common import groups_in_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,7 +117,8 @@ class Measurement:
         Raises:
             NumericalError: a model gives NaN.
         """
-        groups = self._groups(dense_bytes)
+        lost = ", and their distance from the dense model is not measured"
+        groups = groups_in_memory(self.variants, dense_bytes, self.config.device, self.report, lost)
         for group in groups:
             if not all(self._done(piece, variant) for variant in group for piece in self._pieces()):
                 self._measure(group)
@@ -175,19 +174,6 @@ class Measurement:
         self.stage.text(self._file(piece, variant), json.dumps(row, allow_nan=False) + "\n")
 
     # -- measuring ----------------------------------------------------------------------------------------------
-
-    def _groups(self, dense_bytes: int) -> list[list[Variant]]:
-        """Return the models to run in turn: all together when they fit into memory, else one by one."""
-        free = available_bytes(torch.device(self.config.device))
-        # A quarter on top for activations and logits.
-        if 1.25 * dense_bytes * len(self.variants) < free:
-            return [list(self.variants)]
-        self.report.warn(
-            f"{len(self.variants)} models do not fit into {free / 2**30:.1f} GiB at once: they are run one after the "
-            "other, so a change of the machine's speed in between shows in their tokens/s, and their distance from "
-            "the dense model is not measured"
-        )
-        return [[variant] for variant in self.variants]
 
     def _measure(self, group: Sequence[Variant]) -> None:
         """Load the models of one group and measure them; they are out of memory again when this returns."""

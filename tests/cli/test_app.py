@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from ara.config import (
     AllocateConfig,
+    BenchConfig,
     CompareConfig,
     DecomposeConfig,
     EvalConfig,
@@ -43,6 +44,7 @@ CONFIGS = {
     "eval": EvalConfig,
     "export": ExportConfig,
     "compare": CompareConfig,
+    "bench": BenchConfig,
     "generate": GenerateConfig,
 }
 # Options that are called otherwise than the config field.
@@ -100,7 +102,8 @@ def each(words, tiny_text, tmp_path):
 def test_help_lists_the_commands_in_the_order_of_the_pipeline():
     text = done("--help").stdout
     listed = re.findall(r"^  ([a-z-]+) ", text[text.index("Commands:") :], re.MULTILINE)
-    assert listed == ["run", *(stage.name for stage in STAGES), "compare", "generate", "status", "models", "methods"]
+    others = ["compare", "bench", "generate", "status", "models", "methods"]
+    assert listed == ["run", *(stage.name for stage in STAGES), *others]
     assert listed == list(COMMANDS)
     for stage in STAGES:
         assert f"  {stage.name} " in text
@@ -189,7 +192,8 @@ def test_defaults_of_the_options_are_those_of_the_configs():
             if field is None or field.is_required() or parameter.default in (None, ()):
                 continue
             value = field.get_default(call_default_factory=True)
-            assert parameter.default == (",".join(value) if parameter.name == "tasks" else value), parameter.name
+            expected = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            assert parameter.default == expected, parameter.name
     assert AllocateConfig().keep == 0.8
 
 

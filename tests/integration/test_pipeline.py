@@ -502,7 +502,7 @@ def test_models_that_do_not_fit_together_are_alone_in_memory(copied, tiny_text, 
         return original(models, *arguments, **options)
 
     monkeypatch.setattr(measure, "interleaved_perplexity", watched)
-    monkeypatch.setattr(measure, "available_bytes", lambda device: 1)
+    monkeypatch.setattr("ara.stages.common.available_bytes", lambda device: 1)
     config = EvalConfig(tasks=(tiny_text,), seq_len=32, max_windows=2, device="cpu", dtype="float32")
     together = manifest(copied, f"eval/{NAME}-{story()}").results
     alone = evaluate(config, Run(copied)).manifest.results

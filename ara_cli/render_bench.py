@@ -1,0 +1,66 @@
+"""Tables of ``ara bench``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ara.stage_view import StageView
+from ara_cli.console import Column, Console
+from ara_cli.words import count_text
+
+
+def show_bench(console: Console, view: StageView) -> None:
+    """Show how large the models are, and how fast beside the dense one and beside what the arithmetic predicts."""
+    assert view.manifest is not None
+    results = view.manifest.results
+    threads = f"{results['threads']} thread{'s' if results['threads'] > 1 else ''}"
+    where = f"{results['backend']}, {results['device']}, {results['precision']}, {threads}"
+    rows = [
+        (name, count_text(row["parameters"]), *(_mib(row[f"{key}_bytes"]) for key in ("weight", "disk", "peak_memory")))
+        for name, row in results["models"].items()
+    ]
+    sizes = [Column("model", "left"), Column("parameters")]
+    sizes += [Column(f"{what} (MiB)") for what in ("weights", "on disk", "peak memory")]
+    console.table(f"Sizes: {where}", sizes, rows)
+    columns = [
+        Column("case", "left"),
+        Column("model", "left"),
+        Column("ms"),
+        Column("tokens/s (p10 – p90)"),
+        Column("times as fast as dense (95 % interval)"),
+        Column("predicted"),
+        Column("off by"),
+    ]
+    order = "in turn" if results["interleaved"] else "one after the other"
+    title = f"Speed: models {order}, medians of {view.manifest.config['rounds']} rounds"
+    console.table(title, columns, [_row(case, name) for case in results["cases"] for name in results["models"]])
+
+
+def figure(results: dict[str, Any]) -> str:
+    """Return the least and the largest ratio to dense, for one line of a table."""
+    ratios = [case["models"][results["chosen"]]["ratio"]["median"] for case in results["cases"]]
+    return f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as dense ({results['backend']})"
+
+
+def _row(case: dict[str, Any], name: str) -> tuple[str | None, ...]:
+    row = case["models"][name]
+    what = f"decode behind {case['past']}" if case["kind"] == "decode" else f"prefill {case['new']}"
+    speed, ratio = row["tokens_per_second"], row["ratio"]
+    compared: tuple[str | None, ...] = (None, None, None)
+    if name != next(iter(case["models"])):
+        compared = (
+            f"{ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})",
+            f"{row['predicted']:.2f}",
+            f"{ratio['median'] / row['predicted'] - 1:+.0%}",
+        )
+    return (
+        f"{what}, batch {case['batch']}",
+        name,
+        f"{1000 * row['seconds']['median']:,.1f}",
+        f"{speed['median']:,.0f} ({speed['p10']:,.0f} – {speed['p90']:,.0f})",
+        *compared,
+    )
+
+
+def _mib(size: int | None) -> str | None:
+    return None if size is None else f"{size / 2**20:,.1f}"
