@@ -105,8 +105,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=["demo", "llama-7b"], default="demo", help="whose shapes")
     parser.add_argument("--keep", type=float, action="append", help="budget; may be repeated [default: 0.8 and 0.6]")
-    parser.add_argument("--prefill", type=int, action="append", help="tokens [default: 128, 512, 2048]")
-    parser.add_argument("--decode", type=int, action="append", help="context [default: 512, 2048]")
+    parser.add_argument("--layout", choices=LAYOUTS, action="append", help="of low-rank layers [default: both]")
+    parser.add_argument("--prefill", type=int, action="append", help="tokens [default: 128, 512, 2048]; 0: none")
+    parser.add_argument("--decode", type=int, action="append", help="context [default: 512, 2048]; 0: none")
     parser.add_argument("--batch", type=int, action="append", help="rows [default: 1 and 4]")
     parser.add_argument("--rounds", type=int, default=9, help="measurements per model and case")
     parser.add_argument("--threads", type=int, default=1, help="threads of ONNX Runtime and torch")
@@ -122,7 +123,7 @@ def main() -> None:
     dense = dense_folder(arguments, run)
     folders = {"dense": dense}
     for keep in arguments.keep or [0.8, 0.6]:
-        for layout in LAYOUTS:
+        for layout in arguments.layout or LAYOUTS:
             folders[f"keep {keep:g}, {layout}"] = compressed_folder(arguments, run, dense, keep, layout)
     runners = {f"ONNX fp32, {name}": onnx_runner(path, "fp32", arguments, run) for name, path in folders.items()}
     if arguments.int8:
@@ -132,8 +133,8 @@ def main() -> None:
     if arguments.compiled:
         runners |= {f"torch.compile, {name}": torch_runner(path, True) for name, path in folders.items()}
     batches = arguments.batch or [1, 4]
-    cases = [Case(b, 0, n) for n in arguments.prefill or [128, 512, 2048] for b in batches]
-    cases += [Case(b, n, 1) for n in arguments.decode or [512, 2048] for b in batches]
+    cases = [Case(b, 0, n) for n in arguments.prefill or [128, 512, 2048] for b in batches if n]
+    cases += [Case(b, n, 1) for n in arguments.decode or [512, 2048] for b in batches if n]
     for case in cases:
         show(console, case, runners, interleaved_seconds(runners, case, arguments.rounds))
 
