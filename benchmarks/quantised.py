@@ -1,4 +1,4 @@
-"""What rounding weights to 8 and 4 bits costs: dense, factors and pivoted layers, to nearest, blocks of 32.
+"""What rounding weights to 8 and 4 bits costs: dense, factors and pivoted layers, to nearest, blocks of 16.
 
     make bench-quantised
     python benchmarks/quantised.py --source dense=FOLDER --source factors=FOLDER

@@ -34,7 +34,7 @@ def test_files_are_counted_as_the_model_is(
     about = exported(folder, tmp_path / "out", last_logits=True)
     assert count_checkpoint(source, about) == count_model(model, last_logits=True)
     assert parameters_of(source) == sum(parameter.numel() for parameter in model.parameters())
-    for precision, weight, cache in (("fp16", 2, 2), ("int8", 1 + 4 / 32, 4)):
+    for precision, weight, cache in (("fp16", 2, 2), ("int8", 1 + 4 / 16, 4)):
         narrower = about.model_copy(update={"precision": precision, "last_logits": False})
         expected = replace(count_model(model, last_logits=False), weight_bytes=weight, cache_bytes=cache)
         assert count_checkpoint(source, narrower) == expected
