@@ -84,7 +84,7 @@ class TorchRunner:
     def __init__(
         self, model: PreTrainedModel, *, last_logits: bool = True, call: Callable[..., Any] | None = None
     ) -> None:
-        self._model, self._call = model, call or model
+        self._model, self._call = model, model if call is None else call
         can = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._options = {"logits_to_keep": 1} if last_logits and can else {}
         self.parameters, self.weight_bytes = parameter_count(model), weight_bytes(model)
