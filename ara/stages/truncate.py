@@ -82,7 +82,7 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
                 max_shard_size=config.max_shard_size,
             )
             stage.results["disk_bytes"] = checkpoint_bytes(folder)
-            card = model_card(decomposition.manifest, chosen.manifest, stage.results, dtype, layout)
+            card = model_card(decomposition.manifest, chosen.manifest, stage.results, dtype)
             (folder / "README.md").write_text(card, encoding="utf-8")
         return workspace.view(f"truncate/{name}")
 

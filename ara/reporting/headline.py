@@ -1,0 +1,148 @@
+"""Which figures stand for a checkpoint, and the sentence that they make. It claims no more than they show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ara.reporting.document import (
+    Allocated,
+    Base,
+    BenchCase,
+    Benched,
+    Difference,
+    Evaluated,
+    Spread,
+    Stored,
+    TextResult,
+    ZeroShot,
+)
+from ara.reporting.results import DENSE, UNIFORM
+
+# A mean difference counts as one from this many standard errors on, over at least so many windows: with few windows
+# the standard error itself is uncertain.
+_SURE = 3.0
+_ENOUGH_WINDOWS = 4
+# And a test of paired questions from this probability on.
+_LEVEL = 0.05
+# Texts that the verdict names.
+_TEXTS = 2
+
+
+def main_texts(evaluations: Iterable[Evaluated]) -> list[tuple[Evaluated, TextResult]]:
+    """Return for every text the evaluation that has read most of it, the later one of two equals."""
+    best: dict[tuple[str, str | None], tuple[Evaluated, TextResult]] = {}
+    for evaluation in evaluations:
+        for result in evaluation.texts:
+            key = result.task, result.sha256
+            if key not in best or tokens_of(result) >= tokens_of(best[key][1]):
+                best[key] = evaluation, result
+    return list(best.values())
+
+
+def longest_text(texts: Sequence[tuple[Evaluated, TextResult]]) -> tuple[Evaluated, TextResult] | None:
+    """Return the text of which most tokens were read."""
+    return max(texts, key=lambda item: tokens_of(item[1]), default=None)
+
+
+def tokens_of(result: TextResult) -> int:
+    """Return how many tokens a model has read of a text."""
+    return result.windows * result.seq_len
+
+
+def main_zero_shot(evaluations: Iterable[Evaluated]) -> tuple[Evaluated, ZeroShot] | None:
+    """Return the latest mean over most zero-shot tasks, or ``None``."""
+    found = [(evaluation, evaluation.zero_shot) for evaluation in evaluations if evaluation.zero_shot]
+    return max(enumerate(found), key=lambda item: (len(item[1][1].tasks), item[0]))[1] if found else None
+
+
+def main_case(benches: Sequence[Benched]) -> tuple[Benched, BenchCase] | None:
+    """Return the case that stands for speed: generating alone behind the longest past, of the latest benchmark."""
+    cases = [(bench, case) for bench in reversed(benches) for case in bench.cases if bench.chosen in case.models]
+    timed = [item for item in cases if item[1].models[item[0].chosen].ratio is not None]
+    return min(timed, key=lambda item: (item[1].kind != "decode", item[1].batch, -item[1].past)) if timed else None
+
+
+def differs(difference: Difference | None, count: int | None = None) -> bool | None:
+    """Tell whether a difference is more than noise; ``None`` where that cannot be told.
+
+    Args:
+        difference: of two models.
+        count: windows that it is the mean of.
+    """
+    if difference is None:
+        return None
+    if difference.p is not None:
+        return difference.p < _LEVEL
+    if not difference.stderr or (count is not None and count < _ENOUGH_WINDOWS):
+        return None
+    return abs(difference.difference) >= _SURE * difference.stderr
+
+
+def title(base: Base, allocation: Allocated) -> str:
+    """Return the headline of a report or card."""
+    return f"{base.name}, compressed by ARA to {allocation.model_keep:.1%} of its parameters"
+
+
+def verdict(
+    base: Base,
+    allocation: Allocated,
+    checkpoint: Stored,
+    evaluations: Sequence[Evaluated],
+    benches: Sequence[Benched],
+) -> str:
+    """Return one sentence with size, quality and speed, against the dense model and uniform ranks."""
+    dense, disk = checkpoint.dense_weight_bytes / 2**20, checkpoint.disk_bytes / 2**20
+    parts = [
+        f"{base.name} with {allocation.model_keep:.1%} of its parameters "
+        f"({disk:,.1f} instead of {dense:,.1f} MiB of weights on disk)"
+    ]
+    quality = [_text(evaluation, result) for evaluation, result in main_texts(evaluations)[:_TEXTS]]
+    mean = main_zero_shot(evaluations)
+    if mean is not None:
+        quality.append(_zero_shot(*mean))
+    parts += quality or ["its quality was not measured"]
+    parts.append(_speed(evaluations, benches) or "its speed was not measured")
+    return "; ".join(parts) + "."
+
+
+def _text(evaluation: Evaluated, result: TextResult) -> str:
+    models = result.models
+    words = f"perplexity on {result.task} {models[DENSE].perplexity:,.2f} → {models[evaluation.chosen].perplexity:,.2f}"
+    if UNIFORM not in models:
+        return words
+    beyond = differs(result.over_uniform, result.windows)
+    assert beyond is None or result.over_uniform is not None
+    verdict = ""
+    if beyond is False:
+        verdict = ", no difference beyond the noise"
+    elif beyond and result.over_uniform is not None and result.over_uniform.difference > 0:
+        verdict = ", which is better"
+    return f"{words} (uniform ranks: {models[UNIFORM].perplexity:,.2f}{verdict})"
+
+
+def _zero_shot(evaluation: Evaluated, mean: ZeroShot) -> str:
+    models = mean.models
+    words = (
+        f"mean accuracy over {len(mean.tasks)} zero-shot tasks "
+        f"{models[DENSE].value:.1%} → {models[evaluation.chosen].value:.1%}"
+    )
+    if differs(mean.compared.get(DENSE)) is False:
+        words += ", no significant difference"
+    return words + (f" (uniform ranks: {models[UNIFORM].value:.1%})" if UNIFORM in models else "")
+
+
+def _speed(evaluations: Sequence[Evaluated], benches: Sequence[Benched]) -> str | None:
+    found = main_case(benches)
+    if found is not None:
+        bench, case = found
+        ratio = case.models[bench.chosen].ratio
+        assert ratio is not None
+        return f"{'generation' if case.kind == 'decode' else 'reading'} speed {_times(ratio)}"
+    longest = longest_text(main_texts(evaluations))
+    reading = longest[1].models[longest[0].chosen].ratio if longest else None
+    return f"reading speed {_times(reading)}" if reading else None
+
+
+def _times(ratio: Spread) -> str:
+    noise = ", no difference beyond the spread" if ratio.low <= 1 <= ratio.high else ""
+    return f"{ratio.median:.2f} × dense ({ratio.low:.2f} – {ratio.high:.2f}{noise})"
