@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         for stage in STAGES
     },
     "compare": ("compare:command", "All allocators side by side: loss, perplexity, cost, a picture of their ranks"),
+    "report": ("report:command", "One page about a checkpoint: sizes, quality, speed, ranks; and a model card"),
     "generate": ("generate:command", "Answer a prompt with the compressed model, in torch or ONNX Runtime"),
     "status": ("status:command", "What the workspace holds, what is stale or missing, the next command"),
     "models": ("info:models", "Names for models"),
