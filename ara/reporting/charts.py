@@ -32,6 +32,8 @@ _UNIFORM_STYLE = 5
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Inches and points: on a phone, where a picture is as wide as the screen, a point is about a pixel.
 _WIDTH, _FONT = 4.6, 8.5
+# Inches of the map of a model with very many decoder blocks.
+_TALLEST = 5.5
 # Perplexities further apart than this are drawn on a logarithmic axis.
 _WIDE = 2.0
 # And those further apart than this have fewer marks on it.
@@ -57,7 +59,7 @@ def rank_map(layers: Sequence[Layer]) -> str:
         shares[place] = layer.keep
         if layer.rank is None:
             dense.append(place)
-    with _figure(1.5 + 0.13 * max(len(blocks), 8)) as figure:
+    with _figure(1.5 + min(0.13 * max(len(blocks), 8), _TALLEST)) as figure:
         axis = figure.subplots()
         image = axis.pcolormesh(shares, vmin=0, vmax=1, cmap="viridis", edgecolors="face", linewidth=0.2)
         axis.plot([x + 0.5 for _, x in dense], [y + 0.5 for y, _ in dense], ".", color="black", markersize=3)

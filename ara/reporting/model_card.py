@@ -156,8 +156,8 @@ def _cell(cell: Cell, marked: bool) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return text that Markdown shows as it is, in a cell of a table, too."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
+    """Return text that Markdown shows as it is, in one line, in a cell of a table, too."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
 def _loading(report: Report) -> str:
