@@ -126,7 +126,8 @@ def text_rows(chosen: str, level: float = 3.4, divergence: bool = True) -> dict[
             "tokens_per_second": {"median": 700.0 + 10 * number, "low": 650.0, "high": 740.0 + number},
         }
         if divergence:
-            rows[name]["divergence"] = {"kl": 0.11 * number, "kl_stderr": 0.01, "agreement": 1 - 0.2 * number}
+            distance = {"kl": 0.11 * number, "kl_stderr": 0.01, "agreement": 1 - 0.2 * number}
+            rows[name]["divergence"] = distance if name != "dense" else None
     return rows
 
 
@@ -140,7 +141,7 @@ def evaluation(chosen: str = NAME, keep: float = 0.8, level: float = 3.4) -> Man
         "uniform": {"difference": 0.09, "p": 1e-4, "test": "McNemar"},
     }
     task = {"kind": "harness", "metric": "acc", "examples": 400, "of": 2376, "seed": 0}
-    text = {"text": "file /home/me/data/test.jsonl", "windows": WINDOWS, "seq_len": 2048}
+    text = {"kind": "text", "text": "file /home/me/data/test.jsonl", "windows": WINDOWS, "seq_len": 2048}
     results = {
         "chosen": chosen,
         "variants": {
@@ -166,7 +167,6 @@ def evaluation(chosen: str = NAME, keep: float = 0.8, level: float = 3.4) -> Man
         },
         "continuations": [{"prompt": "1 < 2 &", "models": {"dense": " yes\n\n</p>", "uniform": "", chosen: EVIL}}],
         "interleaved": True,
-        "prompt": "1 < 2 &",
     }
     checksums = {"wikitext2": "a" * 64, "file:/home/me/secret/story.jsonl": "b" * 64}
     return manifest(
@@ -177,7 +177,7 @@ def evaluation(chosen: str = NAME, keep: float = 0.8, level: float = 3.4) -> Man
 def bench(chosen: str = NAME, ratio: float = 1.15) -> Manifest:
     """Return a benchmark of reading and generating."""
     size = {"parameters": 123_457, "weight_bytes": 250 << 20, "disk_bytes": 250 << 20, "peak_memory_bytes": 400 << 20}
-    speeds = {"dense": 1.0, "uniform": 1.02, chosen: ratio}
+    speeds = {"dense": 1.0, chosen: ratio}
 
     def row(speed: float) -> dict[str, Any]:
         seconds = 0.02 / speed

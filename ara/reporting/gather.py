@@ -35,8 +35,8 @@ _EVENLY = 16
 _GEOMETRIC = 16
 # Significant digits of what is only drawn.
 _DRAWN_DIGITS = 5
-# Zero-shot tasks that the report suggests.
-_ZERO_SHOT = "piqa,arc_easy,winogrande"
+# The zero-shot tasks that the report suggests.
+_ZERO_SHOT = "zero-shot"
 
 _Part = TypeVar("_Part")
 
@@ -97,7 +97,7 @@ def gather(sources: Sources) -> Report:
     trainings = _read_all(read_training, trained, missing, sources.place)
     base = read_base(decomposition.model)
     report = Report(
-        title=title(base, current.allocation),
+        title=title(base, current.allocation, current.checkpoint),
         verdict=verdict(base, current.allocation, current.checkpoint, current.evaluations, current.benches),
         base=base,
         decomposition=read_decomposition(decomposition),
@@ -139,7 +139,7 @@ def basic_report(decomposition: Manifest, allocation: Manifest, results: Mapping
     base, allocated = read_base(decomposition.model), read_allocation(allocation)
     stored = read_stored(allocation.name, results, dtype)
     return Report(
-        title=title(base, allocated),
+        title=title(base, allocated, stored),
         verdict=verdict(base, allocated, stored, (), ()),
         base=base,
         decomposition=read_decomposition(decomposition),

@@ -78,8 +78,10 @@ def differs(difference: Difference | None, count: int | None = None) -> bool | N
     return abs(difference.difference) >= _SURE * difference.stderr
 
 
-def title(base: Base, allocation: Allocated) -> str:
+def title(base: Base, allocation: Allocated, checkpoint: Stored) -> str:
     """Return the headline of a report or card."""
+    if checkpoint.densified:
+        return f"{base.name}, cut by ARA to {allocation.model_keep:.1%} of its parameters and multiplied back"
     return f"{base.name}, compressed by ARA to {allocation.model_keep:.1%} of its parameters"
 
 
@@ -92,10 +94,10 @@ def verdict(
 ) -> str:
     """Return one sentence with size, quality and speed, against the dense model and uniform ranks."""
     dense, disk = checkpoint.dense_weight_bytes / 2**20, checkpoint.disk_bytes / 2**20
-    parts = [
-        f"{base.name} with {allocation.model_keep:.1%} of its parameters "
-        f"({disk:,.1f} instead of {dense:,.1f} MiB of weights on disk)"
-    ]
+    cut = f"{base.name} with {allocation.model_keep:.1%} of its parameters"
+    if checkpoint.densified:
+        cut = f"{base.name} cut to {allocation.model_keep:.1%} of its parameters and multiplied back to all of them"
+    parts = [f"{cut} ({disk:,.1f} instead of {dense:,.1f} MiB of weights on disk)"]
     quality = [_text(evaluation, result) for evaluation, result in main_texts(evaluations)[:_TEXTS]]
     mean = main_zero_shot(evaluations)
     if mean is not None:

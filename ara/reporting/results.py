@@ -86,7 +86,10 @@ def read_allocation(manifest: Manifest) -> Allocated:
         method="from a file" if config.get("ranks_sha256") else config["method"],
         keep=config.get("keep"),
         layout=config.get("layout", "factors"),
-        kinds=tuple(Kind(kind=kind, **row) for kind, row in results["kinds"].items()),
+        kinds=tuple(
+            Kind(kind=kind, **{key: row[key] for key in Kind.model_fields if key != "kind"})
+            for kind, row in results["kinds"].items()
+        ),
         guard=Guard(winner=guard["winner"], held_out=guard["held_out"]) if guard else None,
         **{key: results[key] for key in sizes},
     )
@@ -148,7 +151,7 @@ def read_evaluation(manifest: Manifest) -> Evaluated:
         for name, row in variants.items()
     )
     checksums = config.get("text_sha256") or {}
-    texts = [(task, row) for task, row in tasks.items() if row.get("kind", "perplexity") == "perplexity"]
+    texts = [(task, row) for task, row in tasks.items() if row.get("kind") != "harness"]
     harness = [(task, row) for task, row in tasks.items() if row.get("kind") == "harness"]
     mean = results.get("zero_shot")
     return Evaluated(
@@ -239,6 +242,7 @@ def _differences(row: Mapping[str, Any]) -> dict[str, Difference]:
     return {
         name: Difference(**{key: found[key] for key in keys if key in found})
         for name, found in (row.get("compared") or {}).items()
+        if found and found.get("difference") is not None
     }
 
 

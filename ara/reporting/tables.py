@@ -199,7 +199,7 @@ def bench_tables(bench: Benched) -> Iterable[Table]:
                     _number(row.predicted, 2),
                 )
             )
-    columns = ("case", "model", "ms (p10 – p90)", "tokens/s (p10 – p90)", "× dense (range)", "× by arithmetic")
+    columns = ("case", "model", "ms (p10 – p90)", "tokens/s (p10 – p90)", "× dense (95 % interval)", "× by arithmetic")
     yield Table("Speed", columns, tuple(rows), words=2)
 
 
@@ -334,6 +334,8 @@ def _plus_minus(stderr: float | None, perplexity: float) -> str:
 def _accuracy(row: HarnessRow | None) -> Cell:
     if row is None:
         return Cell(_NONE)
+    if abs(row.value) > 1:  # no share of questions, such as a perplexity
+        return _number(row.value, 2, row.stderr)
     return Cell(f"{row.value:.1%}" + ("" if row.stderr is None else f" ± {row.stderr:.1%}"), row.value)
 
 

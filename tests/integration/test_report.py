@@ -11,11 +11,13 @@ import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from ara.config import AllocateConfig, EvalConfig, TruncateConfig
+from ara.config import AllocateConfig, CompareConfig, EvalConfig, TrainMasksConfig, TruncateConfig
 from ara.reporting.document import Report
 from ara.stages.allocate import allocate
 from ara.stages.common import Run
+from ara.stages.compare import compare
 from ara.stages.evaluate import evaluate
+from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
 from ara.workspace import Workspace
 from ara_cli.app import app
@@ -127,6 +129,28 @@ def test_fronts_over_two_budgets(two_budgets):
     assert [name for name, point in chosen.items() if point.current] == [NAME]
     page = (two_budgets / "report" / NAME / "report.html").read_text(encoding="utf-8")
     assert "a &lt;b&gt; &amp;…" in page and "a <b>" not in page
+
+
+def test_training_guard_and_comparison_of_real_stages(copied, tiny_text):
+    small = {"samples": 8, "held_out": 4, "device": "cpu", "dtype": "float32"}
+    run = Run(copied)
+    train_masks(TrainMasksConfig(keep=(0.7,), steps=2, batch=3, check_every=1, **small), run)
+    allocate(AllocateConfig(keep=0.7, method="ara", **small), run)
+    truncate(TruncateConfig(), run)
+    tasks = {"tasks": (tiny_text,), "eval_seq_len": 64, "max_windows": 2, "methods": ("uniform", "energy")}
+    compare(CompareConfig(keep=0.7, **tasks, **small), run)
+    done("report", "-w", copied)
+    report = document(copied, "ara-0.70")
+    assert not [item.what for item in report.missing if "another form" in item.what]
+    (curve,) = report.training.curves
+    log = Workspace.open(copied).view("train-masks/priced").manifest.results["log"]["0.7"]
+    assert [(step.step, step.loss, step.held_out) for step in curve.log] == [
+        (row["step"], row["loss"], row["held_out"]) for row in log
+    ]
+    assert report.allocation.guard.winner in report.allocation.guard.held_out
+    assert set(report.comparisons[0].methods) == {"dense", "uniform", "energy"}
+    page = (copied / "report" / "ara-0.70" / "report.html").read_text(encoding="utf-8")
+    assert "Allocators compared" in page and "held-out loss (ring: kept)" in page
 
 
 def test_json_is_the_manifest(copied):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import typer
 
-from ara.reporting.document import Difference, Report
+from ara.reporting.document import Difference, ParityRow, Report
 from ara.reporting.gather import Made, gather, layers
 from ara.reporting.headline import differs
 from ara_cli.app import COMMANDS, app
@@ -25,6 +25,7 @@ from tests.reported import (
     bench,
     decomposition,
     evaluation,
+    export,
     manifest,
     modules,
     ranks,
@@ -67,6 +68,7 @@ def test_figures_are_those_of_the_manifests():
         assert row.speed.median == rows[model]["tokens_per_second"]["median"]
     assert found.texts[0].models[NAME].kl == 0.22
     assert found.texts[1].models[NAME].kl is None
+    assert found.texts[0].models["dense"].kl is None
     assert found.harness[0].models["uniform"].value == 0.48
     assert found.zero_shot.compared["dense"].p == 0.012
     decode = report.benches[0].cases[1].models[NAME]
@@ -175,6 +177,25 @@ def test_what_counts_as_a_difference(difference, count, expected):
     assert differs(difference, count) is expected
 
 
+def test_a_checkpoint_that_was_multiplied_back_is_not_called_smaller():
+    made = Made(truncated(densified=True, disk_bytes=250 << 20), allocation())
+    report = gather(replace(sources(), current=made))
+    assert report.title == "llama, cut by ARA to 83.8% of its parameters and multiplied back"
+    assert report.verdict.startswith(
+        "llama cut to 83.8% of its parameters and multiplied back to all of them (250.0 instead of 250.0 MiB "
+    )
+
+
+def test_exports_say_what_the_report_reads():
+    from dataclasses import fields
+
+    from export.parity import Parity
+    from export.report import ExportReport
+
+    assert set(ParityRow.model_fields) <= {field.name for field in fields(Parity)}
+    assert set(export().results) <= set(ExportReport.model_fields)
+
+
 def test_speed_within_its_spread_is_no_difference():
     made = Made(truncated(), allocation(), (), (bench(ratio=1.03),))
     verdict = gather(replace(sources(), current=made)).verdict
@@ -192,7 +213,6 @@ def test_fronts_hold_all_checkpoints_that_have_read_the_same_windows():
     assert [point.checkpoint for point in first.points if point.current] == [NAME]
     assert points["ara", 0.6].perplexity == text_rows("x", 4.0)["x"]["perplexity"]
     speeds = {(point.series, point.checkpoint): point.ratio.median for point in report.speed_front.points}
-    assert speeds.pop(("uniform", "uniform")) == 1.02
     assert speeds == {("dense", "dense"): 1, ("ara", NAME): 1.15, ("ara", "ara-0.60"): 1.4}
     assert report.speed_front.measure == "accuracy"
 
@@ -305,7 +325,7 @@ def test_versions_that_differ_are_all_named():
 def test_prompts_of_either_form_are_read():
     variants = evaluation().results["variants"]
     told = {name: {**row, "continuation": f"of {name}"} for name, row in variants.items()}
-    (found,) = gather(with_evaluation(variants=told, continuations=None)).evaluations
+    (found,) = gather(with_evaluation(variants=told, continuations=None, prompt="1 < 2 &")).evaluations
     assert found.continuations[0].prompt == "1 < 2 &"
     assert found.continuations[0].models == {name: f"of {name}" for name in variants}
     assert gather(with_evaluation(continuations=None, prompt=None)).evaluations[0].continuations == ()
