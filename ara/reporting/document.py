@@ -363,6 +363,7 @@ class Front(Part):
     task: str
     windows: int
     seq_len: int
+    dtype: str | None
     dense: float
     points: tuple[FrontPoint, ...]
 

@@ -11,6 +11,7 @@ from ara.reporting.document import (
     Benched,
     Difference,
     Evaluated,
+    HarnessResult,
     Spread,
     Stored,
     TextResult,
@@ -24,8 +25,8 @@ _SURE = 3.0
 _ENOUGH_WINDOWS = 4
 # And a test of paired questions from this probability on.
 _LEVEL = 0.05
-# Texts that the verdict names.
-_TEXTS = 2
+# Texts that the verdict names, and tasks where there is no mean over them.
+_NAMED = 2
 
 
 def main_texts(evaluations: Iterable[Evaluated]) -> list[tuple[Evaluated, TextResult]]:
@@ -55,11 +56,24 @@ def main_zero_shot(evaluations: Iterable[Evaluated]) -> tuple[Evaluated, ZeroSho
     return max(enumerate(found), key=lambda item: (len(item[1][1].tasks), item[0]))[1] if found else None
 
 
-def main_case(benches: Sequence[Benched]) -> tuple[Benched, BenchCase] | None:
-    """Return the case that stands for speed: generating alone behind the longest past, of the latest benchmark."""
-    cases = [(bench, case) for bench in reversed(benches) for case in bench.cases if bench.chosen in case.models]
-    timed = [item for item in cases if item[1].models[item[0].chosen].ratio is not None]
-    return min(timed, key=lambda item: (item[1].kind != "decode", item[1].batch, -item[1].past)) if timed else None
+def main_case(bench: Benched) -> BenchCase | None:
+    """Return the case that stands for speed: generating alone behind the longest past; ``None`` if none was timed."""
+    timed = [case for case in bench.cases if bench.chosen in case.models and case.models[bench.chosen].ratio]
+    return min(timed, key=lambda case: (case.kind != "decode", case.batch, -case.past), default=None)
+
+
+def case_name(case: BenchCase) -> str:
+    """Return a case of a benchmark in words."""
+    batch = "" if case.batch == 1 else f", batch {case.batch}"
+    if case.kind == "decode":
+        return f"generating behind {case.past:,} tokens{batch}"
+    return f"reading {case.new:,} tokens{batch}"
+
+
+def in_runtime(bench: Benched) -> str:
+    """Return where a benchmark was run, as the end of a phrase."""
+    runtimes = {"torch": "torch", "onnx": "ONNX Runtime"}
+    return f" in {runtimes.get(bench.backend, bench.backend)}" if bench.backend else ""
 
 
 def differs(difference: Difference | None, count: int | None = None) -> bool | None:
@@ -98,10 +112,13 @@ def verdict(
     if checkpoint.densified:
         cut = f"{base.name} cut to {allocation.model_keep:.1%} of its parameters and multiplied back to all of them"
     parts = [f"{cut} ({disk:,.1f} instead of {dense:,.1f} MiB of weights on disk)"]
-    quality = [_text(evaluation, result) for evaluation, result in main_texts(evaluations)[:_TEXTS]]
+    quality = [_text(evaluation, result) for evaluation, result in main_texts(evaluations)[:_NAMED]]
     mean = main_zero_shot(evaluations)
     if mean is not None:
         quality.append(_zero_shot(*mean))
+    else:
+        tasks = [(evaluation, task) for evaluation in evaluations for task in evaluation.harness]
+        quality += [_task(evaluation, task) for evaluation, task in tasks[:_NAMED]]
     parts += quality or ["its quality was not measured"]
     parts.append(_speed(evaluations, benches) or "its speed was not measured")
     return "; ".join(parts) + "."
@@ -112,34 +129,46 @@ def _text(evaluation: Evaluated, result: TextResult) -> str:
     words = f"perplexity on {result.task} {models[DENSE].perplexity:,.2f} → {models[evaluation.chosen].perplexity:,.2f}"
     if UNIFORM not in models:
         return words
-    beyond = differs(result.over_uniform, result.windows)
-    assert beyond is None or result.over_uniform is not None
-    verdict = ""
+    difference, note = result.over_uniform, ""
+    beyond = differs(difference, result.windows)
     if beyond is False:
-        verdict = ", no difference beyond the noise"
-    elif beyond and result.over_uniform is not None and result.over_uniform.difference > 0:
-        verdict = ", which is better"
-    return f"{words} (uniform ranks: {models[UNIFORM].perplexity:,.2f}{verdict})"
+        note = ", no difference beyond the noise"
+    elif beyond and difference is not None and difference.difference > 0:
+        note = ", which is better"
+    return f"{words} (uniform ranks: {models[UNIFORM].perplexity:,.2f}{note})"
 
 
 def _zero_shot(evaluation: Evaluated, mean: ZeroShot) -> str:
-    models = mean.models
-    words = (
-        f"mean accuracy over {len(mean.tasks)} zero-shot tasks "
-        f"{models[DENSE].value:.1%} → {models[evaluation.chosen].value:.1%}"
-    )
-    if differs(mean.compared.get(DENSE)) is False:
+    return _change(f"mean accuracy over {len(mean.tasks)} zero-shot tasks", evaluation, mean)
+
+
+def _task(evaluation: Evaluated, task: HarnessResult) -> str:
+    return _change(f"{task.metric} on {task.task}", evaluation, task)
+
+
+def _change(what: str, evaluation: Evaluated, result: ZeroShot | HarnessResult) -> str:
+    models = {name: share_text(row.value) for name, row in result.models.items()}
+    words = f"{what} {models[DENSE]} → {models[evaluation.chosen]}"
+    if differs(result.compared.get(DENSE)) is False:
         words += ", no significant difference"
-    return words + (f" (uniform ranks: {models[UNIFORM].value:.1%})" if UNIFORM in models else "")
+    return words + (f" (uniform ranks: {models[UNIFORM]})" if UNIFORM in models else "")
+
+
+def share_text(value: float) -> str:
+    """Return the value of a metric: a share of questions in per cent; anything else, such as a perplexity, as it is."""
+    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:,.2f}"
 
 
 def _speed(evaluations: Sequence[Evaluated], benches: Sequence[Benched]) -> str | None:
-    found = main_case(benches)
-    if found is not None:
-        bench, case = found
-        ratio = case.models[bench.chosen].ratio
-        assert ratio is not None
-        return f"{'generation' if case.kind == 'decode' else 'reading'} speed {_times(ratio)}"
+    speeds = []
+    for bench in {bench.backend: bench for bench in benches}.values():
+        case = main_case(bench)
+        ratio = case.models[bench.chosen].ratio if case else None
+        if case and ratio:
+            kind = "generation" if case.kind == "decode" else "reading"
+            speeds.append(f"{kind} speed{in_runtime(bench)} {_times(ratio)}")
+    if speeds:
+        return ", ".join(speeds)
     longest = longest_text(main_texts(evaluations))
     reading = longest[1].models[longest[0].chosen].ratio if longest else None
     return f"reading speed {_times(reading)}" if reading else None

@@ -24,10 +24,12 @@ from ara.reporting.document import (
     Trained,
     Work,
 )
-from ara.reporting.fronts import case_name
+from ara.reporting.headline import case_name, share_text
 from ara.reporting.results import DENSE
 
 _NONE = "–"
+# Seconds below which milliseconds have more digits.
+_SHORT = 0.01
 # Characters of an error that a table has room for.
 _ERROR_WIDTH = 60
 
@@ -193,7 +195,7 @@ def bench_tables(bench: Benched) -> Iterable[Table]:
                 (
                     Cell(case_name(case)),
                     Cell(name),
-                    _spread(row.seconds, 1, 1000),
+                    _milliseconds(row.seconds),
                     _spread(row.tokens_per_second, 1),
                     _spread(row.ratio, 2),
                     _number(row.predicted, 2),
@@ -317,6 +319,10 @@ def _spread(value: Spread | None, digits: int, scale: float = 1.0) -> Cell:
     return Cell(_NONE) if value is None else Cell(_range(value, digits, scale), value.median)
 
 
+def _milliseconds(value: Spread | None) -> Cell:
+    return _spread(value, 1 if value is not None and value.median >= _SHORT else 3, 1000)
+
+
 def _range(value: Spread, digits: int, scale: float = 1.0) -> str:
     median, low, high = (f"{scale * part:,.{digits}f}" for part in (value.median, value.low, value.high))
     return f"{median} ({low} – {high})"
@@ -334,9 +340,10 @@ def _plus_minus(stderr: float | None, perplexity: float) -> str:
 def _accuracy(row: HarnessRow | None) -> Cell:
     if row is None:
         return Cell(_NONE)
-    if abs(row.value) > 1:  # no share of questions, such as a perplexity
+    text = share_text(row.value)
+    if not text.endswith("%"):
         return _number(row.value, 2, row.stderr)
-    return Cell(f"{row.value:.1%}" + ("" if row.stderr is None else f" ± {row.stderr:.1%}"), row.value)
+    return Cell(text + ("" if row.stderr is None else f" ± {row.stderr:.1%}"), row.value)
 
 
 def _questions(examples: int | None, of: int | None) -> Cell:

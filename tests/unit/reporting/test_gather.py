@@ -134,7 +134,19 @@ def test_verdict_of_everything():
         "perplexity on WikiText-2 20.23 → 30.23 (uniform ranks: 45.05); "
         "perplexity on file:story.jsonl 20.23 → 36.92 (uniform ranks: 45.05); "
         "mean accuracy over 2 zero-shot tasks 61.0% → 57.0% (uniform ranks: 48.0%); "
-        "generation speed 1.15 × dense (1.10 – 1.20)."
+        "generation speed in torch 1.15 × dense (1.10 – 1.20)."
+    )
+
+
+def test_verdict_names_every_runtime_and_tasks_without_a_mean():
+    onnx = changed(bench(ratio=0.9), backend="onnx").model_copy(update={"name": "other"})
+    tasks = {"piqa": evaluation().results["tasks"]["piqa"]}
+    found = changed(evaluation(), tasks=tasks, zero_shot=None)
+    report = gather(replace(sources(), current=Made(truncated(), allocation(), (found,), (bench(), onnx))))
+    assert report.verdict.endswith(
+        "; acc on piqa 61.0% → 57.0% (uniform ranks: 48.0%); "
+        "generation speed in torch 1.15 × dense (1.10 – 1.20), "
+        "generation speed in ONNX Runtime 0.90 × dense (0.85 – 0.95)."
     )
 
 
@@ -199,7 +211,7 @@ def test_exports_say_what_the_report_reads():
 def test_speed_within_its_spread_is_no_difference():
     made = Made(truncated(), allocation(), (), (bench(ratio=1.03),))
     verdict = gather(replace(sources(), current=made)).verdict
-    assert "generation speed 1.03 × dense (0.98 – 1.08, no difference beyond the spread)" in verdict
+    assert "generation speed in torch 1.03 × dense (0.98 – 1.08, no difference beyond the spread)" in verdict
     reading = gather(replace(sources(), current=Made(truncated(), allocation(), (evaluation(),)))).verdict
     assert "reading speed 1.03 × dense (0.88 – 1.14, no difference beyond the spread)" in reading
 
@@ -215,6 +227,13 @@ def test_fronts_hold_all_checkpoints_that_have_read_the_same_windows():
     speeds = {(point.series, point.checkpoint): point.ratio.median for point in report.speed_front.points}
     assert speeds == {("dense", "dense"): 1, ("ara", NAME): 1.15, ("ara", "ara-0.60"): 1.4}
     assert report.speed_front.measure == "accuracy"
+
+
+def test_a_later_evaluation_that_others_do_not_share_hides_no_front():
+    lonely = evaluation().model_copy(update={"config": {**evaluation().config, "dtype": "float32"}, "name": "later"})
+    current = Made(truncated(), allocation(), (evaluation(), lonely))
+    report = gather(sources(current=current))
+    assert [(front.dtype, len(front.points)) for front in report.fronts] == [("bfloat16", 4), ("bfloat16", 4)]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +265,11 @@ def test_layout_and_densified_are_series_of_their_own():
 def test_without_zero_shot_tasks_the_speed_front_shows_perplexity():
     tasks = {"wikitext2": evaluation().results["tasks"]["wikitext2"]}
     front = gather(with_evaluation(tasks=tasks, zero_shot=None)).speed_front
-    assert (front.measure, front.task, front.speed) == ("perplexity", "WikiText-2", "generating behind 512 tokens")
+    assert (front.measure, front.task, front.speed) == (
+        "perplexity",
+        "WikiText-2",
+        "generating behind 512 tokens in torch",
+    )
     (point,) = [point for point in front.points if point.current]
     assert point.quality == text_rows(NAME)[NAME]["perplexity"]
     assert point.stderr == pytest.approx(point.quality * 0.025)
