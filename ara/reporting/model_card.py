@@ -14,7 +14,7 @@ from ara.manifest import Manifest
 from ara.reporting.document import Evaluated, Report
 from ara.reporting.gather import basic_report
 from ara.reporting.headline import main_texts
-from ara.reporting.sharing import display_name, shared_command
+from ara.reporting.sharing import shared_command
 from ara.reporting.tables import (
     Cell,
     Table,
@@ -26,7 +26,7 @@ from ara.reporting.tables import (
     text_table,
 )
 
-__all__ = ["card", "display_name", "model_card", "shared_command"]
+__all__ = ["card", "model_card", "shared_command"]
 
 # Where model hubs know a text from, by what it is called in a report.
 _DATASETS = {

@@ -9,7 +9,8 @@ from ara.manifest import Manifest
 from ara.models.accounting import weight_bytes
 from ara.models.checkpoint import apply_factors, checkpoint_bytes, save_checkpoint
 from ara.models.placement import torch_dtype
-from ara.reporting.model_card import display_name, model_card
+from ara.reporting.model_card import model_card
+from ara.reporting.sharing import display_name
 from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import layout_of, read_allocation
 from ara.stages.common import Run, already_done, begin, factor_files, model_of, specs_of
