@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -10,6 +12,8 @@ from typing import Any
 
 # What Linux tells a process about itself.
 _PROC_SELF = Path("/proc/self")
+# What Linux tells about the processor.
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def now() -> str:
@@ -68,3 +72,34 @@ def _cuda_in_use() -> Any:
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
     return torch.cuda
+
+
+def machine() -> dict[str, Any]:
+    """Return what of this machine decides its speed; no name of it or of its user.
+
+    Returns:
+        ``system``, ``processor``, ``cores`` that this process may use, ``memory_bytes`` and ``gpus``, as far as the
+        system tells.
+    """
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = None
+    with suppress(AttributeError, OSError, ValueError):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": cores,
+        "memory_bytes": memory,
+        "gpus": gpus,
+    }
+
+
+def _processor() -> str | None:
+    with suppress(OSError):
+        for line in _CPU_INFO.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     },
     "compare": ("compare:command", "All allocators side by side: loss, perplexity, cost, a picture of their ranks"),
     "bench": ("bench:command", "Speed, memory and size of the dense and the compressed model, in turn in one run"),
+    "report": ("report:command", "One page about a checkpoint: sizes, quality, speed, ranks; and a model card"),
     "generate": ("generate:command", "Answer a prompt with the compressed model, in torch or ONNX Runtime"),
     "status": ("status:command", "What the workspace holds, what is stale or missing, the next command"),
     "models": ("info:models", "Names for models"),

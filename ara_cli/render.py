@@ -182,6 +182,19 @@ def show_export(console: Console, about: dict[str, Any]) -> None:
     console.table(f"{about['precision']} graph in ONNX Runtime against torch", columns, rows)
 
 
+def show_report(console: Console, view: StageView, root: Path, copies: Sequence[Path]) -> None:
+    """Show the sentence of a report, what it lacks, and where it is."""
+    results = _manifest(view)["results"]
+    console.text(results["verdict"])
+    for item in results["missing"]:
+        console.fact(f"without {item['what']}: {item['command']}")
+    console.saved(view.path / "report.html")
+    for path in copies:
+        console.saved(path)
+    console.next_command(next_command(Workspace.open(root)))
+    console.result(_document(view))
+
+
 def show_end(console: Console, view: StageView, root: Path) -> None:
     """Say what was written and what comes next; in JSON mode, print the manifest."""
     manifest = _manifest(view)
@@ -219,7 +232,8 @@ def show_status(console: Console, workspace: Workspace) -> None:
         rows += [_status_row(view) for view in found]
         if not found:
             rows.append((stage.name, "–", "optional" if stage.optional else "missing", "", "", stage.title))
-    rows += [_status_row(view) for view in views if view.stage in ("compare", "bench")]
+    known = {stage.name for stage in STAGES}
+    rows += [_status_row(view) for view in views if view.stage not in known]
     model = (workspace.model or {}).get("requested", "no model yet")
     titles = ("stage", "name", "state", "made", "took", "what")
     console.table(f"{workspace.root}: {model}", [Column(title, _LEFT) for title in titles], rows)
@@ -259,6 +273,8 @@ def _figure(view: StageView) -> str:
         return f"linear kept {percent(results['linear_keep'], 2)}, {results['dense_layers']} dense"
     if view.stage == "truncate":
         return f"{count_text(results['parameters'])} parameters, {bytes_text(results['disk_bytes'])}"
+    if view.stage == "report":
+        return f"of truncate/{results['checkpoint']}, report.html"
     if view.stage == "eval":
         chosen = results["chosen"]
         return ", ".join(

@@ -37,7 +37,7 @@ def keep_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title
         axis.set_title(title, fontsize=10)
         axis.grid(True, which="both", linewidth=0.3)
         axis.legend(fontsize=8)
-        return _svg(figure)
+        return draw(figure)
 
 
 def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[LinearSpec], title: str) -> bytes:
@@ -70,7 +70,7 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
                 rank = allocation.ranks[spec.name]
                 shares[place] = cost(spec, rank) / spec.dense_cost
                 if rank is None:
-                    axis.plot(place[1], place[0], ".", color="white", markersize=3)
+                    axis.plot(place[1], place[0], ".", color="black", markersize=3)
             image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
             axis.set_title(name, fontsize=9)
             short = [kind.rpartition(".")[2].removesuffix("_proj") for kind in kinds]
@@ -84,10 +84,11 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
         bar.set_label("share of parameters kept (dot: dense)", fontsize=8)
         bar.ax.tick_params(labelsize=7)
         figure.suptitle(title, fontsize=10)
-        return _svg(figure)
+        return draw(figure)
 
 
-def _svg(figure: Figure) -> bytes:
+def draw(figure: Figure) -> bytes:
+    """Return a figure as SVG, the same bytes for the same figure; settings as in the functions above."""
     picture = io.BytesIO()
     figure.savefig(picture, format="svg", metadata={"Date": None})
     return picture.getvalue()

@@ -1,165 +1,167 @@
-"""The model card (README.md) of a compressed checkpoint: what was done, and the numbers."""
+"""The model card (README.md) of a compressed checkpoint: what was done, and the numbers.
+
+``ara truncate`` writes it with what is known then, ``ara report --model-card`` with all that was measured.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-import shlex
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from ara.calibration.texts import FILE_PREFIX
-from ara.config import Layout
 from ara.manifest import Manifest
+from ara.reporting.document import Evaluated, Report
+from ara.reporting.gather import basic_report
+from ara.reporting.headline import main_texts
+from ara.reporting.sharing import shared_command
+from ara.reporting.tables import (
+    Cell,
+    Table,
+    bench_tables,
+    harness_table,
+    kinds_table,
+    models_table,
+    size_table,
+    text_table,
+)
 
-# Options whose value is a path however it is written, and those whose value is never one.
-_PATH_OPTION = re.compile(r"-[a-z]*w|--workspace|--ranks")
-_PROSE_OPTION = "--prompt"
-# NAME=VALUE, --option=VALUE, or a value glued to the short option of the workspace, which may follow flags: -qwDIR.
-_GLUED = re.compile(r"([\w-]+=|-[a-z]*?w)(.+)", re.DOTALL)
+__all__ = ["card", "model_card", "shared_command"]
+
+# Where model hubs know a text from, by what it is called in a report.
+_DATASETS = {
+    "WikiText-2": {"type": "Salesforce/wikitext", "config": "wikitext-2-raw-v1", "split": "test"},
+    "C4": {"type": "allenai/c4", "config": "en", "split": "validation"},
+}
 
 
-def model_card(
-    decomposition: Manifest, allocation: Manifest, results: dict[str, Any], dtype: str, layout: Layout = "factors"
-) -> str:
-    """Return the card as Markdown with the front matter that model hubs read.
+def model_card(decomposition: Manifest, allocation: Manifest, results: Mapping[str, Any], dtype: str) -> str:
+    """Return the card of a checkpoint that was just written, as Markdown with the front matter that model hubs read.
 
     Args:
         decomposition: manifest of the factors.
         allocation: manifest of the ranks.
         results: figures of the truncation: parameters, bytes, layers.
         dtype: precision of the stored weights.
-        layout: of the low-rank layers.
     """
-    model = decomposition.model
-    base = display_name(model)
-    front = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags:",
-        "- ara",
-        "- svd",
-        "- low-rank",
-    ]
-    if model["kind"] == "hub":
-        front.append(f"base_model: {base}")
+    return card(basic_report(decomposition, allocation, results, dtype))
+
+
+def card(report: Report) -> str:
+    """Return the card of a report, as Markdown with the front matter that model hubs read; no path of this machine."""
+    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- ara", "- svd", "- low-rank"]
+    if report.base.kind == "hub":
+        front.append(f"base_model: {report.base.name}")
+    measured = any(evaluation.texts or evaluation.harness for evaluation in report.evaluations)
     sections = [
-        "\n".join([*front, "---"]),
-        f"# {base}, compressed by ARA to {results['model_keep']:.1%} of its parameters",
-        _what(decomposition, allocation, results, base, layout),
-        _numbers(decomposition, allocation, results, dtype),
-        _ranks(allocation),
-        _loading(results),
-        _reproduce(decomposition, allocation),
+        "\n".join(["---", *front, *_model_index(report), "---"]),
+        f"# {_escaped(report.title)}",
+        *([_escaped(report.verdict)] if measured or report.benches else []),
+        _what(report, measured),
+        _markdown(size_table(report)),
+        *_measurements(report),
+        _markdown(kinds_table(report.allocation)),
+        _loading(report),
+        _reproduce(report),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def display_name(model: dict[str, Any]) -> str:
-    """Return how a shared file should call a model: a hub id, or a name without the folders of this machine."""
-    location = str(model["location"])
-    return location if model["kind"] in ("hub", "wheel") else Path(location).name
+def _model_index(report: Report) -> list[str]:
+    """Return the results in the form that model hubs show, as lines of YAML."""
+    results = []
+    for evaluation, result in main_texts(report.evaluations):
+        name = f"perplexity, {result.windows} windows of {result.seq_len} tokens"
+        metric = {"type": "perplexity", "name": name, "value": result.models[evaluation.chosen].perplexity}
+        results.append((_dataset(result.task), metric))
+    for evaluation in report.evaluations:
+        for task in evaluation.harness:
+            found = task.models.get(evaluation.chosen)
+            if found is not None:
+                count = "" if task.examples is None else f", {task.examples} questions"
+                metric = {"type": task.metric, "name": f"{task.metric}{count}", "value": found.value}
+                results.append((_dataset(task.task), metric))
+    if not results:
+        return []
+    # JSON is YAML, and quotes whatever a name may hold.
+    lines = ["model-index:", f"- name: {json.dumps(report.title)}", "  results:"]
+    for dataset, metric in results:
+        lines.append('  - task: {"type": "text-generation"}')
+        lines.append(f"    dataset: {json.dumps(dataset)}")
+        lines.append(f"    metrics: {json.dumps([metric])}")
+    return lines
 
 
-def shared_command(command: str, model: dict[str, Any]) -> str:
-    """Return a command as a shared file should show it: every path on this machine reduced to its last component.
-
-    Args:
-        command: as it was typed.
-        model: the model of the manifest; its hub id looks like a path and stays.
-    """
-    try:
-        words = shlex.split(command)
-    except ValueError:  # a library call may say anything
-        words = command.split()
-    shared: list[str] = []
-    for before, word in pairwise(["", *words]):
-        glued = _GLUED.fullmatch(word)
-        if glued is None:
-            shared.append(_shared_value(word, before, model))
-        else:
-            shared.append(glued[1] + _shared_value(glued[2], glued[1].rstrip("="), model))
-    return command if shared == words else shlex.join(shared)
+def _dataset(task: str) -> dict[str, str]:
+    slug = re.sub(r"[^\w.-]+", "-", task).strip("-") or "text"
+    return {"name": task, **_DATASETS.get(task, {"type": slug})}
 
 
-def _shared_value(value: str, option: str, model: dict[str, Any]) -> str:
-    """Return the value of ``option`` (or whatever word came before it) without folders of this machine."""
-    if option == _PROSE_OPTION:
-        return value
-    texts = value.split(",")  # --tasks takes several
-    if any(text.startswith(FILE_PREFIX) for text in texts):
-        return ",".join(_shared_text(text) for text in texts)
-    if _PATH_OPTION.fullmatch(option) or _is_local(value, model):
-        return Path(value).name or value
-    return value
-
-
-def _is_local(value: str, model: dict[str, Any]) -> bool:
-    if "/" not in value:
-        return False
-    if model["kind"] == "hub" and value == model["location"]:
-        return False
-    if value.startswith(("/", "./", "../", "~")) or value == model["requested"]:
-        return True
-    try:
-        return Path(value).exists()
-    except (OSError, ValueError):  # too long for a path, or with characters that no path has
-        return False
-
-
-def _shared_text(spec: str) -> str:
-    """Return the name of a text, that of a file of one's own without its folders."""
-    prefix = FILE_PREFIX if spec.startswith(FILE_PREFIX) else ""
-    return prefix + Path(spec.removeprefix(prefix)).name
-
-
-def _what(decomposition: Manifest, allocation: Manifest, results: dict[str, Any], base: str, layout: Layout) -> str:
-    config, figures = decomposition.config, decomposition.results
-    text = (
-        f"{figures['windows'][0]} × {figures['windows'][1]} tokens of {_shared_text(config['text'])}"
-        if figures["windows"]
-        else "none"
-    )
-    from_file = allocation.config.get("ranks_sha256") is not None
+def _what(report: Report, measured: bool) -> str:
+    factors, ranks, stored = report.decomposition, report.allocation, report.checkpoint
+    text = f"{factors.windows[0]} × {factors.windows[1]} tokens of {factors.text}" if factors.windows else "none"
     pivoted = "stored as some of their rows, the others as combinations of those"
-    shape = {"factors": "stored as two thin matrices each", "pivoted": pivoted}[layout]
-    shape = "multiplied back to dense weights" if results["densified"] else shape
-    return (
-        f"{results['low_rank_layers']} linear layers of `{base}` were factorised by SVD and are {shape}; "
-        f"{results['dense_layers']} stay dense, embeddings and head are untouched. No weight was trained.\n\n"
-        f"- decomposition: `{config['method']}`, calibration text: {text}\n"
-        f"- ranks: `{allocation.name}` (`{allocation.config['method'] if not from_file else 'from a file'}`)\n"
-        "- evaluation: run `ara eval` in the workspace; this card holds no quality figure that was not measured"
-    )
-
-
-def _numbers(decomposition: Manifest, allocation: Manifest, results: dict[str, Any], dtype: str) -> str:
-    figures = allocation.results
-    rows = [
-        ("parameters of the factorised layers", "linear_parameters_dense", "linear_parameters", "linear_keep"),
-        ("parameters of the whole model", "model_parameters_dense", "model_parameters", "model_keep"),
+    shape = {"factors": "stored as two thin matrices each", "pivoted": pivoted}[ranks.layout]
+    shape = "multiplied back to dense weights" if stored.densified else shape
+    lines = [
+        f"{stored.low_rank_layers} linear layers of `{report.base.name}` were factorised by SVD and are {shape}; "
+        f"{stored.dense_layers} stay dense, embeddings and head are untouched. No weight was trained.",
+        "",
+        f"- decomposition: `{factors.method}`, calibration text: {text}",
+        f"- ranks: `{ranks.name}` (`{ranks.method}`)",
     ]
-    lines = ["| | dense | compressed | kept |", "|---|---:|---:|---:|"]
-    lines += [f"| {title} | {figures[a]:,} | {figures[b]:,} | {figures[c]:.2%} |" for title, a, b, c in rows]
-    dense, stored = results["dense_weight_bytes"], results["disk_bytes"]
-    lines.append(
-        f"| weights on disk, MiB ({dtype}) | {dense / 2**20:,.1f} | {stored / 2**20:,.1f} | {stored / dense:.2%} |"
-    )
+    if not measured:
+        lines.append(
+            "- evaluation: run `ara eval` in the workspace; this card holds no quality figure that was not measured"
+        )
     return "\n".join(lines)
 
 
-def _ranks(allocation: Manifest) -> str:
-    lines = ["| layers | shape (out × in) | dense | rank min / mean / max | kept |", "|---|---|---:|---:|---:|"]
-    for kind, row in allocation.results["kinds"].items():
-        low = "–" if row["rank_mean"] is None else f"{row['rank_min']} / {row['rank_mean']:.0f} / {row['rank_max']}"
-        m, n = row["shape"]
-        lines.append(f"| `{kind}` | {m} × {n} | {row['dense']} of {row['layers']} | {low} | {row['keep']:.1%} |")
+def _measurements(report: Report) -> list[str]:
+    """Return every table of quality and speed."""
+    sections = []
+    for evaluation in report.evaluations:
+        sections.append(_captioned(models_table(evaluation)))
+        sections += [_captioned(text_table(evaluation, result)) for result in evaluation.texts]
+        sections += _harness(evaluation)
+    for bench in report.benches:
+        sections += [_captioned(table) for table in bench_tables(bench)]
+    if sections:
+        sections.insert(0, "## Measured\n\nMean ± standard error; uniform: the same share of every layer.")
+    return sections
+
+
+def _harness(evaluation: Evaluated) -> list[str]:
+    return [_captioned(harness_table(evaluation))] if evaluation.harness or evaluation.zero_shot else []
+
+
+def _captioned(table: Table) -> str:
+    return f"{_escaped(table.caption)}:\n\n{_markdown(table)}"
+
+
+def _markdown(table: Table) -> str:
+    lines = [
+        f"| {' | '.join(_escaped(column) for column in table.columns)} |".replace("|  |", "| |"),
+        "|" + "---|" * table.words + "---:|" * (len(table.columns) - table.words),
+    ]
+    for number, row in enumerate(table.rows):
+        cells = [_cell(cell, number == table.marked) for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _loading(results: dict[str, Any]) -> str:
-    if results["densified"]:
+def _cell(cell: Cell, marked: bool) -> str:
+    text = f"`{cell.text}`" if cell.code else _escaped(cell.text)
+    return f"**{text}**" if marked and text else text
+
+
+def _escaped(text: str) -> str:
+    """Return text that Markdown shows as it is, in one line, in a cell of a table, too."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+def _loading(report: Report) -> str:
+    if report.checkpoint.densified:
         return "Loads like any dense checkpoint, and is as large as one."
     return (
         "```python\n"
@@ -171,12 +173,12 @@ def _loading(results: dict[str, Any]) -> str:
     )
 
 
-def _reproduce(decomposition: Manifest, allocation: Manifest) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in decomposition.versions.items())
-    model = decomposition.model
-    typed = (decomposition.command, allocation.command)
-    commands = "\n".join(dict.fromkeys(shared_command(command, model) for command in typed))
+def _reproduce(report: Report) -> str:
+    base = report.base
+    versions = ", ".join(f"{package} {' and '.join(known)}" for package, known in report.versions.items())
+    model = {"kind": base.kind, "location": base.name, "requested": base.requested}
+    commands = "\n".join(dict.fromkeys(shared_command(item.command, model) for item in report.work))
     return (
         f"Made by\n\n```\n{commands}\n```\n\n"
-        f"with {versions}; seed {decomposition.seed}; base model fingerprint `{model['fingerprint']}`."
+        f"with {versions}; seed {report.decomposition.seed}; base model fingerprint `{base.fingerprint}`."
     )

@@ -9,7 +9,8 @@ from ara.manifest import Manifest
 from ara.models.accounting import weight_bytes
 from ara.models.checkpoint import apply_factors, checkpoint_bytes, save_checkpoint
 from ara.models.placement import torch_dtype
-from ara.reporting.model_card import display_name, model_card
+from ara.reporting.model_card import model_card
+from ara.reporting.sharing import display_name
 from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import layout_of, read_allocation
 from ara.stages.common import Run, already_done, begin, factor_files, model_of, specs_of
@@ -82,7 +83,7 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
                 max_shard_size=config.max_shard_size,
             )
             stage.results["disk_bytes"] = checkpoint_bytes(folder)
-            card = model_card(decomposition.manifest, chosen.manifest, stage.results, dtype, layout)
+            card = model_card(decomposition.manifest, chosen.manifest, stage.results, dtype)
             (folder / "README.md").write_text(card, encoding="utf-8")
         return workspace.view(f"truncate/{name}")
 

@@ -93,6 +93,7 @@ def each(words, tiny_text, tmp_path):
         ["eval", "--tasks", tiny_text, "--seq-len", 64, "--max-windows", 2, "--device", "cpu", *place],
         ["run", *words, "--keep", 0.6, *place],
         ["generate", "the river", "--max-new-tokens", 5, "--device", "cpu", *place],
+        ["report", *place],
         ["status", *place],
         ["models"],
         ["methods"],
@@ -102,7 +103,7 @@ def each(words, tiny_text, tmp_path):
 def test_help_lists_the_commands_in_the_order_of_the_pipeline():
     text = done("--help").stdout
     listed = re.findall(r"^  ([a-z-]+) ", text[text.index("Commands:") :], re.MULTILINE)
-    others = ["compare", "bench", "generate", "status", "models", "methods"]
+    others = ["compare", "bench", "report", "generate", "status", "models", "methods"]
     assert listed == ["run", *(stage.name for stage in STAGES), *others]
     assert listed == list(COMMANDS)
     for stage in STAGES:
@@ -205,6 +206,7 @@ def test_json_is_exactly_one_document_for_every_command(each):
         "eval": "results",
         "run": "stages",
         "generate": "answer",
+        "report": "results",
         "status": "next",
         "models": "models",
         "methods": "decompositions",

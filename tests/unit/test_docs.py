@@ -54,7 +54,7 @@ def test_readme_has_the_stages_in_the_order_of_the_pipeline():
     assert listed is not None
     modules = {"train-masks": "train_masks", "eval": "evaluate"}
     inside = [modules.get(stage.name, stage.name) for stage in STAGES if stage.name != "export"]
-    assert listed.group(1).split(" · ") == [*inside, "compare", "bench"]
+    assert listed.group(1).split(" · ") == [*inside, "compare", "bench", "report"]
     for name in inside:
         assert (REPOSITORY / "ara" / "stages" / f"{name}.py").is_file()
     shown = [line.split()[1] for line in commands(readme) if line.split()[1] in [stage.name for stage in STAGES]]

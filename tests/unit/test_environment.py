@@ -26,6 +26,22 @@ print(before >> 20, after >> 20, peak_memory_bytes() >> 20)
 """
 
 
+def test_machine_names_its_parts_and_nobody(monkeypatch, tmp_path):
+    import getpass
+    import platform
+
+    found = environment.machine()
+    assert found["cores"] >= 1 and found["system"].startswith(platform.system())
+    assert set(found) == {"system", "processor", "cores", "memory_bytes", "gpus"}
+    words = " ".join(map(str, found.values()))
+    assert platform.node() not in words and getpass.getuser() not in words.split()
+    (tmp_path / "cpuinfo").write_text("vendor_id\t: X\nmodel name\t: A fast one @ 3 GHz\nmodel name\t: B\n")
+    monkeypatch.setattr(environment, "_CPU_INFO", tmp_path / "cpuinfo")
+    assert environment.machine()["processor"] == "A fast one @ 3 GHz"
+    monkeypatch.setattr(environment, "_CPU_INFO", tmp_path / "none")
+    assert environment.machine()["processor"] == (platform.processor() or None)
+
+
 class FakeCuda:
     """Two GPUs with a peak each."""
 

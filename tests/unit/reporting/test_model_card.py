@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ara.manifest import FORMAT_VERSION, Manifest
-from ara.reporting.model_card import model_card, shared_command
+from ara.reporting.gather import gather
+from ara.reporting.model_card import card, model_card, shared_command
+from tests.reported import bare, sources
 
 _HUB = {"kind": "hub", "requested": "owner/name", "location": "owner/name", "fingerprint": "f" * 40}
 _FOLDER = {"kind": "folder", "requested": "work/llama", "location": "/home/me/work/llama", "fingerprint": "f" * 64}
@@ -110,3 +114,49 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, s
     monkeypatch.chdir(tmp_path)
     model = _HUB if "owner" in typed else _FOLDER
     assert shared_command(typed, model) == (typed if shown is None else shown)
+
+
+def test_the_full_card_holds_what_was_measured() -> None:
+    report = gather(sources())
+    text = card(report)
+    assert "/home" not in text and "secret" not in text
+    assert report.verdict in text
+    for evaluation in report.evaluations:
+        for result in evaluation.texts:
+            for row in result.models.values():
+                assert f"{row.perplexity:.2f} ± " in text
+    assert "| **ara-0.80** | **30.23 ± 0.76** |" in text
+    assert "| generating behind 512 tokens | ara-0.80 | 17.4 (15.7 – 20.9) |" in text
+    assert "ara train-masks -w ws --name priced" in text
+    assert "run `ara eval`" not in text
+
+
+def test_model_hubs_read_the_results() -> None:
+    from huggingface_hub import ModelCard
+
+    report = gather(sources())
+    found = ModelCard(card(report)).data
+    assert found.library_name == "transformers" and "ara" in found.tags
+    results = {(result.dataset_type, result.metric_type): result.metric_value for result in found.eval_results}
+    chosen = report.evaluations[0].texts[0].models["ara-0.80"]
+    assert results["Salesforce/wikitext", "perplexity"] == chosen.perplexity
+    assert results["piqa", "acc"] == 0.57
+    assert len(results) == 4
+    assert ModelCard(card(gather(bare()))).data.eval_results is None
+
+
+def test_names_cannot_break_a_table_or_the_front_matter() -> None:
+    report = gather(sources())
+    (evaluation,) = report.evaluations
+    name = 'a|b <i>\n"x": [y]'
+    results = tuple(result.model_copy(update={"task": name}) for result in evaluation.harness)
+    changed = evaluation.model_copy(update={"harness": results})
+    text = card(report.model_copy(update={"evaluations": (changed,), "title": name}))
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["model-index"][0]["name"] == name
+    assert front["model-index"][0]["results"][-1]["dataset"]["name"] == name
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| task |"))
+    columns = [len(re.findall(r"(?<!\\)\|", line)) for line in lines[start : start + 5]]
+    assert len(set(columns)) == 1
+    assert "<i>" not in "\n".join(lines[lines.index("---", 1) :])

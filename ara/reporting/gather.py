@@ -1,0 +1,244 @@
+"""From manifests to the :class:`~ara.reporting.document.Report` of one checkpoint: what is there is taken, nothing is
+measured, and what could be added is said with its command.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from ara.allocation.base import Allocation, Module, cost
+from ara.manifest import Manifest, remake
+from ara.reporting.document import Layer, Missing, Report, Work
+from ara.reporting.fronts import Measured, perplexity_fronts, speed_front
+from ara.reporting.headline import title, verdict
+from ara.reporting.results import (
+    UNIFORM,
+    read_allocation,
+    read_base,
+    read_bench,
+    read_comparison,
+    read_decomposition,
+    read_evaluation,
+    read_export,
+    read_stored,
+    read_training,
+    read_work,
+)
+
+# Components of a spectrum that the report lists: so many evenly spread, so many in geometric progression, and the cut.
+_EVENLY = 16
+_GEOMETRIC = 16
+# Significant digits of what is only drawn.
+_DRAWN_DIGITS = 5
+# The zero-shot tasks that the report suggests.
+_ZERO_SHOT = "zero-shot"
+
+_Part = TypeVar("_Part")
+
+
+@dataclass(frozen=True)
+class Made:
+    """Manifests of one checkpoint: truncation, ranks, and what was measured, oldest first."""
+
+    truncated: Manifest
+    allocation: Manifest
+    evaluations: tuple[Manifest, ...] = ()
+    benches: tuple[Manifest, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a report is made from.
+
+    Attributes:
+        decomposition: of the factors.
+        current: the checkpoint of the report.
+        others: further checkpoints of the same factors, for the fronts.
+        modules: factorised layers with their spectra, in the layout of the checkpoint.
+        ranks: of these layers.
+        training: that the ranks come from.
+        comparisons: of allocators on the same factors.
+        exports: of the checkpoint.
+        stale: results of the checkpoint that have become stale, and are left out.
+        machine: on which the report is written, see :func:`ara.environment.machine`.
+        place: words that name the workspace in a command.
+    """
+
+    decomposition: Manifest
+    current: Made
+    others: tuple[Made, ...] = ()
+    modules: Sequence[Module] = ()
+    ranks: Allocation | None = None
+    training: Manifest | None = None
+    comparisons: tuple[Manifest, ...] = ()
+    exports: tuple[Manifest, ...] = ()
+    stale: tuple[Manifest, ...] = ()
+    machine: Mapping[str, Any] | None = None
+    place: tuple[str, ...] = ()
+
+
+def gather(sources: Sources) -> Report:
+    """Return the report of a checkpoint."""
+    missing: list[Missing] = [
+        Missing(what=f"{old.stage}/{old.name} is stale and left out", command=_again(old, sources.place))
+        for old in sources.stale
+    ]
+    decomposition, made = sources.decomposition, sources.current
+    current = _measured(made, True, missing, sources.place)
+    measured = [current, *(_measured(other, False, missing, sources.place) for other in sources.others)]
+    exports = _read_all(read_export, sources.exports, missing, sources.place)
+    comparisons = _read_all(read_comparison, sources.comparisons, missing, sources.place)
+    trained = [sources.training] if sources.training else []
+    trainings = _read_all(read_training, trained, missing, sources.place)
+    base = read_base(decomposition.model)
+    report = Report(
+        title=title(base, current.allocation, current.checkpoint),
+        verdict=verdict(base, current.allocation, current.checkpoint, current.evaluations, current.benches),
+        base=base,
+        decomposition=read_decomposition(decomposition),
+        allocation=current.allocation,
+        checkpoint=current.checkpoint,
+        layers=layers(sources.modules, sources.ranks) if sources.ranks else (),
+        training=trainings[0] if trainings else None,
+        evaluations=tuple(current.evaluations),
+        benches=tuple(current.benches),
+        fronts=perplexity_fronts(measured),
+        speed_front=speed_front(measured),
+        comparisons=comparisons,
+        exports=exports,
+        work=work(
+            decomposition,
+            *trained,
+            made.allocation,
+            made.truncated,
+            *made.evaluations,
+            *made.benches,
+            *sources.comparisons,
+            *sources.exports,
+        ),
+        versions=versions(decomposition, *trained, made.allocation, made.truncated, *made.evaluations, *made.benches),
+        machine=sources.machine or {},
+    )
+    return report.model_copy(update={"missing": (*missing, *_missing(report, sources.place))})
+
+
+def basic_report(decomposition: Manifest, allocation: Manifest, results: Mapping[str, Any], dtype: str) -> Report:
+    """Return what is known as soon as a checkpoint is written.
+
+    Args:
+        decomposition: manifest of the factors.
+        allocation: manifest of the ranks.
+        results: figures of the truncation.
+        dtype: precision of the stored weights.
+    """
+    base, allocated = read_base(decomposition.model), read_allocation(allocation)
+    stored = read_stored(allocation.name, results, dtype)
+    return Report(
+        title=title(base, allocated, stored),
+        verdict=verdict(base, allocated, stored, (), ()),
+        base=base,
+        decomposition=read_decomposition(decomposition),
+        allocation=allocated,
+        checkpoint=stored,
+        work=work(decomposition, allocation),
+        versions=versions(decomposition, allocation),
+    )
+
+
+def layers(modules: Sequence[Module], ranks: Allocation) -> tuple[Layer, ...]:
+    """Return every factorised layer with its rank and an excerpt of its spectrum."""
+    return tuple(_layer(module, ranks.ranks[module.spec.name]) for module in modules)
+
+
+def _layer(module: Module, rank: int | None) -> Layer:
+    spec, spectrum = module.spec, module.spectrum.double()
+    total = float(spectrum.sum()) or 1.0
+    full = len(spectrum)
+    evenly = torch.linspace(1, full, _EVENLY, dtype=torch.float64)
+    geometric = torch.logspace(0, 1, _GEOMETRIC, base=full, dtype=torch.float64)
+    components = {int(value) for value in torch.cat([evenly, geometric]).round()} | ({rank} if rank else set())
+    listed = tuple(sorted(components))
+    return Layer(
+        **{key: getattr(spec, key) for key in ("name", "layer", "kind", "m", "n")},
+        rank=rank,
+        keep=cost(spec, rank) / spec.dense_cost,
+        left=0.0 if rank is None else float(spectrum[rank:].sum()) / total,
+        components=listed,
+        spectrum=tuple(float(f"{float(spectrum[i - 1]) / total:.{_DRAWN_DIGITS}g}") for i in listed),
+    )
+
+
+def work(*manifests: Manifest) -> tuple[Work, ...]:
+    """Return what was done to make these results, in this order."""
+    return tuple(read_work(manifest) for manifest in manifests)
+
+
+def versions(*manifests: Manifest) -> dict[str, tuple[str, ...]]:
+    """Return every version of each package that took part."""
+    found: dict[str, dict[str, None]] = {}
+    for manifest in manifests:
+        for package, version in manifest.versions.items():
+            found.setdefault(package, {})[version] = None
+    return {package: tuple(known) for package, known in found.items()}
+
+
+def _measured(made: Made, current: bool, missing: list[Missing], place: tuple[str, ...]) -> Measured:
+    truncated = made.truncated
+    return Measured(
+        allocation=read_allocation(made.allocation),
+        checkpoint=read_stored(truncated.name, truncated.results, truncated.config["dtype"]),
+        evaluations=_read_all(read_evaluation, made.evaluations, missing, place),
+        benches=_read_all(read_bench, made.benches, missing, place),
+        current=current,
+    )
+
+
+def _read_all(
+    read: Callable[[Manifest], _Part], manifests: Iterable[Manifest], missing: list[Missing], place: tuple[str, ...]
+) -> tuple[_Part, ...]:
+    """Read all results that this version can read, and note the others."""
+    parts = []
+    for manifest in manifests:
+        try:
+            parts.append(read(manifest))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            what = f"{manifest.stage}/{manifest.name} was written in another form and is left out"
+            missing.append(Missing(what=what, command=_again(manifest, place, force=True)))
+    return tuple(parts)
+
+
+def _again(manifest: Manifest, place: tuple[str, ...], force: bool = False) -> str:
+    """Return the command that makes a result again."""
+    command = remake(manifest, force).partition(": ")[2]
+    # What was typed names its workspace.
+    return command if command.startswith(manifest.command) else shlex.join([*shlex.split(command), *place])
+
+
+def _missing(report: Report, place: tuple[str, ...]) -> list[Missing]:
+    """Return what nobody has measured or made yet, each with its command."""
+    found: list[tuple[str, list[str]]] = []
+    this = ["--checkpoint", report.checkpoint.name]
+    keep = f"{report.allocation.keep or report.allocation.linear_keep:g}"
+    if not any(evaluation.texts for evaluation in report.evaluations):
+        found.append(("perplexity", ["eval", "--tasks", "wikitext2", *this]))
+    if not any(evaluation.harness or evaluation.zero_shot for evaluation in report.evaluations):
+        found.append(("zero-shot accuracy", ["eval", "--tasks", _ZERO_SHOT, *this]))
+    if not any(evaluation.continuations for evaluation in report.evaluations):
+        found.append(("continuations of a prompt", ["eval", "--prompt", "The capital of France is", *this]))
+    if not report.benches:
+        found.append(("speed and memory", ["bench", *this]))
+    points = [point for front in report.fronts for point in front.points]
+    if points and all(point.current or point.series.startswith(UNIFORM) for point in points):
+        found.append(("a second budget on the same windows", ["allocate", "--keep", "0.6"]))
+    if report.training is None:
+        found.append(("training curves (these ranks are not trained)", ["train-masks", "--keep", keep]))
+    if not report.comparisons:
+        found.append(("a comparison of allocators", ["compare", "--keep", keep]))
+    if not report.exports:
+        found.append(("an export for other runtimes", ["export", "--onnx", *this]))
+    return [Missing(what=what, command=shlex.join(["ara", *words, *place])) for what, words in found]

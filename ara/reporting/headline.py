@@ -1,0 +1,179 @@
+"""Which figures stand for a checkpoint, and the sentence that they make. It claims no more than they show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ara.reporting.document import (
+    Allocated,
+    Base,
+    BenchCase,
+    Benched,
+    Difference,
+    Evaluated,
+    HarnessResult,
+    Spread,
+    Stored,
+    TextResult,
+    ZeroShot,
+)
+from ara.reporting.results import DENSE, UNIFORM
+
+# A mean difference counts as one from this many standard errors on, over at least so many windows: with few windows
+# the standard error itself is uncertain.
+_SURE = 3.0
+_ENOUGH_WINDOWS = 4
+# And a test of paired questions from this probability on.
+_LEVEL = 0.05
+# Texts that the verdict names, and tasks where there is no mean over them.
+_NAMED = 2
+
+
+def main_texts(evaluations: Iterable[Evaluated]) -> list[tuple[Evaluated, TextResult]]:
+    """Return for every text the evaluation that has read most of it, the later one of two equals."""
+    best: dict[tuple[str, str | None], tuple[Evaluated, TextResult]] = {}
+    for evaluation in evaluations:
+        for result in evaluation.texts:
+            key = result.task, result.sha256
+            if key not in best or tokens_of(result) >= tokens_of(best[key][1]):
+                best[key] = evaluation, result
+    return list(best.values())
+
+
+def longest_text(texts: Sequence[tuple[Evaluated, TextResult]]) -> tuple[Evaluated, TextResult] | None:
+    """Return the text of which most tokens were read."""
+    return max(texts, key=lambda item: tokens_of(item[1]), default=None)
+
+
+def tokens_of(result: TextResult) -> int:
+    """Return how many tokens a model has read of a text."""
+    return result.windows * result.seq_len
+
+
+def main_zero_shot(evaluations: Iterable[Evaluated]) -> tuple[Evaluated, ZeroShot] | None:
+    """Return the latest mean over most zero-shot tasks, or ``None``."""
+    found = [(evaluation, evaluation.zero_shot) for evaluation in evaluations if evaluation.zero_shot]
+    return max(enumerate(found), key=lambda item: (len(item[1][1].tasks), item[0]))[1] if found else None
+
+
+def main_case(bench: Benched) -> BenchCase | None:
+    """Return the case that stands for speed: generating alone behind the longest past; ``None`` if none was timed."""
+    timed = [case for case in bench.cases if bench.chosen in case.models and case.models[bench.chosen].ratio]
+    return min(timed, key=lambda case: (case.kind != "decode", case.batch, -case.past), default=None)
+
+
+def case_name(case: BenchCase) -> str:
+    """Return a case of a benchmark in words."""
+    batch = "" if case.batch == 1 else f", batch {case.batch}"
+    if case.kind == "decode":
+        return f"generating behind {case.past:,} tokens{batch}"
+    return f"reading {case.new:,} tokens{batch}"
+
+
+def in_runtime(bench: Benched) -> str:
+    """Return where a benchmark was run, as the end of a phrase."""
+    runtimes = {"torch": "torch", "onnx": "ONNX Runtime"}
+    return f" in {runtimes.get(bench.backend, bench.backend)}" if bench.backend else ""
+
+
+def differs(difference: Difference | None, count: int | None = None) -> bool | None:
+    """Tell whether a difference is more than noise; ``None`` where that cannot be told.
+
+    Args:
+        difference: of two models.
+        count: windows that it is the mean of.
+    """
+    if difference is None:
+        return None
+    if difference.p is not None:
+        return difference.p < _LEVEL
+    if not difference.stderr or (count is not None and count < _ENOUGH_WINDOWS):
+        return None
+    return abs(difference.difference) >= _SURE * difference.stderr
+
+
+def title(base: Base, allocation: Allocated, checkpoint: Stored) -> str:
+    """Return the headline of a report or card."""
+    if checkpoint.densified:
+        return f"{base.name}, cut by ARA to {allocation.model_keep:.1%} of its parameters and multiplied back"
+    return f"{base.name}, compressed by ARA to {allocation.model_keep:.1%} of its parameters"
+
+
+def verdict(
+    base: Base,
+    allocation: Allocated,
+    checkpoint: Stored,
+    evaluations: Sequence[Evaluated],
+    benches: Sequence[Benched],
+) -> str:
+    """Return one sentence with size, quality and speed, against the dense model and uniform ranks."""
+    dense, disk = checkpoint.dense_weight_bytes / 2**20, checkpoint.disk_bytes / 2**20
+    cut = f"{base.name} with {allocation.model_keep:.1%} of its parameters"
+    if checkpoint.densified:
+        cut = f"{base.name} cut to {allocation.model_keep:.1%} of its parameters and multiplied back to all of them"
+    parts = [f"{cut} ({disk:,.1f} instead of {dense:,.1f} MiB of weights on disk)"]
+    quality = [_text(evaluation, result) for evaluation, result in main_texts(evaluations)[:_NAMED]]
+    mean = main_zero_shot(evaluations)
+    if mean is not None:
+        quality.append(_zero_shot(*mean))
+    else:
+        tasks = [(evaluation, task) for evaluation in evaluations for task in evaluation.harness]
+        quality += [_task(evaluation, task) for evaluation, task in tasks[:_NAMED]]
+    parts += quality or ["its quality was not measured"]
+    parts.append(_speed(evaluations, benches) or "its speed was not measured")
+    return "; ".join(parts) + "."
+
+
+def _text(evaluation: Evaluated, result: TextResult) -> str:
+    models = result.models
+    words = f"perplexity on {result.task} {models[DENSE].perplexity:,.2f} → {models[evaluation.chosen].perplexity:,.2f}"
+    if UNIFORM not in models:
+        return words
+    difference, note = result.over_uniform, ""
+    beyond = differs(difference, result.windows)
+    if beyond is False:
+        note = ", no difference beyond the noise"
+    elif beyond and difference is not None and difference.difference > 0:
+        note = ", which is better"
+    return f"{words} (uniform ranks: {models[UNIFORM].perplexity:,.2f}{note})"
+
+
+def _zero_shot(evaluation: Evaluated, mean: ZeroShot) -> str:
+    return _change(f"mean accuracy over {len(mean.tasks)} zero-shot tasks", evaluation, mean)
+
+
+def _task(evaluation: Evaluated, task: HarnessResult) -> str:
+    return _change(f"{task.metric} on {task.task}", evaluation, task)
+
+
+def _change(what: str, evaluation: Evaluated, result: ZeroShot | HarnessResult) -> str:
+    models = {name: share_text(row.value) for name, row in result.models.items()}
+    words = f"{what} {models[DENSE]} → {models[evaluation.chosen]}"
+    if differs(result.compared.get(DENSE)) is False:
+        words += ", no significant difference"
+    return words + (f" (uniform ranks: {models[UNIFORM]})" if UNIFORM in models else "")
+
+
+def share_text(value: float) -> str:
+    """Return the value of a metric: a share of questions in per cent; anything else, such as a perplexity, as it is."""
+    return f"{value:.1%}" if 0 <= value <= 1 else f"{value:,.2f}"
+
+
+def _speed(evaluations: Sequence[Evaluated], benches: Sequence[Benched]) -> str | None:
+    speeds = []
+    for bench in {bench.backend: bench for bench in benches}.values():
+        case = main_case(bench)
+        ratio = case.models[bench.chosen].ratio if case else None
+        if case and ratio:
+            kind = "generation" if case.kind == "decode" else "reading"
+            speeds.append(f"{kind} speed{in_runtime(bench)} {_times(ratio)}")
+    if speeds:
+        return ", ".join(speeds)
+    longest = longest_text(main_texts(evaluations))
+    reading = longest[1].models[longest[0].chosen].ratio if longest else None
+    return f"reading speed {_times(reading)}" if reading else None
+
+
+def _times(ratio: Spread) -> str:
+    noise = ", no difference beyond the spread" if ratio.low <= 1 <= ratio.high else ""
+    return f"{ratio.median:.2f} × dense ({ratio.low:.2f} – {ratio.high:.2f}{noise})"

@@ -1,0 +1,80 @@
+"""How a file that is made to be shared names things: without folders of this machine."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ara.calibration.texts import FILE_PREFIX
+
+# Options whose value is a path however it is written, and those whose value is never one.
+_PATH_OPTION = re.compile(r"-[a-z]*w|--workspace|--ranks|--output|--model-card|--source")
+_PROSE_OPTION = "--prompt"
+# NAME=VALUE, --option=VALUE, or a value glued to the short option of the workspace, which may follow flags: -qwDIR.
+_GLUED = re.compile(r"([\w-]+=|-[a-z]*?w)(.+)", re.DOTALL)
+
+
+def display_name(model: dict[str, Any]) -> str:
+    """Return how a shared file should call a model: a hub id, or a name without the folders of this machine."""
+    location = str(model["location"])
+    return location if model["kind"] in ("hub", "wheel") else Path(location).name
+
+
+def shared_command(command: str, model: dict[str, Any]) -> str:
+    """Return a command as a shared file should show it: every path on this machine reduced to its last component.
+
+    Args:
+        command: as it was typed.
+        model: the model of the manifest; its hub id looks like a path and stays.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a library call may say anything
+        words = command.split()
+    shared: list[str] = []
+    for before, word in pairwise(["", *words]):
+        glued = _GLUED.fullmatch(word)
+        if glued is None:
+            shared.append(_shared_value(word, before, model))
+        else:
+            shared.append(glued[1] + _shared_value(glued[2], glued[1].rstrip("="), model))
+    return command if shared == words else shlex.join(shared)
+
+
+def shared_text(spec: str) -> str:
+    """Return the name of a text, that of a file of one's own without its folders."""
+    prefix = FILE_PREFIX if spec.startswith(FILE_PREFIX) else ""
+    return prefix + Path(spec.removeprefix(prefix)).name
+
+
+def shared_origin(origin: str) -> str:
+    """Return where a text came from; of a file its name alone."""
+    return f"file {origin.rpartition('/')[2]}" if origin.startswith("file ") else origin
+
+
+def _shared_value(value: str, option: str, model: dict[str, Any]) -> str:
+    """Return the value of ``option`` (or whatever word came before it) without folders of this machine."""
+    if option == _PROSE_OPTION:
+        return value
+    texts = value.split(",")  # --tasks takes several
+    if any(text.startswith(FILE_PREFIX) for text in texts):
+        return ",".join(shared_text(text) for text in texts)
+    if _PATH_OPTION.fullmatch(option) or _is_local(value, model):
+        return Path(value).name or value
+    return value
+
+
+def _is_local(value: str, model: dict[str, Any]) -> bool:
+    if "/" not in value:
+        return False
+    if model["kind"] == "hub" and value == model["location"]:
+        return False
+    if value.startswith(("/", "./", "../", "~")) or value == model["requested"]:
+        return True
+    try:
+        return Path(value).exists()
+    except (OSError, ValueError):  # too long for a path, or with characters that no path has
+        return False

@@ -1,0 +1,220 @@
+"""``ara report``: everything that a workspace knows of one checkpoint, on one page, as data, and as a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+
+from ara.allocation.base import Module
+from ara.allocation.ranks_file import RANKS_FILE
+from ara.environment import machine
+from ara.errors import CorruptedError, OutputError, disk_errors
+from ara.manifest import Manifest, remake, verify_files
+from ara.models.linears import LinearSpec
+from ara.reporting.document import REPORT_FORMAT, Report
+from ara.reporting.gather import Made, Sources, gather
+from ara.reporting.html import MARK, page
+from ara.reporting.model_card import card
+from ara.stage_view import StageView, parent_of
+from ara.stages.allocate import layout_of, read_allocation
+from ara.stages.common import Run, already_done, begin, layer_file, specs_of
+from ara.tensors import tensor_digests, written_aside
+from ara.version import __version__
+from ara.workspace import DEFAULT_ROOT, Workspace
+
+HTML_FILE = "report.html"
+JSON_FILE = "report.json"
+# Bytes at the front of a page in which its mark stands.
+_FRONT = 2000
+
+
+def report(
+    run: Run,
+    *,
+    checkpoint: str | None = None,
+    name: str | None = None,
+    output: Path | None = None,
+    model_card: Path | None = None,
+) -> StageView:
+    """Write ``report.html`` and ``report.json`` of a checkpoint; stale and unfinished results are left out.
+
+    Args:
+        run: workspace and reporter; ``force`` also replaces what is in ``output`` and ``model_card``.
+        checkpoint: which result of ``ara truncate``; the latest by default.
+        name: of the result; the checkpoint's name by default.
+        output: also put the page here; an earlier report is replaced.
+        model_card: also write the full model card here.
+
+    Raises:
+        AraError: no checkpoint, a result that it is made from is damaged, a file that must not be replaced.
+    """
+    started = begin()
+    workspace = run.open()
+    _refuse(output, "--output", workspace, run.force, replaces_reports=True)
+    _refuse(model_card, "--model-card", workspace, run.force)
+    with workspace.lock(run.command):
+        truncated = workspace.require("truncate", checkpoint, verify=False)
+        run.report.step(f"Reporting on {truncated.key}")
+        sources, parents = _sources(workspace, truncated)
+        name = name or truncated.name
+        facts = {
+            # The same parents may be told otherwise by another version.
+            "config": {"report_format": REPORT_FORMAT, "ara": __version__},
+            "model": truncated.manifest.model if truncated.manifest else None,
+            "parents": tuple(parent_of(view) for view in parents),
+        }
+        # Nothing is made from a report: that it is replaced is no news.
+        done = workspace.finished("report", name, facts)
+        if done is not None and not run.force:
+            view = already_done(done, run)
+            verify_files(view.path, _manifest(view))
+        else:
+            document = gather(sources)
+            with workspace.writer("report", name, facts, command=run.command, started=started) as stage:
+                _write(stage.folder, document)
+                stage.results.update(
+                    {"title": document.title, "verdict": document.verdict, "checkpoint": truncated.name}
+                )
+                stage.results["missing"] = [item.model_dump() for item in document.missing]
+            view = workspace.view(f"report/{name}")
+    if output is not None:
+        _put(output, (view.path / HTML_FILE).read_text(encoding="utf-8"))
+    if model_card is not None:
+        document = Report.model_validate_json((view.path / JSON_FILE).read_text(encoding="utf-8"))
+        _put(model_card, card(document))
+    return view
+
+
+def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[StageView]]:
+    """Return what the report is made from, and the results that this was read from."""
+    everything = workspace.views()
+    chosen, decomposition = _above(everything, truncated, "allocate"), _above(everything, truncated, "decompose")
+    trained = [view for view in _parents(everything, chosen) if view.stage == "train-masks"]
+    layout = layout_of(chosen)
+    specs = specs_of(decomposition, layout)
+    verify_files(chosen.path, _manifest(chosen), [RANKS_FILE])
+
+    def measured(stage: str, of: StageView) -> list[StageView]:
+        return [view for view in _children(everything, of) if view.stage == stage]
+
+    evaluations, benches = measured("eval", truncated), measured("bench", truncated)
+    comparisons, exports = measured("compare", decomposition), measured("export", truncated)
+    parents = [truncated, chosen, decomposition, *trained, *evaluations, *benches, *comparisons, *exports]
+    others = []
+    for other in measured("truncate", decomposition):
+        if other.key != truncated.key:
+            found = measured("eval", other), measured("bench", other)
+            others.append(_made(other, _above(everything, other, "allocate"), *found))
+            parents += [other, _above(everything, other, "allocate"), *found[0], *found[1]]
+    stale = [view for view in everything if view.state == "stale" and _was_made_from(view, truncated)]
+    place = () if workspace.root == Path(DEFAULT_ROOT) else ("-w", str(workspace.root))
+    sources = Sources(
+        decomposition=_manifest(decomposition),
+        current=_made(truncated, chosen, evaluations, benches),
+        others=tuple(others),
+        modules=_modules(decomposition, specs),
+        ranks=read_allocation(chosen, specs),
+        training=_manifest(trained[0]) if trained else None,
+        comparisons=tuple(_manifest(view) for view in comparisons),
+        exports=tuple(_manifest(view) for view in exports),
+        stale=tuple(_manifest(view) for view in stale if view.stage != "report"),
+        machine=machine(),
+        place=place,
+    )
+    return sources, list({view.key: view for view in parents}.values())
+
+
+def _made(
+    truncated: StageView, chosen: StageView, evaluations: Sequence[StageView], benches: Sequence[StageView]
+) -> Made:
+    return Made(
+        _manifest(truncated),
+        _manifest(chosen),
+        tuple(_manifest(view) for view in evaluations),
+        tuple(_manifest(view) for view in benches),
+    )
+
+
+def _manifest(view: StageView) -> Manifest:
+    assert view.manifest is not None
+    return view.manifest
+
+
+def _parents(views: Sequence[StageView], child: StageView) -> list[StageView]:
+    keys = [parent.key for parent in _manifest(child).parents]
+    return [view for view in views if view.key in keys]
+
+
+def _above(views: Sequence[StageView], child: StageView, stage: str) -> StageView:
+    """Return the parent of a result that is not stale, so it is there."""
+    return next(view for view in _parents(views, child) if view.stage == stage)
+
+
+def _children(views: Sequence[StageView], parent: StageView) -> list[StageView]:
+    """Return the finished results that were made from ``parent``, oldest first."""
+    reference = parent_of(parent)
+    return [view for view in views if view.state == "done" and reference in _manifest(view).parents]
+
+
+def _was_made_from(view: StageView, parent: StageView) -> bool:
+    return any(found.key == parent.key for found in _manifest(view).parents)
+
+
+def _modules(decomposition: StageView, specs: Sequence[LinearSpec]) -> list[Module]:
+    """Read the spectra alone, each held to its checksum.
+
+    Raises:
+        CorruptedError: a spectrum is not what the manifest says.
+    """
+    made, modules = _manifest(decomposition), []
+    for layer in dict.fromkeys(spec.layer for spec in specs):
+        path = decomposition.path / layer_file(layer)
+        names = {f"{spec.name}.spectrum": spec for spec in specs if spec.layer == layer}
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in names}
+        except Exception as error:  # missing, cut, or without such a tensor: safetensors has its own classes
+            raise CorruptedError(f"{path} cannot be read ({error})", remake(made, True)) from None
+        for name, sha256 in tensor_digests(tensors).items():
+            if made.tensors[name].sha256 != sha256:
+                raise CorruptedError(f"{path}: {name} does not match its checksum", remake(made, True))
+            modules.append(Module(names[name], tensors[name]))
+    return modules
+
+
+def _write(folder: Path, document: Report) -> None:
+    (folder / JSON_FILE).write_text(document.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (folder / HTML_FILE).write_text(page(document), encoding="utf-8")
+
+
+def _refuse(path: Path | None, flag: str, workspace: Workspace, force: bool, *, replaces_reports: bool = False) -> None:
+    """Refuse a file that must not be written, before any work.
+
+    Raises:
+        OutputError: it is a folder or lies in none, it lies in the workspace, or it is something else's.
+    """
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
+        raise OutputError(f"{flag} {path} {what}", "name a file in a folder that is there")
+    if path.resolve().is_relative_to(workspace.root.resolve()):
+        raise OutputError(
+            f"{flag} {path} lies in the workspace {workspace.root}, whose files are held to their checksums",
+            "choose a file outside",
+        )
+    if not path.exists() or force:
+        return
+    if not replaces_reports:
+        raise OutputError(f"{flag} {path} is there already", "replace it with --force, or choose another file")
+    if not path.is_file() or MARK.encode() not in path.read_bytes()[:_FRONT]:
+        raise OutputError(
+            f"{flag} {path} is there already and is no report of ara", "replace it with --force, or choose another file"
+        )
+
+
+def _put(path: Path, text: str) -> None:
+    with disk_errors(path), written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")

@@ -1,0 +1,36 @@
+"""``ara report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ara_cli.options import WORKSPACE, ForceOption, JsonOption, QuietOption, WorkspaceOption
+from ara_cli.session import session
+
+
+def command(
+    checkpoint: Annotated[
+        str | None, typer.Option(help="result of ara truncate to report on [default: the latest]")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="also put the page here; an earlier report is replaced", metavar="FILE.html")
+    ] = None,
+    model_card: Annotated[
+        Path | None, typer.Option(help="also write the model card, with all that was measured", metavar="FILE.md")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="name of the result [default: that of the checkpoint]")] = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Put everything that is known of a checkpoint on one page that needs no network, and into report.json."""
+    with session(workspace, quiet, as_json, force) as s:
+        from ara.stages.report import report
+        from ara_cli.render import show_report
+
+        view = report(s.run(), checkpoint=checkpoint, name=name, output=output, model_card=model_card)
+        show_report(s.console, view, workspace, [path for path in (output, model_card) if path])
