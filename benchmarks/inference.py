@@ -8,25 +8,29 @@ measurement after the other, in rotating order, round after round; a figure is t
 10th and 90th percentile. Beside each ratio to dense stands what the arithmetic predicts: counted multiplications for
 prefill, bytes read (weights and caches) for decoding.
 
-Models: SmolLM2-135M (``--shapes demo``), or blocks of LLaMA-7B's shape with random weights (``--shapes llama-7b``), at
-uniform ranks: every layer is low-rank, so no layer is spared the second product.
+Models: SmolLM2-135M (``--shapes demo``), or two blocks of LLaMA-7B's shape with random weights and random low-rank
+layers (``--shapes llama-7b``), at uniform ranks: every layer is low-rank, so no layer is spared the second product.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ara.allocation.base import Module
 from ara.allocation.budget import Budget
 from ara.allocation.uniform import Uniform
 from ara.config import DecomposeConfig, Layout
 from ara.evaluation.cost import Case
 from ara.evaluation.speed import Runner, TorchRunner, interleaved_seconds
 from ara.models.checkpoint import apply_factors, load, save_checkpoint
+from ara.models.linears import find_linears
+from ara.models.modeling_ara import CompressedLinear, LowRankLinear, PivotedLinear, replace_linear
 from ara.models.quiet import quiet_transformers
 from ara.stages.allocate import load_modules
 from ara.stages.common import Run, factor_files, model_of
@@ -71,6 +75,9 @@ def compressed_folder(arguments: argparse.Namespace, run: Run, dense: Path, keep
     folder: Path = arguments.workspace / f"keep-{keep:g}-{layout}"
     if (folder / "config.json").exists():
         return folder
+    if arguments.shapes == "llama-7b":
+        draw_layers(dense, folder, keep, layout)
+        return folder
     view = decompose(DecomposeConfig(model=str(dense), method="plain", device="cpu", dtype="float32"), run)
     modules = load_modules(view, layout)
     specs = [module.spec for module in modules]
@@ -80,6 +87,27 @@ def compressed_folder(arguments: argparse.Namespace, run: Run, dense: Path, keep
     apply_factors(model, ranks, factor_files(view, specs), layout, run.report)
     save_checkpoint(model, source.load_tokenizer(), folder, ranks=ranks, provenance={}, layout=layout)
     return folder
+
+
+def draw_layers(dense: Path, folder: Path, keep: float, layout: Layout) -> None:
+    """Write a random model's checkpoint with random low-rank layers: factoring it would take minutes for nothing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    specs = [replace(spec, layout=layout) for spec in find_linears(model)]
+    flat = [Module(spec, torch.ones(spec.full_rank, dtype=torch.float64)) for spec in specs]
+    ranks = Uniform().allocate(flat, Budget.for_keep(specs, keep)).low_rank()
+    for spec in (spec for spec in specs if spec.name in ranks):
+        k = ranks[spec.name]
+        a = torch.randn(k, spec.n) / spec.n**0.5
+        if layout == "factors":
+            layer: CompressedLinear = LowRankLinear.from_factors(a, torch.randn(spec.m, k) / k**0.5)
+        else:
+            layer = PivotedLinear.from_parts(
+                a, torch.randn(spec.m - k, k) / k**0.5, torch.randperm(spec.m, dtype=torch.int32)
+            )
+        replace_linear(model, spec.name, layer)
+    save_checkpoint(model, AutoTokenizer.from_pretrained(dense), folder, ranks=ranks, provenance={}, layout=layout)
 
 
 def onnx_runner(folder: Path, precision: str, arguments: argparse.Namespace, run: Run) -> Runner:
