@@ -2,6 +2,7 @@
 
     ARA_DATA_DIR=... make bench-zero-shot
     python benchmarks/zero_shot.py --workspace WS --checkpoint NAME --limit 400
+    python benchmarks/zero_shot.py --workspace WS --checkpoint NAME --tasks wikitext --limit 8    # whole articles
 
 Without --checkpoint the pipeline runs first: two-sided factors calibrated on C4, ranks by the sensitivity table at
 --keep. Afterwards lm-eval's own command asks the dense model the same questions, in a process of its own; a task whose
@@ -30,7 +31,7 @@ from ara.stages.truncate import truncate
 from ara_cli.console import Column, Console
 from ara_cli.render_eval import show_evaluation
 
-TASKS = "zero-shot,lambada_openai,wikitext"
+TASKS = "zero-shot,lambada_openai"
 
 
 def main() -> None:
