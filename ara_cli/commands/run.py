@@ -35,6 +35,10 @@ def command(
     rank_multiple: Annotated[int, field(AllocateConfig, "rank_multiple")] = default(AllocateConfig, "rank_multiple"),
     text: Annotated[str, field(DecomposeConfig, "text", metavar="TEXT")] = default(DecomposeConfig, "text"),
     samples: Annotated[int, field(DecomposeConfig, "samples")] = default(DecomposeConfig, "samples"),
+    rank_samples: Annotated[int, field(AllocateConfig, "samples", "--rank-samples")] = default(
+        AllocateConfig, "samples"
+    ),
+    held_out: Annotated[int, field(AllocateConfig, "held_out")] = default(AllocateConfig, "held_out"),
     seq_len: Annotated[int, field(DecomposeConfig, "seq_len")] = default(DecomposeConfig, "seq_len"),
     seed: Annotated[int, field(DecomposeConfig, "seed")] = default(DecomposeConfig, "seed"),
     tasks: Annotated[str, field(EvalConfig, "tasks")] = ",".join(default(EvalConfig, "tasks")),
@@ -73,6 +77,8 @@ def command(
                 layout=layout,
                 rank_multiple=rank_multiple,
                 keep=value or default(AllocateConfig, "keep"),
+                samples=rank_samples,
+                held_out=held_out,
                 seed=seed,
                 **placement,
             )

@@ -57,6 +57,8 @@ RUN_OPTIONS = {
     "decomposition": (DecomposeConfig, "method"),
     "layout": (AllocateConfig, "layout"),
     "rank_multiple": (AllocateConfig, "rank_multiple"),
+    "rank_samples": (AllocateConfig, "samples"),
+    "held_out": (AllocateConfig, "held_out"),
     **{name: (DecomposeConfig, name) for name in ("model", "text", "samples", "seq_len", "seed", "device", "dtype")},
     **{name: (DecomposeConfig, name) for name in ("revision",)},
     **{name: (EvalConfig, name) for name in ("tasks", "max_windows", "limit", "prompt")},
@@ -331,9 +333,13 @@ def test_run_with_several_budgets(copied, words):
 
 
 def test_run_with_remove_and_without_eval(copied, words):
-    document = json.loads(done("run", *words, "--remove", 0.45, "--no-eval", "-w", copied, "--json").stdout)
+    learned_from = ("--rank-samples", 7, "--held-out", 3)
+    document = json.loads(
+        done("run", *words, "--remove", 0.45, *learned_from, "--no-eval", "-w", copied, "--json").stdout
+    )
     assert [stage["name"] for stage in document["stages"]] == ["two-sided", "energy-0.55", "energy-0.55"]
-    assert document["stages"][1]["config"]["keep"] == 0.55
+    made = document["stages"][1]["config"]
+    assert (made["keep"], made["samples"], made["held_out"]) == (0.55, 7, 3)
 
 
 def test_allocate_takes_remove_ranks_and_factors(copied):
