@@ -333,13 +333,16 @@ def test_run_with_several_budgets(copied, words):
 
 
 def test_run_with_remove_and_without_eval(copied, words):
-    learned_from = ("--rank-samples", 7, "--held-out", 3)
-    document = json.loads(
-        done("run", *words, "--remove", 0.45, *learned_from, "--no-eval", "-w", copied, "--json").stdout
-    )
+    document = json.loads(done("run", *words, "--remove", 0.45, "--no-eval", "-w", copied, "--json").stdout)
     assert [stage["name"] for stage in document["stages"]] == ["two-sided", "energy-0.55", "energy-0.55"]
+    assert document["stages"][1]["config"]["keep"] == 0.55
+
+
+def test_run_learns_ranks_from_as_many_windows_as_asked_for(copied, words):
+    asked = ("-m", "sensitivity", "--rank-samples", 3, "--held-out", 1)
+    document = json.loads(done("run", *words, *asked, "--no-eval", "-w", copied, "--json").stdout)
     made = document["stages"][1]["config"]
-    assert (made["keep"], made["samples"], made["held_out"]) == (0.55, 7, 3)
+    assert (made["samples"], made["held_out"]) == (3, 1)
 
 
 def test_allocate_takes_remove_ranks_and_factors(copied):
