@@ -1,9 +1,9 @@
 """Builds the decoder graph: one ONNX graph for prefill and decode, with ONNX Runtime's fused operators.
 
 Inputs and outputs carry the names that ONNX Runtime GenAI expects. A dense linear layer is one MatMul; a factorised one
-is MatMul A → MatMul B; a pivoted one MatMul A → MatMul C → Concat → Gather, in float32 a Gather of whole blocks. Nodes
-and weights are named after their modules. Weights are lazy: each is read, converted and written on its own when the
-model is saved.
+is MatMul A → MatMul B; a pivoted one MatMul A → MatMul C → Concat → Gather, which copies blocks or rows on CPUs
+(:mod:`export.pivots`). Nodes and weights are named after their modules. Weights are lazy: each is read, converted and
+written on its own when the model is saved.
 
 Shapes: b batch, s new tokens, p past tokens, t = p + s.
 """
@@ -20,9 +20,9 @@ import torch
 
 from ara.errors import ModelError, NumericalError
 from export.architecture import Decoder
-from export.pivots import BlockPivots
+from export.pivots import BlockPivots, ordering
 from export.quantize import BITS, BLOCK, quantize, scales_of
-from export.report import Precision
+from export.report import Precision, Provider
 from export.weights import Checkpoint, LinearLayer
 
 OPSET = 21
@@ -38,12 +38,14 @@ class GraphOptions:
     Attributes:
         precision: of the weights of linear layers.
         activations: ``fp32`` or ``fp16``: of everything else.
+        provider: that is to run the graph.
         merge_shared_inputs: multiply the factors that read the same input in one go.
         last_logits: only the logits of the last position.
     """
 
     precision: Precision = "fp32"
     activations: Literal["fp32", "fp16"] = "fp32"
+    provider: Provider = "cpu"
     merge_shared_inputs: bool = False
     last_logits: bool = False
 
@@ -60,7 +62,7 @@ def build(checkpoint: Checkpoint, decoder: Decoder, options: GraphOptions) -> ir
 class _Builder:
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder, options: GraphOptions) -> None:
         self.checkpoint: Checkpoint | BlockPivots = checkpoint
-        # More pivots magnify rounding a little more: nothing for float32, too much for less.
+        # More pivots magnify rounding: by nothing to speak of in float32, by far too much in 8 bits.
         if checkpoint.pivoted and options.precision == "fp32":
             self.checkpoint = BlockPivots(checkpoint)
         self.decoder, self.options = decoder, options
@@ -239,22 +241,23 @@ class _Builder:
             y = self._matmul(h, f"{layer.path}.B", f"{layer.path}.B.weight")
         elif layer.rank is not None:
             others = self._matmul(h, f"{layer.path}.C", f"{layer.path}.C.weight")
-            both = self.op("Concat", [h, others], f"{layer.path}.rows", {"axis": -1})
-            self.used.add(f"{layer.path}.order")
+            y = self.op("Concat", [h, others], f"{layer.path}.rows", {"axis": -1})
             order = self._order(layer)
-            if layer.block == 1:
-                y = self.op("Gather", [both, order], f"{layer.path}.ordered", {"axis": -1})
-            else:
+            if layer.block > 1:
                 apart, whole = self._ints([0, 0, layer.m // layer.block, layer.block], [0, 0, layer.m])
-                blocks = self.op("Reshape", [both, apart], f"{layer.path}.blocks")
+                blocks = self.op("Reshape", [y, apart], f"{layer.path}.blocks")
                 ordered = self.op("Gather", [blocks, order], f"{layer.path}.ordered", {"axis": 2})
                 y = self.op("Reshape", [ordered, whole], f"{layer.path}.whole")
+            else:
+                for kind, name, attributes in ordering(3, self.options.provider):
+                    y = self.op(kind, [y, order] if kind == "Gather" else [y], f"{layer.path}.{name}", attributes)
         if layer.bias is not None:
             y = self.op("Add", [y, self.weight(layer.bias)], f"{layer.path}.biased")
         return y
 
     def _order(self, layer: LinearLayer) -> ir.Value:
         name = f"{layer.path}.order"
+        self.used.add(name)
         kind = ir.DataType.INT32 if layer.block == 1 else ir.DataType.INT64
         return self.lazy(name, kind, (layer.m // layer.block,), lambda: self.checkpoint.tensor(name).numpy())
 

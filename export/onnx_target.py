@@ -202,6 +202,7 @@ def _graph(
         options = GraphOptions(
             precision=precision,
             activations="fp16" if provider == "cuda" or precision == "fp16" else "fp32",
+            provider=provider,
             merge_shared_inputs=config.merge_shared_inputs,
             last_logits=config.last_logits,
         )
@@ -211,7 +212,7 @@ def _graph(
         raise UsageError("--rewrite is given, and the checkpoint has no low-rank layers", "leave --rewrite out")
     model = load_graph(dense)
     with report.bar("Putting factors into the graph", len(checkpoint.ranks)) as bar:
-        rewrite(model, checkpoint, bar.advance)
+        rewrite(model, checkpoint, _provider(config), bar.advance)
     return None, model, _genai_beside(dense)
 
 

@@ -1,20 +1,23 @@
-"""Pivots of a low-rank layer in whole blocks of rows, so that a graph puts its outputs in order block by block.
+"""How a graph puts the outputs of a pivoted layer in order: [h; C h] has the pivots first, wherever they belong.
 
-Which k rows of a matrix of rank k are its pivots is free (:mod:`ara.models.pivoting`). A checkpoint takes single rows,
-whose outputs a graph then puts in order one number at a time: in ONNX Runtime on a CPU that takes longer than the
-multiplications that are saved. Here pivots are chosen anew, in blocks of 16 neighbouring rows: the same matrix, with at
-most 15 more pivots than its rank, in the order of which whole blocks are copied.
+Copying numbers one by one takes ONNX Runtime on a CPU longer than the multiplications that are saved. Two remedies:
 
-Coefficients grow by that (:func:`choose_blocks` keeps the volume of the pivot rows large, so not by much), and with
-them what rounding the pivots' outputs costs: for float32 graphs only.
+- **Blocks.** Which k rows of a matrix of rank k are its pivots is free (:mod:`ara.models.pivoting`). Where a checkpoint
+  has taken single rows, pivots are chosen anew, in blocks of 16 neighbouring rows: the same matrix, with at most 15
+  more pivots than its rank, in the order of which whole blocks are copied. Coefficients grow by that
+  (:func:`choose_blocks` keeps the volume of the pivot rows large, so not by much), and with them what rounding the
+  pivots' outputs costs: for float32 graphs only.
+- **Rows.** Between two transpositions whole rows are copied (:func:`ordering`): for all others.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from export.report import Provider
 from export.weights import Checkpoint, LinearLayer
 
 BLOCK = 16
@@ -82,6 +85,29 @@ class BlockPivots:
             a, c, order = (self.checkpoint.tensor(f"{path}.{part}") for part in ("A.weight", "C.weight", "order"))
             self._last = path, dict(zip(("A.weight", "C.weight", "order"), in_blocks(a, c, order), strict=True))
         return self._last[1][part]
+
+
+def ordering(rank: int | None, provider: Provider) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return how a graph puts the outputs of a pivoted layer in order.
+
+    A Gather along the last axis copies single numbers, which on a CPU takes ONNX Runtime longer than all that pivots
+    save; between two transpositions it copies whole rows, and the three together take a seventh of the time.
+
+    Args:
+        rank: of the tensor, whose last axis is ordered; where it is not known, a Gather has to do.
+        provider: that is to run it.
+
+    Returns:
+        Operator, name and attributes of each node; a Gather reads the order as its second input.
+    """
+    if provider == "cuda" or rank is None:
+        return [("Gather", "ordered", {"axis": -1})]
+    axes = list(range(rank))
+    return [
+        ("Transpose", "columns", {"perm": [*axes[-1:], *axes[:-1]]}),
+        ("Gather", "ordered", {"axis": 0}),
+        ("Transpose", "whole", {"perm": [*axes[1:], 0]}),
+    ]
 
 
 def in_blocks(

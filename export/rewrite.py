@@ -16,6 +16,8 @@ import onnx_ir as ir
 import torch
 
 from ara.errors import ModelError, first_line
+from export.pivots import ordering
+from export.report import Provider
 from export.weights import Checkpoint, LinearLayer
 
 _FLOATS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
@@ -38,12 +40,15 @@ def load_graph(path: Path) -> ir.Model:
         ) from error
 
 
-def rewrite(model: ir.Model, checkpoint: Checkpoint, advance: Callable[[], None] = lambda: None) -> list[str]:
+def rewrite(
+    model: ir.Model, checkpoint: Checkpoint, provider: Provider = "cpu", advance: Callable[[], None] = lambda: None
+) -> list[str]:
     """Replace the dense linear layers of ``model`` by the checkpoint's low-rank ones, in place.
 
     Args:
         model: a graph of the dense model.
         checkpoint: compressed.
+        provider: that is to run it.
         advance: called once per layer.
 
     Returns:
@@ -61,7 +66,7 @@ def rewrite(model: ir.Model, checkpoint: Checkpoint, advance: Callable[[], None]
             "export the dense model unquantised, unpacked and with module names, or leave --rewrite out",
         )
     for path in checkpoint.ranks:
-        _replace(model.graph, nodes[path], checkpoint, path)
+        _replace(model.graph, nodes[path], checkpoint, path, provider)
         advance()
     for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
         if not model.graph.initializers[name].is_graph_output():
@@ -94,7 +99,7 @@ def _module(name: str) -> str:
     return re.sub(r"(\.(MatMul|Gemm|weight|output_\d+|MatMul_\d+))+$", "", name)
 
 
-def _replace(graph: ir.Graph, node: ir.Node, checkpoint: Checkpoint, path: str) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, checkpoint: Checkpoint, path: str, provider: Provider) -> None:
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None and weight.shape is not None
     if node.op_type == "Gemm" and (
@@ -134,7 +139,9 @@ def _replace(graph: ir.Graph, node: ir.Node, checkpoint: Checkpoint, path: str) 
         new.append(ir.node("Concat", [h, new[-1].outputs[0]], {"axis": -1}, name=f"{path}.rows/Concat"))
         order = ir.val(f"{path}.order", const_value=ir.tensor(_order(checkpoint, path), name=f"{path}.order"))
         graph.register_initializer(order)
-        new.append(ir.node("Gather", [new[-1].outputs[0], order], {"axis": -1}, name=f"{path}.ordered/Gather"))
+        for kind, name, attributes in ordering(_axes(node), provider):
+            inputs = [new[-1].outputs[0], order] if kind == "Gather" else [new[-1].outputs[0]]
+            new.append(ir.node(kind, inputs, attributes, name=f"{path}.{name}/{kind}"))
     else:
         new.append(ir.node("MatMul", [h, factor(f"{path}.B.weight")], name=f"{path}.B/MatMul"))
     bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
@@ -144,6 +151,14 @@ def _replace(graph: ir.Graph, node: ir.Node, checkpoint: Checkpoint, path: str) 
         for i, output in enumerate(made.outputs):
             output.name = f"{made.name}/output_{i}"
     _take_place(graph, node, new)
+
+
+def _axes(node: ir.Node) -> int | None:
+    """Return how many axes the input of a linear layer has, if the graph says so."""
+    if node.op_type == "Gemm":
+        return 2
+    shapes = (value.shape for value in (node.inputs[0], node.outputs[0]) if value is not None)
+    return next((len(shape) for shape in shapes if shape is not None), None)
 
 
 def _take_place(graph: ir.Graph, node: ir.Node, new: Sequence[ir.Node]) -> None:

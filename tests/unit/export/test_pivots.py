@@ -6,15 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from ara.models.pivoting import pivot
 from ara.progress import SILENT
 from export.config import ExportConfig
 from export.onnx_target import resolve, write_onnx
-from export.pivots import BLOCK, BlockPivots, choose_blocks, in_blocks
+from export.pivots import BLOCK, BlockPivots, choose_blocks, in_blocks, ordering
+from export.report import Provider
 from export.weights import Checkpoint
 
 
@@ -89,7 +93,7 @@ def test_layers_that_are_no_whole_blocks_stay(checkpoint: Callable[..., Any]) ->
     assert kinds == {1, BLOCK}
 
 
-@pytest.mark.parametrize(("precision", "axis"), [("fp32", 2), ("int8", -1), ("fp16", -1)])
+@pytest.mark.parametrize(("precision", "axis"), [("fp32", 2), ("int8", 0), ("fp16", 0)])
 def test_only_float32_graphs_have_them(
     precision: str, axis: int, checkpoint: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -98,3 +102,34 @@ def test_only_float32_graphs_have_them(
     graph = ir.load(tmp_path / "model.onnx").graph
     (node,) = [node for node in graph if node.name == "model.layers.1.self_attn.q_proj.ordered/Gather"]
     assert node.attributes.get_int("axis") == axis
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+@pytest.mark.parametrize("shape", [(5, 12), (2, 5, 12)])
+def test_ordering_is_indexing_the_last_axis(provider: Provider, shape: tuple[int, ...]) -> None:
+    order, x = np.random.default_rng(0).permutation(12), np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    assert np.array_equal(_run(ordering(len(shape), provider), x, order), x[..., order])
+
+
+def test_what_has_an_unknown_number_of_axes_is_gathered() -> None:
+    assert [step[0] for step in ordering(None, "cpu")] == ["Gather"]
+    assert [step[0] for step in ordering(3, "cpu")] == ["Transpose", "Gather", "Transpose"]
+    assert [step[0] for step in ordering(3, "cuda")] == ["Gather"]
+
+
+def _run(steps: list[tuple[str, str, dict[str, Any]]], x: np.ndarray, order: np.ndarray) -> np.ndarray:
+    nodes, names = [], ["x"]
+    for kind, name, attributes in steps:
+        inputs = [names[-1], "order"] if kind == "Gather" else [names[-1]]
+        nodes.append(helper.make_node(kind, inputs, [name], **attributes))
+        names.append(name)
+    graph = helper.make_graph(
+        nodes,
+        "ordering",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info(names[-1], TensorProto.FLOAT, x.shape)],
+        [numpy_helper.from_array(order.astype(np.int32), "order")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    found: np.ndarray = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+    return found
