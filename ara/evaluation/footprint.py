@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from ara.evaluation.speed import Runner
 
 
-def peak_memory(load: Callable[[], Runner], case: Case) -> int:
-    """Return the most memory that a fresh process holds which loads a model and does one pass, in bytes.
+def peak_memory(load: Callable[[], Runner], cases: Sequence[Case]) -> int:
+    """Return the most memory that a fresh process holds which loads a model and does one pass of every case, in bytes.
 
     What is counted is told in :func:`ara.environment.peak_memory_bytes`: with CUDA tensors on the GPU, else resident
     RAM, with Python and its libraries.
 
     Args:
         load: brings the model into memory; can be pickled.
-        case: what is run.
+        cases: what is run, one after the other.
 
     Raises:
         UnavailableError: the process failed or was ended, for want of memory as a rule.
@@ -37,7 +37,7 @@ def peak_memory(load: Callable[[], Runner], case: Case) -> int:
     # Not forked: a copy of this process would begin with the memory of this one.
     with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
         try:
-            return pool.submit(_measure, load, case).result()
+            return pool.submit(_measure, load, cases).result()
         except BrokenProcessPool:
             reason = "its process was ended by the system, which may have run out of memory"
         except Exception as error:
@@ -45,8 +45,10 @@ def peak_memory(load: Callable[[], Runner], case: Case) -> int:
     raise UnavailableError(f"the peak memory cannot be measured: {reason}")
 
 
-def _measure(load: Callable[[], Runner], case: Case) -> int:
+def _measure(load: Callable[[], Runner], cases: Sequence[Case]) -> int:
     # Results alone go to stdout, and this process has none.
     os.dup2(2, 1)
-    load().prepare(case).run()
+    runner = load()
+    for case in cases:
+        runner.prepare(case).run()
     return peak_memory_bytes()

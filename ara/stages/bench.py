@@ -145,13 +145,22 @@ def _decomposition_of(workspace: Workspace, truncated: StageView) -> StageView:
     return workspace.require("decompose", key.partition("/")[2], verify=False)
 
 
+def largest(cases: Sequence[Case]) -> list[Case]:
+    """Return the cases that need most memory: most positions, b · (p + s), and most tokens at once, b · s.
+
+    The first has the largest caches; the second counts where a past is made up and not read, as in ONNX Runtime.
+    """
+    positions = max(cases, key=lambda case: (case.batch * (case.past + case.new), case.tokens))
+    tokens = max(cases, key=lambda case: (case.tokens, case.batch * case.past))
+    return list(dict.fromkeys((tokens, positions)))
+
+
 def _measure(lineup: Lineup, cases: list[Case], config: BenchConfig, run: Run) -> dict[str, Any]:
     """Return all results."""
     contenders = lineup.contenders
     assert config.threads is not None
     # Before any model is in the memory of this process.
-    largest = max(cases, key=lambda case: (case.tokens, case.batch * case.past))
-    peaks = _peaks(contenders, largest, run)
+    peaks = _peaks(contenders, largest(cases), run)
     groups = groups_in_memory(contenders, lineup.each_bytes, lineup.device, run.report)
     models: dict[str, dict[str, Any]] = {}
     costs: dict[str, Cost] = {}
@@ -187,7 +196,7 @@ def _measure(lineup: Lineup, cases: list[Case], config: BenchConfig, run: Run) -
     }
 
 
-def _peaks(contenders: Sequence[Contender], case: Case, run: Run) -> dict[str, int | None]:
+def _peaks(contenders: Sequence[Contender], cases: Sequence[Case], run: Run) -> dict[str, int | None]:
     """Return the peak memory of every model in a process of its own; ``None`` where it cannot be had."""
     peaks: dict[str, int | None] = {}
     with run.report.bar("Measuring memory", len(contenders)) as bar:
@@ -195,7 +204,7 @@ def _peaks(contenders: Sequence[Contender], case: Case, run: Run) -> dict[str, i
             peaks[contender.name] = None
             try:
                 if contender.measurable:
-                    peaks[contender.name] = peak_memory(contender.load, case)
+                    peaks[contender.name] = peak_memory(contender.load, cases)
             except UnavailableError as error:
                 run.report.warn(f"{contender.name}: {error}")
             bar.advance()

@@ -53,12 +53,12 @@ def refused(result: Any, code: int, words: str) -> None:
 
 
 @pytest.fixture
-def peaks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Case]]:
+def peaks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, list[Case]]]:
     """Save the time of further processes, and note what they would have got; it must survive being sent."""
-    asked: list[tuple[Any, Case]] = []
+    asked: list[tuple[Any, list[Case]]] = []
 
-    def peak_memory(load: Any, case: Case) -> int:
-        asked.append((pickle.loads(pickle.dumps(load)), case))
+    def peak_memory(load: Any, cases: list[Case]) -> int:
+        asked.append((pickle.loads(pickle.dumps(load)), cases))
         return PEAK
 
     monkeypatch.setattr(stage, "peak_memory", peak_memory)
@@ -86,7 +86,7 @@ def exported(exported_base: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported_base, tmp_path / "exported"))
 
 
-def test_dense_and_chosen_are_measured_and_counted(copied: Path, peaks: list[tuple[Any, Case]]) -> None:
+def test_dense_and_chosen_are_measured_and_counted(copied: Path, peaks: list[tuple[Any, list[Case]]]) -> None:
     document = json.loads(done("bench", *SHORT, *CPU, "--threads", 1, "-w", copied, "--json").stdout)
     folder = copied / "bench" / f"{NAME}-torch"
     assert listing(folder) == {"manifest.json", "results.json"}
@@ -133,12 +133,12 @@ def test_dense_and_chosen_are_measured_and_counted(copied: Path, peaks: list[tup
                 assert 0 < figures[key]["p10"] <= figures[key]["median"] <= figures[key]["p90"]
             assert 0 < figures["ratio"]["low"] <= figures["ratio"]["median"] <= figures["ratio"]["high"]
         assert row["models"]["dense"]["predicted"] == 1 < row["models"][NAME]["predicted"]
-    # What another process would load are these models, and it would run the largest prompts.
-    assert [case for _, case in peaks] == [Case(3, 0, 19)] * 2
+    # What another process would load are these models, and it would run the largest prompts and the longest past.
+    assert [cases for _, cases in peaks] == [[Case(3, 0, 19), Case(3, 23, 1)]] * 2
     assert [load_one().parameters for load_one, _ in peaks] == [total, sizes["parameters"]]
 
 
-def test_figures_are_shown_and_measured_once(copied: Path, peaks: list[tuple[Any, Case]]) -> None:
+def test_figures_are_shown_and_measured_once(copied: Path, peaks: list[tuple[Any, list[Case]]]) -> None:
     words = ["bench", *SHORT, *CPU, "-w", copied]
     result = done(*words)
     for word in ("prefill 19, batch 3", "decode behind 23, batch 1", NAME, "predicted", "peak memory (MiB)", "117.7"):
@@ -194,7 +194,7 @@ def test_models_that_do_not_fit_together_are_alone_in_memory(
 
 
 def test_memory_that_cannot_be_measured_is_told_and_left_out(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unavailable(load: Any, case: Case) -> int:
+    def unavailable(load: Any, cases: list[Case]) -> int:
         raise UnavailableError("the peak memory cannot be measured: no reason")
 
     monkeypatch.setattr(stage, "peak_memory", unavailable)
@@ -203,6 +203,21 @@ def test_memory_that_cannot_be_measured_is_told_and_left_out(copied: Path, monke
     models = json.loads(result.stdout)["results"]["models"]
     assert [model["peak_memory_bytes"] for model in models.values()] == [None, None]
     assert done("bench", *SHORT, *CPU, "-w", copied).stdout.count(" - ") > 2
+
+
+@pytest.mark.parametrize(
+    ("cases", "expected"),
+    [
+        ([Case(4, 0, 512), Case(1, 0, 512), Case(4, 8192, 1)], [Case(4, 0, 512), Case(4, 8192, 1)]),
+        ([Case(4, 0, 512), Case(8, 8192, 1), Case(1, 32768, 1)], [Case(4, 0, 512), Case(8, 8192, 1)]),
+        ([Case(1, 0, 512), Case(4, 0, 2048), Case(1, 512, 1)], [Case(4, 0, 2048)]),
+        ([Case(1, 64, 1), Case(8, 16, 1)], [Case(8, 16, 1)]),
+    ],
+)
+def test_memory_is_that_of_the_longest_caches_and_of_the_largest_prompt(
+    cases: list[Case], expected: list[Case]
+) -> None:
+    assert stage.largest(cases) == expected
 
 
 def test_memory_is_measured_in_another_process(copied: Path) -> None:

@@ -19,7 +19,7 @@ MIB = 2**20
 
 def test_what_a_model_takes_is_in_its_peak_and_not_in_ours(capfd: pytest.CaptureFixture[str]) -> None:
     held = bytearray(b"x") * (300 * MIB)  # ours
-    small, large = (peak_memory(partial(Hungry, size * MIB), CASE) for size in (1, 200))
+    small, large = (peak_memory(partial(Hungry, size * MIB), [CASE]) for size in (1, 200))
     assert small < 150 * MIB
     assert large - small == pytest.approx(199 * MIB, rel=0.05)
     assert len(held) == 300 * MIB
@@ -29,4 +29,4 @@ def test_what_a_model_takes_is_in_its_peak_and_not_in_ours(capfd: pytest.Capture
 @pytest.mark.parametrize(("load", "words"), [(refuse, "the weights are torn"), (die, "ended by the system")])
 def test_a_failure_has_its_reason(load: Callable[[], Any], words: str) -> None:
     with pytest.raises(UnavailableError, match=words):
-        peak_memory(load, CASE)
+        peak_memory(load, [CASE])
