@@ -33,26 +33,34 @@ def show_bench(console: Console, view: StageView) -> None:
     ]
     order = "in turn" if results["interleaved"] else "one after the other"
     title = f"Speed: models {order}, medians of {view.manifest.config['rounds']} rounds"
-    console.table(title, columns, [_row(case, name) for case in results["cases"] for name in results["models"]])
+    console.table(
+        title,
+        columns,
+        [_row(case, name, results["interleaved"]) for case in results["cases"] for name in results["models"]],
+    )
 
 
 def figure(results: dict[str, Any]) -> str:
-    """Return the least and the largest ratio to dense, for one line of a table."""
+    """Return the least and the largest ratio to dense, where models ran in turn, for one line of a table."""
+    if not results["interleaved"]:
+        return f"speeds that cannot be compared with dense ({results['backend']})"
     ratios = [case["models"][results["chosen"]]["ratio"]["median"] for case in results["cases"]]
     return f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as dense ({results['backend']})"
 
 
-def _row(case: dict[str, Any], name: str) -> tuple[str | None, ...]:
+def _row(case: dict[str, Any], name: str, in_turn: bool) -> tuple[str | None, ...]:
     row = case["models"][name]
     what = f"decode behind {case['past']}" if case["kind"] == "decode" else f"prefill {case['new']}"
     speed, ratio = row["tokens_per_second"], row["ratio"]
     compared: tuple[str | None, ...] = (None, None, None)
     if name != next(iter(case["models"])):
-        compared = (
-            f"{ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})",
-            f"{row['predicted']:.2f}",
-            f"{ratio['median'] / row['predicted'] - 1:+.0%}",
-        )
+        compared = (None, f"{row['predicted']:.2f}", None)
+        if in_turn:
+            compared = (
+                f"{ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})",
+                f"{row['predicted']:.2f}",
+                f"{ratio['median'] / row['predicted'] - 1:+.0%}",
+            )
     return (
         f"{what}, batch {case['batch']}",
         name,

@@ -183,20 +183,23 @@ def ratio(base: Sequence[float], other: Sequence[float]) -> Ratio:
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
-def summarise(case: Case, seconds: Mapping[str, Sequence[float]], costs: Mapping[str, Cost]) -> dict[str, Any]:
+def summarise(
+    case: Case, seconds: Mapping[str, Sequence[float]], costs: Mapping[str, Cost], *, in_turn: bool = True
+) -> dict[str, Any]:
     """Return a case's figures as plain data; the first model is the one that all are compared with.
 
     Args:
         case: what was measured.
         seconds: per model and round.
         costs: per model.
+        in_turn: whether the models shared their rounds; rounds of different times make no ratio: it is ``None``.
     """
     base = next(iter(seconds))
     rows = {
         name: {
             "seconds": _percentiles(values),
             "tokens_per_second": _percentiles([case.tokens / value for value in values]),
-            "ratio": asdict(ratio(seconds[base], values)),
+            "ratio": asdict(ratio(seconds[base], values)) if in_turn else None,
             "predicted": costs[name].predicted_ratio(costs[base], case),
             "macs": costs[name].macs(case),
             "bytes_read": costs[name].bytes_read(case),

@@ -284,7 +284,8 @@ def read_bench(manifest: Manifest) -> Benched:
                     name: BenchRow(
                         seconds=spread(row.get("seconds")),
                         tokens_per_second=spread(row.get("tokens_per_second")),
-                        ratio=spread(row.get("ratio")),
+                        # Rounds of different times make no ratio, even where an earlier version has written one.
+                        ratio=spread(row.get("ratio")) if results.get("interleaved") else None,
                         predicted=row.get("predicted"),
                     )
                     for name, row in case["models"].items()

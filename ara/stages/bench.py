@@ -192,7 +192,7 @@ def _measure(lineup: Lineup, cases: list[Case], config: BenchConfig, run: Run) -
         "interleaved": len(groups) == 1,
         "models": models,
         "last_logits": costs[DENSE].last_logits,
-        "cases": [summarise(case, seconds[case], costs) for case in cases],
+        "cases": [summarise(case, seconds[case], costs, in_turn=len(groups) == 1) for case in cases],
     }
 
 

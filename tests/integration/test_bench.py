@@ -191,6 +191,10 @@ def test_models_that_do_not_fit_together_are_alone_in_memory(
     results = json.loads(result.stdout)["results"]
     assert not results["interleaved"] and set(most) == {1}
     assert [list(case["models"]) for case in results["cases"]] == [["dense", NAME]] * 6
+    # Rounds that were apart are no pairs.
+    assert {row["ratio"] for case in results["cases"] for row in case["models"].values()} == {None}
+    assert "prefill 19, batch 3" in done("bench", *SHORT, *CPU, "-w", copied).stdout
+    assert "speeds that cannot be compared with dense (torch)" in done("status", "-w", copied).stdout
 
 
 def test_memory_that_cannot_be_measured_is_told_and_left_out(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,9 @@ def test_a_case_is_summarised_as_plain_data() -> None:
     assert thin["predicted"] == 2
     assert (thin["macs"], thin["bytes_read"]) == (12 * 50, 200)
     assert row["models"]["dense"]["ratio"] == {"median": 1, "low": 1, "high": 1}
+    apart = summarise(Case(4, 0, 3), seconds, costs, in_turn=False)["models"]
+    assert [figures["ratio"] for figures in apart.values()] == [None, None]
+    assert apart["thin"]["seconds"] == thin["seconds"] and apart["thin"]["predicted"] == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -97,6 +97,14 @@ def test_speed_is_relative_to_dense_only_where_models_ran_in_turn():
     assert all(row.ratio is None for row in apart.evaluations[0].texts[0].models.values())
 
 
+def test_a_benchmark_of_models_one_after_the_other_compares_no_speeds():
+    apart = changed(bench(), interleaved=False)
+    report = gather(replace(sources(), current=Made(truncated(), allocation(), (evaluation(),), (apart,))))
+    assert {row.ratio for case in report.benches[0].cases for row in case.models.values()} == {None}
+    assert "generation" not in report.verdict
+    assert report.speed_front is None or report.speed_front.speed == "reading"
+
+
 def test_every_layer_has_its_rank_and_what_is_cut_off():
     found, spectra = layers(modules(), ranks()), {module.spec.name: module.spectrum.numpy() for module in modules()}
     assert {layer.name: layer.rank for layer in found} == ranks().ranks
