@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ara.evaluation.tasks import mean_label
 from ara.stage_view import StageView
 from ara_cli.console import Column, Console
 from ara_cli.words import count_text, percent
@@ -76,7 +77,7 @@ def _show_tasks(console: Console, results: Mapping[str, Any], tasks: Mapping[str
     mean = results["zero_shot"]
     if mean:
         scores = [_score(mean["models"][model]["mean"], mean["models"][model]["stderr"]) for model in models]
-        cells = ["mean", "acc", f"{len(mean['tasks'])} tasks", *scores, _retained(mean["models"][chosen]["retained"])]
+        cells = [mean_label(mean["tasks"]), "acc", "", *scores, _retained(mean["models"][chosen]["retained"])]
         rows.append([*cells, *(_difference(mean["compared"].get(rival)) if rival else [])])
     console.table("Tasks of lm-eval", columns, rows)
     if rival:

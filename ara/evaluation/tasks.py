@@ -95,6 +95,12 @@ def expand(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
 
 
+def mean_label(tasks: Iterable[str]) -> str:
+    """Say over which tasks a mean is taken."""
+    names = set(tasks)
+    return "mean of zero-shot" if names == set(ZERO_SHOT) else f"mean of {len(names)} tasks"
+
+
 def check_task(name: str, report: Reporter = SILENT) -> None:
     """Check that lm-eval, and the local data, have a task, without reading its questions.
 

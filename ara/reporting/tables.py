@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 
+from ara.evaluation.tasks import mean_label
 from ara.reporting.document import (
     Allocated,
     Benched,
@@ -168,7 +169,7 @@ def harness_table(evaluation: Evaluated) -> Table:
     mean = evaluation.zero_shot
     if mean is not None:
         cells = (_accuracy(mean.models.get(name)) for name in names)
-        rows.append((Cell("mean"), Cell(""), Cell(""), *cells, _difference(mean.compared.get(DENSE))))
+        rows.append((Cell(mean_label(mean.tasks)), Cell(""), Cell(""), *cells, _difference(mean.compared.get(DENSE))))
     columns = ("task", "metric", "questions", *names, f"{evaluation.chosen} − dense (p)")
     return Table("Zero-shot accuracy", columns, tuple(rows), words=2)
 

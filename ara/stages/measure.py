@@ -22,7 +22,7 @@ from ara.evaluation.generation import greedy_continuation
 from ara.evaluation.harness import ask
 from ara.evaluation.paired import bootstrap_pairs, compare_pairs
 from ara.evaluation.perplexity import VariantRun, interleaved_perplexity
-from ara.evaluation.tasks import Task, chosen_documents
+from ara.evaluation.tasks import ZERO_SHOT, Task, chosen_documents
 from ara.models.accounting import parameter_count, weight_bytes
 from ara.progress import Reporter
 from ara.stage_writer import StageWriter
@@ -148,7 +148,8 @@ class Measurement:
                 for number, prompt in enumerate(self.questions.prompts)
             ],
         }
-        return {**found, "zero_shot": self._zero_shot(tasks, answers)}
+        models = [variant.name for variant in self.variants]
+        return {**found, "zero_shot": mean_accuracy(tasks, answers, models, self.chosen)}
 
     # -- pieces -------------------------------------------------------------------------------------------------
 
@@ -254,48 +255,55 @@ class Measurement:
             "compared": compared,
         }
 
-    def _zero_shot(
-        self, tasks: Mapping[str, dict[str, Any]], answers: Mapping[str, Mapping[str, dict[str, Any]]]
-    ) -> dict[str, Any] | None:
-        """Return the mean accuracy over all tasks that have one, each counting the same."""
-        names = [
-            name
-            for name, task in tasks.items()
-            if task["metric"] == "acc" and all(row["stderr"] is not None for row in task["models"].values())
-        ]
-        if len(names) < 2:
-            return None
 
-        def mean(model: str) -> float:
-            return sum(tasks[name]["models"][model]["value"] for name in names) / len(names)
+def mean_accuracy(
+    tasks: Mapping[str, Mapping[str, Any]],
+    answers: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    models: Sequence[str],
+    chosen: str,
+) -> dict[str, Any] | None:
+    """Return the mean accuracy over tasks, each counting the same, or ``None`` if fewer than two have one.
 
-        def stderr(model: str) -> float:
-            return math.hypot(*(tasks[name]["models"][model]["stderr"] for name in names)) / len(names)
+    With all of :data:`ZERO_SHOT` among the tasks it is taken over these alone, whatever else was asked: so it is the
+    mean of the papers.
 
-        models = [variant.name for variant in self.variants]
-        return {
-            "tasks": names,
-            "models": {
-                model: {
-                    "mean": mean(model),
-                    "stderr": stderr(model),
-                    "retained": mean(model) / mean(DENSE) if DENSE in models and mean(DENSE) else None,
-                }
-                for model in models
-            },
-            "compared": {
-                other: asdict(
-                    bootstrap_pairs(
-                        {
-                            name: (_values(answers[name][self.chosen], "acc"), _values(answers[name][other], "acc"))
-                            for name in names
-                        }
-                    )
-                )
-                for other in models
-                if other != self.chosen
-            },
-        }
+    Args:
+        tasks: task → its figures, as the result has them.
+        answers: task → model → what the model's file of that task holds.
+        models: names of the rows.
+        chosen: the one that is compared with all others.
+    """
+    names = [
+        name
+        for name, task in tasks.items()
+        if task["metric"] == "acc" and all(row["stderr"] is not None for row in task["models"].values())
+    ]
+    if set(ZERO_SHOT) <= set(names):
+        names = list(ZERO_SHOT)
+    if len(names) < 2:
+        return None
+
+    def mean(model: str) -> float:
+        return sum(tasks[name]["models"][model]["value"] for name in names) / len(names)
+
+    def stderr(model: str) -> float:
+        return math.hypot(*(tasks[name]["models"][model]["stderr"] for name in names)) / len(names)
+
+    def pairs(other: str) -> dict[str, tuple[list[float], list[float]]]:
+        return {name: (_values(answers[name][chosen], "acc"), _values(answers[name][other], "acc")) for name in names}
+
+    return {
+        "tasks": names,
+        "models": {
+            model: {
+                "mean": mean(model),
+                "stderr": stderr(model),
+                "retained": mean(model) / mean(DENSE) if DENSE in models and mean(DENSE) else None,
+            }
+            for model in models
+        },
+        "compared": {other: asdict(bootstrap_pairs(pairs(other))) for other in models if other != chosen},
+    }
 
 
 def prompts_of(

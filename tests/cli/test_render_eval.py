@@ -1,0 +1,66 @@
+"""The tables of ``ara eval``."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from ara.evaluation.tasks import ZERO_SHOT
+from ara.stage_view import StageView
+from ara_cli.console import Console
+from ara_cli.render_eval import show_evaluation
+from tests.reported import NAME, evaluation
+
+VARIANT = {"parameters": 1_000_000, "weight_bytes": 2 << 20, "linear_keep": 0.8, "model_keep": 0.84}
+MODELS = ("dense", "uniform", NAME)
+
+
+def task(metric: str = "acc", values: tuple[float, ...] = (0.5, 0.4, 0.45), stderr: float | None = 0.025) -> Any:
+    """Return the figures of one task."""
+    kept = [None if stderr is None else value / values[0] for value in values]
+    rows = zip(MODELS, values, kept, strict=True)
+    return {
+        "kind": "harness",
+        "metric": metric,
+        "examples": 400,
+        "of": 2376,
+        "models": {name: {"value": value, "stderr": stderr, "retained": share} for name, value, share in rows},
+        "compared": {
+            "dense": {"difference": values[2] - values[0], "p": 0.3, "test": ""},
+            "uniform": {"difference": values[2] - values[1], "p": 3.2e-7, "test": ""},
+        }
+        if stderr is not None
+        else {},
+    }
+
+
+def shown(tasks: dict[str, Any], mean_over: tuple[str, ...] = ()) -> list[str]:
+    """Return the lines of the tables."""
+    mean = None
+    if mean_over:
+        found = task()
+        rows = {name: {**row, "mean": row["value"]} for name, row in found["models"].items()}
+        mean = {"tasks": list(mean_over), "models": rows, "compared": found["compared"]}
+    manifest = evaluation()
+    results = {
+        **manifest.results,
+        "variants": dict.fromkeys(MODELS, VARIANT),
+        "tasks": tasks,
+        "zero_shot": mean,
+        "continuations": [],
+    }
+    out = io.StringIO()
+    view = StageView.__new__(StageView)
+    object.__setattr__(view, "manifest", manifest.model_copy(update={"results": results}))
+    show_evaluation(Console(stdout=out, stderr=out), view)
+    return out.getvalue().splitlines()
+
+
+def row_of(lines: list[str], start: str) -> str:
+    (found,) = [line for line in lines if line.lstrip().startswith(start)]
+    return found
+
+
+def test_the_mean_says_of_what() -> None:
+    assert row_of(shown({"piqa": task()}, ZERO_SHOT), "mean of zero-shot")
+    assert row_of(shown({"piqa": task()}, ("piqa", "copa", "boolq")), "mean of 3 tasks")
