@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ara.errors import NumericalError
+import numpy as np
+
+from ara.errors import DataError, NumericalError
 from ara.evaluation.tasks import Task, quiet_lm_eval
 from ara.models.context import context_length
 from ara.models.quiet import quiet_transformers
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 # The metric that a task is known by, the first of these that it has; else its first one.
 _HEADLINES = ("acc", "exact_match", "f1", "word_perplexity", "perplexity")
+_HINT = "the model computes NaN or infinity: try --dtype float32, and check its weights"
 # What lm-eval's command draws examples with, for tasks that come with some.
 _EXAMPLES_SEED = 1234
 
@@ -99,25 +102,68 @@ def ask(
             samples=None if documents is None else {task.name: documents},
             bootstrap_iters=0,
         )
-    return _score(found["results"][task.name], found["samples"][task.name])
+    return _score(found["results"][task.name], found["samples"][task.name], label)
 
 
-def _score(results: Mapping[str, Any], samples: list[dict[str, Any]]) -> TaskScore:
-    """Put lm-eval's result into ours; of several filters of one metric the first counts."""
+def _score(results: Mapping[str, Any], samples: list[dict[str, Any]], label: str) -> TaskScore:
+    """Put lm-eval's result into ours, in Python's own types; of several filters of one metric the first counts.
+
+    Args:
+        results: "metric,filter" → figure.
+        samples: questions with their answers and metrics.
+        label: task and model, for errors.
+
+    Raises:
+        DataError: no metric is a number.
+        NumericalError: the metric that the task is known by is not finite. Another one that is not is left out.
+    """
     first = samples[0]["filter"]
     rows = sorted((row for row in samples if row["filter"] == first), key=lambda row: int(row["doc_id"]))
-    metrics: dict[str, float] = {}
-    for key, value in results.items():
+    found: dict[str, float] = {}
+    for key, given in results.items():
         name, comma, _filter = key.partition(",")
+        value = _plain(given, finite=False)
         if comma and not name.endswith("_stderr") and isinstance(value, int | float):
-            metrics.setdefault(name, float(value))
-    stderrs = {name: _stderr([row.get(name) for row in rows], value) for name, value in metrics.items()}
+            found.setdefault(name, float(value))
+    if not found:
+        raise DataError(f"lm-eval gives no number for {label}", "choose a task that has a metric")
+    headline = next((name for name in _HEADLINES if name in found), next(iter(found)))
+    if not math.isfinite(found[headline]):
+        raise NumericalError(f"{headline} of {label} is {found[headline]}, expected a finite number", _HINT)
+    metrics = {name: value for name, value in found.items() if math.isfinite(value)}
     answers = tuple(
-        Answer(row["doc_id"], row["doc_hash"], row["filtered_resps"], {name: row[name] for name in row["metrics"]})
+        Answer(
+            int(row["doc_id"]),
+            row["doc_hash"],
+            _plain(row["filtered_resps"]),
+            {name: _plain(row[name]) for name in row["metrics"]},
+        )
         for row in rows
     )
-    headline = next((name for name in _HEADLINES if name in metrics), next(iter(metrics)))
+    stderrs = {
+        name: _stderr([answer.metrics.get(name) for answer in answers], value) for name, value in metrics.items()
+    }
     return TaskScore(metrics, stderrs, headline, answers)
+
+
+def _plain(value: Any, finite: bool = True) -> Any:
+    """Return what lm-eval stores (numpy's scalars and arrays, tuples, sets) in types that JSON has.
+
+    Args:
+        value: anything; what has no form in JSON becomes its text.
+        finite: turn NaN and infinity, which JSON does not have, into ``None``.
+    """
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if not finite or math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, finite) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item, finite) for item in value]
+    return str(value)
 
 
 def _stderr(values: list[Any], aggregate: float) -> float | None:
@@ -149,7 +195,7 @@ def _wrapped(
                     raise NumericalError(
                         f"the model gives a log-likelihood of {value} on text {number} of {label}, "
                         "expected a finite number",
-                        "the model computes NaN or infinity: try --dtype float32, and check its weights",
+                        _HINT,
                     )
             return found
 
@@ -191,13 +237,12 @@ def _wrapped(
 @contextmanager
 def _as_before() -> Iterator[None]:
     """Give random numbers back as they were: lm-eval seeds all generators."""
-    import numpy
     import torch
 
-    states = random.getstate(), numpy.random.get_state()
+    states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
             yield
         finally:
             random.setstate(states[0])
-            numpy.random.set_state(states[1])
+            np.random.set_state(states[1])

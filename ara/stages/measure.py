@@ -148,8 +148,8 @@ class Measurement:
                 for number, prompt in enumerate(self.questions.prompts)
             ],
         }
-        models = [variant.name for variant in self.variants]
-        return {**found, "zero_shot": mean_accuracy(tasks, answers, models, self.chosen)}
+        rows = [variant.name for variant in self.variants]
+        return {**found, "zero_shot": mean_accuracy(tasks, answers, rows, self.chosen)}
 
     # -- pieces -------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 from ara.evaluation.tasks import ZERO_SHOT
@@ -50,8 +51,7 @@ def shown(tasks: dict[str, Any], mean_over: tuple[str, ...] = ()) -> list[str]:
         "continuations": [],
     }
     out = io.StringIO()
-    view = StageView.__new__(StageView)
-    object.__setattr__(view, "manifest", manifest.model_copy(update={"results": results}))
+    view = StageView("eval/x", Path(), "done", manifest=manifest.model_copy(update={"results": results}))
     show_evaluation(Console(stdout=out, stderr=out), view)
     return out.getvalue().splitlines()
 

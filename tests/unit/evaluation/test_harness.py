@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from ara.errors import DataError, NumericalError, UsageError
-from ara.evaluation import tasks
+from ara.evaluation import harness, tasks
 from ara.evaluation.harness import ask
 from ara.evaluation.tasks import LOCAL, ZERO_SHOT, check_task, chosen_documents, expand, is_text, load_tasks
 from tests.questions import write_questions
@@ -152,3 +155,63 @@ def test_a_model_that_gives_nan_is_an_error() -> None:
     (task,) = load_tasks("piqa")
     with pytest.raises(NumericalError, match="the model gives a log-likelihood of nan on text 0 of mine"):
         ask(model, tiny_tokenizer(), task, [0, 1, 2], label="mine")
+
+
+# -- metrics of all kinds ---------------------------------------------------------------------------------------
+
+
+_F1 = """
+task: made_f1
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
+output_type: {kind}
+test_split: test
+doc_to_text: "{{{{goal}}}}"
+{rest}
+"""
+_CHOICES = """
+doc_to_choice: ["{{sol1}}", "{{sol2}}"]
+doc_to_target: "{{label}}"
+metric_list: [{metric: acc}, {metric: f1}, {metric: mcc}, {metric: brier_score}]
+"""
+
+
+def _made(questions: Path, folder: Path, kind: str, rest: str) -> tasks.Task:
+    """Return a task of our own over the questions of piqa."""
+    text = _F1.format(file=questions / "piqa" / "validation.jsonl", cache=folder / "cache", kind=kind, rest=rest)
+    (folder / "made.yaml").write_text(text)
+    definition = tasks._manager(str(folder)).load("made_f1")["tasks"]["made_f1"]
+    return tasks.Task("made_f1", definition, 24, "made", "")
+
+
+def test_scalars_of_numpy_and_tuples_are_kept_as_json(questions: Path, tmp_path: Path) -> None:
+    task = _made(questions, tmp_path, "multiple_choice", _CHOICES)
+    score = ask(_model(), tiny_tokenizer(), task, [0, 3, 4, 7, 9], batch_size=4)
+    kept = json.loads(json.dumps(asdict(score), allow_nan=False))
+    assert {"acc", "f1", "mcc", "brier_score"} == set(kept["metrics"]) == set(kept["answers"][0]["metrics"])
+    assert score.stderrs["acc"] is not None and score.stderrs["f1"] is None
+    gold, said = zip(*(answer["metrics"]["f1"] for answer in kept["answers"]), strict=True)
+    true = sum(a == b == 1 for a, b in zip(gold, said, strict=True))
+    assert kept["metrics"]["f1"] == pytest.approx(2 * true / (sum(gold) + sum(said)) if true else 0)
+
+
+def _sample(number: Any, **metrics: Any) -> dict[str, Any]:
+    row = {"doc_id": number, "doc_hash": "x", "filter": "none", "filtered_resps": [(np.float32(-1.5), np.bool_(True))]}
+    return {**row, "metrics": list(metrics), **metrics}
+
+
+def test_numbers_of_numpy_count_as_numbers() -> None:
+    samples = [_sample(np.int64(i), exact_match=np.int64(i % 2), other=np.float64("nan"), words={i}) for i in range(4)]
+    score = harness._score({"exact_match,none": np.float32(0.5), "other,none": np.nan, "alias": "x"}, samples, "mine")
+    assert (score.headline, score.metrics) == ("exact_match", {"exact_match": 0.5})
+    assert score.stderrs["exact_match"] == pytest.approx(math.sqrt(1 / 3) / 2)
+    assert score.answers[1].metrics == {"exact_match": 1, "other": None, "words": [1]}
+    assert score.answers[1].responses == [[-1.5, True]]
+    json.dumps(asdict(score), allow_nan=False)
+
+
+def test_a_task_whose_figure_is_nan_or_missing_is_an_error() -> None:
+    with pytest.raises(NumericalError, match="acc of mine is nan, expected a finite number"):
+        harness._score({"acc,none": math.nan, "f1,none": 0.1}, [_sample(0, acc=0.0)], "mine")
+    with pytest.raises(DataError, match="lm-eval gives no number for mine"):
+        harness._score({"alias": "x", "sample_len": 4}, [_sample(0)], "mine")
