@@ -195,6 +195,8 @@ def bench(chosen: str = NAME, ratio: float = 1.15) -> Manifest:
     results = {
         "chosen": chosen,
         "backend": "torch",
+        "device": "cpu",
+        "precision": "bfloat16",
         "models": dict.fromkeys(speeds, size),
         "cases": cases,
         "interleaved": True,

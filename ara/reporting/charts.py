@@ -180,7 +180,7 @@ def speed_front(front: SpeedFront) -> str:
             axis.set_ylabel("accuracy")
         else:
             _perplexity_axis(axis, [point.quality for point in front.points])
-        axis.set_xlabel(f"speed relative to dense: {front.speed}")
+        axis.set_xlabel(f"speed relative to dense:\n{front.speed}")
         axis.grid(True, linewidth=0.4)
         _legend(figure)
         return _inline(figure, "speed", f"{front.measure} ({front.task}) against speed")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ara.config import Layout
 
-REPORT_FORMAT: Literal[1] = 1
+REPORT_FORMAT: Literal[2] = 2
 
 
 class Part(BaseModel):
@@ -291,11 +291,13 @@ class BenchCase(Part):
 
 
 class Benched(Part):
-    """One result of ``ara bench``."""
+    """One result of ``ara bench``; ``precision`` is that of the weights that were run."""
 
     name: str
     chosen: str
     backend: str | None
+    device: str | None
+    precision: str | None
     threads: int | None
     interleaved: bool | None
     models: Mapping[str, BenchModel]
@@ -411,7 +413,7 @@ class Missing(Part):
 class Report(Part):
     """The whole document; :mod:`ara.reporting.gather` makes it."""
 
-    format_version: Literal[1] = REPORT_FORMAT
+    format_version: Literal[2] = REPORT_FORMAT
     title: str
     verdict: str
     base: Base

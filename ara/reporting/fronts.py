@@ -19,7 +19,7 @@ from ara.reporting.document import (
     Stored,
     TextResult,
 )
-from ara.reporting.headline import case_name, in_runtime, main_case, main_zero_shot, tokens_of
+from ara.reporting.headline import case_name, in_runtime, main_case, main_zero_shot, runtime_key, tokens_of
 from ara.reporting.results import DENSE, UNIFORM
 
 # A case of a benchmark.
@@ -115,11 +115,22 @@ def speed_front(measured: Sequence[Measured]) -> SpeedFront | None:
     (current,) = [item for item in measured if item.current]
     mean, texts = main_zero_shot(current.evaluations), _texts(current)
     timed = [(bench, main_case(bench)) for bench in current.benches]
-    cases: list[_Timed | None] = [(bench, case) for bench, case in timed if case]
+    cases = [(bench, case) for bench, case in timed if case]
     qualities: list[_Quality] = [_accuracies(mean[0])] if mean else [_perplexities(*text) for text in texts]
-    found = [_speed_front(measured, quality, case) for quality in qualities for case in cases or [None]]
+    found = []
+    for quality in qualities:
+        same: list[_Timed | None] = [case for case in cases if _same_precision(case[0], quality)]
+        found += [_speed_front(measured, quality, case) for case in same or [None]]
     drawn = [front for front in found if any(point.current for point in front.points)]
     return max(enumerate(drawn), key=lambda item: (len(item[1].points), item[0]))[1] if drawn else None
+
+
+def _same_precision(bench: Benched, quality: _Quality) -> bool:
+    """Tell whether speed and quality are those of the same weights, as far as both say."""
+    names = {"fp32": "float32", "fp16": "float16"}
+    return (
+        None in (bench.precision, quality.dtype) or names.get(bench.precision or "", bench.precision) == quality.dtype
+    )
 
 
 def _texts(current: Measured) -> list[tuple[Evaluated, TextResult]]:
@@ -162,10 +173,14 @@ def _speed_point(
 
 @dataclass(frozen=True)
 class _Quality:
-    """One measure of quality: ``of(evaluation, model)`` is a value with its standard error, or ``None``."""
+    """One measure of quality: ``of(evaluation, model)`` is a value with its standard error, or ``None``.
+
+    ``dtype`` is the precision in which it was measured.
+    """
 
     measure: Literal["accuracy", "perplexity"]
     task: str
+    dtype: str | None
     of: Callable[[Evaluated, str], tuple[float, float | None] | None]
 
 
@@ -179,7 +194,7 @@ def _accuracies(wanted: Evaluated) -> _Quality:
         return mean.models[model].value, mean.models[model].stderr
 
     assert wanted.zero_shot is not None
-    return _Quality("accuracy", f"mean of {len(wanted.zero_shot.tasks)} zero-shot tasks", of)
+    return _Quality("accuracy", f"mean of {len(wanted.zero_shot.tasks)} zero-shot tasks", wanted.dtype, of)
 
 
 def _questions(evaluation: Evaluated) -> object:
@@ -197,7 +212,7 @@ def _perplexities(wanted: Evaluated, text: TextResult) -> _Quality:
                 return row.perplexity, None if row.stderr is None else row.stderr * row.perplexity
         return None
 
-    return _Quality("perplexity", text.task, of)
+    return _Quality("perplexity", text.task, wanted.dtype, of)
 
 
 def _windows(evaluation: Evaluated, result: TextResult) -> tuple[object, ...]:
@@ -222,4 +237,4 @@ def _ratio(item: Measured, evaluation: Evaluated, model: str, wanted: _Timed | N
 
 
 def _case_key(bench: Benched, case: BenchCase) -> tuple[object, ...]:
-    return bench.backend, bench.threads, case.kind, case.batch, case.past, case.new
+    return *runtime_key(bench), case.kind, case.batch, case.past, case.new

@@ -70,10 +70,23 @@ def case_name(case: BenchCase) -> str:
     return f"reading {case.new:,} tokens{batch}"
 
 
-def in_runtime(bench: Benched) -> str:
-    """Return where a benchmark was run, as the end of a phrase."""
+def runtime_words(bench: Benched) -> tuple[str, ...]:
+    """Return where and how a benchmark was run: runtime, device, precision, threads, as far as it says."""
     runtimes = {"torch": "torch", "onnx": "ONNX Runtime"}
-    return f" in {runtimes.get(bench.backend, bench.backend)}" if bench.backend else ""
+    threads = f"{bench.threads} thread{'' if bench.threads == 1 else 's'}" if bench.threads else None
+    words = (runtimes.get(bench.backend or "", bench.backend), bench.device, bench.precision, threads)
+    return tuple(word for word in words if word)
+
+
+def in_runtime(bench: Benched) -> str:
+    """Return where and how a benchmark was run, as the end of a phrase."""
+    where, *how = runtime_words(bench) or ("",)
+    return (f" in {where}" if where else "") + (f" ({', '.join(how)})" if how else "")
+
+
+def runtime_key(bench: Benched) -> tuple[object, ...]:
+    """Return what two benchmarks must share for their speeds to be compared."""
+    return bench.backend, bench.device, bench.precision, bench.threads
 
 
 def differs(difference: Difference | None, count: int | None = None) -> bool | None:
@@ -161,7 +174,7 @@ def share_text(value: float) -> str:
 
 def _speed(evaluations: Sequence[Evaluated], benches: Sequence[Benched]) -> str | None:
     speeds = []
-    for bench in {bench.backend: bench for bench in benches}.values():
+    for bench in {runtime_key(bench): bench for bench in benches}.values():
         case = main_case(bench)
         ratio = case.models[bench.chosen].ratio if case else None
         if case and ratio:

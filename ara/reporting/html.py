@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ara.reporting import charts, tables
 from ara.reporting.document import Report
+from ara.reporting.headline import runtime_words
 from ara.version import __version__
 
 if TYPE_CHECKING:
@@ -53,5 +54,5 @@ def _template() -> Template:
     )
     names = [name for name in vars(tables) if name.endswith(("_table", "_tables"))]
     environment.globals.update({name: getattr(tables, name) for name in names})
-    environment.globals["mark"] = MARK
+    environment.globals.update(mark=MARK, runtime_words=runtime_words)
     return environment.get_template("report.html")

@@ -271,6 +271,8 @@ def read_bench(manifest: Manifest) -> Benched:
         name=manifest.name,
         chosen=results["chosen"],
         backend=results.get("backend"),
+        device=results.get("device"),
+        precision=results.get("precision"),
         threads=results.get("threads"),
         interleaved=results.get("interleaved"),
         models={name: BenchModel(**{key: row.get(key) for key in keys}) for name, row in results["models"].items()},

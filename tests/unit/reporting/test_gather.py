@@ -142,20 +142,41 @@ def test_verdict_of_everything():
         "perplexity on WikiText-2 20.23 → 30.23 (uniform ranks: 45.05); "
         "perplexity on file:story.jsonl 20.23 → 36.92 (uniform ranks: 45.05); "
         "mean accuracy over 2 zero-shot tasks 61.0% → 57.0% (uniform ranks: 48.0%); "
-        "generation speed in torch 1.15 × dense (1.10 – 1.20)."
+        "generation speed in torch (cpu, bfloat16, 2 threads) 1.15 × dense (1.10 – 1.20)."
     )
 
 
 def test_verdict_names_every_runtime_and_tasks_without_a_mean():
-    onnx = changed(bench(ratio=0.9), backend="onnx").model_copy(update={"name": "other"})
+    onnx = changed(bench(ratio=0.9), backend="onnx", precision="int8", threads=1).model_copy(update={"name": "other"})
     tasks = {"piqa": evaluation().results["tasks"]["piqa"]}
     found = changed(evaluation(), tasks=tasks, zero_shot=None)
     report = gather(replace(sources(), current=Made(truncated(), allocation(), (found,), (bench(), onnx))))
     assert report.verdict.endswith(
         "; acc on piqa 61.0% → 57.0% (uniform ranks: 48.0%); "
-        "generation speed in torch 1.15 × dense (1.10 – 1.20), "
-        "generation speed in ONNX Runtime 0.90 × dense (0.85 – 0.95)."
+        "generation speed in torch (cpu, bfloat16, 2 threads) 1.15 × dense (1.10 – 1.20), "
+        "generation speed in ONNX Runtime (cpu, int8, 1 thread) 0.90 × dense (0.85 – 0.95)."
     )
+
+
+@pytest.mark.parametrize("change", [{"device": "cuda"}, {"precision": "float32"}, {"threads": 1}])
+def test_speeds_of_other_devices_precisions_and_threads_are_kept_apart(change):
+    other = changed(bench(ratio=0.9), **change).model_copy(update={"name": "other"})
+    report = gather(replace(sources(), current=Made(truncated(), allocation(), (), (bench(), other))))
+    assert "1.15 × dense" in report.verdict and "0.90 × dense" in report.verdict
+    far = Made(
+        truncated("b"), allocation("b", keep=0.6), (evaluation("b", 0.6),), (changed(bench("b", 1.4), **change),)
+    )
+    front = gather(sources(others=(far,))).speed_front
+    assert {point.checkpoint for point in front.points} == {"dense", NAME}
+    assert front.speed == "generating behind 512 tokens in torch (cpu, bfloat16, 2 threads)"
+
+
+def test_the_quality_of_one_precision_is_not_drawn_against_the_speed_of_another():
+    int8 = changed(bench(ratio=0.9), precision="int8")
+    front = gather(
+        replace(sources(others=()), current=Made(truncated(), allocation(), (evaluation(),), (int8,)))
+    ).speed_front
+    assert front.speed == "reading"
 
 
 def test_verdict_of_nothing():
@@ -219,7 +240,7 @@ def test_exports_say_what_the_report_reads():
 def test_speed_within_its_spread_is_no_difference():
     made = Made(truncated(), allocation(), (), (bench(ratio=1.03),))
     verdict = gather(replace(sources(), current=made)).verdict
-    assert "generation speed in torch 1.03 × dense (0.98 – 1.08, no difference beyond the spread)" in verdict
+    assert "generation speed in torch (cpu, bfloat16, 2 threads) 1.03 × dense (0.98 – 1.08, no difference" in verdict
     reading = gather(replace(sources(), current=Made(truncated(), allocation(), (evaluation(),)))).verdict
     assert "reading speed 1.03 × dense (0.88 – 1.14, no difference beyond the spread)" in reading
 
@@ -276,7 +297,7 @@ def test_without_zero_shot_tasks_the_speed_front_shows_perplexity():
     assert (front.measure, front.task, front.speed) == (
         "perplexity",
         "WikiText-2",
-        "generating behind 512 tokens in torch",
+        "generating behind 512 tokens in torch (cpu, bfloat16, 2 threads)",
     )
     (point,) = [point for point in front.points if point.current]
     assert point.quality == text_rows(NAME)[NAME]["perplexity"]

@@ -100,6 +100,12 @@ def test_every_figure_of_quality_and_speed_is_on_the_page(report, text):
     assert {curve.held_out for curve in report.training.curves} <= shown
 
 
+@pytest.mark.parametrize(("threads", "words"), [(1, "1 thread;"), (2, "2 threads;")])
+def test_the_page_says_where_speeds_were_measured(report, threads, words):
+    benches = tuple(bench.model_copy(update={"threads": threads}) for bench in report.benches)
+    assert f">torch, cpu, bfloat16, {words} models run in turn" in page(report.model_copy(update={"benches": benches}))
+
+
 def test_verdict_title_and_commands_are_there(report, text):
     plain = unescape(text)
     assert report.verdict in plain and text.count(report.title) == 2
