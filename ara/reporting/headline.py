@@ -51,9 +51,14 @@ def tokens_of(result: TextResult) -> int:
 
 
 def main_zero_shot(evaluations: Iterable[Evaluated]) -> tuple[Evaluated, ZeroShot] | None:
-    """Return the latest mean over most zero-shot tasks, or ``None``."""
+    """Return the mean over most zero-shot tasks, of several that over most questions, then the latest, or ``None``."""
     found = [(evaluation, evaluation.zero_shot) for evaluation in evaluations if evaluation.zero_shot]
-    return max(enumerate(found), key=lambda item: (len(item[1][1].tasks), item[0]))[1] if found else None
+    return max(enumerate(found), key=lambda item: (*_size(*item[1]), item[0]))[1] if found else None
+
+
+def _size(evaluation: Evaluated, mean: ZeroShot) -> tuple[int, int]:
+    """Return how many tasks and how many questions a mean is over."""
+    return len(mean.tasks), sum(row.examples or 0 for row in evaluation.harness if row.task in mean.tasks)
 
 
 def main_case(bench: Benched) -> BenchCase | None:

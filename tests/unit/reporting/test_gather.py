@@ -179,6 +179,17 @@ def test_the_quality_of_one_precision_is_not_drawn_against_the_speed_of_another(
     assert front.speed == "reading"
 
 
+@pytest.mark.parametrize("few", [10, 500])
+def test_the_evaluation_with_most_questions_counts_not_the_latest(few):
+    tasks = {name: row for name, row in evaluation().results["tasks"].items() if row["kind"] == "harness"}
+    tasks = {name: {**row, "examples": few} for name, row in tasks.items()}
+    mean = evaluation().results["zero_shot"]
+    models = {name: {**row, "mean": 0.1} for name, row in mean["models"].items()}
+    later = changed(evaluation(), tasks=tasks, zero_shot={**mean, "models": models})
+    report = gather(replace(sources(), current=Made(truncated(), allocation(), (evaluation(), later), ())))
+    assert ("over 2 zero-shot tasks 10.0%" in report.verdict) == (few > 400)
+
+
 def test_verdict_of_nothing():
     assert gather(bare()).verdict == (
         "llama with 83.8% of its parameters (200.0 instead of 250.0 MiB of weights on disk); "
