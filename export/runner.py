@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from ara.errors import ModelError, UnavailableError, UsageError, first_line
+from ara.errors import ModelError, NumericalError, UnavailableError, UsageError, first_line
 from export.report import GRAPH_FILE, Provider, read_report
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ class OnnxDecoder:
 
         Raises:
             UsageError: prompt and answer together are longer than the context.
+            NumericalError: the graph gives NaN.
         """
         total = len(ids) + max_new_tokens
         if total > self.context:
@@ -141,7 +142,13 @@ class OnnxDecoder:
         read = self._reader(total)
         new = ids[None]
         for _ in range(max_new_tokens):
-            token = int(read(new)[0, -1].argmax())
+            logits = read(new)[0, -1]
+            if not np.isfinite(logits.max()):
+                raise NumericalError(
+                    f"the graph gives logits of {logits.max()}, expected finite numbers",
+                    "export with --precision fp32, and check the checkpoint's weights",
+                )
+            token = int(logits.argmax())
             if token in stop:
                 return
             yield token

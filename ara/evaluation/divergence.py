@@ -43,7 +43,8 @@ def window_divergence(dense: torch.Tensor, logits: torch.Tensor) -> list[tuple[f
         logits: (b, t, v) of the other one.
 
     Returns:
-        Per window the mean KL (nats per token; NaN where a logit is) and the share of equal most likely tokens.
+        Per window the mean KL (nats per token; NaN where a logit is, infinite where the other model excludes a token
+        that the dense one does not) and the share of equal most likely tokens.
     """
     windows, length, vocabulary = dense.shape
     rows = max(1, _CHUNK_BYTES // (4 * vocabulary))
@@ -55,7 +56,10 @@ def window_divergence(dense: torch.Tensor, logits: torch.Tensor) -> list[tuple[f
             p = dense[window, start:end].float().log_softmax(-1)
             q = logits[window, start:end].to(dense.device).float().log_softmax(-1)
             same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            kl += float((p.exp() * (p - q)).sum(-1).cpu().sum(dtype=torch.float64))
+            share = p.exp()
+            # Tokens that the dense model excludes add nothing, whatever the other one says: 0 · ln 0 = 0.
+            terms = (share * (p - q)).masked_fill_(share == 0, 0)
+            kl += float(terms.sum(-1).cpu().sum(dtype=torch.float64))
         found.append((kl / (length - 1), same / (length - 1)))
     return found
 

@@ -7,8 +7,45 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ara.errors import NumericalError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_logits(logits: torch.Tensor, who: str) -> None:
+    """Check that there is a most likely token everywhere. Single tokens may be excluded by −∞.
+
+    Args:
+        logits: (…, v), any floating dtype.
+        who: model and text, for the error.
+
+    Raises:
+        NumericalError: a row holds NaN or +∞, or nothing but −∞.
+    """
+    greatest = logits.amax(-1)  # NaN where one is
+    if not bool(torch.isfinite(greatest).all()):
+        bad = float(greatest[~torch.isfinite(greatest)][0])
+        raise NumericalError(
+            f"{who}: the model gives logits of {bad}, expected finite numbers",
+            "the model computes NaN or infinity: try --dtype float32, and check its weights",
+        )
+
+
+class LogitsCheck:
+    """Checks every step of ``generate`` of transformers, as one of its logits processors; changes nothing.
+
+    Args:
+        who: model and text, for the error.
+    """
+
+    def __init__(self, who: str) -> None:
+        self.who = who
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return ``scores`` (b, v) as they are; see :func:`check_logits`."""
+        check_logits(scores, self.who)
+        return scores
 
 
 @torch.inference_mode()
@@ -20,10 +57,14 @@ def greedy_tokens(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int
         ids: (t) int64, the prompt.
         max_new_tokens: at most so many.
         stop: token ids that end the text.
+
+    Raises:
+        NumericalError: the model gives NaN.
     """
     past, new = None, ids[None].to(model.device)
     for _ in range(max_new_tokens):
         found = model(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1)
+        check_logits(found.logits[0, -1], "generating")
         token = int(found.logits[0, -1].argmax())
         if token in stop:
             return
@@ -73,12 +114,24 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> It
 
 
 def greedy_continuation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    who: str = "the continuation",
 ) -> str:
-    """Return the text that ``model`` finds most likely after ``prompt``, token by token, at most ``max_new_tokens``."""
+    """Return the text that ``model`` finds most likely after ``prompt``, token by token, at most ``max_new_tokens``.
+
+    Raises:
+        NumericalError: the model gives NaN; it begins with ``who``.
+    """
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     with torch.inference_mode():
         ids = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            logits_processor=[LogitsCheck(who)],
         )
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

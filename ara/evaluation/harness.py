@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ara.errors import DataError, NumericalError
+from ara.evaluation.generation import LogitsCheck, check_logits
 from ara.evaluation.tasks import Task, quiet_lm_eval
 from ara.models.context import context_length
 from ara.models.quiet import quiet_transformers
@@ -87,7 +88,7 @@ def ask(
         label: of the progress bar.
 
     Raises:
-        NumericalError: the model gives NaN.
+        NumericalError: the model gives NaN, noticed at the first such batch.
     """
     from lm_eval.evaluator import evaluate
 
@@ -215,12 +216,14 @@ def _wrapped(
 
         def _model_call(self, inps: Any, **options: Any) -> Any:
             found = super()._model_call(inps, **options)
+            check_logits(found, label)
             if self.bar is not None:
                 self.bar.advance(len(inps))
             return found
 
         def _model_generate(self, context: Any, *arguments: Any, **options: Any) -> Any:
-            found = super()._model_generate(context, *arguments, **options)
+            checked = [*options.pop("logits_processor", []), LogitsCheck(label)]
+            found = super()._model_generate(context, *arguments, logits_processor=checked, **options)
             if self.bar is not None:
                 self.bar.advance(len(context))
             return found

@@ -151,7 +151,7 @@ def interleaved_perplexity(
         label: of the progress bar.
 
     Raises:
-        NumericalError: a model gives a non-finite NLL; names the model and the window.
+        NumericalError: a model gives a non-finite NLL or divergence; names the model and the window.
     """
     first = [reference] if reference is not None else []
     names = [name for name in models if name != reference]
@@ -175,7 +175,10 @@ def interleaved_perplexity(
                 if name == reference:
                     dense = logits
                 elif dense is not None:
-                    distances[name] += window_divergence(dense, logits)
+                    found = window_divergence(dense, logits)
+                    kls, first_window = [kl for kl, _ in found], len(distances[name])
+                    _check_finite(kls, first_window, f"model {name!r}", f"KL divergence from {reference}")
+                    distances[name] += found
                 del logits
                 bar.advance(len(batch))
     return {
@@ -224,10 +227,10 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _check_finite(values: Sequence[float], first: int, who: str) -> None:
+def _check_finite(values: Sequence[float], first: int, who: str, what: str = "negative log-likelihood") -> None:
     for index, value in enumerate(values, start=first):
         if not math.isfinite(value):
             raise NumericalError(
-                f"{who} gives a negative log-likelihood of {value} on window {index}; expected a finite number",
+                f"{who} gives a {what} of {value} on window {index}; expected a finite number",
                 "the model computes NaN or infinity: try --dtype float32, and check its weights",
             )

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from ara.calibration.texts import Documents
@@ -213,7 +214,10 @@ class Measurement:
     def _figures(self, variant: Variant, model: PreTrainedModel) -> dict[str, Any]:
         counted = variant.figures or {"parameters": parameter_count(model), "weight_bytes": weight_bytes(model)}
         tokenizer, length = self.questions.tokenizer, self.config.max_new_tokens
-        continued = [greedy_continuation(model, tokenizer, prompt, length) for prompt in self.questions.prompts]
+        continued = [
+            greedy_continuation(model, tokenizer, prompt, length, f"{variant.name} behind “{shorten(prompt, 40)}”")
+            for prompt in self.questions.prompts
+        ]
         return {**counted, "linear_keep": variant.linear_keep, "continuations": continued}
 
     # -- results ------------------------------------------------------------------------------------------------

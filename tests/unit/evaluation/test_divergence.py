@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ara.errors import NumericalError
 from ara.evaluation import divergence
 from ara.evaluation.divergence import summarise_divergence, window_divergence
 from ara.evaluation.perplexity import interleaved_perplexity
@@ -61,3 +64,27 @@ def test_an_interleaved_run_measures_it_from_the_reference() -> None:
     assert found.agreement == pytest.approx(math.fsum(same for _, same in expected) / 5)
     plain = interleaved_perplexity(models, windows, batch_size=2)
     assert plain["other"].divergence is None and plain["other"].result == runs["other"].result
+
+
+def test_an_excluded_token_adds_nothing_and_one_that_only_the_model_excludes_is_an_error() -> None:
+    logits = torch.randn(1, 5, 7, generator=torch.Generator().manual_seed(3))
+    other = logits + torch.randn(1, 5, 7, generator=torch.Generator().manual_seed(4))
+    without = window_divergence(logits[..., :6], other[..., :6])
+    logits[..., 6] = -math.inf
+    other[..., 6] = -math.inf
+    ((kl, same),) = window_divergence(logits, other)
+    assert (kl, same) == (pytest.approx(without[0][0]), without[0][1])
+
+    class Fixed(torch.nn.Module):
+        def __init__(self, logits: torch.Tensor) -> None:
+            super().__init__()
+            self.logits = torch.nn.Parameter(logits)
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            return SimpleNamespace(logits=self.logits.expand(len(input_ids), -1, -1))
+
+    whole, excluding = Fixed(torch.zeros(1, 5, 7)), torch.zeros(1, 5, 7)
+    excluding[..., 6] = -math.inf  # its NLL is finite: no window holds token 6
+    models = {"dense": whole, "mine": Fixed(excluding)}
+    with pytest.raises(NumericalError, match="model 'mine' gives a KL divergence from dense of inf on window 0"):
+        interleaved_perplexity(models, torch.zeros(2, 5, dtype=torch.int64), reference="dense")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens, text_pieces
+from ara.errors import NumericalError
+from ara.evaluation.generation import greedy_continuation, greedy_tokens, prompt_ids, stop_tokens, text_pieces
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -69,3 +72,24 @@ def test_prompts_go_into_the_chat_template_if_there_is_one() -> None:
     assert tokenizer.decode(prompt_ids(tokenizer, "hi", chat=True)).endswith("user: hi\nassistant: ")
     tokenizer.chat_template = None
     assert prompt_ids(tokenizer, "hi", chat=True).tolist() == plain
+
+
+def _set(found: Any, value: float) -> None:
+    found.logits[..., 7] = value
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_text_is_no_text_when_the_model_gives_nan(bad: float) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model.register_forward_hook(lambda _model, _inputs, found: _set(found, bad))
+    with pytest.raises(NumericalError, match=f"uniform behind “Once”: the model gives logits of {bad}"):
+        greedy_continuation(model, tokenizer, "Once", 4, "uniform behind “Once”")
+    with pytest.raises(NumericalError, match=f"the model gives logits of {bad}"):
+        list(greedy_tokens(model, torch.arange(4, 9), 4, set()))
+
+
+def test_excluded_tokens_are_no_error() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model.register_forward_hook(lambda _model, _inputs, found: _set(found, -float("inf")))
+    assert len(list(greedy_tokens(model, torch.arange(4, 9), 4, set()))) == 4
+    assert isinstance(greedy_continuation(model, tokenizer, "Once", 4), str)

@@ -148,13 +148,25 @@ def test_damaged_questions_and_the_hub_out_of_reach(tmp_path: Path, monkeypatch:
         load_tasks("piqa")
 
 
-def test_a_model_that_gives_nan_is_an_error() -> None:
-    model = _model()
+@pytest.mark.parametrize("name", ["piqa", "wikitext", "made"])
+def test_a_model_that_gives_nan_is_an_error_at_its_first_batch(name: str, questions: Path, tmp_path: Path) -> None:
+    model, calls = _model(), []
     with torch.no_grad():
         model.lm_head.weight[0, 0] = math.nan
-    (task,) = load_tasks("piqa")
-    with pytest.raises(NumericalError, match="the model gives a log-likelihood of nan on text 0 of mine"):
+    model.register_forward_hook(lambda *_: calls.append(1))
+    task = _made(questions, tmp_path, "generate_until", _ANSWER) if name == "made" else load_tasks(name)[0]
+    with pytest.raises(NumericalError, match="mine: the model gives logits of nan, expected finite numbers"):
         ask(model, tiny_tokenizer(), task, [0, 1, 2], label="mine")
+    assert len(calls) == 1
+
+
+def test_answers_that_are_written_are_checked_and_stay_the_same(questions: Path, tmp_path: Path) -> None:
+    model, tokenizer = _model(), tiny_tokenizer()
+    score = ask(model, tokenizer, _made(questions, tmp_path, "generate_until", _ANSWER), [0, 1, 2])
+    ids = tokenizer("Carry bread home", return_tensors="pt")["input_ids"]
+    written = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    assert len(score.answers) == 3 and set(score.metrics) == {"exact_match"}
+    assert score.answers[0].responses == [tokenizer.decode(written, skip_special_tokens=True)]
 
 
 # -- metrics of all kinds ---------------------------------------------------------------------------------------
@@ -173,6 +185,11 @@ _CHOICES = """
 doc_to_choice: ["{{sol1}}", "{{sol2}}"]
 doc_to_target: "{{label}}"
 metric_list: [{metric: acc}, {metric: f1}, {metric: mcc}, {metric: brier_score}]
+"""
+_ANSWER = """
+doc_to_target: "{{sol1}}"
+generation_kwargs: {max_gen_toks: 5, until: ["|||"]}
+metric_list: [{metric: exact_match}]
 """
 
 
