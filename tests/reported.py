@@ -162,7 +162,9 @@ def evaluation(chosen: str = NAME, keep: float = 0.8, level: float = 3.4) -> Man
         },
         "zero_shot": {
             "tasks": ["piqa", "arc_easy"],
-            "models": {name: {"mean": value, "stderr": 0.014} for name, value in values.items()},
+            "models": {
+                name: {"mean": value, "stderr": 0.014, "retained": value / 0.61} for name, value in values.items()
+            },
             "compared": against,
         },
         "continuations": [{"prompt": "1 < 2 &", "models": {"dense": " yes\n\n</p>", "uniform": "", chosen: EVIL}}],

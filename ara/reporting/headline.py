@@ -169,7 +169,10 @@ def _change(what: str, evaluation: Evaluated, result: ZeroShot | HarnessResult) 
     words = f"{what} {models[DENSE]} → {models[evaluation.chosen]}"
     if differs(result.compared.get(DENSE)) is False:
         words += ", no significant difference"
-    return words + (f" (uniform ranks: {models[UNIFORM]})" if UNIFORM in models else "")
+    if UNIFORM not in models:
+        return words
+    noise = ", no significant difference" if differs(result.compared.get(UNIFORM)) is False else ""
+    return f"{words} (uniform ranks: {models[UNIFORM]}{noise})"
 
 
 def share_text(value: float) -> str:

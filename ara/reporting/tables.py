@@ -5,7 +5,7 @@ A cell keeps the number beside its text, so that a page can carry what ``report.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 
@@ -17,6 +17,7 @@ from ara.reporting.document import (
     Difference,
     Evaluated,
     Exported,
+    HarnessResult,
     HarnessRow,
     Layer,
     Report,
@@ -24,11 +25,14 @@ from ara.reporting.document import (
     TextResult,
     Trained,
     Work,
+    ZeroShot,
 )
 from ara.reporting.headline import case_name, share_text
-from ara.reporting.results import DENSE
+from ara.reporting.results import DENSE, UNIFORM
 
 _NONE = "–"
+# Differences with a larger p are marked as noise.
+NOISE = 0.05
 # Seconds below which milliseconds have more digits.
 _SHORT = 0.01
 # Characters of an error that a table has room for.
@@ -154,24 +158,33 @@ def text_table(evaluation: Evaluated, result: TextResult) -> Table:
 
 
 def harness_table(evaluation: Evaluated) -> Table:
-    """Return zero-shot accuracies: tasks downwards, models across, the mean last."""
+    """Return zero-shot accuracies: tasks downwards, the mean last; models across, then how the chosen one compares."""
     names = [model.name for model in evaluation.models]
+    rivals = [name for name in (DENSE, UNIFORM) if name in names and name != evaluation.chosen]
     rows = [
         (
             Cell(result.task),
             Cell(result.metric),
             _questions(result.examples, result.of),
             *(_accuracy(result.models.get(name)) for name in names),
-            _difference(result.compared.get(DENSE)),
+            *_comparisons(evaluation, result, rivals),
         )
         for result in evaluation.harness
     ]
     mean = evaluation.zero_shot
     if mean is not None:
         cells = (_accuracy(mean.models.get(name)) for name in names)
-        rows.append((Cell(mean_label(mean.tasks)), Cell(""), Cell(""), *cells, _difference(mean.compared.get(DENSE))))
-    columns = ("task", "metric", "questions", *names, f"{evaluation.chosen} − dense (p)")
-    return Table("Zero-shot accuracy", columns, tuple(rows), words=2)
+        rows.append((Cell(mean_label(mean.tasks)), Cell(""), Cell(""), *cells, *_comparisons(evaluation, mean, rivals)))
+    against = (f"{evaluation.chosen} − {rival} (p)" for rival in rivals)
+    columns = ("task", "metric", "questions", *names, "kept of dense", *against)
+    return Table("Zero-shot accuracy (≈: may be chance, p > 0.05)", columns, tuple(rows), words=2)
+
+
+def _comparisons(evaluation: Evaluated, result: HarnessResult | ZeroShot, rivals: Sequence[str]) -> Iterator[Cell]:
+    """Yield what the chosen model keeps of the dense one, and its differences to ``rivals``."""
+    row = result.models.get(evaluation.chosen)
+    yield _share(row.retained if row else None)
+    yield from (_difference(result.compared.get(rival)) for rival in rivals)
 
 
 def bench_tables(bench: Benched) -> Iterable[Table]:
@@ -357,4 +370,5 @@ def _difference(difference: Difference | None) -> Cell:
     if difference is None:
         return Cell(_NONE)
     p = "" if difference.p is None else f" ({difference.p:.2g})"
-    return Cell(f"{difference.difference:+.1%}{p}", difference.difference)
+    noise = "≈ " if difference.p is not None and difference.p > NOISE else ""
+    return Cell(f"{noise}{difference.difference:+.1%}{p}", difference.difference)

@@ -190,6 +190,14 @@ def test_the_evaluation_with_most_questions_counts_not_the_latest(few):
     assert ("over 2 zero-shot tasks 10.0%" in report.verdict) == (few > 400)
 
 
+@pytest.mark.parametrize(("p", "words"), [(0.3, "48.0%, no significant difference)"), (0.01, "48.0%)")])
+def test_verdict_tests_the_difference_to_uniform_ranks(p, words):
+    mean = evaluation().results["zero_shot"]
+    compared = {**mean["compared"], "uniform": {"difference": 0.09, "p": p, "test": "bootstrap"}}
+    verdict = gather(with_evaluation(zero_shot={**mean, "compared": compared})).verdict
+    assert f"over 2 zero-shot tasks 61.0% → 57.0% (uniform ranks: {words};" in verdict
+
+
 def test_verdict_of_nothing():
     assert gather(bare()).verdict == (
         "llama with 83.8% of its parameters (200.0 instead of 250.0 MiB of weights on disk); "

@@ -75,7 +75,7 @@ def test_every_figure_of_the_page_is_in_the_json(report, text):
 
 def test_what_is_shown_is_the_figure(text):
     for value, words in Reader(text).figures:
-        shown = re.match(r"-?[+]?([\d,]+\.?\d*(?:e[-+]\d+)?)", words)
+        shown = re.match(r"(?:≈ )?-?[+]?([\d,]+\.?\d*(?:e[-+]\d+)?)", words)
         if "/" in words:  # least, mean and largest rank
             shown = re.search(r"/ (\d+) /", words)
         digits = shown[1].replace(",", "")
@@ -199,6 +199,21 @@ def test_a_task_that_counts_no_right_answers_is_no_share(report):
     harness = (evaluation.harness[0].model_copy(update={"models": rows, "metric": "word_perplexity"}),)
     text = page(report.model_copy(update={"evaluations": (evaluation.model_copy(update={"harness": harness}),)}))
     assert text.count(">12.35</data>") == 3
+
+
+def test_accuracy_is_compared_with_dense_and_uniform_and_noise_is_marked(report):
+    from ara.reporting.tables import harness_table
+
+    (evaluation,) = report.evaluations
+    first = evaluation.harness[0]
+    noisy = first.compared["uniform"].model_copy(update={"p": 0.07})
+    changed = first.model_copy(update={"compared": {**first.compared, "uniform": noisy}})
+    table = harness_table(evaluation.model_copy(update={"harness": (changed, *evaluation.harness[1:])}))
+    assert table.columns[-3:] == ("kept of dense", f"{NAME} − dense (p)", f"{NAME} − uniform (p)")
+    rows = [[cell.text for cell in row[-3:]] for row in table.rows]
+    assert rows[0] == ["93.4%", "-4.0% (0.012)", "≈ +9.0% (0.07)"]
+    assert rows[1] == ["93.4%", "–", "–"]
+    assert rows[-1] == ["93.4%", "-4.0% (0.012)", "+9.0% (0.0001)"]
 
 
 def test_a_training_that_was_stopped_at_once_is_drawn():
