@@ -272,12 +272,21 @@ class BenchModel(Part):
 
 
 class BenchRow(Part):
-    """One model in one case; ``ratio`` says how many times as fast as dense, ``predicted`` what arithmetic says."""
+    """One model in one case.
+
+    Attributes:
+        ratio: how many times as fast as dense, where they were run in turn.
+        predicted: what arithmetic says of it.
+        macs: multiply-accumulates of a pass; a FLOP count is twice that.
+        bytes_read: weights and past keys and values that a pass reads.
+    """
 
     seconds: Spread | None
     tokens_per_second: Spread | None
     ratio: Spread | None
     predicted: float | None
+    macs: int | None
+    bytes_read: float | None
 
 
 class BenchCase(Part):

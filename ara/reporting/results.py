@@ -289,6 +289,8 @@ def read_bench(manifest: Manifest) -> Benched:
                         # Rounds of different times make no ratio, even where an earlier version has written one.
                         ratio=spread(row.get("ratio")) if results.get("interleaved") else None,
                         predicted=row.get("predicted"),
+                        macs=row.get("macs"),
+                        bytes_read=row.get("bytes_read"),
                     )
                     for name, row in case["models"].items()
                 },

@@ -213,10 +213,13 @@ def bench_tables(bench: Benched) -> Iterable[Table]:
                     _spread(row.tokens_per_second, 1),
                     _spread(row.ratio, 2),
                     _number(row.predicted, 2),
+                    Cell(_NONE) if row.macs is None else Cell(f"{row.macs / 1e9:,.2f}", row.macs),
+                    _mib(row.bytes_read),
                 )
             )
     columns = ("case", "model", "ms (p10 – p90)", "tokens/s (p10 – p90)", "× dense (95 % interval)", "× by arithmetic")
-    yield Table("Speed", columns, tuple(rows), words=2)
+    counted = ("multiply-adds of a pass (G)", "MiB read by it")
+    yield Table("Speed", (*columns, *counted), tuple(rows), words=2)
 
 
 def training_table(training: Trained) -> Table:
@@ -321,7 +324,7 @@ def _share(value: float | None, digits: int = 1) -> Cell:
     return Cell(_NONE) if value is None else Cell(f"{value:.{digits}%}", value)
 
 
-def _mib(value: int | None) -> Cell:
+def _mib(value: float | None) -> Cell:
     return Cell(_NONE) if value is None else Cell(f"{value / 2**20:,.1f}", value)
 
 

@@ -72,6 +72,7 @@ def test_figures_are_those_of_the_manifests():
     assert found.harness[0].models["uniform"].value == 0.48
     assert found.zero_shot.compared["dense"].p == 0.012
     decode = report.benches[0].cases[1].models[NAME]
+    assert (decode.macs, decode.bytes_read) == (int(68_765_432_100 / 1.15), 270.5 * 2**20 / 1.15)
     assert decode.ratio.median == 1.15 and decode.seconds.high == pytest.approx(0.024 / 1.15)
     assert [curve.won for curve in report.training.curves] == pytest.approx([0.12, 0.1])
     assert report.training.curves[0].log[3].loss is None  # it was NaN

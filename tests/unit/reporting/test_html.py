@@ -15,8 +15,8 @@ from ara.reporting.gather import gather
 from ara.reporting.html import MARK, page
 from tests.reported import EVIL, NAME, allocation, bare, sources, training
 
-# What a figure may be multiplied by before it is shown: per cent, milliseconds, MiB.
-SCALES = (1.0, 100.0, 1000.0, 2.0**-20)
+# What a figure may be multiplied by before it is shown: per cent, milliseconds, MiB, thousand millions.
+SCALES = (1.0, 100.0, 1000.0, 2.0**-20, 1e-9)
 
 
 class Reader(HTMLParser):
@@ -96,6 +96,8 @@ def test_every_figure_of_quality_and_speed_is_on_the_page(report, text):
     for bench in report.benches:
         for case in bench.cases:
             assert {row.ratio.median for row in case.models.values()} <= shown
+            assert {row.macs for row in case.models.values()} <= shown
+            assert {row.bytes_read for row in case.models.values()} <= shown
     assert {layer.keep for layer in report.layers} | {layer.left for layer in report.layers} <= shown
     assert {curve.held_out for curve in report.training.curves} <= shown
 
