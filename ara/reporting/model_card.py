@@ -73,7 +73,7 @@ def _model_index(report: Report) -> list[str]:
     for evaluation, result in main_texts(report.evaluations):
         name = f"perplexity, {result.windows} windows of {result.seq_len} tokens"
         metric = {"type": "perplexity", "name": name, "value": result.models[evaluation.chosen].perplexity}
-        results.append((_dataset(result.task), metric))
+        results.append((_dataset(result.task, result.origin), metric))
     for evaluation in report.evaluations:
         for task in evaluation.harness:
             found = task.models.get(evaluation.chosen)
@@ -92,9 +92,18 @@ def _model_index(report: Report) -> list[str]:
     return lines
 
 
-def _dataset(task: str) -> dict[str, str]:
-    slug = re.sub(r"[^\w.-]+", "-", task).strip("-") or "text"
-    return {"name": task, **_DATASETS.get(task, {"type": slug})}
+def _dataset(task: str, origin: str | None = None) -> dict[str, str]:
+    """Return what a model hub shall call a text or task; config and split only of texts that came from the hub.
+
+    Args:
+        task: name in the report.
+        origin: where the text came from, as it was recorded.
+    """
+    known = _DATASETS.get(task)
+    if known is None:
+        return {"name": task, "type": re.sub(r"[^\w.-]+", "-", task).strip("-") or "text"}
+    from_hub = origin is not None and origin.startswith(f"Hugging Face hub {known['type']}")
+    return {"name": task, **known} if from_hub else {"name": task, "type": known["type"]}
 
 
 def _what(report: Report, measured: bool) -> str:

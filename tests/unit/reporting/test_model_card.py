@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from ara.calibration.texts import load_documents
 from ara.manifest import FORMAT_VERSION, Manifest
-from ara.reporting.gather import gather
+from ara.reporting.gather import Made, gather
 from ara.reporting.model_card import card, model_card, shared_command
-from tests.reported import bare, sources
+from tests import reported
+from tests.reported import allocation, bare, sources, truncated
 
 _HUB = {"kind": "hub", "requested": "owner/name", "location": "owner/name", "fingerprint": "f" * 40}
 _FOLDER = {"kind": "folder", "requested": "work/llama", "location": "/home/me/work/llama", "fingerprint": "f" * 64}
@@ -143,6 +146,33 @@ def test_model_hubs_read_the_results() -> None:
     assert results["piqa", "acc"] == 0.57
     assert len(results) == 4
     assert ModelCard(card(gather(bare()))).data.eval_results is None
+
+
+@pytest.mark.parametrize(
+    ("task", "origin", "expected"),
+    [
+        ("c4", "file /data/c4_sample/c4_rp2.jsonl", ("allenai/c4", None, None)),
+        ("c4", "", ("allenai/c4", None, None)),
+        ("c4", None, ("allenai/c4", "en", "validation")),
+        ("wikitext2", "file /data/wikitext2_raw/test.jsonl", ("Salesforce/wikitext", None, None)),
+        ("wikitext2", None, ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")),
+    ],
+)
+def test_a_split_is_named_only_of_a_text_from_the_hub(
+    monkeypatch: pytest.MonkeyPatch, task: str, origin: str | None, expected: tuple[Any, ...]
+) -> None:
+    import datasets
+    from huggingface_hub import ModelCard
+
+    monkeypatch.delenv("ARA_DATA_DIR", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: [{"text": "It rained."}])
+    row = {**reported.evaluation().results["tasks"]["wikitext2"]}
+    row["text"] = load_documents(task, "evaluation").origin if origin is None else origin
+    made = reported.evaluation()
+    made = made.model_copy(update={"results": {**made.results, "tasks": {task: row}, "zero_shot": None}})
+    report = gather(replace(sources(), current=Made(truncated(), allocation(), (made,))))
+    (found,) = ModelCard(card(report)).data.eval_results
+    assert (found.dataset_type, found.dataset_config, found.dataset_split) == expected
 
 
 def test_names_cannot_break_a_table_or_the_front_matter() -> None:
