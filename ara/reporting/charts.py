@@ -219,13 +219,18 @@ def _inline(figure: Figure, name: str, label: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="|url\()#', rf"\g<1>#{name}-", text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", text)
-    text = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), text)
+    # Within tags alone: words keep their numbers.
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"-?\d+\.\d{3,}", _rounded, tag[0]), text)
     for colour, replacement in _REPLACED.items():
         text = text.replace(colour, replacement)
     attributes = re.search(r'viewBox="[^"]+"', text)
     assert attributes is not None
     head = f'<svg {attributes[0]} role="img" aria-label="{escape(label)}">'
     return re.sub(r"<svg[^>]*>", lambda _: head, text, count=1).strip()
+
+
+def _rounded(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def _styles(series: Iterable[str]) -> dict[str, dict[str, Any]]:

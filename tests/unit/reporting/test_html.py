@@ -159,9 +159,17 @@ def test_pictures_are_whole_and_in_the_colours_of_the_page(text):
         assert root.get("role") == "img" and root.get("aria-label") and root.get("viewBox")
         assert root.get("width") is None
         assert "<style" not in picture and "#0102" not in picture and "currentColor" in picture
-        assert not re.search(r"\d\.\d{3,}", re.sub(r'id="[^"]*"', "", picture))
+        tags = "".join(re.findall(r"<[^>]*>", picture))
+        assert not re.search(r"\d\.\d{3,}", re.sub(r'id="[^"]*"', "", tags))
     words = {unescape(word) for word in re.findall(r"<text[^>]*>([^<]+)</text>", pictures[0])}
     assert {"ara", "uniform", "dense", "this checkpoint", "perplexity", "60%"} <= words
+
+
+def test_numbers_in_words_are_not_rounded(report):
+    front = report.fronts[0]
+    points = tuple(point.model_copy(update={"series": "keep 0.725, 0.001 > 0"}) for point in front.points)
+    text = page(report.model_copy(update={"fronts": (front.model_copy(update={"points": points}),)}))
+    assert ">keep 0.725, 0.001 &gt; 0<" in text
 
 
 def test_the_same_report_gives_the_same_page(report, text):
