@@ -221,10 +221,14 @@ class HarnessRow(Part):
 
 
 class HarnessResult(Part):
-    """All models on one zero-shot task: ``examples`` of ``of`` questions; ``compared`` is chosen less another."""
+    """All models on one zero-shot task: ``examples`` of ``of`` questions; ``compared`` is chosen less another.
+
+    ``sha256`` is over all questions of the task.
+    """
 
     task: str
     metric: str
+    sha256: str | None
     examples: int | None
     of: int | None
     seed: int | None

@@ -65,11 +65,11 @@ def perplexity_fronts(measured: Sequence[Measured]) -> tuple[Front, ...]:
 
 
 def _front(measured: Sequence[Measured], evaluation: Evaluated, result: TextResult) -> Front:
-    points: dict[tuple[str, float], FrontPoint] = {}
+    points: dict[tuple[str, float, str], FrontPoint] = {}
     for item in measured:
         for other, same in _same_text(item, evaluation, result):
             for point in _points(item, other, same):
-                points[point.series, point.linear_keep] = point
+                points[point.series, point.linear_keep, point.checkpoint] = point
     return Front(
         task=result.task,
         windows=result.windows,
@@ -198,8 +198,11 @@ def _accuracies(wanted: Evaluated) -> _Quality:
 
 
 def _questions(evaluation: Evaluated) -> object:
+    """Return what makes two accuracies comparable: tasks, questions, precision."""
     tasks = evaluation.zero_shot.tasks if evaluation.zero_shot else ()
-    return tasks, {(row.task, row.metric, row.examples, row.seed) for row in evaluation.harness if row.task in tasks}
+    rows = [row for row in evaluation.harness if row.task in tasks]
+    asked = {(row.task, row.metric, row.sha256, row.examples, row.seed) for row in rows}
+    return tasks, asked, evaluation.dtype
 
 
 def _perplexities(wanted: Evaluated, text: TextResult) -> _Quality:

@@ -162,7 +162,7 @@ def read_evaluation(manifest: Manifest) -> Evaluated:
         interleaved=results.get("interleaved"),
         models=sizes,
         texts=tuple(_text(names[task], row, checksums.get(task), results) for task, row in texts),
-        harness=tuple(_harness(names[task], row) for task, row in harness),
+        harness=tuple(_harness(names[task], row, checksums.get(task)) for task, row in harness),
         zero_shot=_zero_shot(mean) if mean else None,
         continuations=_continuations(results),
     )
@@ -221,10 +221,11 @@ def _paired(one: Mapping[str, Any], other: Mapping[str, Any]) -> Difference | No
     return Difference(difference=statistics.fmean(differences), stderr=stderr)
 
 
-def _harness(label: str, row: Mapping[str, Any]) -> HarnessResult:
+def _harness(label: str, row: Mapping[str, Any], sha256: str | None) -> HarnessResult:
     return HarnessResult(
         task=label,
         metric=row["metric"],
+        sha256=sha256,
         examples=row.get("examples"),
         of=row.get("of"),
         seed=row.get("seed"),

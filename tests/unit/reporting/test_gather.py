@@ -299,6 +299,27 @@ def test_what_cannot_be_compared_is_on_no_front(change):
     assert {point.checkpoint for point in front.points} == {NAME, "uniform"}
 
 
+def test_a_checkpoint_of_the_same_size_does_not_hide_the_current_one():
+    twin = Made(truncated("b"), allocation("b", keep=0.8), (evaluation("b", 0.8, 3.6),))
+    for front in gather(sources(others=(twin,))).fronts:
+        chosen = {point.checkpoint: point.current for point in front.points if point.series == "ara"}
+        assert chosen == {NAME: True, "b": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "shared"),
+    [({}, True), ({"text_sha256": {"piqa": "d" * 64}}, False), ({"dtype": "float32"}, False)],
+    ids=["same", "questions", "precision"],
+)
+def test_accuracy_over_other_questions_or_in_other_precision_is_on_no_front(change, shared):
+    found = evaluation("b", 0.6)
+    found = found.model_copy(update={"config": {**found.config, **change}})
+    other = Made(truncated("b"), allocation("b", keep=0.6), (found,), (bench("b", 1.4),))
+    front = gather(sources(others=(other,))).speed_front
+    assert front.measure == "accuracy"
+    assert ("b" in {point.checkpoint for point in front.points}) == shared
+
+
 def test_other_windows_are_on_no_front():
     tasks = {task: {**row, "windows": 7} for task, row in evaluation().results["tasks"].items()}
     other = Made(truncated("b"), allocation("b"), (changed(evaluation("b"), tasks=tasks),))
