@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +106,16 @@ def check_task(name: str, report: Reporter = SILENT) -> None:
     """Check that lm-eval, and the local data, have a task, without reading its questions.
 
     Raises:
-        UsageError: lm-eval has no such task.
-        DataError: the file below ``$ARA_DATA_DIR`` is missing.
+        DataError: lm-eval has no such task, or the file below ``$ARA_DATA_DIR`` is missing.
     """
     if name in LOCAL:
         _local_files(name)
         return
     report.fact(f"looking for {name} among the tasks of lm-eval")
-    known = _manager(None).all_tasks
+    known = _index().all_tasks
     if name not in known:
         near = near_matches(name, [*TEXTS.names(), *GROUPS, *known])
-        raise UsageError(
+        raise DataError(
             f"there is no text or lm-eval task {name!r}",
             f"{near}texts: {', '.join(TEXTS.names())}, file:PATH; tasks: {', '.join(GROUPS)}, {', '.join(LOCAL)}, "
             "and all that `lm_eval ls tasks` lists",
@@ -126,8 +126,8 @@ def load_tasks(name: str, report: Reporter = SILENT) -> list[Task]:
     """Load a task, or the tasks that one of lm-eval's groups or tags stands for.
 
     Raises:
-        UsageError: lm-eval has no such task, or it runs code that a model writes.
-        DataError: its questions cannot be read or fetched.
+        UsageError: it runs code that a model writes.
+        DataError: lm-eval has no such task, or its questions cannot be read or fetched.
     """
     check_task(name)
     files = _local_files(name) if name in LOCAL else None
@@ -135,14 +135,20 @@ def load_tasks(name: str, report: Reporter = SILENT) -> list[Task]:
     try:
         with quiet_datasets(), quiet_lm_eval():
             loaded = _load(name)
+    except ImportError as error:
+        raise missing_module(f"task {name}", error) from error
     except Exception as error:  # datasets, huggingface_hub and lm-eval each raise their own families
         what = f"the questions of {name} cannot be "
         if files:
             path = next(iter(files.values()))
             raise DataError(f"{what}used: {first_line(error)}", f"is {path} what {LOCAL[name].hub} holds?") from error
+        if name in LOCAL:
+            needed = ", ".join(LOCAL[name].files.values())
+            hint = f"set {DATA_DIR_VARIABLE} (needs {needed}), or go online"
+        else:
+            hint = f"go online, or use a task with local data ({DATA_DIR_VARIABLE}): {', '.join(LOCAL)}"
         raise DataError(
-            f"{what}fetched from the Hugging Face hub ({type(error).__name__}: {first_line(error)})",
-            f"go online, or use a task with local data: {', '.join(LOCAL)}",
+            f"{what}fetched from the Hugging Face hub ({type(error).__name__}: {first_line(error)})", hint
         ) from error
     tasks = []
     for found, definition in loaded.items():
@@ -152,6 +158,20 @@ def load_tasks(name: str, report: Reporter = SILENT) -> list[Task]:
         origin = f"file {next(iter(files.values()))}" if files else hub
         tasks.append(Task(found, definition, len(definition.eval_docs), origin, _digest(definition.eval_docs)))
     return tasks
+
+
+def missing_module(who: str, error: ImportError) -> DataError:
+    """Return what to say when ``who``, a task, needs a Python module that is not there."""
+    cause: BaseException | None = error
+    while isinstance(cause, ImportError) and not cause.name:  # lm-eval raises its own on top
+        cause = cause.__cause__ or cause.__context__
+    name = cause.name if isinstance(cause, ImportError) else None
+    if isinstance(cause, ModuleNotFoundError) and name:
+        package = name.partition(".")[0]
+        return DataError(f"{who} needs the Python module {package}, which is not installed", f"pip install {package}")
+    return DataError(
+        f"{who} needs a Python module that cannot be imported: {first_line(error)}", "install what it names with pip"
+    )
 
 
 def definition(name: str) -> str:
@@ -214,14 +234,20 @@ def _local_files(name: str) -> dict[str, Path] | None:
 
 def _load(name: str) -> dict[str, Any]:
     if name not in LOCAL:
-        return dict(_manager(None).load(name)["tasks"])
+        return dict(_index().load(name)["tasks"])
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / f"{name}.yaml").write_text(definition(name), encoding="utf-8")
         return {name: _manager(folder).load(name)["tasks"][name]}
 
 
+@cache
+def _index() -> Any:
+    """Return lm-eval's index of all that comes with it; made once, which takes ten seconds."""
+    return _manager(None)
+
+
 def _manager(folder: str | None) -> Any:
-    """Return lm-eval's index of ``folder`` alone, or of all that comes with it, which takes ten seconds."""
+    """Return lm-eval's index of ``folder`` alone, or of all that comes with it."""
     from lm_eval.tasks import TaskManager
 
     with quiet_lm_eval():
