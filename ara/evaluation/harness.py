@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ara.errors import DataError, NumericalError
+from ara.errors import AraError, DataError, NumericalError, first_line
 from ara.evaluation.generation import LogitsCheck, check_logits
-from ara.evaluation.tasks import Task, quiet_lm_eval
+from ara.evaluation.tasks import Task, missing_module, quiet_lm_eval
 from ara.models.context import context_length
 from ara.models.quiet import quiet_transformers
 from ara.progress import SILENT, Bar, Reporter
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # The metric that a task is known by, the first of these that it has; else its first one.
 _HEADLINES = ("acc", "exact_match", "f1", "word_perplexity", "perplexity")
 _HINT = "the model computes NaN or infinity: try --dtype float32, and check its weights"
+# Words by which torch says that memory is short, where it has no class of its own for it.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 # What lm-eval's command draws examples with, for tasks that come with some.
 _EXAMPLES_SEED = 1234
 
@@ -85,10 +87,11 @@ def ask(
         documents: numbers of the questions, ascending; ``None`` for all.
         batch_size: texts per forward pass.
         report: told about the progress.
-        label: of the progress bar.
+        label: task and model, for the progress bar and for errors.
 
     Raises:
         NumericalError: the model gives NaN, noticed at the first such batch.
+        DataError: lm-eval cannot ask or score the questions.
     """
     from lm_eval.evaluator import evaluate
 
@@ -96,7 +99,7 @@ def ask(
     if definition.get_config("num_fewshot") is None:
         definition.set_config(key="num_fewshot", value=0)
     definition.set_fewshot_seed(seed=_EXAMPLES_SEED)
-    with _as_before(), quiet_transformers(), quiet_lm_eval():
+    with _as_before(), quiet_transformers(), quiet_lm_eval(), _errors(label):
         found = evaluate(
             lm=_wrapped(model, tokenizer, batch_size, report, label),
             task_dict={"tasks": {task.name: definition}, "groups": {}, "group_map": {}},
@@ -235,6 +238,24 @@ def _wrapped(
     return Wrapped(
         pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context_length(model.config)
     )
+
+
+@contextmanager
+def _errors(label: str) -> Iterator[None]:
+    """Say of what lm-eval raises to which task and model it belongs; what the machine lacks passes through."""
+    try:
+        yield
+    except (AraError, MemoryError, OSError):
+        raise
+    except ImportError as error:
+        raise missing_module(label, error) from error
+    except Exception as error:  # tasks bring code of their own
+        if type(error).__name__ == "OutOfMemoryError" or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+            raise
+        raise DataError(
+            f"lm-eval fails at {label}: {type(error).__name__}: {first_line(error)}",
+            "leave this task out; what is finished is kept. Does `lm_eval run` have it too?",
+        ) from error
 
 
 @contextmanager

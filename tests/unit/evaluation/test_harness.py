@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ara.errors import DataError, NumericalError, UsageError
+from ara.errors import DataError, NumericalError
 from ara.evaluation import harness, tasks
 from ara.evaluation.harness import ask
 from ara.evaluation.tasks import LOCAL, ZERO_SHOT, check_task, chosen_documents, expand, is_text, load_tasks
@@ -120,14 +120,44 @@ def test_every_definition_is_where_we_look(name: str) -> None:
     assert hub == LOCAL[name].hub
 
 
-def test_what_is_missing_is_named(questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     with pytest.raises(DataError, match=r"task 'mathqa': no file .*mathqa/test\.jsonl \(ARA_DATA_DIR is") as caught:
         load_tasks("mathqa")
     assert "regisss/math_qa" in str(caught.value.hint)
-    monkeypatch.setattr(tasks, "_manager", lambda folder: type("M", (), {"all_tasks": ["boolq", "copa"]})())
-    with pytest.raises(UsageError, match="there is no text or lm-eval task 'bolq'") as unknown:
+    built: list[Any] = []
+
+    class Manager:
+        all_tasks = ("boolq", "copa")
+
+        def __init__(self, folder: Any) -> None:
+            built.append(folder)
+
+        def load(self, name: str) -> Any:
+            raise error
+
+    monkeypatch.setattr(tasks, "_manager", Manager)
+    tasks._index.cache_clear()
+    request.addfinalizer(tasks._index.cache_clear)
+    with pytest.raises(DataError, match="there is no text or lm-eval task 'bolq'") as unknown:
         check_task("bolq")
+    assert unknown.value.exit_code == 1
     assert str(unknown.value.hint).startswith("did you mean boolq? texts: c4, wikitext2, python-docs, file:PATH;")
+    error: Exception = ModuleNotFoundError("No module named 'rouge_score.x'", name="rouge_score.x")
+    with pytest.raises(DataError, match="task boolq needs the Python module rouge_score, which is not") as module:
+        load_tasks("boolq")
+    assert module.value.hint == "pip install rouge_score"
+    wrapped = ImportError("`jieba` is needed: pip install jieba")
+    wrapped.__cause__, error = error, wrapped
+    with pytest.raises(DataError, match="task boolq needs the Python module rouge_score"):
+        load_tasks("boolq")
+    error = ImportError("Please install `jieba`.\nThanks")
+    with pytest.raises(DataError, match=r"task boolq needs .* cannot be imported: Please install `jieba`\.$"):
+        load_tasks("boolq")
+    error = ConnectionError("no route")
+    with pytest.raises(DataError, match=r"of boolq cannot be fetched .*ConnectionError: no route") as offline:
+        load_tasks("boolq")
+    assert str(offline.value.hint).startswith("go online, or use a task with local data (ARA_DATA_DIR): arc_easy")
+    assert built == [None], "the index of all tasks is made once"
 
 
 def test_damaged_questions_and_the_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,8 +174,11 @@ def test_damaged_questions_and_the_hub_out_of_reach(tmp_path: Path, monkeypatch:
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"cannot be fetched from the Hugging Face hub \(ConnectionError: no route\)$"):
+    with pytest.raises(
+        DataError, match=r"cannot be fetched from the Hugging Face hub \(ConnectionError: no route\)$"
+    ) as offline:
         load_tasks("piqa")
+    assert offline.value.hint == "set ARA_DATA_DIR (needs piqa/validation.jsonl), or go online"
 
 
 @pytest.mark.parametrize("name", ["piqa", "wikitext", "made"])
@@ -167,6 +200,31 @@ def test_answers_that_are_written_are_checked_and_stay_the_same(questions: Path,
     written = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
     assert len(score.answers) == 3 and set(score.metrics) == {"exact_match"}
     assert score.answers[0].responses == [tokenizer.decode(written, skip_special_tokens=True)]
+
+
+@pytest.mark.parametrize(
+    ("error", "seen", "words"),
+    [
+        (ZeroDivisionError("no\nquestions"), DataError, "^lm-eval fails at piqa, mine: ZeroDivisionError: no$"),
+        (ModuleNotFoundError("x", name="rouge_score"), DataError, "^piqa, mine needs the Python module rouge_score"),
+        (NumericalError("nan"), NumericalError, "^nan$"),
+        (RuntimeError("CUDA out of memory. Tried"), RuntimeError, "^CUDA out of memory"),
+        (MemoryError(), MemoryError, "^$"),
+        (OSError("disk"), OSError, "^disk$"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+    ],
+)
+def test_what_lm_eval_raises_names_task_and_model(
+    error: BaseException, seen: type[BaseException], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    (task,) = load_tasks("piqa")
+    monkeypatch.setattr(task.definition, "process_results", fail)
+    with pytest.raises(seen, match=words) as caught:
+        ask(_model(), tiny_tokenizer(), task, [0, 1], label="piqa, mine")
+    assert type(caught.value) is seen and (seen is not DataError or caught.value.__cause__ is error)
 
 
 # -- metrics of all kinds ---------------------------------------------------------------------------------------
