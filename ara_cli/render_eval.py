@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ara.evaluation.tasks import mean_label
@@ -12,6 +12,9 @@ from ara_cli.words import count_text, percent
 
 # Differences with a larger p are marked as noise.
 NOISE = 0.05
+DENSE = "dense"
+# Metrics that are shares of questions or of words, beside all that begin with acc.
+_SHARES = {"exact_match", "em", "f1", "contains", "precision", "recall", "mc1", "mc2", "pass@1"}
 
 
 def show_evaluation(console: Console, view: StageView) -> None:
@@ -61,42 +64,59 @@ def _show_texts(console: Console, results: Mapping[str, Any], texts: Mapping[str
 
 
 def _show_tasks(console: Console, results: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
-    """Show accuracy ± standard error; a difference that may be chance is marked."""
+    """Show every model's figure ± standard error; a difference that may be chance is marked."""
     models, chosen = list(results["variants"]), results["chosen"]
-    rival = "uniform" if "uniform" in models and chosen != "uniform" else None
-    columns = [Column("task", "left"), Column("metric", "left"), Column("questions"), *(Column(m) for m in models)]
-    columns.append(Column("kept of dense"))
-    if rival:
-        columns += [Column(f"{chosen} − {rival}"), Column("p")]
+    rivals = [name for name in (DENSE, "uniform") if name in models and name != chosen]
+    columns = [Column("task", "left"), Column("metric", "left"), Column("questions")]
+    for model in models:
+        columns += [Column(model), *([Column("kept of dense")] if model != DENSE else [])]
+    columns += [Column(f"Δ {rival} (p)") for rival in rivals]
+
+    def cells(rows: Mapping[str, Any], key: str, metric: str, compared: Mapping[str, Any]) -> list[str]:
+        share = _is_share(metric, [row[key] for row in rows.values()])
+        found = []
+        for model in models:
+            found.append(_score(rows[model][key], rows[model]["stderr"], share))
+            found += [_retained(rows[model]["retained"])] if model != DENSE else []
+        return [*found, *(_difference(compared.get(rival), share) for rival in rivals)]
+
     rows = []
     for name, task in tasks.items():
-        scores = [_score(task["models"][model]["value"], task["models"][model]["stderr"]) for model in models]
-        cells = [name, task["metric"], f"{task['examples']:,} of {task['of']:,}", *scores]
-        cells.append(_retained(task["models"][chosen]["retained"]))
-        rows.append([*cells, *(_difference(task["compared"].get(rival)) if rival else [])])
+        first = [name, task["metric"], f"{task['examples']:,} of {task['of']:,}"]
+        rows.append([*first, *cells(task["models"], "value", task["metric"], task["compared"])])
     mean = results["zero_shot"]
     if mean:
-        scores = [_score(mean["models"][model]["mean"], mean["models"][model]["stderr"]) for model in models]
-        cells = [mean_label(mean["tasks"]), "acc", "", *scores, _retained(mean["models"][chosen]["retained"])]
-        rows.append([*cells, *(_difference(mean["compared"].get(rival)) if rival else [])])
+        first = [mean_label(mean["tasks"]), "acc", ""]
+        rows.append([*first, *cells(mean["models"], "mean", "acc", mean["compared"])])
     console.table("Tasks of lm-eval", columns, rows)
-    if rival:
-        console.text(f"≈ marks what may be chance: p > {NOISE}, same questions for both models")
+    if rivals:
+        console.text(
+            f"Δ: {chosen} minus the other model, on the same questions; ≈ marks what may be chance: p > {NOISE}"
+        )
 
 
-def _score(value: float, stderr: float | None) -> str:
-    return f"{value:,.2f}" if stderr is None else f"{100 * value:.1f} ± {100 * stderr:.1f} %"
+def _is_share(metric: str, values: Iterable[float]) -> bool:
+    """Tell whether the values of a metric are shares, to be shown in per cent."""
+    return (metric in _SHARES or metric.startswith("acc")) and all(0 <= value <= 1 for value in values)
+
+
+def _score(value: float, stderr: float | None, share: bool) -> str:
+    if not share:
+        return f"{value:,.2f}" if stderr is None else f"{value:,.2f} ± {stderr:,.2f}"
+    return f"{100 * value:.1f} %" if stderr is None else f"{100 * value:.1f} ± {100 * stderr:.1f} %"
 
 
 def _retained(share: float | None) -> str:
     return "–" if share is None else percent(share)
 
 
-def _difference(found: Mapping[str, Any] | None) -> list[str]:
+def _difference(found: Mapping[str, Any] | None, share: bool) -> str:
     if found is None:
-        return ["–", "–"]
+        return "–"
     mark = "≈ " if found["p"] > NOISE else ""
-    return [f"{mark}{100 * found['difference']:+.1f}", f"{found['p']:.2g}"]
+    difference = f"{100 * found['difference']:+.1f}" if share else f"{found['difference']:+.2f}"
+    p = f"{found['p']:.2g}" if found["p"] >= 0.001 else f"{found['p']:.0e}"
+    return f"{mark}{difference} ({p})"
 
 
 def _one_line(text: str) -> str:

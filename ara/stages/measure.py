@@ -228,12 +228,13 @@ class Measurement:
     def _task(self, task: Task, rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """Return one task's figures, and how the chosen model compares with all others."""
         metric = next(iter(rows.values()))["headline"]
-        dense = rows[DENSE]["metrics"][metric] if DENSE in rows else None
+        higher = task.definition.higher_is_better().get(metric) is not False
+        dense = rows[DENSE]["metrics"][metric] if DENSE in rows and higher else None
         models = {
             name: {
                 "value": row["metrics"][metric],
                 "stderr": row["stderrs"][metric],
-                # Of a mean of questions only: a share of a perplexity says nothing.
+                # Of a mean of questions only, and where more is better: a share of a perplexity or error says nothing.
                 "retained": row["metrics"][metric] / dense if dense and row["stderrs"][metric] is not None else None,
                 "metrics": row["metrics"],
                 "stderrs": row["stderrs"],

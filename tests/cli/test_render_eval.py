@@ -6,6 +6,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ara.evaluation.tasks import ZERO_SHOT
 from ara.stage_view import StageView
 from ara_cli.console import Console
@@ -64,3 +66,32 @@ def row_of(lines: list[str], start: str) -> str:
 def test_the_mean_says_of_what() -> None:
     assert row_of(shown({"piqa": task()}, ZERO_SHOT), "mean of zero-shot")
     assert row_of(shown({"piqa": task()}, ("piqa", "copa", "boolq")), "mean of 3 tasks")
+
+
+def test_every_compressed_model_is_compared_in_the_width_of_a_terminal() -> None:
+    lines = shown({"arc_challenge": task(), "wikitext": task("word_perplexity", (30.2, 41.0, 35.5), None)}, ZERO_SHOT)
+    header = row_of(lines, "task")
+    assert header.count("kept of dense") == 2 and "Δ dense (p)" in header and "Δ uniform (p)" in header
+    for start in ("arc_challenge", "mean of zero-shot"):
+        cells = row_of(lines, start).split("  ")
+        values = [cell.strip() for cell in cells if cell.strip()][-7:]
+        kept = ["50.0 ± 2.5 %", "40.0 ± 2.5 %", "80.0%", "45.0 ± 2.5 %", "90.0%"]
+        assert values == [*kept, "≈ -5.0 (0.3)", "+5.0 (3e-07)"]
+    assert row_of(lines, "wikitext").split()[-7:] == ["30.20", "41.00", "–", "35.50", "–", "–", "–"]
+    assert max(map(len, lines[lines.index(header) :])) <= 160
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "stderr", "words"),
+    [
+        ("rouge1", (25.3, 20.0, 22.5), 0.4, ["25.30 ± 0.40", "22.50 ± 0.40", "≈ -2.80 (0.3)"]),
+        ("rouge1", (0.253, 0.2, 0.225), None, ["0.25", "0.23"]),
+        ("acc_norm", (0.5, 0.4, 0.45), 0.02, ["50.0 ± 2.0 %", "≈ -5.0 (0.3)"]),
+        ("f1", (0.5, 0.4, 0.45), None, ["50.0 %", "45.0 %"]),
+        ("f1", (50.0, 40.0, 0.45), 0.5, ["50.00 ± 0.50", "0.45 ± 0.50", "≈ -49.55 (0.3)"]),
+    ],
+)
+def test_only_shares_are_per_cent(metric: str, values: Any, stderr: float | None, words: list[str]) -> None:
+    row = row_of(shown({"made": task(metric, values, stderr)}), "made")
+    for word in words:
+        assert f" {word}" in row, row

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ara.evaluation.tasks import ZERO_SHOT, mean_label
-from ara.stages.measure import mean_accuracy
+from ara.evaluation.tasks import ZERO_SHOT, Task, mean_label
+from ara.stages.measure import Measurement, mean_accuracy
 
 MODELS = ("dense", "mine")
 
@@ -49,3 +50,15 @@ def test_the_mean_is_over_the_seven_if_all_were_asked(
 
 def test_one_task_has_no_mean() -> None:
     assert mean_accuracy(*asked(("piqa", "wikitext")), MODELS, "mine") is None
+
+
+@pytest.mark.parametrize(("higher", "kept"), [(True, 0.5), (None, 0.5), (False, None)])
+def test_a_share_of_dense_is_kept_only_where_more_is_better(higher: bool | None, kept: float | None) -> None:
+    answers = [{"metrics": {"ter": value}} for value in (0.0, 1.0)]
+    rows = {m: {"headline": "ter", "metrics": {"ter": v}, "stderrs": {"ter": 0.1}} for m, v in (("dense", 0.6),)}
+    rows["mine"] = {**rows["dense"], "metrics": {"ter": 0.3}}
+    rows = {model: {**row, "answers": answers} for model, row in rows.items()}
+    definition = SimpleNamespace(higher_is_better=lambda: {} if higher is None else {"ter": higher})
+    measurement = SimpleNamespace(chosen="mine", config=SimpleNamespace(seed=0))
+    found = Measurement._task(measurement, Task("made", definition, 2, "made", ""), rows)  # type: ignore[arg-type]
+    assert found["models"]["mine"]["retained"] == kept
