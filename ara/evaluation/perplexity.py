@@ -136,10 +136,10 @@ def interleaved_perplexity(
 ) -> dict[str, VariantRun]:
     """Run several models over the same windows, batch by batch in turn, so that a slow spell hits all of them.
 
-    The order of the models rotates from batch to batch, behind the reference. The time of a batch is that of the
-    forward pass alone; the first batch is left out of the speed when there are more (it warms caches and compiles
-    kernels). Beside the reference's, only one model's logits exist at a time. Each model runs on the device of its
-    first parameter, in eval mode.
+    The order of the models rotates from batch to batch; the reference goes first in one and second in the next, since
+    beside its logits only one model's exist at a time. The time of a batch is that of the forward pass alone; the first
+    batch is left out of the speed when there are more (it warms caches and compiles kernels). Each model runs on the
+    device of its first parameter, in eval mode.
 
     Args:
         models: causal language models by name; called with ``input_ids`` and ``use_cache=False``, they return an
@@ -153,7 +153,6 @@ def interleaved_perplexity(
     Raises:
         NumericalError: a model gives a non-finite NLL or divergence; names the model and the window.
     """
-    first = [reference] if reference is not None else []
     names = [name for name in models if name != reference]
     distances: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     nlls: dict[str, list[float]] = {name: [] for name in models}
@@ -165,21 +164,22 @@ def interleaved_perplexity(
             stack.enter_context(_evaluating(model))
         bar = stack.enter_context(report.bar(label, len(windows) * len(models)))
         for number, batch in enumerate(batches):
-            turn = number % len(names) if names else 0
-            dense: torch.Tensor | None = None
-            for name in first + names[turn:] + names[:turn]:
+            # Logits that wait for the other side of the divergence: the reference's, or those of one model before it.
+            waiting: dict[str, torch.Tensor] = {}
+            for name in _order(names, reference, number):
                 logits, values, seconds = _forward(models[name], batch)
                 _check_finite(values, len(nlls[name]), f"model {name!r}")
                 nlls[name] += values
                 speeds[name].append(batch.numel() / seconds)
-                if name == reference:
-                    dense = logits
-                elif dense is not None:
-                    found = window_divergence(dense, logits)
-                    kls, first_window = [kl for kl, _ in found], len(distances[name])
-                    _check_finite(kls, first_window, f"model {name!r}", f"KL divergence from {reference}")
-                    distances[name] += found
+                if reference is not None:
+                    waiting[name] = logits
                 del logits
+                for ready in [other for other in waiting if other != reference and reference in waiting]:
+                    assert reference is not None
+                    found = window_divergence(waiting[reference], waiting.pop(ready))
+                    kls, first_window = [kl for kl, _ in found], len(distances[ready])
+                    _check_finite(kls, first_window, f"model {ready!r}", f"KL divergence from {reference}")
+                    distances[ready] += found
                 bar.advance(len(batch))
     return {
         name: VariantRun(
@@ -189,6 +189,16 @@ def interleaved_perplexity(
         )
         for name in models
     }
+
+
+def _order(names: Sequence[str], reference: str | None, number: int) -> list[str]:
+    """Return who runs when in batch ``number``; ``names`` are all but the reference."""
+    # With a reference the rotation is one of pairs of batches, so that each of the others goes before it as often.
+    turn = (number if reference is None else (number + 1) // 2) % max(1, len(names))
+    order = [*names[turn:], *names[:turn]]
+    if reference is not None:
+        order.insert(number % 2 if order else 0, reference)
+    return order
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,6 +135,32 @@ def test_models_take_turns_in_rotating_order() -> None:
     models = {name: _Recorder(name, log) for name in ("a", "bb", "ccc")}
     interleaved_perplexity(models, _windows(4))
     assert log == ["a", "bb", "ccc", "bb", "ccc", "a", "ccc", "a", "bb", "a", "bb", "ccc"]
+
+
+def test_the_reference_takes_turns_too_and_two_logits_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    models = {name: _Recorder(name, log) for name in ("dense", "a", "bb")}
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most: list[int] = []
+    forward = perplexity._forward
+
+    def watched(model: torch.nn.Module, batch: torch.Tensor) -> Any:
+        found = forward(model, batch)
+        alive.add(found[0])
+        most.append(len(alive))
+        return found
+
+    monkeypatch.setattr(perplexity, "_forward", watched)
+    runs = interleaved_perplexity(models, _windows(8), reference="dense")
+    orders = [tuple(log[i : i + 3]) for i in range(0, 24, 3)]
+    places = {name: [order.index(name) for order in orders] for name in models}
+    assert places["dense"] == [0, 1] * 4
+    assert sorted(places["a"]) == sorted(places["bb"]) == [0, 0, 1, 1, 2, 2, 2, 2]
+    assert max(most) == 2
+    for name in ("a", "bb"):
+        alone = interleaved_perplexity({name: models[name], "dense": models["dense"]}, _windows(8), reference="dense")
+        assert (alone[name].result, alone[name].divergence) == (runs[name].result, runs[name].divergence)
+    assert runs["a"].divergence != runs["bb"].divergence and runs["dense"].divergence is None
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 9])
