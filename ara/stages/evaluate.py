@@ -52,7 +52,7 @@ def evaluate(
         config: tasks, windows, device.
         run: workspace and reporter.
         checkpoint: which result of ``ara truncate``; the latest by default.
-        name: of the result; says checkpoint and tasks by default.
+        name: of the result; says checkpoint, tasks and limit by default.
         find_export: needed for ``config.backend`` other than torch.
 
     Raises:
@@ -98,7 +98,9 @@ def evaluate(
             "model": truncated.manifest.model,
             "parents": tuple(parent_of(view) for view in parents),
         }
-        name = name or result_name(truncated.name, config.tasks, texts) + (f"-{exported[0].name}" if exported else "")
+        if name is None:
+            name = result_name(truncated.name, config.tasks, texts, config.limit if tasks else None)
+            name += f"-{exported[0].name}" if exported else ""
         done = workspace.finished("eval", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
@@ -130,15 +132,18 @@ def _complete(results: dict[str, Any], truncated: StageView) -> dict[str, Any]:
     return {"chosen": label_of(truncated), **results}
 
 
-def result_name(checkpoint: str, tasks: Sequence[str], texts: Mapping[str, Documents]) -> str:
-    """Return ``checkpoint-task-task``; a file is named by its stem and the checksum of its text."""
+def result_name(checkpoint: str, tasks: Sequence[str], texts: Mapping[str, Documents], limit: int | None) -> str:
+    """Return ``checkpoint-task-task-limit-N``; a file is named by its stem and the checksum of its text.
+
+    The limit is part of it so that a few questions never take the place of all of them.
+    """
     names = [
         f"{_NOT_PLAIN.sub('_', Path(task.removeprefix('file:')).stem)}-{texts[task].digest[:8]}"
         if task.startswith("file:")
         else task
         for task in tasks
     ]
-    return "-".join([checkpoint, *names])
+    return "-".join([checkpoint, *names, *([] if limit is None else ["limit", str(limit)])])
 
 
 def window_length(asked: int | None, model_config: Any) -> int:

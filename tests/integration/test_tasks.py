@@ -15,7 +15,7 @@ from ara.config import EvalConfig
 from ara.errors import NumericalError
 from ara.evaluation.paired import mcnemar
 from ara.stages.common import Run
-from ara.stages.evaluate import evaluate
+from ara.stages.evaluate import evaluate, result_name
 from ara.workspace import Workspace
 from ara_cli.app import app
 from tests.questions import write_questions
@@ -52,7 +52,7 @@ def test_tasks_stand_beside_texts(copied: Path, tiny_text: str) -> None:
     for name in TASKS:
         task = results["tasks"][name]
         assert (task["kind"], task["metric"], task["examples"], task["of"]) == ("harness", "acc", 16, 24)
-        folder = copied / "eval" / f"{NAME}-{story()}-piqa-arc_easy"
+        folder = copied / "eval" / f"{NAME}-{story()}-piqa-arc_easy-limit-16"
         answers = {
             model: json.loads(next(folder.glob(f"*-{name}.{row}-{model}.json")).read_text())["answers"]
             for row, model in enumerate(models)
@@ -74,6 +74,12 @@ def test_tasks_stand_beside_texts(copied: Path, tiny_text: str) -> None:
     assert set(mean["compared"]) == {"dense", "uniform"}
 
 
+def test_a_limit_never_replaces_the_whole() -> None:
+    assert result_name("ara-0.80", ("zero-shot",), {}, None) == "ara-0.80-zero-shot"
+    assert result_name("ara-0.80", ("zero-shot",), {}, 10) == "ara-0.80-zero-shot-limit-10"
+    assert result_name("ara-0.80", ("piqa", "c4"), {}, 400) == "ara-0.80-piqa-c4-limit-400"
+
+
 def test_the_table_marks_what_is_noise(copied: Path) -> None:
     words = ["--tasks", "piqa,arc_easy", "--limit", "12", "--device", "cpu", "--dtype", "float32"]
     result = CliRunner().invoke(app, ["eval", *words, "-w", str(copied)])
@@ -83,7 +89,7 @@ def test_the_table_marks_what_is_noise(copied: Path) -> None:
     again = CliRunner().invoke(app, ["eval", *words, "-w", str(copied)])
     assert "is there already" in again.output
     unknown = CliRunner().invoke(app, ["eval", "--tasks", "piqa,arc_hard", "-w", str(copied), "-q"])
-    assert unknown.exit_code == 2 and "there is no text or lm-eval task 'arc_hard'" in unknown.output
+    assert unknown.exit_code == 1 and "there is no text or lm-eval task 'arc_hard'" in unknown.output
     missing = CliRunner().invoke(app, ["eval", "--tasks", "zero-shot", "-w", str(copied), "-q"])
     assert missing.exit_code == 1 and "task 'hellaswag': no file" in missing.output
 
