@@ -5,19 +5,22 @@
     python benchmarks/zero_shot.py --workspace WS --checkpoint NAME --tasks wikitext --limit 8    # whole articles
 
 Without --checkpoint the pipeline runs first: two-sided factors calibrated on C4, ranks by the sensitivity table at
---keep. Afterwards lm-eval's own command asks the dense model the same questions, in a process of its own; a task whose
-accuracy differs from ours by more than one standard error is a failure.
+--keep. Afterwards lm-eval's own command asks the dense model the same questions, in a process of its own: the last
+table says how many of them it scores as we do. A task whose accuracy differs from ours by more than one standard error,
+or that was asked other questions, is a failure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
 from ara.evaluation.tasks import LOCAL, definition, expand, is_text
@@ -78,14 +81,15 @@ def check(view: StageView, factors: StageView, run: Run, console: Console) -> No
         (folder / "tasks").mkdir()
         for name in tasks:
             (folder / "tasks" / f"{name}.yaml").write_text(definition(name), encoding="utf-8")
-        questions = json.dumps({name: asked(view, name) for name in tasks})
+        questions = json.dumps({name: [answer["document"] for answer in answers(view, name)] for name in tasks})
         command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", config["device"]]
         command += ["--model_args", f"pretrained={folder / 'dense'},dtype={config['dtype']}"]
         command += ["--include_path", str(folder / "tasks"), "--tasks", *tasks]
-        command += ["--samples", questions, "--batch_size", str(config["batch_size"])]
+        command += ["--samples", questions, "--batch_size", str(config["batch_size"]), "--log_samples"]
         subprocess.run([*command, "--output_path", str(folder / "out.json")], check=True)
         (written,) = folder.glob("out*.json")
         theirs = json.loads(written.read_text(encoding="utf-8"))["results"]
+        logged = {name: samples(folder, name) for name in tasks}
     rows, off = [], []
     for name in tasks:
         task = view.manifest.results["tasks"][name]
@@ -95,17 +99,53 @@ def check(view: StageView, factors: StageView, run: Run, console: Console) -> No
         # Perplexities have no standard error here: they are held to 1 %.
         allowed = row["stderr"] if row["stderr"] is not None else 0.01 * other
         off += [name] if distance > allowed else []
-        rows.append((name, metric, f"{row['value']:.4f}", f"{other:.4f}", f"{distance:.4f}", f"{allowed:.4f}"))
+        figures = (f"{row['value']:.4f}", f"{other:.4f}", f"{distance:.4f}", f"{allowed:.4f}")
+        ours = answers(view, name)
+        rows.append((name, metric, *figures, f"{agreeing(ours, logged[name], metric, name)} of {len(ours)}"))
     columns = [Column("task", "left"), Column("metric", "left"), Column("ara"), Column("lm-eval's command")]
-    console.table("The dense model", [*columns, Column("difference"), Column("allowed")], rows)
+    columns += [Column("difference"), Column("allowed"), Column("questions that agree")]
+    console.table("The dense model", columns, rows)
     if off:
         sys.exit(f"error: {', '.join(off)}: the dense column is not what lm-eval's command says")
 
 
-def asked(view: StageView, task: str) -> list[int]:
-    """Return the numbers of the questions that the dense model was asked."""
+def answers(view: StageView, task: str) -> list[dict[str, Any]]:
+    """Return what the dense model answered, question by question."""
     (path,) = view.path.glob(f"[0-9][0-9]-{task}.0-dense.json")
-    return [answer["document"] for answer in json.loads(path.read_text(encoding="utf-8"))["answers"]]
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["answers"]
+    return found
+
+
+def samples(folder: Path, task: str) -> list[dict[str, Any]]:
+    """Return what lm-eval's command has logged of a task, question by question."""
+    (path,) = folder.glob(f"samples_{task}_[0-9]*.jsonl")
+    # Questions may hold other ends of lines than this one.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def agreeing(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], metric: str, task: str) -> int:
+    """Return how many questions have the same value of ``metric`` here and in the samples of lm-eval's command.
+
+    Right and wrong must be equal; log-likelihoods may differ by 0.1 %, as they do between batches of another order.
+    Of several filters the first counts.
+
+    Raises:
+        SystemExit: it was asked other questions.
+    """
+    first = [row for row in theirs if row["filter"] == theirs[0]["filter"]]
+    others = {int(row["doc_id"]): row for row in first}
+    if {answer["document"]: answer["digest"] for answer in ours} != {n: row["doc_hash"] for n, row in others.items()}:
+        sys.exit(f"error: {task}: lm-eval's command was asked other questions\nhint: measure again with --force")
+    return sum(_same(answer["metrics"][metric], others[answer["document"]][metric]) for answer in ours)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Compare two values of one metric as JSON has them."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=1e-3)
+    return bool(one == other)
 
 
 if __name__ == "__main__":
