@@ -52,6 +52,7 @@ class StageWriter:
         self._stage, self._name, self._resumable, self._facts = stage, name, resumable, facts
         self._keep_after_nan = keep_after_nan
         self._files: dict[str, FileRecord] = {}
+        self._loose: set[str] = set()
         self._tensors: dict[str, TensorRecord] = {}
         self._fingerprint = digest(essence(stage, facts["config"], facts["model"], facts["parents"]))
         self._earlier_seconds = 0.0
@@ -142,6 +143,10 @@ class StageWriter:
         if path.suffix == ".safetensors":
             self._tensors.update(tensor_records(path, name))
 
+    def loose(self, name: str) -> None:
+        """Leave the file ``name`` out of the manifest: written again, it makes the result no other one."""
+        self._loose.add(name)
+
     def _resume(self) -> bool:
         try:
             journal = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
@@ -179,7 +184,7 @@ class StageWriter:
     def _commit(self) -> None:
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
-            if path.is_file() and name not in (*self._files, JOURNAL, CHECKPOINT):
+            if path.is_file() and name not in (*self._files, *self._loose, JOURNAL, CHECKPOINT):
                 self.note(name)
         manifest = Manifest(
             format_version=FORMAT_VERSION,

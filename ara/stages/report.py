@@ -1,4 +1,4 @@
-"""``ara report``: everything that a workspace knows of one checkpoint, on one page, as data, and as a model card."""
+"""``ara report``: everything that a workspace knows of one checkpoint, on one page, as data, and as its model card."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ara.reporting.model_card import card
 from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import layout_of, read_allocation
 from ara.stages.common import Run, already_done, begin, layer_file, specs_of
+from ara.stages.truncate import CARD
 from ara.tensors import tensor_digests, written_aside
 from ara.version import __version__
 from ara.workspace import DEFAULT_ROOT, Workspace
@@ -38,7 +39,7 @@ def report(
     output: Path | None = None,
     model_card: Path | None = None,
 ) -> StageView:
-    """Write ``report.html`` and ``report.json`` of a checkpoint; stale and unfinished results are left out.
+    """Write page, ``report.json`` and model card of a checkpoint; stale and unfinished results are left out.
 
     Args:
         run: workspace and reporter; ``force`` also replaces what is in ``output`` and ``model_card``.
@@ -79,12 +80,32 @@ def report(
                 )
                 stage.results["missing"] = [item.model_dump() for item in document.missing]
             view = workspace.view(f"report/{name}")
+        _put_card(truncated, _card(view), run)
     if output is not None:
         _put(output, (view.path / HTML_FILE).read_text(encoding="utf-8"))
     if model_card is not None:
-        document = Report.model_validate_json((view.path / JSON_FILE).read_text(encoding="utf-8"))
-        _put(model_card, card(document))
+        _put(model_card, _card(view))
     return view
+
+
+def _card(view: StageView) -> str:
+    """Return the model card of a report."""
+    return card(Report.model_validate_json((view.path / JSON_FILE).read_text(encoding="utf-8")))
+
+
+def _put_card(truncated: StageView, text: str, run: Run) -> None:
+    """Write the card into the checkpoint, unless that was written by a version which took a checksum of it."""
+    if CARD in _manifest(truncated).files:
+        run.report.fact(
+            f"{truncated.key}/{CARD} stays as it is: an earlier version has put it under the checkpoint's checksums "
+            "(--model-card FILE writes the card elsewhere)"
+        )
+        return
+    path = truncated.path / CARD
+    # Not through a link: what it points to is somebody else's.
+    if path.is_symlink() or not path.is_file() or path.read_bytes() != text.encode():
+        _put(path, text)
+        run.report.fact(f"the model card is in {path}")
 
 
 def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[StageView]]:

@@ -17,6 +17,8 @@ from ara.stages.common import Run, already_done, begin, factor_files, model_of, 
 from ara.workspace import Workspace
 
 CHECKPOINT = "checkpoint"
+# The model card within the result; ``ara report`` writes it again with what was measured.
+CARD = f"{CHECKPOINT}/README.md"
 
 
 def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None, name: str | None = None) -> StageView:
@@ -84,7 +86,8 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
             )
             stage.results["disk_bytes"] = checkpoint_bytes(folder)
             card = model_card(decomposition.manifest, chosen.manifest, stage.results, dtype)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (stage.folder / CARD).write_text(card, encoding="utf-8")
+            stage.loose(CARD)
         return workspace.view(f"truncate/{name}")
 
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from ara.config import AllocateConfig, CompareConfig, EvalConfig, TrainMasksConfig, TruncateConfig
+from ara.manifest import file_record
 from ara.reporting.document import Report
 from ara.stages.allocate import allocate
 from ara.stages.common import Run
@@ -59,6 +60,7 @@ def two_budgets(copied, tiny_text):
 
 
 def test_a_report_is_written_and_listed(copied):
+    card = f"{NAME}/checkpoint/README.md"
     sealed = contents(copied / "truncate")
     result = done("report", "-w", copied)
     page, report = copied / "report" / NAME / "report.html", document(copied)
@@ -75,7 +77,10 @@ def test_a_report_is_written_and_listed(copied):
         f"truncate/{NAME}", f"allocate/{NAME}", "decompose/two-sided", f"eval/{NAME}-{story()}"
     ]  # fmt: skip
     assert f"of truncate/{NAME}, report.html" in done("status", "-w", copied).stdout
-    assert contents(copied / "truncate") == sealed
+    # Of what was there, the card alone has changed.
+    after = contents(copied / "truncate")
+    assert after.pop(card) != sealed.pop(card)
+    assert after == sealed
 
 
 def test_ranks_and_spectra_are_those_of_the_files(copied):
@@ -186,16 +191,48 @@ def test_nothing_is_put_into_the_workspace(copied, place, flag):
 
 def test_the_model_card(copied, tmp_path):
     card = tmp_path / "README.md"
+    first = (copied / "truncate" / NAME / "checkpoint" / "README.md").read_text(encoding="utf-8")
     done("report", "-w", copied, "--model-card", card)
+    shared = [line for line in first.splitlines() if line.startswith("|")]
+    assert shared and set(shared) <= set(card.read_text(encoding="utf-8").splitlines())
     text = card.read_text(encoding="utf-8")
     perplexity = document(copied).evaluations[0].texts[0].models[NAME].perplexity
     assert f"{perplexity:,.2f}" in text and f'"value": {perplexity}' in text
     assert str(copied) not in text and str(tmp_path) not in text
-    first = (copied / "truncate" / NAME / "checkpoint" / "README.md").read_text(encoding="utf-8")
-    shared = [line for line in first.splitlines() if line.startswith("|")]
-    assert shared and set(shared) <= set(text.splitlines())
+    assert (copied / "truncate" / NAME / "checkpoint" / "README.md").read_text(encoding="utf-8") == text
     refused("is there already", "report", "-w", copied, "--model-card", card)
     done("report", "-w", copied, "--model-card", card, "--force")
+
+
+def test_the_card_in_the_checkpoint_makes_nothing_stale_and_nothing_damaged(copied):
+    from export.onnx_target import source_hash
+
+    folder = copied / "truncate" / NAME / "checkpoint"
+    card = folder / "README.md"
+    exported, first = source_hash(folder), card.read_bytes()
+    done("report", "-w", copied)
+    full = card.read_bytes()
+    assert full != first and source_hash(folder) == exported
+    assert {view.state for view in Workspace.open(copied).views()} == {"done"}
+    Workspace.open(copied).require("truncate", NAME)  # all checksums fit
+    # What somebody has written over it, or removed, comes back; nothing is left beside it.
+    for damage in (lambda: card.write_text("mine"), card.unlink):
+        damage()
+        assert "is there already" in done("report", "-w", copied).stderr
+        assert card.read_bytes() == full
+    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+
+
+def test_a_card_under_checksums_stays_as_it_is(copied):
+    path = copied / "truncate" / NAME
+    view = Workspace.open(copied).view(f"truncate/{NAME}")
+    files = {**view.manifest.files, "checkpoint/README.md": file_record(path / "checkpoint" / "README.md")}
+    old = view.manifest.model_copy(update={"files": files}).sealed()
+    (path / "manifest.json").write_text(old.model_dump_json(), encoding="utf-8")
+    before = contents(path)
+    assert "stays as it is" in done("report", "-w", copied).stderr
+    assert contents(path) == before
+    Workspace.open(copied).require("truncate", NAME)
 
 
 def test_the_card_of_an_earlier_report(copied, tmp_path):

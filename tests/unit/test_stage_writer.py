@@ -57,6 +57,21 @@ def test_finished_folder_holds_files_and_manifest_and_nothing_else(tmp_path):
     assert set(manifest.versions) == {"ara", "python", "torch", "transformers"}
 
 
+def test_a_loose_file_is_there_and_may_change(tmp_path):
+    ids = []
+    for text in ("first", "second"):
+        with writer(tmp_path) as stage:
+            stage.tensors("a.safetensors", W, {})
+            (stage.folder / "notes.txt").write_text(text)
+            stage.loose("notes.txt")
+        manifest = read_manifest(stage.final)
+        assert set(manifest.files) == {"a.safetensors"}
+        ids.append(manifest.id)
+    assert len(set(ids)) == 1
+    (stage.final / "notes.txt").write_text("third, and longer")
+    verify_files(stage.final, manifest)
+
+
 @pytest.mark.parametrize("resumable", [False, True])
 def test_exception_before_the_first_file_leaves_nothing(tmp_path, resumable):
     with pytest.raises(Boom), writer(tmp_path, resumable) as stage:
