@@ -29,7 +29,7 @@ from tests.damage import contents, listing
 from tests.tiny import tiny_model
 
 NAME = "energy-0.70"
-SHORT = ["--prefill", "7,19", "--decode", 23, "--batch", "1,3", "--rounds", 3]
+SHORT = ["--prefill", "7,19", "--decode", 23, "--batch", "1,3", "--rounds", 6]
 CPU = ["--device", "cpu", "--dtype", "float32"]
 PEAK = 123_456_789
 
@@ -150,7 +150,7 @@ def test_figures_are_shown_and_measured_once(copied: Path, peaks: list[tuple[Any
     assert contents(copied / "bench") == first
     done(*words, "--force")
     assert contents(copied / "bench") != first
-    other = done(*words, "--rounds", 4)
+    other = done(*words, "--rounds", 7)
     assert "warning: replacing bench/energy-0.70-torch, which was made with other settings (rounds)" in other.stderr
     row = next(line for line in done("status", "-w", copied).stdout.splitlines() if line.startswith(" bench"))
     assert "done" in row and "times as fast as dense (torch)" in row
@@ -166,7 +166,7 @@ def test_threads_are_as_before_afterwards(copied: Path, peaks: Any, monkeypatch:
         return original(*arguments, **options)
 
     monkeypatch.setattr(stage, "interleaved_seconds", watched)
-    config = BenchConfig(prefill=(5,), decode=(), batch=(1,), rounds=3, threads=3, device="cpu", dtype="float32")
+    config = BenchConfig(prefill=(5,), decode=(), batch=(1,), rounds=6, threads=3, device="cpu", dtype="float32")
     stage.bench(config, Run(copied), name="three")
     assert during == {3}
     assert torch.get_num_threads() == before
@@ -225,7 +225,7 @@ def test_memory_is_that_of_the_longest_caches_and_of_the_largest_prompt(
 
 
 def test_memory_is_measured_in_another_process(copied: Path) -> None:
-    words = ["--prefill", 7, "--decode", "", "--batch", 1, "--rounds", 3]
+    words = ["--prefill", 7, "--decode", "", "--batch", 1, "--rounds", 6]
     result = done("bench", *words, *CPU, "-w", copied, "--json")
     document = json.loads(result.stdout)
     assert "warning" not in result.stderr
@@ -314,7 +314,7 @@ def test_a_graph_of_another_exporter_has_no_dense_counterpart(
         (["--batch", "0"], 2, "batch.0: "),
         (["--batch", ""], 2, "batch: "),
         (["--batch", "two"], 2, "--batch 'two': expected whole numbers"),
-        (["--prefill", "-3", "--rounds", "2"], 2, "rounds: "),
+        (["--prefill", "-3", "--rounds", "5"], 2, "rounds: "),
         (["--threads", "0"], 2, "threads: "),
         (["--threads", "1000000"], 2, "--threads 1000000 is more than the "),
         (["--prefill", "257"], 2, "--prefill 257 is more than the 256 positions of the model"),
