@@ -27,6 +27,7 @@ SCRIPT = """
 const violations = [];
 addEventListener("securitypolicyviolation", event => violations.push(event.violatedDirective));
 addEventListener("load", () => {
+  const folded = document.querySelector(".folded"), hidden = folded.getBoundingClientRect().height === 0;
   document.querySelectorAll("details").forEach(details => details.open = true);
   const page = document.documentElement, shown = getComputedStyle(document.body);
   const scrolls = element => element.closest(".scroll") !== null;
@@ -35,6 +36,7 @@ addEventListener("load", () => {
   parent.document.title = "done";
   parent.document.body.dataset.found = JSON.stringify({
     width: innerWidth,
+    unfolds: hidden && folded.getBoundingClientRect().height > 200,
     scrolls: page.scrollWidth,
     wide: boxes.filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName).slice(0, 9),
     scrollable: [...document.querySelectorAll(".scroll")].map(e => e.getBoundingClientRect().right <= innerWidth + 1),
@@ -111,6 +113,7 @@ def brightness(colour: str) -> float:
 def test_the_page_in_a_browser(browser, text, tmp_path, size, dark):
     found, picture = shown(browser, text, tmp_path, SIZES[size], dark)
     assert found["width"] == SIZES[size]
+    assert found["unfolds"]  # all layers are shown by a click
     # Nothing wider than the page: tables scroll in places of their own.
     assert found["scrolls"] <= found["width"] and found["wide"] == []
     assert found["scrollable"] and all(found["scrollable"])
@@ -144,6 +147,7 @@ addEventListener("load", () => {
     link: getComputedStyle(document.querySelector("footer a"), "::after").content,
     wide: [...document.querySelectorAll("table")].filter(e => e.getBoundingClientRect().right > width + 1).length,
     scroll: getComputedStyle(document.querySelector(".scroll")).overflowX,
+    folded: document.querySelector(".folded table").getBoundingClientRect().height,
   });
 });
 </script>
@@ -158,6 +162,7 @@ addEventListener("load", () => {
     assert brightness(found["paper"]) == 1 and brightness(found["ink"]) == 0
     assert "attr(href)" in found["link"] or "arxiv.org" in found["link"]
     assert found["scroll"] == "visible" and found["wide"] == 0
+    assert found["folded"] > 200  # all layers, though nobody has opened them
     pdf = tmp_path / "page.pdf"
     (tmp_path / "plain.html").write_text(text, encoding="utf-8")
     run(browser, tmp_path, f"--print-to-pdf={pdf}", (tmp_path / "plain.html").as_uri())
