@@ -12,6 +12,8 @@ from typing import Any
 
 # What Linux tells a process about itself.
 _PROC_SELF = Path("/proc/self")
+# Packages whose versions count where they are installed: they read texts and tasks, and run graphs.
+_OPTIONAL = ("datasets", "lm_eval", "onnxruntime", "onnxruntime-gpu")
 # What Linux tells about the processor.
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -22,13 +24,17 @@ def now() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that matter for reproducing a result."""
-    from importlib.metadata import version
+    """Return the versions that matter for reproducing a result; nothing is imported for it."""
+    from importlib.metadata import PackageNotFoundError, version
 
     from ara.version import __version__
 
-    python = ".".join(str(part) for part in sys.version_info[:3])
-    return {"ara": __version__, "python": python, "torch": version("torch"), "transformers": version("transformers")}
+    found = {"ara": __version__, "python": ".".join(str(part) for part in sys.version_info[:3])}
+    found |= {package: version(package) for package in ("torch", "transformers")}
+    for package in _OPTIONAL:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def reset_peak_memory() -> None:

@@ -205,6 +205,7 @@ def bench(chosen: str = NAME, ratio: float = 1.15) -> Manifest:
         "cases": cases,
         "interleaved": True,
         "threads": 2,
+        "machine": {"system": "Linux x86_64", "processor": "A & B", "cores": 2, "memory_bytes": 24 << 30, "gpus": []},
     }
     return manifest("bench", chosen, results, config={"device": "cpu", "dtype": "bfloat16"})
 
@@ -258,7 +259,6 @@ def sources(**changes: Any) -> Sources:
         training=training(),
         comparisons=(comparison(),),
         exports=(export(),),
-        machine={"system": "Linux x86_64", "processor": "A & B", "cores": 2, "memory_bytes": 24 << 30, "gpus": []},
         place=("-w", "/home/me/ws"),
     )
     return replace(whole, **changes)

@@ -304,7 +304,12 @@ class BenchCase(Part):
 
 
 class Benched(Part):
-    """One result of ``ara bench``; ``precision`` is that of the weights that were run."""
+    """One result of ``ara bench``.
+
+    Attributes:
+        precision: of the weights that were run.
+        machine: on which it ran, see :func:`ara.environment.machine`; earlier versions did not record it.
+    """
 
     name: str
     chosen: str
@@ -312,6 +317,7 @@ class Benched(Part):
     device: str | None
     precision: str | None
     threads: int | None
+    machine: Mapping[str, Any] | None
     interleaved: bool | None
     models: Mapping[str, BenchModel]
     cases: tuple[BenchCase, ...]
@@ -443,5 +449,4 @@ class Report(Part):
     exports: tuple[Exported, ...] = ()
     work: tuple[Work, ...]
     versions: Mapping[str, tuple[str, ...]]
-    machine: Mapping[str, Any] = {}
     missing: tuple[Missing, ...] = ()

@@ -19,7 +19,15 @@ from ara.reporting.document import (
     Stored,
     TextResult,
 )
-from ara.reporting.headline import case_name, in_runtime, main_case, main_zero_shot, runtime_key, tokens_of
+from ara.reporting.headline import (
+    case_name,
+    in_runtime,
+    machine_words,
+    main_case,
+    main_zero_shot,
+    runtime_key,
+    tokens_of,
+)
 from ara.reporting.results import DENSE, UNIFORM
 
 # A case of a benchmark.
@@ -240,4 +248,4 @@ def _ratio(item: Measured, evaluation: Evaluated, model: str, wanted: _Timed | N
 
 
 def _case_key(bench: Benched, case: BenchCase) -> tuple[object, ...]:
-    return *runtime_key(bench), case.kind, case.batch, case.past, case.new
+    return *runtime_key(bench), machine_words(bench), case.kind, case.batch, case.past, case.new

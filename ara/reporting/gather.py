@@ -65,7 +65,6 @@ class Sources:
         comparisons: of allocators on the same factors.
         exports: of the checkpoint.
         stale: results of the checkpoint that have become stale, and are left out.
-        machine: on which the report is written, see :func:`ara.environment.machine`.
         place: words that name the workspace in a command.
     """
 
@@ -78,7 +77,6 @@ class Sources:
     comparisons: tuple[Manifest, ...] = ()
     exports: tuple[Manifest, ...] = ()
     stale: tuple[Manifest, ...] = ()
-    machine: Mapping[str, Any] | None = None
     place: tuple[str, ...] = ()
 
 
@@ -122,7 +120,6 @@ def gather(sources: Sources) -> Report:
             *sources.exports,
         ),
         versions=versions(decomposition, *trained, made.allocation, made.truncated, *made.evaluations, *made.benches),
-        machine=sources.machine or {},
     )
     return report.model_copy(update={"missing": (*missing, *_missing(report, sources.place))})
 

@@ -89,6 +89,20 @@ def in_runtime(bench: Benched) -> str:
     return (f" in {where}" if where else "") + (f" ({', '.join(how)})" if how else "")
 
 
+def machine_words(bench: Benched) -> tuple[str, ...]:
+    """Return on which machine a benchmark was run, as far as it says: system, processor, cores, memory, GPUs."""
+    known = bench.machine or {}
+    cores, memory = known.get("cores"), known.get("memory_bytes")
+    words = (
+        known.get("system"),
+        known.get("processor"),
+        f"{cores} core{'' if cores == 1 else 's'}" if cores else None,
+        f"{memory / 2**30:.0f} GiB" if memory else None,
+        *known.get("gpus", ()),
+    )
+    return tuple(word for word in words if word)
+
+
 def runtime_key(bench: Benched) -> tuple[object, ...]:
     """Return what two benchmarks must share for their speeds to be compared."""
     return bench.backend, bench.device, bench.precision, bench.threads

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ara.reporting import charts, tables
 from ara.reporting.document import Report
-from ara.reporting.headline import runtime_words
+from ara.reporting.headline import machine_words, runtime_words
 from ara.version import __version__
 
 if TYPE_CHECKING:
@@ -54,5 +54,5 @@ def _template() -> Template:
     )
     names = [name for name in vars(tables) if name.endswith(("_table", "_tables"))]
     environment.globals.update({name: getattr(tables, name) for name in names})
-    environment.globals.update(mark=MARK, runtime_words=runtime_words)
+    environment.globals.update(mark=MARK, runtime_words=runtime_words, machine_words=machine_words)
     return environment.get_template("report.html")

@@ -275,6 +275,7 @@ def read_bench(manifest: Manifest) -> Benched:
         device=results.get("device"),
         precision=results.get("precision"),
         threads=results.get("threads"),
+        machine=results.get("machine"),
         interleaved=results.get("interleaved"),
         models={name: BenchModel(**{key: row.get(key) for key in keys}) for name, row in results["models"].items()},
         cases=tuple(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ara.config import BenchConfig
+from ara.environment import machine
 from ara.errors import UnavailableError, UsageError
 from ara.evaluation.cost import Case, Cost
 from ara.evaluation.footprint import peak_memory
@@ -187,6 +188,7 @@ def _measure(lineup: Lineup, cases: list[Case], config: BenchConfig, run: Run) -
         "chosen": contenders[-1].name,
         "backend": config.backend,
         "device": lineup.device,
+        "machine": machine(),
         "precision": lineup.precision,
         "threads": config.threads,
         "interleaved": len(groups) == 1,

@@ -9,7 +9,6 @@ from safetensors import safe_open
 
 from ara.allocation.base import Module
 from ara.allocation.ranks_file import RANKS_FILE
-from ara.environment import machine
 from ara.errors import CorruptedError, OutputError, disk_errors
 from ara.manifest import Manifest, remake, verify_files
 from ara.models.linears import LinearSpec
@@ -141,7 +140,6 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
         comparisons=tuple(_manifest(view) for view in comparisons),
         exports=tuple(_manifest(view) for view in exports),
         stale=tuple(_manifest(view) for view in stale if view.stage != "report"),
-        machine=machine(),
         place=place,
     )
     return sources, list({view.key: view for view in parents}.values())

@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from ara.config import AllocateConfig, BenchConfig, DecomposeConfig, TruncateConfig
+from ara.environment import machine
 from ara.errors import UnavailableError
 from ara.evaluation.cost import Case, count_model
 from ara.evaluation.speed import TorchRunner
@@ -102,6 +103,7 @@ def test_dense_and_chosen_are_measured_and_counted(copied: Path, peaks: list[tup
         "threads": 1,
         "interleaved": True,
     }
+    assert results["machine"] == machine()
     made = Workspace.open(copied).view(f"truncate/{NAME}").manifest
     assert made is not None
     sizes, total = made.results, sum(parameter.numel() for parameter in tiny_model("llama").parameters())

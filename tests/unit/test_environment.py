@@ -42,6 +42,24 @@ def test_machine_names_its_parts_and_nobody(monkeypatch, tmp_path):
     assert environment.machine()["processor"] == (platform.processor() or None)
 
 
+def test_versions_are_those_that_are_installed_and_nothing_is_imported(monkeypatch):
+    from importlib import metadata
+
+    installed = {"torch": "2.0", "transformers": "5.0", "lm_eval": "0.4.9"}
+
+    def version(package):
+        if package not in installed:
+            raise metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = environment.versions()
+    assert set(found) == {"ara", "python", *installed} and found["lm_eval"] == "0.4.9"
+    code = "import sys; from ara.environment import versions; versions(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert not {"torch", "transformers", "datasets", "lm_eval", "onnxruntime"} & set(loaded.split())
+
+
 class FakeCuda:
     """Two GPUs with a peak each."""
 

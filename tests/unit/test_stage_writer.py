@@ -54,7 +54,7 @@ def test_finished_folder_holds_files_and_manifest_and_nothing_else(tmp_path):
     assert manifest.config == FACTS["config"]
     assert manifest.seconds >= 0
     assert manifest.peak_memory_bytes > 10 << 20
-    assert set(manifest.versions) == {"ara", "python", "torch", "transformers"}
+    assert set(manifest.versions) >= {"ara", "python", "torch", "transformers"}
 
 
 def test_a_loose_file_is_there_and_may_change(tmp_path):

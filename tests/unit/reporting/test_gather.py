@@ -172,6 +172,13 @@ def test_speeds_of_other_devices_precisions_and_threads_are_kept_apart(change):
     assert front.speed == "generating behind 512 tokens in torch (cpu, bfloat16, 2 threads)"
 
 
+def test_speeds_of_another_machine_are_on_no_front():
+    far = changed(bench("b", 1.4), machine={**bench().results["machine"], "processor": "C"})
+    other = Made(truncated("b"), allocation("b", keep=0.6), (evaluation("b", 0.6),), (far,))
+    front = gather(sources(others=(other,))).speed_front
+    assert {point.checkpoint for point in front.points} == {"dense", NAME}
+
+
 def test_the_quality_of_one_precision_is_not_drawn_against_the_speed_of_another():
     int8 = changed(bench(ratio=0.9), precision="int8")
     front = gather(

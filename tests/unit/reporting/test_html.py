@@ -105,7 +105,11 @@ def test_every_figure_of_quality_and_speed_is_on_the_page(report, text):
 @pytest.mark.parametrize(("threads", "words"), [(1, "1 thread;"), (2, "2 threads;")])
 def test_the_page_says_where_speeds_were_measured(report, threads, words):
     benches = tuple(bench.model_copy(update={"threads": threads}) for bench in report.benches)
-    assert f">torch, cpu, bfloat16, {words} models run in turn" in page(report.model_copy(update={"benches": benches}))
+    text = page(report.model_copy(update={"benches": benches}))
+    assert f">torch, cpu, bfloat16, {words} Linux x86_64, A &amp; B, 2 cores, 24 GiB; models run in turn" in text
+    old = tuple(bench.model_copy(update={"machine": None}) for bench in benches)
+    text = page(report.model_copy(update={"benches": old}))
+    assert f"{words} the machine was not recorded; models run" in text and "A &amp; B" not in text
 
 
 def test_verdict_title_and_commands_are_there(report, text):
