@@ -328,7 +328,7 @@ def test_text_that_cannot_be_used(root, tiny_llama, tmp_path, name, data, word):
 def test_unknown_text_and_task(root, unchanged, tiny_llama, monkeypatch):
     refused(decompose(tiny_llama, "wikitext", root), 2, "did you mean wikitext2", "file:PATH")
     monkeypatch.setattr(tasks, "_manager", lambda folder: SimpleNamespace(all_tasks=["boolq"]))
-    refused(run("eval", "--tasks", "wikitex2", "-w", unchanged, "-q"), 2, "did you mean wikitext2")
+    refused(run("eval", "--tasks", "wikitex2", "-w", unchanged, "-q"), 1, "did you mean wikitext2")
     refused(run("eval", "--tasks", " , ", "-w", unchanged, "-q"), 2, "names no task")
 
 
