@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ara.evaluation.paired import NOISE
 from ara.evaluation.tasks import mean_label
 from ara.stage_view import StageView
 from ara_cli.console import Column, Console
 from ara_cli.words import count_text, percent
 
-# Differences with a larger p are marked as noise.
-NOISE = 0.05
 DENSE = "dense"
 # Metrics that are shares of questions or of words, beside all that begin with acc.
 _SHARES = {"exact_match", "em", "f1", "contains", "precision", "recall", "mc1", "mc2", "pass@1"}

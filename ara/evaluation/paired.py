@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Differences with a larger p are called noise.
+NOISE = 0.05
 # Draws of the bootstrap, and how many are made at once.
 _DRAWS = 10_000
 _AT_ONCE = 500

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ara.evaluation.paired import NOISE
 from ara.reporting.document import (
     Allocated,
     Base,
@@ -23,8 +24,6 @@ from ara.reporting.results import DENSE, UNIFORM
 # the standard error itself is uncertain.
 _SURE = 3.0
 _ENOUGH_WINDOWS = 4
-# And a test of paired questions from this probability on.
-_LEVEL = 0.05
 # Texts that the verdict names, and tasks where there is no mean over them.
 _NAMED = 2
 
@@ -118,7 +117,7 @@ def differs(difference: Difference | None, count: int | None = None) -> bool | N
     if difference is None:
         return None
     if difference.p is not None:
-        return difference.p < _LEVEL
+        return difference.p <= NOISE
     if not difference.stderr or (count is not None and count < _ENOUGH_WINDOWS):
         return None
     return abs(difference.difference) >= _SURE * difference.stderr

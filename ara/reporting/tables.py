@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 
+from ara.evaluation.paired import NOISE
 from ara.evaluation.tasks import mean_label
 from ara.reporting.document import (
     Allocated,
@@ -31,8 +32,6 @@ from ara.reporting.headline import case_name, share_text
 from ara.reporting.results import DENSE, UNIFORM
 
 _NONE = "–"
-# Differences with a larger p are marked as noise.
-NOISE = 0.05
 # Seconds below which milliseconds have more digits.
 _SHORT = 0.01
 # Characters of an error that a table has room for.
