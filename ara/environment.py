@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
@@ -16,6 +17,10 @@ _PROC_SELF = Path("/proc/self")
 _OPTIONAL = ("datasets", "lm_eval", "onnxruntime", "onnxruntime-gpu")
 # What Linux tells about the processor.
 _CPU_INFO = Path("/proc/cpuinfo")
+
+
+# Of mallopt, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def now() -> str:
@@ -35,6 +40,19 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next allocation of this process; without glibc nothing happens.
+
+    Otherwise every block above 32 MiB goes back to the system at once, and the next one, of the same size as a rule,
+    is cleared and mapped page by page: a fifth of the time of a training step on a CPU. Resident memory stays at its
+    peak until the process ends.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # as size_t: never
 
 
 def reset_peak_memory() -> None:

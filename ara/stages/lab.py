@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from ara.allocation.base import Context
 from ara.config import TuningConfig
+from ara.environment import keep_freed_memory
 from ara.masks.model import MaskedModel
 from ara.masks.table_cache import TableCache
 from ara.models.linears import LinearSpec
@@ -80,6 +81,8 @@ def open_lab(
     run.report.fact(
         f"{len(train)} windows of {made['seq_len']} tokens to learn from, {held} held out ({documents.origin})"
     )
+    if config.device == "cpu":
+        keep_freed_memory()
     run.report.fact("loading the model")
     model = source.load_model(torch_dtype(config.dtype), config.device)
     masked = MaskedModel(model, list(specs), factor_files(decomposition, specs))

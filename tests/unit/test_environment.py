@@ -137,3 +137,28 @@ def test_a_stage_is_not_charged_for_what_came_before_it() -> None:
     assert before >= 200
     assert after < 100
     assert after + 80 < later < before
+
+
+def test_freed_memory_is_kept_where_the_c_library_can():
+    """In a process of its own: what a block leaves behind stays resident and serves the next one."""
+    script = (
+        "import ctypes, ara.environment as e\n"
+        "e.keep_freed_memory()\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.malloc.restype = ctypes.c_void_p; libc.free.argtypes = [ctypes.c_void_p]\n"
+        "resident = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096 >> 20\n"
+        "block = libc.malloc(ctypes.c_size_t(90 << 20)); ctypes.memset(block, 1, 90 << 20); libc.free(block)\n"
+        "print(resident())\n"
+    )
+    if sys.platform != "linux" or not hasattr(__import__("ctypes").CDLL(None), "gnu_get_libc_version"):
+        pytest.skip("no glibc here")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 90
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    environment.keep_freed_memory()

@@ -175,3 +175,56 @@ def test_the_factors_are_views_of_the_mapped_file(tmp_path):
     ranges = [line.split() for line in maps.splitlines() if str(tmp_path) in line]
     spans = [tuple(int(end, 16) for end in fields[0].split("-")) for fields in ranges]
     assert any(start <= pointer < stop for start, stop in spans)
+
+
+@pytest.fixture
+def small_llama(tmp_path):
+    """A masked tiny Llama in bfloat16, cut at random factors."""
+    from safetensors.torch import save_file
+
+    model = tiny_model("llama").to(torch.bfloat16)
+    specs = find_linears(model)
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for spec in specs:
+        tensors[f"{spec.name}.A"] = torch.randn(spec.full_rank, spec.n, generator=generator) / spec.n**0.5
+        tensors[f"{spec.name}.B"] = torch.randn(spec.m, spec.full_rank, generator=generator) / spec.m**0.5
+    save_file(tensors, tmp_path / "factors.safetensors")
+    return MaskedModel(model, specs, {spec.name: tmp_path / "factors.safetensors" for spec in specs})
+
+
+def _spied_attention(model, monkeypatch):
+    """Return a list that grows by the kind of attention of every forward pass."""
+    seen, forward = [], model.forward
+
+    def spy(ids):
+        seen.append(model.model.config._attn_implementation)
+        return forward(ids)
+
+    monkeypatch.setattr(model, "forward", spy)
+    return seen
+
+
+def test_gradients_take_plain_attention_and_reported_losses_do_not(small_llama, monkeypatch):
+    ids = torch.randint(4, 200, (2, 13), generator=torch.Generator().manual_seed(1))
+    seen = _spied_attention(small_llama, monkeypatch)
+    found = small_llama.gradients(ids, "kl")
+    loss = small_llama.nll(ids)
+    assert seen == ["eager", "eager", "sdpa"]
+    monkeypatch.setattr("ara.models.attention._KEPT_BYTES", 100)
+    fused = small_llama.gradients(ids, "kl")
+    assert seen[3:] == ["sdpa", "sdpa"]
+    assert torch.equal(small_llama.nll(ids), loss)
+    assert found.loss == pytest.approx(fused.loss, abs=1e-3)
+    for name, gradient in found.masks.items():
+        # Both are bfloat16 arithmetic in another order.
+        assert (gradient - fused.masks[name]).norm() <= 0.05 * fused.masks[name].norm(), name
+
+
+def test_float32_keeps_its_attention(small_llama, monkeypatch):
+    small_llama.model.float()
+    for layer in small_llama.layers.values():
+        layer.a, layer.b, layer.weight = layer.a.float(), layer.b.float(), layer.weight.float()
+    seen = _spied_attention(small_llama, monkeypatch)
+    small_llama.gradients(torch.randint(4, 200, (2, 13)), "ce")
+    assert seen == ["sdpa"]
