@@ -1,13 +1,16 @@
-"""Quality per parameter on SmolLM2-135M: every allocator and decomposition, the same budget, the same text, one run.
+"""Quality per parameter on SmolLM2-135M: every allocator and decomposition, the same budget, the same text.
 
-    ARA_DATA_DIR=... make bench-quality                            # the table of the README
-    python benchmarks/quality.py --windows 8 --seeds 1 --steps 6   # a quick look
+    ARA_DATA_DIR=... make bench-quality                                          # measure anew, in ./bench-quality
+    python benchmarks/quality.py --seeds 1 --only 'two-sided/*/0.8/*'            # a part of it
+    python benchmarks/quality.py --results benchmarks/results/quality.json       # go on with the published rows
 
 Factors are calibrated on C4 (256 windows of 512 tokens, seed 0) once; ranks are learned from other windows of the
 same documents; what is printed is measured on WikiText-2 (test) and on C4 documents that no calibration has seen. Gap
 closed = (ln ppl_uniform − ln ppl) / (ln ppl_uniform − ln ppl_dense), uniform being whitened factors at uniform ranks.
 Learned methods run once per seed (batches, drawn targets); their row is the mean, with the range. No guard is at work.
-Every row is stored in the workspace as soon as it is measured, so an interrupted run goes on.
+Every row is stored as soon as it is measured, so an interrupted run goes on, on another machine if need be: rows fit
+together when model, text and settings are the same, and each says which run it comes from. Printing and drawing is
+``benchmarks/quality_table.py``.
 
 The dense perplexity is computed once more, on the first windows, by a few lines that share no code with ARA's
 evaluation (:func:`independent_perplexity`); both must agree.
@@ -23,18 +26,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ara.config import AllocateConfig, DecomposeConfig, Layout, MaskTrainingOptions, TrainMasksConfig
+from ara.environment import machine, now, versions
 from ara.errors import AraError
-from ara_cli.console import Column, Console
-from ara_cli.words import percent, seconds_text
+from ara_cli.console import Console
+from benchmarks.quality_table import TASKS, draw, show
 
 if TYPE_CHECKING:
     from ara.allocation.base import Allocation
 
-TASKS = ("wikitext2", "c4")
+# Budgets of the table, and what their trainings are named without.
+TABLE_KEEPS = (0.8, 0.6)
 # Allocators whose result depends on the seed.
 LEARNED = ("ara", "ara-paper", "gumbel", "tanh")
 # The paper's form walks by Adam, as tanh and gumbel do, and gets as many steps of as many windows as they.
@@ -92,24 +99,23 @@ def rows_of(data_dir: Path) -> list[str]:
         return [json.loads(line)["text"] for line in file]
 
 
-def wanted(arguments: argparse.Namespace) -> Iterator[Row]:
-    """List what is to be measured: whitened factors first, then all methods, then the learned ones by further seeds."""
-    for method in ("uniform", "sensitivity"):
-        for keep in arguments.keep:
-            yield Row("whitened", method, keep, 0)
-    # What one seed says of everything, the methods of this project first; then further seeds.
-    for layout, methods in (("factors", OURS), ("pivoted", OURS), ("factors", RIVALS), ("pivoted", ("dp-kl",))):
-        for method in methods:
-            for keep in arguments.keep:
-                yield Row("two-sided", method, keep, 0, layout)
-    for layout in ("factors", "pivoted"):
-        for seed in range(1, arguments.seeds):
-            for keep in arguments.keep:
-                yield Row("two-sided", "ara", keep, seed, layout)
-    for method in (name for name in LEARNED if name != "ara"):
-        for seed in range(1, arguments.seeds):
-            for keep in arguments.keep:
-                yield Row("two-sided", method, keep, seed)
+def wanted(keeps: list[float], seeds: int) -> Iterator[Row]:
+    """List what is to be measured, most telling first: one seed of everything, then further seeds."""
+    groups: list[tuple[str, Layout, tuple[str, ...], range]] = [
+        ("whitened", "factors", ("uniform", "sensitivity"), range(1)),
+        ("two-sided", "factors", OURS, range(1)),
+        ("two-sided", "pivoted", OURS, range(1)),
+        ("two-sided", "factors", RIVALS, range(1)),
+        ("two-sided", "factors", ("ara",), range(1, seeds)),
+        ("two-sided", "pivoted", ("dp-kl",), range(1)),
+        ("two-sided", "pivoted", ("ara",), range(1, seeds)),
+        ("two-sided", "factors", tuple(name for name in LEARNED if name != "ara"), range(1, seeds)),
+    ]
+    for factors, layout, methods, wanted_seeds in groups:
+        for seed in wanted_seeds:
+            for method in methods:
+                for keep in keeps:
+                    yield Row(factors, method, keep, seed, layout)
 
 
 class Bench:
@@ -125,28 +131,41 @@ class Bench:
             name: decompose(DecomposeConfig(model=arguments.model, method=name, samples=arguments.samples), self.run)
             for name in ("whitened", "two-sided")
         }
-        self.file = arguments.workspace / "quality.json"
-        self.settings = [arguments.windows, arguments.seq_len, arguments.steps]
-        self.rows = self._finished()
+        self.file: Path = arguments.results or arguments.workspace / "quality.json"
+        self.document = self._finished()
+        self.rows: dict[str, Any] = self.document["rows"]
         self.loaded: str | None = None
         # Probes of the loaded factors: the same for all budgets.
         self.measured: dict[str, tuple[Any, float]] = {}
 
     def _finished(self) -> dict[str, Any]:
-        try:
-            document = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        made = [self.views[name].manifest.id for name in sorted(self.views)]  # type: ignore[union-attr]
-        fits = document.get("settings") == self.settings and document.get("factors") == made
-        return dict(document["rows"]) if fits else {}
+        """Return the document to go on with; rows that were measured otherwise are an error, not thrown away."""
+        made = {name: view.manifest for name, view in self.views.items()}
+        recipes = {name: {"model": m.model["fingerprint"], **m.config} for name, m in made.items() if m is not None}
+        settings = {name: getattr(self.arguments, name) for name in ("windows", "seq_len", "steps")}
+        empty = {"settings": settings, "factors": recipes, "runs": [], "rows": {}}
+        if not self.file.exists():
+            return empty
+        document: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
+        if any(document[name] != empty[name] for name in ("settings", "factors")):
+            sys.exit(
+                f"error: the rows in {self.file} were measured with another model, text or other settings\n"
+                "hint: name another file with --results, or move this one away"
+            )
+        return document
 
-    def store(self) -> None:
-        """Write the finished rows."""
-        made = [self.views[name].manifest.id for name in sorted(self.views)]  # type: ignore[union-attr]
-        document = {"settings": self.settings, "factors": made, "rows": self.rows}
+    @cached_property
+    def number(self) -> int:
+        """Which of the document's runs this one is; its first row enters it there."""
+        self.document["runs"].append({"started": now(), "machine": machine(), "versions": versions()})
+        return len(self.document["runs"]) - 1
+
+    def keep_row(self, key: str, row: dict[str, Any]) -> None:
+        """Add a finished row and write all of them."""
+        self.rows[key] = {**row, "run": self.number}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         aside = self.file.with_suffix(".partial")
-        aside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
         os.replace(aside, self.file)
 
     def load(self, factors: str) -> None:
@@ -177,7 +196,7 @@ class Bench:
         for task, text in self.texts.items():
             losses = model.nll(text.ids, 1, self.console, f"Reading {task}")
             found[task] = float(losses.mean())
-            found[f"{task}_windows"] = losses.tolist()
+            found[f"{task}_windows"] = [round(loss, 6) for loss in losses.tolist()]
         model.use_dense()
         return found
 
@@ -185,8 +204,7 @@ class Bench:
         """Measure the dense model."""
         if "dense" not in self.rows:
             self.load("whitened")
-            self.rows["dense"] = self.quality({spec.name: None for spec in self.context.model.specs})
-            self.store()
+            self.keep_row("dense", self.quality({spec.name: None for spec in self.context.model.specs}))
 
     def measure(self, row: Row) -> None:
         """Allocate and measure one row, unless it is there already."""
@@ -200,13 +218,11 @@ class Bench:
             allocation, facts = self._allocation(row)
         except AraError as error:
             self.console.warn(f"{row.key}: {error}")
-            self.rows[row.key] = {"error": str(error)}
-            self.store()
+            self.keep_row(row.key, {"error": str(error)})
             return
         facts["linear_keep"] = allocation.keep(specs_of(self.views[row.factors], row.layout))
         facts["dense_layers"] = allocation.dense_count()
-        self.rows[row.key] = {**facts, **self.quality(allocation.ranks)}
-        self.store()
+        self.keep_row(row.key, {**facts, **self.quality(allocation.ranks)})
 
     def _allocation(self, row: Row) -> tuple[Allocation, dict[str, Any]]:
         from ara.allocation import ALLOCATORS
@@ -246,6 +262,11 @@ class Bench:
             self.measured[name] = found, time.monotonic() - begun
         return self.measured[name]
 
+    def training(self, row: Row) -> str:
+        """Return the name of the training that serves ``row``: one for all budgets of this run."""
+        keeps = () if tuple(self.arguments.keep) == TABLE_KEEPS else (f"{keep:g}" for keep in self.arguments.keep)
+        return "-".join((row.method, row.layout, str(row.seed), *keeps))
+
     def _trained(self, row: Row) -> tuple[Allocation, dict[str, Any]]:
         """Train as ``ara train-masks`` does, at all budgets in one go."""
         from ara.allocation.ranks_file import from_table
@@ -255,88 +276,18 @@ class Bench:
         if self.arguments.steps:
             options["steps"] = self.arguments.steps
         config = TrainMasksConfig(keep=tuple(self.arguments.keep), seed=row.seed, layout=row.layout, **options)
-        view = train_masks(config, self.run, factors=row.factors, name=f"{row.method}-{row.layout}-{row.seed}")
+        view = train_masks(config, self.run, factors=row.factors, name=self.training(row))
         assert view.manifest is not None
         result = view.manifest.results["budgets"][f"{row.keep:g}"]
         log = view.manifest.results["log"][f"{row.keep:g}"]
         facts = {
             "seconds": view.manifest.results["table_seconds"] + result["seconds"],
             "backward_passes": view.manifest.results["table_windows"] + result["backward_passes"],
+            "trained_at": list(self.arguments.keep),
             "won_on_held_out": result["start_held_out"] - result["held_out"],
             "curve": [[entry["step"], entry["held_out"]] for entry in log if entry["held_out"] is not None],
         }
         return from_table(result["ranks"]), facts
-
-
-def share_closed(rows: dict[str, Any], row: dict[str, Any], keep: float, task: str) -> float:
-    """Return the share of the gap between whitened uniform ranks and the dense model that ``row`` closes."""
-    from ara.stages.compare import gap_closed
-
-    found = gap_closed(row[task], rows[f"whitened/uniform/{keep:g}/0"][task], rows["dense"][task])
-    assert found is not None, "uniform ranks lose nothing: there is no gap"
-    return found
-
-
-def mean_and_range(values: list[float], digits: int = 0, scale: float = 100, unit: str = " %") -> str:
-    """Return the mean, with the range of several values."""
-    mean = f"{scale * sum(values) / len(values):.{digits}f}{unit}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({scale * min(values):.{digits}f} – {scale * max(values):.{digits}f})"
-
-
-def show(console: Console, rows: dict[str, Any], keeps: list[float]) -> None:
-    """Print one table per budget, best on WikiText-2 first."""
-    dense = ", ".join(f"{task} {math.exp(rows['dense'][task]):.2f}" for task in TASKS)
-    console.text(f"dense perplexity: {dense}")
-    for keep in keeps:
-        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for key, row in rows.items():
-            parts = key.split("/")
-            if len(parts) == 4 and float(parts[2]) == keep and "error" not in row:
-                groups.setdefault((parts[0], parts[1]), []).append(row)
-        order = sorted(groups, key=lambda name: sum(r["wikitext2"] for r in groups[name]) / len(groups[name]))
-        columns = [Column("factors", "left"), Column("allocation", "left")]
-        for task in TASKS:
-            columns += [Column(f"{task} perplexity"), Column("gap closed")]
-        columns += [Column("dense layers"), Column("time"), Column("backward passes"), Column("seeds"), Column("kept")]
-        table = []
-        for name in order:
-            found = groups[name]
-            cells: list[Any] = list(name)
-            for task in TASKS:
-                cells.append(mean_and_range([math.exp(r[task]) for r in found], 2, 1, ""))
-                cells.append(mean_and_range([share_closed(rows, r, keep, task) for r in found], 1))
-            cells += [
-                mean_and_range([r["dense_layers"] for r in found], 0, 1, ""),
-                seconds_text(sum(r["seconds"] for r in found) / len(found)),
-                round(sum(r["backward_passes"] for r in found) / len(found)),
-                len(found),
-                percent(found[0]["linear_keep"], 2),
-            ]
-            table.append(cells)
-        console.table(f"keep {keep:g}", columns, table)
-
-
-def draw(rows: dict[str, Any], keeps: list[float]) -> bytes:
-    """Draw uniform ranks, ARA, and the rival that is best on average over the budgets."""
-    from ara.reporting.figures import keep_curves
-
-    def curve(factors: str, method: str) -> dict[float, float]:
-        found = {keep: rows.get(f"{factors}/{method}/{keep:g}/0", {}) for keep in keeps}
-        return {keep: math.exp(row["wikitext2"]) for keep, row in found.items() if "wikitext2" in row}
-
-    rivals = {name: curve("two-sided", name) for name in METHODS if not name.startswith("ara")}
-    whole = {name: points for name, points in rivals.items() if len(points) == len(keeps)}
-    best = min(whole, key=lambda name: sum(math.log(value) for value in whole[name].values()))
-    curves = {
-        "uniform ranks, whitened factors": curve("whitened", "uniform"),
-        f"{best}, two-sided factors": rivals[best],
-        "ARA, two-sided factors": curve("two-sided", "ara"),
-        "ARA, two-sided factors, pivoted": curve("two-sided, pivoted", "ara"),
-    }
-    title = "SmolLM2-135M, WikiText-2"
-    return keep_curves(curves, math.exp(rows["dense"]["wikitext2"]), title)
 
 
 def main() -> None:
@@ -349,24 +300,24 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="evaluate the first N windows of each text")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the learned methods")
     parser.add_argument("--steps", type=int, help="training steps of ARA's forms [default: theirs]")
-    parser.add_argument("--only", help="allocators to measure, with commas [default: all]")
+    parser.add_argument("--only", default="*", help="rows to measure, such as 'two-sided/ara/*' [default: all]")
+    parser.add_argument("--results", type=Path, help="file of finished rows [default: quality.json in the workspace]")
     parser.add_argument("--figure", type=Path, help="draw WikiText-2 perplexity against keep into this SVG file")
     parser.add_argument("--check-windows", type=int, default=4, help="windows of the independent computation")
     parser.add_argument("--workspace", type=Path, default=Path("bench-quality"), help="where to work")
     arguments = parser.parse_args()
-    arguments.keep = sorted(arguments.keep or [0.8, 0.6], reverse=True)
+    arguments.keep = sorted(arguments.keep or TABLE_KEEPS, reverse=True)
     if "ARA_DATA_DIR" not in os.environ:
         sys.exit("error: ARA_DATA_DIR is not set\nhint: point it at a folder with wikitext2_raw/ and c4_sample/")
     console = Console()
     bench = Bench(arguments, console)
     bench.dense()
-    only = set(arguments.only.split(",")) if arguments.only else None
-    for row in wanted(arguments):
-        if only is None or row.method in only or row == Row("whitened", "uniform", row.keep, 0):
+    for row in wanted(arguments.keep, arguments.seeds):
+        if fnmatchcase(row.key, arguments.only) or row == Row("whitened", "uniform", row.keep, 0):
             bench.measure(row)
-    show(console, bench.rows, arguments.keep)
+    show(console, bench.rows)
     if arguments.figure:
-        arguments.figure.write_bytes(draw(bench.rows, arguments.keep))
+        arguments.figure.write_bytes(draw(bench.rows))
     check(bench, arguments, console)
     check_stored(bench, arguments, console)
 
@@ -384,10 +335,12 @@ def check_stored(bench: Bench, arguments: argparse.Namespace, console: Console) 
     from ara.stages.common import factor_files, model_of, specs_of
 
     keep = arguments.keep[0]
-    for layout in ("factors", "pivoted"):
-        row = bench.rows.get(Row("two-sided", "ara", keep, 0, layout).key, {})
-        trained = bench.run.open().view(f"train-masks/ara-{layout}-0")
-        if "wikitext2_windows" not in row or trained.manifest is None:
+    layouts: tuple[Layout, ...] = ("factors", "pivoted")
+    for layout in layouts:
+        row = Row("two-sided", "ara", keep, 0, layout)
+        measured = bench.rows.get(row.key, {})
+        trained = bench.run.open().view(f"train-masks/{bench.training(row)}")
+        if "wikitext2_windows" not in measured or trained.manifest is None:
             continue
         view = bench.views["two-sided"]
         assert view.manifest is not None
@@ -395,7 +348,7 @@ def check_stored(bench: Bench, arguments: argparse.Namespace, console: Console) 
         model = source.load_model(getattr(torch, view.manifest.config["dtype"]))
         ranks = from_table(trained.manifest.results["budgets"][f"{keep:g}"]["ranks"]).low_rank()
         apply_factors(model, ranks, factor_files(view, specs_of(view)), layout, console)
-        losses = row["wikitext2_windows"][: arguments.check_windows]
+        losses = measured["wikitext2_windows"][: arguments.check_windows]
         masked = math.exp(sum(losses) / len(losses))
         rows = rows_of(Path(os.environ["ARA_DATA_DIR"]))
         stored = independent_perplexity(model, source.load_tokenizer(), rows, arguments.seq_len, len(losses))

@@ -1,0 +1,87 @@
+"""What ``benchmarks/quality_table.py`` makes of finished rows, and that the README shows the published ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.quality import METHODS, Row, wanted
+from benchmarks.quality_table import PUBLISHED, draw, groups_of, keeps_of, markdown, mean_and_range, share_closed
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def row(perplexity: float, dense_layers: int = 3) -> dict[str, Any]:
+    """Return a finished row."""
+    loss = math.log(perplexity)
+    facts = {"seconds": 1.0, "backward_passes": 2, "linear_keep": 0.8, "dense_layers": dense_layers}
+    return {"wikitext2": loss, "c4": loss, **facts}
+
+
+@pytest.fixture
+def rows() -> dict[str, dict[str, Any]]:
+    return {
+        "dense": row(20),
+        "whitened/uniform/0.8/0": row(160),
+        "two-sided/ara/0.8/0": row(40, 10),
+        "two-sided/ara/0.8/1": row(20 * math.sqrt(2), 20),
+        "two-sided/dp-kl/0.8/0": row(80),
+        "two-sided/strs/0.8/0": {"error": "the loss is nan"},
+        "two-sided, pivoted/ara/0.8/0": row(20),
+    }
+
+
+def test_gap_closed_is_a_share_of_log_perplexity(rows):
+    closed = {key: share_closed(rows, rows[key], 0.8, "wikitext2") for key in rows if "ara" in key or "dp-kl" in key}
+    assert closed == pytest.approx(
+        {
+            "two-sided/ara/0.8/0": 2 / 3,
+            "two-sided/ara/0.8/1": 5 / 6,
+            "two-sided/dp-kl/0.8/0": 1 / 3,
+            "two-sided, pivoted/ara/0.8/0": 1,
+        }
+    )
+
+
+def test_rows_are_grouped_by_factors_with_the_best_last_and_failures_left_out(rows):
+    groups = groups_of(rows, 0.8)
+    names = [("whitened", "uniform"), ("two-sided", "dp-kl"), ("two-sided", "ara"), ("two-sided, pivoted", "ara")]
+    assert list(groups) == names
+    assert [len(found) for found in groups.values()] == [1, 1, 2, 1]
+    assert keeps_of(rows) == [0.8]
+
+
+def test_cells_are_means_with_the_range(rows):
+    line = next(line for line in markdown(rows, [0.8]).splitlines() if "**ara**" in line)
+    assert line == (
+        "| | two-sided | **ara** | 2 | 34.1 (28.3 – 40.0) | 75.0 % (66.7 – 83.3) "
+        "| 34.1 (28.3 – 40.0) | 75.0 % (66.7 – 83.3) | 15 (10 – 20) |"
+    )
+    assert mean_and_range([3.04, 3.01], lambda value: f"{value:.1f}") == "3.0"
+
+
+def test_the_figure_shows_the_best_rival(rows):
+    assert b"dp-kl, two-sided factors" in draw(rows)
+
+
+def test_every_method_is_wanted_at_every_budget_and_learned_ones_with_every_seed():
+    found = list(wanted([0.8, 0.6], 3))
+    assert len(found) == len(set(found))
+    for method in METHODS:
+        assert {row.keep for row in found if row.method == method and row.factors == "two-sided"} == {0.8, 0.6}
+    seeds = {row.method: sum(r.method == row.method and r.keep == 0.6 for r in found) for row in found}
+    assert (seeds["tanh"], seeds["strs"], seeds["ara"]) == (3, 1, 6)
+    assert Row("two-sided", "ara", 0.6, 2, "pivoted").key == "two-sided, pivoted/ara/0.6/2"
+
+
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="no published rows")
+def test_the_readme_shows_the_published_rows():
+    rows = json.loads(PUBLISHED.read_text(encoding="utf-8"))["rows"]
+    assert markdown(rows, (0.8, 0.6)) in README.read_text(encoding="utf-8")
+    dense = [f"{math.exp(rows['dense'][task]):.2f}" for task in ("wikitext2", "c4")]
+    assert re.search(rf"Dense: {dense[0]} and {dense[1]}", README.read_text(encoding="utf-8"))
