@@ -3,8 +3,7 @@
     python benchmarks/masks.py --workspace bench-quality --factors two-sided
 
 Dense means: the same model, the same text, the gradient carried back to the embeddings and to no weight, as mask
-training does it, and with the attention that mask training takes (:mod:`ara.models.attention`). Also printed: with
-torch's fused attention, and with gradients of all weights of the linear layers, which is what training a model takes.
+training does it. Also printed with gradients of all weights of the linear layers, which is what training a model takes.
 The cut is the one of ``--keep`` by uniform ranks, and by the energy allocator, which leaves layers dense.
 """
 
@@ -14,7 +13,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -24,7 +22,6 @@ from ara.allocation.energy import Energy
 from ara.allocation.uniform import Uniform
 from ara.config import AllocateConfig
 from ara.masks.losses import token_losses
-from ara.models.attention import quick_attention
 from ara.stages.allocate import load_modules
 from ara.stages.common import Run, model_of, specs_of
 from ara.stages.lab import open_lab, placed
@@ -53,12 +50,11 @@ def main() -> None:
     plain = model_of(view, run).load_model(model.model.dtype, str(model.device)).requires_grad_(False)
     names = {spec.name for spec in model.specs}
 
-    def dense(weights: bool = False, quick: bool = True) -> None:
+    def dense(weights: bool) -> None:
         for name in names:
             plain.get_submodule(name).weight.requires_grad_(weights)
         embedded = plain.get_input_embeddings()(windows).requires_grad_()
-        with quick_attention(plain, *windows.shape) if quick else nullcontext():
-            token_losses(plain(inputs_embeds=embedded, use_cache=False).logits, windows).sum().backward()
+        token_losses(plain(inputs_embeds=embedded, use_cache=False).logits, windows).sum().backward()
         plain.zero_grad(set_to_none=True)
 
     def masked(cut: str) -> None:
@@ -66,9 +62,8 @@ def main() -> None:
         model.gradients(windows, "ce", len(windows))
 
     passes: dict[str, Callable[[], None]] = {
-        "dense": dense,
-        "dense, torch's fused attention": lambda: dense(quick=False),
-        "dense with weight gradients": lambda: dense(weights=True),
+        "dense": lambda: dense(False),
+        "dense with weight gradients": lambda: dense(True),
         **{f"masks, {name} ranks": (lambda name=name: masked(name)) for name in cuts},
     }
     seconds: dict[str, list[float]] = {name: [] for name in passes}

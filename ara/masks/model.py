@@ -16,7 +16,6 @@ from ara.errors import NumericalError
 from ara.evaluation.perplexity import window_nll
 from ara.masks.linear import MaskedLinear
 from ara.masks.losses import sampled_targets, token_losses
-from ara.models.attention import quick_attention
 from ara.models.linears import LinearSpec
 from ara.models.modeling_ara import replace_linear
 from ara.progress import SILENT, Reporter
@@ -185,8 +184,7 @@ class MaskedModel:
         """
         generator = torch.Generator().manual_seed(seed)
         found: list[torch.Tensor] = []
-        shape = min(batch_size, len(windows)), windows.shape[1]
-        with report.bar(label, len(windows)) as bar, torch.enable_grad(), quick_attention(self.model, *shape):
+        with report.bar(label, len(windows)) as bar, torch.enable_grad():
             for batch in windows.split(batch_size):
                 ids = batch.to(self.device)
                 teacher = self._teacher(ids) if loss == "kl" else None
