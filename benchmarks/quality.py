@@ -12,15 +12,14 @@ Every row is stored as soon as it is measured, so an interrupted run goes on, on
 together when model, text and settings are the same, and each says which run it comes from. Printing and drawing is
 ``benchmarks/quality_table.py``.
 
-The dense perplexity is computed once more, on the first windows, by a few lines that share no code with ARA's
-evaluation (:func:`independent_perplexity`); both must agree.
+At the end the first windows are computed once more, dense and with stored layers, by a few lines that share no code
+with ARA's evaluation (``benchmarks/quality_checks.py``); both must agree.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -35,6 +34,7 @@ from ara.config import AllocateConfig, DecomposeConfig, Layout, MaskTrainingOpti
 from ara.environment import machine, now, versions
 from ara.errors import AraError
 from ara_cli.console import Console
+from benchmarks.quality_checks import check_dense, check_stored
 from benchmarks.quality_table import TASKS, draw, show
 
 if TYPE_CHECKING:
@@ -77,26 +77,6 @@ class Row:
         """Name in the file of finished rows."""
         layout = "" if self.layout == "factors" else f", {self.layout}"
         return f"{self.factors}{layout}/{self.method}/{self.keep:g}/{self.seed}"
-
-
-def independent_perplexity(model: Any, tokenizer: Any, rows: list[str], seq_len: int, windows: int) -> float:
-    """Compute perplexity as the GPTQ and SVD-LLM scripts describe it, with torch's own cross-entropy."""
-    import torch
-
-    ids = tokenizer("\n\n".join(rows), return_tensors="pt").input_ids
-    losses = []
-    for i in range(windows):
-        window = ids[:, i * seq_len : (i + 1) * seq_len]
-        with torch.no_grad():
-            logits = model(window).logits.to(torch.float64)
-        losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], window[0, 1:]).item())
-    return math.exp(sum(losses) / len(losses))
-
-
-def rows_of(data_dir: Path) -> list[str]:
-    """Read the rows of the WikiText-2 test split."""
-    with (data_dir / "wikitext2_raw" / "test.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line)["text"] for line in file]
 
 
 def wanted(keeps: list[float], seeds: int) -> Iterator[Row]:
@@ -290,6 +270,22 @@ class Bench:
         return from_table(result["ranks"]), facts
 
 
+def check(bench: Bench, windows: int) -> None:
+    """Compare the dense row, and that of ara at the largest budget in each layout, with independent computations."""
+    from ara.allocation.ranks_file import from_table
+
+    keep, seq_len = bench.arguments.keep[0], bench.arguments.seq_len
+    check_dense(bench.run, bench.views["whitened"], bench.rows["dense"]["wikitext2_windows"][:windows], seq_len)
+    layouts: tuple[Layout, ...] = ("factors", "pivoted")
+    for layout in layouts:
+        row = Row("two-sided", "ara", keep, 0, layout)
+        losses = bench.rows.get(row.key, {}).get("wikitext2_windows", ())[:windows]
+        trained = bench.run.open().view(f"train-masks/{bench.training(row)}")
+        if losses and trained.manifest is not None:
+            ranks = from_table(trained.manifest.results["budgets"][f"{keep:g}"]["ranks"])
+            check_stored(bench.run, bench.views["two-sided"], ranks, layout, losses, seq_len)
+
+
 def main() -> None:
     """Measure, print the tables, check the dense row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -318,67 +314,7 @@ def main() -> None:
     show(console, bench.rows)
     if arguments.figure:
         arguments.figure.write_bytes(draw(bench.rows))
-    check(bench, arguments, console)
-    check_stored(bench, arguments, console)
-
-
-def check_stored(bench: Bench, arguments: argparse.Namespace, console: Console) -> None:
-    """Compare what was measured with masks to the layers that a checkpoint holds; more than 1 % off is a failure.
-
-    All rows are measured by one masked model that computes with A and B; a checkpoint may hold pivoted layers, whose
-    rounding is another one.
-    """
-    import torch
-
-    from ara.allocation.ranks_file import from_table
-    from ara.models.checkpoint import apply_factors
-    from ara.stages.common import factor_files, model_of, specs_of
-
-    keep = arguments.keep[0]
-    layouts: tuple[Layout, ...] = ("factors", "pivoted")
-    for layout in layouts:
-        row = Row("two-sided", "ara", keep, 0, layout)
-        measured = bench.rows.get(row.key, {})
-        trained = bench.run.open().view(f"train-masks/{bench.training(row)}")
-        if "wikitext2_windows" not in measured or trained.manifest is None:
-            continue
-        view = bench.views["two-sided"]
-        assert view.manifest is not None
-        source = model_of(view, bench.run)
-        model = source.load_model(getattr(torch, view.manifest.config["dtype"]))
-        ranks = from_table(trained.manifest.results["budgets"][f"{keep:g}"]["ranks"]).low_rank()
-        apply_factors(model, ranks, factor_files(view, specs_of(view)), layout, console)
-        losses = measured["wikitext2_windows"][: arguments.check_windows]
-        masked = math.exp(sum(losses) / len(losses))
-        rows = rows_of(Path(os.environ["ARA_DATA_DIR"]))
-        stored = independent_perplexity(model, source.load_tokenizer(), rows, arguments.seq_len, len(losses))
-        off = stored / masked - 1
-        console.text(f"ara at keep {keep:g}, {layout}: {masked:.3f} with masks, {stored:.3f} as stored ({off:+.2%})")
-        if abs(off) > 0.01:
-            sys.exit("error: the stored layers disagree with the masks by more than 1 %")
-
-
-def check(bench: Bench, arguments: argparse.Namespace, console: Console) -> None:
-    """Compare the dense loss with the independent computation; a difference of more than 0.01 % is a failure."""
-    import torch
-
-    from ara.stages.common import model_of
-
-    source = model_of(bench.views["whitened"], bench.run)
-    made = bench.views["whitened"].manifest
-    assert made is not None
-    model = source.load_model(getattr(torch, made.config["dtype"]))
-    dense = bench.rows["dense"]["wikitext2_windows"][: arguments.check_windows]
-    ours = math.exp(sum(dense) / len(dense))
-    rows = rows_of(Path(os.environ["ARA_DATA_DIR"]))
-    theirs = independent_perplexity(model, source.load_tokenizer(), rows, arguments.seq_len, len(dense))
-    off = abs(theirs / ours - 1)
-    console.text(
-        f"dense, first {len(dense)} windows: {ours:.4f}, computed independently {theirs:.4f}; "
-        f"relative difference {off:.1e}"
-    )
-    if off > 1e-4:
-        sys.exit("error: the dense row disagrees with the independent computation by more than 0.01 %")
+    check(bench, arguments.check_windows)
 
 
 if __name__ == "__main__":
