@@ -29,6 +29,33 @@ def _run(allocator: Uniform | Energy, modules: list[Module], keep: float, rank_m
 # -- uniform ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("keep", [0.8, 0.6])
+def test_uniform_gives_one_share_to_all_layers_beside_those_that_stay_dense(keep: float) -> None:
+    modules = [_module(i, 10 * m, 10 * n) for i, (m, n) in enumerate(GQA * 2)]
+    specs = [module.spec for module in modules]
+    dense = frozenset(spec.name for spec in specs if (spec.m, spec.n) == (600, 920))
+    budget = Budget.for_keep(specs, keep, dense=dense)
+    allocation = Uniform().allocate(modules, budget)
+    total = sum(spec.dense_cost for spec in specs)
+    held = sum(spec.dense_cost for spec in specs if spec.name in dense)
+    share = (keep * total - held) / (total - held)
+    for spec in specs:
+        rank = allocation.ranks[spec.name]
+        if spec.name in dense:
+            assert rank is None
+        else:
+            assert rank is not None and spec.cost(rank) / spec.dense_cost == pytest.approx(share, abs=0.01)
+    assert 0 <= budget.parameters - allocation.cost(specs) < 1500
+
+
+def test_uniform_takes_floors_out_of_the_common_share() -> None:
+    modules = [_module(0, 100, 100), _module(1, 1000, 1000)]
+    budget = Budget.for_keep([module.spec for module in modules], 0.5, min_rank=40)
+    ranks = Uniform().allocate(modules, budget).ranks
+    # 40 · 200 parameters are held; the other layer gets (505,000 − 8,000) // 2,000, and the first what is left over.
+    assert ranks == {"b.0": 45, "b.1": 248}
+
+
 @pytest.mark.parametrize("keep", [0.8, 0.6, 0.35])
 def test_uniform_is_the_floor_of_the_same_fraction_and_the_remainder(keep: float) -> None:
     modules = [_module(i, m, n) for i, (m, n) in enumerate(GQA * 2)]
