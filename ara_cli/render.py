@@ -66,10 +66,10 @@ def show_allocation(console: Console, view: StageView) -> None:
     if guard is not None:
         losses = guard["held_out"]
         candidates = [name for name in losses if name != "dense"]
-        told = ", ".join(f"{name} {losses[name]:.4f}" for name in candidates)
-        console.text(
-            f"guard, held-out loss in nats per token (dense {losses['dense']:.4f}): {told}; {guard['winner']} won"
-        )
+        # What JSON cannot say, NaN and infinity, is stored as null.
+        told = {name: "not finite" if loss is None else f"{loss:.4f}" for name, loss in losses.items()}
+        each = ", ".join(f"{name} {told[name]}" for name in candidates)
+        console.text(f"guard, held-out loss in nats per token (dense {told['dense']}): {each}; {guard['winner']} won")
 
 
 def show_training(console: Console, view: StageView) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ara.allocation.base import Allocation, Context
+from ara.errors import NumericalError
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ def compare_candidates(candidates: Mapping[str, Allocation], context: Context) -
     Args:
         candidates: by name, in order of preference; at least one.
         context: the model and the text; the model is left dense.
+
+    Raises:
+        NumericalError: no candidate gives a finite loss.
     """
     model, windows = context.model, context.held_out
     model.use_dense()
@@ -46,7 +51,12 @@ def compare_candidates(candidates: Mapping[str, Allocation], context: Context) -
     finally:
         model.use_dense()
     means = {name: float(found.mean()) for name, found in values.items()}
-    winner = min(candidates, key=lambda name: means[name] if means[name] == means[name] else float("inf"))
+    winner = min(candidates, key=lambda name: means[name] if means[name] == means[name] else math.inf)
+    if not math.isfinite(means[winner]):
+        raise NumericalError(
+            f"all candidates give a held-out loss of NaN or infinity: {', '.join(candidates)}",
+            "try --dtype float32 or a higher --keep",
+        )
     spread = {
         name: float((values[name] - values[winner]).std() / len(windows) ** 0.5) if len(windows) > 1 else None
         for name in candidates

@@ -62,7 +62,7 @@ class Guard(Part):
     """Losses of the candidates on held-out calibration text, and which one was handed out."""
 
     winner: str
-    held_out: Mapping[str, float]
+    held_out: Mapping[str, float | None]
 
 
 class Allocated(Part):

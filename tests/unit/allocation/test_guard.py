@@ -1,0 +1,36 @@
+"""What the guard makes of losses that are not numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ara.allocation.base import Allocation, Context
+from ara.allocation.guard import compare_candidates
+from ara.errors import NumericalError
+from tests.toy import toy_problem
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    return toy_problem(tmp_path, [(20, 14), (14, 20)])[1]
+
+
+def _candidates(context: Context) -> dict[str, Allocation]:
+    names = [spec.name for spec in context.model.specs]
+    return {"ara": Allocation(dict.fromkeys(names, 3)), "uniform": Allocation(dict.fromkeys(names, 6))}
+
+
+def test_nan_never_wins(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([1.0, float("nan"), 2.0])
+    monkeypatch.setattr(context.model, "nll", lambda *_: torch.full((4,), next(losses)))
+    assert compare_candidates(_candidates(context), context).winner == "uniform"
+
+
+def test_candidates_that_are_all_nan_are_refused(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context.model, "nll", lambda *_: torch.full((4,), float("nan")))
+    with pytest.raises(NumericalError, match="NaN or infinity: ara, uniform"):
+        compare_candidates(_candidates(context), context)
+    assert all(layer.rank is None for layer in context.model.layers.values())
