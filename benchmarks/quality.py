@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from ara.config import AllocateConfig, DecomposeConfig, Layout, MaskTrainingOptions, TrainMasksConfig
 from ara.environment import machine, now, versions
-from ara.errors import AraError
+from ara.errors import NumericalError
 from ara_cli.console import Console
 from benchmarks.quality_checks import check_dense, check_stored
 from benchmarks.quality_table import TASKS, draw, show
@@ -196,7 +196,7 @@ class Bench:
         self.load(row.factors)
         try:
             allocation, facts = self._allocation(row)
-        except AraError as error:
+        except NumericalError as error:
             self.console.warn(f"{row.key}: {error}")
             self.keep_row(row.key, {"error": str(error)})
             return

@@ -102,6 +102,9 @@ def show(console: Console, rows: Rows) -> None:
             ]
             table.append([*name, *cells_of(rows, found, keep), *costs])
         console.table(f"keep {keep:g}", columns, table)
+    for key, row in rows.items():
+        if "error" in row:
+            console.warn(f"{key}: {row['error']}")
 
 
 def markdown(rows: Rows, keeps: Sequence[float]) -> str:
