@@ -96,7 +96,8 @@ class AllocateConfig(TuningConfig, BudgetConfig):
     )
     options: dict[str, str] = Field(default_factory=dict, description="options of the method, NAME=VALUE")
     guard: bool = Field(
-        True, description="compare on held-out text and never hand out ranks worse than uniform or the start"
+        True,
+        description="let no method that reads text hand out ranks worse on held-out text than uniform or its start",
     )
     ranks_sha256: str | None = Field(None, description="checksum of the ranks file that was read instead of a method")
 
@@ -138,7 +139,7 @@ class TrainMasksConfig(TuningConfig, BudgetConfig, MaskTrainingOptions):
     keep: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (0.8,),
         min_length=1,
-        description="budget to train at, in (0, 1]; may be repeated, each starts from the one before",
+        description="budget to train at, in (0, 1]; may be repeated (objective priced: warm-started, largest first)",
     )
     save_every: int = Field(5, ge=1, description="steps between checkpoints to go on from")
     tensorboard: bool = Field(False, description="also write TensorBoard events (needs the package tensorboard)")

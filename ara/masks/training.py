@@ -147,6 +147,7 @@ def train(
     *,
     state: TrainingState | None = None,
     save: Callable[[TrainingState], None] | None = None,
+    keep_on_interrupt: bool = False,
     report: Reporter = SILENT,
     label: str = "Training masks",
 ) -> TrainingState:
@@ -160,12 +161,12 @@ def train(
         settings: how.
         state: go on from here instead of from the family's start.
         save: called after every step with the state.
+        keep_on_interrupt: let Ctrl+C end the training as if it were over, instead of passing it on.
         report: told of progress.
         label: of the bar.
 
     Returns:
-        The final state; ``best`` is the allocation to use, never worse on ``held_out`` than the start. After Ctrl+C it
-        is the best of the steps until then.
+        The final state; ``best`` is the allocation to use, never worse on ``held_out`` than the start.
 
     Raises:
         NumericalError: the loss is NaN, or has grown beyond all measure.
@@ -232,9 +233,9 @@ def train(
                     save(state)
                 bar.advance()
     except KeyboardInterrupt:
-        report.warn(f"interrupted after step {state.step} of {settings.steps}: keeping the best allocation so far")
-        if not state.best:
+        if not keep_on_interrupt or not state.best:
             raise
+        report.warn(f"interrupted after step {state.step} of {settings.steps}: keeping the best allocation so far")
         state.interrupted = True
     finally:
         model.use_dense()

@@ -21,7 +21,7 @@ from ara.models.linears import LinearSpec, matching
 from ara.stage_view import StageView, parent_of
 from ara.stages.common import Run, already_done, begin, default_name, layer_file, specs_of
 from ara.stages.lab import open_lab, placed
-from ara.stages.learned import find_training, require_training, with_training
+from ara.stages.learned import find_training, require_training, with_text_of, with_training
 from ara.workspace import Workspace
 
 # The method that stands for the best one that needs no further command.
@@ -96,13 +96,14 @@ def _decided(
 ) -> tuple[AllocateConfig, StageView | None]:
     """Return ``config`` with a method in the place of ``auto`` (say which and why), and the training that it uses."""
     if config.method != AUTO:
-        return config, _training(config, workspace, decomposition, masks)
+        trained = _training(config, workspace, decomposition, masks)
+        return with_text_of(config, trained, run.report), trained
     if config.options:
         raise UsageError(f"-O {next(iter(config.options))}=… is given, and no method", "name the method: --method NAME")
     trained = find_training(workspace, decomposition, config.layout, masks)
     method, why = ("ara", "masks") if trained else ("sensitivity", "no masks")
     run.report.fact(f"method {method}: {why} have been trained on {decomposition.key}")
-    return config.model_copy(update={"method": method}), trained
+    return with_text_of(config.model_copy(update={"method": method}), trained, run.report), trained
 
 
 def refuse_layout(method: str, layout: Layout) -> None:
@@ -157,7 +158,11 @@ def _training(
         raise WorkspaceError(
             f"{workspace.root} has no trained masks", f"run first: ara train-masks --keep {config.keep:g}{layout}"
         )
-    return found or require_training(workspace, decomposition, None)
+    if found is None:
+        # There are some, and none serves: say what is wrong with the latest one.
+        latest = require_training(workspace, decomposition, None)
+        found = find_training(workspace, decomposition, config.layout, latest.name)
+    return found
 
 
 def _name(config: AllocateConfig, factors: str, ranks: Path | None) -> str:

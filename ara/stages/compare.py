@@ -15,6 +15,7 @@ from ara.calibration.texts import check_text_spec, load_documents
 from ara.calibration.tokens import TokenWindows, evaluation_windows
 from ara.config import CompareConfig, Layout, method_options
 from ara.errors import NumericalError
+from ara.masks.learned import nearest
 from ara.reporting.figures import rank_heat_maps
 from ara.stage_view import StageView, parent_of
 from ara.stage_writer import StageWriter
@@ -22,7 +23,7 @@ from ara.stages.allocate import budget_of, load_modules, refuse_layout, summary
 from ara.stages.common import Run, already_done, begin, default_name, model_of
 from ara.stages.evaluate import window_length
 from ara.stages.lab import open_lab, placed
-from ara.stages.learned import find_training, with_training
+from ara.stages.learned import find_training, training_cost, with_text_of, with_training
 
 RESULTS_FILE = "results.json"
 PICTURE_FILE = "ranks.svg"
@@ -58,7 +59,7 @@ def compare(
         assert decomposition.manifest is not None
         run.report.step(f"Comparing {len(methods)} allocators at keep {config.keep:g}")
         trained = find_training(workspace, decomposition, config.layout, masks)
-        resolved = placed(config, run)
+        resolved = placed(with_text_of(config, trained, run.report), run)
         source = model_of(decomposition, run)
         resolved = resolved.model_copy(
             update={"methods": methods, "eval_seq_len": window_length(config.eval_seq_len, source.config)}
@@ -92,7 +93,7 @@ def compare(
             # Every method pays for what it measures: no table of another command.
             lab = replace(open_lab(decomposition, specs, resolved, workspace, run), table_cache=None)
             context = with_training(lab, trained)
-            _measure_all(resolved, modules, context, windows, stage, run)
+            _measure_all(resolved, modules, context, windows, trained, stage, run)
             parameters = decomposition.manifest.results["model_parameters"]
             _conclude(resolved, modules, parameters, stage, trained)
         return workspace.view(f"compare/{name}")
@@ -113,6 +114,7 @@ def _measure_all(
     modules: list[Module],
     context: Context,
     windows: dict[str, TokenWindows],
+    trained: StageView | None,
     stage: StageWriter,
     run: Run,
 ) -> None:
@@ -130,6 +132,10 @@ def _measure_all(
         run.report.step(f"Allocating by {method}")
         try:
             rows[method] = _measure(method, config, modules, context, windows)
+            if method == "ara" and trained is not None and context.learned:
+                used = nearest(context.learned, config.keep)
+                for name, value in training_cost(trained, used.keep).items():
+                    rows[method][name] += value
         except NumericalError as error:
             # One method that yields NaN is a result; the others are still of use.
             run.report.warn(f"{method}: {error}")
@@ -165,15 +171,20 @@ def _quality(
     held_out = float(
         context.model.nll(context.held_out, context.batch_size, context.report, f"Reading held-out text: {name}").mean()
     )
+    _refuse_infinite(held_out, name, "held-out text")
     tasks = {}
     for task, text in windows.items():
         losses = context.model.nll(text.ids, config.eval_batch_size, context.report, f"Reading {task}: {name}")
         loss = float(losses.mean())
-        if not math.isfinite(loss):
-            raise NumericalError(f"{name} gives a loss of {loss} on {task}", "try --dtype float32")
+        _refuse_infinite(loss, name, task)
         tasks[task] = {"nll": loss, "perplexity": math.exp(loss), "window_nlls": losses.tolist()}
     context.model.use_dense()
     return {"held_out": held_out, "tasks": tasks}
+
+
+def _refuse_infinite(loss: float, name: str, text: str) -> None:
+    if not math.isfinite(loss):
+        raise NumericalError(f"{name} gives a loss of {loss} on {text}", "try --dtype float32")
 
 
 def _conclude(

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 from safetensors.torch import load_file
 
 from ara.allocation.base import Context
 from ara.allocation.ranks_file import from_table
-from ara.config import Layout
+from ara.config import Layout, TuningConfig
 from ara.errors import WorkspaceError
 from ara.masks.learned import LearnedLosses
+from ara.progress import Reporter
 from ara.stage_view import StageView, parent_of
 from ara.workspace import Workspace
 
+C = TypeVar("C", bound=TuningConfig)
+
 TABLE_FILE = "sensitivity.safetensors"
 LOG_FILE = "log.csv"
+EVENTS_FOLDER = "tensorboard"
 
 
 def fits(training: StageView, decomposition: StageView) -> bool:
@@ -79,6 +84,28 @@ def _serves(training: StageView, layout: Layout) -> bool:
 def masks_file(keep: float) -> str:
     """Name of the file with what was learned at one budget."""
     return f"masks-{keep:g}.safetensors"
+
+
+def with_text_of(config: C, trained: StageView | None, report: Reporter) -> C:
+    """Return ``config`` with the calibration windows of a training: what it learned from must not be held out here."""
+    if trained is None:
+        return config
+    assert trained.manifest is not None
+    made = {name: trained.manifest.config[name] for name in ("samples", "held_out")}
+    if made != {name: getattr(config, name) for name in made}:
+        report.fact(f"{made['samples']} windows to learn from, {made['held_out']} held out, as in {trained.key}")
+    return config.model_copy(update=made)
+
+
+def training_cost(trained: StageView, keep: float) -> dict[str, float]:
+    """Return seconds and backward passes that a training took to its budget ``keep``: table, budgets that led there."""
+    assert trained.manifest is not None
+    results = trained.manifest.results
+    spent = {"seconds": results["table_seconds"], "backward_passes": results["table_windows"]}
+    for budget, row in results["budgets"].items():
+        if float(budget) == keep or (float(budget) > keep and trained.manifest.config["objective"] == "priced"):
+            spent = {name: value + row[name] for name, value in spent.items()}
+    return spent
 
 
 def with_training(context: Context, trained: StageView | None) -> Context:

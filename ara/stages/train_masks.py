@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from ara.allocation.base import Allocation, Context, Module
 from ara.allocation.ranks_file import ranks_table
 from ara.config import MaskTrainingOptions, TrainMasksConfig
-from ara.errors import UnavailableError
+from ara.errors import NumericalError, UnavailableError
 from ara.masks.ara import ara_family, check_layout, learned_tables, needs_table, sensitivity_table
 from ara.masks.training import LogRow, TrainingSettings, TrainingState, train
 from ara.stage_view import StageView, parent_of
@@ -22,12 +23,17 @@ from ara.stage_writer import StageWriter
 from ara.stages.allocate import budget_of, load_modules
 from ara.stages.common import Run, already_done, begin, default_name
 from ara.stages.lab import open_lab, placed
-from ara.stages.learned import LOG_FILE, TABLE_FILE, masks_file
+from ara.stages.learned import EVENTS_FOLDER, LOG_FILE, TABLE_FILE, masks_file
 from ara.workspace import Workspace
 
 
 def train_masks(
-    config: TrainMasksConfig, run: Run, *, factors: str | None = None, name: str | None = None
+    config: TrainMasksConfig,
+    run: Run,
+    *,
+    factors: str | None = None,
+    name: str | None = None,
+    keep_on_interrupt: bool = False,
 ) -> StageView:
     """Train masks at every budget of ``config.keep``, largest first, and store the learned losses and ranks.
 
@@ -36,6 +42,8 @@ def train_masks(
         run: workspace and reporter.
         factors: name of the decomposition; the latest by default.
         name: of the result; says decomposition (unless it is the default one) and objective by default.
+        keep_on_interrupt: after Ctrl+C store the best so far as the result, and train no further budget. Otherwise the
+            interrupt passes through, and the next call goes on from the last checkpoint.
 
     Raises:
         AraError: no decomposition, a budget that cannot be met, a loss that is NaN or diverges.
@@ -62,11 +70,14 @@ def train_masks(
         name = name or default_name(decomposition.name, config.objective, layout=config.layout)
         done = workspace.finished("train-masks", name, facts, run.report)
         if done is not None and not run.force:
+            assert done.manifest is not None
+            if stopped := done.manifest.results.get("stopped"):
+                run.report.warn(f"{done.key} is not complete: {stopped}; to train again: --force")
             return already_done(done, run)
         with workspace.writer(
             "train-masks", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
         ) as stage:
-            _Training(resolved, modules, decomposition, workspace, stage, run).all_budgets()
+            _Training(resolved, modules, decomposition, workspace, stage, run, keep_on_interrupt).all_budgets()
         return workspace.view(f"train-masks/{name}")
 
 
@@ -85,8 +96,11 @@ class _Training:
         workspace: Workspace,
         stage: StageWriter,
         run: Run,
+        keep_on_interrupt: bool,
     ) -> None:
         self.config, self.modules, self.stage, self.run = config, modules, stage, run
+        self.keep_on_interrupt = keep_on_interrupt
+        self.checkpoint = stage.checkpoint()
         self.specs = [module.spec for module in modules]
         self.context: Context = open_lab(decomposition, self.specs, config, workspace, run)
         self.options = _options(config)
@@ -94,20 +108,34 @@ class _Training:
         stage.results.setdefault("log", {})
         stage.results.setdefault("table_seconds", 0.0)
         stage.results.setdefault("table_windows", 0)
+        stage.results["stopped"] = None
 
     def all_budgets(self) -> None:
-        """Train at each budget, largest first; each starts from what the one before has learned."""
-        table, learned = self._table(), None
+        """Train at each budget, largest first; each starts from the losses that the one before has learned.
+
+        The paper's form learns ranks, not losses: with it every budget starts as the first.
+
+        Raises:
+            NumericalError: NaN or divergence at the first budget; at a later one, those before are kept.
+        """
+        table, learned, results = self._table(), None, self.stage.results
         for keep in sorted(set(self.config.keep), reverse=True):
             if masks_file(keep) in self.stage.finished:
                 if self.config.objective == "priced":
                     learned = load_file(self.stage.folder / masks_file(keep))
             else:
-                learned = self._one_budget(keep, table, learned)
-                self._write_log(keep, None)
-                if self.stage.results["interrupted"]:
-                    self.run.report.warn("what is not trained yet stays so; to train again: --force")
+                try:
+                    learned = self._one_budget(keep, table, learned)
+                except NumericalError as error:
+                    if not results["budgets"]:
+                        raise
+                    results["stopped"] = f"at keep {keep:g} {error}"
+                    self.run.report.warn(f"keep {keep:g} is left out: {error} ({error.hint})")
                     return
+            self._write_log(keep, None)
+            if results["stopped"]:
+                self.run.report.warn("what is not trained yet stays so; to train again: --force")
+                return
 
     def _table(self) -> dict[str, torch.Tensor] | None:
         """Return the sensitivity table, read back when an interrupted run had it already."""
@@ -126,10 +154,9 @@ class _Training:
         config, report = self.config, self.run.report
         budget = budget_of(config, self.specs, keep)
         family = ara_family(self.options, self.modules, budget, table, learned)
-        found = self.stage.checkpoint()
         state = None
-        if found is not None and found[1]["keep"] == keep:
-            state = TrainingState.from_plain(found[1]["state"], found[0])
+        if self.checkpoint is not None and self.checkpoint[1]["keep"] == keep:
+            state = TrainingState.from_plain(self.checkpoint[1]["state"], self.checkpoint[0])
             report.fact(f"going on after step {state.step} of {config.steps} at keep {keep:g}")
 
         def save(state: TrainingState) -> None:
@@ -145,6 +172,7 @@ class _Training:
             TrainingSettings.of(self.options, config.batch_size, config.seed),
             state=state,
             save=save,
+            keep_on_interrupt=self.keep_on_interrupt,
             report=report,
             label=f"Training at keep {keep:g}",
         )
@@ -164,7 +192,8 @@ class _Training:
             "seconds": state.seconds,
             "backward_passes": state.backward_passes,
         }
-        self.stage.results["interrupted"] = state.interrupted
+        if state.interrupted:
+            self.stage.results["stopped"] = f"interrupted after step {state.step} of {config.steps} at keep {keep:g}"
         self.stage.results["log"][f"{keep:g}"] = state.plain()["log"]
         self.stage.results["budgets"][f"{keep:g}"] = result
         self.stage.tensors(masks_file(keep), best or state.best_tensors)
@@ -182,8 +211,11 @@ class _Training:
         for name, rows in logs.items():
             writer.writerows({"budget": name, **row} for row in rows)
         (self.stage.folder / LOG_FILE).write_text(text.getvalue(), encoding="utf-8")
-        if self.config.tensorboard and state is None:
-            _write_events(self.stage.folder, keep, logs[f"{keep:g}"])
+        # Logs tell times, which differ between runs of the same content.
+        self.stage.loose(LOG_FILE)
+        if self.config.tensorboard:
+            for path in _write_events(self.stage.folder / EVENTS_FOLDER / f"keep-{keep:g}", logs[f"{keep:g}"]):
+                self.stage.loose(path.relative_to(self.stage.folder).as_posix())
 
 
 def _event_writer_class() -> Any:
@@ -197,10 +229,12 @@ def _event_writer_class() -> Any:
     return SummaryWriter
 
 
-def _write_events(folder: Path, keep: float, rows: Sequence[dict[str, Any]]) -> None:
-    """Write one TensorBoard run per budget."""
-    with _event_writer_class()(folder / "tensorboard" / f"keep-{keep:g}") as events:
+def _write_events(folder: Path, rows: Sequence[dict[str, Any]]) -> list[Path]:
+    """Write the TensorBoard run of a budget in the place of what ``folder`` had of it before; returns its files."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with _event_writer_class()(folder) as events:
         for row in rows:
             for name in ("loss", "keep", "dense", "held_out"):
                 if row[name] is not None and row[name] == row[name]:
                     events.add_scalar(name, row[name], row["step"])
+    return list(folder.iterdir())

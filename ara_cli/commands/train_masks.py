@@ -98,6 +98,6 @@ def command(
         from ara.stages.train_masks import train_masks
         from ara_cli.render import show_end, show_training
 
-        view = train_masks(config, s.run(), factors=factors, name=name)
+        view = train_masks(config, s.run(), factors=factors, name=name, keep_on_interrupt=True)
         show_training(s.console, view)
         show_end(s.console, view, workspace)

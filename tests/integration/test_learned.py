@@ -80,7 +80,6 @@ def test_training_stores_losses_ranks_and_a_log(learned):
     assert view.name == "priced" and list(budgets) == ["0.8", "0.6"]
     assert all(row["held_out"] <= row["start_held_out"] for row in budgets.values())
     assert set(view.manifest.files) == {
-        "log.csv",
         "masks-0.6.safetensors",
         "masks-0.8.safetensors",
         "sensitivity.safetensors",
@@ -122,6 +121,18 @@ def test_the_guard_hands_out_what_is_best_on_held_out_text(learned, monkeypatch)
     unguarded = allocate(AllocateConfig(keep=0.8, method="ara", guard=False, **TUNING), Run(learned), name="raw")
     assert unguarded.manifest.results["guard"] is None
     assert unguarded.manifest.results["linear_keep"] < 0.2
+
+
+def test_a_candidate_without_a_finite_loss_is_told_as_such(learned, monkeypatch):
+    from ara.allocation.guard import Verdict
+
+    losses = {"dense": 1.0, "ara": 2.0, "sensitivity": 3.0, "uniform": float("nan")}
+    verdict = Verdict("ara", losses, dict.fromkeys(losses, None))
+    monkeypatch.setattr("ara.stages.allocate.compare_candidates", lambda *_: verdict)
+    tuning = [word for key, value in TUNING.items() for word in (f"--{key.replace('_', '-')}", value)]
+    result = invoke("allocate", "--keep", "0.8", *tuning, "-w", learned)
+    assert result.exit_code == 0, result.output
+    assert "ara 2.0000, sensitivity 3.0000, uniform not finite; ara won" in " ".join(result.output.split())
 
 
 def test_run_trains_for_all_its_budgets_at_once(tmp_path, tiny_settings):

@@ -31,14 +31,15 @@ def toy(tmp_path):
     return toy_problem(tmp_path, SHAPES)
 
 
-def _run(toy, form, steps=6, state=None, save=None, **changes):
+def _run(toy, form, steps=6, state=None, save=None, keep_on_interrupt=False, **changes):
     modules, context = toy
     options = MaskTrainingOptions(steps=steps, batch=3, check_every=2, **{**FORMS[form], **changes})
     budget = Budget.for_keep([module.spec for module in modules], 0.6)
     table = sensitivity_table(context).losses if needs_table(options) else None
     family = ara_family(options, modules, budget, table)
     settings = TrainingSettings.of(options, 2, seed=5)
-    found = train(family, context.model, context.train, context.held_out, settings, state=state, save=save)
+    more = {"state": state, "save": save, "keep_on_interrupt": keep_on_interrupt}
+    found = train(family, context.model, context.train, context.held_out, settings, **more)
     return found, family, budget
 
 
@@ -99,13 +100,16 @@ def test_parameters_move(toy, form):
     assert state.backward_passes >= 6
 
 
-def test_ctrl_c_keeps_the_best_so_far(toy, form):
+def test_ctrl_c_passes_through_or_keeps_the_best_so_far(toy, form):
     def save(state):
         if state.step == 3:
             raise KeyboardInterrupt
 
-    state, _, _ = _run(toy, form, save=save)
-    assert state.step == 3 and len(state.best) == len(SHAPES)
+    with pytest.raises(KeyboardInterrupt):
+        _run(toy, form, save=save)
+    assert all(layer.rank is None for layer in toy[1].model.layers.values())
+    state, _, _ = _run(toy, form, save=save, keep_on_interrupt=True)
+    assert state.interrupted and state.step == 3 and len(state.best) == len(SHAPES)
     assert state.best_held_out <= state.log[0].held_out
 
 
