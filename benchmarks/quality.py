@@ -35,13 +35,11 @@ from ara.environment import machine, now, versions
 from ara.errors import NumericalError
 from ara_cli.console import Console
 from benchmarks.quality_checks import check_dense, check_stored
-from benchmarks.quality_table import TASKS, draw, show
+from benchmarks.quality_table import TABLE_KEEPS, TASKS, draw, show
 
 if TYPE_CHECKING:
     from ara.allocation.base import Allocation
 
-# Budgets of the table, and what their trainings are named without.
-TABLE_KEEPS = (0.8, 0.6)
 # Allocators whose result depends on the seed.
 LEARNED = ("ara", "ara-paper", "gumbel", "tanh")
 # The paper's form walks by Adam, as tanh and gumbel do, and gets as many steps of as many windows as they.
@@ -243,7 +241,7 @@ class Bench:
         return self.measured[name]
 
     def training(self, row: Row) -> str:
-        """Return the name of the training that serves ``row``: one for all budgets of this run."""
+        """Return the name of the training that serves ``row``; budgets of the table need no mention in it."""
         keeps = () if tuple(self.arguments.keep) == TABLE_KEEPS else (f"{keep:g}" for keep in self.arguments.keep)
         return "-".join((row.method, row.layout, str(row.seed), *keeps))
 

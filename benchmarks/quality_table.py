@@ -2,6 +2,7 @@
 
     python benchmarks/quality_table.py                       # the published rows, as tables on the terminal
     python benchmarks/quality_table.py --markdown            # the table of the README
+    python benchmarks/quality_table.py --curves              # held-out loss by step, for docs/learned-ranks.md
     python benchmarks/quality_table.py --figure docs/quality.svg
 
 Gap closed = (ln ppl_uniform − ln ppl) / (ln ppl_uniform − ln ppl_dense), uniform being whitened factors at uniform
@@ -22,6 +23,8 @@ from ara_cli.console import Column, Console
 from ara_cli.words import percent, seconds_text
 
 TASKS = ("wikitext2", "c4")
+# Budgets of the README's table.
+TABLE_KEEPS = (0.8, 0.6)
 PUBLISHED = Path(__file__).parent / "results" / "quality.json"
 # Factors in the order in which tables show them.
 FACTORS = ("whitened", "two-sided", "two-sided, pivoted")
@@ -121,6 +124,20 @@ def markdown(rows: Rows, keeps: Sequence[float]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def curves(rows: Rows, keeps: Sequence[float]) -> str:
+    """Return held-out loss over the steps of ARA's trainings, seed 0: a table for docs/learned-ranks.md."""
+    lines = []
+    for keep in keeps:
+        for factors, label in (("two-sided", ""), ("two-sided, pivoted", ", pivoted")):
+            curve = dict(rows.get(f"{factors}/ara/{keep:g}/0", {}).get("curve", ()))
+            if curve and not lines:
+                lines = ["| step | " + " | ".join(map(str, curve)) + " |", "|---|" + "---:|" * len(curve)]
+            best = min(curve.values(), default=None)
+            cells = [f"**{loss:.4f}**" if loss == best else f"{loss:.4f}" for loss in curve.values()]
+            lines += [f"| keep {keep:g}{label} | " + " | ".join(cells) + " |"] if cells else []
+    return "\n".join(lines) + "\n"
+
+
 def draw(rows: Rows) -> bytes:
     """Draw WikiText-2 perplexity against keep: uniform ranks, ARA, and the rival that is best on average."""
 
@@ -148,13 +165,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?", default=PUBLISHED, help="file of finished rows")
     parser.add_argument("--markdown", action="store_true", help="print the table of the README instead")
+    parser.add_argument("--curves", action="store_true", help="print held-out loss over the steps of ARA's trainings")
     parser.add_argument("--figure", type=Path, help="draw WikiText-2 perplexity against keep into this SVG file")
     arguments = parser.parse_args()
     rows = json.loads(arguments.results.read_text(encoding="utf-8"))["rows"]
     if arguments.figure:
         arguments.figure.write_bytes(draw(rows))
     elif arguments.markdown:
-        print(markdown(rows, (0.8, 0.6)), end="")
+        print(markdown(rows, TABLE_KEEPS), end="")
+    elif arguments.curves:
+        print(curves(rows, TABLE_KEEPS), end="")
     else:
         show(Console(), rows)
 

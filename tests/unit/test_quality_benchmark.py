@@ -11,9 +11,20 @@ from typing import Any
 import pytest
 
 from benchmarks.quality import METHODS, Row, wanted
-from benchmarks.quality_table import PUBLISHED, draw, groups_of, keeps_of, markdown, mean_and_range, share_closed
+from benchmarks.quality_table import (
+    PUBLISHED,
+    TABLE_KEEPS,
+    curves,
+    draw,
+    groups_of,
+    keeps_of,
+    markdown,
+    mean_and_range,
+    share_closed,
+)
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+REPOSITORY = Path(__file__).resolve().parents[2]
+README = REPOSITORY / "README.md"
 
 
 def row(perplexity: float, dense_layers: int = 3) -> dict[str, Any]:
@@ -65,6 +76,17 @@ def test_cells_are_means_with_the_range(rows):
     assert mean_and_range([3.04, 3.01], lambda value: f"{value:.1f}") == "3.0"
 
 
+def test_curves_mark_the_best_step(rows):
+    rows["two-sided/ara/0.8/0"]["curve"] = [[0, 3.0], [2, 2.5], [4, 2.75]]
+    rows["two-sided, pivoted/ara/0.8/0"]["curve"] = [[0, 2.0], [2, 1.9], [4, 1.8]]
+    assert curves(rows, [0.8]).splitlines() == [
+        "| step | 0 | 2 | 4 |",
+        "|---|---:|---:|---:|",
+        "| keep 0.8 | 3.0000 | **2.5000** | 2.7500 |",
+        "| keep 0.8, pivoted | 2.0000 | 1.9000 | **1.8000** |",
+    ]
+
+
 def test_the_figure_shows_the_best_rival(rows):
     assert b"dp-kl, two-sided factors" in draw(rows)
 
@@ -80,8 +102,9 @@ def test_every_method_is_wanted_at_every_budget_and_learned_ones_with_every_seed
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="no published rows")
-def test_the_readme_shows_the_published_rows():
+def test_readme_and_docs_show_the_published_rows():
     rows = json.loads(PUBLISHED.read_text(encoding="utf-8"))["rows"]
-    assert markdown(rows, (0.8, 0.6)) in README.read_text(encoding="utf-8")
+    assert markdown(rows, TABLE_KEEPS) in README.read_text(encoding="utf-8")
+    assert curves(rows, TABLE_KEEPS) in (REPOSITORY / "docs" / "learned-ranks.md").read_text(encoding="utf-8")
     dense = [f"{math.exp(rows['dense'][task]):.2f}" for task in ("wikitext2", "c4")]
     assert re.search(rf"Dense: {dense[0]} and {dense[1]}", README.read_text(encoding="utf-8"))
