@@ -119,7 +119,7 @@ class Bench:
     def _finished(self) -> dict[str, Any]:
         """Return the document to go on with; rows that were measured otherwise are an error, not thrown away."""
         made = {name: view.manifest for name, view in self.views.items()}
-        recipes = {name: {"model": m.model["fingerprint"], **m.config} for name, m in made.items() if m is not None}
+        recipes = {name: {"fingerprint": m.model["fingerprint"], **m.config} for name, m in made.items() if m}
         settings = {name: getattr(self.arguments, name) for name in ("windows", "seq_len", "steps")}
         empty = {"settings": settings, "factors": recipes, "runs": [], "rows": {}}
         if not self.file.exists():
