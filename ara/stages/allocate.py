@@ -61,6 +61,7 @@ def allocate(
             if config.keep is None:
                 raise UsageError("no budget given", "add --keep 0.8, for example")
             config, trained = _decided(config, workspace, decomposition, masks, run)
+            config = with_text_of(config, trained, run.report)
             refuse_layout(config.method, config.layout)
             run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}")
         else:
@@ -96,14 +97,13 @@ def _decided(
 ) -> tuple[AllocateConfig, StageView | None]:
     """Return ``config`` with a method in the place of ``auto`` (say which and why), and the training that it uses."""
     if config.method != AUTO:
-        trained = _training(config, workspace, decomposition, masks)
-        return with_text_of(config, trained, run.report), trained
+        return config, _training(config, workspace, decomposition, masks)
     if config.options:
         raise UsageError(f"-O {next(iter(config.options))}=… is given, and no method", "name the method: --method NAME")
     trained = find_training(workspace, decomposition, config.layout, masks)
     method, why = ("ara", "masks") if trained else ("sensitivity", "no masks")
     run.report.fact(f"method {method}: {why} have been trained on {decomposition.key}")
-    return with_text_of(config.model_copy(update={"method": method}), trained, run.report), trained
+    return config.model_copy(update={"method": method}), trained
 
 
 def refuse_layout(method: str, layout: Layout) -> None:
