@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ara.allocation.base import Module
+from ara.allocation.allocation import Module
 from ara.allocation.budget import Budget
 from ara.allocation.uniform import Uniform
 from ara.config import DecomposeConfig, Layout

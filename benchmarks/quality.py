@@ -35,10 +35,10 @@ from ara.environment import machine, now, versions
 from ara.errors import NumericalError
 from ara_cli.console import Console
 from benchmarks.quality_checks import check_dense, check_stored
-from benchmarks.quality_table import TABLE_KEEPS, TASKS, draw, show
+from benchmarks.quality_table import TABLE_KEEPS, TASKS, show
 
 if TYPE_CHECKING:
-    from ara.allocation.base import Allocation
+    from ara.allocation.allocation import Allocation
 
 # Allocators whose result depends on the seed.
 LEARNED = ("ara", "ara-paper", "gumbel", "tanh")
@@ -205,8 +205,9 @@ class Bench:
     def _allocation(self, row: Row) -> tuple[Allocation, dict[str, Any]]:
         from ara.allocation import ALLOCATORS
         from ara.allocation.budget import Budget
+        from ara.allocation.optimum import best_ranks
         from ara.allocation.probed import Probed
-        from ara.allocation.sensitivity import Sensitivity, best_ranks, sensitivity_of
+        from ara.allocation.sensitivity import Sensitivity, sensitivity_of
         from ara.config import method_options
         from ara.stages.allocate import load_modules
 
@@ -296,7 +297,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="training steps of ARA's forms [default: theirs]")
     parser.add_argument("--only", default="*", help="rows to measure, such as 'two-sided/ara/*' [default: all]")
     parser.add_argument("--results", type=Path, help="file of finished rows [default: quality.json in the workspace]")
-    parser.add_argument("--figure", type=Path, help="draw WikiText-2 perplexity against keep into this SVG file")
     parser.add_argument("--check-windows", type=int, default=4, help="windows of the independent computation")
     parser.add_argument("--workspace", type=Path, default=Path("bench-quality"), help="where to work")
     arguments = parser.parse_args()
@@ -310,8 +310,6 @@ def main() -> None:
         if fnmatchcase(row.key, arguments.only) or row == Row("whitened", "uniform", row.keep, 0):
             bench.measure(row)
     show(console, bench.rows)
-    if arguments.figure:
-        arguments.figure.write_bytes(draw(bench.rows))
     check(bench, arguments.check_windows)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ara.allocation.base import Allocation
+from ara.allocation.allocation import Allocation
 from ara.config import Layout
 from ara.stage_view import StageView
 from ara.stages.common import Run, factor_files, model_of, specs_of

@@ -12,9 +12,10 @@ from ara.errors import DataError, NumericalError
 from ara.models.quiet import quiet_transformers
 from ara.progress import Reporter
 from export.architecture import Decoder
-from export.parity import TOLERANCES, compare
+from export.parity import compare
 from export.report import Proof, read_report
 from export.runner import OnnxDecoder
+from export.tolerance import TOLERANCES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

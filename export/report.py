@@ -13,7 +13,7 @@ from ara.errors import ModelError
 from ara.jsonfile import read_object
 from ara.manifest import FileRecord, file_record
 from ara.tensors import SHA256_PATTERN
-from export.parity import Parity, Tolerance
+from export.tolerance import Parity, Tolerance
 
 # What makes a folder an export.
 REPORT_FILE = "ara_export.json"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ara.allocation.base import Allocation, Module
+from ara.allocation.allocation import Allocation, Module
 from ara.manifest import FORMAT_VERSION, Manifest
 from ara.models.linears import LinearSpec
 from ara.reporting.gather import Made, Sources

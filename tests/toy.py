@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ara.allocation.base import Context, Module
+from ara.allocation.allocation import Module
+from ara.allocation.base import Context
 from ara.decomposition.subspace import weighted_factors
 from ara.masks.model import MaskedModel
 from ara.models.linears import find_linears

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ara.allocation.base import Allocation, Allocator, Context, Module
+from ara.allocation.allocation import Allocation, Module
+from ara.allocation.base import Allocator, Context
 from ara.allocation.budget import Budget
-from ara.allocation.sensitivity import best_ranks
+from ara.allocation.optimum import best_ranks
 from ara.config import MaskTrainingOptions
 from ara.masks.ara import ara_family, needs_table, sensitivity_table
 from ara.masks.learned import nearest

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from ara.allocation.base import Allocation
+from ara.allocation.allocation import Allocation
 from ara.allocation.budget import Budget
 from ara.allocation.knapsack import exact_minimise
 from ara.allocation.probed import Probed

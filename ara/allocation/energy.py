@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ara.allocation.base import Allocation, Allocator, Context, Module
+from ara.allocation.allocation import Allocation, Module
+from ara.allocation.base import Allocator, Context
 from ara.allocation.budget import Budget, minimise_loss
 
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ara.allocation.base import Allocation, Context
+from ara.allocation.allocation import Allocation
+from ara.allocation.base import Context
 from ara.errors import NumericalError
 
 

@@ -30,7 +30,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from ara.allocation.base import Allocation, Allocator, Context, Module
+from ara.allocation.allocation import Allocation, Module
+from ara.allocation.base import Allocator, Context
 from ara.allocation.budget import Budget
 from ara.allocation.rounding import proportional, without_choice
 from ara.decomposition.base import MethodOptions

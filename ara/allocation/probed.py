@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from ara.allocation.base import Allocation, Allocator, Context, Module
+from ara.allocation.allocation import Allocation, Module
+from ara.allocation.base import Allocator, Context
 from ara.allocation.budget import Budget
 from ara.masks.probing import Measure, ProbeOptions, probe_choices
 from ara.models.linears import LinearSpec

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from ara.allocation.base import DENSE, Allocation
+from ara.allocation.allocation import DENSE, Allocation
 from ara.config import Layout
 from ara.errors import DataError, ProblemsError, near_matches
 from ara.models.linears import LinearSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from ara.allocation.base import Allocation
+from ara.allocation.allocation import Allocation
 from ara.allocation.budget import Budget, spend_rest
 from ara.models.linears import LinearSpec
 

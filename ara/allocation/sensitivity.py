@@ -5,19 +5,19 @@ See :mod:`ara.masks.sensitivity` for the table. No training: it is ARA's start, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
 
-from ara.allocation.base import Allocation, Allocator, Context, Module
+from ara.allocation.allocation import Allocation, Module
+from ara.allocation.base import Allocator, Context
 from ara.allocation.budget import Budget
-from ara.allocation.knapsack import exact_minimise
+from ara.allocation.optimum import best_ranks
 from ara.decomposition.base import MethodOptions
 from ara.masks.sensitivity import sensitivity_tables
 from ara.masks.table_cache import SensitivityTable, timed
-from ara.models.linears import LinearSpec
 
 
 class SensitivityOptions(MethodOptions):
@@ -66,21 +66,3 @@ def sensitivity_of(context: Context, options: SensitivityOptions) -> Sensitivity
         "dtype": str(context.model.model.dtype),
     }
     return context.table_cache.get(context.train, settings, lambda: timed(make))
-
-
-def best_ranks(specs: Sequence[LinearSpec], tables: Mapping[str, torch.Tensor], budget: Budget) -> Allocation:
-    """Return the allocation of least summed loss under the budget.
-
-    Args:
-        specs: the layers.
-        tables: module path → (r + 1) float64, the loss of keeping k components; the last entry is
-            that of dense.
-        budget: the limit.
-    """
-    choices = [budget.choices(spec) for spec in specs]
-    losses = [
-        tables[spec.name][[spec.full_rank if rank is None else rank for rank, _ in options]]
-        for spec, options in zip(specs, choices, strict=True)
-    ]
-    picks = exact_minimise(specs, losses, budget)
-    return Allocation.from_picks(specs, picks, budget)

@@ -19,7 +19,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from ara.allocation.base import Allocation
+from ara.allocation.allocation import Allocation
 from ara.allocation.budget import Budget, spend_rest
 from ara.allocation.probed import Probed
 from ara.models.linears import LinearSpec

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ara.allocation.base import Allocation, Allocator, Context, Module
+from ara.allocation.allocation import Allocation, Module
+from ara.allocation.base import Allocator, Context
 from ara.allocation.budget import Budget, spend_rest
 from ara.models.linears import LinearSpec
 

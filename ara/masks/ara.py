@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ara.allocation.base import Context, Module
+from ara.allocation.allocation import Module
+from ara.allocation.base import Context
 from ara.allocation.budget import Budget
-from ara.allocation.sensitivity import SensitivityOptions, best_ranks, sensitivity_of
+from ara.allocation.optimum import best_ranks
+from ara.allocation.sensitivity import SensitivityOptions, sensitivity_of
 from ara.config import Layout, MaskTrainingOptions
 from ara.errors import UsageError
 from ara.masks.newton import NewtonMasks

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from ara.allocation.base import Allocation
+from ara.allocation.allocation import Allocation
 from ara.masks.model import MaskGradients
 
 

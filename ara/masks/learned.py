@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ara.allocation.base import Allocation
+from ara.allocation.allocation import Allocation
 from ara.allocation.budget import Budget
+from ara.allocation.optimum import best_ranks
 from ara.allocation.rounding import proportional
-from ara.allocation.sensitivity import best_ranks
 from ara.masks.paper import shares_of
 from ara.models.linears import LinearSpec
 

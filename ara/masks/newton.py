@@ -30,9 +30,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ara.allocation.base import Allocation, cost
+from ara.allocation.allocation import Allocation, cost
 from ara.allocation.budget import Budget
-from ara.allocation.sensitivity import best_ranks
+from ara.allocation.optimum import best_ranks
 from ara.masks.family import Cut, MaskFamily
 from ara.masks.model import MaskGradients
 from ara.models.linears import LinearSpec

@@ -39,7 +39,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from pydantic import Field
 
-from ara.allocation.base import Allocation
+from ara.allocation.allocation import Allocation
 from ara.allocation.budget import Budget
 from ara.allocation.rounding import proportional, without_choice
 from ara.decomposition.base import MethodOptions

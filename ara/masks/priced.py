@@ -22,9 +22,9 @@ from collections.abc import Mapping
 
 import torch
 
-from ara.allocation.base import Allocation
+from ara.allocation.allocation import Allocation
 from ara.allocation.budget import Budget
-from ara.allocation.sensitivity import best_ranks
+from ara.allocation.optimum import best_ranks
 from ara.masks.family import Cut, MaskFamily
 from ara.masks.staircase import Atoms
 

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ara.allocation.base import Allocation, cost
+from ara.allocation.allocation import Allocation, cost
 from ara.models.linears import LinearSpec
 
 if TYPE_CHECKING:

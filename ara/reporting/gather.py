@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ara.allocation.base import Allocation, Module, cost
+from ara.allocation.allocation import Allocation, Module, cost
 from ara.manifest import Manifest, remake
 from ara.reporting.document import Layer, Missing, Report, Work
 from ara.reporting.fronts import Measured, perplexity_fronts, speed_front

@@ -9,7 +9,8 @@ from typing import Any
 from safetensors import safe_open
 
 from ara.allocation import ALLOCATORS
-from ara.allocation.base import Allocation, Allocator, Module, cost
+from ara.allocation.allocation import Allocation, Module, cost
+from ara.allocation.base import Allocator
 from ara.allocation.budget import Budget
 from ara.allocation.guard import Verdict, compare_candidates
 from ara.allocation.ranks_file import RANKS_FILE, ranks_document, read_layout, read_ranks

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from ara.allocation import ALLOCATORS
-from ara.allocation.base import DENSE, Allocation, Allocator, Context, Module
+from ara.allocation.allocation import DENSE, Allocation, Module
+from ara.allocation.base import Allocator, Context
 from ara.allocation.ranks_file import from_table, ranks_table
 from ara.calibration.texts import check_text_spec, load_documents
 from ara.calibration.tokens import TokenWindows, evaluation_windows

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from ara.allocation.base import Module
+from ara.allocation.allocation import Module
 from ara.allocation.ranks_file import RANKS_FILE
 from ara.errors import CorruptedError, OutputError, disk_errors
 from ara.manifest import Manifest, remake, verify_files

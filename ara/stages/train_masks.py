@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ara.allocation.base import Allocation, Context, Module
+from ara.allocation.allocation import Allocation, Module
+from ara.allocation.base import Context
 from ara.allocation.ranks_file import ranks_table
 from ara.config import MaskTrainingOptions, TrainMasksConfig
 from ara.errors import NumericalError, UnavailableError
 from ara.masks.ara import ara_family, check_layout, learned_tables, needs_table, sensitivity_table
-from ara.masks.training import LogRow, TrainingSettings, TrainingState, train
+from ara.masks.state import LogRow, TrainingSettings, TrainingState
+from ara.masks.training import train
 from ara.stage_view import StageView, parent_of
 from ara.stage_writer import StageWriter
 from ara.stages.allocate import budget_of, load_modules

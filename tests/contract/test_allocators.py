@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ara.allocation import ALLOCATORS
-from ara.allocation.base import Allocation, Allocator, Context, Module
+from ara.allocation.allocation import Allocation, Module
+from ara.allocation.base import Allocator, Context
 from ara.allocation.budget import Budget
 from ara.decomposition.base import MethodOptions
 from ara.errors import UsageError

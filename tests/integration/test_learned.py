@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import ara
 import ara.allocation.sensitivity as sensitivity
 from ara.allocation import ALLOCATORS
-from ara.allocation.base import Module
+from ara.allocation.allocation import Module
 from ara.allocation.budget import Budget
 from ara.config import (
     AllocateConfig,
@@ -107,8 +107,8 @@ def test_the_trained_budget_gives_the_trained_ranks(learned):
 
 
 def test_the_guard_hands_out_what_is_best_on_held_out_text(learned, monkeypatch):
+    from ara.allocation.allocation import Allocation
     from ara.allocation.ara import Ara
-    from ara.allocation.base import Allocation
 
     def bad(self, modules, budget, context=None):
         return Allocation({module.spec.name: 1 for module in modules})

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import ara
 import ara.stages.measure as measure
-from ara.allocation.base import cost
+from ara.allocation.allocation import cost
 from ara.calibration.texts import load_documents
 from ara.calibration.tokens import evaluation_windows
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig

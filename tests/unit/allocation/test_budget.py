@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ara.allocation.base import Allocation, cost
+from ara.allocation.allocation import Allocation, cost
 from ara.allocation.budget import Budget, lower_hull, minimise_loss, spend_rest
 from ara.errors import UsageError
 from ara.models.linears import LinearSpec

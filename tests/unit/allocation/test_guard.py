@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ara.allocation.base import Allocation, Context
+from ara.allocation.allocation import Allocation
+from ara.allocation.base import Context
 from ara.allocation.guard import compare_candidates
 from ara.errors import NumericalError
 from tests.toy import toy_problem

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ara.allocation.base import Allocation, Module
+from ara.allocation.allocation import Allocation, Module
 from ara.allocation.budget import Budget
 from ara.allocation.energy import Energy, relative_loss
 from ara.allocation.uniform import Uniform

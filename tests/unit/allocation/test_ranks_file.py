@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ara.allocation.base import Allocation
+from ara.allocation.allocation import Allocation
 from ara.allocation.ranks_file import RANKS_FORMAT, ranks_document, read_ranks
 from ara.errors import DataError, ProblemsError
 from ara.models.linears import LinearSpec

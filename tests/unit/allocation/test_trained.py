@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ara.allocation.base import Allocation, Context, Module
+from ara.allocation.allocation import Allocation, Module
+from ara.allocation.base import Context
 from ara.allocation.budget import Budget
 from ara.allocation.gumbel import Gumbel, GumbelMasks, GumbelOptions
 from ara.allocation.rounding import proportional

@@ -18,9 +18,9 @@ from export.architecture import FAMILIES, read_decoder
 from export.config import ExportConfig
 from export.graph import _Builder
 from export.onnx_target import resolve, write_onnx
-from export.parity import TOLERANCES
 from export.proof import check_rotary
 from export.runner import OnnxDecoder
+from export.tolerance import TOLERANCES
 from export.weights import Checkpoint
 
 CPU = {"execution_provider": "cpu"}

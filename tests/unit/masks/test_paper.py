@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ara.allocation.base import Allocation
+from ara.allocation.allocation import Allocation
 from ara.allocation.budget import Budget
 from ara.masks.paper import Guidance, PaperOptions, PaperStaircase, shares_of, start_at
 from ara.masks.staircase import Atoms, paper_atoms
-from ara.masks.training import TrainingSettings, train
+from ara.masks.state import TrainingSettings
+from ara.masks.training import train
 from ara.models.linears import LinearSpec
 from tests.toy import toy_problem
 

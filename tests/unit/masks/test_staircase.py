@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ara.allocation.budget import Budget
-from ara.allocation.sensitivity import best_ranks
+from ara.allocation.optimum import best_ranks
 from ara.masks.ara import even_tables
 from ara.masks.model import MaskGradients
 from ara.masks.newton import NewtonMasks

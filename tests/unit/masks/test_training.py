@@ -9,7 +9,8 @@ from ara.allocation.budget import Budget
 from ara.config import MaskTrainingOptions
 from ara.errors import NumericalError
 from ara.masks.ara import ara_family, needs_table, sensitivity_table
-from ara.masks.training import TrainingSettings, TrainingState, batch_indices, train
+from ara.masks.state import TrainingSettings, TrainingState
+from ara.masks.training import batch_indices, train
 from tests.toy import toy_problem
 
 SHAPES = [(20, 14), (9, 20), (16, 16), (20, 14)]
@@ -125,7 +126,7 @@ def test_a_loss_of_nan_stops_with_advice(toy, monkeypatch):
 
 def _checks_give(monkeypatch, values):
     """Let the checks on held-out text give these losses, and every check look at another allocation."""
-    from ara.allocation.base import Allocation
+    from ara.allocation.allocation import Allocation
     from ara.masks.model import MaskedModel
     from ara.masks.priced import PricedStaircase
 

@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ara.allocation.base import Allocation
+from ara.allocation.allocation import Allocation
 from ara.models.linears import LinearSpec
 from ara.reporting.figures import keep_curves, rank_heat_maps
 

@@ -257,8 +257,8 @@ def test_a_checkpoint_that_was_multiplied_back_is_not_called_smaller():
 def test_exports_say_what_the_report_reads():
     from dataclasses import fields
 
-    from export.parity import Parity
     from export.report import ExportReport
+    from export.tolerance import Parity
 
     assert set(ParityRow.model_fields) <= {field.name for field in fields(Parity)}
     assert set(export().results) <= set(ExportReport.model_fields)
