@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -135,7 +136,8 @@ class Bench:
     @cached_property
     def number(self) -> int:
         """Which of the document's runs this one is; its first row enters it there."""
-        self.document["runs"].append({"started": now(), "machine": machine(), "versions": versions()})
+        facts = {"started": now(), "commit": _commit(), "machine": machine(), "versions": versions()}
+        self.document["runs"].append(facts)
         return len(self.document["runs"]) - 1
 
     def keep_row(self, key: str, row: dict[str, Any]) -> None:
@@ -198,9 +200,20 @@ class Bench:
             self.console.warn(f"{row.key}: {error}")
             self.keep_row(row.key, {"error": str(error)})
             return
+        self._refuse_mixture(row, facts)
         facts["linear_keep"] = allocation.keep(specs_of(self.views[row.factors], row.layout))
         facts["dense_layers"] = allocation.dense_count()
         self.keep_row(row.key, {**facts, **self.quality(allocation.ranks)})
+
+    def _refuse_mixture(self, row: Row, facts: Mapping[str, Any]) -> None:
+        """Seeds that are averaged must have been trained alike."""
+        for seed in range(self.arguments.seeds):
+            key = replace(row, seed=seed).key
+            if key in self.rows and self.rows[key].get("options") != facts.get("options"):
+                sys.exit(
+                    f"error: {key} in {self.file} was trained with other settings than {row.key}\n"
+                    "hint: remove its rows from the file, or name another file with --results"
+                )
 
     def _allocation(self, row: Row) -> tuple[Allocation, dict[str, Any]]:
         from ara.allocation import ALLOCATORS
@@ -249,6 +262,7 @@ class Bench:
     def _trained(self, row: Row) -> tuple[Allocation, dict[str, Any]]:
         """Train as ``ara train-masks`` does, at all budgets in one go."""
         from ara.allocation.ranks_file import from_table
+        from ara.stages.learned import training_cost
         from ara.stages.train_masks import train_masks
 
         options = {"steps": MaskTrainingOptions().steps, **FORMS[row.method]}
@@ -257,16 +271,29 @@ class Bench:
         config = TrainMasksConfig(keep=tuple(self.arguments.keep), seed=row.seed, layout=row.layout, **options)
         view = train_masks(config, self.run, factors=row.factors, name=self.training(row))
         assert view.manifest is not None
-        result = view.manifest.results["budgets"][f"{row.keep:g}"]
-        log = view.manifest.results["log"][f"{row.keep:g}"]
+        results = view.manifest.results
+        if f"{row.keep:g}" not in results["budgets"]:
+            raise NumericalError(f"not trained: {results['stopped']}")
+        result, log = results["budgets"][f"{row.keep:g}"], results["log"][f"{row.keep:g}"]
         facts = {
-            "seconds": view.manifest.results["table_seconds"] + result["seconds"],
-            "backward_passes": view.manifest.results["table_windows"] + result["backward_passes"],
+            **training_cost(view, row.keep),
             "trained_at": list(self.arguments.keep),
+            "options": config.model_dump(mode="json", include=set(MaskTrainingOptions.model_fields)),
+            "start": result["start"],
             "won_on_held_out": result["start_held_out"] - result["held_out"],
             "curve": [[entry["step"], entry["held_out"]] for entry in log if entry["held_out"] is not None],
         }
         return from_table(result["ranks"]), facts
+
+
+def _commit() -> str | None:
+    """Return which code this is, with a mark if it has been changed since; ``None`` outside of a clone."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def check(bench: Bench, windows: int) -> None:

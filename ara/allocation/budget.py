@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,19 @@ class Budget:
         first = max(step, -(-least // step) * step)
         ranks = range(first, spec.top_rank + 1, step)
         return [*((rank, spec.cost(rank)) for rank in ranks), (None, spec.dense_cost)]
+
+    def is_met_by(self, specs: Sequence[LinearSpec], ranks: Mapping[str, int | None]) -> bool:
+        """Tell whether all ``ranks`` are choices, fit, and leave too little for a next step of any layer."""
+        spent, steps = 0, []
+        for spec in specs:
+            choices = self.choices(spec)
+            at = next((i for i, (rank, _) in enumerate(choices) if rank == ranks[spec.name]), None)
+            if at is None:
+                return False
+            spent += choices[at][1]
+            steps += [after[1] - choices[at][1] for after in choices[at + 1 : at + 2]]
+        left = self.parameters - spent
+        return 0 <= left < min(steps, default=left + 1)
 
 
 def spend_rest(specs: Sequence[LinearSpec], picks: list[int], budget: Budget, priority: Sequence[float]) -> None:

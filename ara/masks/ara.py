@@ -13,6 +13,7 @@ from ara.allocation.optimum import best_ranks
 from ara.allocation.sensitivity import SensitivityOptions, sensitivity_of
 from ara.config import Layout, MaskTrainingOptions
 from ara.errors import UsageError
+from ara.masks.learned import LearnedLosses
 from ara.masks.newton import NewtonMasks
 from ara.masks.paper import PaperOptions, PaperStaircase, shares_of, start_at
 from ara.masks.priced import PricedStaircase
@@ -52,7 +53,7 @@ def ara_family(
     modules: Sequence[Module],
     budget: Budget,
     table: Tables | None,
-    learned: Tables | None = None,
+    learned: LearnedLosses | None = None,
 ) -> AraFamily:
     """Return masks at their start.
 
@@ -61,15 +62,18 @@ def ara_family(
         modules: the layers.
         budget: the limit.
         table: the sensitivity table; ``None`` only where :func:`needs_table` is false.
-        learned: what a training at another budget has learned, to start from instead.
+        learned: what a training of the priced form at another budget has learned, to start from instead.
     """
     specs = [module.spec for module in modules]
     check_layout(options, specs[0].layout)
-    start = learned or (table if options.start == "sensitivity" else None) or even_tables(specs)
+    start, around = start_tables(options, specs, table), None
+    if learned is not None:
+        assert learned.tables is not None
+        start, around = learned.tables, learned.ranks
     if options.objective == "priced":
         if options.optimiser == "newton":
             assert table is not None
-            return NewtonMasks(specs, budget, start, table, options.rate, options.trust, options.damping)
+            return NewtonMasks(specs, budget, start, table, options.rate, options.trust, options.damping, around)
         return PricedStaircase(priced_atoms(specs, budget, options.atoms), budget, start, options.temperature)
     atoms = paper_atoms(specs, options.atoms)
     return PaperStaircase(
@@ -79,6 +83,14 @@ def ara_family(
         start_at(atoms, shares_of(specs, best_ranks(specs, start, budget).ranks)),
         PaperOptions(budget_weight=options.budget_weight, guidance_weight=options.guidance_weight),
     )
+
+
+def start_tables(options: MaskTrainingOptions, specs: Sequence[LinearSpec], table: Tables | None) -> Tables:
+    """Return the losses of ranks that a training begins with, unless it goes on from another one."""
+    if options.start == "uniform":
+        return even_tables(specs)
+    assert table is not None
+    return table
 
 
 def learned_tables(family: AraFamily, parameters: Tables) -> dict[str, torch.Tensor] | None:

@@ -12,6 +12,7 @@ from ara.allocation.budget import Budget
 from ara.allocation.optimum import best_ranks
 from ara.allocation.rounding import proportional
 from ara.masks.paper import shares_of
+from ara.masks.reach import above_floors, floors_below
 from ara.models.linears import LinearSpec
 
 
@@ -31,13 +32,20 @@ class LearnedLosses:
     ranks: Allocation
 
     def allocation(self, specs: Sequence[LinearSpec], budget: Budget) -> Allocation:
-        """Return the exact optimum for these losses under any budget; without losses, rescale the ranks to it."""
+        """Return the ranks for any budget.
+
+        Under the budget of the training these are its best ones, under another one the exact optimum for the losses
+        within their reach (:mod:`ara.masks.reach`); without losses, the ranks are rescaled.
+        """
         if self.tables is not None:
-            return best_ranks(specs, self.tables, budget)
+            if budget.is_met_by(specs, self.ranks.ranks):
+                return self.ranks
+            return best_ranks(specs, above_floors(specs, self.tables, floors_below(specs, self.ranks)), budget)
         shares = shares_of(specs, self.ranks.ranks)
         return proportional(specs, [shares[spec.name] for spec in specs], budget, keep_dense=True)
 
 
 def nearest(learned: Sequence[LearnedLosses], keep: float) -> LearnedLosses:
     """Return the training whose budget is nearest to ``keep``; of two equally near ones that of the larger budget."""
-    return min(learned, key=lambda losses: (abs(losses.keep - keep), -losses.keep))
+    # 0.8 and 0.6 are equally near to 0.7, whatever binary fractions make of them.
+    return min(learned, key=lambda losses: (round(abs(losses.keep - keep), 6), -losses.keep))

@@ -13,7 +13,8 @@ Every step averages the new model into the old ones, V ← (1 − η) V + η L, 
 under the budget, so the noise of a batch moves few ranks. The model holds near the cut alone, hence:
 
 - a step that would move more than a given share of all parameters is shortened, by way of η;
-- no layer falls below half of its rank in one step;
+- no layer falls below half of its rank in one step (:mod:`ara.masks.reach`); the start at what another budget has
+  learned is such a step, too;
 - a step after which the loss is far higher has gone over a cliff: one component may hold up the whole model (in
   SmolLM2-135M the value projection of the first block). The gradient behind the cliff points back at it:
   the layers that it wants restored most are pinned at the rank that they had before. Where that does not explain the
@@ -35,6 +36,7 @@ from ara.allocation.budget import Budget
 from ara.allocation.optimum import best_ranks
 from ara.masks.family import Cut, MaskFamily
 from ara.masks.model import MaskGradients
+from ara.masks.reach import above_floors, floors_below
 from ara.models.linears import LinearSpec
 
 # A step was bad when the next batch's loss is this many times the one before, and more by this many standard errors.
@@ -44,15 +46,11 @@ _BAD_STDERRS = 3.0
 _ACCEPTED = "accepted:"
 # Halvings of the rate's interval on the way to a step of the right length.
 _BISECTIONS = 6
-# Share of its rank that a layer keeps at least in one step.
-_LEAST = 0.5
 # Layers share the blame for a cliff if they would win back this share of what the first of them would; together they
 # must explain this share of the loss.
 _BLAME = 0.5
 # Bad steps in a row before the last of them are taken back.
 _PATIENCE = 2
-# Loss, nats, of rank 0 beside what V says, where a rank below the floor is all that a budget can pay.
-_BARRIER = 10.0
 
 
 class NewtonMasks(MaskFamily):
@@ -69,6 +67,7 @@ class NewtonMasks(MaskFamily):
         rate: float = 0.3,
         trust: float = 0.02,
         damping: float = 1.0,
+        around: Allocation | None = None,
     ) -> None:
         """Start from the losses of ranks.
 
@@ -81,19 +80,21 @@ class NewtonMasks(MaskFamily):
             trust: share of the layers' dense parameters that the first step may move at most, counting what is taken
                 and what is given; falls linearly to a quarter. A step that would move more gets a smaller η.
             damping: κ; more than 1 moves less.
+            around: the cut that ``start`` is a model around, where it comes from a training at another budget.
         """
         self.specs, self.budget, self.rate, self.damping = list(specs), budget, rate, damping
         self.curvature = {name: table.double() for name, table in curvature.items()}
         tables = {spec.name: start[spec.name].double().clone() for spec in self.specs}
-        floors = torch.zeros(len(self.specs), dtype=torch.int64)
+        none = torch.zeros(len(self.specs), dtype=torch.int64)
+        floors = none if around is None else floors_below(self.specs, around)
         self.parameters = {
             **tables,
             **{f"{_ACCEPTED}{name}": table.clone() for name, table in tables.items()},
             f"{_ACCEPTED}loss": torch.full((2,), torch.inf, dtype=torch.float64),
             f"{_ACCEPTED}floors": floors.clone(),
-            f"{_ACCEPTED}ranks": floors.clone(),
-            "floors": floors,
-            "pins": floors.clone(),
+            f"{_ACCEPTED}ranks": none.clone(),
+            "floors": floors.clone(),
+            "pins": none.clone(),
             "bad": torch.zeros((), dtype=torch.int64),
             "trust": torch.tensor(trust, dtype=torch.float64),
         }
@@ -118,20 +119,24 @@ class NewtonMasks(MaskFamily):
         for name in ("floors", *(spec.name for spec in self.specs)):
             self.parameters[f"{_ACCEPTED}{name}"].copy_(self.parameters[name])
         self.parameters[f"{_ACCEPTED}ranks"].copy_(ranks)
-        self.parameters["floors"].copy_(torch.maximum((_LEAST * ranks).ceil().long(), self.parameters["pins"]))
         old, new = {}, {}
         for spec, at in zip(self.specs, ranks.tolist(), strict=True):
             curve, table, first = self.curvature[spec.name], self.parameters[spec.name], _tails(found, spec.name)
             old[spec.name] = table - table[at]
             new[spec.name] = first - first[at] + self.damping * (curve - curve[at]).abs()
-        mixed = self._within(self.latest, old, new, float(self.parameters["trust"]) * (1 - 0.75 * progress))
-        for name, table in mixed.items():
+        limit = float(self.parameters["trust"]) * (1 - 0.75 * progress)
+        floors = torch.maximum(floors_below(self.specs, self.latest), self.parameters["pins"])
+        # Where lower floors alone let too much move, those of the step before stay.
+        if self._moved(old, floors) <= limit:
+            self.parameters["floors"].copy_(floors)
+        for name, table in self._within(old, new, limit).items():
             self.parameters[name].copy_(table)
 
     def _over_a_cliff(self, found: MaskGradients) -> None:
         """Pin the layers that the gradient blames for the loss; else, or when that did not help, go back."""
         assert self.latest is not None
         before, now = self.parameters[f"{_ACCEPTED}ranks"], self._as_numbers(self.latest)
+        highest = [spec.top_rank for spec in self.specs]
         back = [
             float(first[k] - first[to]) if to > k else 0.0
             for first, k, to in zip(
@@ -141,7 +146,7 @@ class NewtonMasks(MaskFamily):
         blamed = [i for i, won in enumerate(back) if won > 0 and won >= _BLAME * max(back)]
         self.parameters["bad"] += 1
         for i in blamed:
-            self.parameters["pins"][i] = before[i]
+            self.parameters["pins"][i] = min(int(before[i]), highest[i])
         floors = torch.maximum(self.parameters["floors"], self.parameters["pins"])
         self.parameters["floors"].copy_(floors)
         excess = found.loss - float(self.parameters[f"{_ACCEPTED}loss"][0])
@@ -162,47 +167,43 @@ class NewtonMasks(MaskFamily):
         return torch.tensor([whole if rank is None else rank for rank, whole in zip(ranks, full, strict=True)])
 
     def _within(
-        self, latest: Allocation, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor], limit: float
+        self, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor], limit: float
     ) -> dict[str, torch.Tensor]:
         """Return (1 − η) old + η new for the largest η up to the rate whose optimum is not too far away."""
 
         def mixed(rate: float) -> dict[str, torch.Tensor]:
             return {name: (1 - rate) * old[name] + rate * new[name] for name in old}
 
-        def moved(rate: float) -> float:
-            ranks = best_ranks(self.specs, self._above(mixed(rate), self.parameters["floors"]), self.budget).ranks
-            each = (abs(cost(s, ranks[s.name]) - cost(s, latest.ranks[s.name])) for s in self.specs)
-            return sum(each) / sum(spec.dense_cost for spec in self.specs)
-
-        if moved(self.rate) <= limit:
+        floors = self.parameters["floors"]
+        if self._moved(mixed(self.rate), floors) <= limit:
             return mixed(self.rate)
         low, high = 0.0, self.rate
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            low, high = (middle, high) if moved(middle) <= limit else (low, middle)
+            low, high = (middle, high) if self._moved(mixed(middle), floors) <= limit else (low, middle)
         return mixed(low)
 
+    def _moved(self, tables: Mapping[str, torch.Tensor], floors: torch.Tensor) -> float:
+        """Return the share of all parameters that the optimum for these losses takes and gives, from the latest cut."""
+        assert self.latest is not None
+        ranks, latest = self._optimum(tables, floors).ranks, self.latest.ranks
+        each = (abs(cost(spec, ranks[spec.name]) - cost(spec, latest[spec.name])) for spec in self.specs)
+        return sum(each) / sum(spec.dense_cost for spec in self.specs)
+
+    def _optimum(self, tables: Mapping[str, torch.Tensor], floors: torch.Tensor) -> Allocation:
+        return best_ranks(self.specs, above_floors(self.specs, tables, floors), self.budget)
+
     def tables(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """Return V with the floors in it, by default the present one: module path → (r + 1) float64, nats per token."""
+        """Return V with the pins in it, by default the present one: module path → (r + 1) float64, nats per token.
+
+        Floors are not in it: they belong to one step, and to the cut that it starts from.
+        """
         found = parameters or self.parameters
-        return self._above({spec.name: found[spec.name] for spec in self.specs}, found["floors"])
+        return above_floors(self.specs, {spec.name: found[spec.name] for spec in self.specs}, found["pins"])
 
     def allocation(self) -> Allocation:
-        """Return the exact optimum for the present tables and floors."""
-        return best_ranks(self.specs, self.tables(), self.budget)
-
-    def _above(self, tables: Mapping[str, torch.Tensor], floors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return tables with a barrier in front of ranks below the floors: 10 (1 − k / floor)² nats on the floor's own.
-
-        The barrier is finite: another budget may leave no other choice.
-        """
-        guarded = {}
-        for spec, floor in zip(self.specs, floors.tolist(), strict=True):
-            table = tables[spec.name].clone()
-            below = torch.arange(floor, dtype=torch.float64)
-            table[:floor] = torch.maximum(table[:floor], table[floor]) + _BARRIER * (1 - below / max(floor, 1)).square()
-            guarded[spec.name] = table
-        return guarded
+        """Return the exact optimum for the present tables, pins and floors; pins are in the floors."""
+        return self._optimum({spec.name: self.parameters[spec.name] for spec in self.specs}, self.parameters["floors"])
 
 
 def _tails(found: MaskGradients, name: str) -> torch.Tensor:

@@ -19,6 +19,8 @@ from ara.workspace import Workspace
 C = TypeVar("C", bound=TuningConfig)
 
 TABLE_FILE = "sensitivity.safetensors"
+# A place to start from: what the training at the budget before has learned.
+LEARNED = "learned"
 LOG_FILE = "log.csv"
 EVENTS_FOLDER = "tensorboard"
 
@@ -102,9 +104,11 @@ def training_cost(trained: StageView, keep: float) -> dict[str, float]:
     assert trained.manifest is not None
     results = trained.manifest.results
     spent = {"seconds": results["table_seconds"], "backward_passes": results["table_windows"]}
-    for budget, row in results["budgets"].items():
-        if float(budget) == keep or (float(budget) > keep and trained.manifest.config["objective"] == "priced"):
-            spent = {name: value + row[name] for name, value in spent.items()}
+    for budget in sorted((budget for budget in results["budgets"] if float(budget) >= keep), key=float):
+        row = results["budgets"][budget]
+        spent = {name: value + row[name] for name, value in spent.items()}
+        if row["start"] != LEARNED:
+            break
     return spent
 
 

@@ -14,10 +14,14 @@ from safetensors.torch import load_file
 
 from ara.allocation.allocation import Allocation, Module
 from ara.allocation.base import Context
-from ara.allocation.ranks_file import ranks_table
+from ara.allocation.budget import Budget
+from ara.allocation.guard import compare_candidates
+from ara.allocation.optimum import best_ranks
+from ara.allocation.ranks_file import from_table, ranks_table
 from ara.config import MaskTrainingOptions, TrainMasksConfig
 from ara.errors import NumericalError, UnavailableError
-from ara.masks.ara import ara_family, check_layout, learned_tables, needs_table, sensitivity_table
+from ara.masks.ara import ara_family, check_layout, learned_tables, needs_table, sensitivity_table, start_tables
+from ara.masks.learned import LearnedLosses
 from ara.masks.state import LogRow, TrainingSettings, TrainingState
 from ara.masks.training import train
 from ara.stage_view import StageView, parent_of
@@ -25,7 +29,7 @@ from ara.stage_writer import StageWriter
 from ara.stages.allocate import budget_of, load_modules
 from ara.stages.common import Run, already_done, begin, default_name
 from ara.stages.lab import open_lab, placed
-from ara.stages.learned import EVENTS_FOLDER, LOG_FILE, TABLE_FILE, masks_file
+from ara.stages.learned import EVENTS_FOLDER, LEARNED, LOG_FILE, TABLE_FILE, masks_file
 from ara.workspace import Workspace
 
 
@@ -110,21 +114,23 @@ class _Training:
         stage.results.setdefault("log", {})
         stage.results.setdefault("table_seconds", 0.0)
         stage.results.setdefault("table_windows", 0)
-        stage.results["stopped"] = None
+        # Set where a run was cut off between its last budget and the end: it stays as it was stopped.
+        stage.results.setdefault("stopped", None)
 
     def all_budgets(self) -> None:
-        """Train at each budget, largest first; each starts from the losses that the one before has learned.
+        """Train at each budget, largest first; each may start from the losses that the one before has learned.
 
         The paper's form learns ranks, not losses: with it every budget starts as the first.
 
         Raises:
             NumericalError: NaN or divergence at the first budget; at a later one, those before are kept.
         """
-        table, learned, results = self._table(), None, self.stage.results
+        table, results = self._table(), self.stage.results
+        learned: LearnedLosses | None = None
         for keep in sorted(set(self.config.keep), reverse=True):
             if masks_file(keep) in self.stage.finished:
-                if self.config.objective == "priced":
-                    learned = load_file(self.stage.folder / masks_file(keep))
+                tables = load_file(self.stage.folder / masks_file(keep)) if self.config.objective == "priced" else None
+                learned = LearnedLosses(keep, tables, from_table(results["budgets"][f"{keep:g}"]["ranks"]))
             else:
                 try:
                     learned = self._one_budget(keep, table, learned)
@@ -150,20 +156,23 @@ class _Training:
         return load_file(self.stage.folder / TABLE_FILE)
 
     def _one_budget(
-        self, keep: float, table: dict[str, torch.Tensor] | None, learned: dict[str, torch.Tensor] | None
-    ) -> dict[str, torch.Tensor] | None:
-        """Train at one budget and store what it has learned; ``None`` when that are ranks alone."""
+        self, keep: float, table: dict[str, torch.Tensor] | None, learned: LearnedLosses | None
+    ) -> LearnedLosses:
+        """Train at one budget, and store and return what it has learned."""
         config, report = self.config, self.run.report
         budget = budget_of(config, self.specs, keep)
-        family = ara_family(self.options, self.modules, budget, table, learned)
-        state = None
         if self.checkpoint is not None and self.checkpoint[1]["keep"] == keep:
             state = TrainingState.from_plain(self.checkpoint[1]["state"], self.checkpoint[0])
+            start = self.checkpoint[1].get("start", config.start)
             report.fact(f"going on after step {state.step} of {config.steps} at keep {keep:g}")
+        else:
+            state, start = None, self._better_start(budget, table, learned)
+        warm = learned if start == LEARNED else None
+        family = ara_family(self.options, self.modules, budget, table, warm)
 
         def save(state: TrainingState) -> None:
             if state.step % config.save_every == 0 and state.step < config.steps:
-                self.stage.save_checkpoint(state.all_tensors(), {"keep": keep, "state": state.plain()})
+                self.stage.save_checkpoint(state.all_tensors(), {"keep": keep, "start": start, "state": state.plain()})
                 self._write_log(keep, state)
 
         state = train(
@@ -178,16 +187,17 @@ class _Training:
             report=report,
             label=f"Training at keep {keep:g}",
         )
-        best = learned_tables(family, state.best_tensors)
-        start = state.log[0].held_out
-        assert start is not None
+        tables, ranks = learned_tables(family, state.best_tensors), Allocation(state.best)
+        before = state.log[0].held_out
+        assert before is not None
         report.fact(
             f"keep {keep:g}: best after step {state.best_step}, held-out loss {state.best_held_out:.4f} nats/token, "
-            f"{start - state.best_held_out:.4f} less than the start's"
+            f"{before - state.best_held_out:.4f} less than the start's"
         )
         result = {
-            "ranks": ranks_table(Allocation(state.best)),
-            "start_held_out": start,
+            "ranks": ranks_table(ranks),
+            "start": start,
+            "start_held_out": before,
             "held_out": state.best_held_out,
             "best_step": state.best_step,
             "steps": state.step,
@@ -198,8 +208,21 @@ class _Training:
             self.stage.results["stopped"] = f"interrupted after step {state.step} of {config.steps} at keep {keep:g}"
         self.stage.results["log"][f"{keep:g}"] = state.plain()["log"]
         self.stage.results["budgets"][f"{keep:g}"] = result
-        self.stage.tensors(masks_file(keep), best or state.best_tensors)
-        return best
+        self.stage.tensors(masks_file(keep), tables or state.best_tensors)
+        return LearnedLosses(keep, tables, ranks)
+
+    def _better_start(
+        self, budget: Budget, table: dict[str, torch.Tensor] | None, learned: LearnedLosses | None
+    ) -> str:
+        """Return where to start: at what another budget has learned only if that is better on held-out text."""
+        if learned is None or learned.tables is None:
+            return self.config.start
+        first = best_ranks(self.specs, start_tables(self.options, self.specs, table), budget)
+        candidates = {self.config.start: first, LEARNED: learned.allocation(self.specs, budget)}
+        verdict = compare_candidates(candidates, self.context)
+        told = ", ".join(f"{name} {verdict.held_out[name]:.4f}" for name in candidates)
+        self.run.report.fact(f"held-out loss of the places to start from, nats/token: {told}")
+        return verdict.winner
 
     def _write_log(self, keep: float, state: TrainingState | None) -> None:
         """Write the log of all budgets so far, anew: a resumed run continues it without a gap or a repeated row."""
