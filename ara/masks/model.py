@@ -149,8 +149,9 @@ class MaskedModel:
         """
         predicted = windows.shape[0] * (windows.shape[1] - 1)
         with self.listening():
-            losses = self.backward(windows, loss, batch_size, seed, divisor=predicted)
-            masks = {name: _gradient(layer) for name, layer in self.layers.items()}
+            losses = self.backward(windows, loss, batch_size, seed)
+            # Divided only here: in float16 the gradient of a mean over thousands of tokens would vanish.
+            masks = {name: _gradient(layer) / predicted for name, layer in self.layers.items()}
         stderr = float(losses.std()) / len(losses) ** 0.5 if len(losses) > 1 else math.inf
         return MaskGradients(float(losses.mean()), stderr, masks)
 
@@ -161,18 +162,16 @@ class MaskedModel:
         batch_size: int,
         seed: int,
         *,
-        divisor: float = 1.0,
         report: Reporter = SILENT,
         label: str = "",
     ) -> torch.Tensor:
-        """Read windows forward and backward; to be called inside :meth:`listening`.
+        """Read windows forward and backward through the summed loss; to be called inside :meth:`listening`.
 
         Args:
             windows: (w, t) int64.
             loss: see :meth:`gradients`.
             batch_size: windows per pass.
             seed: of the drawing.
-            divisor: of the summed loss that is differentiated.
             report: shows a bar of windows.
             label: of the bar.
 
@@ -192,7 +191,7 @@ class MaskedModel:
                 targets = sampled_targets(logits, generator) if loss == "fisher" else ids
                 values = token_losses(logits, targets, teacher)
                 del logits, teacher
-                (values.sum() / divisor).backward()
+                values.sum().backward()
                 found.append(values.detach().double().mean(1).cpu())
                 self.backward_passes += len(batch)
                 bar.advance(len(batch))
