@@ -107,7 +107,7 @@ def training_cost(trained: StageView, keep: float) -> dict[str, float]:
     for budget in sorted((budget for budget in results["budgets"] if float(budget) >= keep), key=float):
         row = results["budgets"][budget]
         spent = {name: value + row[name] for name, value in spent.items()}
-        if row["start"] != LEARNED:
+        if row.get("start", LEARNED) != LEARNED:
             break
     return spent
 

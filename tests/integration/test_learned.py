@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ from ara.stages.common import Run, factor_files, specs_of
 from ara.stages.compare import compare, methods_for
 from ara.stages.decompose import decompose
 from ara.stages.evaluate import evaluate
+from ara.stages.learned import training_cost
 from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
 from ara_cli.app import app
@@ -227,24 +229,74 @@ def test_a_killed_training_ends_in_the_same_bytes(killed, learned, place, count)
     assert not list((learned / "train-masks").glob("*/.*")), os.listdir(learned / "train-masks")
 
 
-def test_ctrl_c_keeps_the_best_and_says_so(learned, monkeypatch):
+def interrupted_in_step(monkeypatch, number):
+    """Let Ctrl+C arrive in this step."""
     from ara.masks.model import MaskedModel
 
     real, calls = MaskedModel.gradients, []
 
     def interrupted(self, *args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == number:
             raise KeyboardInterrupt
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(MaskedModel, "gradients", interrupted)
+
+
+def test_ctrl_c_keeps_the_best_and_says_so(learned, monkeypatch):
+    interrupted_in_step(monkeypatch, 3)
     result = invoke(*train_words(learned, "--name", "stopped"))
     assert result.exit_code == 0, result.output
     assert "keeping the best allocation so far" in result.output
     budgets = read_manifest(learned / "train-masks" / "stopped").results["budgets"]
     assert list(budgets) == ["0.8"]
     assert budgets["0.8"]["steps"] == 2 and len(budgets["0.8"]["ranks"]) == 21
+
+
+def test_what_was_stopped_stays_so_when_storing_it_is_cut_off(learned, monkeypatch):
+    from ara.stage_writer import StageWriter
+
+    real, calls = StageWriter._commit, []
+
+    def cut_off(self):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(StageWriter, "_commit", cut_off)
+    interrupted_in_step(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped", keep_on_interrupt=True)
+    view = train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped")
+    assert list(view.manifest.results["budgets"]) == ["0.8"]
+    assert view.manifest.results["stopped"] == "interrupted after step 2 of 4 at keep 0.8"
+
+
+@pytest.mark.parametrize("winner", ["sensitivity", "learned"])
+def test_a_later_budget_starts_at_the_better_of_two_places(learned, monkeypatch, winner):
+    import ara.stages.train_masks as stage
+
+    real, seen = stage.compare_candidates, []
+
+    def judged(candidates, context):
+        verdict = real(candidates, context)
+        seen.append(verdict.held_out)
+        assert verdict.winner == min(candidates, key=verdict.held_out.get)
+        return replace(verdict, winner=winner)
+
+    monkeypatch.setattr(stage, "compare_candidates", judged)
+    view = train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="two")
+    budgets = view.manifest.results["budgets"]
+    assert [row["start"] for row in budgets.values()] == ["sensitivity", winner]
+    assert len(seen) == 1 and seen[0]["sensitivity"] != seen[0]["learned"]
+    assert budgets["0.6"]["start_held_out"] == pytest.approx(seen[0][winner], rel=1e-6)
+    table = view.manifest.results["table_windows"]
+    before = budgets["0.8"]["backward_passes"] if winner == "learned" else 0
+    cost = training_cost(view, 0.6)
+    assert cost["backward_passes"] == table + before + budgets["0.6"]["backward_passes"] == 8 + before + 12
+    assert training_cost(view, 0.8)["backward_passes"] == 8 + 12
 
 
 def test_divergence_is_one_line(learned, monkeypatch):

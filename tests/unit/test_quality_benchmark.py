@@ -6,11 +6,13 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks.quality import METHODS, Row, wanted
+from ara.errors import NumericalError
+from benchmarks.quality import METHODS, Bench, Row, wanted
 from benchmarks.quality_table import (
     PUBLISHED,
     TABLE_KEEPS,
@@ -99,6 +101,29 @@ def test_every_method_is_wanted_at_every_budget_and_learned_ones_with_every_seed
     seeds = {row.method: sum(r.method == row.method and r.keep == 0.6 for r in found) for row in found}
     assert (seeds["tanh"], seeds["strs"], seeds["ara"]) == (3, 1, 6)
     assert Row("two-sided", "ara", 0.6, 2, "pivoted").key == "two-sided, pivoted/ara/0.6/2"
+
+
+def bench(tmp_path, rows, **more):
+    """Return a benchmark that measures nothing by itself."""
+    made = Bench.__new__(Bench)
+    made.arguments = SimpleNamespace(seeds=2, keep=[0.8, 0.6], steps=None, **more)
+    made.file, made.rows, made.run = tmp_path / "rows.json", rows, None
+    return made
+
+
+def test_seeds_that_were_trained_otherwise_are_not_averaged(tmp_path, rows):
+    made, asked = bench(tmp_path, rows), Row("two-sided", "ara", 0.8, 1)
+    made._refuse_mixture(asked, {})
+    with pytest.raises(SystemExit, match=r"two-sided/ara/0\.8/0 in .* trained with other settings"):
+        made._refuse_mixture(asked, {"options": {"steps": 12}})
+
+
+def test_a_budget_that_a_training_has_left_out_is_a_failed_row(tmp_path, rows, monkeypatch):
+    results = {"budgets": {"0.8": {}}, "log": {}, "stopped": "at keep 0.6 the training diverges"}
+    view = SimpleNamespace(manifest=SimpleNamespace(results=results))
+    monkeypatch.setattr("ara.stages.train_masks.train_masks", lambda *args, **kwargs: view)
+    with pytest.raises(NumericalError, match=r"at keep 0\.6 the training diverges"):
+        bench(tmp_path, rows)._trained(Row("two-sided", "ara", 0.6, 0))
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="no published rows")
