@@ -119,7 +119,10 @@ class MaskTrainingOptions(MethodOptions):
     batch: int = Field(16, ge=1, description="windows per step")
     rate: float = Field(0.3, gt=0, le=1, description="weight of a new step against the old ones (newton)")
     trust: float = Field(
-        0.02, gt=0, le=1, description="largest share of all parameters that a step may move between ranks (newton)"
+        0.02,
+        gt=0,
+        le=1,
+        description="largest share of all parameters that the first step may move; falls to a quarter (newton)",
     )
     damping: float = Field(1.0, ge=0, description="multiple of the curvature; more moves fewer ranks (newton)")
     learning_rate: float = Field(0.05, gt=0, description="step size of Adam at the start; falls to a tenth")

@@ -59,6 +59,7 @@ def main() -> None:
     run = Run(arguments.workspace, "python benchmarks/ablation.py", console)
     decompose(DecomposeConfig(model=arguments.model, method="two-sided", samples=arguments.samples), run)
     only = arguments.only or list(VARIANTS)
+    prefix = f"ablation-{arguments.layout}-{arguments.keep:g}-{arguments.steps}x{arguments.samples}"
     rows = []
     for number, (label, changes) in enumerate(VARIANTS.items()):
         if label not in only:
@@ -66,7 +67,7 @@ def main() -> None:
         console.step(label)
         config = TrainMasksConfig(keep=(arguments.keep,), steps=arguments.steps, layout=arguments.layout, **changes)
         try:
-            view = train_masks(config, run, factors="two-sided", name=f"ablation-{arguments.layout}-{number:02d}")
+            view = train_masks(config, run, factors="two-sided", name=f"{prefix}-{number:02d}")
         except AraError as error:
             rows.append((label, "", "", "", "", str(error)))
             continue

@@ -17,6 +17,9 @@ from ara.masks.ara import ara_family, needs_table, sensitivity_table
 from ara.masks.learned import nearest
 from ara.masks.training import trained_allocation
 
+# Budgets are whole parameters: a keep that comes back from one differs by the rounding.
+_SAME_KEEP = 1e-3
+
 
 class Ara(Allocator):
     """Learned ranks."""
@@ -30,7 +33,10 @@ class Ara(Allocator):
         if context.learned:
             specs = [module.spec for module in modules]
             keep = budget.parameters / sum(spec.dense_cost for spec in specs)
-            return nearest(context.learned, keep).allocation(specs, budget)
+            used = nearest(context.learned, keep)
+            if abs(used.keep - keep) > _SAME_KEEP:
+                context.report.fact(f"keep {keep:.4g} was not trained: going by what was learned at {used.keep:g}")
+            return used.allocation(specs, budget)
         table = sensitivity_table(context).losses if needs_table(self.options) else None
         family = ara_family(self.options, modules, budget, table)
         return trained_allocation(family, context, self.options, "Training masks")

@@ -27,7 +27,7 @@ class Context:
     Attributes:
         model: with all layers dense; an allocator may cut it as it likes.
         train: (w, t) int64 calibration windows to learn from.
-        held_out: (w, t) int64 calibration windows that share no document with ``train``, to compare candidates on.
+        held_out: (w, t) int64 calibration windows to compare candidates on, at least one window away from ``train``.
         batch_size: windows per pass.
         seed: of everything random.
         report: progress.

@@ -52,6 +52,10 @@ def allocate(
         AraError: no decomposition, a budget that cannot be met, a ranks file that does not fit.
     """
     started = begin()
+    if ranks is not None and masks is not None:
+        raise UsageError(
+            f"--ranks FILE and --masks {masks} are both given", "the file says every rank: use one of them"
+        )
     workspace = run.open()
     with workspace.lock(run.command):
         decomposition = workspace.require("decompose", factors)

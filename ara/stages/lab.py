@@ -29,12 +29,12 @@ def placed(config: C, run: Run) -> C:
 def open_lab(
     decomposition: StageView, specs: Sequence[LinearSpec], config: TuningConfig, workspace: Workspace, run: Run
 ) -> Context:
-    """Load the model with its factors, and two sets of calibration windows that share no document.
+    """Load the model with its factors, and two sets of calibration windows, apart from each other.
 
     Windows are cut from the text of the decomposition in its order: first those that the factors were fitted to,
-    then ``samples`` to learn ranks from, one that is thrown away (a document may reach across the border), then
-    ``held_out``. A text that is too short for all is shared out: at most a fifth is held out, and the windows
-    of the decomposition are read again.
+    then ``samples`` to learn ranks from, one that is thrown away (a document may reach across the border; one longer
+    than a window still does), then ``held_out``. A text that is too short for all is shared out: at most a fifth is
+    held out, and the windows of the decomposition are read again.
 
     Args:
         decomposition: a verified result of ``ara decompose``.
@@ -73,9 +73,11 @@ def open_lab(
     held = config.held_out
     if len(windows) < wanted:
         held = min(held, max(1, len(windows) // 5))
+        seen = made["samples"] > len(windows) - held
         run.report.warn(
             f"the text holds {len(windows)} windows of {made['seq_len']} tokens, {wanted} were wanted: "
             f"{held} are held out, and ranks are learned in part from windows that the factors were fitted to"
+            + (f"; so are those held out (decompose with --samples {len(windows) - held} to avoid it)" if seen else "")
         )
     train = windows[: len(windows) - held - 1][-config.samples :]
     run.report.fact(

@@ -117,6 +117,8 @@ def with_training(context: Context, trained: StageView | None) -> Context:
     if trained is None:
         return context
     assert trained.manifest is not None
+    if stopped := trained.manifest.results.get("stopped"):
+        context.report.warn(f"{trained.key} is not complete: {stopped}")
     table = load_file(trained.path / TABLE_FILE) if TABLE_FILE in trained.manifest.files else None
     return replace(context, learned=read_learned(trained), table=table)
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,15 @@ def test_a_training_on_other_factors_is_refused(learned, tiny_settings):
 def test_masks_with_another_method_are_refused(learned):
     with pytest.raises(UsageError, match="--masks x and --method energy"):
         allocate(AllocateConfig(keep=0.8, method="energy"), Run(learned), masks="x")
+    with pytest.raises(UsageError, match="--ranks FILE and --masks x"):
+        allocate(AllocateConfig(), Run(learned), masks="x", ranks=Path("ranks.json"))
+
+
+def test_a_budget_that_was_not_trained_is_told(learned):
+    told = invoke("allocate", "--keep", "0.69", "--samples", "6", "--held-out", "3", "-w", learned).output
+    assert "keep 0.69 was not trained: going by what was learned at 0.6" in told
+    told = invoke("allocate", "--keep", "0.6", "--samples", "6", "--held-out", "3", "-w", learned).output
+    assert "was not trained" not in told
 
 
 def test_excluded_layers_stay_dense_and_floors_hold(learned):
@@ -272,6 +282,8 @@ def test_what_was_stopped_stays_so_when_storing_it_is_cut_off(learned, monkeypat
     view = train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped")
     assert list(view.manifest.results["budgets"]) == ["0.8"]
     assert view.manifest.results["stopped"] == "interrupted after step 2 of 4 at keep 0.8"
+    told = invoke("allocate", "--keep", "0.8", "--masks", "stopped", "-w", learned).output
+    assert "train-masks/stopped is not complete: interrupted after step 2" in " ".join(told.split())
 
 
 @pytest.mark.parametrize("winner", ["sensitivity", "learned"])
@@ -393,7 +405,10 @@ def test_text_that_is_too_short_is_shared_out(learned, capsys):
 
     config = AllocateConfig(keep=0.8, method="sensitivity", **{**TUNING, "samples": 5000, "held_out": 4000})
     allocate(config, Run(learned, report=Listener()))
-    assert any("were wanted" in text for text in heard)
+    told = next(text for text in heard if "were wanted" in text)
+    made = Run(learned).open().require("decompose").manifest.config["samples"]
+    total, held = (int(word) for word in re.match(r"the text holds (\d+) .* wanted: (\d+) are", told).groups())
+    assert ("so are those held out" in told) == (made > total - held)
 
 
 # -- pivoted layers ---------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_ctrl_c_passes_through_or_keeps_the_best_so_far(toy, form):
     assert state.best_held_out <= state.log[0].held_out
 
 
-def test_a_loss_of_nan_stops_with_advice(toy, monkeypatch):
+def test_the_model_is_dense_again_when_a_step_fails(toy, monkeypatch):
     def broken(self, *args, **kwargs):
         raise NumericalError("the loss is nan", "try --dtype float32")
 
@@ -162,9 +162,17 @@ def test_every_window_is_read_once_per_round():
     assert sorted(batch_indices(3, 7, 0, seed=0).tolist()).count(0) >= 2
 
 
-def test_each_form_beats_the_uniform_start_it_set_out_from(tmp_path):
+@pytest.mark.parametrize(
+    ("form", "changes"),
+    [
+        ("newton", {"rate": 0.5, "trust": 0.3}),
+        ("adam", {"steps": 24, "learning_rate": 0.5}),
+        ("paper", {"steps": 24, "learning_rate": 0.3, "atoms": 64}),
+    ],
+)
+def test_each_form_beats_the_uniform_start_it_set_out_from(tmp_path, form, changes):
     """On a toy whose layers differ by construction, learning from uniform ranks must win."""
     toy = toy_problem(tmp_path, SHAPES * 2, seed=3)
-    state, _, _ = _run(toy, "newton", steps=12, start="uniform", rate=0.5, trust=0.3)
+    state, _, _ = _run(toy, form, **{"steps": 12, "start": "uniform", **changes})
     assert state.best_step > 0
     assert state.best_held_out < state.log[0].held_out - 1e-4
