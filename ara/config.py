@@ -142,7 +142,7 @@ class TrainMasksConfig(TuningConfig, BudgetConfig, MaskTrainingOptions):
     keep: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (0.8,),
         min_length=1,
-        description="budget to train at, in (0, 1]; may be repeated (objective priced: warm-started, largest first)",
+        description="budget to train at, in (0, 1]; may be repeated: largest first, the others may go on from it",
     )
     save_every: int = Field(5, ge=1, description="steps between checkpoints to go on from")
     tensorboard: bool = Field(False, description="also write TensorBoard events (needs the package tensorboard)")

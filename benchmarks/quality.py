@@ -207,6 +207,7 @@ class Bench:
 
         if row.key in self.rows:
             return
+        self._refuse_mixture(row)
         self.console.step(row.key)
         self.load(row.factors)
         try:
@@ -215,16 +216,26 @@ class Bench:
             self.console.warn(f"{row.key}: {error}")
             self.keep_row(row.key, {"error": str(error)})
             return
-        self._refuse_mixture(row, facts)
         facts["linear_keep"] = allocation.keep(specs_of(self.views[row.factors], row.layout))
         facts["dense_layers"] = allocation.dense_count()
         self.keep_row(row.key, {**facts, **self.quality(allocation.ranks)})
 
-    def _refuse_mixture(self, row: Row, facts: Mapping[str, Any]) -> None:
-        """Seeds that are averaged must have been trained alike."""
+    def _settings(self, row: Row) -> dict[str, Any]:
+        """Return what a row of a training notes about it; empty for other methods."""
+        if row.method not in FORMS:
+            return {}
+        options = MaskTrainingOptions(**FORMS[row.method]).model_dump(mode="json")
+        if self.arguments.steps:
+            options["steps"] = self.arguments.steps
+        return {"trained_at": list(self.arguments.keep), "options": options}
+
+    def _refuse_mixture(self, row: Row) -> None:
+        """Seeds that are averaged must have been trained alike, at the same budgets."""
+        asked = self._settings(row)
         for seed in range(self.arguments.seeds):
             key = replace(row, seed=seed).key
-            if key in self.rows and self.rows[key].get("options") != facts.get("options"):
+            found = self.rows.get(key, {"error": ""})
+            if "error" not in found and any(found.get(name) != value for name, value in asked.items()):
                 sys.exit(
                     f"error: {key} in {self.file} was trained with other settings than {row.key}\n"
                     "hint: remove its rows from the file, or name another file with --results"
@@ -280,20 +291,20 @@ class Bench:
         from ara.stages.learned import training_cost
         from ara.stages.train_masks import train_masks
 
-        options = {"steps": MaskTrainingOptions().steps, **FORMS[row.method]}
-        if self.arguments.steps:
-            options["steps"] = self.arguments.steps
-        config = TrainMasksConfig(keep=tuple(self.arguments.keep), seed=row.seed, layout=row.layout, **options)
+        settings = self._settings(row)
+        keeps = tuple(self.arguments.keep)
+        config = TrainMasksConfig(keep=keeps, seed=row.seed, layout=row.layout, **settings["options"])
         view = train_masks(config, self.run, factors=row.factors, name=self.training(row))
         assert view.manifest is not None
         results = view.manifest.results
         if f"{row.keep:g}" not in results["budgets"]:
             raise NumericalError(f"not trained: {results['stopped']}")
+        if "start" not in results["budgets"][f"{row.keep:g}"]:
+            sys.exit(f"error: {view.key} was trained by an earlier version of ara\nhint: remove {view.path}")
         result, log = results["budgets"][f"{row.keep:g}"], results["log"][f"{row.keep:g}"]
         facts = {
             **training_cost(view, row.keep),
-            "trained_at": list(self.arguments.keep),
-            "options": config.model_dump(mode="json", include=set(MaskTrainingOptions.model_fields)),
+            **settings,
             "start": result["start"],
             "won_on_held_out": result["start_held_out"] - result["held_out"],
             "curve": [[entry["step"], entry["held_out"]] for entry in log if entry["held_out"] is not None],

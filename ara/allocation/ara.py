@@ -17,9 +17,6 @@ from ara.masks.ara import ara_family, needs_table, sensitivity_table
 from ara.masks.learned import nearest
 from ara.masks.training import trained_allocation
 
-# Budgets are whole parameters: a keep that comes back from one differs by the rounding.
-_SAME_KEEP = 1e-3
-
 
 class Ara(Allocator):
     """Learned ranks."""
@@ -32,9 +29,11 @@ class Ara(Allocator):
         assert context is not None and isinstance(self.options, MaskTrainingOptions)
         if context.learned:
             specs = [module.spec for module in modules]
-            keep = budget.parameters / sum(spec.dense_cost for spec in specs)
+            total = sum(spec.dense_cost for spec in specs)
+            keep = budget.parameters / total
             used = nearest(context.learned, keep)
-            if abs(used.keep - keep) > _SAME_KEEP:
+            # Budgets are whole parameters.
+            if abs(used.keep - keep) * total > 1:
                 context.report.fact(f"keep {keep:.4g} was not trained: going by what was learned at {used.keep:g}")
             return used.allocation(specs, budget)
         table = sensitivity_table(context).losses if needs_table(self.options) else None

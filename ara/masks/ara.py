@@ -66,10 +66,14 @@ def ara_family(
     """
     specs = [module.spec for module in modules]
     check_layout(options, specs[0].layout)
-    start, around = start_tables(options, specs, table), None
+    start: Tables
+    start, around = even_tables(specs), None
     if learned is not None:
         assert learned.tables is not None
         start, around = learned.tables, learned.ranks
+    elif options.start == "sensitivity":
+        assert table is not None
+        start = table
     if options.objective == "priced":
         if options.optimiser == "newton":
             assert table is not None
@@ -83,14 +87,6 @@ def ara_family(
         start_at(atoms, shares_of(specs, best_ranks(specs, start, budget).ranks)),
         PaperOptions(budget_weight=options.budget_weight, guidance_weight=options.guidance_weight),
     )
-
-
-def start_tables(options: MaskTrainingOptions, specs: Sequence[LinearSpec], table: Tables | None) -> Tables:
-    """Return the losses of ranks that a training begins with, unless it goes on from another one."""
-    if options.start == "uniform":
-        return even_tables(specs)
-    assert table is not None
-    return table
 
 
 def learned_tables(family: AraFamily, parameters: Tables) -> dict[str, torch.Tensor] | None:

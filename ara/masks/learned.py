@@ -47,5 +47,5 @@ class LearnedLosses:
 
 def nearest(learned: Sequence[LearnedLosses], keep: float) -> LearnedLosses:
     """Return the training whose budget is nearest to ``keep``; of two equally near ones that of the larger budget."""
-    # 0.8 and 0.6 are equally near to 0.7, whatever binary fractions make of them.
-    return min(learned, key=lambda losses: (round(abs(losses.keep - keep), 6), -losses.keep))
+    # 0.8 and 0.6 are equally near to 0.7, whatever binary fractions and whole parameters make of them.
+    return min(learned, key=lambda losses: (round(abs(losses.keep - keep), 4), -losses.keep))

@@ -145,13 +145,18 @@ class MaskedModel:
             seed: of the drawing.
 
         Raises:
-            NumericalError: the loss is NaN or infinite.
+            NumericalError: the loss, or its gradient, is NaN or infinite.
         """
         predicted = windows.shape[0] * (windows.shape[1] - 1)
         with self.listening():
             losses = self.backward(windows, loss, batch_size, seed)
             # Divided only here: in float16 the gradient of a mean over thousands of tokens would vanish.
             masks = {name: _gradient(layer) / predicted for name, layer in self.layers.items()}
+        if not all(bool(gradient.isfinite().all()) for gradient in masks.values()):
+            raise NumericalError(
+                f"the loss is {float(losses.mean()):.4f}, and its gradient is NaN or infinite",
+                "the model's numbers are too small or too large for its type: try --dtype float32 or bfloat16",
+            )
         stderr = float(losses.std()) / len(losses) ** 0.5 if len(losses) > 1 else math.inf
         return MaskGradients(float(losses.mean()), stderr, masks)
 

@@ -17,7 +17,8 @@ under the budget, so the noise of a batch moves few ranks. The model holds near 
   learned is such a step, too;
 - a step after which the loss is far higher has gone over a cliff: one component may hold up the whole model (in
   SmolLM2-135M the value projection of the first block). The gradient behind the cliff points back at it:
-  the layers that it wants restored most are pinned at the rank that they had before. Where that does not explain the
+  the layers that it wants restored most are pinned at the rank that they had before (those that were dense at the
+  highest rank that costs less). Where that does not explain the
   loss, or does not help, the step is taken back and the next ones are half as long.
 
 What stays is a cut that is optimal for its own linearisation: all layers pay the same price for their last component.
@@ -44,7 +45,7 @@ _BAD = 1.3
 _BAD_STDERRS = 3.0
 # In front of the names of what a bad step goes back to.
 _ACCEPTED = "accepted:"
-# Halvings of the rate's interval on the way to a step of the right length.
+# Halvings of an interval on the way to a step of the right length.
 _BISECTIONS = 6
 # Layers share the blame for a cliff if they would win back this share of what the first of them would; together they
 # must explain this share of the loss.
@@ -125,10 +126,7 @@ class NewtonMasks(MaskFamily):
             old[spec.name] = table - table[at]
             new[spec.name] = first - first[at] + self.damping * (curve - curve[at]).abs()
         limit = float(self.parameters["trust"]) * (1 - 0.75 * progress)
-        floors = torch.maximum(floors_below(self.specs, self.latest), self.parameters["pins"])
-        # Where lower floors alone let too much move, those of the step before stay.
-        if self._moved(old, floors) <= limit:
-            self.parameters["floors"].copy_(floors)
+        self.parameters["floors"].copy_(self._next_floors(old, limit))
         for name, table in self._within(old, new, limit).items():
             self.parameters[name].copy_(table)
 
@@ -165,6 +163,24 @@ class NewtonMasks(MaskFamily):
         ranks = (allocation.ranks[spec.name] for spec in self.specs)
         full = (spec.full_rank for spec in self.specs)
         return torch.tensor([whole if rank is None else rank for rank, whole in zip(ranks, full, strict=True)])
+
+    def _next_floors(self, old: Mapping[str, torch.Tensor], limit: float) -> torch.Tensor:
+        """Return the floors of the next step: half of the latest ranks, or as near to that as the limit allows.
+
+        After a start from a far larger budget the ranks press on the floors, and would fall by more than a step may
+        move as soon as these were gone.
+        """
+        assert self.latest is not None
+        wanted = torch.maximum(floors_below(self.specs, self.latest), self.parameters["pins"])
+        if self._moved(old, wanted) <= limit:
+            return wanted
+        above = (self.parameters["floors"] - wanted).clamp_min(0).double()
+        low, high = 0.0, 1.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            near = self._moved(old, wanted + ((1 - middle) * above).ceil().long()) <= limit
+            low, high = (middle, high) if near else (low, middle)
+        return wanted + ((1 - low) * above).ceil().long()
 
     def _within(
         self, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor], limit: float

@@ -22,7 +22,10 @@ def floors_below(specs: Sequence[LinearSpec], around: Allocation) -> torch.Tenso
     square layer, half of its rank would cost as much as dense, and it could never leave it.
     """
     ranks = (around.ranks[spec.name] for spec in specs)
-    highest = [spec.top_rank if rank is None else rank for spec, rank in zip(specs, ranks, strict=True)]
+    # Also above what pays: the cut may be one of another layout.
+    highest = [
+        spec.top_rank if rank is None else min(rank, spec.top_rank) for spec, rank in zip(specs, ranks, strict=True)
+    ]
     return (_LEAST * torch.tensor(highest, dtype=torch.float64)).ceil().long()
 
 

@@ -103,11 +103,13 @@ def training_cost(trained: StageView, keep: float) -> dict[str, float]:
     """Return seconds and backward passes that a training took to its budget ``keep``: table, budgets that led there."""
     assert trained.manifest is not None
     results = trained.manifest.results
+    # Of trainings from before this was noted.
+    unsaid = LEARNED if trained.manifest.config["objective"] == "priced" else ""
     spent = {"seconds": results["table_seconds"], "backward_passes": results["table_windows"]}
     for budget in sorted((budget for budget in results["budgets"] if float(budget) >= keep), key=float):
         row = results["budgets"][budget]
         spent = {name: value + row[name] for name, value in spent.items()}
-        if row.get("start", LEARNED) != LEARNED:
+        if row.get("start", unsaid) != LEARNED:
             break
     return spent
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,10 @@ from safetensors.torch import load_file
 
 from ara.allocation.allocation import Allocation, Module
 from ara.allocation.base import Context
-from ara.allocation.budget import Budget
-from ara.allocation.guard import compare_candidates
-from ara.allocation.optimum import best_ranks
 from ara.allocation.ranks_file import from_table, ranks_table
 from ara.config import MaskTrainingOptions, TrainMasksConfig
 from ara.errors import NumericalError, UnavailableError
-from ara.masks.ara import ara_family, check_layout, learned_tables, needs_table, sensitivity_table, start_tables
+from ara.masks.ara import AraFamily, ara_family, check_layout, learned_tables, needs_table, sensitivity_table
 from ara.masks.learned import LearnedLosses
 from ara.masks.state import LogRow, TrainingSettings, TrainingState
 from ara.masks.training import train
@@ -114,7 +113,12 @@ class _Training:
         stage.results.setdefault("log", {})
         stage.results.setdefault("table_seconds", 0.0)
         stage.results.setdefault("table_windows", 0)
-        # Set where a run was cut off between its last budget and the end: it stays as it was stopped.
+        self.finished = set(stage.finished)
+        if run.force and stage.results.get("stopped"):
+            # Half a training of a run that was cut off before it was stored.
+            self.finished &= {TABLE_FILE}
+            stage.results.update({"budgets": {}, "log": {}, "stopped": None})
+        # After such a run it stays as it was stopped.
         stage.results.setdefault("stopped", None)
 
     def all_budgets(self) -> None:
@@ -128,9 +132,11 @@ class _Training:
         table, results = self._table(), self.stage.results
         learned: LearnedLosses | None = None
         for keep in sorted(set(self.config.keep), reverse=True):
-            if masks_file(keep) in self.stage.finished:
+            if masks_file(keep) in self.finished:
                 tables = load_file(self.stage.folder / masks_file(keep)) if self.config.objective == "priced" else None
                 learned = LearnedLosses(keep, tables, from_table(results["budgets"][f"{keep:g}"]["ranks"]))
+            elif results["stopped"]:
+                break
             else:
                 try:
                     learned = self._one_budget(keep, table, learned)
@@ -139,17 +145,16 @@ class _Training:
                         raise
                     results["stopped"] = f"at keep {keep:g} {error}"
                     self.run.report.warn(f"keep {keep:g} is left out: {error} ({error.hint})")
-                    return
+                    break
             self._write_log(keep, None)
-            if results["stopped"]:
-                self.run.report.warn("what is not trained yet stays so; to train again: --force")
-                return
+        if results["stopped"]:
+            self.run.report.warn("what is not trained yet stays so; to train again: --force")
 
     def _table(self) -> dict[str, torch.Tensor] | None:
         """Return the sensitivity table, read back when an interrupted run had it already."""
         if not needs_table(self.options):
             return None
-        if TABLE_FILE not in self.stage.finished:
+        if TABLE_FILE not in self.finished:
             table = sensitivity_table(self.context)
             facts = {"table_seconds": table.seconds, "table_windows": len(self.context.train)}
             self.stage.tensors(TABLE_FILE, table.losses, facts)
@@ -161,14 +166,19 @@ class _Training:
         """Train at one budget, and store and return what it has learned."""
         config, report = self.config, self.run.report
         budget = budget_of(config, self.specs, keep)
+        families: dict[str, AraFamily] = {config.start: ara_family(self.options, self.modules, budget, table)}
+        if learned is not None and learned.tables is not None:
+            families[LEARNED] = ara_family(self.options, self.modules, budget, table, learned)
         if self.checkpoint is not None and self.checkpoint[1]["keep"] == keep:
             state = TrainingState.from_plain(self.checkpoint[1]["state"], self.checkpoint[0])
-            start = self.checkpoint[1].get("start", config.start)
+            # Before this was noted, what could be learned from was.
+            start = self.checkpoint[1].get("start", list(families)[-1])
             report.fact(f"going on after step {state.step} of {config.steps} at keep {keep:g}")
         else:
-            state, start = None, self._better_start(budget, table, learned)
-        warm = learned if start == LEARNED else None
-        family = ara_family(self.options, self.modules, budget, table, warm)
+            begun = time.monotonic()
+            start = self._best_start(families)
+            state = TrainingState(seconds=time.monotonic() - begun)
+        family = families[start]
 
         def save(state: TrainingState) -> None:
             if state.step % config.save_every == 0 and state.step < config.steps:
@@ -211,18 +221,20 @@ class _Training:
         self.stage.tensors(masks_file(keep), tables or state.best_tensors)
         return LearnedLosses(keep, tables, ranks)
 
-    def _better_start(
-        self, budget: Budget, table: dict[str, torch.Tensor] | None, learned: LearnedLosses | None
-    ) -> str:
-        """Return where to start: at what another budget has learned only if that is better on held-out text."""
-        if learned is None or learned.tables is None:
-            return self.config.start
-        first = best_ranks(self.specs, start_tables(self.options, self.specs, table), budget)
-        candidates = {self.config.start: first, LEARNED: learned.allocation(self.specs, budget)}
-        verdict = compare_candidates(candidates, self.context)
-        told = ", ".join(f"{name} {verdict.held_out[name]:.4f}" for name in candidates)
+    def _best_start(self, families: Mapping[str, AraFamily]) -> str:
+        """Return the name of the family whose first allocation is best on held-out text; NaN never is."""
+        if len(families) == 1:
+            return next(iter(families))
+        model, losses = self.context.model, {}
+        try:
+            for name, family in families.items():
+                model.use(family.allocation().ranks)
+                losses[name] = float(model.nll(self.context.held_out, self.context.batch_size).mean())
+        finally:
+            model.use_dense()
+        told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         self.run.report.fact(f"held-out loss of the places to start from, nats/token: {told}")
-        return verdict.winner
+        return min(losses, key=lambda name: losses[name] if losses[name] == losses[name] else math.inf)
 
     def _write_log(self, keep: float, state: TrainingState | None) -> None:
         """Write the log of all budgets so far, anew: a resumed run continues it without a gap or a repeated row."""

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +74,17 @@ def learned(learned_base, tmp_path):
 
 def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def listener(heard):
+    """Return a reporter that appends what it is told to ``heard``."""
+    from ara.progress import SILENT
+
+    class Listener:
+        def __getattr__(self, name):
+            return heard.append if name in ("step", "fact", "warn") else getattr(SILENT, name)
+
+    return Listener()
 
 
 def test_training_stores_losses_ranks_and_a_log(learned):
@@ -286,29 +296,63 @@ def test_what_was_stopped_stays_so_when_storing_it_is_cut_off(learned, monkeypat
     assert "train-masks/stopped is not complete: interrupted after step 2" in " ".join(told.split())
 
 
+def test_force_trains_anew_what_was_stopped_and_cut_off(learned, monkeypatch):
+    from ara.stage_writer import StageWriter
+
+    with monkeypatch.context() as during:
+
+        def cut_off(self):
+            raise KeyboardInterrupt
+
+        during.setattr(StageWriter, "_commit", cut_off)
+        interrupted_in_step(during, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped", keep_on_interrupt=True)
+    whole = read_manifest(learned / "train-masks" / "priced")
+    view = train_masks(TrainMasksConfig(**TRAINING), Run(learned, force=True), name="stopped")
+    assert view.manifest.results["stopped"] is None
+    for keep, row in whole.results["budgets"].items():
+        assert view.manifest.results["budgets"][keep]["ranks"] == row["ranks"]
+
+
+@pytest.mark.parametrize("optimiser", ["newton", "adam"])
 @pytest.mark.parametrize("winner", ["sensitivity", "learned"])
-def test_a_later_budget_starts_at_the_better_of_two_places(learned, monkeypatch, winner):
-    import ara.stages.train_masks as stage
+def test_a_later_budget_starts_at_the_better_of_two_places(learned, monkeypatch, winner, optimiser):
+    from ara.masks.model import MaskedModel
 
-    real, seen = stage.compare_candidates, []
+    real, places = MaskedModel.nll, []
 
-    def judged(candidates, context):
-        verdict = real(candidates, context)
-        seen.append(verdict.held_out)
-        assert verdict.winner == min(candidates, key=verdict.held_out.get)
-        return replace(verdict, winner=winner)
+    def judged(self, *args, **kwargs):
+        losses = real(self, *args, **kwargs)
+        if sum(layer.rank is not None for layer in self.layers.values()) and len(places) < 2 and wanted():
+            places.append(float(losses.mean()))
+            # The other one is far worse.
+            return losses + (5.0 if ("sensitivity", "learned")[len(places) - 1] != winner else 0)
+        return losses
 
-    monkeypatch.setattr(stage, "compare_candidates", judged)
-    view = train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="two")
+    def wanted():
+        return any("keep 0.8: best" in text for text in heard)
+
+    heard = []
+    monkeypatch.setattr(MaskedModel, "nll", judged)
+    run = Run(learned, report=listener(heard))
+    view = train_masks(TrainMasksConfig(**TRAINING, optimiser=optimiser, atoms=8, learning_rate=3.0), run, name="two")
     budgets = view.manifest.results["budgets"]
     assert [row["start"] for row in budgets.values()] == ["sensitivity", winner]
-    assert len(seen) == 1 and seen[0]["sensitivity"] != seen[0]["learned"]
-    assert budgets["0.6"]["start_held_out"] == pytest.approx(seen[0][winner], rel=1e-6)
-    table = view.manifest.results["table_windows"]
+    assert len(places) == 2 and places[0] != places[1]
+    assert budgets["0.6"]["start_held_out"] == pytest.approx(places[winner == "learned"], rel=1e-6)
     before = budgets["0.8"]["backward_passes"] if winner == "learned" else 0
-    cost = training_cost(view, 0.6)
-    assert cost["backward_passes"] == table + before + budgets["0.6"]["backward_passes"] == 8 + before + 12
+    assert training_cost(view, 0.6)["backward_passes"] == 8 + before + 12
     assert training_cost(view, 0.8)["backward_passes"] == 8 + 12
+
+
+@pytest.mark.parametrize(("objective", "passes"), [("priced", 8 + 12 + 12), ("paper", 8 + 12)])
+def test_the_cost_of_a_training_that_does_not_say_where_it_started(learned, objective, passes):
+    view = Run(learned).open().require("train-masks")
+    view.manifest.config["objective"] = objective
+    for row in view.manifest.results["budgets"].values():
+        del row["start"]
+    assert training_cost(view, 0.6)["backward_passes"] == passes
 
 
 def test_divergence_is_one_line(learned, monkeypatch):
@@ -396,15 +440,8 @@ def test_every_allocator_is_offered():
 
 def test_text_that_is_too_short_is_shared_out(learned, capsys):
     heard = []
-
-    class Listener:
-        def __getattr__(self, name):
-            from ara.progress import SILENT
-
-            return (lambda text: heard.append(text)) if name in ("step", "fact", "warn") else getattr(SILENT, name)
-
     config = AllocateConfig(keep=0.8, method="sensitivity", **{**TUNING, "samples": 5000, "held_out": 4000})
-    allocate(config, Run(learned, report=Listener()))
+    allocate(config, Run(learned, report=listener(heard)))
     told = next(text for text in heard if "were wanted" in text)
     made = Run(learned).open().require("decompose").manifest.config["samples"]
     total, held = (int(word) for word in re.match(r"the text holds (\d+) .* wanted: (\d+) are", told).groups())

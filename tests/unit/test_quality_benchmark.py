@@ -113,9 +113,14 @@ def bench(tmp_path, rows, **more):
 
 def test_seeds_that_were_trained_otherwise_are_not_averaged(tmp_path, rows):
     made, asked = bench(tmp_path, rows), Row("two-sided", "ara", 0.8, 1)
-    made._refuse_mixture(asked, {})
-    with pytest.raises(SystemExit, match=r"two-sided/ara/0\.8/0 in .* trained with other settings"):
-        made._refuse_mixture(asked, {"options": {"steps": 12}})
+    alike = rows["two-sided/ara/0.8/0"] = {**row(40), **made._settings(asked)}
+    rows["two-sided/ara/0.8/1"] = {"error": "the loss is nan"}
+    made._refuse_mixture(asked)
+    for other in ({"trained_at": [0.8]}, {"options": {**alike["options"], "steps": 13}}, {"options": None}):
+        rows["two-sided/ara/0.8/0"] = {**alike, **other}
+        with pytest.raises(SystemExit, match=r"two-sided/ara/0\.8/0 in .* trained with other settings"):
+            made._refuse_mixture(asked)
+    made._refuse_mixture(Row("two-sided", "tanh", 0.8, 1))
 
 
 def test_a_budget_that_a_training_has_left_out_is_a_failed_row(tmp_path, rows, monkeypatch):

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from ara.allocation.allocation import Allocation, cost
 from ara.allocation.budget import Budget
 from ara.allocation.optimum import best_ranks
 from ara.masks.ara import even_tables
 from ara.masks.model import MaskGradients
 from ara.masks.newton import NewtonMasks
 from ara.masks.priced import PricedStaircase, hard_price
+from ara.masks.reach import floors_below
 from ara.masks.staircase import paper_atoms, priced_atoms
 from ara.models.linears import LinearSpec
 
@@ -53,8 +55,8 @@ def test_priced_atoms_have_no_rank_that_does_not_pay():
     for i, spec in enumerate(SPECS):
         offered = dict(budget.choices(spec))
         real = atoms.real[i]
-        for rank, cost, dense in zip(atoms.ranks[i][real], atoms.costs[i][real], atoms.dense[i][real], strict=True):
-            assert offered[None if dense else int(rank)] == int(cost)
+        for rank, price, dense in zip(atoms.ranks[i][real], atoms.costs[i][real], atoms.dense[i][real], strict=True):
+            assert offered[None if dense else int(rank)] == int(price)
         assert atoms.dense[i].sum() == 1 and int(atoms.ranks[i][atoms.dense[i]]) == spec.full_rank
 
 
@@ -245,6 +247,32 @@ def test_a_square_layer_can_leave_dense_in_one_step():
     idle = {spec.name: torch.full((30,), 0.0 if spec is specs[0] else -0.1) for spec in specs}
     family.update(_found(idle), 0.0)
     assert family.cut(0.1, GENERATOR).ranks["l0"] == 7, "half of rank 14, the highest below break-even"
+
+
+@pytest.mark.parametrize("trust", [0.1, 0.3, 1.0])
+def test_floors_of_a_far_larger_budget_fall_no_faster_than_a_step_may_move(trust):
+    specs, tables, _, _ = _steep()
+    tables = {name: table * (0.01 if name < "l2" else 1) for name, table in tables.items()}
+    large = best_ranks(specs, tables, Budget.for_keep(specs, 0.95))
+    budget = Budget.for_keep(specs, 0.5)
+    # Without curvature, the tables' own slopes say at every step what the tables say.
+    straight = {name: torch.zeros_like(table) for name, table in tables.items()}
+    family = NewtonMasks(specs, budget, tables, straight, rate=1.0, trust=trust, around=large)
+    first = family.cut(0.0, GENERATOR).ranks
+    floors = floors_below(specs, large).tolist()
+    assert any(first[spec.name] == floor for spec, floor in zip(specs, floors, strict=True))
+    still = {spec.name: tables[spec.name].diff()[:30] for spec in specs}
+    moved = []
+    for _ in range(8):
+        before = family.cut(0.0, GENERATOR).ranks
+        family.update(_found(still), 0.0)
+        after = family.allocation().ranks
+        each = [abs(cost(spec, before[spec.name]) - cost(spec, after[spec.name])) for spec in specs]
+        moved.append(sum(each) / sum(spec.dense_cost for spec in specs))
+        for spec, half in zip(specs, floors_below(specs, Allocation(before)).tolist(), strict=True):
+            assert after[spec.name] is None or after[spec.name] >= half
+    assert max(moved) <= trust
+    assert sum(moved) > 0
 
 
 def _over_a_cliff(specs, family, layer, edge):
