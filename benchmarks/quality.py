@@ -24,8 +24,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -36,65 +36,11 @@ from ara.environment import machine, now, versions
 from ara.errors import NumericalError
 from ara_cli.console import Console
 from benchmarks.quality_checks import check_dense, check_stored
+from benchmarks.quality_rows import FORMS, Row, wanted
 from benchmarks.quality_table import TABLE_KEEPS, TASKS, show
 
 if TYPE_CHECKING:
     from ara.allocation.allocation import Allocation
-
-# Allocators whose result depends on the seed.
-LEARNED = ("ara", "ara-paper", "gumbel", "tanh")
-# The paper's form walks by Adam, as tanh and gumbel do, and gets as many steps of as many windows as they.
-FORMS: dict[str, dict[str, Any]] = {
-    "ara": {},
-    "ara-paper": {
-        "objective": "paper",
-        "start": "uniform",
-        "steps": 60,
-        "batch": 4,
-        "learning_rate": 0.2,
-        "check_every": 10,
-    },
-}
-# All of them, in the order in which they are measured.
-OURS = ("uniform", "energy", "sensitivity", "ara")
-RIVALS = ("ara-paper", "dp-kl", "strs", "tanh", "gumbel")
-METHODS = OURS + RIVALS
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement to make: factors, allocator, budget, seed, layout."""
-
-    factors: str
-    method: str
-    keep: float
-    seed: int
-    layout: Layout = "factors"
-
-    @property
-    def key(self) -> str:
-        """Name in the file of finished rows."""
-        layout = "" if self.layout == "factors" else f", {self.layout}"
-        return f"{self.factors}{layout}/{self.method}/{self.keep:g}/{self.seed}"
-
-
-def wanted(keeps: list[float], seeds: int) -> Iterator[Row]:
-    """List what is to be measured, most telling first: one seed of everything, then further seeds."""
-    groups: list[tuple[str, Layout, tuple[str, ...], range]] = [
-        ("whitened", "factors", ("uniform", "sensitivity"), range(1)),
-        ("two-sided", "factors", OURS, range(1)),
-        ("two-sided", "pivoted", OURS, range(1)),
-        ("two-sided", "factors", RIVALS, range(1)),
-        ("two-sided", "factors", ("ara",), range(1, seeds)),
-        ("two-sided", "pivoted", ("dp-kl",), range(1)),
-        ("two-sided", "pivoted", ("ara",), range(1, seeds)),
-        ("two-sided", "factors", tuple(name for name in LEARNED if name != "ara"), range(1, seeds)),
-    ]
-    for factors, layout, methods, wanted_seeds in groups:
-        for seed in wanted_seeds:
-            for method in methods:
-                for keep in keeps:
-                    yield Row(factors, method, keep, seed, layout)
 
 
 class Bench:

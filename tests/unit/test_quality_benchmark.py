@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from ara.errors import NumericalError
-from benchmarks.quality import METHODS, Bench, Row, wanted
+from benchmarks.quality import Bench
+from benchmarks.quality_rows import METHODS, Row, wanted
 from benchmarks.quality_table import (
     PUBLISHED,
     TABLE_KEEPS,
