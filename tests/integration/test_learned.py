@@ -38,11 +38,10 @@ from ara.stages.common import Run, factor_files, specs_of
 from ara.stages.compare import compare, methods_for
 from ara.stages.decompose import decompose
 from ara.stages.evaluate import evaluate
-from ara.stages.learned import training_cost
 from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
 from ara_cli.app import app
-from tests.integration.test_resume import killed  # noqa: F401
+from tests.integration.test_resume import Heard, killed  # noqa: F401
 
 TRAINING = {
     "keep": (0.8, 0.6),
@@ -74,17 +73,6 @@ def learned(learned_base, tmp_path):
 
 def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def listener(heard):
-    """Return a reporter that appends what it is told to ``heard``."""
-    from ara.progress import SILENT
-
-    class Listener:
-        def __getattr__(self, name):
-            return heard.append if name in ("step", "fact", "warn") else getattr(SILENT, name)
-
-    return Listener()
 
 
 def test_training_stores_losses_ranks_and_a_log(learned):
@@ -249,110 +237,29 @@ def test_a_killed_training_ends_in_the_same_bytes(killed, learned, place, count)
     assert not list((learned / "train-masks").glob("*/.*")), os.listdir(learned / "train-masks")
 
 
-def interrupted_in_step(monkeypatch, number):
-    """Let Ctrl+C arrive in this step."""
+def break_at(monkeypatch, call, error):
+    """Let the training step number ``call`` of this process raise ``error``."""
     from ara.masks.model import MaskedModel
 
     real, calls = MaskedModel.gradients, []
 
-    def interrupted(self, *args, **kwargs):
+    def gradients(self, *args, **kwargs):
         calls.append(1)
-        if len(calls) == number:
-            raise KeyboardInterrupt
+        if len(calls) == call:
+            raise error
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(MaskedModel, "gradients", interrupted)
+    monkeypatch.setattr(MaskedModel, "gradients", gradients)
 
 
 def test_ctrl_c_keeps_the_best_and_says_so(learned, monkeypatch):
-    interrupted_in_step(monkeypatch, 3)
+    break_at(monkeypatch, 3, KeyboardInterrupt)
     result = invoke(*train_words(learned, "--name", "stopped"))
     assert result.exit_code == 0, result.output
     assert "keeping the best allocation so far" in result.output
     budgets = read_manifest(learned / "train-masks" / "stopped").results["budgets"]
     assert list(budgets) == ["0.8"]
     assert budgets["0.8"]["steps"] == 2 and len(budgets["0.8"]["ranks"]) == 21
-
-
-def test_what_was_stopped_stays_so_when_storing_it_is_cut_off(learned, monkeypatch):
-    from ara.stage_writer import StageWriter
-
-    real, calls = StageWriter._commit, []
-
-    def cut_off(self):
-        calls.append(1)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        return real(self)
-
-    monkeypatch.setattr(StageWriter, "_commit", cut_off)
-    interrupted_in_step(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt):
-        train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped", keep_on_interrupt=True)
-    view = train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped")
-    assert list(view.manifest.results["budgets"]) == ["0.8"]
-    assert view.manifest.results["stopped"] == "interrupted after step 2 of 4 at keep 0.8"
-    told = invoke("allocate", "--keep", "0.8", "--masks", "stopped", "-w", learned).output
-    assert "train-masks/stopped is not complete: interrupted after step 2" in " ".join(told.split())
-
-
-def test_force_trains_anew_what_was_stopped_and_cut_off(learned, monkeypatch):
-    from ara.stage_writer import StageWriter
-
-    with monkeypatch.context() as during:
-
-        def cut_off(self):
-            raise KeyboardInterrupt
-
-        during.setattr(StageWriter, "_commit", cut_off)
-        interrupted_in_step(during, 3)
-        with pytest.raises(KeyboardInterrupt):
-            train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped", keep_on_interrupt=True)
-    whole = read_manifest(learned / "train-masks" / "priced")
-    view = train_masks(TrainMasksConfig(**TRAINING), Run(learned, force=True), name="stopped")
-    assert view.manifest.results["stopped"] is None
-    for keep, row in whole.results["budgets"].items():
-        assert view.manifest.results["budgets"][keep]["ranks"] == row["ranks"]
-
-
-@pytest.mark.parametrize("optimiser", ["newton", "adam"])
-@pytest.mark.parametrize("winner", ["sensitivity", "learned"])
-def test_a_later_budget_starts_at_the_better_of_two_places(learned, monkeypatch, winner, optimiser):
-    from ara.masks.model import MaskedModel
-
-    real, places = MaskedModel.nll, []
-
-    def judged(self, *args, **kwargs):
-        losses = real(self, *args, **kwargs)
-        if sum(layer.rank is not None for layer in self.layers.values()) and len(places) < 2 and wanted():
-            places.append(float(losses.mean()))
-            # The other one is far worse.
-            return losses + (5.0 if ("sensitivity", "learned")[len(places) - 1] != winner else 0)
-        return losses
-
-    def wanted():
-        return any("keep 0.8: best" in text for text in heard)
-
-    heard = []
-    monkeypatch.setattr(MaskedModel, "nll", judged)
-    run = Run(learned, report=listener(heard))
-    view = train_masks(TrainMasksConfig(**TRAINING, optimiser=optimiser, atoms=8, learning_rate=3.0), run, name="two")
-    budgets = view.manifest.results["budgets"]
-    assert [row["start"] for row in budgets.values()] == ["sensitivity", winner]
-    assert len(places) == 2 and places[0] != places[1]
-    assert budgets["0.6"]["start_held_out"] == pytest.approx(places[winner == "learned"], rel=1e-6)
-    before = budgets["0.8"]["backward_passes"] if winner == "learned" else 0
-    assert training_cost(view, 0.6)["backward_passes"] == 8 + before + 12
-    assert training_cost(view, 0.8)["backward_passes"] == 8 + 12
-
-
-@pytest.mark.parametrize(("objective", "passes"), [("priced", 8 + 12 + 12), ("paper", 8 + 12)])
-def test_the_cost_of_a_training_that_does_not_say_where_it_started(learned, objective, passes):
-    view = Run(learned).open().require("train-masks")
-    view.manifest.config["objective"] = objective
-    for row in view.manifest.results["budgets"].values():
-        del row["start"]
-    assert training_cost(view, 0.6)["backward_passes"] == passes
 
 
 def test_divergence_is_one_line(learned, monkeypatch):
@@ -438,11 +345,11 @@ def test_every_allocator_is_offered():
     assert set(ALLOCATORS.names()) == wanted
 
 
-def test_text_that_is_too_short_is_shared_out(learned, capsys):
-    heard = []
+def test_text_that_is_too_short_is_shared_out(learned):
+    heard = Heard()
     config = AllocateConfig(keep=0.8, method="sensitivity", **{**TUNING, "samples": 5000, "held_out": 4000})
-    allocate(config, Run(learned, report=listener(heard)))
-    told = next(text for text in heard if "were wanted" in text)
+    allocate(config, Run(learned, report=heard))
+    told = next(text for text in heard.facts if "were wanted" in text)
     made = Run(learned).open().require("decompose").manifest.config["samples"]
     total, held = (int(word) for word in re.match(r"the text holds (\d+) .* wanted: (\d+) are", told).groups())
     assert ("so are those held out" in told) == (made > total - held)
