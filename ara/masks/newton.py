@@ -18,8 +18,8 @@ under the budget, so the noise of a batch moves few ranks. The model holds near 
 - a step after which the loss is far higher has gone over a cliff: one component may hold up the whole model (in
   SmolLM2-135M the value projection of the first block). The gradient behind the cliff points back at it:
   the layers that it wants restored most are pinned at the rank that they had before (those that were dense at the
-  highest rank that costs less). Where that does not explain the
-  loss, or does not help, the step is taken back and the next ones are half as long.
+  highest rank that costs less). Where that does not explain the loss, or does not help, the step is taken back and the
+  next ones are half as long.
 
 What stays is a cut that is optimal for its own linearisation: all layers pay the same price for their last component.
 Adam on θ (:mod:`ara.masks.priced`) needs many more steps for this, for it has no idea of the scale of the loss.
@@ -28,7 +28,7 @@ Adam on θ (:mod:`ara.masks.priced`) needs many more steps for this, for it has 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -134,7 +134,6 @@ class NewtonMasks(MaskFamily):
         """Pin the layers that the gradient blames for the loss; else, or when that did not help, go back."""
         assert self.latest is not None
         before, now = self.parameters[f"{_ACCEPTED}ranks"], self._as_numbers(self.latest)
-        highest = [spec.top_rank for spec in self.specs]
         back = [
             float(first[k] - first[to]) if to > k else 0.0
             for first, k, to in zip(
@@ -144,7 +143,7 @@ class NewtonMasks(MaskFamily):
         blamed = [i for i, won in enumerate(back) if won > 0 and won >= _BLAME * max(back)]
         self.parameters["bad"] += 1
         for i in blamed:
-            self.parameters["pins"][i] = min(int(before[i]), highest[i])
+            self.parameters["pins"][i] = min(int(before[i]), self.specs[i].top_rank)
         floors = torch.maximum(self.parameters["floors"], self.parameters["pins"])
         self.parameters["floors"].copy_(floors)
         excess = found.loss - float(self.parameters[f"{_ACCEPTED}loss"][0])
@@ -172,15 +171,12 @@ class NewtonMasks(MaskFamily):
         """
         assert self.latest is not None
         wanted = torch.maximum(floors_below(self.specs, self.latest), self.parameters["pins"])
-        if self._moved(old, wanted) <= limit:
-            return wanted
         above = (self.parameters["floors"] - wanted).clamp_min(0).double()
-        low, high = 0.0, 1.0
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            near = self._moved(old, wanted + ((1 - middle) * above).ceil().long()) <= limit
-            low, high = (middle, high) if near else (low, middle)
-        return wanted + ((1 - low) * above).ceil().long()
+
+        def lowered(share: float) -> torch.Tensor:
+            return wanted + ((1 - share) * above).ceil().long()
+
+        return lowered(_largest(1.0, lambda share: self._moved(old, lowered(share)) <= limit))
 
     def _within(
         self, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor], limit: float
@@ -191,13 +187,7 @@ class NewtonMasks(MaskFamily):
             return {name: (1 - rate) * old[name] + rate * new[name] for name in old}
 
         floors = self.parameters["floors"]
-        if self._moved(mixed(self.rate), floors) <= limit:
-            return mixed(self.rate)
-        low, high = 0.0, self.rate
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._moved(mixed(middle), floors) <= limit else (low, middle)
-        return mixed(low)
+        return mixed(_largest(self.rate, lambda rate: self._moved(mixed(rate), floors) <= limit))
 
     def _moved(self, tables: Mapping[str, torch.Tensor], floors: torch.Tensor) -> float:
         """Return the share of all parameters that the optimum for these losses takes and gives, from the latest cut."""
@@ -220,6 +210,17 @@ class NewtonMasks(MaskFamily):
     def allocation(self) -> Allocation:
         """Return the exact optimum for the present tables, pins and floors; pins are in the floors."""
         return self._optimum({spec.name: self.parameters[spec.name] for spec in self.specs}, self.parameters["floors"])
+
+
+def _largest(most: float, fits: Callable[[float], bool]) -> float:
+    """Return ``most`` if it fits, else about the largest number below that does; 0 is taken to fit."""
+    if fits(most):
+        return most
+    low, high = 0.0, most
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _tails(found: MaskGradients, name: str) -> torch.Tensor:
