@@ -15,7 +15,7 @@ from ara.config import Layout, MaskTrainingOptions
 from ara.errors import UsageError
 from ara.masks.learned import LearnedLosses
 from ara.masks.newton import NewtonMasks
-from ara.masks.paper import PaperOptions, PaperStaircase, shares_of, start_at
+from ara.masks.paper import PaperStaircase, shares_of, start_at
 from ara.masks.priced import PricedStaircase
 from ara.masks.staircase import paper_atoms, priced_atoms
 from ara.masks.table_cache import SensitivityTable
@@ -85,7 +85,8 @@ def ara_family(
         {module.spec.name: module.spectrum for module in modules},
         budget,
         start_at(atoms, shares_of(specs, best_ranks(specs, start, budget).ranks)),
-        PaperOptions(budget_weight=options.budget_weight, guidance_weight=options.guidance_weight),
+        options.budget_weight,
+        options.guidance_weight,
     )
 
 

@@ -27,9 +27,7 @@ It jumps at R = 1 as g does: only its gradient has a meaning, not its value.
 
 **The way back.** A dense layer is charged mn whatever its R, so the budget does not press on it, and guidance ends at
 R = 1. What then moves R is L_LM alone, straight through p, although its value does not depend on R there; and the
-rescaling, which makes the layers of smallest R low-rank again if the dense ones leave no room for the rest. With
-``dense_returns`` [ours] a dense layer feels both terms as it would just below 1, so that a price above s (and above
-what straight-through adds) brings it back.
+rescaling, which makes the layers of smallest R low-rank again if the dense ones leave no room for the rest.
 """
 
 from __future__ import annotations
@@ -37,12 +35,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from pydantic import Field
 
 from ara.allocation.allocation import Allocation
 from ara.allocation.budget import Budget
 from ara.allocation.rounding import proportional, without_choice
-from ara.decomposition.base import MethodOptions
 from ara.masks.family import Cut, MaskFamily
 from ara.masks.staircase import Atoms
 from ara.models.linears import LinearSpec
@@ -54,19 +50,6 @@ _DENSE_START = 1.01
 _OFF_EDGE = 1e-3
 
 
-class PaperOptions(MethodOptions):
-    """Options of the paper's form. The paper's own weights are not known to us."""
-
-    budget_weight: float = Field(
-        100, ge=0, description="λ1, nats per squared relative deviation of the cost from the budget"
-    )
-    guidance_weight: float = Field(10, ge=0, description="λ2, nats per share of all layers' spectral energy; 0 is off")
-    dense_returns: bool = Field(
-        False,
-        description="let price and guidance act on dense layers as just below break-even (ours; the paper's is off)",
-    )
-
-
 class PaperStaircase(MaskFamily):
     """θ over ranks 1 … r, a budget penalty, a guidance loss, and a proportional rescaling at the end."""
 
@@ -76,7 +59,8 @@ class PaperStaircase(MaskFamily):
         spectra: Mapping[str, torch.Tensor],
         budget: Budget,
         start: torch.Tensor,
-        options: PaperOptions | None = None,
+        budget_weight: float = 100.0,
+        guidance_weight: float = 10.0,
     ) -> None:
         """Start from scores.
 
@@ -85,9 +69,12 @@ class PaperStaircase(MaskFamily):
             spectra: module path → (r) non-negative, see :class:`ara.decomposition.base.Factors`.
             budget: the limit.
             start: θ (L, D) at the beginning, see :func:`start_at`.
-            options: weights of the penalties.
+            budget_weight: λ1, nats per squared relative deviation of the cost from the budget.
+            guidance_weight: λ2, nats per share of all layers' spectral energy; 0 is off. The paper's own weights are
+                not known to us.
         """
-        self.atoms, self.budget, self.options = atoms, budget, options or PaperOptions()
+        self.atoms, self.budget = atoms, budget
+        self.budget_weight, self.guidance_weight = budget_weight, guidance_weight
         self.parameters = {"theta": start.clone().requires_grad_()}
         self.dense_costs = torch.tensor([spec.dense_cost for spec in atoms.specs], dtype=torch.float64)
         self.break_even = torch.tensor([_break_even(spec) for spec in atoms.specs], dtype=torch.float64)
@@ -104,13 +91,10 @@ class PaperStaircase(MaskFamily):
     def penalty(self) -> torch.Tensor:
         """Return λ1 · budget term + λ2 · guidance of the latest :meth:`cut`, nats; float64 scalar."""
         dense = self.fixed | (self.expected.detach() >= self.break_even)
-        # Dense layers count as at break-even; with ``dense_returns`` they have a gradient there, too.
-        returning = ~self.fixed if self.options.dense_returns else torch.zeros_like(self.fixed)
-        moving = (self.expected - self.expected.detach()) * returning
-        capped = torch.where(dense, self.break_even + moving, self.expected)
+        capped = torch.where(dense, self.break_even, self.expected)
         spent = (capped / self.break_even * self.dense_costs).sum()
         budget = (spent / self.budget.parameters - 1).square()
-        return self.options.budget_weight * budget + self.options.guidance_weight * self.guidance(capped)
+        return self.budget_weight * budget + self.guidance_weight * self.guidance(capped)
 
     def allocation(self) -> Allocation:
         """Return the hard ranks, rescaled: dense layers stay dense, all others times one factor to meet the budget."""
