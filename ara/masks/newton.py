@@ -43,6 +43,8 @@ from ara.models.linears import LinearSpec
 # A step was bad when the next batch's loss is this many times the one before, and more by this many standard errors.
 _BAD = 1.3
 _BAD_STDERRS = 3.0
+# Standard error of the loss of a single window, which has no spread to tell it by, as a share of the loss.
+_LONE_SPREAD = 0.25
 # In front of the names of what a bad step goes back to.
 _ACCEPTED = "accepted:"
 # Halvings of an interval on the way to a step of the right length.
@@ -110,12 +112,12 @@ class NewtonMasks(MaskFamily):
         """Average the model around the latest cut into the tables, or deal with a step that was bad."""
         assert self.latest is not None
         accepted = self.parameters[f"{_ACCEPTED}loss"]
-        noise = math.hypot(found.stderr, float(accepted[1]))
+        noise = math.hypot(_spread(found), float(accepted[1]))
         if found.loss > max(_BAD * float(accepted[0]), float(accepted[0]) + _BAD_STDERRS * noise):
             self._over_a_cliff(found)
             return
         ranks = self._as_numbers(self.latest)
-        accepted.copy_(torch.tensor([found.loss, found.stderr]))
+        accepted.copy_(torch.tensor([found.loss, _spread(found)]))
         self.parameters["bad"].zero_()
         for name in ("floors", *(spec.name for spec in self.specs)):
             self.parameters[f"{_ACCEPTED}{name}"].copy_(self.parameters[name])
@@ -210,6 +212,11 @@ class NewtonMasks(MaskFamily):
     def allocation(self) -> Allocation:
         """Return the exact optimum for the present tables, pins and floors; pins are in the floors."""
         return self._optimum({spec.name: self.parameters[spec.name] for spec in self.specs}, self.parameters["floors"])
+
+
+def _spread(found: MaskGradients) -> float:
+    """Return the standard error of the loss, nats per token."""
+    return found.stderr if math.isfinite(found.stderr) else _LONE_SPREAD * found.loss
 
 
 def _largest(most: float, fits: Callable[[float], bool]) -> float:

@@ -115,6 +115,8 @@ def _check(allocation: Allocation, modules: list[Module], budget: Budget) -> Non
         assert _cost(spec, rank) < spec.m * spec.n
         higher = rank + budget.rank_multiple
         larger = _cost(spec, higher) if higher < min(spec.m, spec.n) else spec.m * spec.n
+        assert spec.name not in budget.dense
+        assert _cost(spec, rank) >= budget.min_keep * spec.m * spec.n - 1e-6
         steps.append(min(larger, spec.m * spec.n) - _cost(spec, rank))
     assert left >= 0, "over the budget"
     assert not steps or left < min(steps), "a rank step was left unspent"
@@ -159,6 +161,19 @@ def test_the_budget_is_met_exactly_with_pivoted_layers(
     for keep in KEEPS if name in BLIND else FEW_KEEPS[rank_multiple]:
         budget = _budget(modules, keep, rank_multiple)
         _check(_allocate(name, modules, budget, context), modules, budget)
+
+
+@pytest.mark.parametrize(("name", "layout"), [(n, layout) for n in NAMES for layout in ALLOCATORS.load(n).layouts])
+def test_excluded_layers_stay_dense_and_every_layer_keeps_its_floor(problems: Problems, name: str, layout: str) -> None:
+    modules, context = problems.of(name, MODELS["gqa"])
+    if layout == "pivoted":
+        modules = _pivoted(modules)
+    dense = frozenset(modules[i].spec.name for i in (3, 6, 10))
+    budget = Budget.for_keep(_specs(modules), 0.7, rank_multiple=2, min_keep=0.45, dense=dense)
+    allocation = _allocate(name, modules, budget, context)
+    _check(allocation, modules, budget)
+    assert {layer for layer, rank in allocation.ranks.items() if rank is None} >= dense
+    assert any(rank is not None for rank in allocation.ranks.values())
 
 
 _SHAPE = st.tuples(st.integers(1, 90), st.integers(1, 90))

@@ -121,6 +121,26 @@ def test_nan_is_refused_with_advice(toy):
         model.gradients(toy[1].train)
 
 
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_what_is_differentiated_does_not_get_smaller_with_the_text(toy, loss, monkeypatch):
+    # In float16 the gradients of a mean over thousands of tokens would vanish below 6e-8.
+    _, context = toy
+    masked, forward, felt = context.model, context.model.forward, []
+
+    def listened(ids):
+        logits = forward(ids)
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: felt.append(gradient.clone()))
+        return logits
+
+    monkeypatch.setattr(masked, "forward", listened)
+    masked.use({spec.name: 3 for spec in masked.specs})
+    masked.gradients(context.train[:1], loss, 1)
+    masked.gradients(context.train, loss, 1)
+    assert len(felt) == 7 and float(felt[0].abs().max()) > 0.01
+    torch.testing.assert_close(felt[1], felt[0])
+
+
 def test_batches_do_not_change_the_result(toy):
     model, windows = toy[1].model, toy[1].train
     model.use({spec.name: 4 for spec in model.specs})

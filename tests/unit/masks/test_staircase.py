@@ -1,5 +1,7 @@
 """Staircase masks, the price, and the second-order step, against their formulas and by finite differences."""
 
+import math
+
 import pytest
 import torch
 
@@ -69,7 +71,7 @@ def test_the_price_keeps_the_hard_choice_on_budget(keep):
     spent = _cost(atoms.hard_ranks(picks))
     assert spent <= budget.parameters
     cheaper = (theta - 0.98 * price * atoms.costs - 1e-9).masked_fill(~atoms.real, -torch.inf).argmax(1)
-    assert keep == 1 or _cost(atoms.hard_ranks(cheaper)) >= spent
+    assert keep == 1 or _cost(atoms.hard_ranks(cheaper)) > budget.parameters
 
 
 def test_the_gradient_holds_the_expected_cost():
@@ -303,6 +305,20 @@ def test_the_layer_that_went_over_a_cliff_is_pinned_and_the_others_go_on():
         ranks = family.cut(0.4, GENERATOR).ranks
         assert ranks[specs[layer].name] is None or ranks[specs[layer].name] >= edge
     assert family.tables()[specs[layer].name][edge - 1] > family.tables()[specs[layer].name][edge]
+
+
+def test_a_cliff_is_told_by_a_single_window():
+    specs, tables, budget, _ = _steep()
+    family = NewtonMasks(specs, budget, tables, tables, rate=1.0, trust=1.0)
+    layer = max(range(12), key=lambda i: family.allocation().ranks[specs[i].name] or 0)
+    edge = family.allocation().ranks[specs[layer].name]
+    down = {s.name: torch.full((s.full_rank,), 0.5 if i == layer else -0.05) for i, s in enumerate(specs)}
+    family.cut(0.0, GENERATOR)
+    family.update(MaskGradients(1.0, math.inf, down), 0.0)
+    assert family.cut(0.1, GENERATOR).ranks[specs[layer].name] < edge
+    behind = {s.name: torch.full((s.full_rank,), -0.3 if i == layer else -0.001) for i, s in enumerate(specs)}
+    family.update(MaskGradients(30.0, math.inf, behind), 0.1)
+    assert family.cut(0.2, GENERATOR).ranks[specs[layer].name] >= edge
 
 
 def test_a_cliff_that_stays_is_gone_back_from():
