@@ -64,12 +64,15 @@ def show_allocation(console: Console, view: StageView) -> None:
     console.table(title, columns, rows)
     guard = results.get("guard")
     if guard is not None:
-        losses = guard["held_out"]
-        candidates = [name for name in losses if name != "dense"]
+        losses, winner = guard["held_out"], guard["winner"]
         # What JSON cannot say, NaN and infinity, is stored as null.
         told = {name: "not finite" if loss is None else f"{loss:.4f}" for name, loss in losses.items()}
-        each = ", ".join(f"{name} {told[name]}" for name in candidates)
-        console.text(f"guard, held-out loss in nats per token (dense {told['dense']}): {each}; {guard['winner']} won")
+        for name, stderr in guard["stderr"].items():
+            if name != winner and losses[name] is not None:
+                told[name] += f" (+{losses[name] - losses[winner]:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+                told[name] += ")"
+        each = ", ".join(f"{name} {told[name]}" for name in losses if name != "dense")
+        console.text(f"guard, held-out loss in nats per token (dense {told['dense']}): {each}; {winner} won")
 
 
 def show_training(console: Console, view: StageView) -> None:
@@ -112,6 +115,8 @@ def show_comparison(console: Console, view: StageView) -> None:
             name,
             f"{row['held_out']:.4f}",
             *(_perplexity(row["tasks"][task]) for task in tasks),
+            percent(row.get("linear_keep", 1.0), 2),
+            percent(row.get("model_keep", 1.0), 2),
             row.get("dense_layers"),
             None if name == "dense" else seconds_text(row["seconds"]),
             row.get("backward_passes"),
@@ -123,6 +128,8 @@ def show_comparison(console: Console, view: StageView) -> None:
         Column("allocator", _LEFT),
         Column("held-out loss (nats/token)"),
         *(Column(f"{task} perplexity (gap closed)") for task in tasks),
+        Column("linear kept"),
+        Column("model kept"),
         Column("dense layers"),
         Column("time"),
         Column("backward passes"),

@@ -95,7 +95,11 @@ def allocation(name: str = NAME, method: str = "ara", keep: float = 0.8, **confi
         "model_keep": (23_457 + int(100_000 * keep)) / 123_457,
         "dense_layers": 5,
         "kinds": {**kinds, "all.dense": dense},
-        "guard": {"winner": "ara", "held_out": {"dense": 3.1, "ara": 3.21, "uniform": 3.5}, "stderr": {}},
+        "guard": {
+            "winner": "ara",
+            "held_out": {"dense": 3.1, "ara": 3.21, "uniform": 3.5},
+            "stderr": {"ara": 0.0, "uniform": 0.02},
+        },
     }
     return manifest("allocate", name, results, config={"method": method, "keep": keep, **config})
 

@@ -59,10 +59,15 @@ class Kind(Part):
 
 
 class Guard(Part):
-    """Losses of the candidates on held-out calibration text, and which one was handed out."""
+    """Losses of the candidates on held-out calibration text, and which one was handed out.
+
+    ``behind`` is how much worse than the winner each candidate is, ``stderr`` the standard error of that over windows.
+    """
 
     winner: str
     held_out: Mapping[str, float | None]
+    behind: Mapping[str, float | None]
+    stderr: Mapping[str, float | None]
 
 
 class Allocated(Part):

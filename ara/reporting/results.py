@@ -90,9 +90,17 @@ def read_allocation(manifest: Manifest) -> Allocated:
             Kind(kind=kind, **{key: row[key] for key in Kind.model_fields if key != "kind"})
             for kind, row in results["kinds"].items()
         ),
-        guard=Guard(winner=guard["winner"], held_out=guard["held_out"]) if guard else None,
+        guard=_guard(guard) if guard else None,
         **{key: results[key] for key in sizes},
     )
+
+
+def _guard(guard: Mapping[str, Any]) -> Guard:
+    winner, losses = guard["winner"], guard["held_out"]
+    behind = {
+        name: None if losses[name] is None else losses[name] - losses[winner] for name in losses if name != "dense"
+    }
+    return Guard(winner=winner, held_out=losses, behind=behind, stderr=guard["stderr"])
 
 
 def read_stored(name: str, results: Mapping[str, Any], dtype: str) -> Stored:

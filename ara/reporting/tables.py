@@ -245,8 +245,11 @@ def guard_table(allocation: Allocated) -> Table | None:
     if guard is None:
         return None
     names = list(guard.held_out)
-    rows = tuple((Cell(name), _number(loss, 4)) for name, loss in guard.held_out.items())
-    columns = ("ranks", "held-out loss (nats/token)")
+    rows = tuple(
+        (Cell(name), _number(loss, 4), _number(guard.behind.get(name), 4, guard.stderr.get(name)))
+        for name, loss in guard.held_out.items()
+    )
+    columns = ("ranks", "held-out loss (nats/token)", "behind the best (± standard error)")
     return Table(f"Guard: {guard.winner} was handed out", columns, rows, marked=_index(names, guard.winner))
 
 
