@@ -4,6 +4,8 @@
 
 Dense means: the same model, the same text, the gradient carried back to the embeddings and to no weight, as mask
 training does it. Also printed with gradients of all weights of the linear layers, which is what training a model takes.
+The loss is cross-entropy; rows that say KL have that of ``ara train-masks``, for which the dense model reads the text,
+too.
 The cut is the one of ``--keep`` by uniform ranks, and by the energy allocator, which leaves layers dense.
 """
 
@@ -22,6 +24,7 @@ from ara.allocation.energy import Energy
 from ara.allocation.uniform import Uniform
 from ara.config import AllocateConfig
 from ara.masks.losses import token_losses
+from ara.masks.model import LossKind
 from ara.stages.allocate import load_modules
 from ara.stages.common import Run, model_of, specs_of
 from ara.stages.lab import open_lab, placed
@@ -57,14 +60,15 @@ def main() -> None:
         token_losses(plain(inputs_embeds=embedded, use_cache=False).logits, windows).sum().backward()
         plain.zero_grad(set_to_none=True)
 
-    def masked(cut: str) -> None:
+    def masked(cut: str, loss: LossKind) -> None:
         model.use(cuts[cut])
-        model.gradients(windows, "ce", len(windows))
+        model.gradients(windows, loss, len(windows))
 
     passes: dict[str, Callable[[], None]] = {
         "dense": lambda: dense(False),
         "dense with weight gradients": lambda: dense(True),
-        **{f"masks, {name} ranks": (lambda name=name: masked(name)) for name in cuts},
+        **{f"masks, {name} ranks": (lambda name=name: masked(name, "ce")) for name in cuts},
+        **{f"masks, {name} ranks, KL": (lambda name=name: masked(name, "kl")) for name in cuts},
     }
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     with console.bar("Timing", (arguments.rounds + 1) * len(passes)) as bar:

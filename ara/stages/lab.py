@@ -73,13 +73,16 @@ def open_lab(
     held = config.held_out
     if len(windows) < wanted:
         held = min(held, max(1, len(windows) // 5))
-        seen = made["samples"] > len(windows) - held
-        run.report.warn(
-            f"the text holds {len(windows)} windows of {made['seq_len']} tokens, {wanted} were wanted: "
-            f"{held} are held out, and ranks are learned in part from windows that the factors were fitted to"
-            + (f"; so are those held out (decompose with --samples {len(windows) - held} to avoid it)" if seen else "")
-        )
     train = windows[: len(windows) - held - 1][-config.samples :]
+    if len(windows) < wanted:
+        told = f"{held} are held out"
+        if made["samples"] > len(windows) - held - 1 - len(train):
+            told += ", and ranks are learned in part from windows that the factors were fitted to"
+        if made["samples"] > len(windows) - held:
+            told += f"; so are those held out (decompose with --samples {len(windows) - held} to avoid it)"
+        run.report.warn(
+            f"the text holds {len(windows)} windows of {made['seq_len']} tokens, {wanted} were wanted: {told}"
+        )
     run.report.fact(
         f"{len(train)} windows of {made['seq_len']} tokens to learn from, {held} held out ({documents.origin})"
     )
