@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ara.errors import ProblemsError
 
@@ -48,7 +48,7 @@ class DecomposeConfig(PlacementConfig):
     samples: int = Field(256, ge=1, description="calibration windows")
     seq_len: int = Field(512, ge=2, description="tokens per calibration window")
     batch_size: int = Field(4, ge=1, description="calibration windows per forward pass")
-    seed: int = Field(0, ge=0, description="seed of the choice of calibration windows")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of the choice of calibration windows")
     exclude: tuple[str, ...] = Field((), description="shell pattern of layers to leave dense, such as '*.down_proj'")
     moment_memory: float | None = Field(
         None, gt=0, description="GiB for second moments held at once; more means fewer passes [default: 1/4 of free]"
@@ -65,7 +65,7 @@ class TuningConfig(PlacementConfig):
     samples: int = Field(128, ge=1, description="calibration windows to learn ranks from")
     held_out: int = Field(32, ge=1, description="further calibration windows that candidates are compared on")
     batch_size: int = Field(4, ge=1, description="windows per forward and backward pass")
-    seed: int = Field(0, ge=0, description="seed of everything random")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
 
 
 class BudgetConfig(StageConfig):
@@ -144,8 +144,13 @@ class TrainMasksConfig(TuningConfig, BudgetConfig, MaskTrainingOptions):
         min_length=1,
         description="budget to train at, in (0, 1]; may be repeated: largest first, the others may go on from it",
     )
-    save_every: int = Field(5, ge=1, description="steps between checkpoints to go on from")
+    save_every: int = Field(1, ge=1, description="steps between checkpoints to go on from")
     tensorboard: bool = Field(False, description="also write TensorBoard events (needs the package tensorboard)")
+
+    @field_validator("keep")
+    @classmethod
+    def _largest_first(cls, keep: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(sorted(set(keep), reverse=True))
 
 
 class CompareConfig(TuningConfig, BudgetConfig):

@@ -69,14 +69,18 @@ def run_pipeline(
 ) -> list[StageView]:
     """Run decompose, then allocate, truncate and eval for each budget; what is done already is not done again.
 
-    For budgets that the method ``ara`` shall meet, masks are trained in between, all in one training.
+    For budgets that the method ``ara`` shall meet, masks are trained in between, all in one training, unless there is
+    one that has them: also one that was trained longer, or by another form.
 
     Returns:
         All results in the order in which they were reached.
     """
+    from ara.config import MaskTrainingOptions, PlacementConfig
     from ara.stages.allocate import allocate
+    from ara.stages.common import already_done
     from ara.stages.decompose import decompose
     from ara.stages.evaluate import evaluate
+    from ara.stages.learned import covering_training
     from ara.stages.train_masks import train_masks
     from ara.stages.truncate import truncate
 
@@ -85,7 +89,11 @@ def run_pipeline(
     learned = [config for config in allocate_configs if config.method == "ara"]
     training = None
     if learned:
-        training = train_masks(training_for(learned), run, factors=factors.name)
+        wanted = training_for(learned)
+        # What ara run has no option for.
+        free = {*MaskTrainingOptions.model_fields, *PlacementConfig.model_fields}
+        found = None if run.force else covering_training(run.open(), factors, wanted, ignoring=free)
+        training = already_done(found, run) if found else train_masks(wanted, run, factors=factors.name)
         views.append(training)
     for config in allocate_configs:
         masks = training.name if training and config.method == "ara" else None
@@ -122,7 +130,16 @@ def _next_words(workspace: Workspace) -> list[str]:
             continue
         if stage.name == "decompose":
             return ["ara", "decompose", (workspace.model or {}).get("requested", "MODEL")]
-        extra = {"allocate": ["--keep", "0.8"], "eval": ["--tasks", "wikitext2"]}
+        extra = {"allocate": _budget_words(done["train-masks"]), "eval": ["--tasks", "wikitext2"]}
         return ["ara", stage.name, *extra.get(stage.name, [])]
     # Complete: another budget from the same factors.
     return ["ara", "allocate", "--keep", "0.6"]
+
+
+def _budget_words(trainings: Sequence[StageView]) -> list[str]:
+    """Return the options of ``ara allocate`` that go with the latest training."""
+    made = trainings[-1].manifest if trainings else None
+    if made is None:
+        return ["--keep", "0.8"]
+    layout = made.config.get("layout", "factors")
+    return ["--keep", next(iter(made.results["budgets"])), *([] if layout == "factors" else ["--layout", layout])]

@@ -34,6 +34,7 @@ class StageWriter:
     Attributes:
         folder: where to write; becomes ``<stage>/<name>``.
         results: goes into the manifest.
+        to_go_on: leave finished files and checkpoint beside the result, for a later run of the same work to go on from.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class StageWriter:
         self.final = parent / name
         self.folder = parent / f".{name}{PARTIAL}"
         self.results: dict[str, Any] = {}
+        self.to_go_on = False
         self._stage, self._name, self._resumable, self._facts = stage, name, resumable, facts
         self._keep_after_nan = keep_after_nan
         self._files: dict[str, FileRecord] = {}
@@ -206,10 +208,19 @@ class StageWriter:
             os.replace(self.final, old)
         os.replace(self.folder, self.final)
         _sync_folder(self.final.parent)
+        if self.to_go_on:
+            self._leave_behind()
         # Last, so that a stage stopped until here goes on from it.
         (self.final / JOURNAL).unlink(missing_ok=True)
         (self.final / CHECKPOINT).unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _leave_behind(self) -> None:
+        self.folder.mkdir()
+        # The journal last: without it nothing goes on from half a copy.
+        for name in (*self._files, CHECKPOINT, JOURNAL):
+            if (self.final / name).exists():
+                shutil.copy2(self.final / name, self.folder / name)
 
     def _abandon(self, repeats: bool = False) -> None:
         started = self._files or (self.folder / CHECKPOINT).exists()
@@ -218,6 +229,18 @@ class StageWriter:
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._start
+
+
+def left_behind(parent: Path, name: str) -> str | None:
+    """Return the fingerprint of the work that an unfinished run of ``parent/name`` was doing, or ``None``.
+
+    A journal that cannot be read counts as none.
+    """
+    try:
+        journal = json.loads((parent / f".{name}{PARTIAL}" / JOURNAL).read_text(encoding="utf-8"))
+        return str(journal["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _write_synced(path: Path, text: str) -> None:

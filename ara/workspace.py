@@ -26,10 +26,10 @@ from typing import Any
 
 from ara.errors import UsageError, WorkspaceError, disk_errors, near_matches
 from ara.locking import LOCK_FILE, OWNER_FILE, exclusive
-from ara.manifest import FORMAT_VERSION, Parent, essence, read_manifest, remake, verify_files
+from ara.manifest import FORMAT_VERSION, Parent, digest, essence, read_manifest, remake, verify_files
 from ara.progress import SILENT, Reporter
 from ara.stage_view import StageView
-from ara.stage_writer import CHECKPOINT, JOURNAL, PARTIAL, StageWriter
+from ara.stage_writer import CHECKPOINT, JOURNAL, PARTIAL, StageWriter, left_behind
 
 INDEX = "workspace.json"
 DEFAULT_ROOT = "ara-workspace"
@@ -224,8 +224,20 @@ class Workspace:
     def finished(self, stage: str, name: str, facts: dict[str, Any], report: Reporter = SILENT) -> StageView | None:
         """Return ``stage/name`` if it is done and was made from these ``facts``, else ``None``.
 
-        A finished result made from other settings is about to be replaced: ``report`` is told.
+        Else ``report`` is told what is about to be lost: a result, or unfinished work, of other settings.
         """
+        view = self._same(stage, name, facts, report)
+        left = left_behind(self.root / stage, name)
+        if view is None and left not in (None, digest(essence(stage, **facts))):
+            report.warn(f"an unfinished {stage}/{name} was begun with other settings: its work is thrown away")
+        return view
+
+    def unfinished(self, stage: str, name: str, facts: dict[str, Any]) -> bool:
+        """Tell whether a run of this very work has left something to go on from."""
+        return left_behind(self.root / stage, name) == digest(essence(stage, **facts))
+
+    def _same(self, stage: str, name: str, facts: dict[str, Any], report: Reporter) -> StageView | None:
+        """Return ``stage/name`` if it is done and was made from ``facts``; say so if others are about to replace it."""
         if not (self.root / stage / name).is_dir():
             return None
         view = self.view(f"{stage}/{name}")

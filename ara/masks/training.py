@@ -89,9 +89,8 @@ def train(
                     save(state)
                 bar.advance()
     except KeyboardInterrupt:
-        if not keep_on_interrupt or not state.best:
+        if not keep_on_interrupt or not state.log:
             raise
-        report.warn(f"interrupted after step {state.step} of {settings.steps}: keeping the best allocation so far")
         state.interrupted = True
     finally:
         model.use_dense()

@@ -102,10 +102,10 @@ def _decided(
 ) -> tuple[AllocateConfig, StageView | None]:
     """Return ``config`` with a method in the place of ``auto`` (say which and why), and the training that it uses."""
     if config.method != AUTO:
-        return config, _training(config, workspace, decomposition, masks)
+        return config, _training(config, workspace, decomposition, masks, run)
     if config.options:
         raise UsageError(f"-O {next(iter(config.options))}=… is given, and no method", "name the method: --method NAME")
-    trained = find_training(workspace, decomposition, config.layout, masks)
+    trained = find_training(workspace, decomposition, config.layout, config.keep, run.report, masks)
     method, why = ("ara", "masks") if trained else ("sensitivity", "no masks")
     run.report.fact(f"method {method}: {why} have been trained on {decomposition.key}")
     return config.model_copy(update={"method": method}), trained
@@ -146,7 +146,7 @@ def _decisive(config: AllocateConfig, ranks: Path | None) -> dict[str, Any]:
 
 
 def _training(
-    config: AllocateConfig, workspace: Workspace, decomposition: StageView, masks: str | None
+    config: AllocateConfig, workspace: Workspace, decomposition: StageView, masks: str | None, run: Run
 ) -> StageView | None:
     """Return the result of ``ara train-masks`` that ``--method ara`` uses."""
     if config.method != "ara":
@@ -157,7 +157,7 @@ def _training(
         raise UsageError(
             f"--method ara takes no option here, got {next(iter(config.options))}", "give it to ara train-masks"
         )
-    found = find_training(workspace, decomposition, config.layout, masks)
+    found = find_training(workspace, decomposition, config.layout, config.keep, run.report, masks)
     if found is None and not workspace.views("train-masks"):
         layout = "" if config.layout == "factors" else f" --layout {config.layout}"
         raise WorkspaceError(
@@ -166,7 +166,7 @@ def _training(
     if found is None:
         # There are some, and none serves: say what is wrong with the latest one.
         latest = require_training(workspace, decomposition, None)
-        found = find_training(workspace, decomposition, config.layout, latest.name)
+        found = find_training(workspace, decomposition, config.layout, config.keep, run.report, latest.name)
     return found
 
 

@@ -129,13 +129,15 @@ def groups_in_memory(
     return [[model] for model in models]
 
 
-def default_name(factors: str, *parts: str, keep: float | None = None, layout: Layout = "factors") -> str:
-    """Return a result's name: decomposition (unless the default), parts, keep as 0.80, layout (unless factors)."""
+def default_name(
+    factors: str, *parts: str, keep: float | Sequence[float] | None = None, layout: Layout = "factors"
+) -> str:
+    """Return a result's name: decomposition (unless the default), parts, keeps as 0.80, layout (unless factors)."""
     words = [] if factors == DecomposeConfig.model_fields["method"].default else [factors]
     words += parts
-    if keep is not None:
-        short = f"{keep:g}"
-        words.append(short if len(short) > 4 else f"{keep:.2f}")
+    for one in [] if keep is None else keep if isinstance(keep, Sequence) else [keep]:
+        short = f"{one:g}"
+        words.append(short if len(short) > 4 else f"{one:.2f}")
     return "-".join(words if layout == "factors" else [*words, layout])
 
 

@@ -59,7 +59,7 @@ def compare(
         decomposition = workspace.require("decompose", factors)
         assert decomposition.manifest is not None
         run.report.step(f"Comparing {len(methods)} allocators at keep {config.keep:g}")
-        trained = find_training(workspace, decomposition, config.layout, masks)
+        trained = find_training(workspace, decomposition, config.layout, config.keep, run.report, masks)
         resolved = placed(with_text_of(config, trained, run.report), run)
         source = model_of(decomposition, run)
         resolved = resolved.model_copy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TypeVar
 
@@ -9,8 +10,9 @@ from safetensors.torch import load_file
 
 from ara.allocation.base import Context
 from ara.allocation.ranks_file import from_table
-from ara.config import Layout, TuningConfig
+from ara.config import Layout, TrainMasksConfig, TuningConfig
 from ara.errors import WorkspaceError
+from ara.manifest import essence
 from ara.masks.learned import LearnedLosses
 from ara.progress import Reporter
 from ara.stage_view import StageView, parent_of
@@ -46,12 +48,18 @@ def require_training(workspace: Workspace, decomposition: StageView, name: str |
 
 
 def find_training(
-    workspace: Workspace, decomposition: StageView, layout: Layout, name: str | None = None
+    workspace: Workspace,
+    decomposition: StageView,
+    layout: Layout,
+    keep: float | None,
+    report: Reporter,
+    name: str | None = None,
 ) -> StageView | None:
-    """Return the training called ``name``, or the latest finished one that serves, or ``None``.
+    """Return the training called ``name``, or the finished one that serves best, or ``None``.
 
-    It must have been made on these factors. One of the same layout is preferred; losses of ranks serve any layout, but
-    what a training of the paper's form leaves, shares of k(m + n), serves only its own.
+    It must have been made on these factors. One of the same layout is preferred, then one at a budget near to ``keep``,
+    then the latest. Losses of ranks serve any layout, which ``report`` is told when it is another one; but what a
+    training of the paper's form leaves, shares of k(m + n), serves only its own.
 
     Raises:
         WorkspaceError: there is none of that name, or it was made on other factors, or does not serve the layout.
@@ -63,14 +71,53 @@ def find_training(
                 f"{view.key} was trained by the paper's form, which does not know what layout {layout} costs",
                 f"train with --objective priced, or allocate with --layout {_layout(view)}",
             )
-        return view
+        return _told(view, layout, report)
     fitting = [
         view
         for view in workspace.views("train-masks")
         if view.state == "done" and fits(view, decomposition) and _serves(view, layout)
     ]
-    fitting.sort(key=lambda view: _layout(view) == layout)  # stable: the latest of the same layout comes last
-    return workspace.require("train-masks", fitting[-1].name) if fitting else None
+    # Stable: of equally good ones the latest comes last.
+    fitting.sort(key=lambda view: (_layout(view) == layout, -_distance(view, keep)))
+    return _told(workspace.require("train-masks", fitting[-1].name), layout, report) if fitting else None
+
+
+def _told(training: StageView, layout: Layout, report: Reporter) -> StageView:
+    if _layout(training) != layout:
+        report.fact(f"{training.key} was made for layout {_layout(training)}; losses of ranks serve {layout}, too")
+    return training
+
+
+def _distance(training: StageView, keep: float | None) -> float:
+    """Return how far the nearest budget of a training is from ``keep``."""
+    assert training.manifest is not None
+    budgets = [float(budget) for budget in training.manifest.results["budgets"]]
+    return 0.0 if keep is None else round(min(abs(budget - keep) for budget in budgets), 4)
+
+
+def covering_training(
+    workspace: Workspace, decomposition: StageView, config: TrainMasksConfig, ignoring: Collection[str] = ()
+) -> StageView | None:
+    """Return the latest complete training on these factors that has all budgets of ``config`` among its own.
+
+    Its other settings are the same, but for those called ``ignoring`` and those that do not change the result.
+    """
+    assert decomposition.manifest is not None
+    decisive = essence("train-masks", config, decomposition.manifest.model, ())["config"]
+    wanted = {name: value for name, value in decisive.items() if name not in {"keep", *ignoring}}
+    for view in reversed(workspace.views("train-masks")):
+        if view.state != "done" or not fits(view, decomposition) or stopped_early(view):
+            continue
+        assert view.manifest is not None
+        made = view.manifest.config
+        if set(config.keep) <= set(made["keep"]) and all(made.get(name) == value for name, value in wanted.items()):
+            return workspace.require("train-masks", view.name)
+    return None
+
+
+def stopped_early(training: StageView) -> str | None:
+    """Return why a training ended before it was complete; ``None`` if it did not."""
+    return training.manifest.results.get("stopped") if training.manifest is not None else None
 
 
 def _layout(training: StageView) -> str:
@@ -119,7 +166,7 @@ def with_training(context: Context, trained: StageView | None) -> Context:
     if trained is None:
         return context
     assert trained.manifest is not None
-    if stopped := trained.manifest.results.get("stopped"):
+    if stopped := stopped_early(trained):
         context.report.warn(f"{trained.key} is not complete: {stopped}")
     table = load_file(trained.path / TABLE_FILE) if TABLE_FILE in trained.manifest.files else None
     return replace(context, learned=read_learned(trained), table=table)

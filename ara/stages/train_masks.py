@@ -28,7 +28,15 @@ from ara.stage_writer import StageWriter
 from ara.stages.allocate import budget_of, load_modules
 from ara.stages.common import Run, already_done, begin, default_name
 from ara.stages.lab import open_lab, placed
-from ara.stages.learned import EVENTS_FOLDER, LEARNED, LOG_FILE, TABLE_FILE, masks_file
+from ara.stages.learned import (
+    EVENTS_FOLDER,
+    LEARNED,
+    LOG_FILE,
+    TABLE_FILE,
+    covering_training,
+    masks_file,
+    stopped_early,
+)
 from ara.workspace import Workspace
 
 
@@ -46,9 +54,11 @@ def train_masks(
         config: budgets, objective, steps.
         run: workspace and reporter.
         factors: name of the decomposition; the latest by default.
-        name: of the result; says decomposition (unless it is the default one) and objective by default.
-        keep_on_interrupt: after Ctrl+C store the best so far as the result, and train no further budget. Otherwise the
-            interrupt passes through, and the next call goes on from the last checkpoint.
+        name: of the result; says decomposition (unless it is the default one), objective and budgets by default.
+            Without it a finished training of the same settings that has these budgets among its own is taken for it.
+        keep_on_interrupt: after Ctrl+C store the best so far as the result, unless that would replace a complete one;
+            no further budget is trained. Otherwise the interrupt passes through. In any case the next call goes on from
+            the last checkpoint.
 
     Raises:
         AraError: no decomposition, a budget that cannot be met, a loss that is NaN or diverges.
@@ -72,17 +82,23 @@ def train_masks(
             "model": decomposition.manifest.model,
             "parents": (parent_of(decomposition),),
         }
-        name = name or default_name(decomposition.name, config.objective, layout=config.layout)
+        if name is None:
+            covering = None if run.force else covering_training(workspace, decomposition, resolved)
+            if covering is not None:
+                return already_done(covering, run)
+            name = default_name(decomposition.name, config.objective, keep=config.keep, layout=config.layout)
         done = workspace.finished("train-masks", name, facts, run.report)
-        if done is not None and not run.force:
-            assert done.manifest is not None
-            if stopped := done.manifest.results.get("stopped"):
+        if done is not None and not run.force and not workspace.unfinished("train-masks", name, facts):
+            if stopped := stopped_early(done):
                 run.report.warn(f"{done.key} is not complete: {stopped}; to train again: --force")
             return already_done(done, run)
+        standing = workspace.views("train-masks")
+        complete = any(view.name == name and view.state == "done" and not stopped_early(view) for view in standing)
         with workspace.writer(
             "train-masks", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
         ) as stage:
-            _Training(resolved, modules, decomposition, workspace, stage, run, keep_on_interrupt).all_budgets()
+            keeps = keep_on_interrupt and not complete
+            _Training(resolved, modules, decomposition, workspace, stage, run, keeps).all_budgets()
         return workspace.view(f"train-masks/{name}")
 
 
@@ -114,12 +130,15 @@ class _Training:
         stage.results.setdefault("table_seconds", 0.0)
         stage.results.setdefault("table_windows", 0)
         self.finished = set(stage.finished)
-        if run.force and stage.results.get("stopped"):
-            # Half a training of a run that was cut off before it was stored.
-            self.finished &= {TABLE_FILE}
-            stage.results.update({"budgets": {}, "log": {}, "stopped": None})
-        # After such a run it stays as it was stopped.
-        stage.results.setdefault("stopped", None)
+        again = run.force and stage.results.get("stopped")
+        if again:
+            self.checkpoint = None
+        for keep, row in list(stage.results["budgets"].items()):
+            # What was stored after Ctrl+C is trained to its end.
+            if again or row["steps"] < config.steps:
+                self.finished.discard(masks_file(float(keep)))
+                del stage.results["budgets"][keep], stage.results["log"][keep]
+        stage.results["stopped"] = None
 
     def all_budgets(self) -> None:
         """Train at each budget, largest first; each may start from the losses that the one before has learned.
@@ -128,15 +147,14 @@ class _Training:
 
         Raises:
             NumericalError: NaN or divergence at the first budget; at a later one, those before are kept.
+            KeyboardInterrupt: Ctrl+C, where the best so far is not to be kept, or there is none.
         """
         table, results = self._table(), self.stage.results
         learned: LearnedLosses | None = None
-        for keep in sorted(set(self.config.keep), reverse=True):
+        for keep in self.config.keep:
             if masks_file(keep) in self.finished:
                 tables = load_file(self.stage.folder / masks_file(keep)) if self.config.objective == "priced" else None
                 learned = LearnedLosses(keep, tables, from_table(results["budgets"][f"{keep:g}"]["ranks"]))
-            elif results["stopped"]:
-                break
             else:
                 try:
                     learned = self._one_budget(keep, table, learned)
@@ -144,11 +162,18 @@ class _Training:
                     if not results["budgets"]:
                         raise
                     results["stopped"] = f"at keep {keep:g} {error}"
-                    self.run.report.warn(f"keep {keep:g} is left out: {error} ({error.hint})")
+                    self.run.report.warn(f"keep {keep:g} is left out: {error} ({error.hint}); to train again: --force")
                     break
-            self._write_log(keep, None)
-        if results["stopped"]:
-            self.run.report.warn("what is not trained yet stays so; to train again: --force")
+                except KeyboardInterrupt:
+                    if not self.keep_on_interrupt or not results["budgets"]:
+                        raise
+                    results["stopped"] = f"interrupted at the start of keep {keep:g}"
+            if f"{keep:g}" in results["log"]:
+                self._write_log(keep, None)
+            if results["stopped"]:
+                self.stage.to_go_on = True
+                self.run.report.warn(f"{results['stopped']}: the best so far is kept, and the same command goes on")
+                break
 
     def _table(self) -> dict[str, torch.Tensor] | None:
         """Return the sensitivity table, read back when an interrupted run had it already."""

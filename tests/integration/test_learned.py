@@ -54,6 +54,7 @@ TRAINING = {
     "device": "cpu",
     "dtype": "float32",
 }
+NAME = "priced-0.80-0.60"
 TUNING = {"samples": 8, "held_out": 4, "device": "cpu", "dtype": "float32"}
 
 
@@ -78,7 +79,7 @@ def invoke(*arguments):
 def test_training_stores_losses_ranks_and_a_log(learned):
     view = Run(learned).open().require("train-masks")
     budgets = view.manifest.results["budgets"]
-    assert view.name == "priced" and list(budgets) == ["0.8", "0.6"]
+    assert view.name == NAME and list(budgets) == ["0.8", "0.6"]
     assert all(row["held_out"] <= row["start_held_out"] for row in budgets.values())
     assert set(view.manifest.files) == {
         "masks-0.6.safetensors",
@@ -128,12 +129,14 @@ def test_a_candidate_without_a_finite_loss_is_told_as_such(learned, monkeypatch)
     from ara.allocation.guard import Verdict
 
     losses = {"dense": 1.0, "ara": 2.0, "sensitivity": 3.0, "uniform": float("nan")}
-    verdict = Verdict("ara", losses, dict.fromkeys(losses, None))
+    verdict = Verdict("ara", losses, {"ara": 0.0, "sensitivity": 0.02, "uniform": float("nan")})
     monkeypatch.setattr("ara.stages.allocate.compare_candidates", lambda *_: verdict)
     tuning = [word for key, value in TUNING.items() for word in (f"--{key.replace('_', '-')}", value)]
     result = invoke("allocate", "--keep", "0.8", *tuning, "-w", learned)
     assert result.exit_code == 0, result.output
-    assert "ara 2.0000, sensitivity 3.0000, uniform not finite; ara won" in " ".join(result.output.split())
+    assert "ara 2.0000, sensitivity 3.0000 (+1.0000 ± 0.0200), uniform not finite; ara won" in " ".join(
+        result.output.split()
+    )
 
 
 def test_run_trains_for_all_its_budgets_at_once(tmp_path, tiny_settings):
@@ -223,12 +226,12 @@ def train_words(root, *more):
     ],
 )
 def test_a_killed_training_ends_in_the_same_bytes(killed, learned, place, count):  # noqa: F811
-    whole = read_manifest(learned / "train-masks" / "priced")
+    whole = read_manifest(learned / "train-masks" / NAME)
     shutil.rmtree(learned / "train-masks")
     killed(place, count, "before", *train_words(learned))
     result = invoke(*train_words(learned))
     assert result.exit_code == 0, result.output
-    again = read_manifest(learned / "train-masks" / "priced")
+    again = read_manifest(learned / "train-masks" / NAME)
     for name in ("masks-0.8.safetensors", "masks-0.6.safetensors", "sensitivity.safetensors"):
         assert again.files[name] == whole.files[name], name
     for keep, row in whole.results["budgets"].items():
@@ -256,10 +259,13 @@ def test_ctrl_c_keeps_the_best_and_says_so(learned, monkeypatch):
     break_at(monkeypatch, 3, KeyboardInterrupt)
     result = invoke(*train_words(learned, "--name", "stopped"))
     assert result.exit_code == 0, result.output
-    assert "keeping the best allocation so far" in result.output
+    told = " ".join(result.output.split())
+    assert "interrupted after step 2 of 4 at keep 0.8: the best so far is kept, and the same command goes on" in told
     budgets = read_manifest(learned / "train-masks" / "stopped").results["budgets"]
     assert list(budgets) == ["0.8"]
     assert budgets["0.8"]["steps"] == 2 and len(budgets["0.8"]["ranks"]) == 21
+    told = invoke("allocate", "--keep", "0.8", "--masks", "stopped", "-w", learned).output
+    assert "train-masks/stopped is not complete: interrupted after step 2" in " ".join(told.split())
 
 
 def test_divergence_is_one_line(learned, monkeypatch):
@@ -292,7 +298,7 @@ def test_compare_puts_all_side_by_side(learned, tiny_text):
     results = json.loads((view.path / "results.json").read_text())
     rows = results["methods"]
     assert list(rows) == ["dense", "uniform", "energy", "sensitivity", "ara"]
-    assert results["training"] == "priced"
+    assert results["training"] == NAME
     for name, row in rows.items():
         figures = row["tasks"][tiny_text]
         assert figures["perplexity"] > 1 and len(figures["window_nlls"]) == 3
@@ -414,14 +420,14 @@ def test_a_training_of_the_same_layout_is_preferred_and_the_papers_serves_only_i
             (p.key for p in view.manifest.parents if p.key.startswith("train-masks/")), view.manifest.config["method"]
         )
 
-    assert used(pivoted, "a") == "train-masks/priced"  # losses of ranks serve any layout
+    assert used(pivoted, "a") == f"train-masks/{NAME}"  # losses of ranks serve any layout
     train_masks(TrainMasksConfig(**{**TRAINING, "steps": 1}, layout="pivoted"), Run(learned))
     train_masks(TrainMasksConfig(**{**TRAINING, "steps": 1}, objective="paper"), Run(learned))
-    assert used(pivoted, "b") == "train-masks/priced-pivoted"
-    assert used(AllocateConfig(keep=0.8, **TUNING), "c") == "train-masks/paper"
+    assert used(pivoted, "b") == f"train-masks/{NAME}-pivoted"
+    assert used(AllocateConfig(keep=0.8, **TUNING), "c") == "train-masks/paper-0.80-0.60"
     with pytest.raises(WorkspaceError, match="paper's form, which does not know what layout pivoted costs"):
-        allocate(pivoted, Run(learned), masks="paper")
-    for name in ("priced", "priced-pivoted"):
+        allocate(pivoted, Run(learned), masks="paper-0.80-0.60")
+    for name in (NAME, f"{NAME}-pivoted"):
         shutil.rmtree(learned / "train-masks" / name)
     assert used(pivoted, "d") == "sensitivity"
 
@@ -463,8 +469,8 @@ def test_run_trains_and_allocates_in_the_layout_asked_for(tmp_path, tiny_setting
         result = invoke("run", tiny_settings["model"], *words, *asked, "-w", root)
         assert result.exit_code == 0, result.output
     parents = {view.name: [p.key for p in view.manifest.parents] for view in Run(root).open().views("allocate")}
-    assert "train-masks/priced-pivoted" in parents["ara-0.80-pivoted"]
-    assert "train-masks/priced" in parents["ara-0.80"]
+    assert "train-masks/priced-0.80-pivoted" in parents["ara-0.80-pivoted"]
+    assert "train-masks/priced-0.80" in parents["ara-0.80"]
     assert "replacing" not in result.stderr
 
 

@@ -148,7 +148,7 @@ def test_training_guard_and_comparison_of_real_stages(copied, tiny_text):
     report = document(copied, "ara-0.70")
     assert not [item.what for item in report.missing if "another form" in item.what]
     (curve,) = report.training.curves
-    log = Workspace.open(copied).view("train-masks/priced").manifest.results["log"]["0.7"]
+    log = Workspace.open(copied).view("train-masks/priced-0.70").manifest.results["log"]["0.7"]
     assert [(step.step, step.loss, step.held_out) for step in curve.log] == [
         (row["step"], row["loss"], row["held_out"]) for row in log
     ]

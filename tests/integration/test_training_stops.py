@@ -1,20 +1,24 @@
 """Trainings that end early, and what later commands make of a training."""
 
+import shlex
 import shutil
 
 import pytest
 
-from ara.config import AllocateConfig, CompareConfig, TrainMasksConfig
+from ara.config import AllocateConfig, CompareConfig, DecomposeConfig, TrainMasksConfig
 from ara.errors import NumericalError, WorkspaceError
-from ara.manifest import read_manifest
+from ara.manifest import read_manifest, verify_files
 from ara.masks.model import MaskedModel
+from ara.pipeline import next_command
 from ara.stage_writer import StageWriter
 from ara.stages.allocate import allocate
 from ara.stages.common import Run
 from ara.stages.compare import compare
+from ara.stages.decompose import decompose
 from ara.stages.learned import training_cost
 from ara.stages.train_masks import train_masks
 from tests.integration.test_learned import (  # noqa: F401
+    NAME,
     TRAINING,
     TUNING,
     break_at,
@@ -27,17 +31,49 @@ from tests.integration.test_learned import (  # noqa: F401
 from tests.integration.test_resume import Heard
 
 
+def raising(error):
+    """Return a function that takes anything and raises ``error``."""
+
+    def function(*args, **kwargs):
+        raise error
+
+    return function
+
+
+def counting(real, calls):
+    """Return ``real`` with its calls counted in ``calls``."""
+
+    def function(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    return function
+
+
+def interrupted_at(call, real):
+    """Return ``real``, but its call number ``call`` ends in Ctrl+C."""
+    calls = []
+
+    def function(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    return function
+
+
 def test_an_interrupt_passes_through_a_library_call_which_then_goes_on(learned, monkeypatch):  # noqa: F811
-    whole = read_manifest(learned / "train-masks" / "priced")
+    whole = read_manifest(learned / "train-masks" / NAME)
     shutil.rmtree(learned / "train-masks")
     config = TrainMasksConfig(**TRAINING)
     break_at(monkeypatch, 7, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         train_masks(config, Run(learned))
-    assert not (learned / "train-masks" / "priced").exists()
+    assert not (learned / "train-masks" / NAME).exists()
     again = train_masks(config, Run(learned)).manifest
     assert again.files == whole.files and again.results["stopped"] is None
-    assert (learned / "train-masks" / "priced" / "log.csv").read_text().count("\n") == 11
+    assert (learned / "train-masks" / NAME / "log.csv").read_text().count("\n") == 11
 
 
 def test_run_stops_at_an_interrupt_and_goes_on(tmp_path, tiny_settings, monkeypatch):
@@ -49,7 +85,7 @@ def test_run_stops_at_an_interrupt_and_goes_on(tmp_path, tiny_settings, monkeypa
     assert first.exit_code == 130 and not (tmp_path / "allocate").exists()
     second = invoke(*words)
     assert second.exit_code == 0, second.output
-    assert read_manifest(tmp_path / "train-masks" / "priced").results["budgets"]["0.8"]["steps"] == 12
+    assert read_manifest(tmp_path / "train-masks" / "priced-0.80").results["budgets"]["0.8"]["steps"] == 12
 
 
 def test_divergence_at_a_later_budget_keeps_those_before(learned, monkeypatch):  # noqa: F811
@@ -64,9 +100,9 @@ def test_divergence_at_a_later_budget_keeps_those_before(learned, monkeypatch): 
 
 
 def test_a_repeated_training_is_the_same_content(learned):  # noqa: F811
-    first = read_manifest(learned / "train-masks" / "priced")
+    first = read_manifest(learned / "train-masks" / NAME)
     train_masks(TrainMasksConfig(**TRAINING), Run(learned, force=True))
-    assert read_manifest(learned / "train-masks" / "priced").files == first.files
+    assert read_manifest(learned / "train-masks" / NAME).files == first.files
 
 
 @pytest.mark.parametrize("command", ["allocate", "compare"])
@@ -78,7 +114,7 @@ def test_what_a_training_learned_from_is_not_held_out(learned, tiny_text, comman
     else:
         view = compare(compare_config(tiny_text, methods=("ara",), **other), Run(learned, report=heard))
     assert (view.manifest.config["samples"], view.manifest.config["held_out"]) == (8, 4)
-    assert "8 windows to learn from, 4 held out, as in train-masks/priced" in heard.facts
+    assert f"8 windows to learn from, 4 held out, as in train-masks/{NAME}" in heard.facts
     # Nothing was trained: the text of the command stays.
     plain = allocate(AllocateConfig(keep=0.8, method="sensitivity", **other), Run(learned))
     assert plain.manifest.config["samples"] == 5
@@ -91,41 +127,133 @@ def test_a_training_of_the_papers_form_does_not_serve_pivoted_layers(learned):  
         allocate(AllocateConfig(keep=0.8, method="ara", layout="pivoted", **TUNING), Run(learned))
 
 
-def test_what_was_stopped_stays_so_when_storing_it_is_cut_off(learned, monkeypatch):  # noqa: F811
-    real, calls = StageWriter._commit, []
-
-    def cut_off(self):
-        calls.append(1)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        return real(self)
-
-    monkeypatch.setattr(StageWriter, "_commit", cut_off)
-    break_at(monkeypatch, 3, KeyboardInterrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped", keep_on_interrupt=True)
-    view = train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped")
-    assert list(view.manifest.results["budgets"]) == ["0.8"]
-    assert view.manifest.results["stopped"] == "interrupted after step 2 of 4 at keep 0.8"
-    told = invoke("allocate", "--keep", "0.8", "--masks", "stopped", "-w", learned).output
-    assert "train-masks/stopped is not complete: interrupted after step 2" in " ".join(told.split())
+def same_training(view, learned):  # noqa: F811
+    """Hold a training against the one of the fixture, which was never interrupted."""
+    whole, made = read_manifest(learned / "train-masks" / NAME), view.manifest
+    assert made.files == whole.files and made.results["stopped"] is None
+    for keep, row in whole.results["budgets"].items():
+        assert made.results["budgets"][keep]["ranks"] == row["ranks"]
+        assert [r["loss"] for r in made.results["log"][keep]] == [r["loss"] for r in whole.results["log"][keep]]
+    assert not [path for path in (learned / "train-masks").iterdir() if path.name.startswith(".")]
 
 
-def test_force_trains_anew_what_was_stopped_and_cut_off(learned, monkeypatch):  # noqa: F811
+# Steps 1 to 4 are those of the first budget.
+@pytest.mark.parametrize("step", [1, 3, 5, 7])
+@pytest.mark.parametrize("cut_off", [False, True], ids=["", "and cut off while it is stored"])
+def test_what_ctrl_c_has_stopped_goes_on_from_there(learned, monkeypatch, step, cut_off):  # noqa: F811
+    config, name = TrainMasksConfig(**TRAINING), "stopped"
     with monkeypatch.context() as during:
+        break_at(during, step, KeyboardInterrupt)
+        if cut_off:
+            during.setattr(StageWriter, "_commit", raising(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                train_masks(config, Run(learned), name=name, keep_on_interrupt=True)
+        else:
+            view = train_masks(config, Run(learned), name=name, keep_on_interrupt=True)
+            done = (step - 1) % 4
+            told = f"interrupted after step {done} of 4 at keep {0.8 if step < 5 else 0.6}"
+            assert view.state == "done" and view.manifest.results["stopped"] == told
+            verify_files(view.path, view.manifest)
+    counted = []
+    monkeypatch.setattr(MaskedModel, "gradients", counting(MaskedModel.gradients, counted))
+    same_training(train_masks(config, Run(learned), name=name), learned)
+    assert len(counted) == 9 - step, "no step is taken twice"
 
-        def cut_off(self):
-            raise KeyboardInterrupt
 
-        during.setattr(StageWriter, "_commit", cut_off)
+def test_ctrl_c_between_two_budgets_keeps_the_first(learned, monkeypatch):  # noqa: F811
+    import ara.stages.train_masks as stage
+
+    with monkeypatch.context() as during:
+        during.setattr(stage._Training, "_best_start", interrupted_at(2, stage._Training._best_start))
+        config = TrainMasksConfig(**TRAINING)
+        view = train_masks(config, Run(learned), name="stopped", keep_on_interrupt=True)
+    assert view.manifest.results["stopped"] == "interrupted at the start of keep 0.6"
+    assert list(view.manifest.results["budgets"]) == ["0.8"]
+    same_training(train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped"), learned)
+
+
+def test_ctrl_c_does_not_replace_a_complete_training(learned, monkeypatch):  # noqa: F811
+    before = read_manifest(learned / "train-masks" / NAME)
+    words = train_words(learned, "--name", NAME, "--steps", "9")
+    with monkeypatch.context() as during:
+        break_at(during, 7, KeyboardInterrupt)
+        result = invoke(*words)
+    assert result.exit_code == 130 and "the same command goes on" in result.output
+    assert read_manifest(learned / "train-masks" / NAME) == before
+    # Nor does it stand in the way of what was begun.
+    result = invoke(*words)
+    assert result.exit_code == 0 and "going on after step 6 of 9" in " ".join(result.output.split())
+    assert read_manifest(learned / "train-masks" / NAME).results["budgets"]["0.8"]["steps"] == 9
+
+
+def test_other_settings_than_those_of_an_unfinished_training_are_told(learned, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as during:
         break_at(during, 3, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
-            train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped", keep_on_interrupt=True)
-    whole = read_manifest(learned / "train-masks" / "priced")
-    view = train_masks(TrainMasksConfig(**TRAINING), Run(learned, force=True), name="stopped")
-    assert view.manifest.results["stopped"] is None
-    for keep, row in whole.results["budgets"].items():
-        assert view.manifest.results["budgets"][keep]["ranks"] == row["ranks"]
+            train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="x")
+    heard = Heard()
+    other = {**TRAINING, "steps": 1}
+    train_masks(TrainMasksConfig(**other), Run(learned, report=heard), name="x")
+    assert "an unfinished train-masks/x was begun with other settings: its work is thrown away" in heard.facts
+    again = Heard()
+    train_masks(TrainMasksConfig(**other), Run(learned, report=again), name="x")
+    assert not [text for text in again.facts if "unfinished" in text]
+
+
+@pytest.mark.parametrize("cut_off", [False, True], ids=["", "and cut off while it is stored"])
+def test_force_trains_anew_what_was_stopped(learned, monkeypatch, cut_off):  # noqa: F811
+    config = TrainMasksConfig(**TRAINING)
+    with monkeypatch.context() as during:
+        break_at(during, 7, KeyboardInterrupt)
+        if cut_off:
+            during.setattr(StageWriter, "_commit", raising(KeyboardInterrupt))
+        try:
+            train_masks(config, Run(learned), name="stopped", keep_on_interrupt=True)
+        except KeyboardInterrupt:
+            assert cut_off
+    counted = []
+    monkeypatch.setattr(MaskedModel, "gradients", counting(MaskedModel.gradients, counted))
+    same_training(train_masks(config, Run(learned, force=True), name="stopped"), learned)
+    assert len(counted) == 8
+
+
+def test_budgets_that_a_training_has_are_not_trained_again(learned, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(MaskedModel, "gradients", raising(AssertionError))
+    for keep in [(0.6,), (0.8,), (0.6, 0.8), (0.8, 0.6, 0.8)]:
+        assert train_masks(TrainMasksConfig(**{**TRAINING, "keep": keep}), Run(learned)).name == NAME
+    for other in ({"keep": (0.7,)}, {"steps": 3}, {"seed": 1}, {"layout": "pivoted"}):
+        with pytest.raises(AssertionError):
+            train_masks(TrainMasksConfig(**{**TRAINING, **other}), Run(learned))
+
+
+def test_a_training_at_the_budget_is_preferred_to_a_later_one(learned):  # noqa: F811
+    train_masks(TrainMasksConfig(**{**TRAINING, "keep": (0.75,), "steps": 1}), Run(learned))
+
+    def used(keep):
+        view = allocate(AllocateConfig(keep=keep, method="ara", guard=False, **TUNING), Run(learned))
+        return next(parent.key for parent in view.manifest.parents if parent.key.startswith("train-masks/"))
+
+    assert used(0.8) == used(0.62) == f"train-masks/{NAME}"
+    assert used(0.75) == used(0.72) == "train-masks/priced-0.75"
+
+
+def test_run_takes_a_training_that_was_made_otherwise(tmp_path, tiny_settings, monkeypatch):
+    settings = {key.replace("_", "-"): value for key, value in tiny_settings.items() if key != "model"}
+    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    words = ["run", tiny_settings["model"], *words, "--method", "ara", "--keep", "0.8", "--no-eval", "-w", tmp_path]
+    decompose(DecomposeConfig(**tiny_settings), Run(tmp_path))
+    longer = train_masks(TrainMasksConfig(keep=(0.8, 0.7), steps=13, check_every=13), Run(tmp_path), name="mine")
+    monkeypatch.setattr(MaskedModel, "gradients", raising(AssertionError))
+    assert invoke(*words).exit_code == 0
+    (ranks,) = Run(tmp_path).open().views("allocate")
+    assert longer.key in [parent.key for parent in ranks.manifest.parents]
+
+
+@pytest.mark.parametrize(("layout", "words"), [("factors", []), ("pivoted", ["--layout", "pivoted"])])
+def test_the_next_command_goes_with_the_training(learned, layout, words):  # noqa: F811
+    shutil.rmtree(learned / "train-masks")
+    train_masks(TrainMasksConfig(**{**TRAINING, "keep": (0.75,), "steps": 1}, layout=layout), Run(learned))
+    assert shlex.split(next_command(Run(learned).open()))[:-2] == ["ara", "allocate", "--keep", "0.75", *words]
 
 
 @pytest.mark.parametrize("optimiser", ["newton", "adam"])
