@@ -3,8 +3,9 @@
     ARA_DATA_DIR=... make bench-ablation
     python benchmarks/ablation.py --workspace bench-quality --only default --only adam
 
-All variants start from the same factors and the same sensitivity table, at one budget, with the same windows to learn
-from; no evaluation text is read. A variant that is finished is not trained again, and one that was interrupted goes on.
+All variants have the same factors, the same budget, and read as many windows, in the same order: those of fewer windows
+per step take more steps. Unless they say so they start from the same sensitivity table. No evaluation text is read. A
+variant that is finished is not trained again, and one that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -21,25 +22,31 @@ from ara.stages.train_masks import train_masks
 from ara_cli.console import Column, Console
 from ara_cli.words import seconds_text
 
+# Adam moves little per step, and is given many.
+SMALL_STEPS = {"batch": 4}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "cross-entropy": {"loss": "ce"},
-    "batch 4": {"batch": 4},
+    "batch 4": SMALL_STEPS,
     "rate 1 (no memory of earlier steps)": {"rate": 1.0},
     "trust 0.1": {"trust": 0.1},
     "no curvature": {"damping": 0.0},
     "start uniform": {"start": "uniform"},
-    "adam": {"optimiser": "adam"},
-    "adam, 16 atoms": {"optimiser": "adam", "atoms": 16},
-    "paper": {"objective": "paper"},
-    "paper, start uniform": {"objective": "paper", "start": "uniform", "learning_rate": 0.2},
+    "adam": {"optimiser": "adam", **SMALL_STEPS},
+    "adam, 16 atoms": {"optimiser": "adam", "atoms": 16, **SMALL_STEPS},
+    "adam, temperature 0.3": {"optimiser": "adam", "temperature": 0.3, **SMALL_STEPS},
+    "adam, no average": {"optimiser": "adam", "average": 0.0, **SMALL_STEPS},
+    "paper": {"objective": "paper", **SMALL_STEPS},
+    "paper, start uniform": {"objective": "paper", "start": "uniform", "learning_rate": 0.2, **SMALL_STEPS},
     "paper, start uniform, no guidance": {
         "objective": "paper",
         "start": "uniform",
         "learning_rate": 0.2,
         "guidance_weight": 0.0,
+        **SMALL_STEPS,
     },
 }
+_BATCH = 16
 
 
 def main() -> None:
@@ -48,7 +55,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="model to compress")
     parser.add_argument("--keep", type=float, default=0.8, help="budget")
     parser.add_argument("--layout", default="factors", help="factors or pivoted")
-    parser.add_argument("--steps", type=int, default=12, help="training steps of every variant")
+    parser.add_argument("--steps", type=int, default=12, help="training steps of 16 windows, or 4 times as many of 4")
     parser.add_argument("--samples", type=int, default=256, help="calibration windows of the factors")
     parser.add_argument(
         "--only", action="append", choices=VARIANTS, help="variant to train; may be repeated [default: all]"
@@ -65,7 +72,9 @@ def main() -> None:
         if label not in only:
             continue
         console.step(label)
-        config = TrainMasksConfig(keep=(arguments.keep,), steps=arguments.steps, layout=arguments.layout, **changes)
+        batch = changes.get("batch", _BATCH)
+        paced = {"steps": arguments.steps * _BATCH // batch, "check_every": 2 * _BATCH // batch}
+        config = TrainMasksConfig(keep=(arguments.keep,), layout=arguments.layout, **paced, **changes)
         try:
             view = train_masks(config, run, factors="two-sided", name=f"{prefix}-{number:02d}")
         except AraError as error:

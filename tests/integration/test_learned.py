@@ -351,14 +351,16 @@ def test_every_allocator_is_offered():
     assert set(ALLOCATORS.names()) == wanted
 
 
-def test_text_that_is_too_short_is_shared_out(learned):
+@pytest.mark.parametrize("samples", [5000, 3])
+def test_text_that_is_too_short_is_shared_out(learned, samples):
     heard = Heard()
-    config = AllocateConfig(keep=0.8, method="sensitivity", **{**TUNING, "samples": 5000, "held_out": 4000})
+    config = AllocateConfig(keep=0.8, method="sensitivity", **{**TUNING, "samples": samples, "held_out": 4000})
     allocate(config, Run(learned, report=heard))
     told = next(text for text in heard.facts if "were wanted" in text)
     made = Run(learned).open().require("decompose").manifest.config["samples"]
     total, held = (int(word) for word in re.match(r"the text holds (\d+) .* wanted: (\d+) are", told).groups())
     assert ("so are those held out" in told) == (made > total - held)
+    assert ("windows that the factors were fitted to" in told) == (made > max(0, total - held - 1 - samples))
 
 
 # -- pivoted layers ---------------------------------------------------------------------------------------------
