@@ -75,9 +75,9 @@ def run_pipeline(
     Returns:
         All results in the order in which they were reached.
     """
-    from ara.config import MaskTrainingOptions, PlacementConfig
+    from ara.config import MaskTrainingOptions
+    from ara.models.placement import choose_placement
     from ara.stages.allocate import allocate
-    from ara.stages.common import already_done
     from ara.stages.decompose import decompose
     from ara.stages.evaluate import evaluate
     from ara.stages.learned import covering_training
@@ -90,10 +90,14 @@ def run_pipeline(
     training = None
     if learned:
         wanted = training_for(learned)
-        # What ara run has no option for.
-        free = {*MaskTrainingOptions.model_fields, *PlacementConfig.model_fields}
-        found = None if run.force else covering_training(run.open(), factors, wanted, ignoring=free)
-        training = already_done(found, run) if found else train_masks(wanted, run, factors=factors.name)
+        dtype = choose_placement(wanted.device, wanted.dtype).dtype
+        # Those that ara run has no option for, and where it was trained.
+        free = {*MaskTrainingOptions.model_fields, "batch_size", "device"}
+        asked = wanted.model_copy(update={"dtype": dtype})
+        found = None if run.force else covering_training(run.open(), factors, asked, ignoring=free)
+        if found:
+            run.report.fact(f"{found.key} has these budgets and is used, however it was trained")
+        training = found or train_masks(wanted, run, factors=factors.name)
         views.append(training)
     for config in allocate_configs:
         masks = training.name if training and config.method == "ara" else None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 PARTIAL = ".partial"
+COPY = ".copy"
 JOURNAL = ".journal.json"
 CHECKPOINT = ".checkpoint.safetensors"
 
@@ -34,7 +35,7 @@ class StageWriter:
     Attributes:
         folder: where to write; becomes ``<stage>/<name>``.
         results: goes into the manifest.
-        to_go_on: leave finished files and checkpoint beside the result, for a later run of the same work to go on from.
+        to_go_on: the result is a copy; finished files and checkpoint stay, for a later run of this work to go on from.
     """
 
     def __init__(
@@ -201,26 +202,26 @@ class StageWriter:
             results=plain(self.results),
             **{**self._facts, "config": plain(self._facts["config"])},
         ).sealed()
-        _write_synced(self.folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
-        _sync_folder(self.folder)
+        made = self._copy() if self.to_go_on else self.folder
+        _write_synced(made / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        _sync_folder(made)
         old = self.final.with_name(f".{self.final.name}.old")
         if self.final.exists():
             os.replace(self.final, old)
-        os.replace(self.folder, self.final)
+        os.replace(made, self.final)
         _sync_folder(self.final.parent)
-        if self.to_go_on:
-            self._leave_behind()
         # Last, so that a stage stopped until here goes on from it.
         (self.final / JOURNAL).unlink(missing_ok=True)
         (self.final / CHECKPOINT).unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _leave_behind(self) -> None:
-        self.folder.mkdir()
-        # The journal last: without it nothing goes on from half a copy.
-        for name in (*self._files, CHECKPOINT, JOURNAL):
-            if (self.final / name).exists():
-                shutil.copy2(self.final / name, self.folder / name)
+    def _copy(self) -> Path:
+        """Return a folder to become the result while :attr:`folder` stays as it is."""
+        self._write_journal()
+        copy = self.final.with_name(f".{self.final.name}{COPY}")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(self.folder, copy, ignore=shutil.ignore_patterns(".*"))
+        return copy
 
     def _abandon(self, repeats: bool = False) -> None:
         started = self._files or (self.folder / CHECKPOINT).exists()

@@ -29,7 +29,7 @@ from ara.locking import LOCK_FILE, OWNER_FILE, exclusive
 from ara.manifest import FORMAT_VERSION, Parent, digest, essence, read_manifest, remake, verify_files
 from ara.progress import SILENT, Reporter
 from ara.stage_view import StageView
-from ara.stage_writer import CHECKPOINT, JOURNAL, PARTIAL, StageWriter, left_behind
+from ara.stage_writer import CHECKPOINT, COPY, JOURNAL, PARTIAL, StageWriter, left_behind
 
 INDEX = "workspace.json"
 DEFAULT_ROOT = "ara-workspace"
@@ -123,7 +123,7 @@ class Workspace:
             for folder in sorted(self.root.iterdir())
             if folder.is_dir() and folder.name not in ("cache",) and stage in (None, folder.name)
             for child in sorted(folder.iterdir())
-            if child.is_dir() and not child.name.endswith(_OLD)
+            if child.is_dir() and not child.name.endswith((_OLD, COPY))
         ]
         views = [self.view(key) for key in keys]
         return sorted(views, key=lambda view: (view.stage, view.manifest is None, _created(view)))
@@ -213,7 +213,7 @@ class Workspace:
         Raises:
             UsageError: ``name`` is not a plain folder name.
         """
-        if not name or name.startswith(".") or name.endswith((PARTIAL, _OLD)) or set(name) & set("/\\:\0"):
+        if not name or name.startswith(".") or name.endswith((PARTIAL, COPY, _OLD)) or set(name) & set("/\\:\0"):
             raise UsageError(
                 f"{name!r} cannot be the name of a result",
                 "give a plain folder name with --name: no slash, backslash or colon, no dot in front",
@@ -303,6 +303,8 @@ class Workspace:
                 shutil.rmtree(old)
             else:
                 os.replace(old, final)
+        for half in self.root.glob(f"*/.*{COPY}"):
+            shutil.rmtree(half)
         for name in (JOURNAL, CHECKPOINT):
             for left in self.root.glob(f"*/[!.]*/{name}"):
                 left.unlink()

@@ -91,7 +91,8 @@ def train(
     except KeyboardInterrupt:
         if not keep_on_interrupt or not state.log:
             raise
-        state.interrupted = True
+        # A step whose check was cut off does not count: the next run takes it again.
+        state.step, state.interrupted = state.log[-1].step, True
     finally:
         model.use_dense()
     return state

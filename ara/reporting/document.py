@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ara.config import Layout
 
-REPORT_FORMAT: Literal[2] = 2
+REPORT_FORMAT: Literal[3] = 3
 
 
 class Part(BaseModel):
@@ -437,7 +437,7 @@ class Missing(Part):
 class Report(Part):
     """The whole document; :mod:`ara.reporting.gather` makes it."""
 
-    format_version: Literal[2] = REPORT_FORMAT
+    format_version: Literal[3] = REPORT_FORMAT
     title: str
     verdict: str
     base: Base

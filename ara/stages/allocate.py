@@ -46,7 +46,8 @@ def allocate(
         factors: name of the decomposition; the latest by default.
         name: of the result; says method and keep by default.
         ranks: take the ranks from this file instead of a method; with ``config.keep`` they are held to that budget.
-        masks: name of the training that ``--method ara`` uses; the latest by default.
+        masks: name of the training that ``--method ara`` uses; by default the one that fits best, see
+            :func:`ara.stages.learned.find_training`.
 
     Raises:
         AraError: no decomposition, a budget that cannot be met, a ranks file that does not fit.

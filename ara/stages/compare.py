@@ -41,8 +41,8 @@ def compare(
         config: budget, methods, texts.
         run: workspace and reporter.
         factors: name of the decomposition; the latest by default.
-        masks: name of the training that ``ara`` uses; the latest one on these factors by default. Where there is
-            none, ``ara`` trains here, by its default options.
+        masks: name of the training that ``ara`` uses; by default the one that fits best, see
+            :func:`ara.stages.learned.find_training`. Where there is none, ``ara`` trains here, by its default options.
         name: of the result; says decomposition (unless it is the default one) and keep by default.
 
     Raises:

@@ -58,8 +58,8 @@ def find_training(
     """Return the training called ``name``, or the finished one that serves best, or ``None``.
 
     It must have been made on these factors. One of the same layout is preferred, then one at a budget near to ``keep``,
-    then the latest. Losses of ranks serve any layout, which ``report`` is told when it is another one; but what a
-    training of the paper's form leaves, shares of k(m + n), serves only its own.
+    then a complete one, then the latest. Losses of ranks serve any layout, which ``report`` is told when it is another
+    one; but what a training of the paper's form leaves, shares of k(m + n), serves only its own.
 
     Raises:
         WorkspaceError: there is none of that name, or it was made on other factors, or does not serve the layout.
@@ -78,7 +78,7 @@ def find_training(
         if view.state == "done" and fits(view, decomposition) and _serves(view, layout)
     ]
     # Stable: of equally good ones the latest comes last.
-    fitting.sort(key=lambda view: (_layout(view) == layout, -_distance(view, keep)))
+    fitting.sort(key=lambda view: (_layout(view) == layout, -_distance(view, keep), not stopped_early(view)))
     return _told(workspace.require("train-masks", fitting[-1].name), layout, report) if fitting else None
 
 

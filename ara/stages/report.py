@@ -163,7 +163,8 @@ def _manifest(view: StageView) -> Manifest:
 
 def _parents(views: Sequence[StageView], child: StageView) -> list[StageView]:
     keys = [parent.key for parent in _manifest(child).parents]
-    return [view for view in views if view.key in keys]
+    # Work to go on with may lie beside a result of the same key.
+    return [view for view in views if view.key in keys and view.manifest is not None]
 
 
 def _above(views: Sequence[StageView], child: StageView, stage: str) -> StageView:

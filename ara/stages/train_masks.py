@@ -167,12 +167,13 @@ class _Training:
                 except KeyboardInterrupt:
                     if not self.keep_on_interrupt or not results["budgets"]:
                         raise
-                    results["stopped"] = f"interrupted at the start of keep {keep:g}"
+                    results["stopped"] = results["stopped"] or f"interrupted at keep {keep:g}"
             if f"{keep:g}" in results["log"]:
                 self._write_log(keep, None)
             if results["stopped"]:
                 self.stage.to_go_on = True
-                self.run.report.warn(f"{results['stopped']}: the best so far is kept, and the same command goes on")
+                same = "the same command" + (" without --force" if self.run.force else "")
+                self.run.report.warn(f"{results['stopped']}: the best so far is kept, and {same} goes on")
                 break
 
     def _table(self) -> dict[str, torch.Tensor] | None:
@@ -241,9 +242,15 @@ class _Training:
         }
         if state.interrupted:
             self.stage.results["stopped"] = f"interrupted after step {state.step} of {config.steps} at keep {keep:g}"
-        self.stage.results["log"][f"{keep:g}"] = state.plain()["log"]
-        self.stage.results["budgets"][f"{keep:g}"] = result
-        self.stage.tensors(masks_file(keep), tables or state.best_tensors)
+        # Named only when the file is there, whatever comes in between.
+        self.stage.tensors(
+            masks_file(keep),
+            tables or state.best_tensors,
+            {
+                "log": {**self.stage.results["log"], f"{keep:g}": state.plain()["log"]},
+                "budgets": {**self.stage.results["budgets"], f"{keep:g}": result},
+            },
+        )
         return LearnedLosses(keep, tables, ranks)
 
     def _best_start(self, families: Mapping[str, AraFamily]) -> str:

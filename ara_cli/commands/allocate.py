@@ -47,7 +47,9 @@ def command(
         typer.Option(help="take the ranks from this (edited) ranks.json instead of a method", metavar="FILE"),
     ] = None,
     factors: Annotated[str | None, typer.Option(help="decomposition to cut [default: the latest]")] = None,
-    masks: Annotated[str | None, typer.Option(help="training that --method ara uses [default: the latest]")] = None,
+    masks: Annotated[
+        str | None, typer.Option(help="training that --method ara uses [default: at the nearest budget]")
+    ] = None,
     name: NameOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     force: ForceOption = False,

@@ -44,7 +44,7 @@ def command(
     device: Annotated[str, field(_C, "device")] = default(_C, "device"),
     dtype: Annotated[str, field(_C, "dtype")] = default(_C, "dtype"),
     factors: Annotated[str | None, typer.Option(help="decomposition to cut [default: the latest]")] = None,
-    masks: Annotated[str | None, typer.Option(help="training that ara uses [default: the latest]")] = None,
+    masks: Annotated[str | None, typer.Option(help="training that ara uses [default: at the nearest budget]")] = None,
     name: NameOption = None,
     workspace: WorkspaceOption = WORKSPACE,
     force: ForceOption = False,

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ara.config import AllocateConfig, CompareConfig, DecomposeConfig, TrainMasksConfig
+from ara.config import AllocateConfig, CompareConfig, DecomposeConfig, TrainMasksConfig, TruncateConfig
 from ara.errors import NumericalError, WorkspaceError
 from ara.manifest import read_manifest, verify_files
 from ara.masks.model import MaskedModel
@@ -17,6 +17,7 @@ from ara.stages.compare import compare
 from ara.stages.decompose import decompose
 from ara.stages.learned import training_cost
 from ara.stages.train_masks import train_masks
+from ara.stages.truncate import truncate
 from tests.integration.test_learned import (  # noqa: F401
     NAME,
     TRAINING,
@@ -167,9 +168,53 @@ def test_ctrl_c_between_two_budgets_keeps_the_first(learned, monkeypatch):  # no
         during.setattr(stage._Training, "_best_start", interrupted_at(2, stage._Training._best_start))
         config = TrainMasksConfig(**TRAINING)
         view = train_masks(config, Run(learned), name="stopped", keep_on_interrupt=True)
-    assert view.manifest.results["stopped"] == "interrupted at the start of keep 0.6"
+    assert view.manifest.results["stopped"] == "interrupted at keep 0.6"
     assert list(view.manifest.results["budgets"]) == ["0.8"]
     same_training(train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped"), learned)
+
+
+def test_ctrl_c_while_the_last_step_is_checked_leaves_that_step_to_be_taken(learned, monkeypatch):  # noqa: F811
+    config = TrainMasksConfig(**{**TRAINING, "check_every": 9})
+    whole = train_masks(config, Run(learned), name="whole")
+    with monkeypatch.context() as during:
+        # Of the first budget: the start, and the end.
+        during.setattr(MaskedModel, "nll", interrupted_at(2, MaskedModel.nll))
+        view = train_masks(config, Run(learned), name="stopped", keep_on_interrupt=True)
+    assert view.manifest.results["stopped"] == "interrupted after step 3 of 4 at keep 0.8"
+    view = train_masks(config, Run(learned), name="stopped")
+    assert view.manifest.files == whole.manifest.files and view.manifest.results["stopped"] is None
+
+
+def test_ctrl_c_while_a_budget_is_stored_leaves_none_without_its_file(learned, monkeypatch):  # noqa: F811
+    config = TrainMasksConfig(**TRAINING)
+    with monkeypatch.context() as during:
+        # The table, and the two budgets.
+        during.setattr(StageWriter, "tensors", interrupted_at(3, StageWriter.tensors))
+        view = train_masks(config, Run(learned), name="stopped", keep_on_interrupt=True)
+    assert view.manifest.results["stopped"] == "interrupted at keep 0.6"
+    assert list(view.manifest.results["budgets"]) == ["0.8"] and "masks-0.6.safetensors" not in view.manifest.files
+    allocate(AllocateConfig(keep=0.8, method="ara", guard=False, **TUNING), Run(learned), masks="stopped")
+    same_training(train_masks(config, Run(learned), name="stopped"), learned)
+
+
+@pytest.mark.parametrize("place", ["ara.stage_writer:shutil.copytree", "ara.stage_writer:_write_synced"])
+def test_what_ctrl_c_stopped_goes_on_though_storing_it_failed(learned, monkeypatch, place):  # noqa: F811
+    with monkeypatch.context() as during:
+        break_at(during, 3, KeyboardInterrupt)
+        during.setattr(place.replace(":", "."), raising(OSError("the disk is full")))
+        with pytest.raises(OSError, match="the disk is full"):
+            train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped", keep_on_interrupt=True)
+    same_training(train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped"), learned)
+
+
+def test_a_report_on_a_training_that_can_go_on(learned, monkeypatch, tiny_text):  # noqa: F811
+    with monkeypatch.context() as during:
+        break_at(during, 3, KeyboardInterrupt)
+        train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped", keep_on_interrupt=True)
+    allocate(AllocateConfig(keep=0.8, method="ara", guard=False, **TUNING), Run(learned), masks="stopped")
+    truncate(TruncateConfig(), Run(learned))
+    result = invoke("report", "-w", learned)
+    assert result.exit_code == 0, result.output
 
 
 def test_ctrl_c_does_not_replace_a_complete_training(learned, monkeypatch):  # noqa: F811
@@ -242,7 +287,11 @@ def test_run_takes_a_training_that_was_made_otherwise(tmp_path, tiny_settings, m
     words = [word for key, value in settings.items() for word in (f"--{key}", value)]
     words = ["run", tiny_settings["model"], *words, "--method", "ara", "--keep", "0.8", "--no-eval", "-w", tmp_path]
     decompose(DecomposeConfig(**tiny_settings), Run(tmp_path))
-    longer = train_masks(TrainMasksConfig(keep=(0.8, 0.7), steps=13, check_every=13), Run(tmp_path), name="mine")
+    longer = train_masks(
+        TrainMasksConfig(keep=(0.8, 0.7), steps=13, check_every=13, dtype=tiny_settings["dtype"]),
+        Run(tmp_path),
+        name="mine",
+    )
     monkeypatch.setattr(MaskedModel, "gradients", raising(AssertionError))
     assert invoke(*words).exit_code == 0
     (ranks,) = Run(tmp_path).open().views("allocate")
