@@ -73,6 +73,7 @@ class _Builder:
     # -- the whole ----------------------------------------------------------------------------------------------
 
     def model(self) -> ir.Model:
+        """Build the whole decoder: token ids, attention mask and cache in, logits and longer cache out."""
         decoder = self.decoder
         ids = self.input("input_ids", ir.DataType.INT64, ["b", "s"])
         mask = self.input("attention_mask", ir.DataType.INT64, ["b", "t"])

@@ -77,6 +77,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        """Return the gradients of the input, as the kept components pass it on, and of all components' mask."""
         layer: MaskedLinear = ctx.layer
         x, h, mask = ctx.saved_tensors
         flat = x.reshape(-1, x.shape[-1])

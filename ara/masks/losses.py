@@ -62,6 +62,7 @@ def sampled_targets(logits: torch.Tensor, generator: torch.Generator) -> torch.T
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor | None) -> torch.Tensor:
+        """Return losses (batch, length − 1), and keep the gradient of the logits, which both losses have at hand."""
         batch, length, vocabulary = logits.shape
         rows, wanted = _rows(vocabulary), ctx.needs_input_grad[0]
         losses = torch.empty(batch, length - 1, dtype=torch.float32, device=logits.device)

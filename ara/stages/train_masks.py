@@ -92,8 +92,8 @@ def train_masks(
             if stopped := stopped_early(done):
                 run.report.warn(f"{done.key} is not complete: {stopped}; to train again: --force")
             return already_done(done, run)
-        standing = workspace.views("train-masks")
-        complete = any(view.name == name and view.state == "done" and not stopped_early(view) for view in standing)
+        standing = workspace.view(f"train-masks/{name}")
+        complete = standing.state == "done" and not stopped_early(standing)
         with workspace.writer(
             "train-masks", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
         ) as stage:
