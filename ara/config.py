@@ -19,13 +19,13 @@ class StageConfig(BaseModel):
     """Base of all configs: immutable, strict about names."""
 
     # Validators are built on first use: `ara --help` reads only names and descriptions.
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
 
 
 class MethodOptions(BaseModel):
     """Options of one method; unknown names are refused, every field says its meaning and range."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
 
 
 class PlacementConfig(StageConfig):

@@ -2,7 +2,7 @@
 
 Every failure that is not our own bug is an :class:`AraError`. The command line prints ``str(error)``
 as one line, the hint on a second one, and exits with :attr:`AraError.exit_code`. Our own bugs stay
-ordinary exceptions with a traceback.
+ordinary exceptions; the command line says so in one line and keeps their traceback.
 """
 
 from __future__ import annotations
@@ -76,6 +76,12 @@ class OutputError(AraError):
 
 class UnavailableError(AraError):
     """A command that is registered, but whose implementation has not arrived yet."""
+
+
+class InternalError(AraError):
+    """A bug of ours, as the command line tells it."""
+
+    exit_code = 70  # EX_SOFTWARE of sysexits.h
 
 
 class ProblemsError(UsageError):

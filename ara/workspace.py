@@ -24,9 +24,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ara.errors import UsageError, WorkspaceError, disk_errors, near_matches
+from ara.errors import WorkspaceError, disk_errors, near_matches
 from ara.locking import LOCK_FILE, OWNER_FILE, exclusive
 from ara.manifest import FORMAT_VERSION, Parent, digest, essence, read_manifest, remake, verify_files
+from ara.names import check_name
 from ara.progress import SILENT, Reporter
 from ara.stage_view import StageView
 from ara.stage_writer import CHECKPOINT, COPY, JOURNAL, PARTIAL, StageWriter, left_behind
@@ -167,6 +168,7 @@ class Workspace:
                 raise WorkspaceError(f"{self.root} has no result of {make} yet", f"run {make} first")
             view = max(finished, key=_created)
         else:
+            check_name(name)
             known = [view.name for view in self.views(stage)]
             if not (self.root / stage / name).is_dir():
                 raise WorkspaceError(
@@ -211,13 +213,9 @@ class Workspace:
             started: ``time.monotonic()`` when the stage began; now by default.
 
         Raises:
-            UsageError: ``name`` is not a plain folder name.
+            UsageError: a result cannot be called ``name``.
         """
-        if not name or name.startswith(".") or name.endswith((PARTIAL, COPY, _OLD)) or set(name) & set("/\\:\0"):
-            raise UsageError(
-                f"{name!r} cannot be the name of a result",
-                "give a plain folder name with --name: no slash, backslash or colon, no dot in front",
-            )
+        check_name(name)
         about = {**facts, "seed": seed, "command": command}
         return StageWriter(self.root / stage, stage, name, resumable, about, started, keep_after_nan)
 
@@ -238,6 +236,7 @@ class Workspace:
 
     def _same(self, stage: str, name: str, facts: dict[str, Any], report: Reporter) -> StageView | None:
         """Return ``stage/name`` if it is done and was made from ``facts``; say so if others are about to replace it."""
+        check_name(name)
         if not (self.root / stage / name).is_dir():
             return None
         view = self.view(f"{stage}/{name}")

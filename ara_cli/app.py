@@ -6,6 +6,7 @@ Commands are imported when they are called: ``ara --help`` reads only the table 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 import typer
@@ -79,5 +80,15 @@ def _main(
 
 
 def main() -> None:
-    """Entry point of the console scripts."""
-    app()
+    """Entry point of the console scripts; what fails before a command has begun is told like what fails in one."""
+    try:
+        app()
+    except Exception as error:
+        from ara_cli.console import Console
+        from ara_cli.session import our_bug
+
+        told = our_bug(error)
+        if told is None:
+            raise
+        Console().error(told)
+        sys.exit(told.exit_code)

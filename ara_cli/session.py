@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from ara.errors import AraError, disk_full_error
+from ara.environment import versions
+from ara.errors import AraError, InternalError, disk_full_error, first_line
 from ara_cli.console import Console
 
 if TYPE_CHECKING:
@@ -24,6 +28,11 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130
 # Exit code when the reader of a pipe has gone (`ara models | head -1`): 128 + SIGPIPE, as shells have it.
 _NO_READER = 141
+
+# Set to 1, the traceback of a bug of ours is shown instead of kept.
+DEBUG_VARIABLE = "ARA_DEBUG"
+# Characters of a library's message that are shown.
+_SHOWN = 200
 
 # Torch's ways to say that memory is short: a class of its own for GPUs, else a RuntimeError with these words.
 _OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "alloc_failed")
@@ -48,7 +57,7 @@ class Session:
 def session(root: Path, quiet: bool = False, as_json: bool = False, force: bool = False) -> Iterator[Session]:
     """Run a command's body; an :class:`AraError` becomes one line and its exit code.
 
-    So does what the machine lacks: memory, permissions, a working disk. Our own bugs keep their traceback.
+    So does what the machine lacks: memory, permissions, a working disk; and so do our own bugs, see :func:`our_bug`.
     """
     console = Console(quiet=quiet, as_json=as_json)
     _quiet_libraries(downloads=console.is_live)
@@ -65,11 +74,33 @@ def session(root: Path, quiet: bool = False, as_json: bool = False, force: bool 
         if console.reader_gone:
             console.silence()
             raise typer.Exit(_NO_READER) from None
-        told = _machine_error(error, root)
+        told = _machine_error(error, root) or our_bug(error)
         if told is None:
             raise
         console.error(told)
         raise typer.Exit(told.exit_code) from None
+
+
+def our_bug(error: Exception) -> InternalError | None:
+    """Keep the traceback of a bug of ours in a file, and return the line that says so.
+
+    ``None`` where ``ARA_DEBUG`` is set, and for what is no bug: typer's own ways to end a command.
+    """
+    if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "show"):  # the latter: usage errors of any typer
+        return None
+    if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+        return None
+    kept = None
+    with suppress(OSError):
+        descriptor, kept = tempfile.mkstemp(prefix="ara-traceback-", suffix=".txt")
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{command_line()}\n{json.dumps(versions())}\n")
+            traceback.print_exception(error, file=file)
+    where = f"its traceback is in {kept}" if kept else "its traceback could not be written"
+    return InternalError(
+        f"this is a bug in ara, not in your data: {type(error).__name__}: {first_line(error)[:_SHOWN]} ({where})",
+        f"please report it with that file; {DEBUG_VARIABLE}=1 shows the traceback instead",
+    )
 
 
 def _quiet_libraries(downloads: bool) -> None:

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import typer
 
 from ara.errors import ModelError
+from ara_cli.app import main
 from ara_cli.session import session
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -111,9 +113,41 @@ def test_it_is_in_the_json_document_too(stderr, monkeypatch):
     assert '"error": "out of memory"' in stdout.getvalue()
 
 
-def test_our_own_bugs_and_errors_stay_what_they_are(stderr):
+def test_a_bug_of_ours_is_one_line_and_a_kept_traceback(stderr, tmp_path, monkeypatch, environ):
+    environ.pop("ARA_DEBUG", None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert failing(RuntimeError("a bug\nin two lines")) == 70
+    told, hint = stderr().splitlines()
+    assert told.startswith("error: this is a bug in ara, not in your data: RuntimeError: a bug (its traceback is in ")
+    assert hint.startswith("hint: please report it with that file; ARA_DEBUG=1")
+    (kept,) = tmp_path.iterdir()
+    assert str(kept) in told
+    text = kept.read_text(encoding="utf-8")
+    assert text.startswith("ara ") and "Traceback (most recent call last)" in text and "in two lines" in text
+
+
+def test_the_traceback_of_a_bug_is_shown_on_request(stderr, environ):
+    environ["ARA_DEBUG"] = "1"
     with pytest.raises(RuntimeError, match="a bug"), session(Path("ws")):
         raise RuntimeError("a bug")
+    assert stderr() == ""
+
+
+def test_a_bug_before_a_command_begins_is_told_alike(stderr, tmp_path, monkeypatch, environ):
+    environ.pop("ARA_DEBUG", None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("ara_cli.app.app", broken)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 70
+    assert stderr().startswith("error: this is a bug in ara")
+
+
+def test_our_own_errors_and_ways_to_end_stay_what_they_are(stderr):
     with pytest.raises(typer.Exit) as caught, session(Path("ws")):
         raise typer.Exit(7)
     assert caught.value.exit_code == 7

@@ -1,0 +1,111 @@
+"""Files from elsewhere are read within bounds, and files of ours are never written through a link.
+
+Whatever is wrong with a file is an :class:`OSError` whose ``strerror`` says it. So one ``except`` covers a missing
+file, a missing permission, a pipe in the place of a file, and a file that is far too large.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+# Of JSON from elsewhere, in bytes. The largest of ours, the manifest of a model with 10,000 tensors, has about 3 MiB.
+MAX_JSON_BYTES = 64 * 2**20
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; a link to one counts, a pipe, a socket or a device does not.
+
+    Raises:
+        OSError: there is no such file, it may not be read, or it is something else than a file.
+    """
+    # A pipe would block here until somebody writes to it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        check_regular(path, os.fstat(descriptor))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: Path, found: os.stat_result) -> None:
+    """Refuse what is not a regular file.
+
+    Args:
+        path: named in the error.
+        found: what ``stat`` says of it.
+
+    Raises:
+        OSError: it is a folder, a pipe, a socket or a device.
+    """
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, f"it is {_kind(found.st_mode)}, expected a regular file", str(path))
+
+
+def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """Return the content of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: see :func:`open_regular`; or the file is larger.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+    return content
+
+
+def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
+    """Return the content of a regular UTF-8 file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: see :func:`read_bytes`.
+        UnicodeDecodeError: the content is not UTF-8; a ``ValueError``.
+    """
+    return read_bytes(path, limit).decode("utf-8")
+
+
+def write_text(path: Path, text: str, *, sync: bool = False) -> None:
+    """Write a text file as UTF-8; a file that is there is replaced in place, a link is not followed.
+
+    Args:
+        path: of the file.
+        text: its whole content.
+        sync: return only when it is on the disk.
+
+    Raises:
+        OSError: it cannot be written, or ``path`` is a link.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK) and path.is_symlink():
+            raise link_error(path) from None
+        raise
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def link_error(path: Path) -> OSError:
+    """Return the error for a link in the place of something that was about to be written."""
+    return OSError(errno.ELOOP, "it is a link, and ARA does not write through links", str(path))
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISSOCK: "a socket",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+    }
+    return next((name for test, name in kinds.items() if test(mode)), "something else")

@@ -1,0 +1,63 @@
+"""Reading within bounds, and never writing through a link."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from ara.files import open_regular, read_bytes, read_text, write_text
+
+
+def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+    assert read_bytes(tmp_path / "link") == b"content"
+
+
+def test_the_limit_is_exact(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(OSError) as found:
+        read_bytes(tmp_path / "file", 4)
+    assert found.value.strerror == "it has more than 4 bytes"
+    assert found.value.filename == str(tmp_path / "file")
+
+
+def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is a pipe, expected a regular file"):
+        open_regular(tmp_path / "pipe")
+
+
+def test_devices_sockets_and_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match="a device"):
+        read_bytes(Path("/dev/zero"))
+    with pytest.raises(IsADirectoryError):
+        read_bytes(tmp_path)
+    monkeypatch.chdir(tmp_path)  # the path of a socket has a length limit
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        with pytest.raises(OSError):
+            read_bytes(Path("socket"))
+
+
+def test_what_is_not_utf8_is_a_value_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError):
+        read_text(tmp_path / "file")
+
+
+def test_writing_replaces_a_file_and_follows_no_link(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "a longer text")
+    write_text(tmp_path / "file", "Ä", sync=True)
+    assert (tmp_path / "file").read_bytes() == "Ä".encode()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for link in ("link", "dangling"):
+        with pytest.raises(OSError, match="does not write through links"):
+            write_text(tmp_path / link, "new")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "Ä"
+    assert not (tmp_path / "nowhere").exists()
