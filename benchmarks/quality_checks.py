@@ -35,7 +35,7 @@ def independent_perplexity(model: Any, tokenizer: Any, windows: int, seq_len: in
         window = ids[:, i * seq_len : (i + 1) * seq_len]
         with torch.no_grad():
             logits = model(window).logits.to(torch.float64)
-        losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], window[0, 1:]).item())
+        losses.append(torch.nn.functional.cross_entropy(logits[0, :-1].double(), window[0, 1:]).item())
     return math.exp(sum(losses) / len(losses))
 
 

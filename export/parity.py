@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ara.models.likelihood import divergence, token_nll
 from export.runner import OnnxDecoder
 from export.tolerance import Parity
 
@@ -102,17 +103,16 @@ def _distance(case: str, read: _Read, expected: torch.Tensor, ids: torch.Tensor)
     for start in range(0, len(places), _ROWS):
         some, ours = places[start : start + _ROWS], logits[start : start + _ROWS]
         theirs = torch.stack([expected[row, place] for row, place in some])
-        following = torch.tensor([[int(ids[row, place + 1])] for row, place in some])
-        q, p = ours.log_softmax(-1), theirs.log_softmax(-1)
+        following = torch.tensor([int(ids[row, place + 1]) for row, place in some])
         # max() of Python would let a NaN pass.
         difference = float(torch.maximum((ours - theirs).abs().max(), torch.tensor(difference)))
         scale = float(torch.maximum(theirs.abs().max(), torch.tensor(scale)))
         same += (ours.argmax(-1) == theirs.argmax(-1)).double().sum()
-        kl += (p.exp() * (p - q)).sum(-1).double().sum()
-        likely, ours_likely = p.gather(1, following).double(), q.gather(1, following).double()
-        nll_torch -= likely.sum()
-        nll_onnx -= ours_likely.sum()
-        squares += (likely - ours_likely).square().sum()
+        kl += divergence(theirs, ours)[0].sum()
+        nll, ours_nll = token_nll(theirs, following), token_nll(ours, following)
+        nll_torch += nll.sum()
+        nll_onnx += ours_nll.sum()
+        squares += (nll - ours_nll).square().sum()
     tokens = len(places)
     mean = float(nll_onnx - nll_torch) / tokens
     # Where one NaN is, comparisons below fail, as they should.

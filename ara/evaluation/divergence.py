@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ara.models.likelihood import divergence
+
 # Bytes of float32 logits that one chunk of rows may hold; as for perplexity.
 _CHUNK_BYTES = 64 * 2**20
 
@@ -53,13 +55,9 @@ def window_divergence(dense: torch.Tensor, logits: torch.Tensor) -> list[tuple[f
         kl, same = 0.0, 0
         for start in range(0, length - 1, rows):
             end = min(start + rows, length - 1)
-            p = dense[window, start:end].float().log_softmax(-1)
-            q = logits[window, start:end].to(dense.device).float().log_softmax(-1)
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            share = p.exp()
-            # Tokens that the dense model excludes add nothing, whatever the other one says: 0 · ln 0 = 0.
-            terms = (share * (p - q)).masked_fill_(share == 0, 0)
-            kl += float(terms.sum(-1).cpu().sum(dtype=torch.float64))
+            ours, theirs = dense[window, start:end], logits[window, start:end].to(dense.device)
+            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            kl += float(divergence(ours, theirs)[0].cpu().sum(dtype=torch.float64))
         found.append((kl / (length - 1), same / (length - 1)))
     return found
 

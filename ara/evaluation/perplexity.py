@@ -4,8 +4,9 @@
     perplexity       = exp(mean of the windows' NLL)
 
 which is GPTQ's evaluation (arXiv 2210.17323, also SVD-LLM's, arXiv 2403.07378): for windows of one length the mean
-of the means is the mean over all predicted tokens. The log-softmax is float32 whatever the model's dtype: one
-in bfloat16 is quantised to about 0.5 %, and gives equal perplexities to different models.
+of the means is the mean over all predicted tokens. Likelihoods are exact whatever the model's dtype and the processor
+(:mod:`ara.models.likelihood`): a log-softmax in bfloat16 is quantised to about 0.5 %, and gives equal perplexities to
+different models.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from ara.errors import NumericalError
 from ara.evaluation.divergence import Divergence, summarise_divergence, window_divergence
+from ara.models.likelihood import token_nll
 from ara.progress import SILENT, Reporter
 
 # Bytes of float32 logits that one chunk of rows may hold; 128 rows for a vocabulary of 131,072.
@@ -94,9 +95,7 @@ def window_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     for window in range(batch):
         for start in range(0, length - 1, rows):
             end = min(start + rows, length - 1)
-            losses = functional.cross_entropy(
-                logits[window, start:end].float(), ids[window, start + 1 : end + 1], reduction="none"
-            )
+            losses = token_nll(logits[window, start:end], ids[window, start + 1 : end + 1])
             total[window] += losses.cpu().sum(dtype=torch.float64)
     return total / (length - 1)
 

@@ -3,7 +3,8 @@
     cross-entropy   L_t = −ln p_t(x_{t+1})                 ∂L_t/∂z_t = p_t − onehot(x_{t+1})
     KL to a teacher L_t = Σ_v q_t(v) (ln q_t(v) − ln p_t(v))   ∂L_t/∂z_t = p_t − q_t
 
-with p the student's and q the teacher's distribution. Softmaxes are float32 whatever the dtype of the logits.
+with p the student's and q the teacher's distribution. Softmaxes are float32 whatever the dtype of the logits, and
+exact on every processor (:mod:`ara.models.likelihood`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional
+
+from ara.models.likelihood import divergence, softmax
 
 # Bytes of float32 that one chunk of rows may hold.
 CHUNK_BYTES = 32 * 2**20
@@ -52,7 +54,7 @@ def sampled_targets(logits: torch.Tensor, generator: torch.Generator) -> torch.T
     drawn = []
     for chunk in flat.split(rows):
         uniform = torch.rand(len(chunk), 1, generator=generator).to(logits.device)
-        cumulative = torch.softmax(chunk.float(), -1).cumsum(-1)
+        cumulative = softmax(chunk)[0].cumsum(-1)
         picks = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).squeeze(1)
         drawn.append(picks.clamp_max(vocabulary - 1))
     targets[:, 1:] = torch.cat(drawn).view(batch, length - 1)
@@ -70,20 +72,19 @@ class _TokenLosses(torch.autograd.Function):
         for window in range(batch):
             for start in range(0, length - 1, rows):
                 stop = min(start + rows, length - 1)
-                log_p = functional.log_softmax(logits[window, start:stop].float(), -1)
+                scores = logits[window, start:stop]
                 if teacher is None:
                     targets = ids[window, start + 1 : stop + 1, None]
-                    losses[window, start:stop] = -log_p.gather(1, targets).squeeze(1)
+                    p, log_normaliser = softmax(scores)
+                    losses[window, start:stop] = log_normaliser - scores.gather(1, targets).squeeze(1)
                     if gradient is not None:
-                        p = log_p.exp_()
                         p.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=p.dtype))
                         gradient[window, start:stop] = p
                 else:
-                    log_q = functional.log_softmax(teacher[window, start:stop].float(), -1)
-                    q = log_q.exp()
-                    losses[window, start:stop] = (q * log_q.sub_(log_p)).sum(-1)
+                    kl, q, p = divergence(teacher[window, start:stop], scores)
+                    losses[window, start:stop] = kl
                     if gradient is not None:
-                        gradient[window, start:stop] = log_p.exp_().sub_(q)
+                        gradient[window, start:stop] = p.sub_(q)
         ctx.save_for_backward(gradient)
         return losses
 

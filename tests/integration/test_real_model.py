@@ -102,7 +102,7 @@ def test_dense_row_agrees_with_an_independent_computation(made, source):
         logits = model(ids.view(WINDOWS, SEQ_LEN)).logits.double().numpy()
     expected = oracle.perplexity(logits, ids.view(WINDOWS, SEQ_LEN).numpy())
     shown = made["eval"].manifest.results["tasks"]["python-docs"]["models"]["dense"]["perplexity"]
-    assert np.isclose(shown, expected, rtol=1e-5)
+    assert np.isclose(shown, expected, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
