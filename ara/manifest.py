@@ -18,11 +18,13 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 # Settings that change speed and memory only, or that the model's fingerprint says better.
 _NOT_DECISIVE = {
-    "decompose": frozenset({"model", "revision", "device", "batch_size", "moment_memory"}),
+    "decompose": frozenset({"model", "revision", "device", "moment_memory"}),
     "train-masks": frozenset({"save_every", "tensorboard"}),
     "eval": frozenset({"batch_size"}),
     "compare": frozenset({"eval_batch_size"}),
 }
+# Decisive settings that :attr:`Manifest.id` has never held: what they change, the checksums of the files say.
+_NOT_IN_ID = {"decompose": frozenset({"batch_size"})}
 
 
 class FileRecord(BaseModel):
@@ -97,7 +99,10 @@ class Manifest(BaseModel):
 
     def _content_id(self) -> str:
         parts = self.model_dump(mode="json", include={"format_version", "stage", "files"})
-        return digest({**parts, **essence(self.stage, self.config, self.model, self.parents)})
+        decisive = essence(self.stage, self.config, self.model, self.parents)
+        for name in _NOT_IN_ID.get(self.stage, ()):
+            decisive["config"].pop(name, None)
+        return digest({**parts, **decisive})
 
     def _checksum(self) -> str:
         return digest(self.model_dump(mode="json", exclude={"checksum"}))

@@ -20,6 +20,7 @@ from ara.errors import ProblemsError, UsageError, WorkspaceError
 from ara.models.checkpoint import is_compressed, low_rank_layers
 from ara.models.linears import find_linears, weight_of
 from ara.pipeline import run_pipeline
+from ara.progress import SilentReporter
 from ara.stages.allocate import allocate, read_allocation
 from ara.stages.common import Run, specs_of
 from ara.stages.decompose import decompose
@@ -544,6 +545,25 @@ def test_memory_and_batches_change_no_more_than_rounding(finished, tiny_settings
     for name in theirs:
         if name.endswith(".spectrum"):
             torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-4)
+
+
+def test_another_batch_size_is_another_decomposition(copied, tiny_settings):
+    """Rounding differs, so the bytes do: never called the same, never mixed, and said before anything is replaced."""
+    warnings = []
+
+    class Heard(SilentReporter):
+        def warn(self, text):
+            warnings.append(text)
+
+    decompose(DecomposeConfig(**tiny_settings, batch_size=1), Run(copied, report=Heard()))
+    (warning,) = [text for text in warnings if text.startswith("replacing decompose/two-sided")]
+    assert "(batch_size)" in warning and "become stale" in warning
+
+
+def test_a_manifest_that_never_hashed_the_batch_size_stays_valid(finished):
+    """The content's id has always left it out: workspaces of earlier versions stay readable."""
+    made = manifest(finished, "decompose/two-sided")
+    assert made.model_copy(update={"config": {**made.config, "batch_size": 7}}).sealed().id == made.id
 
 
 def test_other_seed_makes_everything_after_it_stale(copied, tiny_settings, tiny_text):

@@ -172,9 +172,10 @@ def test_killed_decomposition_goes_on_and_gives_the_same_bytes(cut, finished, ti
     }
 
 
-def test_part_made_with_other_settings_is_not_gone_on_with(cut, tiny_settings):
+@pytest.mark.parametrize("other", [{"seed": 5}, {"batch_size": 1}], ids=str)
+def test_part_made_with_other_settings_is_not_gone_on_with(cut, tiny_settings, other):
     heard = Heard()
-    config = DecomposeConfig(**{**tiny_settings, "moment_memory": 1e-6, "seed": 5})
+    config = DecomposeConfig(**{**tiny_settings, "moment_memory": 1e-6, **other})
     view = decompose(config, Run(cut, report=heard))
     assert not any("going on" in fact for fact in heard.facts)
     assert "Factoring blocks 1 to 1" in heard.bars
