@@ -12,6 +12,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from ara.errors import UsageError
+
 # Of JSON from elsewhere, in bytes. The largest of ours, the manifest of a model with 10,000 tensors, has about 3 MiB.
 MAX_JSON_BYTES = 64 * 2**20
 
@@ -99,6 +101,24 @@ def write_text(path: Path, text: str, *, sync: bool = False) -> None:
 def link_error(path: Path) -> OSError:
     """Return the error for a link in the place of something that was about to be written."""
     return OSError(errno.ELOOP, "it is a link, and ARA does not write through links", str(path))
+
+
+def expand_user(path: str, what: str) -> Path:
+    """Return ``path`` with a leading ``~`` or ``~name`` replaced by that user's home folder.
+
+    Args:
+        path: as it was given.
+        what: who gave it, for the error: an option, a variable.
+
+    Raises:
+        UsageError: no home folder of that user is known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            f"{what} {path!r}: no home folder of {Path(path).parts[0]} is known", "write the path without ~"
+        ) from None
 
 
 def _kind(mode: int) -> str:

@@ -18,15 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ara.calibration.textfiles import read_file, read_jsonl, unreadable
+from ara.calibration.filespecs import FILE_PREFIX, check_text_file, text_file
+from ara.calibration.textfiles import read_file, read_jsonl
 from ara.errors import DataError, UsageError
+from ara.files import expand_user
 from ara.progress import SILENT, Reporter
 from ara.registry import Entry, Registry
 
 Purpose = Literal["calibration", "evaluation"]
 
 DATA_DIR_VARIABLE = "ARA_DATA_DIR"
-FILE_PREFIX = "file:"
 
 # The joint that GPTQ's evaluation puts between WikiText-2 rows, and SVD-LLM's and others after it.
 SEPARATOR = "\n\n"
@@ -115,19 +116,15 @@ def check_text_spec(spec: str) -> None:
 
     Raises:
         UsageError: the name is unknown or the path is empty.
-        DataError: the file is missing or is a folder.
+        DataError: the file is missing or no regular file.
     """
     if spec.startswith(FILE_PREFIX):
-        path = _file_path(spec)
-        if not path.exists():
-            raise unreadable(path, FileNotFoundError())
-        if path.is_dir():
-            raise DataError(f"text {spec!r} is a folder, expected a file", "name one .txt or .jsonl file in it")
+        check_text_file(spec)
     elif spec not in TEXTS:
         try:
             TEXTS.entry(spec)
         except UsageError as error:
-            hint = "for a text of your own write file:PATH (.txt: one document; .jsonl: a field 'text' per line)"
+            hint = "for a text of your own write file:PATH (.txt: one document; .jsonl, .parquet: a field 'text')"
             raise UsageError(str(error), hint) from None
 
 
@@ -136,7 +133,8 @@ def load_documents(spec: str, purpose: Purpose, *, report: Reporter = SILENT) ->
 
     The two purposes of a named text never share a document. A ``file:PATH`` is the same for both: calibrating
     and evaluating on one file is the caller's choice (equal ``digest``). A ``.txt`` file is one document: there is no
-    order to shuffle, so calibration reads it from its front whatever the seed; a ``.jsonl`` file has one per line.
+    order to shuffle, so calibration reads it from its front whatever the seed; JSON lines have one per line, Parquet
+    one per row.
 
     Raises:
         UsageError: unknown name.
@@ -144,8 +142,9 @@ def load_documents(spec: str, purpose: Purpose, *, report: Reporter = SILENT) ->
     """
     check_text_spec(spec)
     if spec.startswith(FILE_PREFIX):
-        path = _file_path(spec)
-        return _documents(spec, purpose, read_file(path), f"file {path.resolve()}")
+        file = text_file(spec)
+        origin = f"file {file.path.resolve()}" + (f"#{file.field}" if file.field else "")
+        return _documents(spec, purpose, read_file(file.path, file.field), origin)
     documents: Documents = TEXTS.load(spec)(purpose, report)
     return documents
 
@@ -219,17 +218,14 @@ def _documents(name: str, purpose: Purpose, texts: list[str], origin: str) -> Do
     return Documents(name, purpose, tuple(texts), SEPARATOR, origin, digest.hexdigest())
 
 
-def _file_path(spec: str) -> Path:
-    path = spec.removeprefix(FILE_PREFIX)
-    if not path:
-        raise UsageError(f"text {spec!r} names no file", "write file:PATH, for instance file:notes.txt")
-    return Path(path).expanduser()
-
-
 def data_dir() -> Path | None:
-    """Return the folder that ``$ARA_DATA_DIR`` names, or ``None``."""
+    """Return the folder that ``$ARA_DATA_DIR`` names, or ``None``.
+
+    Raises:
+        UsageError: it starts with ``~`` and the name of nobody.
+    """
     folder = os.environ.get(DATA_DIR_VARIABLE)
-    return Path(folder).expanduser() if folder else None
+    return expand_user(folder, DATA_DIR_VARIABLE) if folder else None
 
 
 def _read_part(name: str, purpose: Purpose, part: _Part, report: Reporter) -> tuple[list[str], str]:

@@ -25,8 +25,17 @@ if TYPE_CHECKING:
 # Part of every cache key: raise it when the same inputs would give other windows.
 CACHE_FORMAT = 1
 
-# Documents per tokenizer call: enough to use all cores, few enough to stop soon after the last needed token.
+# Documents, and characters, per tokenizer call: enough to use all cores, few enough to stop soon after the last needed
+# token.
 _BATCH = 64
+_BATCH_CHARACTERS = 2**20
+# Of a document with more characters than this only as much is tokenised as is needed, see :func:`_front`. No document
+# of C4, WikiText-2 or python-docs is as long.
+_LONG = 2**18
+# Characters that are tokenised per token needed: twice what one has in English with a vocabulary of 100,000.
+_CHARACTERS = 10
+# Tokens before a cut that are not used, as the cut could have changed them.
+_MARGIN = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +99,7 @@ def calibration_windows(
     needed = samples * seq_len
     stream: list[int] = []
     eos = tokenizer.eos_token_id
-    for ids in _token_ids(tokenizer, texts, "" if eos is not None else documents.separator):
+    for ids in _token_ids(tokenizer, texts, "" if eos is not None else documents.separator, needed):
         # A tokenizer may put eos at the end itself, or start with it (GPT-2 and OPT use it as bos): never two in a row.
         if stream and ids and eos is not None and eos not in (stream[-1], ids[0]):
             stream.append(eos)
@@ -106,7 +115,8 @@ def evaluation_windows(
     """Join the documents, tokenise once, and cut into non-overlapping windows; the remainder is dropped.
 
     This is what GPTQ's and SVD-LLM's evaluation does: ``tokenizer("\\n\\n".join(rows))`` with the tokenizer's
-    default special tokens, thus at most one beginning-of-sequence token, in the first window.
+    default special tokens, thus at most one beginning-of-sequence token, in the first window. With ``max_windows`` the
+    same tokens come from the front of a long text, see :func:`_front`.
 
     Args:
         documents: the text.
@@ -122,7 +132,8 @@ def evaluation_windows(
         DataError: the text does not fill one window.
     """
     _check_sizes(1 if max_windows is None else max_windows, seq_len)
-    (stream,) = _token_ids(tokenizer, [documents.separator.join(documents.documents)], "")
+    joined = documents.separator.join(documents.documents)
+    (stream,) = _token_ids(tokenizer, [joined], "", None if max_windows is None else max_windows * seq_len)
     return _cut(stream, documents, seq_len, max_windows, None)
 
 
@@ -186,13 +197,65 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], suffix: str) -> Iterator[list[int]]:
-    """Yield the ids of each text + ``suffix``; quietly, for texts longer than the model's limit are meant."""
-    for start in range(0, len(texts), _BATCH):
-        batch = [text + suffix for text in texts[start : start + _BATCH]]
-        yield from tokenizer(batch, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
-            "input_ids"
-        ]
+def _token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], suffix: str, needed: int | None
+) -> Iterator[list[int]]:
+    """Yield the ids of each text + ``suffix``; of a long text only the first ones, ``needed`` or more.
+
+    Args:
+        tokenizer: the model's own.
+        texts: in their order.
+        suffix: put behind each.
+        needed: most ids that the caller uses of a text; ``None`` for all.
+    """
+    batch: list[str] = []
+    for text in texts:
+        if needed is not None and len(text) > max(_LONG, needed * _CHARACTERS):
+            yield from _tokenise(tokenizer, batch)
+            batch = []
+            yield _front(tokenizer, text + suffix, needed)
+            continue
+        batch.append(text + suffix)
+        if len(batch) == _BATCH or sum(map(len, batch)) >= _BATCH_CHARACTERS:
+            yield from _tokenise(tokenizer, batch)
+            batch = []
+    yield from _tokenise(tokenizer, batch)
+
+
+def _front(tokenizer: PreTrainedTokenizerBase, text: str, needed: int) -> list[int]:
+    """Return the first ``needed`` ids of a long text, or all, without tokenising much more than these.
+
+    What comes later in a text changes the ids before it only nearby: within a word, a run of blanks, or some merges.
+    So the text is cut, and ids near the cut are not used. This is not taken on trust: a second cut, half as far again,
+    must give the same ids up to the last one used, else the whole text is tokenised.
+    """
+    size = max(_LONG, needed * _CHARACTERS)
+    while size < len(text):
+        short = _tokenise(tokenizer, [text[: _cut_at(text, size)]])[0]
+        if len(short) >= needed + _MARGIN:
+            longer = _tokenise(tokenizer, [text[: _cut_at(text, size + size // 2)]])[0]
+            if longer[:needed] == short[:needed]:
+                return short[:needed]
+            break
+        size *= 2
+    return _tokenise(tokenizer, [text])[0]
+
+
+def _cut_at(text: str, size: int) -> int:
+    """Return where to cut ``text``: at the last end of a line, or blank, in the second half of ``size`` characters."""
+    if size >= len(text):
+        return len(text)
+    return max(text.rfind("\n", size // 2, size), 0) or max(text.rfind(" ", size // 2, size), 0) or size
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the ids of each text; quietly, for texts longer than the model's limit are meant."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
+        "input_ids"
+    ]
+    return found
 
 
 def _cut(stream: list[int], documents: Documents, seq_len: int, asked: int | None, seed: int | None) -> TokenWindows:

@@ -232,7 +232,10 @@ def test_jsonl_is_cut_at_line_feeds_only(tmp_path: Path) -> None:
     [
         (b'{"text": "fine"}\n{"text": \n', r"line 2: not JSON"),
         (b'{"text": "fine"}\n{"txt": "x", "id": 3}\n', r"line 2: got an object with txt, id, expected .*'text'"),
-        (b'{"text": 5}\n', r"line 1: got an object with text"),
+        (b'{"text": 5}\n', r"line 1: field 'text' is a number, expected a string"),
+        (b'{"text": null}\n', r"line 1: field 'text' is null, expected a string"),
+        (b'{"text": "fine", "id": "\\udc00"}\n', r"line 1: .*surrogate"),
+        (b'[\n{"text": "a"}\n]\n', r"one JSON document, expected JSON lines"),
         (b'\n\n["text"]\n', r"line 3: got list"),
         (b'{"text": "fine"}\n{"text": "\xff"}\n', r"line 2: not UTF-8"),
         (b'{"text": "\\ud800"}\n', r"line 1: .*surrogate"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ara.calibration import tokens
 from ara.calibration.texts import SEPARATOR, Documents
 from ara.calibration.tokens import (
     TokenWindows,
@@ -164,6 +167,105 @@ def test_evaluation_takes_the_front() -> None:
     assert (front.windows, front.asked) == (3, 3)
     more = evaluation_windows(DOCUMENTS, tiny_tokenizer(), seq_len=40, max_windows=10_000)
     assert more.windows == every.windows < more.asked == 10_000
+
+
+# -- long texts -------------------------------------------------------------------------------------------------
+
+
+def _trained(kind: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one of the four families, trained on the tiny texts."""
+    special = ["<s>", "</s>", "<unk>"]
+    options: dict[str, Any] = {"vocab_size": 300, "special_tokens": special, "show_progress": False}
+    if kind == "byte-level":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer: Any = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
+    elif kind == "unigram":
+        made = Tokenizer(models.Unigram())
+        made.normalizer, made.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **options)
+    elif kind == "wordpiece":
+        made = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(**options)
+    else:
+        made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+        made.normalizer = normalizers.Replace(" ", "▁")
+        made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        trainer = trainers.BpeTrainer(**options)
+    made.train_from_iterator(tiny_texts(), trainer)
+    if kind == "metaspace-bpe":  # as Llama 2: nothing splits the text, merges run over all of it
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        bare = json.loads(made.to_str())
+        bare["pre_tokenizer"] = None
+        made = Tokenizer.from_str(json.dumps(bare))
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+_KINDS = ["byte-level", "unigram", "wordpiece", "metaspace-bpe"]
+
+
+@pytest.fixture
+def short_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_LONG", 2048)
+    monkeypatch.setattr(tokens, "_MARGIN", 32)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_the_front_of_a_long_text_has_the_ids_of_the_whole(
+    kind: str, short_is_long: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = _trained(kind)
+    lines = "\n".join(tiny_texts(400)) + "\n\n\n" + "  \t x" * 300 + "no-blank-at-all" * 300 + "\U0001f642é" * 500
+    for text in (lines, lines.replace("\n", " "), lines.replace("\n", "").replace(" ", "_")):
+        whole = tokenizer(text, verbose=False)["input_ids"]
+        for needed in (1, 40, 200, 700):
+            assert tokens._front(tokenizer, text, needed)[:needed] == whole[:needed]
+    lengths: list[int] = []
+    tokenise = tokens._tokenise
+
+    def watched(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+        lengths.append(sum(map(len, texts)))
+        return tokenise(tokenizer, texts)
+
+    monkeypatch.setattr(tokens, "_tokenise", watched)
+    windows = evaluation_windows(_documents([lines]), tokenizer, seq_len=20, max_windows=3)
+    expected = tokenizer(lines, verbose=False)["input_ids"]
+    assert windows.ids.flatten().tolist() == expected[:60]
+    again = calibration_windows(_documents([lines]), tokenizer, samples=3, seq_len=20, seed=0)
+    assert again.ids.flatten().tolist() == expected[:60]
+    assert max(lengths) < len(lines) / 2, "the whole text was tokenised"
+    lengths.clear()
+    assert evaluation_windows(_documents([lines]), tokenizer, seq_len=20).windows == len(expected) // 20
+    assert lengths == [len(lines)]
+
+
+def test_a_tokenizer_whose_ids_depend_on_the_end_reads_the_whole_text(short_is_long: None) -> None:
+    class Looking:
+        """Gives ids that depend on how long the text is."""
+
+        eos_token_id = None
+
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[len(text)] * len(text) for text in texts]}
+
+    text = "a" * 20_000
+    windows = evaluation_windows(_documents([text]), Looking(), seq_len=4, max_windows=2)  # type: ignore[arg-type]
+    assert windows.ids.unique().tolist() == [20_000]
+
+
+def test_few_tokens_of_many_long_documents_read_few_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    tokenise = tokens._tokenise
+
+    def watched(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+        read.extend(texts)
+        return tokenise(tokenizer, texts)
+
+    monkeypatch.setattr(tokens, "_tokenise", watched)
+    monkeypatch.setattr(tokens, "_BATCH_CHARACTERS", 500)
+    windows = calibration_windows(DOCUMENTS, tiny_tokenizer(), **SIZES)
+    assert sum(map(len, read)) < 2 * windows.tokens + 500
 
 
 # -- cache ------------------------------------------------------------------------------------------------------
