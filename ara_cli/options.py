@@ -83,12 +83,14 @@ def keep_of(keep: float | None, remove: float | None, fallback: float | None) ->
 
 
 def task_names(tasks: str, flag: str = "--tasks", what: str = "task", example: str = "wikitext2") -> tuple[str, ...]:
-    """Split ``a,b`` into names, each once, in their order.
+    """Split ``a,b`` into names, each once, in their order; the path of a ``file:`` may hold commas.
 
     Raises:
         UsageError: there is none.
     """
-    names = tuple(dict.fromkeys(part.strip() for part in tasks.split(",") if part.strip()))
+    from ara.calibration.filespecs import split_names
+
+    names = tuple(split_names(tasks))
     if not names:
         raise UsageError(f"{flag} {tasks!r} names no {what}", f"for example {flag} {example}")
     return names

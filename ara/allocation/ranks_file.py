@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from ara import jsonfile
 from ara.allocation.allocation import DENSE, Allocation
 from ara.config import Layout
 from ara.errors import DataError, ProblemsError, near_matches
@@ -15,6 +16,10 @@ from ara.models.linears import LinearSpec
 
 RANKS_FORMAT = 1
 RANKS_FILE = "ranks.json"
+_COPY = "copy an allocation's ranks.json and edit its numbers"
+# What an error lists of a file that does not fit at all: problems, and characters of a name or value.
+_SHOWN_PROBLEMS = 20
+_SHOWN = 100
 
 
 def ranks_table(allocation: Allocation) -> dict[str, int | str]:
@@ -42,8 +47,8 @@ def read_layout(path: Path) -> Layout:
     layout = _read(path)[0].get("layout", "factors")
     if layout not in get_args(Layout):
         raise DataError(
-            f"{path} has layout {layout!r}, known are {', '.join(get_args(Layout))}",
-            "copy an allocation's ranks.json and edit its numbers",
+            f"{path} has layout {_shown(layout)}, known are {', '.join(get_args(Layout))}",
+            _COPY,
         )
     found: Layout = layout
     return found
@@ -61,10 +66,15 @@ def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
         ProblemsError: lists every unknown or missing module and every rank that cannot be.
     """
     document, repeated = _read(path)
-    problems = [f"unknown key {key!r}" for key in document if key not in ("format_version", "layout", "about", "ranks")]
-    problems += [f"{name}: named more than once" for name in repeated]
+    problems = [
+        f"unknown key {_shown(key)}" for key in document if key not in ("format_version", "layout", "about", "ranks")
+    ]
+    problems += [f"{_plain(name)}: named more than once" for name in repeated]
     problems += _problems(document["ranks"], specs)
     if problems:
+        more = len(problems) - _SHOWN_PROBLEMS
+        if more > 0:
+            problems[_SHOWN_PROBLEMS:] = [f"and {more:,} more"]
         raise ProblemsError(f"{path} does not fit this model", problems)
     ranks = document["ranks"]
     return from_table({spec.name: ranks[spec.name] for spec in specs})
@@ -81,36 +91,47 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
         return dict(pairs)
 
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=table)
+        document = jsonfile.read(path, pairs=table)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})", "--ranks wants a ranks.json file") from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error})", "--ranks wants a ranks.json file") from None
     if not isinstance(document, dict) or not isinstance(document.get("ranks"), dict):
-        raise DataError(f'{path} has no "ranks" table', "copy an allocation's ranks.json and edit its numbers")
-    if document.get("format_version") != RANKS_FORMAT:
-        raise DataError(
-            f"{path} has format_version {document.get('format_version')!r}, expected {RANKS_FORMAT}",
-            "copy an allocation's ranks.json and edit its numbers",
-        )
+        raise DataError(f'{path} has no "ranks" table', _COPY)
+    version = document.get("format_version")
+    if type(version) is not int or version != RANKS_FORMAT:
+        raise DataError(f"{path} has format_version {_shown(version)}, expected {RANKS_FORMAT}", _COPY)
     return document, repeated
 
 
 def _problems(ranks: dict[str, Any], specs: Sequence[LinearSpec]) -> list[str]:
     known = {spec.name: spec for spec in specs}
+    unknown = [name for name in ranks if name not in known]
     problems = [
-        f"{name}: not a factorised layer; {near_matches(name, known)}".rstrip("; ")
-        for name in ranks
-        if name not in known
+        # Looking for near ones takes long.
+        f"{_plain(name)}: not a factorised layer; {near_matches(name[:_SHOWN], known)}".rstrip("; ")
+        for name in unknown[:_SHOWN_PROBLEMS]
     ]
+    problems += [f"{_plain(name)}: not a factorised layer" for name in unknown[_SHOWN_PROBLEMS:]]
     problems += [f"{name}: missing" for name in known if name not in ranks]
     for name, spec in known.items():
         rank = ranks.get(name, DENSE)
         if rank == DENSE:
             continue
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            problems.append(f'{name}: {rank!r} is neither a whole number of at least 1 nor "dense"')
+            problems.append(f'{name}: {_shown(rank)} is neither a whole number of at least 1 nor "dense"')
         elif rank > spec.top_rank:
             less = f" or at most {spec.top_rank}" if spec.top_rank else ""
-            problems.append(f'{name}: rank {rank} costs as much as the dense weight; write "dense"{less}')
+            problems.append(f'{name}: rank {_shown(rank)} costs as much as the dense weight; write "dense"{less}')
     return problems
+
+
+def _shown(value: Any) -> str:
+    """Return a value of the file as an error shows it: in one line, shortened."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _plain(name: str) -> str:
+    """Return a name of the file as an error shows it: as it is, unless it is long or holds what does not show."""
+    return name if name.isprintable() and len(name) <= _SHOWN else _shown(name)

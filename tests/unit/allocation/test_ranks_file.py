@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ara.allocation.allocation import Allocation
-from ara.allocation.ranks_file import RANKS_FORMAT, ranks_document, read_ranks
+from ara.allocation.ranks_file import RANKS_FORMAT, ranks_document, read_layout, read_ranks
 from ara.errors import DataError, ProblemsError
 from ara.models.linears import LinearSpec
 
@@ -114,14 +115,24 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         ('{"ranks": {}}', "has format_version None, expected 1"),
         ('{"format_version": 2, "ranks": {}}', "has format_version 2, expected 1"),
         ('{"format_version": "1", "ranks": {}}', "has format_version '1', expected 1"),
+        ('{"format_version": true, "ranks": {}}', "has format_version True, expected 1"),
+        ('{"format_version": 1.0, "ranks": {}}', r"has format_version 1\.0, expected 1"),
+        ('{"format_version": 1, "layout": ["factors"], "ranks": {}}', r"has layout \['factors'\], known are"),
+        ('{"format_version": 1, "ranks": {"a": 1e400}}', "is not JSON .*1e400 is too large a number"),
+        ('{"format_version": 1, "ranks": {"a": NaN}}', "is not JSON .*NaN"),
+        ('{"format_version": 1, "ranks": {"a": ' + "9" * 5000 + "}}", "is not JSON .*"),
+        ('{"format_version": 1, "ranks": {"\\ud800": 1}}', "is not JSON .*surrogate"),
+        ('{"format_version": 1, "ranks": ' + "[" * 100_000, "is not JSON .*levels"),
+        ('{"format_version": 1, "ranks": {"a": ' + "[" * 100 + "]" * 100 + "}}", "is not JSON .*levels"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, complaint: str) -> None:
     path = tmp_path / "r.json"
     path.write_text(text)
     with pytest.raises(DataError, match=complaint) as caught:
-        read_ranks(path, SPECS)
+        read_ranks(path, [] if read_layout(path) else SPECS)
     assert str(path) in str(caught.value) and caught.value.hint
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -129,6 +140,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_ranks(tmp_path / "none.json", SPECS)
     with pytest.raises(DataError, match=r"cannot be read \(Is a directory"):
         read_ranks(tmp_path, SPECS)
+    os.mkfifo(tmp_path / "pipe")
+    for path, words in ((tmp_path / "pipe", "it is a pipe"), (Path("/dev/zero"), "it is a device")):
+        with pytest.raises(DataError, match=rf"cannot be read \({words}, expected a regular file\)"):
+            read_ranks(path, SPECS)
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(2**26 + 1)
+    with pytest.raises(DataError, match="it has more than 67,108,864 bytes"):
+        read_ranks(tmp_path / "huge", SPECS)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="is not JSON"):
         read_ranks(tmp_path / "binary", SPECS)
@@ -141,3 +160,14 @@ def test_a_layer_named_twice_is_refused(tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises((DataError, ProblemsError), match=r"model\.layers\.0\.k_proj"):
         read_ranks(path, SPECS)
+
+
+def test_a_file_that_does_not_fit_at_all_is_told_in_few_lines(tmp_path: Path) -> None:
+    strange = {"\x1b[31m\n": 3, "x" * 5000: 3, "model.layers.0.q_proj": ["y" * 5000], "model.layers.0.k_proj": 10**3000}
+    path = _write(tmp_path / "r.json", {**strange, **{f"layer.{number}": 1 for number in range(50_000)}})
+    with pytest.raises(ProblemsError) as caught:
+        read_ranks(path, SPECS)
+    assert len(caught.value.problems) == 21
+    assert all(problem.isprintable() and len(problem) < 400 for problem in caught.value.problems)
+    assert caught.value.problems[0] == r"'\x1b[31m\n': not a factorised layer"
+    assert caught.value.problems[-1] == "and 49,986 more"
