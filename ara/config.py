@@ -44,7 +44,10 @@ class DecomposeConfig(PlacementConfig):
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     method: str = Field("two-sided", description="decomposition (see ara methods)")
     options: dict[str, str] = Field(default_factory=dict, description="options of the method, NAME=VALUE")
-    text: str = Field("c4", description="calibration text: c4, wikitext2, python-docs or file:PATH (txt or jsonl)")
+    text: str = Field(
+        "c4",
+        description="calibration text: c4, wikitext2, python-docs or file:PATH[#FIELD] (txt, jsonl, parquet)",
+    )
     samples: int = Field(256, ge=1, description="calibration windows")
     seq_len: int = Field(512, ge=2, description="tokens per calibration window")
     batch_size: int = Field(4, ge=1, description="calibration windows per forward pass")
@@ -159,7 +162,9 @@ class CompareConfig(TuningConfig, BudgetConfig):
     keep: float = Field(0.8, gt=0, le=1, description="fraction of the factorised layers' parameters that stays")
     methods: tuple[str, ...] = Field((), description="allocators to compare, several with commas [default: all]")
     tasks: tuple[str, ...] = Field(
-        ("wikitext2", "c4"), min_length=1, description="wikitext2, c4, python-docs or file:PATH; several with commas"
+        ("wikitext2", "c4"),
+        min_length=1,
+        description="wikitext2, c4, python-docs or file:PATH[#FIELD]; several with commas",
     )
     eval_seq_len: int | None = Field(
         None, ge=2, description="tokens per evaluation window [default: 2048, or the model's limit if that is less]"
@@ -192,7 +197,8 @@ class EvalConfig(PlacementConfig):
     tasks: tuple[str, ...] = Field(
         ("wikitext2",),
         min_length=1,
-        description="texts (wikitext2, c4, python-docs, file:PATH), tasks of lm-eval, zero-shot for seven; with commas",
+        description="texts (wikitext2, c4, python-docs, file:PATH[#FIELD]), tasks of lm-eval, zero-shot for seven; "
+        "with commas",
     )
     seq_len: int | None = Field(
         None, ge=2, description="tokens per window [default: 2048, or the model's limit if that is less]"
@@ -201,6 +207,11 @@ class EvalConfig(PlacementConfig):
     limit: int | None = Field(None, ge=1, description="ask only N questions of each task, drawn at random")
     seed: int = Field(0, ge=0, description="of that draw")
     batch_size: int = Field(1, ge=1, description="windows, or texts of a task, per forward pass")
+    include_path: tuple[str, ...] = Field(
+        (),
+        description="folder with tasks of your own (as lm_eval --include_path); may be repeated; runs the Python code "
+        "that these tasks name",
+    )
     backend: Literal["torch", "onnx"] = Field(
         "torch", description="onnx: measure the exported graph in ONNX Runtime, too (see ara export)"
     )

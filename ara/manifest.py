@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 _NOT_DECISIVE = {
     "decompose": frozenset({"model", "revision", "device", "moment_memory"}),
     "train-masks": frozenset({"save_every", "tensorboard"}),
-    "eval": frozenset({"batch_size"}),
+    "eval": frozenset({"batch_size", "include_path"}),  # of the latter the content counts, not the place
     "compare": frozenset({"eval_batch_size"}),
 }
 # Decisive settings that :attr:`Manifest.id` has never held: what they change, the checksums of the files say.

@@ -99,7 +99,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         DataError: it is missing, no regular file, larger than :data:`MAX_TEXT_BYTES`, or damaged.
     """
     try:
-        with open_regular(path) as file:
+        opening = open_regular(path)
+    except (OSError, ValueError) as error:  # the latter: a NUL in its name
+        raise unreadable(path, error) from error
+    try:
+        with opening as file:
             if os.fstat(file.fileno()).st_size > MAX_TEXT_BYTES:
                 raise too_large(path, "has")
             yield file
@@ -110,8 +114,6 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         if error.errno is None:  # pyarrow's
             raise DataError(f"{path} cannot be unpacked: {error}", "is it complete? Pack it again") from error
-        raise unreadable(path, error) from error
-    except ValueError as error:  # a NUL in its name
         raise unreadable(path, error) from error
 
 

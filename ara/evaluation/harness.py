@@ -96,10 +96,10 @@ def ask(
     from lm_eval.evaluator import evaluate
 
     definition = task.definition
-    if definition.get_config("num_fewshot") is None:
-        definition.set_config(key="num_fewshot", value=0)
-    definition.set_fewshot_seed(seed=_EXAMPLES_SEED)
     with _as_before(), quiet_transformers(), quiet_lm_eval(), _errors(label):
+        if definition.get_config("num_fewshot") is None:
+            definition.set_config(key="num_fewshot", value=0)
+        definition.set_fewshot_seed(seed=_EXAMPLES_SEED)
         found = evaluate(
             lm=_wrapped(model, tokenizer, batch_size, report, label),
             task_dict={"tasks": {task.name: definition}, "groups": {}, "group_map": {}},
@@ -256,7 +256,7 @@ def _errors(label: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise missing_module(label, error) from error
-    except Exception as error:  # tasks bring code of their own
+    except (Exception, SystemExit) as error:  # tasks bring code of their own
         if type(error).__name__ == "OutOfMemoryError" or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
             raise
         raise DataError(

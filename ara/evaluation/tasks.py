@@ -20,8 +20,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ara.calibration.texts import DATA_DIR_VARIABLE, FILE_PREFIX, TEXTS, data_dir, quiet_datasets
-from ara.errors import DataError, UsageError, first_line, near_matches
+from ara.calibration.filespecs import FILE_PREFIX
+from ara.calibration.texts import DATA_DIR_VARIABLE, TEXTS, check_text_spec, data_dir, quiet_datasets
+from ara.errors import AraError, DataError, UsageError, first_line, near_matches
+from ara.evaluation.task_folders import TaskFolders
 from ara.models.cache import cache_dir
 from ara.progress import SILENT, Reporter
 
@@ -91,9 +93,10 @@ def is_text(name: str) -> bool:
     return name.startswith(FILE_PREFIX) or name in TEXTS
 
 
-def expand(names: Sequence[str]) -> tuple[str, ...]:
-    """Put the tasks of a group of :data:`GROUPS` in its place; each name once, in order."""
-    return tuple(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
+def expand(names: Sequence[str], own: TaskFolders | None = None) -> tuple[str, ...]:
+    """Put the tasks of a group of :data:`GROUPS` in its place, unless the user has one; each name once, in order."""
+    groups = {name: tasks for name, tasks in GROUPS.items() if own is None or name not in own}
+    return tuple(dict.fromkeys(task for name in names for task in groups.get(name, (name,))))
 
 
 def mean_label(tasks: Iterable[str]) -> str:
@@ -102,19 +105,37 @@ def mean_label(tasks: Iterable[str]) -> str:
     return "mean of zero-shot" if names == set(ZERO_SHOT) else f"mean of {len(names)} tasks"
 
 
-def check_task(name: str, report: Reporter = SILENT) -> None:
-    """Check that lm-eval, and the local data, have a task, without reading its questions.
+def check_task(name: str, report: Reporter = SILENT, own: TaskFolders | None = None) -> None:
+    """Check that lm-eval, and the local data, have a task, without reading its questions or running its code.
+
+    Args:
+        name: of a task, or of one of lm-eval's groups or tags.
+        report: told what takes long.
+        own: folders with tasks of the user, which come first.
 
     Raises:
-        DataError: lm-eval has no such task, or the file below ``$ARA_DATA_DIR`` is missing.
+        DataError: lm-eval has no such task, or the file below ``$ARA_DATA_DIR`` is missing, or that of the task cannot
+            be read.
+        UsageError: a text is called like that task.
     """
+    if own is not None:
+        own.check(name)
+        if name in own:
+            if is_text(name):
+                raise UsageError(
+                    f"{name!r} is a text of ara, and a task in {own.file_of(name)}", "give the task another name"
+                )
+            return
+    if is_text(name):
+        check_text_spec(name)
+        return
     if name in LOCAL:
         _local_files(name)
         return
     report.fact(f"looking for {name} among the tasks of lm-eval")
     known = _index().all_tasks
     if name not in known:
-        near = near_matches(name, [*TEXTS.names(), *GROUPS, *known])
+        near = near_matches(name, [*TEXTS.names(), *GROUPS, *(own.files if own else ()), *known])
         raise DataError(
             f"there is no text or lm-eval task {name!r}",
             f"{near}texts: {', '.join(TEXTS.names())}, file:PATH; tasks: {', '.join(GROUPS)}, {', '.join(LOCAL)}, "
@@ -122,19 +143,34 @@ def check_task(name: str, report: Reporter = SILENT) -> None:
         )
 
 
-def load_tasks(name: str, report: Reporter = SILENT) -> list[Task]:
+def load_tasks(name: str, report: Reporter = SILENT, own: TaskFolders | None = None) -> list[Task]:
     """Load a task, or the tasks that one of lm-eval's groups or tags stands for.
+
+    Args:
+        name: of the task, group or tag.
+        report: told what takes long.
+        own: folders with tasks of the user, which come first; the Python code that the task names is run.
 
     Raises:
         UsageError: it runs code that a model writes.
         DataError: lm-eval has no such task, or its questions cannot be read or fetched.
     """
-    check_task(name)
+    check_task(name, report, own)
+    if own is not None and name in own:
+        if name in LOCAL:
+            report.warn(f"{name} is the task in {own.file_of(name)}, not lm-eval's own")
+        report.fact(f"reading the questions of {name} (task file {own.file_of(name)})")
+        return _own_tasks(name, own)
     files = _local_files(name) if name in LOCAL else None
     report.fact(f"reading the questions of {name}" + ("" if files else " (Hugging Face hub)"))
     try:
         with quiet_datasets(), quiet_lm_eval():
-            loaded = _load(name)
+            return [
+                _task(found, definition, f"file {next(iter(files.values()))}" if files else None)
+                for found, definition in _load(name).items()
+            ]
+    except AraError:
+        raise
     except ImportError as error:
         raise missing_module(f"task {name}", error) from error
     except Exception as error:  # datasets, huggingface_hub and lm-eval each raise their own families
@@ -150,14 +186,46 @@ def load_tasks(name: str, report: Reporter = SILENT) -> list[Task]:
         raise DataError(
             f"{what}fetched from the Hugging Face hub ({type(error).__name__}: {first_line(error)})", hint
         ) from error
-    tasks = []
-    for found, definition in loaded.items():
-        if getattr(definition, "UNSAFE_CODE", False):
-            raise UsageError(f"task {found} runs code that the model writes", "run it with lm_eval, in a sandbox")
-        hub = f"Hugging Face hub {definition.DATASET_PATH}"
-        origin = f"file {next(iter(files.values()))}" if files else hub
-        tasks.append(Task(found, definition, len(definition.eval_docs), origin, _digest(definition.eval_docs)))
-    return tasks
+
+
+def _own_tasks(name: str, own: TaskFolders) -> list[Task]:
+    """Load a task of the user; whatever it raises is told with its file."""
+    path = own.file_of(name)
+    try:
+        with quiet_datasets(), quiet_lm_eval():
+            loaded = own.manager(name).load(name)["tasks"]
+            return [
+                _task(found, definition, f"file {own.files[found]}" if own.files.get(found) else None)
+                for found, definition in loaded.items()
+            ]
+    except AraError:
+        raise
+    except (Exception, SystemExit) as error:  # its code may raise anything
+        raise DataError(
+            f"task {name} of {path} cannot be loaded: {type(error).__name__}: {first_line(error)}",
+            f"mend it; does `lm_eval validate --tasks {name} --include_path {own.paths[-1]}` take it?",
+        ) from error
+
+
+def _task(name: str, definition: Any, origin: str | None) -> Task:
+    """Return a task of lm-eval with its questions counted.
+
+    Args:
+        name: of the task.
+        definition: lm-eval's object.
+        origin: where the questions came from; ``None`` for the hub.
+
+    Raises:
+        UsageError: it runs code that a model writes.
+        DataError: it has no question.
+    """
+    if getattr(definition, "UNSAFE_CODE", False):
+        raise UsageError(f"task {name} runs code that the model writes", "run it with lm_eval, in a sandbox")
+    documents = definition.eval_docs
+    if len(documents) == 0:
+        raise DataError(f"task {name} has no questions ({origin or definition.DATASET_PATH})", "leave it out")
+    origin = origin or f"Hugging Face hub {definition.DATASET_PATH}"
+    return Task(name, definition, len(documents), origin, _digest(documents))
 
 
 def missing_module(who: str, error: ImportError) -> DataError:

@@ -11,7 +11,7 @@ from typing import Any
 from ara.calibration.texts import FILE_PREFIX
 
 # Options whose value is a path however it is written, and those whose value is never one.
-_PATH_OPTION = re.compile(r"-[a-z]*w|--workspace|--ranks|--output|--model-card|--source")
+_PATH_OPTION = re.compile(r"-[a-z]*w|--workspace|--ranks|--include-path|--output|--model-card|--source")
 _PROSE_OPTION = "--prompt"
 # NAME=VALUE, --option=VALUE, or a value glued to the short option of the workspace, which may follow flags: -qwDIR.
 _GLUED = re.compile(r"([\w-]+=|-[a-z]*?w)(.+)", re.DOTALL)
@@ -60,8 +60,10 @@ def _shared_value(value: str, option: str, model: dict[str, Any]) -> str:
     if option == _PROSE_OPTION:
         return value
     texts = value.split(",")  # --tasks takes several
-    if any(text.startswith(FILE_PREFIX) for text in texts):
-        return ",".join(shared_text(text) for text in texts)
+    if any(text.strip().startswith(FILE_PREFIX) for text in texts):
+        # Only a path has slashes: a part with one that names no file belongs to the path before, which holds a comma.
+        whole = re.sub(rf",(?!\s*{FILE_PREFIX})(?=[^,]*/)", "\0", value)
+        return ",".join(shared_text(text.strip()).replace("\0", ",") for text in whole.split(","))
     if _PATH_OPTION.fullmatch(option) or _is_local(value, model):
         return Path(value).name or value
     return value

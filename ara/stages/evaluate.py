@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from ara.allocation.budget import Budget
 from ara.allocation.uniform import Uniform
-from ara.calibration.texts import Documents, check_text_spec, load_documents
+from ara.calibration.texts import Documents, load_documents
 from ara.config import EvalConfig
+from ara.evaluation.task_folders import open_task_folders
 from ara.evaluation.tasks import check_task, expand, is_text, load_tasks
+from ara.manifest import digest
 from ara.models.checkpoint import apply_factors, load
 from ara.models.context import context_length
 from ara.models.linears import matching
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
+from ara.names import MAX_NAME_BYTES
 from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import layout_of, load_modules, read_allocation
 from ara.stages.common import Run, already_done, begin, check_window, factor_files, label_of, model_of, specs_of
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 RESULTS_FILE = "results.json"
 # Windows of the compression papers' evaluation.
 _DEFAULT_SEQ_LEN = 2048
+# Bytes that the name of an export may add to that of a result.
+_EXPORT_ROOM = 40
 # What must not stand in the name of a folder.
 _NOT_PLAIN = re.compile(r"[^\w.-]")
 
@@ -59,9 +64,12 @@ def evaluate(
         AraError: a stage is missing or stale, a text is missing, a model yields NaN.
     """
     started = begin()
-    names = expand(config.tasks)
+    own = open_task_folders(config.include_path)
+    names = expand(config.tasks, own)
     for task in names:
-        check_text_spec(task) if is_text(task) else check_task(task, run.report)
+        check_task(task, run.report, own)
+    if own is not None and not any(task in own for task in names):
+        run.report.warn(f"no task in {', '.join(config.include_path)} is among --tasks {','.join(config.tasks)}")
     placement = choose_placement(config.device, config.dtype)
     workspace = run.open()
     with workspace.lock(run.command):
@@ -86,7 +94,7 @@ def evaluate(
             exported = find_export(workspace, truncated)
             parents.append(exported[0])
         texts = {task: load_documents(task, "evaluation", report=run.report) for task in names if is_text(task)}
-        tasks = [task for name in names if not is_text(name) for task in load_tasks(name, run.report)]
+        tasks = [task for name in names if not is_text(name) for task in load_tasks(name, run.report, own)]
         facts = {
             "config": {
                 **resolved.model_dump(mode="json"),
@@ -94,6 +102,7 @@ def evaluate(
                     **{task: documents.digest for task, documents in texts.items()},
                     **{task.name: task.digest for task in tasks},
                 },
+                **({} if own is None else {"task_files_sha256": own.digest}),
             },
             "model": truncated.manifest.model,
             "parents": tuple(parent_of(view) for view in parents),
@@ -135,15 +144,19 @@ def _complete(results: dict[str, Any], truncated: StageView) -> dict[str, Any]:
 def result_name(checkpoint: str, tasks: Sequence[str], texts: Mapping[str, Documents], limit: int | None) -> str:
     """Return ``checkpoint-task-task-limit-N``; a file is named by its stem and the checksum of its text.
 
-    The limit is part of it so that a few questions never take the place of all of them.
+    The limit is part of it so that a few questions never take the place of all of them. Of tasks whose names are too
+    many or too long stand their number and a checksum.
     """
     names = [
         f"{_NOT_PLAIN.sub('_', Path(task.removeprefix('file:')).stem)}-{texts[task].digest[:8]}"
         if task.startswith("file:")
-        else task
+        else _NOT_PLAIN.sub("_", task)
         for task in tasks
     ]
-    return "-".join([checkpoint, *names, *([] if limit is None else ["limit", str(limit)])])
+    end = [] if limit is None else ["limit", str(limit)]
+    if len("-".join([checkpoint, *names, *end]).encode()) > MAX_NAME_BYTES - _EXPORT_ROOM:
+        names = [str(len(tasks)), "tasks", digest(names)[:8]]
+    return "-".join([checkpoint, *names, *end])
 
 
 def window_length(asked: int | None, model_config: Any) -> int:

@@ -36,6 +36,8 @@ DENSE = "dense"
 # Words of a prompt, at most half of its document, and of the shortest document that gives one.
 _PROMPT_WORDS = 24
 _LEAST_WORDS = 8
+# Characters of a name, of up to 3 bytes, in the name of a file, which takes 255 bytes; numbers keep apart what is cut.
+_FILE_WORDS = 40
 # What must not stand in the name of a file.
 _NOT_PLAIN = re.compile(r"[^\w.-]")
 
@@ -162,7 +164,8 @@ class Measurement:
         row = self.variants.index(variant)
         words = Path(piece.removeprefix("file:")).stem if piece.startswith("file:") else piece
         number = self._pieces().index(piece)
-        return f"{number:02d}-{_NOT_PLAIN.sub('_', words)}.{row}-{_NOT_PLAIN.sub('_', variant.name)}.json"
+        names = [_NOT_PLAIN.sub("_", name)[:_FILE_WORDS] for name in (words, variant.name)]
+        return f"{number:02d}-{names[0]}.{row}-{names[1]}.json"
 
     def _done(self, piece: str, variant: Variant) -> bool:
         return self._file(piece, variant) in self.stage.finished
@@ -324,7 +327,7 @@ def prompts_of(
     """
     prompts: list[str] = []
     for text in next(iter(texts.values())).documents if texts else ():
-        words = text.split()
+        words = text.split(maxsplit=2 * _PROMPT_WORDS)  # a text of one document may have millions
         prompt = " ".join(words[: min(_PROMPT_WORDS, len(words) // 2)])
         if len(prompts) == count:
             break

@@ -14,6 +14,7 @@ import ara.stages.measure as measure
 from ara.config import EvalConfig
 from ara.errors import NumericalError
 from ara.evaluation.paired import mcnemar
+from ara.names import check_name
 from ara.stages.common import Run
 from ara.stages.evaluate import evaluate, result_name
 from ara.workspace import Workspace
@@ -125,3 +126,56 @@ def test_finished_tasks_survive_nan_and_are_not_asked_again(
     for name in TASKS:
         assert view.manifest.results["tasks"][name] == whole.manifest.results["tasks"][name]
     assert Workspace.open(copied).view("eval/again").state == "done"
+
+
+_OWN = """
+task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {data}/piqa/validation.jsonl}}, cache_dir: {data}/cache}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: !function code.prompt
+doc_to_choice: ["{{{{sol1}}}}", "{{{{sol2}}}}"]
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_tasks_of_the_user_and_files_with_commas(copied: Path, tiny_text: str, tmp_path: Path, questions: Path) -> None:
+    """One run: a task whose code counts as a setting, and a text whose name holds a comma."""
+    folder, text = tmp_path / "own tasks", tmp_path / ("a,b" + "c" * 200 + ".jsonl")
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(_OWN.format(data=questions))
+    (folder / "code.py").write_text("def prompt(doc):\n    return doc['goal']\n")
+    text.write_bytes(Path(tiny_text.removeprefix("file:")).read_bytes().replace(b'"text"', b'"content"'))
+    words = ["--tasks", f"file:{text}#content,mine", "--max-windows", "2", "--seq-len", "64", "--continuations", "0"]
+    words += ["--limit", "6", "--device", "cpu", "--dtype", "float32", "-w", str(copied)]
+
+    def measured(path: Path) -> Any:
+        result = CliRunner().invoke(app, ["eval", *words, "--include-path", str(path)])
+        assert result.exit_code == 0, result.output
+        return result
+
+    first = measured(folder)
+    (view,) = [found for found in Workspace.open(copied).views("eval") if found.manifest.config["include_path"]]
+    found = view.manifest.results["tasks"]
+    assert list(found) == [f"file:{text}#content", "mine"]
+    assert found["mine"]["models"]["dense"]["metrics"].keys() == {"acc"} and found["mine"]["examples"] == 6
+    assert "is there already" in measured(folder.rename(tmp_path / "moved")).output
+    assert "is there already" not in first.output
+    (tmp_path / "moved" / "code.py").write_text("def prompt(doc):\n    return doc['goal'].upper()\n")
+    changed = measured(tmp_path / "moved")
+    assert "made with other settings (task_files_sha256)" in changed.output.replace("-", "_")
+    broken = CliRunner().invoke(app, ["eval", *words, "--include-path", str(tmp_path / "none"), "-q"])
+    assert broken.exit_code == 1 and "none does not exist" in broken.output
+    compared = CliRunner().invoke(app, ["compare", "--tasks", f"file:{text}", "-w", str(copied), "-q"])
+    assert compared.exit_code == 1 and "file:PATH#content" in compared.output
+
+
+def test_names_of_many_tasks_stay_short() -> None:
+    tasks = tuple(f"a_task_with_a_long_name_{number}" for number in range(30))
+    names = {result_name("ara-0.80", tasks[:count], {}, 5) for count in (29, 30)}
+    assert len(names) == 2
+    for name in names:
+        assert check_name(name) == name and name.startswith("ara-0.80-") and name.endswith("-limit-5")
+    assert result_name("ara-0.80", ("my task/1",), {}, None) == "ara-0.80-my_task_1"
