@@ -12,8 +12,8 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 # More words for a benchmark: make bench-quality BENCH_FLAGS="--windows 64"
 BENCH_FLAGS ?=
-DEMO_FLAGS ?= --keep 0.9 --text python-docs --samples 64 --rank-samples 32 --held-out 8 --tasks python-docs \
-	--eval-seq-len 512 \
+DEMO_FLAGS ?= --keep 0.9 --text python-docs --samples 32 --rank-samples 16 --held-out 4 --tasks python-docs \
+	--eval-seq-len 512 --max-windows 12 \
 	--prompt "Python is a programming language that" -w ara-demo
 
 # ARA_DATA_DIR names the evaluation data; without it, a folder ../shared/data is taken if there is one.
