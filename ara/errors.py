@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,8 +101,25 @@ def near_matches(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what ``error`` says, or the name of its class if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of what ``error`` says that tells something, or the name of its class if it says nothing.
+
+    A line that ends in a colon announces the next one; a ``KeyError`` says a key, and not that it is missing. Of the
+    errors with which huggingface_hub checks configs only the cause counts, which names the field itself.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        key = error.args[0]
+        return key if isinstance(key, str) and " " in key else f"there is no {lines[0]}"
+    said = lines[0]
+    for line in lines[1:]:
+        if not said.endswith(":"):
+            break
+        said = line if type(error).__name__.startswith("StrictDataclass") else f"{said} {line}"
+    if type(error).__name__.startswith("StrictDataclass"):
+        return re.sub(r"^\w+(Error|Exception): ", "", said)
+    return said
 
 
 @contextmanager

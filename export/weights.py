@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ara.errors import ModelError
-from ara.models.checkpoint import read_config
+from ara.models.checkpoint import quantization_of, read_config
 from ara.models.modeling_ara import QUANT_METHOD, AraConfig
 
 _INDEX = "model.safetensors.index.json"
@@ -62,7 +62,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_config(folder)
-        quantization = self.config.get("quantization_config") or {}
+        quantization = quantization_of(folder, self.config)
         method = quantization.get("quant_method")
         if method not in (None, QUANT_METHOD):
             raise ModelError(
@@ -74,11 +74,18 @@ class Checkpoint:
         if method == QUANT_METHOD:
             try:
                 ara = AraConfig(**{key: value for key, value in quantization.items() if key != "quant_method"})
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise ModelError(f"{folder} cannot be read: {error}", "write it again: ara truncate --force") from None
             self.ranks, self.pivoted = ara.ranks, ara.layout == "pivoted"
         self._files = _files(folder)
         self._shapes = _shapes(folder, self._files)
+        unknown = [path for path in self.ranks if f"{path}.A.weight" not in self._shapes]
+        if unknown:
+            raise ModelError(
+                f"{folder}/config.json gives {unknown[0]} a rank (quantization_config.ranks), and no "
+                f"{unknown[0]}.A.weight is stored{f'; {len(unknown)} such layers in all' if len(unknown) > 1 else ''}",
+                "write it again: ara truncate --force",
+            )
 
     @property
     def compressed(self) -> bool:

@@ -80,5 +80,8 @@ def refuse_nonfinite(weight: torch.Tensor) -> None:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise NumericalError(
-            f"the weight holds {bad:,} values that are NaN or infinite", "the checkpoint is broken: download it again"
+            f"the weight holds {bad:,} values that are NaN or infinite",
+            "its numbers are too large for float16, or the checkpoint is broken: try --dtype bfloat16"
+            if weight.dtype == torch.float16
+            else "the checkpoint is broken: download it again",
         )

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ara.config import Layout
-from ara.errors import ModelError, first_line
+from ara.errors import ModelError, NumericalError
 from ara.jsonfile import read_object
 from ara.models import modeling_ara
+from ara.models.completeness import check_loaded, stored_tensors, weight_files
 from ara.models.linears import bias_of
+from ara.models.loading import why_not_loaded
 from ara.models.modeling_ara import (
     FORMATS,
     QUANT_METHOD,
@@ -36,6 +38,7 @@ from ara.progress import SILENT, Reporter
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_AGAIN = "write it again: ara truncate --force"
 # The file of code that makes a checkpoint load without ara installed.
 CODE_FILE = "modeling_ara.py"
 
@@ -56,6 +59,9 @@ def apply_factors(
             the kept components are read.
         layout: how the new layers hold the product.
         report: progress of pivoting, which takes a while.
+
+    Raises:
+        NumericalError: factors become infinite in the dtype of the model.
     """
     with report.bar("Pivoting layers", len(ranks)) if layout == "pivoted" else nullcontext() as bar:
         for path in dict.fromkeys(files[name] for name in ranks):
@@ -63,7 +69,13 @@ def apply_factors(
                 for name in (name for name in ranks if files[name] == path):
                     a = file.get_slice(f"{name}.A")[: ranks[name]]
                     b = file.get_slice(f"{name}.B")[:, : ranks[name]]
-                    replace_linear(model, name, _low_rank(model, model.get_submodule(name), a, b, layout))
+                    layer = _low_rank(model, model.get_submodule(name), a, b, layout)
+                    if not all(bool(parameter.isfinite().all()) for parameter in layer.parameters()):
+                        raise NumericalError(
+                            f"the factors of {name} exceed the range of {str(model.dtype).removeprefix('torch.')}",
+                            "use --dtype bfloat16 or --dtype float32",
+                        )
+                    replace_linear(model, name, layer)
                     if bar is not None:
                         bar.advance()
 
@@ -139,35 +151,54 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrai
         ModelError: not a checkpoint, or one that is damaged.
         UsageError: unknown device or dtype.
     """
+    folder = Path(path)
+    stored = str(read_config(folder).get("dtype") or "float32")
+    placement = choose_placement(device, stored if dtype == "auto" else dtype)
+    model = _read(folder, torch_dtype(placement.dtype))
+    return model.to(placement.device).eval().requires_grad_(False)
+
+
+def check_loads(folder: Path) -> None:
+    """See that a checkpoint loads: the whole way of ``from_pretrained``, on torch's device without memory.
+
+    Raises:
+        ModelError: it does not, or the model is not the one in the files.
+    """
+    try:
+        _read(folder, None, "meta")
+    except ModelError as error:
+        raise ModelError(
+            f"what was written does not load again, and is thrown away: {error}",
+            "low-rank layers do not fit this family: ara truncate --densify writes an ordinary checkpoint",
+        ) from error
+
+
+def _read(folder: Path, dtype: torch.dtype | None, device: str | None = None) -> PreTrainedModel:
+    """Load a checkpoint and compare it with its files; ``dtype`` ``None`` takes the one that is stored."""
     from transformers import AutoModelForCausalLM
 
-    folder = Path(path)
-    config = read_config(folder)
-    stored = str(config.get("dtype") or "float32")
-    placement = choose_placement(device, stored if dtype == "auto" else dtype)
     try:
         with quiet_transformers():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=torch_dtype(placement.dtype),
+                dtype="auto" if dtype is None else dtype,
+                device_map=device,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, with the shapes
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{folder} cannot be loaded: {first_line(error)}", "write it again: ara truncate --force"
-        ) from error
-    # transformers only warns of these, and fills what is missing with random numbers.
-    wrong = [f"{key} is missing" for key in sorted(found["missing_keys"])]
-    wrong += [f"{key} has no place in the model" for key in sorted(found["unexpected_keys"])]
-    if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise ModelError(
-            f"{folder} cannot be loaded: {', '.join(wrong[:3])}{more}", "write it again: ara truncate --force"
-        )
-    return model.to(placement.device).eval().requires_grad_(False)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            raise
+        reason, _hint = why_not_loaded(error)
+        raise ModelError(f"{folder} cannot be loaded: {reason}", _AGAIN) from error
+    check_loaded(model, loading, f"{folder} cannot be loaded: it", stored_tensors(weight_files(folder)), _AGAIN)
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -181,13 +212,26 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder} is not a checkpoint folder (no config.json)", "ara truncate writes one: .../checkpoint"
         )
-    return read_object(path, "write it again: ara truncate --force")
+    return read_object(path, _AGAIN)
+
+
+def quantization_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``quantization_config`` of a checkpoint, empty where it has none.
+
+    Raises:
+        ModelError: it is not an object.
+    """
+    found = config.get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise ModelError(
+            f"{folder}/config.json: quantization_config is a {type(found).__name__}, expected an object", _AGAIN
+        )
+    return found
 
 
 def is_compressed(folder: Path) -> bool:
     """Tell whether ``folder`` is a checkpoint with low-rank layers."""
-    quantization = read_config(folder).get("quantization_config") or {}
-    return quantization.get("quant_method") == QUANT_METHOD
+    return quantization_of(folder, read_config(folder)).get("quant_method") == QUANT_METHOD
 
 
 def checkpoint_bytes(folder: Path) -> int:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from ara.errors import AraError, ModelError, UnsupportedModelError, disk_errors, first_line
 from ara.manifest import file_sha256
 from ara.models.cache import aside, cache_dir, publish_folder
+from ara.models.completeness import check_gguf_read, check_loaded
 from ara.models.quiet import quiet_gguf, quiet_transformers
 from ara.progress import SILENT, Reporter
 
@@ -112,7 +113,8 @@ class GgufFile:
             dtype=dtype,
             output_loading_info=True,
         )
-        check_complete(loading["missing_keys"], str(self.path))
+        check_loaded(model, loading, str(self.path), {})
+        check_gguf_read(model, self.path)
         # What is saved is dense: a quantisation entry would make the next load look for packed weights.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -139,18 +141,6 @@ class GgufFile:
                     f"{self.path}: {reason}", "use the original model in the Hugging Face format"
                 ) from error
             raise ModelError(f"{self.path} cannot be read as GGUF: {reason}", "download the file again") from error
-
-
-def check_complete(missing: set[str] | list[str], name: str) -> None:
-    """Refuse a model with parameters that its files do not hold: transformers fills them with random numbers.
-
-    Raises:
-        ModelError: ``missing`` is not empty.
-    """
-    if missing:
-        names = sorted(missing)
-        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        raise ModelError(f"{name} lacks {len(names)} of the model's tensors: {shown}", "download the model again")
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -120,12 +120,7 @@ def bias_of(module: nn.Module) -> torch.Tensor | None:
 
 
 def _refuse_unsupported(model: nn.Module, prefix: str, blocks: nn.ModuleList, linears: list[LinearSpec]) -> None:
-    # Mixture-of-experts models of transformers 5 hold all experts of a block in one three-dimensional parameter.
-    fused = [
-        name
-        for name, weight in blocks.named_parameters()
-        if weight.dim() >= 3 and min(weight.shape[-2:]) > 1 and "conv" not in name
-    ]
+    fused = [name for name, _ in _weights_without_layer(blocks) if _is_of_experts(model, blocks, name)]
     if fused:
         raise UnsupportedModelError(
             f"{type(model).__name__} keeps fused expert weights ({len(fused)} of them, such as {prefix}.{fused[0]}), "
@@ -152,6 +147,52 @@ def _refuse_unsupported(model: nn.Module, prefix: str, blocks: nn.ModuleList, li
                 f"{spec.name} and {seen[id(weight)]} share one weight", "models with tied blocks are not supported yet"
             )
         seen[id(weight)] = spec.name
+
+
+def left_dense(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tensor) -> tuple[list[str], list[str]]:
+    """Find weights of the decoder blocks that cannot be factorised, by running the model once.
+
+    Some families multiply by the weight of a linear layer themselves (Mamba's ``dt_proj``): its inputs cannot be seen,
+    and a module in its place would not be asked.
+
+    Args:
+        model: a causal language model in eval mode.
+        linears: what :func:`find_linears` found.
+        ids: token ids (b, t) int64; a few suffice.
+
+    Returns:
+        Paths of those ``linears`` that the forward pass does not call, and of matrices that belong to no linear layer.
+    """
+    called: set[str] = set()
+    hooks = [
+        model.get_submodule(spec.name).register_forward_pre_hook(lambda *call, name=spec.name: called.add(name))
+        for spec in linears
+    ]
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    prefix, blocks = find_blocks(model)
+    others = [f"{prefix}.{name}" for name, _ in _weights_without_layer(blocks)]
+    return [spec.name for spec in linears if spec.name not in called], others
+
+
+def _weights_without_layer(blocks: nn.ModuleList) -> list[tuple[str, nn.Parameter]]:
+    """Return the stacks of matrices in ``blocks``: parameters of three dimensions that no convolution has."""
+    return [
+        (name, weight)
+        for name, weight in blocks.named_parameters()
+        if weight.dim() >= 3 and min(weight.shape[-2:]) > 1 and "conv" not in name
+    ]
+
+
+def _is_of_experts(model: nn.Module, blocks: nn.ModuleList, name: str) -> bool:
+    """Tell whether a stack of matrices holds the experts of a block, one matrix each, as in transformers 5."""
+    parent = name.rpartition(".")[0]
+    words = f"{name} {type(blocks.get_submodule(parent)).__name__}".lower()
+    return "expert" in words or "moe" in words
 
 
 def matching(linears: Sequence[LinearSpec], patterns: Sequence[str]) -> frozenset[str]:

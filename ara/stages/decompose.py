@@ -18,8 +18,8 @@ from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition, refuse_nonfinite
 from ara.decomposition.parallel import map_layers
 from ara.decomposition.two_sided import TwoSidedOptions
-from ara.errors import DiskFullError, NumericalError
-from ara.models.linears import LinearSpec, find_linears, weight_of
+from ara.errors import DiskFullError, NumericalError, UnsupportedModelError
+from ara.models.linears import LinearSpec, find_linears, left_dense, weight_of
 from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 # Fewer calibration tokens per input dimension than this leave the second moments noisy; from the literature's habit
 # of 256 x 2048 tokens for widths of 4096 to 11008.
 _TOKENS_PER_DIMENSION = 8
+# Tokens with which it is found out which layers a forward pass calls.
+_PROBED_TOKENS = 16
 
 
 def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> StageView:
@@ -76,7 +78,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         windows = _windows(config, source, documents, workspace, run)
         run.report.fact("loading the model")
         model = source.load_model(torch_dtype(placement.dtype), placement.device)
-        linears = find_linears(model, config.exclude)
+        linears = _factorisable(model, find_linears(model, config.exclude), windows, run)
         if windows is not None:
             _warn_if_few(windows, linears, run)
         with workspace.writer(
@@ -121,6 +123,32 @@ def _windows(
             f"the text holds {windows.windows} windows of {config.seq_len} tokens; {config.samples} were asked for"
         )
     return windows
+
+
+def _factorisable(
+    model: PreTrainedModel, linears: list[LinearSpec], windows: TokenWindows | None, run: Run
+) -> list[LinearSpec]:
+    """Return the layers without those that the model does not call, and say what stays dense."""
+    ids = torch.arange(_PROBED_TOKENS)[None] if windows is None else windows.ids[:1, :_PROBED_TOKENS]
+    rows = model.get_input_embeddings().weight.shape[0]
+    uncalled, others = left_dense(model, linears, (ids % rows).to(model.device))
+    parts = [
+        f"{what} ({', '.join(names[:2])}{', …' if len(names) > 2 else ''})"
+        for names, what in (
+            (uncalled, f"{len(uncalled)} linear layers that the forward pass does not call"),
+            (others, f"{len(others)} weights that belong to no linear layer"),
+        )
+        if names
+    ]
+    if parts:
+        run.report.fact(f"left dense: {'; '.join(parts)}")
+    kept = [spec for spec in linears if spec.name not in set(uncalled)]
+    if not kept:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} calls none of its {len(linears)} linear layers in a forward pass",
+            "ARA factorises layers that it can put another module in place of",
+        )
+    return kept
 
 
 def _warn_if_few(windows: TokenWindows, linears: Sequence[LinearSpec], run: Run) -> None:

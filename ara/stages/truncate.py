@@ -7,7 +7,7 @@ from typing import Any
 from ara.config import Layout, TruncateConfig
 from ara.manifest import Manifest
 from ara.models.accounting import weight_bytes
-from ara.models.checkpoint import apply_factors, checkpoint_bytes, save_checkpoint
+from ara.models.checkpoint import apply_factors, check_loads, checkpoint_bytes, save_checkpoint
 from ara.models.placement import torch_dtype
 from ara.reporting.model_card import model_card
 from ara.reporting.sharing import display_name
@@ -31,7 +31,7 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
         name: of the result; the allocation's name by default, with ``-dense`` when densified.
 
     Raises:
-        AraError: a stage is missing or stale, the model has changed, the disk is full.
+        AraError: a stage is missing or stale, the model has changed, the disk is full, what was written does not load.
     """
     started = begin()
     workspace = run.open()
@@ -84,6 +84,8 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
                 dense=config.densify,
                 max_shard_size=config.max_shard_size,
             )
+            run.report.fact("checking that the checkpoint loads")
+            check_loads(folder)
             stage.results["disk_bytes"] = checkpoint_bytes(folder)
             card = model_card(decomposition.manifest, chosen.manifest, stage.results, dtype)
             (stage.folder / CARD).write_text(card, encoding="utf-8")

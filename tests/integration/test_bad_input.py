@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from ara.evaluation import tasks
+from ara.models.modeling_ara import AraQuantizer
 from ara.stages import measure
 from ara.workspace import Workspace
 from ara_cli.app import app
@@ -135,6 +136,17 @@ def test_model_without_linear_layer(root, tiny_text, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "flat")
     tiny_tokenizer().save_pretrained(tmp_path / "flat")
     refused(decompose(tmp_path / "flat", tiny_text, root), 1, "no linear layer in its 0 blocks", "nn.Linear")
+
+
+def test_a_checkpoint_that_does_not_load_is_not_handed_out(unchanged, monkeypatch):
+    """Some families have code of their own that trips over the layers: it must be seen when they are written."""
+
+    def fail(*arguments, **options):
+        raise AttributeError("'NoneType' object has no attribute 'shape'")
+
+    monkeypatch.setattr(AraQuantizer, "_process_model_after_weight_loading", fail)
+    message = refused(run("truncate", "--name", "x", "-w", unchanged, "-q"), 1, "has no attribute 'shape'")
+    assert "does not load again" in message and "--densify" in message
 
 
 def test_compressed_checkpoint_is_not_compressed_again(root, tiny_text, finished):

@@ -61,7 +61,7 @@ def test_factors_of_another_shape_are_named(layout: str, part: str, copy: Callab
         Checkpoint(folder).linear(UP, 92, 102)
     del tensors[name]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=rf"has no tensor {UP}\.{part}\.weight"):
+    with pytest.raises(ModelError, match=rf"no (tensor )?{UP}\.{part}\.weight"):
         Checkpoint(folder).linear(UP, 92, 102)
 
 
@@ -103,6 +103,16 @@ def test_what_is_no_checkpoint(copy: Callable[..., Path], tmp_path: Path) -> Non
     change(folder, format_version=99)
     with pytest.raises(ModelError, match="ARA format 99"):
         Checkpoint(folder)
+    ranks = json.loads((folder / "config.json").read_text())["quantization_config"]["ranks"]
+    change(folder, format_version=2, ranks={**ranks, "model.layers.9.mlp.up_proj": 3})
+    with pytest.raises(
+        ModelError, match=r"gives model\.layers\.9\.mlp\.up_proj a rank .*up_proj\.A\.weight is stored$"
+    ):
+        Checkpoint(folder)
+    for wrong in ([3], "all", {UP: "3"}, {UP: -1}, {UP: 1.0}):
+        change(folder, ranks=wrong)
+        with pytest.raises(ModelError, match=r"quantization_config\.ranks"):
+            Checkpoint(folder)
     change(folder, quant_method="gptq")
     with pytest.raises(ModelError, match="quantised by 'gptq'; only dense and ARA"):
         Checkpoint(folder)

@@ -16,15 +16,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import ara
 from ara.decomposition.plain import Plain
-from ara.errors import ModelError
+from ara.errors import ModelError, NumericalError
 from ara.models.accounting import parameter_count, weight_bytes
 from ara.models.checkpoint import (
     apply_factors,
+    check_loads,
     checkpoint_bytes,
     is_compressed,
     load,
@@ -572,7 +573,7 @@ def test_a_rank_other_than_the_stored_one_is_refused(change: int, checkpoints: P
     ranks = dict(read_config(checkpoints / "llama")["quantization_config"]["ranks"])
     ranks["model.layers.1.mlp.up_proj"] += change
     folder = _copy(checkpoints, "llama", tmp_path, ranks=ranks)
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"cannot be loaded: it has .*up_proj\.A\.weight of shape \[29, 60\]"):
         load(folder, device="cpu")
 
 
@@ -581,8 +582,71 @@ def test_a_rank_that_is_missing_is_refused(checkpoints: Path, tmp_path: Path) ->
     ranks = dict(read_config(checkpoints / "llama")["quantization_config"]["ranks"])
     del ranks["model.layers.1.mlp.up_proj"]
     folder = _copy(checkpoints, "llama", tmp_path, ranks=ranks)
-    with pytest.raises(ModelError, match=r"mlp\.up_proj\.weight is missing, .*up_proj\.A\.weight has no place"):
+    with pytest.raises(ModelError, match=r"lacks 1 of .*mlp\.up_proj\.weight\), and holds .*up_proj\.A\.weight"):
         load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("ranks", [3]), ("ranks", "all"), ("ranks", 7), ("provenance", ["x"]), ("layout", ["factors"]), ("layout", 1)],
+)
+def test_entries_of_another_type_are_refused(key: str, value: object, checkpoints: Path, tmp_path: Path) -> None:
+    folder = _copy(checkpoints, "llama", tmp_path, **{key: value})
+    with pytest.raises(ModelError, match=f"cannot be loaded: quantization_config.{key} must be") as caught:
+        load(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_quantisation_that_is_no_object_and_a_config_that_fits_no_model(checkpoints: Path, tmp_path: Path) -> None:
+    folder = _copy(checkpoints, "llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": ["ara"]}))
+    with pytest.raises(ModelError, match="quantization_config is a list, expected an object"):
+        is_compressed(folder)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(folder, device="cpu")
+    (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 7}))
+    with pytest.raises(ModelError, match=r"cannot be loaded: The hidden size \(60\) is not a multiple"):
+        load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_checkpoint_is_seen_to_load_without_memory_for_it(variant: str, checkpoints: Path, tmp_path: Path) -> None:
+    check_loads(checkpoints / variant)
+
+
+def test_what_does_not_load_is_seen_without_memory_too(checkpoints: Path, tmp_path: Path) -> None:
+    folder = _copy(checkpoints, "llama-pivoted", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.order"] = tensors["model.layers.1.mlp.up_proj.order"][:-1].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj\.order of shape \[91\], its config asks for \[92\]"):
+        check_loads(folder)
+
+
+def test_layers_of_a_family_that_fills_new_layers_its_own_way(tmp_path: Path) -> None:
+    """xLSTM writes into the bias of every linear layer with a certain name, and a factor has none."""
+    config = AutoConfig.for_model(
+        "xlstm", vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_heads=4, qk_dim_factor=1.0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    linears = find_linears(model)
+    ranks = _half_ranks(linears)
+    apply_factors(model, ranks, _factor_file(model, linears, tmp_path / "factors.safetensors"))
+    expected = _logits(model)
+    loaded = load(_save(model, tmp_path / "xlstm", ranks), device="cpu")
+    assert torch.equal(_logits(loaded), expected)
+
+
+def test_factors_that_the_dtype_does_not_hold_are_named(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    spec = find_linears(model)[0]
+    files = _factor_file(model, [spec], tmp_path / "factors.safetensors")
+    save_file({name: 1e6 * tensor for name, tensor in load_file(files[spec.name]).items()}, files[spec.name])
+    with pytest.raises(NumericalError, match=rf"factors of {spec.name} exceed the range of float16"):
+        apply_factors(model.half(), {spec.name: 3}, files)
 
 
 def test_missing_factors_are_refused(checkpoints: Path, tmp_path: Path) -> None:
@@ -590,7 +654,7 @@ def test_missing_factors_are_refused(checkpoints: Path, tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.A.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.A\.weight is missing$"):
+    with pytest.raises(ModelError, match=r"lacks 1 of the model's tensors: .*up_proj\.A\.weight$"):
         load(folder, device="cpu")
 
 

@@ -40,7 +40,9 @@ def _permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, 2, m // heads // 2, n).swapaxes(1, 2).reshape(m, n)
 
 
-def _write_gguf(path: Path, model: PreTrainedModel, architecture: str = "llama", skip: str = "") -> Path:
+def _write_gguf(
+    path: Path, model: PreTrainedModel, architecture: str = "llama", skip: str = "", extra: str = ""
+) -> Path:
     config, state = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
@@ -74,6 +76,8 @@ def _write_gguf(path: Path, model: PreTrainedModel, architecture: str = "llama",
             tensor = _permuted(tensor, heads)
         if name != skip:
             writer.add_tensor(name, tensor.contiguous().numpy())
+    if extra:
+        writer.add_tensor(extra, torch.ones(84).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -187,6 +191,15 @@ def test_a_lost_tensor_is_named(cache: Path, tmp_path: Path) -> None:
     path = _write_gguf(tmp_path / "lost.gguf", tiny_model("llama"), skip="blk.1.ffn_up.weight")
     with pytest.raises(ModelError, match=r"lacks 1 of the model's tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
         resolve(str(path)).load_model(torch.float32)
+
+
+@pytest.mark.parametrize("extra", ["blk.1.attn_q.bias", "blk.3.attn_norm.weight"])
+def test_a_tensor_without_a_place_is_named(extra: str, cache: Path, tmp_path: Path) -> None:
+    """transformers drops what a llama has no place for: biases, and blocks beyond the count."""
+    path = _write_gguf(tmp_path / "more.gguf", tiny_model("llama"), extra=extra)
+    with pytest.raises(ModelError, match=rf"holds 1 tensor \({extra}\) without a place in the model"):
+        resolve(str(path)).load_model(torch.float32)
+    assert _names(cache / "gguf") == [f"{resolve(str(path)).identity.fingerprint[:16]}-tokenizer"]
 
 
 def test_a_missing_library_is_named(gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,7 @@ def test_decoders_pass(config_class: str, architecture: str) -> None:
         ("LlavaConfig", {"architectures": ["LlavaForConditionalGeneration"]}, "is a vision or audio model"),
         ("Gemma3Config", {"architectures": ["Gemma3ForConditionalGeneration"]}, "is a vision or audio model"),
         ("MoshiConfig", {}, "is a vision or audio model"),
+        ("XLNetConfig", {"architectures": ["XLNetLMHeadModel"]}, "is no left-to-right model"),
         ("LlamaConfig", {"architectures": ["LlamaForSequenceClassification"]}, "has no head"),
     ],
 )
