@@ -2,7 +2,8 @@
 
 The dense model runs once and the output of every block is kept. While a layer of block l is probed, the blocks before l
 hand on what block l − 1 gave the dense model and compute nothing: a probe runs half of the blocks on average.
-That asks of a block that it sees nothing of the blocks before but the output of the last.
+That asks of a block that it sees nothing of the blocks before but the output of the last. Where it sees more (the keys
+and values of an earlier block, in Gemma 3n and 4), the whole model runs: a dense run tells, block by block.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 
 from ara.config import MethodOptions
 from ara.errors import NumericalError
+from ara.evaluation.perplexity import window_nll
 from ara.masks.model import MaskedModel
 from ara.models.linears import LinearSpec, find_blocks
 from ara.progress import SILENT, Reporter
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from ara.allocation.budget import Budget
 
 Measure = Literal["kl", "nll"]
+
+# Nats per token that two runs of the dense model may differ by: far below any cut, far above rounding.
+_SAME = 1e-4
 
 
 @torch.no_grad()
@@ -64,16 +69,28 @@ def probe(
         with _kept_outputs(blocks) as outputs:
             dense = model.logits(windows)
         teacher = dense if measure == "kl" else None
+        expected = 0.0 if measure == "kl" else window_nll(dense, windows.to(dense.device)).mean().item()
         del dense
+        befores = [None, *outputs[:-1]] if len(outputs) == len(blocks) else [None] * len(blocks)
+        whole = 0
         with report.bar("Probing layers", sum(len(wanted) for wanted in ranks.values())) as bar:
-            for index, before in enumerate([None, *outputs[:-1]]):
-                with _handing_on(blocks[:index], before):
+            for index, before in enumerate(befores):
+                skipped = blocks[:index] if before is not None else []
+                if skipped and not _same_when_handed_on(model, windows, teacher, skipped, before, expected):
+                    skipped = []
+                    whole += 1
+                with _handing_on(skipped, before):
                     for name in (name for name in ranks if layer_of[name] == index):
                         for rank in ranks[name]:
                             model.use({name: rank})
                             losses[name].append(_loss(model, windows, teacher, f"{name} at rank {rank}"))
                             bar.advance()
                         model.use({name: None})
+        if whole:
+            report.fact(
+                f"{whole} of {len(blocks)} blocks were probed by whole passes, which takes longer: later blocks reuse "
+                "what earlier ones compute"
+            )
     finally:
         model.use_dense()
     return losses
@@ -121,6 +138,25 @@ def _loss(model: MaskedModel, windows: torch.Tensor, teacher: torch.Tensor | Non
             f"with {what} the loss is {value}", "the model computes NaN or infinity: try --dtype float32"
         )
     return value
+
+
+def _same_when_handed_on(
+    model: MaskedModel,
+    windows: torch.Tensor,
+    teacher: torch.Tensor | None,
+    blocks: Sequence[nn.Module],
+    output: Any,
+    expected: float,
+) -> bool:
+    """Tell whether the dense model still gives the loss ``expected`` when ``blocks`` hand on ``output``."""
+    try:
+        with _handing_on(blocks, output):
+            found = _loss(model, windows, teacher, "no layer")
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # whatever a block says that does not find what it looks for
+        return False
+    return abs(found - expected) <= _SAME
 
 
 @contextmanager

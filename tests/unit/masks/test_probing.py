@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ara.allocation.base import Context
 from ara.allocation.budget import Budget
@@ -77,6 +78,32 @@ def test_probes_are_those_of_whole_passes_in_every_family(family: str, tmp_path:
     assert probe(model, windows, ranks, "kl") == _by_whole_passes(model, windows, ranks, "kl")
 
 
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+@pytest.mark.parametrize("measure", ["kl", "nll"])
+def test_blocks_that_reuse_keys_and_values_of_earlier_ones_are_probed_by_whole_passes(
+    kind: str, measure: str, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 60, "intermediate_size": 92, "head_dim": 14, "num_hidden_layers": 4, "vocab_size": 50}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "num_kv_shared_layers": 2, "sliding_window": 5}
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    inputs = {"hidden_size_per_layer_input": 9, "vocab_size_per_layer_input": 50}
+    own: dict[str, Any] = {"global_head_dim": 14}
+    if kind == "gemma3n_text":
+        own = {"laurel_rank": 7, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4}
+        own["intermediate_size"] = [92] * 4
+    config = AutoConfig.for_model(kind, **{**sizes, **heads, **layers, **inputs, "initializer_range": 0.1, **own})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _masked(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), tmp_path)
+    windows = torch.randint(50, (2, 11), generator=torch.Generator().manual_seed(0))
+    # A layer of every block, not all of each: these families have many.
+    ranks = {spec.name: [spec.full_rank // 3] for spec in model.specs if spec.kind.endswith(("q_proj", "down_proj"))}
+    said: list[str] = []
+    report = SimpleNamespace(bar=SilentReporter().bar, fact=said.append)
+    assert probe(model, windows, ranks, measure, report) == _by_whole_passes(model, windows, ranks, measure)
+    assert len(said) == 1 and said[0].startswith("3 of 4 blocks were probed by whole passes")
+
+
 class _Tuples(ToyModel):
     """Its blocks return tuples, and each has a forward of its own, as accelerate's hooks give it one."""
 
@@ -116,8 +143,9 @@ def test_the_blocks_before_the_probed_layer_do_not_run(context: Context) -> None
     probe(model, context.train, {name: [1, 2, 3] for name in model.layers}, "kl")
     probes = [3 * sum(spec.layer == index for spec in model.specs) for index in range(3)]
     assert probes == [3 * LAYERS_PER_BLOCK, 3 * LAYERS_PER_BLOCK, 3 * 2]
-    # Once for the dense model, then for the probes of a block itself and of those before it.
-    assert [runs[index] for index in range(3)] == [1 + sum(probes[: index + 1]) for index in range(3)]
+    # Once for the dense model, then for the probes of a block itself and of those before it, each of which begins with
+    # a look whether the blocks before may be left out.
+    assert [runs[index] for index in range(3)] == [1 + index + sum(probes[: index + 1]) for index in range(3)]
 
 
 class _Refusing(SilentReporter):
