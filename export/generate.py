@@ -10,8 +10,11 @@ from ara.errors import UsageError
 from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens, text_pieces
 from ara.models.context import context_length
 from ara.models.quiet import quiet_transformers
+from ara.models.vocabulary import check_tokens, token_rows
 from ara.stages.common import Run
 from ara.stages.truncate import CHECKPOINT
+
+_NO_ROW = "take it out of the prompt; if the chat template put it there: --no-chat"
 
 
 def answer(
@@ -34,7 +37,7 @@ def answer(
         export: which export of the checkpoint; the latest by default.
 
     Raises:
-        AraError: no checkpoint, no export, a prompt that is too long.
+        AraError: no checkpoint, no export, a prompt that is too long or holds a token that the model has no row for.
     """
     from transformers import AutoTokenizer
 
@@ -47,6 +50,7 @@ def answer(
             decoder = OnnxDecoder(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             ids = prompt_ids(tokenizer, prompt, config.chat)
+            check_tokens(ids, decoder.vocabulary, tokenizer, "the prompt", _NO_ROW)
             _check(len(ids), config.max_new_tokens, decoder.context)
             yield from text_pieces(tokenizer, decoder.generate(ids.numpy(), config.max_new_tokens))
             return
@@ -55,6 +59,7 @@ def answer(
         model = load(folder, config.device, config.dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = prompt_ids(tokenizer, prompt, config.chat)
+        check_tokens(ids, token_rows(model.config), tokenizer, "the prompt", _NO_ROW)
         limit = context_length(model.config)
         if limit is not None:
             _check(len(ids), config.max_new_tokens, limit)

@@ -10,6 +10,7 @@ import torch
 from ara.calibration.texts import load_documents
 from ara.errors import DataError, NumericalError
 from ara.models.quiet import quiet_transformers
+from ara.models.vocabulary import check_tokens
 from ara.progress import Reporter
 from export.architecture import Decoder
 from export.parity import compare
@@ -48,6 +49,8 @@ def prove(source: Path, folder: Path, decoder: Decoder | None, tokens: int, repo
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     about = read_report(folder)
     ids = parity_windows(tokenizer, min(tokens, about.decoder.context // 2))
+    rows = decoder.vocabulary if decoder is not None else None
+    check_tokens(ids, rows, tokenizer, PARITY_TEXT, "export without comparing: --no-parity")
     report.fact(f"comparing with torch on {ids.shape[1]} tokens of {PARITY_TEXT}")
     unreached = sorted({window for window in decoder.windows if window and window >= ids.shape[1]} if decoder else ())
     if unreached:

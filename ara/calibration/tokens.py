@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from ara.calibration.texts import Documents
 from ara.errors import DataError, UsageError, disk_errors
+from ara.models.vocabulary import check_tokens, has_row
 from ara.progress import SILENT, Reporter
 from ara.tensors import written_aside
 
@@ -71,13 +72,19 @@ class TokenWindows:
 
 
 def calibration_windows(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, samples: int, seq_len: int, seed: int
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    rows: int | None = None,
 ) -> TokenWindows:
     """Shuffle the documents, tokenise until there is enough, and cut into windows.
 
     Each document gets the tokenizer's default special tokens, and its end-of-sequence token stands between two
-    documents (the documents' ``separator`` where the tokenizer has none). A text that is too short gives fewer
-    windows than ``asked``.
+    documents (the documents' ``separator`` where the tokenizer has none, or the model no row for it). A text that is
+    too short gives fewer windows than ``asked``.
 
     Args:
         documents: the text.
@@ -85,20 +92,21 @@ def calibration_windows(
         samples: windows asked for, at least 1.
         seq_len: tokens per window, at least 2.
         seed: of the document order.
+        rows: of the model's embedding, if known.
 
     Returns:
         ids (samples or fewer, seq_len).
 
     Raises:
         UsageError: ``samples`` or ``seq_len`` is too small.
-        DataError: the text does not fill one window.
+        DataError: the text does not fill one window, or holds a token without a row.
     """
     _check_sizes(samples, seq_len)
     texts = list(documents.documents)
     random.Random(seed).shuffle(texts)
     needed = samples * seq_len
     stream: list[int] = []
-    eos = tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id if has_row(tokenizer.eos_token_id, rows) else None
     for ids in _token_ids(tokenizer, texts, "" if eos is not None else documents.separator, needed):
         # A tokenizer may put eos at the end itself, or start with it (GPT-2 and OPT use it as bos): never two in a row.
         if stream and ids and eos is not None and eos not in (stream[-1], ids[0]):
@@ -106,11 +114,18 @@ def calibration_windows(
         stream.extend(ids)
         if len(stream) >= needed:
             break
-    return _cut(stream, documents, seq_len, samples, seed)
+    windows = _cut(stream, documents, seq_len, samples, seed)
+    check_tokens(windows.ids, rows, tokenizer, _place(documents))
+    return windows
 
 
 def evaluation_windows(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, max_windows: int | None = None
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    max_windows: int | None = None,
+    rows: int | None = None,
 ) -> TokenWindows:
     """Join the documents, tokenise once, and cut into non-overlapping windows; the remainder is dropped.
 
@@ -123,18 +138,21 @@ def evaluation_windows(
         tokenizer: the model's own.
         seq_len: tokens per window, at least 2.
         max_windows: take only so many from the front; ``None`` for all.
+        rows: of the model's embedding, if known.
 
     Returns:
         ids (windows, seq_len).
 
     Raises:
         UsageError: ``max_windows`` or ``seq_len`` is too small.
-        DataError: the text does not fill one window.
+        DataError: the text does not fill one window, or holds a token without a row.
     """
     _check_sizes(1 if max_windows is None else max_windows, seq_len)
     joined = documents.separator.join(documents.documents)
     (stream,) = _token_ids(tokenizer, [joined], "", None if max_windows is None else max_windows * seq_len)
-    return _cut(stream, documents, seq_len, max_windows, None)
+    windows = _cut(stream, documents, seq_len, max_windows, None)
+    check_tokens(windows.ids, rows, tokenizer, _place(documents))
+    return windows
 
 
 def cached_calibration_windows(
@@ -145,6 +163,7 @@ def cached_calibration_windows(
     samples: int,
     seq_len: int,
     seed: int,
+    rows: int | None = None,
     report: Reporter = SILENT,
 ) -> TokenWindows:
     """Do what :func:`calibration_windows` does, or read its result from ``<cache_dir>/<key>.safetensors``.
@@ -158,7 +177,13 @@ def cached_calibration_windows(
         DiskFullError: no room for the cache.
     """
     _check_sizes(samples, seq_len)
-    path = cache_dir / f"{cache_key(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed)}.safetensors"
+    if tokenizer.eos_token_id is not None and not has_row(tokenizer.eos_token_id, rows):
+        report.warn(
+            f"the model's embedding has {rows:,} rows, none for {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), "
+            "which would stand between documents: they are joined without it"
+        )
+    key = cache_key(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, rows=rows)
+    path = cache_dir / f"{key}.safetensors"
     if path.exists():
         try:
             windows = _read_cache(path, samples, seq_len, seed)
@@ -166,17 +191,26 @@ def cached_calibration_windows(
             report.warn(f"discarding the damaged token cache {path} ({error})")
         else:
             report.fact(f"{windows.windows} windows of {seq_len} tokens read from {path}")
+            check_tokens(windows.ids, rows, tokenizer, _place(documents))
             return windows
-    windows = calibration_windows(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+    windows = calibration_windows(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, rows=rows)
     _write_cache(path, windows)
     return windows
 
 
 def cache_key(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, samples: int, seq_len: int, seed: int
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    rows: int | None = None,
 ) -> str:
     """Return the sha256 (hex) over everything that determines the calibration windows."""
     parts = [CACHE_FORMAT, documents.digest, tokenizer_fingerprint(tokenizer), samples, seq_len, seed]
+    if tokenizer.eos_token_id is not None and not has_row(tokenizer.eos_token_id, rows):
+        parts.append("eos left out")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -271,6 +305,10 @@ def _cut(stream: list[int], documents: Documents, seq_len: int, asked: int | Non
         )
     ids = torch.tensor(stream[: windows * seq_len], dtype=torch.int64).view(windows, seq_len)
     return TokenWindows(ids, windows if asked is None else asked, seed, _digest(ids))
+
+
+def _place(documents: Documents) -> str:
+    return f"text {documents.name!r} ({documents.purpose})"
 
 
 def _check_sizes(windows: int, seq_len: int) -> None:

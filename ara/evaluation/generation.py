@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ara.errors import NumericalError
+from ara.models.vocabulary import check_tokens, token_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,8 +125,10 @@ def greedy_continuation(
 
     Raises:
         NumericalError: the model gives NaN; it begins with ``who``.
+        DataError: the prompt holds a token that the model has no row for.
     """
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    check_tokens(inputs["input_ids"], token_rows(model.config), tokenizer, f"the prompt of {who}")
     with torch.inference_mode():
         ids = model.generate(
             **inputs,

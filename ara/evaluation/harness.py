@@ -20,6 +20,7 @@ from ara.evaluation.generation import LogitsCheck, check_logits
 from ara.evaluation.tasks import Task, missing_module, quiet_lm_eval
 from ara.models.context import context_length
 from ara.models.quiet import quiet_transformers
+from ara.models.vocabulary import check_tokens, padded_with_row, token_rows
 from ara.progress import SILENT, Bar, Reporter
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # The metric that a task is known by, the first of these that it has; else its first one.
 _HEADLINES = ("acc", "exact_match", "f1", "word_perplexity", "perplexity")
 _HINT = "the model computes NaN or infinity: try --dtype float32, and check its weights"
+_NO_ROW = "the tokenizer was extended and the model was not: leave this task out, or use the tokenizer of the model"
 # Words by which torch says that memory is short, where it has no class of its own for it.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 # What lm-eval's command draws examples with, for tasks that come with some.
@@ -91,7 +93,7 @@ def ask(
 
     Raises:
         NumericalError: the model gives NaN, noticed at the first such batch.
-        DataError: lm-eval cannot ask or score the questions.
+        DataError: lm-eval cannot ask or score the questions, or one holds a token that the model has no row for.
     """
     from lm_eval.evaluator import evaluate
 
@@ -186,6 +188,8 @@ def _wrapped(
     """Return lm-eval's view of a model that is in memory, with our progress bar and an eye on NaN."""
     from lm_eval.models.huggingface import HFLM
 
+    rows = token_rows(model.config)
+
     class Wrapped(HFLM):
         """The model under lm-eval's own scoring."""
 
@@ -218,6 +222,7 @@ def _wrapped(
                 self.bar = None
 
         def _model_call(self, inps: Any, **options: Any) -> Any:
+            check_tokens(inps, rows, tokenizer, label, _NO_ROW)
             found = super()._model_call(inps, **options)
             check_logits(found, label)
             if self.bar is not None:
@@ -225,6 +230,7 @@ def _wrapped(
             return found
 
         def _model_generate(self, context: Any, *arguments: Any, **options: Any) -> Any:
+            check_tokens(context, rows, tokenizer, label, _NO_ROW)
             checked = [*options.pop("logits_processor", []), LogitsCheck(label)]
             found = super()._model_generate(context, *arguments, logits_processor=checked, **options)
             if self.bar is not None:
@@ -240,7 +246,7 @@ def _wrapped(
     exact = "float32" if model.device.type == "mps" else "float64"
     return Wrapped(
         pretrained=model,
-        tokenizer=tokenizer,
+        tokenizer=padded_with_row(tokenizer, rows),
         batch_size=batch_size,
         max_length=context_length(model.config),
         softmax_dtype=exact,

@@ -242,7 +242,7 @@ class AraQuantizer(HfQuantizer):
             layer = _empty_like(_linear(model, name), kind, rank)
             for part in layer.modules():
                 # A family's own way to fill new layers expects the dense ones (a bias, say), and is not wanted here.
-                part._is_hf_initialized = True
+                vars(part)["_is_hf_initialized"] = True
             replace_linear(model, name, layer)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from ara.calibration.tokens import TokenWindows, evaluation_windows
 from ara.config import CompareConfig, Layout, method_options
 from ara.errors import NumericalError
 from ara.masks.learned import nearest
+from ara.models.vocabulary import token_rows
 from ara.reporting.figures import rank_heat_maps
 from ara.stage_view import StageView, parent_of
 from ara.stage_writer import StageWriter
@@ -84,7 +85,11 @@ def compare(
         tokenizer = source.load_tokenizer()
         windows = {
             task: evaluation_windows(
-                documents, tokenizer, seq_len=resolved.eval_seq_len or 0, max_windows=resolved.max_windows
+                documents,
+                tokenizer,
+                seq_len=resolved.eval_seq_len or 0,
+                max_windows=resolved.max_windows,
+                rows=token_rows(source.config),
             )
             for task, documents in texts.items()
         }

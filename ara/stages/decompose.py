@@ -23,6 +23,7 @@ from ara.models.linears import LinearSpec, find_linears, left_dense, weight_of
 from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
+from ara.models.vocabulary import token_rows
 from ara.stage_view import StageView
 from ara.stage_writer import StageWriter
 from ara.stages.common import Run, already_done, begin, check_window, layer_file
@@ -116,6 +117,7 @@ def _windows(
         samples=config.samples,
         seq_len=config.seq_len,
         seed=config.seed,
+        rows=token_rows(source.config),
         report=run.report,
     )
     if windows.windows < config.samples:
@@ -135,8 +137,8 @@ def _factorisable(
     parts = [
         f"{what} ({', '.join(names[:2])}{', …' if len(names) > 2 else ''})"
         for names, what in (
-            (uncalled, f"{len(uncalled)} linear layers that the forward pass does not call"),
-            (others, f"{len(others)} weights that belong to no linear layer"),
+            (uncalled, f"{len(uncalled)} linear layer{'s' * (len(uncalled) > 1)} that the forward pass does not call"),
+            (others, f"{len(others)} weight{'s' * (len(others) > 1)} that belong to no linear layer"),
         )
         if names
     ]

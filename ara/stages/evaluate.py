@@ -20,6 +20,7 @@ from ara.models.context import context_length
 from ara.models.linears import matching
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
+from ara.models.vocabulary import token_rows
 from ara.names import MAX_NAME_BYTES
 from ara.stage_view import StageView, parent_of
 from ara.stages.allocate import layout_of, load_modules, read_allocation
@@ -119,7 +120,7 @@ def evaluate(
         tokenizer, context = source.load_tokenizer(), context_length(source.config)
         room = None if context is None else context - config.max_new_tokens
         prompts = prompts_of(texts, config.continuations, tokenizer, room) if config.prompt is None else [config.prompt]
-        questions = Questions(tokenizer, texts, tasks, prompts)
+        questions = Questions(tokenizer, texts, tasks, prompts, token_rows(source.config))
         with workspace.writer(
             "eval", name, facts, command=run.command, resumable=True, keep_after_nan=True, started=started
         ) as stage:

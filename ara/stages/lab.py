@@ -12,6 +12,7 @@ from ara.masks.model import MaskedModel
 from ara.masks.table_cache import TableCache
 from ara.models.linears import LinearSpec
 from ara.models.placement import choose_placement, torch_dtype
+from ara.models.vocabulary import token_rows
 from ara.stage_view import StageView
 from ara.stages.common import Run, factor_files, model_of
 from ara.workspace import Workspace
@@ -63,6 +64,7 @@ def open_lab(
         samples=wanted,
         seq_len=made["seq_len"],
         seed=made["seed"],
+        rows=token_rows(source.config),
         report=run.report,
     ).ids
     if len(windows) < 3:

@@ -68,12 +68,14 @@ class Questions:
         texts: name → text for perplexity.
         tasks: tasks of lm-eval.
         prompts: beginnings that every model continues.
+        rows: of the models' embedding, if known.
     """
 
     tokenizer: PreTrainedTokenizerBase
     texts: Mapping[str, Documents]
     tasks: Sequence[Task]
     prompts: Sequence[str]
+    rows: int | None = None
 
 
 class Measurement:
@@ -102,7 +104,11 @@ class Measurement:
         self.stage, self.report = stage, report
         self.windows = {
             name: evaluation_windows(
-                documents, questions.tokenizer, seq_len=config.seq_len, max_windows=config.max_windows
+                documents,
+                questions.tokenizer,
+                seq_len=config.seq_len,
+                max_windows=config.max_windows,
+                rows=questions.rows,
             )
             for name, documents in questions.texts.items()
         }

@@ -19,6 +19,7 @@ from ara_cli.app import app
 from export import architecture, onnx_target
 from tests.damage import flip, listing
 from tests.questions import write_questions
+from tests.tiny import tiny_tokenizer
 
 
 def ara(*arguments: Any) -> Any:
@@ -145,6 +146,14 @@ def test_what_is_shipped_is_what_is_measured(workspace: Path, tiny_text: str) ->
     assert len(answers[0]["answer"]) > 3
     refused(ara("generate", "x", "--max-new-tokens", 500, "-w", workspace, "-q"), 2, "are more than the 200 positions")
     refused(ara("generate", " ", "-w", workspace, "-q"), 2, "the prompt is empty")
+    # A token that was added to the tokenizer alone: both have no row for it.
+    for backend, folder in (("torch", next(workspace.glob("truncate/*/checkpoint"))), ("onnx", workspace / ours)):
+        extended = Path(shutil.copytree(folder, workspace.parent / backend))
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_tokens(["[PAD2]"], special_tokens=True)
+        tokenizer.save_pretrained(extended)
+        found = ara("generate", "the [PAD2]", "--backend", backend, "--source", extended, "-q")
+        refused(found, 1, f"the prompt holds the token '[PAD2]' (id {len(tokenizer) - 1})")
 
 
 def test_an_export_answers_questions_as_its_checkpoint_does(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,37 @@ def test_separator_where_there_is_no_eos() -> None:
     assert tokenizer.decode(ids) in ("one\n\ntwo\n\n", "two\n\none\n\n")
 
 
+def test_an_eos_that_the_model_has_no_row_for_does_not_stand_between_documents(tmp_path: Path) -> None:
+    tokenizer = _other_tokenizers()["no bos"]
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})  # id 260
+    texts, sizes = _documents(["one", "two"]), {"samples": 1, "seq_len": 10, "seed": 0}
+    listener = _Listener()
+    for said in ([], ["built"]):  # the second time from the cache
+        ids = cached_calibration_windows(tmp_path, tokenizer, texts, **sizes, rows=260, report=listener).ids[0]
+        assert tokenizer.decode(ids) in ("one\n\ntwo\n\n", "two\n\none\n\n")
+        assert len(listener.facts) == len(said)
+    assert "260 rows, none for '<|im_end|>' (id 260)" in listener.warnings[0]
+    assert 260 in calibration_windows(texts, tokenizer, samples=1, seq_len=7, seed=0, rows=261).ids
+    assert cache_key(texts, tokenizer, **sizes, rows=260) != cache_key(texts, tokenizer, **sizes, rows=261)
+    assert cache_key(texts, tokenizer, **sizes, rows=261) == cache_key(texts, tokenizer, **sizes)
+
+
+def test_a_token_that_the_model_has_no_row_for_is_named_if_the_text_holds_it(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["[PAD2]"], special_tokens=True)
+    with_it = _documents(["one [PAD2] two"])
+    said = r"text 'test' \(calibration\) holds the token '\[PAD2\]' \(id 260\); .*260 rows, the tokenizer 261 tokens"
+    with pytest.raises(DataError, match=said):
+        calibration_windows(with_it, tokenizer, samples=1, seq_len=9, seed=0, rows=260)
+    cached_calibration_windows(tmp_path, tokenizer, with_it, samples=1, seq_len=9, seed=0)
+    with pytest.raises(DataError, match=said):
+        cached_calibration_windows(tmp_path, tokenizer, with_it, samples=1, seq_len=9, seed=0, rows=260)
+    with pytest.raises(DataError, match=r"holds the token '\[PAD2\]'"):
+        evaluation_windows(with_it, tokenizer, seq_len=9, rows=260)
+    # A tokenizer with more tokens than rows is no error as long as the text has none of them.
+    evaluation_windows(with_it, tokenizer, seq_len=4, max_windows=1, rows=260)
+
+
 def test_short_text_gives_what_there_is() -> None:
     windows = calibration_windows(_documents(["a" * 100]), tiny_tokenizer(), samples=9, seq_len=30, seed=0)
     assert windows.ids.shape == (3, 30)

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from ara.errors import NumericalError
+from ara.errors import DataError, NumericalError
 from ara.evaluation.generation import greedy_continuation, greedy_tokens, prompt_ids, stop_tokens, text_pieces
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -45,6 +45,13 @@ def test_bytes_come_whole() -> None:
     text = "Zoë paid 5 € – naïve?"
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert "".join(text_pieces(tokenizer, iter(tokens))) == text
+
+
+def test_a_prompt_with_a_token_that_the_model_has_no_row_for() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["[PAD2]"], special_tokens=True)
+    with pytest.raises(DataError, match=r"the prompt of mine holds the token '\[PAD2\]' \(id 260\)"):
+        greedy_continuation(tiny_model("llama"), tokenizer, "Hello [PAD2]", 3, "mine")
 
 
 def test_greedy_tokens_are_those_of_transformers() -> None:

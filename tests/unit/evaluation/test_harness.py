@@ -202,6 +202,22 @@ def test_answers_that_are_written_are_checked_and_stay_the_same(questions: Path,
     assert score.answers[0].responses == [tokenizer.decode(written, skip_special_tokens=True)]
 
 
+def test_tokens_that_the_model_has_no_row_for(questions: Path, tmp_path: Path) -> None:
+    """Filling up batches with one is no error; a question with one is."""
+    tokenizer, plain = tiny_tokenizer(), tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD2]"})
+    for kind, rest in (("generate_until", _ANSWER), ("multiple_choice", _CHOICES)):
+        task = _made(questions, tmp_path, kind, rest)
+        found, expected = (ask(_model(), one, task, [0, 1, 2], batch_size=3) for one in (tokenizer, plain))
+        assert [answer.responses for answer in found.answers] == [answer.responses for answer in expected.answers]
+        words = json.loads((questions / "piqa" / "validation.jsonl").read_text().splitlines()[0])["goal"].split()
+        tokenizer.add_tokens([words[-1]])
+        with pytest.raises(DataError, match=rf"^mine holds the token '{words[-1]}' \(id 261\); .*260 rows"):
+            ask(_model(), tokenizer, task, [0], label="mine")
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_special_tokens({"pad_token": "[PAD2]"})
+
+
 @pytest.mark.parametrize(
     ("error", "seen", "words"),
     [
