@@ -24,8 +24,10 @@ _SHOWN = 3
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"})
 # Buffers that older releases of transformers stored and newer ones compute. What a model's class lists itself
 # (`_keys_to_ignore_on_load_unexpected`), transformers has taken off its list already.
-_COMPUTED = re.compile(r"(^|\.)(inv_freq|(cos|sin)_cached|masked_bias|position_ids)$")
-# Attention masks of these names have at least three dimensions; the bias of a layer has one.
+_COMPUTED = re.compile(
+    r"(^|\.)(inv_freq|(cos|sin)_cached|masked_bias|position_ids|version|embed_positions\.(weights|_float_tensor))$"
+)
+# Attention masks of these names have at least two dimensions; the bias of a layer has one.
 _MASK = re.compile(r"(^|\.)(bias|mask|causal_mask)$")
 # What bitsandbytes, GPTQ, AWQ, compressed-tensors and FP8 checkpoints store beside their codes.
 _QUANTISED = re.compile(
@@ -33,7 +35,9 @@ _QUANTISED = re.compile(
     r"|weight_(scale|scale_inv|packed|shape|zero_point)|(input|output)_scale)$"
 )
 # Tensors of GGUF files that are no parameters (factors of rotary embeddings), or a head that is the embedding again.
-_GGUF_APART = re.compile(r"^(rope_(freqs|factors_long|factors_short)|output)\.weight$|\.rope_(freqs|factors)")
+_GGUF_APART = re.compile(
+    r"^(rope_(freqs|factors_long|factors_short)|output)\.weight$|\.(rope_(freqs|factors)|attn_rot_embd)"
+)
 _CONFIG_HINT = (
     "config.json does not describe these weights (layers, biases, tied or extra heads): bring the one that belongs to "
     "them, or take tensors that are no part of the model out of the files"
@@ -217,7 +221,7 @@ def check_range(model: PreTrainedModel, name: str, stored: Mapping[str, StoredTe
 def _is_computed(key: str, stored: StoredTensor | None) -> bool:
     if _COMPUTED.search(key):
         return True
-    return stored is not None and len(stored.shape) >= 3 and bool(_MASK.search(key))
+    return stored is not None and len(stored.shape) >= 2 and bool(_MASK.search(key))
 
 
 def _integer_weights(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> list[str]:

@@ -115,6 +115,7 @@ def test_buffers_that_older_releases_stored_are_no_loss(edited: Edit, parts: tup
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(7),
         "model.layers.0.self_attn.masked_bias": torch.tensor(-1e4),
         "model.layers.0.self_attn.bias": torch.ones(1, 1, 9, 9, dtype=torch.uint8),
+        "model.decoder.version": torch.tensor([3.0]),
     }
     model = load(edited(lambda found: old))
     assert torch.equal(model.state_dict()[UP], parts[1][UP])
