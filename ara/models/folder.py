@@ -8,6 +8,7 @@ from typing import Any
 
 from ara.errors import ModelError
 from ara.jsonfile import read_object
+from ara.models.gguf_parts import first_parts
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -59,17 +60,17 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def find_gguf(folder: Path) -> Path:
-    """Return the only GGUF file of a folder without ``config.json``.
+    """Return the only GGUF model of a folder without ``config.json``: its file, or the first of its parts.
 
     Raises:
         ModelError: there is none, or more than one.
     """
-    files = sorted(folder.glob("*.gguf"))
+    files = first_parts(folder.glob("*.gguf"))
     if len(files) == 1:
         return files[0]
     if files:
         raise ModelError(
-            f"{folder} holds {len(files)} GGUF files: {', '.join(path.name for path in files[:_SHOWN_FILES])}",
+            f"{folder} holds {len(files)} GGUF models: {', '.join(path.name for path in files[:_SHOWN_FILES])}",
             "give the path of one of them",
         )
     raise ModelError(

@@ -146,7 +146,8 @@ def resolve(model: str, *, revision: str | None = None, report: Reporter = SILEN
     path = Path(model).expanduser()
     if model and path.exists():
         _refuse_revision(model, revision)
-        return _from_path(model, path.resolve(), report)
+        # Of a file the name stays: the hub's cache links model.gguf to a name without an ending.
+        return _from_path(model, path.parent.resolve() / path.name if path.is_file() else path.resolve(), report)
     if _looks_like_path(model):
         near = path.parent if path.parent.is_dir() else None
         raise ModelError(
@@ -162,11 +163,14 @@ def _from_path(model: str, path: Path, report: Reporter) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file, expected a folder or a .gguf file", "give the folder that holds it")
-    elif (path / "config.json").is_file():
+    elif not path.is_dir():
+        raise ModelError(f"{path} is neither a folder nor a file", "give a folder with config.json or a .gguf file")
+    elif os.path.lexists(path / "config.json"):
         return _from_folder(model, path, report)
     else:
         path = find_gguf(path)
-    return _from_gguf(model, "gguf", str(path), GgufFile.open(path), report)
+    gguf = GgufFile.open(path)
+    return _from_gguf(model, "gguf", str(gguf.path), gguf, report)
 
 
 def _from_folder(model: str, folder: Path, report: Reporter) -> ModelSource:
