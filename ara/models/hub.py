@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ara.errors import AraError, ModelError, near_matches
+from ara.jsonfile import read_object
 from ara.models.aliases import ALIASES, DEMO
 
 _NETWORK_PACKAGES = ("httpx", "httpcore", "requests", "urllib3", "socket", "ssl")
@@ -30,7 +30,7 @@ def read_hub_config(repository: str, revision: str | None) -> tuple[dict[str, An
 
     with hub_errors(repository, revision):
         path = Path(hf_hub_download(repository, "config.json", revision=revision))
-        raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = read_object(path, "download the model again, or choose another revision")
     # The hub's cache keeps files as models--owner--name/snapshots/<commit>/config.json, online and offline.
     commit = path.parent.name
     if path.parent.parent.name != "snapshots" or not re.fullmatch(r"[0-9a-f]{40}", commit):
@@ -108,8 +108,6 @@ def _translate(error: Exception, repository: str, revision: str | None) -> Model
             f"{repository} has no config.json, so transformers cannot load it",
             "for a repository of GGUF files download one and give its path; else choose the original model",
         )
-    if has(json.JSONDecodeError, UnicodeDecodeError):
-        return ModelError(f"the config.json of {repository} is not valid JSON: {error}", "download the model again")
     return None
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ara.errors import AraError, ModelError, UnsupportedModelError, UsageError, first_line
 from ara.models.aliases import ALIASES, DEMO
-from ara.models.folder import find_gguf, find_weights, read_folder_config
+from ara.models.config_check import check_raw_config, check_sizes
+from ara.models.folder import find_gguf, find_weights, read_folder_config, read_shapes
 from ara.models.gguf import GgufFile, check_complete
 from ara.models.hub import hub_errors, read_hub_config, unknown_model
 from ara.models.identity import ModelIdentity, folder_fingerprint
@@ -26,6 +27,8 @@ from ara.progress import SILENT, Reporter
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_REASON_CHARACTERS = 200
 
 __all__ = ["ModelIdentity", "ModelSource", "resolve"]
 
@@ -177,7 +180,9 @@ def _from_folder(model: str, folder: Path, report: Reporter) -> ModelSource:
     raw = read_folder_config(folder)
     check_quantization(raw, model)
     config = _load_config(model, str(folder), None, raw)
-    fingerprint = folder_fingerprint(folder, find_weights(folder))
+    weights = find_weights(folder)
+    check_sizes(config, read_shapes(weights, "download the model again"), model)
+    fingerprint = folder_fingerprint(folder, weights)
     identity = ModelIdentity(model, "folder", str(folder), None, fingerprint, architecture_name(config))
     return ModelSource(identity, config, str(folder), None, report)
 
@@ -203,6 +208,7 @@ def _load_config(name: str, origin: str, commit: str | None, raw: dict[str, Any]
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    check_raw_config(raw, name)
     kind = raw.get("model_type")
     if kind not in CONFIG_MAPPING:
         if raw.get("auto_map"):
@@ -222,7 +228,9 @@ def _load_config(name: str, origin: str, commit: str | None, raw: dict[str, Any]
     except AraError:
         raise
     except Exception as error:
-        raise ModelError(f"the config of {name} cannot be used: {first_line(error)}", _hint("config", False)) from error
+        # What is wrong stands in the second line of transformers' own errors.
+        reason = " ".join(str(error).split())[:_REASON_CHARACTERS] or first_line(error)
+        raise ModelError(f"the config of {name} cannot be used: {reason}", _hint("config", False)) from error
     check_decoder_only(config, name)
     return config
 
