@@ -108,10 +108,10 @@ def _sizes(model: PreTrainedModel) -> dict[str, Any]:
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
     sizes = {
         "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
+        "context_length": getattr(config, "max_position_embeddings", 256),
         "embedding_length": config.hidden_size,
-        "feed_forward_length": inner or config.ffn_hidden_size,
-        "attention.head_count": config.num_attention_heads,
+        "feed_forward_length": inner or getattr(config, "ffn_hidden_size", 4 * config.hidden_size),
+        "attention.head_count": getattr(config, "num_attention_heads", None),
         "attention.head_count_kv": heads,
         "attention.key_length": getattr(config, "head_dim", None),
         "attention.value_length": getattr(config, "head_dim", None),
@@ -135,7 +135,10 @@ def _tensors(model: PreTrainedModel, architecture: str) -> dict[str, np.ndarray]
     found = {}
     for name, tensor in model.state_dict().items():
         if not (tied and name == "lm_head.weight"):
-            stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            # Some names are known with the model's own name in front, some without.
+            suffixes = (".weight", ".bias")
+            name = name.replace("dt_bias", "dt_proj.bias")
+            stored = names.get_name(name, suffixes) or names.get_name(name.partition(".")[2], suffixes)
             found[stored] = np.ascontiguousarray(_stored(stored, tensor, model, architecture).numpy())
     return found
 
@@ -147,8 +150,16 @@ def _stored(name: str, tensor: torch.Tensor, model: PreTrainedModel, architectur
         # Llama's rows are kept with the two rotary halves of each head interleaved.
         heads = config.num_attention_heads if "attn_q." in name else config.num_key_value_heads
         return tensor.reshape(heads, 2, len(tensor) // heads // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
-    if architecture in ("gemma2", "gemma3", "nemotron") and name.endswith("norm.weight"):
+    adds_one = ("gemma2", "gemma3", "nemotron", "qwen35")
+    if architecture in adds_one and not name.endswith(".ssm_norm.weight") and name.endswith("norm.weight"):
         return tensor + 1  # transformers adds 1 when it runs
+    if architecture == "bloom" and ".attn_qkv." in name:
+        # Queries, keys and values of each head lie together in transformers, those of all heads in llama.cpp.
+        return tensor.reshape(config.num_attention_heads, 3, -1).swapaxes(0, 1).reshape(tensor.shape)
+    if name.endswith((".ssm_conv1d.weight", ".shortconv.conv.weight")):
+        return tensor.squeeze(1)
+    if name.endswith(".ssm_a"):
+        return -tensor.exp()
     if architecture == "gpt2" and tensor.dim() == 2 and name.startswith("blk."):
         return tensor.T  # Conv1D
     return tensor

@@ -133,7 +133,7 @@ class GgufFile:
             output_loading_info=True,
         )
         check_complete(loading["missing_keys"], str(self.path))
-        _check_all_read(model, contents, str(self.path))
+        _check_all_read(model, contents, loading["unexpected_keys"], str(self.path))
         # What is saved is dense: a quantisation entry would make the next load look for packed weights.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -170,7 +170,7 @@ def check_complete(missing: set[str] | list[str], name: str) -> None:
         raise ModelError(f"{name} lacks {len(names)} of the model's tensors: {shown}", "download the model again")
 
 
-def _check_all_read(model: PreTrainedModel, contents: GgufContents, name: str) -> None:
+def _check_all_read(model: PreTrainedModel, contents: GgufContents, unexpected: set[str], file: str) -> None:
     """Refuse a file with tensors that transformers has passed over, such as biases that the config knows nothing of.
 
     Raises:
@@ -178,14 +178,21 @@ def _check_all_read(model: PreTrainedModel, contents: GgufContents, name: str) -
     """
     from transformers import modeling_gguf_pytorch_utils as reader
 
+    try:
+        from transformers.integrations.gguf import GGUF_ARCHS
+    except ImportError:  # releases before it had one reader for all
+        GGUF_ARCHS = {}
     architecture = contents.metadata["general.architecture"]
-    processor = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)(config={})
-    places = reader.get_gguf_hf_weights_map(model, processor)
-    lost = [tensor for tensor in contents.tensors if tensor not in places and not DERIVED_TENSORS.fullmatch(tensor)]
+    if architecture in GGUF_ARCHS:  # read by the second of transformers' two readers, which tells
+        lost = sorted(unexpected)
+    else:
+        processor = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)(config={})
+        places = reader.get_gguf_hf_weights_map(model, processor)
+        lost = [name for name in contents.tensors if name not in places and not DERIVED_TENSORS.fullmatch(name)]
     if lost:
         shown = ", ".join(lost[:_SHOWN_TENSORS]) + (", …" if len(lost) > _SHOWN_TENSORS else "")
         raise UnsupportedModelError(
-            f"{name} holds {len(lost)} tensors that {type(model).__name__} has no place for: {shown}", ELSEWHERE
+            f"{file} holds {len(lost)} tensors that {type(model).__name__} has no place for: {shown}", ELSEWHERE
         )
 
 

@@ -97,6 +97,54 @@ def _stablelm_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
     return {"use_parallel_residual": parallel}
 
 
+def _bloom_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
+    """BLOOM: the width inside its feed-forward layers is no value of the config."""
+    if keys.size("feed_forward_length") != 4 * values["hidden_size"]:
+        raise keys.refuse(f"feed_forward_length = {shown(keys.values['feed_forward_length'])}")
+    return {}
+
+
+def _mamba_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
+    """Mamba: the config has the inner width as a multiple of the outer one."""
+    inner = keys.size("ssm.inner_size")
+    if inner % values["hidden_size"]:
+        raise keys.refuse(f"ssm.inner_size = {inner}")
+    return {"expand": inner // values["hidden_size"]}
+
+
+def _lfm2_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
+    """LFM2: layers without key and value heads are convolutions."""
+    heads = keys.values.get("attention.head_count_kv")
+    if not isinstance(heads, list) or len(heads) != values["num_hidden_layers"] or len({*heads} - {0}) != 1:
+        raise keys.wrong("attention.head_count_kv", "0 or one other number for each block")
+    return {
+        "num_key_value_heads": max(heads),
+        "layer_types": ["full_attention" if count else "conv" for count in heads],
+        "block_auto_adjust_ff_dim": False,
+        "conv_bias": any(name.endswith(".shortconv.in_proj.bias") for name in keys.tensors),
+    }
+
+
+def _qwen35_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
+    """Qwen 3.5: linear attention but for every few layers, and positions in three sections."""
+    value_heads, inner = keys.size("ssm.time_step_rank"), keys.size("ssm.inner_size")
+    # Behind the decoder may stand blocks that predict further tokens; transformers has no place for them.
+    further = keys.values.get("nextn_predict_layers", 0)
+    sections = keys.values.get("rope.dimension_sections")
+    if not isinstance(sections, list) or not all(type(section) is int for section in sections):
+        raise keys.wrong("rope.dimension_sections", "a list of integers")
+    if type(further) is not int or not 0 <= further < values["num_hidden_layers"]:
+        raise keys.wrong("nextn_predict_layers", "fewer than all blocks")
+    if inner % value_heads:
+        raise keys.refuse(f"ssm.inner_size = {inner} with ssm.time_step_rank = {value_heads}")
+    positions = {"mrope_section": [section for section in sections if section], "mrope_interleaved": True}
+    return {
+        "num_hidden_layers": values["num_hidden_layers"] - further,
+        "linear_value_head_dim": inner // value_heads,
+        "rope_parameters": values["rope_parameters"] | positions,
+    }
+
+
 def _falcon_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
     """Falcon 7B: one key and value head. The larger ones keep the rows of their packed layer in another order."""
     if values.pop("num_kv_heads") != 1:
@@ -150,6 +198,58 @@ ARCHITECTURES: dict[str, Architecture] = {
         rope=("default", "linear", "yarn"),
         more=_falcon_values,
         neutral={"tensor_data_layout": ("jploski",)},
+    ),
+    "bloom": Architecture(
+        "bloom",
+        {
+            **{key: _SIZES[key] for key in ("embedding_length", "block_count", "attention.head_count")},
+            _NORM: "layer_norm_epsilon",
+        },
+        rope=(),
+        more=_bloom_values,
+        # Its positions have no end.
+        takes=("context_length", "feed_forward_length", "attention.head_count_kv"),
+    ),
+    "mamba": Architecture(
+        "mamba",
+        {
+            "embedding_length": "hidden_size",
+            "block_count": "num_hidden_layers",
+            "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
+            "ssm.conv_kernel": "conv_kernel",
+            "ssm.state_size": "state_size",
+            "ssm.time_step_rank": "time_step_rank",
+        },
+        rope=(),
+        more=_mamba_values,
+        takes=("context_length", "ssm.inner_size", "attention.head_count_kv"),
+        neutral={"attention.head_count": (0,), "feed_forward_length": (0,), "ssm.dt_b_c_rms": (False,)},
+    ),
+    "lfm2": Architecture(
+        "lfm2",
+        {
+            **{key: name for key, name in _SIZES.items() if not key.endswith("_kv")},
+            "attention.layer_norm_rms_epsilon": "norm_eps",
+            "shortconv.l_cache": "conv_L_cache",
+        },
+        rope=("default",),
+        more=_lfm2_values,
+        takes=("attention.head_count_kv",),
+    ),
+    "qwen35": Architecture(
+        "qwen3_5_text",
+        {
+            **_LLAMA_LIKE,
+            "full_attention_interval": "full_attention_interval",
+            "ssm.conv_kernel": "linear_conv_kernel_dim",
+            "ssm.state_size": "linear_key_head_dim",
+            "ssm.group_count": "linear_num_key_heads",
+            "ssm.time_step_rank": "linear_num_value_heads",
+        },
+        rope=("default",),
+        partial=True,
+        more=_qwen35_values,
+        takes=("ssm.inner_size", "nextn_predict_layers", "rope.dimension_sections"),
     ),
     "gpt2": Architecture(
         "gpt2",

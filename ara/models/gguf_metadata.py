@@ -133,10 +133,11 @@ def _plain_values(keys: GgufKeys, known: Architecture) -> dict[str, Any]:
             f"{len(layers)} blocks",
             AGAIN,
         )
-    width = values.get("head_dim", keys.size("embedding_length") // keys.size("attention.head_count"))
-    for key in ("attention.key_length", "attention.value_length"):
-        if keys.values.get(key, width) != width:
-            raise keys.refuse(f"{key} = {shown(keys.values[key])} where heads have {width} dimensions")
+    if "num_attention_heads" in values:
+        width = values.get("head_dim", values["hidden_size"] // values["num_attention_heads"])
+        for key in ("attention.key_length", "attention.value_length"):
+            if keys.values.get(key, width) != width:
+                raise keys.refuse(f"{key} = {shown(keys.values[key])} where heads have {width} dimensions")
     return values
 
 

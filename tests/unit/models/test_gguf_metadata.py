@@ -59,6 +59,41 @@ LONGROPE_KEYS = {
     "attention.sliding_window": 40,
 }
 
+NO_NORM = {"attention.layer_norm_epsilon": None}
+MAMBA = {"state_size": 5, "time_step_rank": 7, "intermediate_size": 120, "layer_norm_epsilon": 0.1}
+MAMBA_KEYS = {
+    "attention.layer_norm_rms_epsilon": 0.1,
+    **NO_NORM,
+    "attention.head_count": 0,
+    "attention.head_count_kv": None,
+    "feed_forward_length": 0,
+    "ssm.conv_kernel": 4,
+    "ssm.inner_size": 120,
+    "ssm.state_size": 5,
+    "ssm.time_step_rank": 7,
+}
+QWEN35 = {
+    "num_hidden_layers": 4,
+    "head_dim": 20,
+    "full_attention_interval": 2,
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 7,
+    "linear_value_head_dim": 9,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    **rope(partial_rotary_factor=0.4, mrope_section=[2, 1, 1], mrope_interleaved=True),
+}
+QWEN35_KEYS = {
+    "full_attention_interval": 2,
+    "rope.dimension_count": 8,
+    "rope.dimension_sections": [2, 1, 1, 0],
+    "ssm.conv_kernel": 3,
+    "ssm.group_count": 2,
+    "ssm.inner_size": 18,
+    "ssm.state_size": 7,
+    "ssm.time_step_rank": 2,
+}
+
 # architecture, model type, its config, keys and tensors that say the same in the file
 READ: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], More | None]] = {
     "plain": ("llama", "llama", WIDE, {"rope.dimension_count": 14, "expert_count": 0}, None),
@@ -131,6 +166,27 @@ READ: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], More | None]] = 
         {"rope.dimension_count": 6},
         None,
     ),
+    "bloom": (
+        "bloom",
+        "bloom",
+        {"n_layer": 3, "n_head": 6, "layer_norm_epsilon": 0.1},
+        {"feed_forward_length": 240},
+        None,
+    ),
+    "mamba": ("mamba", "mamba", MAMBA, MAMBA_KEYS, None),
+    "lfm2": (
+        "lfm2",
+        "lfm2",
+        {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False, **rope()},
+        {
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "attention.head_count_kv": [0, 2, 0],
+            "shortconv.l_cache": 3,
+            **NO_NORM,
+        },
+        None,
+    ),
+    "qwen3.5": ("qwen35", "qwen3_5_text", QWEN35, QWEN35_KEYS, None),
     "gpt2": ("gpt2", "gpt2", {"n_inner": 92, "layer_norm_epsilon": 0.1}, {"attention.head_count_kv": None}, None),
     "falcon": (
         "falcon",
