@@ -38,6 +38,8 @@ _ROPE_KEYS = frozenset(
         *(f"rope.scaling.{name}" for name in ("yarn_beta_fast", "yarn_beta_slow")),
     }
 )
+# The longest that we know, runs of blanks in vocabularies for code, have 256.
+_MAX_TOKEN_CHARACTERS = 4096
 _TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 # key → values with which it changes nothing. llama.cpp takes a scale or a cap of 0 for none.
@@ -103,6 +105,7 @@ def gguf_config(name: str, contents: GgufContents) -> PreTrainedConfig:
         values |= known.more(keys, values)
     _check_rest(keys, known, values)
     values |= _bias_values(keys, known.model_type)
+    _check_vocabulary(keys, contents.metadata)
     for target, source in _TOKEN_IDS.items():
         values[target] = _token_id(keys, contents.metadata, f"tokenizer.ggml.{source}_token_id")
     return CONFIG_MAPPING[known.model_type](**values)
@@ -213,6 +216,32 @@ def _bias_values(keys: GgufKeys, model_type: str) -> dict[str, Any]:
     names = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias", "use_qkv_bias": "attn_q.bias"}
     known = CONFIG_MAPPING[model_type].__dataclass_fields__
     return {target: f"blk.0.{tensor}" in keys.tensors for target, tensor in names.items() if target in known}
+
+
+def _check_vocabulary(keys: GgufKeys, metadata: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer with lists of the wrong kind, or tokens so long that merges would be sought forever."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
+        raise ModelError(
+            f"{keys.name} cannot be read: tokenizer.ggml.tokens is {shown(tokens)}, expected a list of texts", AGAIN
+        )
+    longest = max(map(len, tokens))
+    if longest > _MAX_TOKEN_CHARACTERS:
+        raise ModelError(f"{keys.name} cannot be read: a token has {longest:,} characters", AGAIN)
+    lists = {"scores": (len(tokens), float | int), "token_type": (len(tokens), int), "merges": (None, str)}
+    for name, (count, kind) in lists.items():
+        found = metadata.get(f"tokenizer.ggml.{name}")
+        if found is None:
+            continue
+        # All elements of a list in a GGUF file have one type.
+        if (
+            not isinstance(found, list)
+            or (found and not isinstance(found[0], kind))
+            or len(found) != (count or len(found))
+        ):
+            raise ModelError(
+                f"{keys.name} cannot be read: tokenizer.ggml.{name} does not fit the {len(tokens):,} tokens", AGAIN
+            )
 
 
 def _token_id(keys: GgufKeys, metadata: Mapping[str, Any], key: str) -> int | None:

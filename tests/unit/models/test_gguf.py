@@ -102,6 +102,13 @@ def test_a_folder_with_one_gguf_is_that_file_and_two_are_a_question(
         resolve(str(folder))
 
 
+def test_a_link_keeps_its_name(gguf_file: Path, cache: Path, tmp_path: Path) -> None:
+    """The hub's cache keeps files under their checksums and links to them."""
+    shutil.copy(gguf_file, tmp_path / "blob")
+    (tmp_path / "tiny.gguf").symlink_to("blob")
+    assert resolve(str(tmp_path / "tiny.gguf")).identity.location == str(tmp_path / "tiny.gguf")
+
+
 def test_the_demo_is_a_wheel(gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "fetch_demo_gguf", lambda report: gguf_file)
     identity = resolve("demo").identity

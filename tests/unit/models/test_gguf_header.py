@@ -134,7 +134,13 @@ def test_a_pipe_does_not_block(cache: Path, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_the_wrong_type_is_one_line(cache: Path, tmp_path: Path) -> None:
-    wrong: dict[str, Any] = {"tokens": 7, "merges": "a b", "model": "unheard of", "bos_token_id": 10**9}
+    wrong: dict[str, Any] = {
+        "tokens": 7,
+        "merges": "a b",
+        "token_type": 3,
+        "model": "unheard of",
+        "bos_token_id": 10**9,
+    }
     for name, value in wrong.items():
         path = tmp_path / f"{name}.gguf"
 

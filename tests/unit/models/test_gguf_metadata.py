@@ -228,6 +228,11 @@ def test_the_scale_of_the_largest_gemma_is_known_by_its_blocks(tmp_path: Path) -
         assert gguf_config("a", read_contents((path,))).query_pre_attn_scalar == expected
 
 
+def _replace(writer: gguf.GGUFWriter, name: str, value: list[Any]) -> None:
+    writer.kv_data[0].pop(f"tokenizer.ggml.{name}")
+    writer.add_array(f"tokenizer.ggml.{name}", value)
+
+
 @pytest.fixture(scope="module")
 def llama() -> PreTrainedModel:
     return gguf_model("llama", **WIDE)
@@ -302,12 +307,16 @@ def test_keys_that_cannot_be(key: str, value: Any, words: str, llama: PreTrained
         (lambda writer: writer.add_string("adapter.type", "lora"), "adapter.type = 'lora'"),
         (lambda writer: writer.add_uint32("qwen2.block_count", 3), "qwen2.block_count = 3"),
         (lambda writer: writer.add_type("mmproj"), "general.type is 'mmproj'"),
+        (lambda writer: _replace(writer, "tokens", ["a" * 5000]), "a token has 5,000 characters"),
+        (lambda writer: _replace(writer, "tokens", [1, 2]), "expected a list of texts"),
+        (lambda writer: _replace(writer, "token_type", [1, 1]), "token_type does not fit the 260 tokens"),
+        (lambda writer: _replace(writer, "merges", [1]), "merges does not fit"),
         (factors(rope_freqs=[1.0] * 6), "expected float32, [7]"),
         (factors(rope_freqs=[0.0] * 7), "not positive"),
         (factors(rope_factors_short=[1.0] * 7), "it holds rope_factors_short.weight"),
     ],
 )
-def test_other_namespaces_and_tensors(
+def test_other_namespaces_tokens_and_tensors(
     more: Callable[[gguf.GGUFWriter], None], words: str, llama: PreTrainedModel, tmp_path: Path
 ) -> None:
     assert words in str(refusal(write_gguf(tmp_path / "model.gguf", llama, more=more)))

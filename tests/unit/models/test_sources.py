@@ -178,6 +178,10 @@ def test_code_in_the_folder_never_runs(folder: Path, monkeypatch: pytest.MonkeyP
         ("/no/such/model.gguf", "does not exist"),
         ("model.gguf", r"model\.gguf does not exist"),
         ("a/b/c", "a/b/c does not exist"),
+        ("a" * 5000, "unknown model 'a{100}': it is neither"),
+        ("./" + "a" * 5000, "does not exist"),
+        ("~nobody.at.all/model", "does not exist"),
+        ("a\0b", "unknown model"),
     ],
 )
 def test_what_names_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, words: str) -> None:
