@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ara.errors import ModelError
 from ara.models.checkpoint import quantization_of, read_config
+from ara.models.folder import INDEX, SINGLE, read_index, read_shapes
 from ara.models.modeling_ara import QUANT_METHOD, AraConfig
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+_AGAIN = "write the checkpoint again: ara truncate --force"
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Checkpoint:
                 raise ModelError(f"{folder} cannot be read: {error}", "write it again: ara truncate --force") from None
             self.ranks, self.pivoted = ara.ranks, ara.layout == "pivoted"
         self._files = _files(folder)
-        self._shapes = _shapes(folder, self._files)
+        self._shapes = _shapes(self._files)
         unknown = [path for path in self.ranks if f"{path}.A.weight" not in self._shapes]
         if unknown:
             raise ModelError(
@@ -161,24 +160,13 @@ class Checkpoint:
 
 def _files(folder: Path) -> Mapping[str, Path]:
     """Return tensor name → file, and see that the files are there."""
-    index = folder / _INDEX
-    if not index.exists():
-        single = folder / _SINGLE
+    index = folder / INDEX
+    if not os.path.lexists(index):
+        single = folder / SINGLE
         if not single.is_file():
-            raise ModelError(f"{folder} holds no {_SINGLE}", "write it again: ara truncate --force")
+            raise ModelError(f"{folder} holds no {SINGLE}", "write it again: ara truncate --force")
         return _Everything(single)
-    try:
-        weights: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = {str(name): str(file) for name, file in weights.items()}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{index} cannot be read ({error})", "write it again: ara truncate --force") from None
-    for file in sorted(set(names.values())):
-        # A name with a folder in it could point anywhere.
-        if Path(file).name != file:
-            raise ModelError(f"{index} names the file {file!r}, which is not in its folder", "do not use it")
-        if not (folder / file).is_file():
-            raise ModelError(f"{folder} lacks {file}", "copy all of the checkpoint, or write it again")
-    return {name: folder / file for name, file in names.items()}
+    return read_index(index, _AGAIN)
 
 
 class _Everything(dict[str, Path]):
@@ -192,15 +180,7 @@ class _Everything(dict[str, Path]):
         return self.path
 
 
-def _shapes(folder: Path, files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
+def _shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
     paths = [files.path] if isinstance(files, _Everything) else sorted(set(files.values()))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in paths:
-        try:
-            with safe_open(path, "pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{path} is damaged ({error})", "write the checkpoint again: ara truncate --force"
-            ) from None
+    shapes = read_shapes(paths, _AGAIN)
     return {name: shape for name, shape in shapes.items() if name in files or isinstance(files, _Everything)}

@@ -34,10 +34,6 @@ _QUANTISED = re.compile(
     r"\.(SCB|weight_format|absmax|quant_map|quant_state\..*|qweight|qzeros|scales|g_idx"
     r"|weight_(scale|scale_inv|packed|shape|zero_point)|(input|output)_scale)$"
 )
-# Tensors of GGUF files that are no parameters (factors of rotary embeddings), or a head that is the embedding again.
-_GGUF_APART = re.compile(
-    r"^(rope_(freqs|factors_long|factors_short)|output)\.weight$|\.(rope_(freqs|factors)|attn_rot_embd)"
-)
 _CONFIG_HINT = (
     "config.json does not describe these weights (layers, biases, tied or extra heads): bring the one that belongs to "
     "them, or take tensors that are no part of the model out of the files"
@@ -114,36 +110,6 @@ def _problem(
     if left:
         return f"holds {_listed(left, 'tensors')} without a place in the model of its config", _CONFIG_HINT
     return None
-
-
-def check_gguf_read(model: PreTrainedModel, path: Path) -> None:
-    """Refuse a GGUF file with tensors that transformers drops because it finds no place for them in ``model``.
-
-    Raises:
-        ModelError: there are such tensors.
-    """
-    from gguf import GGUFReader
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    # Not part of the public interface of transformers.
-    processors, plain = getattr(reader, "TENSOR_PROCESSORS", {}), getattr(reader, "TensorProcessor", None)
-    places = getattr(reader, "get_gguf_hf_weights_map", None)
-    if plain is None or places is None:
-        return
-    config = model.config.to_dict()
-    # A mixture of experts is put together from parts that have no place of their own; ARA refuses it later.
-    if any("expert" in key and value for key, value in config.items()):
-        return
-    file = GGUFReader(path)
-    field = file.fields.get("general.architecture")
-    architecture = str(field.contents()) if field is not None else ""
-    known = places(model, processors.get(architecture, plain)(config=config))
-    left = [t.name for t in file.tensors if t.name not in known and not _GGUF_APART.search(t.name)]
-    if left:
-        raise ModelError(
-            f"{path} holds {_listed(left, 'tensors')} without a place in the model that transformers makes of it",
-            "use the original model in the Hugging Face format",
-        )
 
 
 def stored_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:

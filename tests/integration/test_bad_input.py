@@ -308,7 +308,7 @@ def test_replacing_a_result_made_from_other_settings_is_said(tmp_path, tiny_llam
     other = decompose(tiny_llama, tiny_text, tmp_path / "ws", "--samples", 20)
     assert "warning: replacing decompose/two-sided, which was made with other settings (samples)" in other.stderr
     assert "--name keeps both" in other.stderr
-    faster = decompose(tiny_llama, tiny_text, tmp_path / "ws", "--samples", 20, "--batch-size", 3)
+    faster = decompose(tiny_llama, tiny_text, tmp_path / "ws", "--samples", 20, "--moment-memory", 0.01)
     assert faster.exit_code == 0 and faster.stderr == ""
 
 

@@ -79,7 +79,7 @@ def test_shards(copy: Callable[..., Path], tmp_path: Path) -> None:
     assert all(torch.equal(found.tensor(name), tensors[name]) for name in names)
 
     (folder / "model-00002-of-00002.safetensors").rename(tmp_path / "aside")
-    with pytest.raises(ModelError, match=r"lacks model-00002-of-00002\.safetensors"):
+    with pytest.raises(ModelError, match=r"lacks 1 of 2 weight files: model-00002-of-00002\.safetensors"):
         Checkpoint(folder)
     (folder / "model-00002-of-00002.safetensors").write_bytes((tmp_path / "aside").read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"model-00002-of-00002\.safetensors is damaged"):
@@ -88,7 +88,7 @@ def test_shards(copy: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"names the file '\.\./elsewhere\.safetensors', which is not in its folder"):
         Checkpoint(folder)
     index.write_text("{")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="is not JSON"):
         Checkpoint(folder)
 
 

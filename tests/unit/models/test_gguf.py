@@ -8,86 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from ara.errors import ModelError, UnsupportedModelError
 from ara.models import sources
 from ara.models.gguf import GgufFile
 from ara.models.sources import resolve
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.gguf_files import gguf_model, split_gguf, write_gguf
+from tests.tiny import tiny_model
 from tests.unit.models.conftest import Recorder
 
-gguf = pytest.importorskip("gguf")
-
 _TEXT = "Zwölf\n\n Boxkämpfer\tjagen 3.14159 🙂 <eos>"
-# GGUF name in front, Hugging Face name behind. q and k are stored permuted, so they are written by _permuted.
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def _permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Return rows ordered as llama.cpp wants them: the two rotary halves of each head interleaved."""
-    m, n = weight.shape
-    return weight.reshape(heads, 2, m // heads // 2, n).swapaxes(1, 2).reshape(m, n)
-
-
-def _write_gguf(
-    path: Path, model: PreTrainedModel, architecture: str = "llama", skip: str = "", extra: str = ""
-) -> Path:
-    config, state = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    # A merge needs its result in the vocabulary: it takes the place of byte 255, which no UTF-8 text holds.
-    vocabulary = tiny_tokenizer().get_vocab()
-    tokens = ["ab" if token == "ÿ" else token for token in sorted(vocabulary, key=vocabulary.__getitem__)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token.startswith("<") and token != "<" else 1 for token in tokens])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-    names["output.weight"] = "lm_head.weight"
-    for layer in range(config.num_hidden_layers):
-        names |= {f"blk.{layer}.{a}.weight": f"model.layers.{layer}.{b}.weight" for a, b in _LAYER.items()}
-    for name, source in names.items():
-        tensor = state[source]
-        if "attn_q." in name or "attn_k." in name:
-            heads = config.num_attention_heads if "attn_q." in name else config.num_key_value_heads
-            tensor = _permuted(tensor, heads)
-        if name != skip:
-            writer.add_tensor(name, tensor.contiguous().numpy())
-    if extra:
-        writer.add_tensor(extra, torch.ones(84).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_model("llama", seed=4))
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_model("llama", seed=4))
 
 
 def _names(folder: Path) -> list[str]:
@@ -105,8 +40,8 @@ def test_unpacked_weights_are_the_written_ones(gguf_file: Path, cache: Path, rec
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert getattr(model.config, "quantization_config", None) is None
-    assert _names(cache / "gguf") == [f"{sha[:16]}-float32", f"{sha[:16]}-tokenizer"]
-    assert (cache / "gguf" / f"{sha[:16]}-float32" / "tokenizer.json").is_file()
+    assert _names(cache / "gguf") == [f"{sha[:16]}-float32-2", f"{sha[:16]}-tokenizer-2"]
+    assert (cache / "gguf" / f"{sha[:16]}-float32-2" / "tokenizer.json").is_file()
     assert recorder.kinds() == ["step", "step", "fact"]
     assert capfd.readouterr() == ("", "")
 
@@ -145,14 +80,14 @@ def test_a_failure_while_unpacking_leaves_no_folder(
 ) -> None:
     source = resolve(str(gguf_file))
 
-    def fail(self: GgufFile, dtype: torch.dtype, folder: Path) -> None:
-        (folder / "model.safetensors").write_bytes(b"half")
+    def fail(self: GgufFile, dtype: torch.dtype, made: Path, scratch: Path) -> None:
+        (made / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(GgufFile, "_unpack", fail)
     with pytest.raises(KeyboardInterrupt):
         source.load_model(torch.float32)
-    assert _names(cache / "gguf") == [f"{source.identity.fingerprint[:16]}-tokenizer"]
+    assert _names(cache / "gguf") == [f"{source.identity.fingerprint[:16]}-tokenizer-2"]
 
 
 def test_a_folder_with_one_gguf_is_that_file_and_two_are_a_question(
@@ -163,8 +98,15 @@ def test_a_folder_with_one_gguf_is_that_file_and_two_are_a_question(
     shutil.copy(gguf_file, folder / "one.gguf")
     assert resolve(str(folder)).identity.location == str(folder / "one.gguf")
     shutil.copy(gguf_file, folder / "two.gguf")
-    with pytest.raises(ModelError, match=r"holds 2 GGUF files: one\.gguf, two\.gguf"):
+    with pytest.raises(ModelError, match=r"holds 2 GGUF models: one\.gguf, two\.gguf"):
         resolve(str(folder))
+
+
+def test_a_link_keeps_its_name(gguf_file: Path, cache: Path, tmp_path: Path) -> None:
+    """The hub's cache keeps files under their checksums and links to them."""
+    shutil.copy(gguf_file, tmp_path / "blob")
+    (tmp_path / "tiny.gguf").symlink_to("blob")
+    assert resolve(str(tmp_path / "tiny.gguf")).identity.location == str(tmp_path / "tiny.gguf")
 
 
 def test_the_demo_is_a_wheel(gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,27 +121,41 @@ def test_damaged_and_foreign_files(gguf_file: Path, cache: Path, tmp_path: Path)
     with pytest.raises(ModelError, match="is not a GGUF file: it starts with b'hell'"):
         resolve(str(tmp_path / "text.gguf"))
     (tmp_path / "cut.gguf").write_bytes(gguf_file.read_bytes()[:3000])
-    with pytest.raises(ModelError, match="cannot be read as GGUF"):
+    with pytest.raises(ModelError, match="its header does not end within the file: it is cut"):
         resolve(str(tmp_path / "cut.gguf"))
-    other = _write_gguf(tmp_path / "other.gguf", tiny_model("llama"), architecture="wavenet")
+    other = write_gguf(tmp_path / "other.gguf", tiny_model("llama"), architecture="wavenet")
     with pytest.raises(UnsupportedModelError, match="wavenet"):
         resolve(str(other))
     assert _names(cache / "gguf") == []
 
 
 def test_a_lost_tensor_is_named(cache: Path, tmp_path: Path) -> None:
-    path = _write_gguf(tmp_path / "lost.gguf", tiny_model("llama"), skip="blk.1.ffn_up.weight")
+    path = write_gguf(tmp_path / "lost.gguf", tiny_model("llama"), skip="blk.1.ffn_up.weight")
     with pytest.raises(ModelError, match=r"lacks 1 of the model's tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
         resolve(str(path)).load_model(torch.float32)
 
 
-@pytest.mark.parametrize("extra", ["blk.1.attn_q.bias", "blk.3.attn_norm.weight"])
+def test_blocks_beyond_the_count_are_named(cache: Path, tmp_path: Path) -> None:
+    path = write_gguf(
+        tmp_path / "more.gguf",
+        tiny_model("llama"),
+        more=lambda writer: writer.add_tensor("blk.3.attn_norm.weight", torch.ones(60).numpy()),
+    )
+    with pytest.raises(ModelError, match=r"llama\.block_count is 3, but it holds tensors of 4 blocks"):
+        resolve(str(path))
+
+
+@pytest.mark.parametrize("extra", ["blk.1.attn_norm.bias", "blk.1.ffn_sub_norm.weight"])
 def test_a_tensor_without_a_place_is_named(extra: str, cache: Path, tmp_path: Path) -> None:
-    """transformers drops what a llama has no place for: biases, and blocks beyond the count."""
-    path = _write_gguf(tmp_path / "more.gguf", tiny_model("llama"), extra=extra)
-    with pytest.raises(ModelError, match=rf"holds 1 tensor \({extra}\) without a place in the model"):
+    """transformers drops what a llama has no place for."""
+    path = write_gguf(
+        tmp_path / "more.gguf",
+        tiny_model("llama"),
+        more=lambda writer: writer.add_tensor(extra, torch.ones(84).numpy()),
+    )
+    with pytest.raises(ModelError, match=rf"holds 1 tensors that LlamaForCausalLM has no place for: {extra}"):
         resolve(str(path)).load_model(torch.float32)
-    assert _names(cache / "gguf") == [f"{resolve(str(path)).identity.fingerprint[:16]}-tokenizer"]
+    assert _names(cache / "gguf") == [f"{resolve(str(path)).identity.fingerprint[:16]}-tokenizer-2"]
 
 
 def test_a_missing_library_is_named(gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +164,49 @@ def test_a_missing_library_is_named(gguf_file: Path, cache: Path, monkeypatch: p
     def fail(*args: object, **options: object) -> None:
         raise ImportError("Please install torch and gguf>=0.10.0 to load a GGUF checkpoint in PyTorch.")
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(ModelError, match="Please install") as caught:
         resolve(str(gguf_file))
     assert caught.value.hint == "run `pip install gguf accelerate`"
+
+
+@pytest.fixture(scope="module")
+def parts(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return split_gguf(gguf_file, tmp_path_factory.mktemp("parts"), 3)
+
+
+def test_parts_are_one_model_whichever_is_named(parts: list[Path], cache: Path) -> None:
+    expected = tiny_model("llama", seed=4).state_dict()
+    found = [resolve(str(path)).identity for path in (parts[0].parent, *parts)]
+    assert {identity.location for identity in found} == {str(parts[0])}
+    assert len({identity.fingerprint for identity in found}) == 1
+    model = resolve(str(parts[1])).load_model(torch.float32)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert not list(cache.rglob("*.gguf"))
+
+
+def test_the_fingerprint_covers_every_part(parts: list[Path], cache: Path, tmp_path: Path) -> None:
+    copies = [Path(shutil.copy(part, tmp_path)) for part in parts]
+    before = GgufFile.open(copies[0]).sha256
+    content = bytearray(copies[2].read_bytes())
+    content[-1] ^= 1
+    copies[2].write_bytes(content)
+    assert GgufFile.open(copies[0]).sha256 != before
+
+
+def test_parts_that_are_missing_or_do_not_belong_together(parts: list[Path], cache: Path, tmp_path: Path) -> None:
+    copies = [Path(shutil.copy(part, tmp_path)) for part in parts]
+    copies[2].unlink()
+    for path in (tmp_path, copies[0]):
+        with pytest.raises(ModelError, match=r"lacks 1 of the 3 parts of tiny\.gguf: tiny-00003-of-00003\.gguf"):
+            resolve(str(path))
+    shutil.copy(parts[1], copies[2])
+    with pytest.raises(ModelError, match="says that it is part 2 of 3, expected part 3 of 3"):
+        resolve(str(tmp_path))
+    shutil.copy(parts[0], tmp_path / "alone.gguf")
+    with pytest.raises(ModelError, match="says that it is part 1 of 3, expected part 1 of 1"):
+        resolve(str(tmp_path / "alone.gguf"))
+    other = write_gguf(tmp_path / "other.gguf", gguf_model("llama", head_dim=14, attention_bias=True))
+    shutil.copy(split_gguf(other, tmp_path, 3)[2], copies[2])
+    with pytest.raises(ModelError, match="which another part holds too"):
+        resolve(str(copies[0]))

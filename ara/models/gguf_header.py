@@ -1,0 +1,222 @@
+"""The header of a GGUF file, read within bounds: keys and values, and where each tensor lies.
+
+Whatever a file claims is checked against its size first. What passes here can be handed to the readers of transformers
+and of the ``gguf`` package, which believe every count that they find.
+
+Layout (little-endian): magic, version (u32), number of tensors (u64), number of keys (u64); then each key with the type
+of its value and the value; then each tensor's name, dimensions, type and offset; then, aligned, the data.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ara.errors import ModelError
+from ara.files import open_regular
+
+MAGIC = b"GGUF"
+DEFAULT_ALIGNMENT = 32
+AGAIN = "download the file again"
+
+# Version 1 counted with 32 bits; no file in use has it.
+_VERSIONS = (2, 3)
+# The largest header that we know, with 262,144 tokens and 514,906 merges, has 16 MB and 1.3 million elements.
+_MAX_HEADER_BYTES = 1 << 28
+_MAX_ELEMENTS = 1 << 22
+_MAX_ALIGNMENT = 1 << 20
+_MAX_DIMENSIONS = 4  # of ggml
+# Types of values by their number: unsigned and signed integers, floats, booleans.
+_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_SHOWN_NAME = 80
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """Where one tensor lies.
+
+    Attributes:
+        name: in llama.cpp's words, such as ``blk.0.attn_q.weight``.
+        shape: as torch counts it: the last dimension lies together.
+        kind: number of the ggml type.
+        path: of the file that holds it.
+        start: first byte of its data in that file.
+        nbytes: of its data.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    path: Path
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF file says of itself.
+
+    Attributes:
+        path: of the file.
+        metadata: key → number, text, boolean or list of them, in the order of the file.
+        tensors: name → where it lies, in the order of the file.
+        raw: key → first byte of its entry in the file, and the first behind it.
+        alignment: of the data, in bytes.
+    """
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
+    raw: Mapping[str, tuple[int, int]]
+    alignment: int
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read and check the header of a GGUF file.
+
+    Raises:
+        ModelError: it cannot be read, is no GGUF file, or its header is damaged, of another byte order or too large.
+    """
+    try:
+        with open_regular(path) as file:
+            start = file.read(len(MAGIC))
+            if start != MAGIC:
+                raise ModelError(f"{path} is not a GGUF file: it starts with {start!r}, expected {MAGIC!r}", AGAIN)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, _damage(path):
+                return _Reader(path, content).header()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise ModelError(f"{path} cannot be read as GGUF: a text in its header is not UTF-8", AGAIN) from None
+    except ValueError as error:
+        raise ModelError(f"{path} cannot be read as GGUF: {error}", AGAIN) from None
+
+
+class _Reader:
+    """Walks through the header; raises ``ValueError`` at the first thing that cannot be."""
+
+    def __init__(self, path: Path, content: mmap.mmap) -> None:
+        self.path = path
+        self.content = content
+        self.size = len(content)
+        self.end = min(self.size, _MAX_HEADER_BYTES)
+        self.at = len(MAGIC)
+        self.elements = 0
+
+    def header(self) -> GgufHeader:
+        version = self.number("I")
+        if version not in _VERSIONS:
+            if version & 0xFFFF == 0:
+                raise ValueError("it is written for big-endian machines")
+            raise ValueError(f"it has version {version}, known are {' and '.join(map(str, _VERSIONS))}")
+        tensors, keys = self.number("Q"), self.number("Q")
+        # A key takes at least 13 bytes (length, type, value), a tensor 24.
+        self.room("tensors", tensors, 24)
+        self.room("keys", keys, 13)
+        metadata, raw = self.metadata(keys)
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment is {_shown(alignment)}, expected a power of two")
+        return GgufHeader(self.path, metadata, self.tensors(tensors, alignment), raw, alignment)
+
+    def metadata(self, count: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+        found: dict[str, Any] = {}
+        raw: dict[str, tuple[int, int]] = {}
+        for _ in range(count):
+            start = self.at
+            key = self.text()
+            if key in found:
+                raise ValueError(f"the key {_shown(key)} is there twice")
+            found[key] = self.value(self.number("I"))
+            raw[key] = (start, self.at)
+        return found, raw
+
+    def tensors(self, count: int, alignment: int) -> dict[str, GgufTensor]:
+        from gguf.constants import GGML_QUANT_SIZES
+
+        sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+        entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        for _ in range(count):
+            name = self.text()
+            if name in entries:
+                raise ValueError(f"the tensor {_shown(name)} is there twice")
+            dimensions = self.number("I")
+            if dimensions > _MAX_DIMENSIONS:
+                raise ValueError(f"the tensor {_shown(name)} has {dimensions} dimensions, at most {_MAX_DIMENSIONS}")
+            shape = tuple(reversed([self.number("Q") for _ in range(dimensions)]))
+            entries[name] = (shape, self.number("I"), self.number("Q"))
+        data = -(-self.at // alignment) * alignment
+        return {
+            name: self.tensor(name, shape, kind, data + offset, sizes)
+            for name, (shape, kind, offset) in entries.items()
+        }
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], kind: int, start: int, sizes: dict[int, tuple[int, int]]
+    ) -> GgufTensor:
+        if kind not in sizes:
+            raise ValueError(f"the tensor {_shown(name)} has the type {kind}, which is not known")
+        per_block, block_bytes = sizes[kind]
+        if 0 in shape or (shape and shape[-1] % per_block):
+            raise ValueError(f"the tensor {_shown(name)} has the shape {list(shape)}, which its type cannot hold")
+        nbytes = math.prod(shape) // per_block * block_bytes
+        if start + nbytes > self.size:
+            raise ValueError(
+                f"the tensor {_shown(name)} ends at byte {start + nbytes:,}, but the file has {self.size:,}: it is cut"
+            )
+        return GgufTensor(name, shape, kind, self.path, start, nbytes)
+
+    def value(self, kind: int) -> Any:
+        if kind in _FORMATS:
+            return self.number(_FORMATS[kind])
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            raise ValueError(f"a value has the type {kind}, which is not known")
+        kind, count = self.number("I"), self.number("Q")
+        if kind not in _FORMATS and kind != _STRING:
+            raise ValueError(f"a list has elements of the type {kind}, which no reader of ours knows")
+        self.room("elements of a list", count, 8 if kind == _STRING else struct.calcsize(f"<{_FORMATS[kind]}"))
+        self.elements += count
+        if self.elements > _MAX_ELEMENTS:
+            raise ValueError(f"its lists have more than {_MAX_ELEMENTS:,} elements")
+        if kind == _STRING:
+            return [self.text() for _ in range(count)]
+        form = f"<{count}{_FORMATS[kind]}"
+        return list(struct.unpack(form, self.take(struct.calcsize(form))))
+
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8")
+
+    def number(self, form: str) -> Any:
+        (found,) = struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))
+        return found
+
+    def take(self, count: int) -> bytes:
+        if count > self.end - self.at:
+            where = "the file" if self.end == self.size else f"the first {self.end:,} bytes"
+            raise ValueError(f"its header does not end within {where}: it is cut or damaged")
+        self.at += count
+        return self.content[self.at - count : self.at]
+
+    def room(self, what: str, count: int, least: int) -> None:
+        if count > (self.end - self.at) // least:
+            raise ValueError(f"it claims {count:,} {what}, for which it is too short")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_NAME else f"{text[:_SHOWN_NAME]}…"
