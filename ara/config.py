@@ -314,7 +314,11 @@ def build(config: type[Any], /, **values: Any) -> Any:
 def problems(title: str, error: ValidationError) -> ProblemsError:
     """Put pydantic's findings into our words: field, what is wrong, what was got."""
     lines = []
-    for item in error.errors(include_url=False, include_context=False):
+    found = error.errors(include_url=False, include_context=False)
+    refused_items = {item["loc"][0] for item in found if len(item["loc"]) > 1}
+    for item in found:
+        if item["type"] == "too_short" and item["loc"][0] in refused_items:
+            continue  # nothing is left of it because its items were refused, which is said already
         name = ".".join(bounds.shown(str(part), quoted=False) for part in item["loc"]) or title
         said = item["msg"].removeprefix("Value error, ")
         lines.append(f"{name.replace('_', '-')}: {said[0].lower()}{said[1:]}, got {bounds.shown(item['input'])}")

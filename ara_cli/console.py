@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from ara.errors import AraError
+from ara.errors import AraError, ProblemsError
 from ara.progress import Bar
 from ara_cli.bars import LiveBars, LoggedBar, QuietBar
 
@@ -153,7 +153,10 @@ class Console:
 
         A document that was already written stays the only one.
         """
-        self._tell(str(error), label="error: ", label_style="bold red")
+        said = str(error)
+        if not isinstance(error, ProblemsError):  # a line break in a name that is quoted is none of ours
+            said = said.replace("\n", "\\n")
+        self._tell(said, label="error: ", label_style="bold red")
         if error.hint:
             self._tell(error.hint, label="hint: ", label_style="bold cyan")
         if self.as_json and not self._document_written:

@@ -70,6 +70,9 @@ def command(
             parity=parity,
             parity_tokens=parity_tokens,
         )
+        if source is not None:
+            # It goes into the report of the export, with the folder that it is relative to.
+            source = expand_user(source.resolve(), "--source")
         if (source is None) != (output is None):
             raise UsageError("--source and --output belong together", "give both, or neither to export a workspace's")
         if overwrite and output is None:
