@@ -9,23 +9,32 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ara import bounds
 from ara.errors import ProblemsError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Layout = Literal["factors", "pivoted"]
 
 
-class StageConfig(BaseModel):
-    """Base of all configs: immutable, strict about names."""
+class Settings(BaseModel):
+    """Base of all configs: immutable, strict about names; every number has bounds, every text can be stored."""
 
     # Validators are built on first use: `ara --help` reads only names and descriptions.
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _storable(cls, value: Any) -> Any:
+        bounds.check_text(value)
+        return value
 
-class MethodOptions(BaseModel):
+
+class StageConfig(Settings):
+    """Base of the configs of stages."""
+
+
+class MethodOptions(Settings):
     """Options of one method; unknown names are refused, every field says its meaning and range."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
 
 
 class PlacementConfig(StageConfig):
@@ -48,13 +57,16 @@ class DecomposeConfig(PlacementConfig):
         "c4",
         description="calibration text: c4, wikitext2, python-docs or file:PATH[#FIELD] (txt, jsonl, parquet)",
     )
-    samples: int = Field(256, ge=1, description="calibration windows")
-    seq_len: int = Field(512, ge=2, description="tokens per calibration window")
-    batch_size: int = Field(4, ge=1, description="calibration windows per forward pass")
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of the choice of calibration windows")
+    samples: int = Field(256, ge=1, le=bounds.MAX_WINDOWS, description="calibration windows")
+    seq_len: int = Field(512, ge=2, le=bounds.MAX_TOKENS, description="tokens per calibration window")
+    batch_size: int = Field(4, ge=1, le=bounds.MAX_BATCH, description="calibration windows per forward pass")
+    seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="seed of the choice of calibration windows")
     exclude: tuple[str, ...] = Field((), description="shell pattern of layers to leave dense, such as '*.down_proj'")
     moment_memory: float | None = Field(
-        None, gt=0, description="GiB for second moments held at once; more means fewer passes [default: 1/4 of free]"
+        None,
+        ge=bounds.MIN_GIB,
+        le=bounds.MAX_GIB,
+        description="GiB for second moments held at once; more means fewer passes [default: 1/4 of free]",
     )
 
 
@@ -65,10 +77,12 @@ class TuningConfig(PlacementConfig):
     fitted to.
     """
 
-    samples: int = Field(128, ge=1, description="calibration windows to learn ranks from")
-    held_out: int = Field(32, ge=1, description="further calibration windows that candidates are compared on")
-    batch_size: int = Field(4, ge=1, description="windows per forward and backward pass")
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything random")
+    samples: int = Field(128, ge=1, le=bounds.MAX_WINDOWS, description="calibration windows to learn ranks from")
+    held_out: int = Field(
+        32, ge=1, le=bounds.MAX_WINDOWS, description="further calibration windows that candidates are compared on"
+    )
+    batch_size: int = Field(4, ge=1, le=bounds.MAX_BATCH, description="windows per forward and backward pass")
+    seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="seed of everything random")
 
 
 class BudgetConfig(StageConfig):
@@ -79,8 +93,10 @@ class BudgetConfig(StageConfig):
         description="storage of a layer of rank k: factors (A and B, k(m+n) parameters) or pivoted "
         "(k rows of BA, the others as combinations of them, k(m+n-k))",
     )
-    rank_multiple: int = Field(1, ge=1, description="ranks are multiples of this (8, 16, 32 or 64 suit GPUs)")
-    min_rank: int = Field(1, ge=1, description="least rank of a layer")
+    rank_multiple: int = Field(
+        1, ge=1, le=bounds.MAX_RANK, description="ranks are multiples of this (8, 16, 32 or 64 suit GPUs)"
+    )
+    min_rank: int = Field(1, ge=1, le=bounds.MAX_RANK, description="least rank of a layer")
     min_keep: float = Field(0.0, ge=0, le=1, description="least share of its parameters that each layer keeps")
     exclude: tuple[str, ...] = Field(
         (), description="shell pattern of layers that stay dense within the budget, such as '*.down_proj'"
@@ -118,8 +134,8 @@ class MaskTrainingOptions(MethodOptions):
     optimiser: Literal["newton", "adam"] = Field(
         "newton", description="of the priced form: newton re-linearises the loss of every rank, adam moves scores"
     )
-    steps: int = Field(12, ge=0, description="steps per budget")
-    batch: int = Field(16, ge=1, description="windows per step")
+    steps: int = Field(12, ge=0, le=bounds.MAX_STEPS, description="steps per budget")
+    batch: int = Field(16, ge=1, le=bounds.MAX_WINDOWS, description="windows per step")
     rate: float = Field(0.3, gt=0, le=1, description="weight of a new step against the old ones (newton)")
     trust: float = Field(
         0.02,
@@ -127,16 +143,34 @@ class MaskTrainingOptions(MethodOptions):
         le=1,
         description="largest share of all parameters that the first step may move; falls to a quarter (newton)",
     )
-    damping: float = Field(1.0, ge=0, description="multiple of the curvature; more moves fewer ranks (newton)")
-    learning_rate: float = Field(0.05, gt=0, description="step size of Adam at the start; falls to a tenth")
-    temperature: float = Field(1.0, gt=0, description="of the softmax over atoms; lower moves fewer ranks at once")
-    atoms: int = Field(64, ge=2, description="ranks per layer that a mask is made of")
+    damping: float = Field(
+        1.0, ge=0, le=bounds.MAX_WEIGHT, description="multiple of the curvature; more moves fewer ranks (newton)"
+    )
+    learning_rate: float = Field(
+        0.05,
+        ge=bounds.MIN_RATE,
+        le=bounds.MAX_RATE,
+        description="step size of Adam at the start; falls to a tenth",
+    )
+    temperature: float = Field(
+        1.0,
+        ge=bounds.MIN_SLOPE,
+        le=bounds.MAX_SLOPE,
+        description="of the softmax over atoms; lower moves fewer ranks at once",
+    )
+    atoms: int = Field(64, ge=2, le=bounds.MAX_ATOMS, description="ranks per layer that a mask is made of")
     average: float = Field(
         0.9, ge=0, lt=1, description="decay of the moving average that is deployed; 0: the last step"
     )
-    budget_weight: float = Field(100.0, ge=0, description="weight of the budget penalty (objective paper)")
-    guidance_weight: float = Field(10.0, ge=0, description="weight of the guidance loss (objective paper)")
-    check_every: int = Field(2, ge=1, description="steps between checks on held-out text; the best one is kept")
+    budget_weight: float = Field(
+        100.0, ge=0, le=bounds.MAX_WEIGHT, description="weight of the budget penalty (objective paper)"
+    )
+    guidance_weight: float = Field(
+        10.0, ge=0, le=bounds.MAX_WEIGHT, description="weight of the guidance loss (objective paper)"
+    )
+    check_every: int = Field(
+        2, ge=1, le=bounds.MAX_STEPS, description="steps between checks on held-out text; the best one is kept"
+    )
 
 
 class TrainMasksConfig(TuningConfig, BudgetConfig, MaskTrainingOptions):
@@ -147,7 +181,7 @@ class TrainMasksConfig(TuningConfig, BudgetConfig, MaskTrainingOptions):
         min_length=1,
         description="budget to train at, in (0, 1]; may be repeated: largest first, the others may go on from it",
     )
-    save_every: int = Field(1, ge=1, description="steps between checkpoints to go on from")
+    save_every: int = Field(1, ge=1, le=bounds.MAX_STEPS, description="steps between checkpoints to go on from")
     tensorboard: bool = Field(False, description="also write TensorBoard events (needs the package tensorboard)")
 
     @field_validator("keep")
@@ -167,10 +201,15 @@ class CompareConfig(TuningConfig, BudgetConfig):
         description="wikitext2, c4, python-docs or file:PATH[#FIELD]; several with commas",
     )
     eval_seq_len: int | None = Field(
-        None, ge=2, description="tokens per evaluation window [default: 2048, or the model's limit if that is less]"
+        None,
+        ge=2,
+        le=bounds.MAX_TOKENS,
+        description="tokens per evaluation window [default: 2048, or the model's limit if that is less]",
     )
-    max_windows: int | None = Field(None, ge=1, description="evaluate only the first N windows of each text")
-    eval_batch_size: int = Field(1, ge=1, description="evaluation windows per forward pass")
+    max_windows: int | None = Field(
+        None, ge=1, le=bounds.MAX_COUNT, description="evaluate only the first N windows of each text"
+    )
+    eval_batch_size: int = Field(1, ge=1, le=bounds.MAX_BATCH, description="evaluation windows per forward pass")
 
 
 class TruncateConfig(StageConfig):
@@ -178,16 +217,27 @@ class TruncateConfig(StageConfig):
 
     dtype: Dtype = Field("auto", description="precision of the checkpoint; auto takes that of the decomposition")
     densify: bool = Field(False, description="multiply the factors back, for tools that know only dense models")
+    # Few digits, so that the number is exact and finite.
     max_shard_size: str = Field(
-        "5GB", pattern=r"^\d+(\.\d+)?[KMGT]B$", description="largest safetensors file of the checkpoint, such as 500MB"
+        "5GB",
+        pattern=r"^[0-9]{1,6}(\.[0-9]{1,3})?[KMGT]B$",
+        description="largest safetensors file of the checkpoint, such as 500MB",
     )
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _some_bytes(cls, size: str) -> str:
+        count = float(size[:-2]) * 1000 ** (1 + "KMGT".index(size[-2]))
+        if not bounds.MIN_SHARD_BYTES <= count <= bounds.MAX_SHARD_BYTES:
+            raise ValueError("expected a size from 1KB to 1000TB")
+        return size
 
 
 class GenerateConfig(PlacementConfig):
     """``ara generate``: continue a text, greedily."""
 
     backend: Literal["torch", "onnx"] = Field("torch", description="torch: the checkpoint; onnx: the exported graph")
-    max_new_tokens: int = Field(200, ge=1, description="length of the answer, in tokens")
+    max_new_tokens: int = Field(200, ge=1, le=bounds.MAX_TOKENS, description="length of the answer, in tokens")
     chat: bool = Field(True, description="put the text into the model's chat template, where it has one")
 
 
@@ -201,12 +251,19 @@ class EvalConfig(PlacementConfig):
         "with commas",
     )
     seq_len: int | None = Field(
-        None, ge=2, description="tokens per window [default: 2048, or the model's limit if that is less]"
+        None,
+        ge=2,
+        le=bounds.MAX_TOKENS,
+        description="tokens per window [default: 2048, or the model's limit if that is less]",
     )
-    max_windows: int | None = Field(None, ge=1, description="evaluate only the first N windows of each text")
-    limit: int | None = Field(None, ge=1, description="ask only N questions of each task, drawn at random")
-    seed: int = Field(0, ge=0, description="of that draw")
-    batch_size: int = Field(1, ge=1, description="windows, or texts of a task, per forward pass")
+    max_windows: int | None = Field(
+        None, ge=1, le=bounds.MAX_COUNT, description="evaluate only the first N windows of each text"
+    )
+    limit: int | None = Field(
+        None, ge=1, le=bounds.MAX_COUNT, description="ask only N questions of each task, drawn at random"
+    )
+    seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="of that draw")
+    batch_size: int = Field(1, ge=1, le=bounds.MAX_BATCH, description="windows, or texts of a task, per forward pass")
     include_path: tuple[str, ...] = Field(
         (),
         description="folder with tasks of your own (as lm_eval --include_path); may be repeated; runs the Python code "
@@ -216,33 +273,44 @@ class EvalConfig(PlacementConfig):
         "torch", description="onnx: measure the exported graph in ONNX Runtime, too (see ara export)"
     )
     continuations: int = Field(
-        3, ge=0, description="beginnings of the first text's documents that every model continues greedily"
+        3,
+        ge=0,
+        le=bounds.MAX_CONTINUATIONS,
+        description="beginnings of the first text's documents that every model continues greedily",
     )
     prompt: str | None = Field(None, description="continue this text instead")
-    max_new_tokens: int = Field(40, ge=1, description="length of a continuation, in tokens")
+    max_new_tokens: int = Field(40, ge=1, le=bounds.MAX_TOKENS, description="length of a continuation, in tokens")
 
 
 class BenchConfig(PlacementConfig):
     """``ara bench``: speed, memory and size of the dense and the chosen model."""
 
-    prefill: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (128, 512), description="tokens that are read at once; several with commas, '' for none"
+    prefill: tuple[Annotated[int, Field(ge=1, le=bounds.MAX_TOKENS)], ...] = Field(
+        (128, 512),
+        max_length=bounds.MAX_CASES,
+        description="tokens that are read at once; several with commas, '' for none",
     )
-    decode: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (512,), description="tokens behind which one more is decoded; several with commas, '' for none"
+    decode: tuple[Annotated[int, Field(ge=1, le=bounds.MAX_TOKENS)], ...] = Field(
+        (512,),
+        max_length=bounds.MAX_CASES,
+        description="tokens behind which one more is decoded; several with commas, '' for none",
     )
-    batch: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1, 4), min_length=1, description="rows at once; several with commas"
+    batch: tuple[Annotated[int, Field(ge=1, le=bounds.MAX_BATCH)], ...] = Field(
+        (1, 4), min_length=1, max_length=bounds.MAX_CASES, description="rows at once; several with commas"
     )
     # The range of five values covers a median with 94 % at most, that of six with 97 %.
-    rounds: int = Field(9, ge=6, description="measurements of every model in every case; one more warms up")
-    threads: int | None = Field(None, ge=1, description="threads of the CPU [default: as many as torch takes]")
+    rounds: int = Field(
+        9, ge=6, le=bounds.MAX_ROUNDS, description="measurements of every model in every case; one more warms up"
+    )
+    threads: int | None = Field(
+        None, ge=1, le=bounds.MAX_THREADS, description="threads of the CPU [default: as many as torch takes]"
+    )
     backend: Literal["torch", "onnx"] = Field(
         "torch", description="onnx: the exported graphs in ONNX Runtime, placed as the export says (see ara export)"
     )
 
 
-def build(config: type[Any], **values: Any) -> Any:
+def build(config: type[Any], /, **values: Any) -> Any:
     """Build ``config`` from ``values``; all problems are reported at once.
 
     Raises:
@@ -257,9 +325,14 @@ def build(config: type[Any], **values: Any) -> Any:
 def problems(title: str, error: ValidationError) -> ProblemsError:
     """Put pydantic's findings into our words: field, what is wrong, what was got."""
     lines = []
-    for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"]) or title
-        lines.append(f"{name.replace('_', '-')}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
+    found = error.errors(include_url=False, include_context=False)
+    refused_items = {item["loc"][0] for item in found if len(item["loc"]) > 1}
+    for item in found:
+        if item["type"] == "too_short" and item["loc"][0] in refused_items:
+            continue  # nothing is left of it because its items were refused, which is said already
+        name = ".".join(bounds.shown(str(part), quoted=False) for part in item["loc"]) or title
+        said = item["msg"].removeprefix("Value error, ")
+        lines.append(f"{name.replace('_', '-')}: {said[0].lower()}{said[1:]}, got {bounds.shown(item['input'])}")
     return ProblemsError("these settings cannot be used", lines)
 
 

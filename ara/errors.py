@@ -100,13 +100,21 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}? " if close else ""
 
 
+def text_of(error: BaseException) -> str:
+    """Return what ``error`` says; nothing if saying it fails in turn."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of what ``error`` says that tells something, or the name of its class if it says nothing.
 
     A line that ends in a colon announces the next one; a ``KeyError`` says a key, and not that it is missing. Of the
     errors with which huggingface_hub checks configs only the cause counts, which names the field itself.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in text_of(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     if isinstance(error, KeyError) and len(error.args) == 1:
@@ -144,7 +152,7 @@ def disk_full_error(error: Exception, target: Path, needed_bytes: int | None = N
     if isinstance(error, AraError):  # told already
         return None
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if not full and not any(words in str(error).lower() for words in _DISK_FULL_WORDS):
+    if not full and not any(words in text_of(error).lower() for words in _DISK_FULL_WORDS):
         return None
     needed = f" (about {needed_bytes / 2**20:,.0f} MiB were needed)" if needed_bytes else ""
     return DiskFullError(

@@ -12,6 +12,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from ara.bounds import check_text
 from ara.errors import UsageError
 
 # Of JSON from elsewhere, in bytes. The largest of ours, the manifest of a model with 10,000 tensors, has about 3 MiB.
@@ -98,27 +99,34 @@ def write_text(path: Path, text: str, *, sync: bool = False) -> None:
             os.fsync(file.fileno())
 
 
+def expand_user(path: str | Path, what: str) -> Path:
+    """Return ``path`` with ``~`` and ``~user`` in front written out.
+
+    Args:
+        path: what somebody typed or set.
+        what: it is, for the error: an option, a variable.
+
+    Raises:
+        UsageError: there is no such user, the home folder is unknown, or the path is not valid UTF-8: manifests are.
+    """
+    try:
+        found = Path(path).expanduser()
+        check_text(str(found))
+    except RuntimeError:  # of pathlib
+        raise UsageError(
+            f"{what} {str(path)!r} cannot be used: there is no such user, or HOME is not set",
+            "write the folder out (./~name is a folder of that name)",
+        ) from None
+    except ValueError as problem:
+        raise UsageError(
+            f"{what} {str(path)!a} cannot be used: {problem}", "choose another path or rename it"
+        ) from None
+    return found
+
+
 def link_error(path: Path) -> OSError:
     """Return the error for a link in the place of something that was about to be written."""
     return OSError(errno.ELOOP, "it is a link, and ARA does not write through links", str(path))
-
-
-def expand_user(path: str, what: str) -> Path:
-    """Return ``path`` with a leading ``~`` or ``~name`` replaced by that user's home folder.
-
-    Args:
-        path: as it was given.
-        what: who gave it, for the error: an option, a variable.
-
-    Raises:
-        UsageError: no home folder of that user is known.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UsageError(
-            f"{what} {path!r}: no home folder of {Path(path).parts[0]} is known", "write the path without ~"
-        ) from None
 
 
 def _kind(mode: int) -> str:

@@ -2,7 +2,7 @@
 
 Whatever such a file holds, one line says what is wrong with it. It refuses what is not JSON, what is not a regular file
 or is too large, nesting that no reader of ours survives, numbers with thousands of digits, and half a surrogate pair,
-which nothing could print or store.
+which nothing could print or store. The writer beside it writes no number that a reader would refuse.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from ara.errors import AraError, ModelError
+from ara.errors import AraError, ModelError, NumericalError
 from ara.files import MAX_JSON_BYTES, read_text
 
 # Objects and lists inside each other. The deepest file that we know, a tokenizer's pipeline, has 8.
@@ -122,11 +122,49 @@ def validated(
         raise error(f"{path}: {first_problem(problem)}", hint) from None
 
 
+def dump(value: Any, what: str, *, indent: int | None = None) -> str:
+    """Return plain data, pydantic models inside allowed, as a JSON text that every reader takes.
+
+    Args:
+        value: what is to be written.
+        what: it is, for the error.
+        indent: as of ``json.dumps``.
+
+    Raises:
+        NumericalError: a number is NaN or infinite; names its place.
+    """
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False, default=_dumped)
+    except ValueError:
+        place = _first_not_finite(value)
+        if place is None:
+            raise
+    raise NumericalError(
+        f"{what}: {place} is not a finite number, and JSON knows no others",
+        "a result with it could not be read again, so nothing was written; --dtype float32 or other settings may help",
+    )
+
+
 def first_problem(problem: ValidationError) -> str:
     """Return the first of pydantic's findings in one line: place, what is wrong."""
     first = problem.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     return f"{place}: {first['msg']}" if place else str(first["msg"])
+
+
+def _dumped(item: Any) -> Any:
+    return item.model_dump(mode="json")
+
+
+def _first_not_finite(value: Any, place: str = "") -> str | None:
+    """Return where the first number stands that is NaN or infinite, as ``a.b.0 (nan)``."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{place or 'it'} ({value})"
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    found = (_first_not_finite(part, f"{place}.{name}" if place else str(name)) for name, part in parts)
+    return next((one for one in found if one is not None), None)
 
 
 def _no_constant(name: str) -> Any:

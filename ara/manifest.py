@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ara.errors import CorruptedError, WorkspaceError
+from ara.jsonfile import dump
 from ara.tensors import SHA256_PATTERN, TensorRecord, tensor_records
 
 MANIFEST = "manifest.json"
@@ -119,8 +120,8 @@ def essence(stage: str, config: Any, model: Mapping[str, Any], parents: Iterable
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` (pydantic models inside allowed) as plain JSON data."""
-    return json.loads(json.dumps(value, default=lambda item: item.model_dump(mode="json")))
+    """Return ``value`` (pydantic models inside allowed) as plain JSON data; NaN and infinity are refused."""
+    return json.loads(dump(value, "manifest"))
 
 
 def digest(value: Any) -> str:

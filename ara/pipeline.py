@@ -84,6 +84,7 @@ def run_pipeline(
     from ara.stages.train_masks import train_masks
     from ara.stages.truncate import truncate
 
+    _check_ahead(allocate_configs, eval_config, run)
     factors = decompose(decompose_config, run)
     views = [factors]
     learned = [config for config in allocate_configs if config.method == "ara"]
@@ -107,6 +108,19 @@ def run_pipeline(
         if eval_config is not None:
             views.append(evaluate(eval_config, run, checkpoint=checkpoint.name))
     return views
+
+
+def _check_ahead(allocate_configs: Sequence[AllocateConfig], eval_config: EvalConfig | None, run: Run) -> None:
+    """Refuse names that a later stage does not know before the first one has worked for hours."""
+    from ara.calibration.texts import check_text_spec
+    from ara.evaluation.tasks import check_task, expand, is_text
+    from ara.stages.allocate import AUTO, refuse_layout
+
+    for config in allocate_configs:
+        if config.method != AUTO:
+            refuse_layout(config.method, config.layout)
+    for task in expand(eval_config.tasks) if eval_config else ():
+        check_text_spec(task) if is_text(task) else check_task(task, run.report)
 
 
 def training_for(configs: Sequence[AllocateConfig]) -> TrainMasksConfig:

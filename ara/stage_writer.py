@@ -75,8 +75,8 @@ class StageWriter:
             try:
                 with disk_errors(self.final):
                     self._commit()
-            except BaseException:
-                self._abandon()
+            except BaseException as failure:
+                self._abandon(repeats=isinstance(failure, NumericalError) and not self._keep_after_nan)
                 raise
             return
         self._abandon(repeats=issubclass(kind, NumericalError) and not self._keep_after_nan)

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from ara.errors import UsageError
 from ara.pipeline import STAGES
 from ara.version import __version__
+from ara_cli.streams import replace_closed
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
@@ -46,8 +50,29 @@ class _LazyGroup(TyperGroup):
         module, _, function = COMMANDS[cmd_name][0].partition(":")
         single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
         body = getattr(importlib.import_module(f"ara_cli.commands.{module}"), function)
-        single.command(cmd_name, context_settings=_SETTINGS)(body)
+        refusing_empty = importlib.import_module("ara_cli.options").refusing_empty
+        single.command(cmd_name, context_settings=_SETTINGS)(refusing_empty(body))
         return typer.main.get_command(single)
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> Any:
+        """Run a command line; whatever ends it outside a command is told like what ends it inside one."""
+        given = sys.argv[1:] if args is None else list(args)
+        try:
+            _check_arguments(given)
+            return super().main(args, *more, **named)
+        except BaseException as error:
+            _end(error, given)
+            raise
+
+    def make_context(self, *args: Any, **named: Any) -> Any:
+        """Read the arguments; the help is written here."""
+        with _ends():
+            return super().make_context(*args, **named)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with _ends():
+            return super().invoke(ctx)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
@@ -79,16 +104,56 @@ def _main(
     pass
 
 
+@contextmanager
+def _ends() -> Iterator[None]:
+    """End by Ctrl+C and by a reader that has gone with the exit codes of a command; typer has others."""
+    try:
+        yield
+    except (KeyboardInterrupt, BrokenPipeError) as error:
+        from ara_cli.console import Console
+        from ara_cli.session import tell
+
+        code = tell(error, Console())
+        raise typer.Exit(1 if code is None else code) from None
+
+
+def _check_arguments(given: Sequence[str]) -> None:
+    """Refuse what is not text: names, paths and texts go into manifests, which are UTF-8.
+
+    Raises:
+        UsageError: an argument holds other bytes.
+    """
+    for argument in given:
+        if not argument.isascii():
+            try:
+                argument.encode("utf-8")
+            except UnicodeEncodeError:
+                raise UsageError(
+                    f"the argument {argument!a} is not valid UTF-8",
+                    "rename the file or folder, or write the text in UTF-8",
+                ) from None
+
+
+def _end(error: BaseException, given: Sequence[str]) -> None:
+    """Say what was raised outside a command and exit, unless it is a way to exit itself."""
+    if isinstance(error, SystemExit):
+        return
+    # A usage error that could not be written to stderr is one all the same.
+    if isinstance(error, OSError) and hasattr(error.__context__, "show"):
+        sys.exit(2)
+    from ara_cli.console import Console
+    from ara_cli.session import tell
+
+    code = tell(error, Console(as_json="--json" in given))
+    if code is not None:
+        sys.exit(code)
+
+
 def main() -> None:
-    """Entry point of the console scripts; what fails before a command has begun is told like what fails in one."""
+    """Entry point of the console scripts."""
+    replace_closed()
     try:
         app()
-    except Exception as error:
-        from ara_cli.console import Console
-        from ara_cli.session import our_bug
-
-        told = our_bug(error)
-        if told is None:
-            raise
-        Console().error(told)
-        sys.exit(told.exit_code)
+    except BaseException as error:
+        _end(error, sys.argv[1:])
+        raise

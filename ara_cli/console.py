@@ -8,6 +8,7 @@ line is plain text. Rich is imported when the first line reaches a terminal or t
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from ara.errors import AraError
+from ara.errors import AraError, ProblemsError
 from ara.progress import Bar
 from ara_cli.bars import LiveBars, LoggedBar, QuietBar
 
@@ -82,7 +83,7 @@ class Console:
         clock: seconds that never run backwards.
 
     Attributes:
-        reader_gone: a stream is a pipe that nobody reads any more, as with ``ara models | head -1``.
+        reader_gone: nobody reads a stream any more, as with ``ara models | head -1`` or a closed stdout.
     """
 
     def __init__(
@@ -152,7 +153,10 @@ class Console:
 
         A document that was already written stays the only one.
         """
-        self._tell(str(error), label="error: ", label_style="bold red")
+        said = str(error)
+        if not isinstance(error, ProblemsError):  # a line break in a name that is quoted is none of ours
+            said = said.replace("\n", "\\n")
+        self._tell(said, label="error: ", label_style="bold red")
         if error.hint:
             self._tell(error.hint, label="hint: ", label_style="bold cyan")
         if self.as_json and not self._document_written:
@@ -212,13 +216,11 @@ class Console:
         with redirect_stdout(self._stderr):
             yield
 
-    def silence(self) -> None:
-        """Say nothing more to anybody: whoever read a stream has gone, and flushing it at exit would fail again."""
-        for stream in (self._stdout, self._stderr):
-            with suppress(OSError, ValueError):  # a stream in memory has no descriptor
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+    def silence(self, stdout_only: bool = False) -> None:
+        """Say nothing more: whoever read a stream has gone, and flushing it at exit would fail again."""
+        _silence(self._stdout)
+        if not stdout_only:
+            _silence(self._stderr)
 
     @property
     def _results(self) -> TextIO | None:
@@ -267,9 +269,14 @@ class Console:
         try:
             stream.write(_printable(text, stream) + end)
             stream.flush()
-        except BrokenPipeError:
-            self.reader_gone = True
-            raise
+        except OSError as error:
+            if is_reader_gone(error):
+                self.reader_gone = True
+                raise
+            # What could not be written would fail again at exit. Progress is not what a command is for: work goes on.
+            _silence(stream)
+            if stream is self._stdout:
+                raise stdout_error(error) from None
 
     def _table_lines(self, stream: TextIO, columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> list[str]:
         from rich.box import SIMPLE_HEAD, Box
@@ -291,6 +298,26 @@ class Console:
         with canvas.capture() as captured:
             canvas.print(table)
         return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def is_reader_gone(error: OSError) -> bool:
+    """Tell whether a stream could not be written because nobody reads it: a closed stdout is one, too."""
+    return error.filename is None and error.errno in (errno.EPIPE, errno.EBADF)
+
+
+def stdout_error(error: OSError) -> AraError:
+    """Return what to say when results cannot be written."""
+    return AraError(
+        f"the results cannot be written to stdout ({error.strerror})",
+        "what was finished is kept; run the same command again with another stdout",
+    )
+
+
+def _silence(stream: TextIO) -> None:
+    with suppress(OSError, ValueError):  # a stream in memory has no descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _indented(text: str) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ara.bounds import shown
 from ara.config import StageConfig
 from ara.errors import UsageError
+from ara.files import expand_user
 from ara.workspace import DEFAULT_ROOT
 
 
@@ -35,8 +40,37 @@ def joined(values: tuple[int, ...]) -> str:
     return ",".join(str(value) for value in values)
 
 
+def path_option(*flags: str, help: str, metavar: str, envvar: str | None = None) -> Any:
+    """Return a Typer option for a path, in which ``~`` is written out; one that cannot be a path is a usage error."""
+    return typer.Option(*flags, help=help, metavar=metavar, envvar=envvar, parser=_path)
+
+
+def _path(text: str | Path) -> Path:
+    if not str(text):
+        raise typer.BadParameter("it is empty, expected a path")
+    try:
+        path = expand_user(text, "path")
+        path.resolve()
+        path.exists()
+    except UsageError as error:
+        raise typer.BadParameter(f"{error}; {error.hint}") from None
+    except RuntimeError:  # of pathlib
+        raise typer.BadParameter(f"{str(text)!r} is a link that leads back to itself") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise typer.BadParameter(f"{shown(text)}: {error.strerror}") from None
+    return path
+
+
 WorkspaceOption = Annotated[
-    Path, typer.Option("--workspace", "-w", envvar="ARA_WORKSPACE", help="folder that holds all results of one model")
+    Path,
+    path_option(
+        "--workspace",
+        "-w",
+        envvar="ARA_WORKSPACE",
+        help="folder that holds all results of one model",
+        metavar="PATH",
+    ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but results, warnings and errors")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
@@ -44,6 +78,24 @@ ForceOption = Annotated[bool, typer.Option("--force", help="do it again even if 
 NameOption = Annotated[str | None, typer.Option("--name", help="name of the result [default: says method and keep]")]
 
 WORKSPACE = Path(DEFAULT_ROOT)
+# Options for which nothing is an answer, as their help says.
+_MAY_BE_EMPTY = ("prefill", "decode")
+
+
+def refusing_empty(command: Callable[..., None]) -> Callable[..., None]:
+    """Return ``command``, with every text that is given but empty refused: none of them means anything.
+
+    A script with an unset variable would otherwise get what it did not ask for: ``--name "$NAME"`` the default name.
+    """
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        for name, value in given.items():
+            if name not in _MAY_BE_EMPTY and (value == "" or (isinstance(value, list | tuple) and "" in value)):
+                raise typer.BadParameter("it is empty", param_hint=f"--{name.replace('_', '-')}")
+        command(**given)
+
+    return call
 
 
 def pairs(values: list[str] | None) -> dict[str, str]:

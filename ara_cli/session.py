@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from ara.environment import versions
-from ara.errors import AraError, InternalError, disk_full_error, first_line
-from ara_cli.console import Console
+from ara.errors import AraError, InternalError, disk_full_error, first_line, text_of
+from ara_cli.console import Console, is_reader_gone, stdout_error
 
 if TYPE_CHECKING:
     from ara.stages.common import Run
@@ -33,6 +33,9 @@ _NO_READER = 141
 DEBUG_VARIABLE = "ARA_DEBUG"
 # Characters of a library's message that are shown.
 _SHOWN = 200
+
+# An import that fails within these is a bug of ours.
+_OWN_PACKAGES = ("", "ara", "ara_cli", "export")
 
 # Torch's ways to say that memory is short: a class of its own for GPUs, else a RuntimeError with these words.
 _OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "alloc_failed")
@@ -64,29 +67,51 @@ def session(root: Path, quiet: bool = False, as_json: bool = False, force: bool 
     try:
         with console.only_results_on_stdout():
             yield Session(console, root, force)
-    except AraError as error:
-        console.error(error)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        console.warn("interrupted; what was finished is kept, and the same command goes on from there")
-        raise typer.Exit(_INTERRUPTED) from None
-    except Exception as error:
-        if console.reader_gone:
-            console.silence()
-            raise typer.Exit(_NO_READER) from None
-        told = _machine_error(error, root) or our_bug(error)
-        if told is None:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            with suppress(OSError):
+                console.warn("interrupted; what was finished is kept, and the same command goes on from there")
+        code = tell(error, console, root)
+        if code is None:
             raise
+        raise typer.Exit(code) from None
+
+
+def tell(error: BaseException, console: Console, root: Path | None = None) -> int | None:
+    """Say in one line what ended a command, and return its exit code; ``None`` for what is no error of a command.
+
+    Args:
+        error: what was raised.
+        console: where to say it.
+        root: workspace folder; ``None`` outside a command, where help is all that is written.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return _INTERRUPTED
+    if root is None and isinstance(error, OSError) and error.filename is None:
+        console.reader_gone = is_reader_gone(error)
+        error = stdout_error(error)
+        console.silence(stdout_only=True)
+    if console.reader_gone:
+        console.silence()
+        return _NO_READER
+    told = error if isinstance(error, AraError) else _machine_error(error, root) or our_bug(error)
+    if told is None:
+        return None
+    try:
         console.error(told)
-        raise typer.Exit(told.exit_code) from None
+    except (OSError, AraError):  # nobody hears it; the exit code says it
+        console.silence()
+    return told.exit_code
 
 
-def our_bug(error: Exception) -> InternalError | None:
+def our_bug(error: BaseException) -> InternalError | None:
     """Keep the traceback of a bug of ours in a file, and return the line that says so.
 
-    ``None`` where ``ARA_DEBUG`` is set, and for what is no bug: typer's own ways to end a command.
+    ``None`` where ``ARA_DEBUG`` is set, and for what is no bug: Python's and typer's own ways to end a command.
     """
-    if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "show"):  # the latter: usage errors of any typer
+    if isinstance(error, SystemExit | GeneratorExit | typer.Exit | typer.Abort):
+        return None
+    if hasattr(error, "show"):  # usage errors of any typer
         return None
     if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
         return None
@@ -122,9 +147,17 @@ def _quiet_libraries(downloads: bool) -> None:
         os.environ.setdefault(variable, value)
 
 
-def _machine_error(error: Exception, root: Path) -> AraError | None:
-    """Return what to say of a failure of the machine: out of memory, or the operating system refused; else ``None``."""
-    words = (str(error).strip().splitlines() or [""])[0]
+def _machine_error(error: BaseException, root: Path | None) -> AraError | None:
+    """Return what to say of a failure of the machine: out of memory, or the operating system refused; else ``None``.
+
+    So is a package that is missing or does not fit: what is imported was installed with ara.
+    """
+    words = (text_of(error).strip().splitlines() or [""])[0]
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in _OWN_PACKAGES:
+        return AraError(
+            f"a package that ara needs cannot be imported: {words[:_SHOWN]}",
+            "install ara again in a fresh environment: pip install --force-reinstall ara-svd",
+        )
     if _is_out_of_memory(error):
         # Torch goes on with pages of statistics.
         short = re.match(r".*?allocate [\d.]+ \w+", words)
@@ -136,22 +169,22 @@ def _machine_error(error: Exception, root: Path) -> AraError | None:
     if not isinstance(error, OSError):
         return None
     file = None if error.filename is None else str(error.filename)
-    full = disk_full_error(error, Path(file or root))
+    full = disk_full_error(error, Path(file or root or "."))
     if full is not None:
         return full
     if file is None:
         return AraError(f"{type(error).__name__}: {words or 'no reason'}", "check the disk, permissions and network")
     return AraError(
         f"{file}: {error.strerror or type(error).__name__}",
-        f"check that you may read and write it, or choose another workspace than {root} with -w",
+        "check that you may read and write it" + (f", or choose another workspace than {root} with -w" if root else ""),
     )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Tell without importing torch, which is slow and may not be what failed."""
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
-    return isinstance(error, RuntimeError) and any(known in str(error).lower() for known in _OUT_OF_MEMORY_WORDS)
+    return isinstance(error, RuntimeError) and any(known in text_of(error).lower() for known in _OUT_OF_MEMORY_WORDS)
 
 
 def command_line() -> str:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ara import bounds
 from ara.config import StageConfig
 
 
@@ -29,7 +30,10 @@ class ExportConfig(StageConfig):
         False, description="give the logits of the last position only: for generation, not for evaluation"
     )
     parity_tokens: int = Field(
-        96, ge=16, description="tokens of each text that the graph is compared on (more than a sliding window reach it)"
+        96,
+        ge=16,
+        le=bounds.MAX_TOKENS,
+        description="tokens of each text that the graph is compared on (more than a sliding window reach it)",
     )
     parity: bool = Field(
         True, description="compare the graph with the checkpoint in torch on real text, and fail beyond tolerance"

@@ -6,7 +6,6 @@ Weights go from safetensors to the external data file one at a time; only the pa
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import torch
 
 from ara.environment import versions
 from ara.errors import ModelError, UnavailableError, UsageError, disk_errors, first_line
-from ara.jsonfile import read_object
+from ara.jsonfile import dump, read_object
 from ara.manifest import file_sha256
 from ara.models.context import context_length
 from ara.models.quiet import quiet_transformers
@@ -123,7 +122,7 @@ def write_onnx(
     with disk_errors(folder):
         _save(model, folder, report)
         if genai is not None:
-            text = json.dumps(genai, indent=1, allow_nan=False)
+            text = dump(genai, GENAI_FILE, indent=1)
             (folder / GENAI_FILE).write_text(text + "\n", encoding="utf-8")
         for name in _COMPANIONS:
             if (checkpoint.folder / name).is_file():

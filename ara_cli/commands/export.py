@@ -9,6 +9,7 @@ import typer
 
 from ara.config import build
 from ara.errors import UsageError
+from ara.files import expand_user
 from ara_cli.options import (
     WORKSPACE,
     ForceOption,
@@ -18,6 +19,7 @@ from ara_cli.options import (
     WorkspaceOption,
     default,
     field,
+    path_option,
 )
 from ara_cli.session import session
 from export.config import ExportConfig
@@ -42,9 +44,12 @@ def command(
         str | None, typer.Option(help="result of ara truncate to export [default: the latest]")
     ] = None,
     source: Annotated[
-        Path | None, typer.Option(help="export this checkpoint folder instead, into --output", metavar="FOLDER")
+        Path | None,
+        path_option("--source", help="export this checkpoint folder instead, into --output", metavar="FOLDER"),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="folder for the export of --source", metavar="FOLDER")] = None,
+    output: Annotated[
+        Path | None, path_option("--output", help="folder for the export of --source", metavar="FOLDER")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in --output")] = False,
     name: NameOption = None,
     workspace: WorkspaceOption = WORKSPACE,
@@ -61,10 +66,13 @@ def command(
             execution_provider=execution_provider,
             merge_shared_inputs=merge_shared_inputs,
             last_logits=last_logits,
-            rewrite=rewrite,
+            rewrite=None if rewrite is None else str(expand_user(rewrite, "--rewrite")),
             parity=parity,
             parity_tokens=parity_tokens,
         )
+        if source is not None:
+            # It goes into the report of the export, with the folder that it is relative to.
+            source = expand_user(source.resolve(), "--source")
         if (source is None) != (output is None):
             raise UsageError("--source and --output belong together", "give both, or neither to export a workspace's")
         if overwrite and output is None:

@@ -10,7 +10,7 @@ import typer
 
 from ara.config import GenerateConfig, build
 from ara.errors import UsageError
-from ara_cli.options import WORKSPACE, JsonOption, QuietOption, WorkspaceOption, default, field
+from ara_cli.options import WORKSPACE, JsonOption, QuietOption, WorkspaceOption, default, field, path_option
 from ara_cli.session import session
 
 _C = GenerateConfig
@@ -25,7 +25,9 @@ def command(
     export: Annotated[str | None, typer.Option(help="export that --backend onnx runs [default: the latest]")] = None,
     source: Annotated[
         Path | None,
-        typer.Option(help="a checkpoint folder or an exported folder instead of a workspace's", metavar="FOLDER"),
+        path_option(
+            "--source", help="a checkpoint folder or an exported folder instead of a workspace's", metavar="FOLDER"
+        ),
     ] = None,
     device: Annotated[str, field(_C, "device")] = default(_C, "device"),
     dtype: Annotated[str, field(_C, "dtype")] = default(_C, "dtype"),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ara_cli.options import WORKSPACE, ForceOption, JsonOption, QuietOption, WorkspaceOption
+from ara_cli.options import WORKSPACE, ForceOption, JsonOption, QuietOption, WorkspaceOption, path_option
 from ara_cli.session import session
 
 
@@ -16,10 +16,12 @@ def command(
         str | None, typer.Option(help="result of ara truncate to report on [default: the latest]")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="also put the page here; an earlier report is replaced", metavar="FILE.html")
+        Path | None,
+        path_option("--output", help="also put the page here; an earlier report is replaced", metavar="FILE.html"),
     ] = None,
     model_card: Annotated[
-        Path | None, typer.Option(help="also write the model card, with all that was measured", metavar="FILE.md")
+        Path | None,
+        path_option("--model-card", help="also write the model card, with all that was measured", metavar="FILE.md"),
     ] = None,
     name: Annotated[str | None, typer.Option(help="name of the result [default: that of the checkpoint]")] = None,
     workspace: WorkspaceOption = WORKSPACE,

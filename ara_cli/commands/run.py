@@ -76,7 +76,7 @@ def command(
                 method=method,
                 layout=layout,
                 rank_multiple=rank_multiple,
-                keep=value or default(AllocateConfig, "keep"),
+                keep=default(AllocateConfig, "keep") if value is None else value,
                 samples=rank_samples,
                 held_out=held_out,
                 seed=seed,

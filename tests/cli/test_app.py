@@ -380,3 +380,32 @@ def test_ctrl_c_is_no_traceback(copied, monkeypatch):
     assert "warning: interrupted" in result.stderr
     assert "Traceback" not in result.output
     assert contents(copied / "allocate") == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--method", "nonsense"), "error: unknown allocator 'nonsense'"),
+        (("--method", "tanh", "--layout", "pivoted"), "error: "),
+        (("--tasks", "file:/none.txt"), "error: "),
+        (("--remove", "0.9999999999999999"), "keep: input should be greater than 0"),
+    ],
+)
+def test_run_refuses_what_a_later_stage_cannot_use_before_the_first(tiny_llama, tiny_text, tmp_path, words, said):
+    result = ara("run", tiny_llama, "--text", tiny_text, "--tasks", tiny_text, *words, "-w", tmp_path / "ws")
+    assert result.exit_code in (1, 2)
+    assert said in result.stderr
+    assert "Decomposing" not in result.stderr
+    assert not (tmp_path / "ws").exists()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_empty_value_is_no_default(name):
+    """`--name "$NAME"` with an unset variable must not give the default name."""
+    texts = {"--name", "--checkpoint", "--export", "--factors", "--masks", "--revision", "--methods", "-w"}
+    model = {"decompose": ["m"], "run": ["m"], "generate": ["hi"]}.get(name, [])
+    for parameter in COMMANDS[name].params:
+        for flag in texts & set(parameter.opts):
+            result = ara(name, *model, flag, "")
+            assert result.exit_code == 2, (flag, result.output)
+            assert "it is empty" in result.stderr

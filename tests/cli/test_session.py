@@ -2,7 +2,9 @@
 
 import errno
 import io
+import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -176,6 +178,141 @@ def test_a_reader_that_goes_is_no_error(command, merged):
         os.close(write)
     assert done.returncode == 141
     assert not done.stderr
+
+
+# -- closed and full streams ------------------------------------------------------------------------------------
+
+
+def shell(words):
+    """Return exit code, stdout and stderr of a command line with redirections."""
+    words = words.replace("ara ", f"{shlex.quote(sys.executable)} -m ara_cli ", 1)
+    done = subprocess.run(["sh", "-c", words], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "out", "err"),
+    [
+        ("ara models <&- 2>&-", 0, "Aliases", ""),
+        ("ara models >&-", 141, "", ""),
+        ("ara models <&- >&- 2>&-", 141, "", ""),
+        ("ara --help >&-", 141, "", ""),
+        ("ara generate - <&-", 2, "", "error: the prompt is empty"),
+        ("ara status -w none --json 2>&-", 1, "there is no workspace", ""),
+        ("ara models >/dev/full", 1, "", "error: the results cannot be written to stdout (No space left on device)"),
+        ("ara --version >/dev/full", 1, "", "error: the results cannot be written to stdout"),
+        ("ara status -w none --json >/dev/full", 1, "", "error: there is no workspace at none"),
+        ("ara status -w none 2>/dev/full", 1, "", ""),
+        ("ara nosuch 2>/dev/full", 2, "", ""),
+    ],
+)
+def test_streams_that_are_closed_or_full(words, code, out, err):
+    found = shell(words)
+    assert found[0] == code, found
+    assert (out in found[1]) if out else not found[1]
+    assert found[2].startswith(err) if err else not found[2]
+    assert found[2].count("error:") == bool(err)
+
+
+def test_work_goes_on_when_nobody_can_hear_of_it(monkeypatch):
+    """A full stderr costs the words of progress, a full stdout the results: only the latter is an error."""
+
+    class Full(Stream):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    with session(Path("ws")) as s:
+        s.console.step("Working")
+        s.console.warn("careful")
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(typer.Exit) as caught, session(Path("ws")) as s:
+        s.console.text("found")
+    assert caught.value.exit_code == 1
+
+
+# -- outside a command ------------------------------------------------------------------------------------------
+
+
+def started(*words):
+    """Return the exit code of the whole program."""
+    with pytest.raises(SystemExit) as caught, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ara", *words])
+        main()
+    return caught.value.code
+
+
+class Panic(BaseException):
+    """As extensions written in Rust raise it."""
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RuntimeError("a bug"), 70, "error: this is a bug in ara, not in your data: RuntimeError: a bug"),
+        (RecursionError("too deep"), 70, "error: this is a bug in ara, not in your data: RecursionError: too deep"),
+        (Unspeakable(), 70, "error: this is a bug in ara, not in your data: Unspeakable: Unspeakable ("),
+        (Panic("index out of bounds"), 70, "error: this is a bug in ara, not in your data: Panic: index out"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 1, "error: a package that ara needs cannot be"),
+        (ModuleNotFoundError("No module named 'ara.x'", name="ara.x"), 70, "error: this is a bug in ara"),
+        (MemoryError(), 1, "error: out of memory"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y.py"), 1, "error: /x/y.py: Permission denied"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+@pytest.mark.parametrize("inside", [True, False], ids=["command", "import"])
+def test_whatever_ends_it_is_one_line(error, code, said, inside, stderr, tmp_path, monkeypatch, environ):
+    environ.pop("ARA_DEBUG", None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def broken(*args, **kwargs):
+        raise error
+
+    if inside:
+        monkeypatch.setattr("ara.workspace.Workspace.open", broken)
+    else:
+        monkeypatch.setattr("ara_cli.app.importlib.import_module", broken)
+    assert started("status") == code
+    found = stderr()
+    if inside and code == 130:
+        said = "warning: interrupted"
+    assert found.startswith(said) if said else not found
+    assert found.count("error:") == (code != 130)
+    assert "Traceback" not in found
+    assert len(list(tmp_path.iterdir())) == (code == 70)
+
+
+def test_what_is_not_utf8_is_refused_in_front(stderr, capsys):
+    assert started("models", "--json", "\udcff") == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: the argument '\\udcff' is not valid UTF-8\nhint: ")
+    assert json.loads(shown.out)["error"] == "the argument '\\udcff' is not valid UTF-8"
+
+
+@pytest.mark.parametrize("value", ["~nouser/x", "\udcff"])
+def test_a_workspace_from_the_environment_that_cannot_be_a_path(value, stderr, environ):
+    environ["ARA_WORKSPACE"] = value
+    assert started("status") == 2
+    found = stderr()
+    assert "ARA_WORKSPACE" in found and found.count("rror: ") == 1
+
+
+def test_home_is_written_out_in_the_workspace(stderr, environ, tmp_path):
+    environ["HOME"] = str(tmp_path)
+    environ["ARA_WORKSPACE"] = "~/ws"
+    assert started("status") == 1
+    assert f"there is no workspace at {tmp_path / 'ws'}" in stderr()
+
+
+def test_a_name_with_a_line_break_stays_on_one_line(stderr):
+    assert failing(ModelError("no model 'a\nb'")) == 1
+    assert stderr() == "error: no model 'a\\nb'\n"
 
 
 # -- quiet libraries --------------------------------------------------------------------------------------------

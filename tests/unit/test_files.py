@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ara.files import open_regular, read_bytes, read_text, write_text
+from ara.errors import UsageError
+from ara.files import expand_user, open_regular, read_bytes, read_text, write_text
 
 
 def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
@@ -61,3 +62,26 @@ def test_writing_replaces_a_file_and_follows_no_link(tmp_path: Path) -> None:
             write_text(tmp_path / link, "new")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "Ä"
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_home_and_users_are_written_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_user("~/a", "--output") == tmp_path / "a"
+    assert expand_user(Path("a/~b"), "--output") == Path("a/~b")
+    assert expand_user("a/ü", "--output") == Path("a/ü")
+
+
+@pytest.mark.parametrize("path", ["~nouser/x", "~\n/x", "a\udcff", "a\0b", "\ud800"])
+def test_what_cannot_be_a_path_is_a_usage_error(path: str) -> None:
+    with pytest.raises(UsageError, match=r"^--output '") as found:
+        expand_user(path, "--output")
+    assert str(found.value).isprintable() and found.value.hint
+
+
+def test_a_home_that_is_no_text_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/\udcff")
+    with pytest.raises(UsageError, match="UTF-8"):
+        expand_user("~/a", "ARA_CACHE_DIR")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, and a user that nobody knows
+    with pytest.raises(UsageError, match="HOME is not set"):
+        expand_user("~/a", "ARA_CACHE_DIR")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from ara.errors import DataError, ModelError
-from ara.jsonfile import MAX_DEPTH, parse, read_object, read_typed
+from ara.errors import DataError, ModelError, NumericalError
+from ara.jsonfile import MAX_DEPTH, dump, parse, read_object, read_typed
 
 
 def _nested(depth: int) -> str:
@@ -76,6 +77,10 @@ def test_no_file_and_no_regular_file(tmp_path: Path) -> None:
             read_object(tmp_path / name, None)
 
 
+class _Loss(BaseModel):
+    nats: float
+
+
 class _Schema(BaseModel):
     ranks: dict[str, int]
 
@@ -94,3 +99,24 @@ def test_a_right_one_is_returned(tmp_path: Path) -> None:
     path.write_text('{"ranks": {"a": 3}}')
     found: Any = read_typed(path, _Schema, None)
     assert found.ranks == {"a": 3}
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        (math.nan, "it (nan)"),
+        ({"a": [1.0, {"b": math.inf}]}, "a.1.b (inf)"),
+        ({"a": (0.5, -math.inf)}, "a.1 (-inf)"),
+        ({"deep": _Loss(nats=math.nan)}, "deep.nats (nan)"),
+    ],
+)
+def test_no_number_is_written_that_a_reader_refuses(value: Any, place: str) -> None:
+    with pytest.raises(NumericalError) as found:
+        dump(value, "results.json")
+    assert str(found.value).startswith(f"results.json: {place} is not a finite number")
+
+
+def test_what_is_written_is_read_again() -> None:
+    value = {"a": [1.5, None, "ü"], "b": {"c": True}}
+    assert parse(dump(value, "x", indent=1)) == value
+    assert parse(dump({"loss": _Loss(nats=2.5)}, "x")) == {"loss": {"nats": 2.5}}

@@ -14,6 +14,7 @@ from ara.workspace import Workspace
 from tests.damage import contents, flip, listing
 
 FACTS = {"config": {"method": "plain"}, "model": {"fingerprint": "f"}, "parents": (), "seed": 3, "command": "ara x"}
+CHANGED = {"config": {"method": "whitened"}}
 W = {"w": torch.arange(15.0).view(3, 5)}
 
 
@@ -55,6 +56,21 @@ def test_finished_folder_holds_files_and_manifest_and_nothing_else(tmp_path):
     assert manifest.seconds >= 0
     assert manifest.peak_memory_bytes > 10 << 20
     assert set(manifest.versions) >= {"ara", "python", "torch", "transformers"}
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_no_manifest_can_hold_never_gets_a_final_name(tmp_path, resumable, number):
+    with writer(tmp_path, resumable) as stage:
+        stage.tensors("a.safetensors", W)
+    before = contents(tmp_path)
+    with (
+        pytest.raises(NumericalError, match=rf"manifest: losses.1.kl \({number}\) is not a finite"),
+        writer(tmp_path, resumable, **CHANGED) as stage,
+    ):
+        stage.tensors("b.safetensors", W)
+        stage.results["losses"] = [{"kl": 1.0}, {"kl": number}]
+    assert contents(tmp_path) == before
 
 
 def test_a_loose_file_is_there_and_may_change(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ara.errors import AraError, DiskFullError, disk_errors
+from ara.errors import AraError, DiskFullError, UsageError, disk_errors
 from ara.models.cache import aside, cache_dir, publish_folder
 
 
@@ -22,6 +22,25 @@ def test_own_variable_wins_then_xdg_then_home(monkeypatch: pytest.MonkeyPatch, t
     assert cache_dir() == tmp_path / "xdg" / "ara"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert cache_dir() == tmp_path / "home" / ".cache" / "ara"
+
+
+@pytest.mark.parametrize("variable", ["ARA_CACHE_DIR", "XDG_CACHE_HOME"])
+@pytest.mark.parametrize("value", ["~nouser/x", "\udcff"])
+def test_a_folder_that_cannot_be_is_named_with_its_variable(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.delenv("ARA_CACHE_DIR", raising=False)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UsageError, match=variable):
+        cache_dir()
+
+
+def test_no_home_at_all_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("ARA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(UsageError, match=r"cache folder \(set ARA_CACHE_DIR"):
+        cache_dir()
 
 
 def test_aside_vanishes_also_after_a_failure(tmp_path: Path) -> None:
