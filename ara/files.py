@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import BinaryIO
@@ -83,6 +84,8 @@ def write_text(path: Path, text: str, *, sync: bool = False) -> None:
         OSError: it cannot be written, or ``path`` is a link.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    # A pipe would block here until somebody reads from it.
+    flags |= getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
@@ -94,6 +97,25 @@ def write_text(path: Path, text: str, *, sync: bool = False) -> None:
         if sync:
             file.flush()
             os.fsync(file.fileno())
+
+
+def is_plain_file(path: Path) -> bool:
+    """Tell whether there is a regular file at ``path`` itself, not by a link."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all that it holds, or a link; what a link points to stays.
+
+    Nothing there is fine, and so is a part of a folder that cannot be deleted: whatever needs the place says so.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def link_error(path: Path) -> OSError:

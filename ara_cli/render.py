@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ara.pipeline import STAGES, next_command
+from ara.following import next_command
+from ara.pipeline import STAGES
 from ara.stage_view import StageView
 from ara.workspace import Workspace
 from ara_cli.console import Column, Console
@@ -207,7 +208,7 @@ def show_end(console: Console, view: StageView, root: Path) -> None:
     manifest = _manifest(view)
     console.fact(f"{seconds_text(manifest['seconds'])}, peak memory {bytes_text(manifest['peak_memory_bytes'])}")
     console.saved(view.path)
-    console.next_command(next_command(Workspace.open(root)))
+    console.next_command(next_command(Workspace.open(root), view))
     console.result(_document(view))
 
 
@@ -226,7 +227,7 @@ def show_pipeline(console: Console, views: Sequence[StageView], root: Path) -> N
             f"{view.key}: {seconds_text(manifest['seconds'])}, {bytes_text(manifest['peak_memory_bytes'])} peak"
         )
     console.saved(views[-1].path)
-    console.next_command(next_command(Workspace.open(root)))
+    console.next_command(next_command(Workspace.open(root), views[-1]))
     console.result({"stages": [_document(view) for view in views]})
 
 

@@ -30,7 +30,7 @@ def export(config: ExportConfig, run: Run, *, checkpoint: str | None = None, nam
     """
     from export.onnx_target import resolve, write_onnx
 
-    started = begin()
+    started = begin(checkpoint, name)
     resolved, dense = resolve(config), _dense_graph(config)
     workspace = run.open()
     with workspace.lock(run.command):

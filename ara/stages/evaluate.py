@@ -18,7 +18,7 @@ from ara.models.context import context_length
 from ara.models.linears import matching
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
-from ara.stage_view import StageView, parent_of
+from ara.stage_view import StageView, parent_name, parent_of
 from ara.stages.allocate import layout_of, load_modules, read_allocation
 from ara.stages.common import Run, already_done, begin, check_window, factor_files, label_of, model_of, specs_of
 from ara.stages.measure import DENSE, Measurement, Questions, Variant, prompts_of
@@ -58,7 +58,7 @@ def evaluate(
     Raises:
         AraError: a stage is missing or stale, a text is missing, a model yields NaN.
     """
-    started = begin()
+    started = begin(checkpoint, name)
     names = expand(config.tasks)
     for task in names:
         check_text_spec(task) if is_text(task) else check_task(task, run.report)
@@ -69,8 +69,7 @@ def evaluate(
         assert truncated.manifest is not None
         run.report.step(f"Evaluating {truncated.key} on {', '.join(config.tasks)}")
         run.report.fact(placement.why)
-        allocation_key = next(p.key for p in truncated.manifest.parents if p.key.startswith("allocate/"))
-        chosen = workspace.require("allocate", allocation_key.partition("/")[2])
+        chosen = workspace.require("allocate", parent_name(truncated, "allocate"))
         decomposition = decomposition_of(workspace, chosen)
         source = model_of(decomposition, run)
         resolved = config.model_copy(

@@ -50,7 +50,7 @@ def report(
     Raises:
         AraError: no checkpoint, a result that it is made from is damaged, a file that must not be replaced.
     """
-    started = begin()
+    started = begin(checkpoint, name)
     workspace = run.open()
     _refuse(output, "--output", workspace, run.force, replaces_reports=True)
     _refuse(model_card, "--model-card", workspace, run.force)

@@ -63,7 +63,7 @@ def train_masks(
     Raises:
         AraError: no decomposition, a budget that cannot be met, a loss that is NaN or diverges.
     """
-    started = begin()
+    started = begin(factors, name)
     workspace = run.open()
     with workspace.lock(run.command):
         decomposition = workspace.require("decompose", factors)

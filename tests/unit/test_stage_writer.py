@@ -12,8 +12,9 @@ from ara.manifest import MANIFEST, Manifest, Parent, read_manifest, verify_files
 from ara.stage_writer import PARTIAL, StageWriter, plain
 from ara.workspace import Workspace
 from tests.damage import contents, flip, listing
+from tests.stored import FIGURES, SETTINGS
 
-FACTS = {"config": {"method": "plain"}, "model": {"fingerprint": "f"}, "parents": (), "seed": 3, "command": "ara x"}
+FACTS = {"config": SETTINGS["decompose"], "model": {"fingerprint": "f"}, "parents": (), "seed": 3, "command": "ara x"}
 W = {"w": torch.arange(15.0).view(3, 5)}
 
 
@@ -214,7 +215,7 @@ def test_full_disk_at_the_manifest_loses_no_finished_file(tmp_path, monkeypatch)
 
 def test_replacement_killed_between_its_renames_keeps_the_older_result(tmp_path, monkeypatch):
     with writer(tmp_path) as stage:
-        stage.tensors("a.safetensors", W)
+        stage.tensors("a.safetensors", W, FIGURES["decompose"])
     before = contents(tmp_path)
     rename = os.replace
 
