@@ -8,8 +8,9 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -149,7 +150,7 @@ def digest(value: Any) -> str:
 def file_sha256(path: Path) -> str:
     """Return the sha256 (hex) of a file's bytes."""
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
 
 
 def file_record(path: Path) -> FileRecord:

@@ -35,8 +35,24 @@ def joined(values: tuple[int, ...]) -> str:
     return ",".join(str(value) for value in values)
 
 
+def _folder(given: object) -> Path:
+    """Read the folder of a workspace: an empty text would be the current folder, which nobody has named."""
+    text = str(given)
+    if not text:
+        raise typer.BadParameter(f"got an empty text, expected a folder ({DEFAULT_ROOT} when -w is left out)")
+    return Path(text)
+
+
 WorkspaceOption = Annotated[
-    Path, typer.Option("--workspace", "-w", envvar="ARA_WORKSPACE", help="folder that holds all results of one model")
+    Path,
+    typer.Option(
+        "--workspace",
+        "-w",
+        envvar="ARA_WORKSPACE",
+        help="folder that holds all results of one model",
+        parser=_folder,
+        metavar="PATH",
+    ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but results, warnings and errors")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]

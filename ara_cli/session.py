@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from ara.environment import versions
-from ara.errors import AraError, InternalError, disk_full_error, first_line
+from ara.errors import AraError, DiskFullError, InternalError, disk_full_error, first_line, open_files_error
+from ara.models.cache import cache_dir, hub_dir
 from ara_cli.console import Console
 
 if TYPE_CHECKING:
@@ -133,18 +134,37 @@ def _machine_error(error: Exception, root: Path) -> AraError | None:
             f"out of memory{f': {said}' if said else ''}",
             "try --device cpu, or decompose and eval one by one with a smaller --batch-size or --moment-memory",
         )
-    if not isinstance(error, OSError):
-        return None
-    file = None if error.filename is None else str(error.filename)
+    named = getattr(error, "filename", None)
+    file = None if named is None else str(named)
     full = disk_full_error(error, Path(file or root))
     if full is not None:
-        return full
+        return DiskFullError(str(full), _elsewhere(file, root) or full.hint)
+    more = open_files_error(error)
+    if more is not None or not isinstance(error, OSError):
+        return more
     if file is None:
         return AraError(f"{type(error).__name__}: {words or 'no reason'}", "check the disk, permissions and network")
-    return AraError(
-        f"{file}: {error.strerror or type(error).__name__}",
-        f"check that you may read and write it, or choose another workspace than {root} with -w",
-    )
+    ours = f"check that you may read and write it, or choose another workspace than {root} with -w"
+    return AraError(f"{file}: {error.strerror or type(error).__name__}", _elsewhere(file, root) or ours)
+
+
+def _elsewhere(file: str | None, root: Path) -> str | None:
+    """Return how a cache is put elsewhere, if ``file`` lies in one or on the way to one: -w would not help."""
+    if file is None:
+        return None
+    path = Path(file).absolute()
+    for variable, folder in {"ARA_CACHE_DIR": _cache_dir(), "HF_HOME": hub_dir()}.items():
+        on_the_way = folder is not None and folder.is_relative_to(path) and not root.absolute().is_relative_to(path)
+        if folder is not None and (path.is_relative_to(folder) or on_the_way):
+            return f"set {variable} to a folder that you may write and that has room, then run the same command again"
+    return None
+
+
+def _cache_dir() -> Path | None:
+    try:
+        return cache_dir()
+    except AraError:
+        return None
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ara.errors import DiskFullError
+from ara.files import is_plain_file
 from ara.progress import SILENT, Reporter
 from ara.tensors import save_tensors, tensor_digests, written_aside
 
@@ -59,7 +62,7 @@ class TableCache:
             [TABLE_FORMAT, torch.__version__, self.factors, list(windows.shape), text, settings], sort_keys=True
         )
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-        if path.exists():
+        if os.path.lexists(path):
             try:
                 found = _read(path)
             except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -84,12 +87,17 @@ def timed(make: Callable[[], dict[str, torch.Tensor]]) -> SensitivityTable:
 
 
 def _read(path: Path) -> SensitivityTable:
+    if not is_plain_file(path):
+        raise ValueError("it is no plain file")
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
         losses = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if about["digest"] != _digest(losses):
         raise ValueError("its checksum is wrong")
-    return SensitivityTable(losses, float(about["seconds"]))
+    seconds = float(about["seconds"])
+    if not math.isfinite(seconds) or any(table.ndim != 1 or not table.is_floating_point() for table in losses.values()):
+        raise ValueError("it is no table of losses")
+    return SensitivityTable(losses, seconds)
 
 
 def _write(path: Path, table: SensitivityTable) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ara.errors import AraError, DiskFullError, disk_errors
+from ara.errors import AraError, DiskFullError, disk_errors, disk_full_error, first_line, open_files_error
 
 # Left behind only by a killed process. A day is longer than any fetch or conversion takes.
 _ABANDONED_SECONDS = 24 * 3600
@@ -26,7 +26,23 @@ def cache_dir() -> Path:
         return Path(own).expanduser().absolute()
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared).expanduser().absolute() / "ara"
-    return Path.home() / ".cache" / "ara"
+    try:
+        return Path.home() / ".cache" / "ara"
+    except RuntimeError as error:
+        raise AraError(
+            f"there is no place for the cache ({first_line(error)})", "set ARA_CACHE_DIR to a folder that you may write"
+        ) from None
+
+
+def hub_dir() -> Path | None:
+    """Return the folder in which the hub's own libraries keep what they fetch, as ``$HF_HOME`` moves it."""
+    if own := os.environ.get("HF_HOME"):
+        return Path(own).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(shared).expanduser().absolute() if shared else Path.home() / ".cache") / "huggingface"
+    except RuntimeError:
+        return None
 
 
 @contextmanager
@@ -45,7 +61,10 @@ def aside(parent: Path) -> Iterator[Path]:
             parent.mkdir(parents=True, exist_ok=True)
             _sweep(parent)
             folder = Path(tempfile.mkdtemp(prefix=_ASIDE_PREFIX, dir=parent))
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        except OSError as error:
+            if disk_full_error(error, parent) or open_files_error(error):
+                raise
+            # Among them a home that is mounted read-only.
             raise AraError(
                 f"the cache folder {parent} cannot be written: {error.strerror}",
                 "set ARA_CACHE_DIR to a folder that you may write",
