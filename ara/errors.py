@@ -150,6 +150,8 @@ def disk_full_error(error: Exception, target: Path, needed_bytes: int | None = N
 
 def open_files_error(error: Exception) -> AraError | None:
     """Return what to say of ``error`` if it means that the process may open no more files, else ``None``."""
-    if not isinstance(error, AraError) and any(words in str(error).lower() for words in _OPEN_FILES_WORDS):
-        return AraError("too many open files: this process may open no more", "raise the limit, as by ulimit -n 4096")
-    return None
+    if not any(words in str(error).lower() for words in _OPEN_FILES_WORDS):
+        return None
+    # What a reader made of it, that a file is damaged, is not so.
+    told = str(error) if isinstance(error, AraError) else "too many open files: this process may open no more"
+    return AraError(told, "raise the limit, as by ulimit -n 4096")

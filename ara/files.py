@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -93,6 +94,7 @@ def write_text(path: Path, text: str, *, sync: bool = False) -> None:
             raise link_error(path) from None
         raise
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        check_regular(path, os.fstat(descriptor))
         file.write(text)
         if sync:
             file.flush()
@@ -116,11 +118,24 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            _remove_with_one_file(path)
 
 
 def link_error(path: Path) -> OSError:
     """Return the error for a link in the place of something that was about to be written."""
     return OSError(errno.ELOOP, "it is a link, and ARA does not write through links", str(path))
+
+
+def _remove_with_one_file(folder: Path) -> None:
+    """Delete what a process that may open next to no files can: ``shutil.rmtree`` wants two at each level."""
+    for place, folders, files in os.walk(folder, topdown=False):
+        for name in (*files, *folders):
+            path = Path(place, name)
+            with suppress(OSError):
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _kind(mode: int) -> str:

@@ -66,7 +66,7 @@ def session(root: Path, quiet: bool = False, as_json: bool = False, force: bool 
         with console.only_results_on_stdout():
             yield Session(console, root, force)
     except AraError as error:
-        console.error(error)
+        console.error(open_files_error(error) or error)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         console.warn("interrupted; what was finished is kept, and the same command goes on from there")

@@ -81,8 +81,11 @@ def report(
             verify_files(view.path, _manifest(view))
         else:
             document = gather(sources)
+            # Before there is a folder to be left half-written: drawing wants files of its own.
+            drawn = page(document)
             with workspace.writer("report", name, facts, command=run.command, started=started) as stage:
-                _write(stage.folder, document)
+                write_text(stage.folder / JSON_FILE, document.model_dump_json(indent=1) + "\n")
+                write_text(stage.folder / HTML_FILE, drawn)
                 stage.results.update(
                     {"title": document.title, "verdict": document.verdict, "checkpoint": truncated.name}
                 )
@@ -236,11 +239,6 @@ def _modules(decomposition: StageView, specs: Sequence[LinearSpec]) -> list[Modu
                 raise CorruptedError(f"{path}: {name} does not match its checksum", remake(made, True))
             modules.append(Module(names[name], tensors[name]))
     return modules
-
-
-def _write(folder: Path, document: Report) -> None:
-    write_text(folder / JSON_FILE, document.model_dump_json(indent=1) + "\n")
-    write_text(folder / HTML_FILE, page(document))
 
 
 def _refuse(path: Path | None, flag: str, workspace: Workspace, force: bool, *, replaces_reports: bool = False) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ara.files import open_regular, read_bytes, read_text, write_text
+from ara.files import open_regular, read_bytes, read_text, remove, write_text
 
 
 def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
@@ -61,3 +61,35 @@ def test_writing_replaces_a_file_and_follows_no_link(tmp_path: Path) -> None:
             write_text(tmp_path / link, "new")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "Ä"
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_link_is_deleted_and_not_what_it_points_to(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").write_text("mine")
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "link").symlink_to(kept)
+    (folder / "file").write_text("x")
+    (tmp_path / "link").symlink_to(kept)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("folder", "link", "dangling", "nothing"):
+        remove(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (kept / "file").read_text() == "mine"
+
+
+def test_a_folder_goes_also_where_rmtree_may_not_open_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "file").write_text("x")
+    (folder / "link").symlink_to(tmp_path)
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors: None)
+    remove(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_is_not_written_into(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="pipe"):
+        write_text(tmp_path / "pipe", "x")
