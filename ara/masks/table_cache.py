@@ -51,10 +51,15 @@ class TableCache:
     report: Reporter = SILENT
 
     def get(
-        self, windows: torch.Tensor, settings: dict[str, str | int], make: Callable[[], SensitivityTable]
+        self,
+        windows: torch.Tensor,
+        settings: dict[str, str | int],
+        sizes: Mapping[str, int],
+        make: Callable[[], SensitivityTable],
     ) -> SensitivityTable:
         """Read the table that was made of the same factors, ``windows`` and ``settings``, or make and keep it.
 
+        A table that does not hold as many losses of every layer as ``sizes`` says is damaged.
         A damaged file is reported, thrown away and written anew; where there is no room for it, it is not kept.
         """
         text = hashlib.sha256(windows.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
@@ -64,7 +69,7 @@ class TableCache:
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
         if os.path.lexists(path):
             try:
-                found = _read(path)
+                found = _read(path, sizes)
             except (SafetensorError, OSError, KeyError, ValueError) as error:
                 self.report.warn(f"discarding the damaged sensitivity table {path} ({error})")
             else:
@@ -86,7 +91,7 @@ def timed(make: Callable[[], dict[str, torch.Tensor]]) -> SensitivityTable:
     return SensitivityTable(losses, time.monotonic() - begun)
 
 
-def _read(path: Path) -> SensitivityTable:
+def _read(path: Path, sizes: Mapping[str, int]) -> SensitivityTable:
     if not is_plain_file(path):
         raise ValueError("it is no plain file")
     with safe_open(path, "pt") as file:
@@ -95,8 +100,9 @@ def _read(path: Path) -> SensitivityTable:
     if about["digest"] != _digest(losses):
         raise ValueError("its checksum is wrong")
     seconds = float(about["seconds"])
-    if not math.isfinite(seconds) or any(table.ndim != 1 or not table.is_floating_point() for table in losses.values()):
-        raise ValueError("it is no table of losses")
+    shapes = {name: (tuple(table.shape), table.dtype) for name, table in losses.items()}
+    if not math.isfinite(seconds) or shapes != {name: ((size,), torch.float64) for name, size in sizes.items()}:
+        raise ValueError("it holds other tables than those of these layers")
     return SensitivityTable(losses, seconds)
 
 
