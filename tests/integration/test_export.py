@@ -197,6 +197,7 @@ def test_overwrite_touches_nothing_but_exports(
     output = tmp_path / "exports" / "deep" / "mine"
     with monkeypatch.context() as patch:
         patch.setattr(onnx_target.ir, "save", lambda *arguments, **options: 1 / 0)
+        patch.setenv("ARA_DEBUG", "1")
         assert isinstance(ara(*command, output).exception, ZeroDivisionError)
     assert listing(tmp_path) == before and not (tmp_path / "exports").exists()
     assert ara(*command, output).exit_code == 0
