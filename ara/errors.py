@@ -14,8 +14,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Words by which safetensors and others wrap the operating system's ENOSPC (they do not keep errno).
+# Words by which safetensors and others wrap the operating system's errors (they do not keep errno).
 _DISK_FULL_WORDS = ("no space left on device", "os error 28", "disk quota exceeded")
+_FILE_LIMIT_WORDS = ("file too large", "os error 27")
+_OPEN_FILES_WORDS = ("too many open files", "os error 24")
+# numpy, by which ONNX weights are written: "4096 requested and 1024 written", whatever the reason.
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
 class AraError(Exception):
@@ -151,11 +155,28 @@ def disk_full_error(error: Exception, target: Path, needed_bytes: int | None = N
     """Return what to say of ``error`` if it means a full disk, else ``None``; arguments as of :func:`disk_errors`."""
     if isinstance(error, AraError):  # told already
         return None
+    told = text_of(error).lower()
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if not full and not any(words in text_of(error).lower() for words in _DISK_FULL_WORDS):
-        return None
     needed = f" (about {needed_bytes / 2**20:,.0f} MiB were needed)" if needed_bytes else ""
-    return DiskFullError(
-        f"the disk is full: writing {target} failed{needed}",
-        "free some space or choose another workspace with -w, then run the same command again",
-    )
+    if full or any(words in told for words in _DISK_FULL_WORDS):
+        return DiskFullError(
+            f"the disk is full: writing {target} failed{needed}",
+            "free some space or choose another workspace with -w, then run the same command again",
+        )
+    limited = any(words in told for words in _FILE_LIMIT_WORDS)
+    if limited or _SHORT_WRITE.search(told):
+        what = "" if limited else "the disk is full, or "
+        return DiskFullError(
+            f"{what}a file may not grow so large: writing {target} failed{needed}",
+            "raise the limit (ulimit -f unlimited), or use a disk with more room that takes larger files",
+        )
+    return None
+
+
+def open_files_error(error: BaseException) -> AraError | None:
+    """Return what to say of ``error`` if it means that the process may open no more files, else ``None``."""
+    if not any(words in text_of(error).lower() for words in _OPEN_FILES_WORDS):
+        return None
+    # What a reader made of it, that a file is damaged, is not so.
+    told = str(error) if isinstance(error, AraError) else "too many open files: this process may open no more"
+    return AraError(told, "raise the limit, as by ulimit -n 4096")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -86,6 +88,8 @@ def write_text(path: Path, text: str, *, sync: bool = False) -> None:
         OSError: it cannot be written, or ``path`` is a link.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    # A pipe would block here until somebody reads from it.
+    flags |= getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
@@ -93,6 +97,7 @@ def write_text(path: Path, text: str, *, sync: bool = False) -> None:
             raise link_error(path) from None
         raise
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        check_regular(path, os.fstat(descriptor))
         file.write(text)
         if sync:
             file.flush()
@@ -124,9 +129,41 @@ def expand_user(path: str | Path, what: str) -> Path:
     return found
 
 
+def is_plain_file(path: Path) -> bool:
+    """Tell whether there is a regular file at ``path`` itself, not by a link."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all that it holds, or a link; what a link points to stays.
+
+    Nothing there is fine, and so is a part of a folder that cannot be deleted: whatever needs the place says so.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            _remove_with_one_file(path)
+
+
 def link_error(path: Path) -> OSError:
     """Return the error for a link in the place of something that was about to be written."""
     return OSError(errno.ELOOP, "it is a link, and ARA does not write through links", str(path))
+
+
+def _remove_with_one_file(folder: Path) -> None:
+    """Delete what a process that may open next to no files can: ``shutil.rmtree`` wants two at each level."""
+    for place, folders, files in os.walk(folder, topdown=False):
+        for name in (*files, *folders):
+            path = Path(place, name)
+            with suppress(OSError):
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _kind(mode: int) -> str:

@@ -8,10 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
+
 from ara.environment import now
 from ara.errors import LockedError, disk_errors
+from ara.files import remove, write_text
+from ara.jsonfile import read
 
 LOCK_FILE, OWNER_FILE = ".lock", ".lock-owner.json"
+# Bytes of a long command line; more is no owner.
+_MAX_OWNER_BYTES = 1 << 20
+
+
+class _Owner(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+    pid: int
+    command: str
+    since: str
 
 
 @contextmanager
@@ -38,7 +51,8 @@ def exclusive(root: Path, command: str) -> Iterator[None]:
         ) from None
     try:
         with disk_errors(root):
-            owner.write_text(json.dumps({"pid": os.getpid(), "command": command, "since": now()}))
+            remove(owner)  # of a holder that died, or a link that is none of ours
+            write_text(owner, json.dumps({"pid": os.getpid(), "command": command, "since": now()}))
         yield
     finally:
         owner.unlink(missing_ok=True)
@@ -47,7 +61,7 @@ def exclusive(root: Path, command: str) -> Iterator[None]:
 
 def _owner_text(path: Path) -> str:
     try:
-        owner = json.loads(path.read_text())
-        return f"process {owner['pid']} ({owner['command']}, since {owner['since'][:19]} UTC)"
-    except (OSError, ValueError, KeyError):
+        owner = _Owner.model_validate(read(path, limit=_MAX_OWNER_BYTES))
+    except (OSError, ValueError):
         return "another process"
+    return " ".join(f"process {owner.pid} ({owner.command}, since {owner.since[:19]} UTC)".split())

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import shlex
 from collections.abc import Iterable, Mapping
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ara.errors import CorruptedError, WorkspaceError
-from ara.jsonfile import dump
-from ara.tensors import SHA256_PATTERN, TensorRecord, tensor_records
+from ara.files import is_plain_file, open_regular
+from ara.jsonfile import dump, first_problem, read
+from ara.tensors import SHA256_PATTERN, Size, TensorRecord, read_header, tensor_records
 
 MANIFEST = "manifest.json"
 # Version of the workspace layout and of the manifest; a newer one is refused.
 FORMAT_VERSION = 1
+# A process, or the whole system, has as many files open as it may.
+NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
 # Settings that change speed and memory only, or that the model's fingerprint says better.
 _NOT_DECISIVE = {
     "decompose": frozenset({"model", "revision", "device", "moment_memory"}),
@@ -32,7 +39,7 @@ class FileRecord(BaseModel):
     """One file of a stage folder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
-    bytes: int = Field(ge=0)
+    bytes: Size
     sha256: str = Field(pattern=SHA256_PATTERN)
 
 
@@ -50,6 +57,15 @@ class Parent(BaseModel):
         if key.count("/") != 1:
             raise ValueError(f"{key!r} is not stage/name")
         return key
+
+
+class ModelEntry(BaseModel):
+    """What every manifest and the workspace itself know of a model; :class:`ara.models.identity.ModelIdentity` more."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, defer_build=True)
+    __pydantic_extra__: dict[str, str | None]
+    fingerprint: str
+    requested: str = "MODEL"
 
 
 class Manifest(BaseModel):
@@ -72,12 +88,18 @@ class Manifest(BaseModel):
     model: dict[str, Any]
     seed: int | None = None
     versions: dict[str, str]
-    seconds: float
-    peak_memory_bytes: int
+    seconds: float = Field(ge=0, allow_inf_nan=False, lt=1e12)
+    peak_memory_bytes: Size
     files: dict[str, FileRecord]
     tensors: dict[str, TensorRecord] = Field(default_factory=dict)
     results: dict[str, Any] = Field(default_factory=dict)
     checksum: str = ""
+
+    @field_validator("model")
+    @classmethod
+    def _names_a_model(cls, model: dict[str, Any]) -> dict[str, Any]:
+        ModelEntry.model_validate(model)
+        return model
 
     @field_validator("files")
     @classmethod
@@ -95,7 +117,8 @@ class Manifest(BaseModel):
         """Raise :class:`CorruptedError` unless ``id`` and ``checksum`` fit."""
         if self.checksum != self._checksum() or self.id != self._content_id():
             raise CorruptedError(
-                f"{folder / MANIFEST} does not match its own checksum: it was damaged or edited", _discard(folder)
+                f"{folder / MANIFEST} does not match its own checksum: it was damaged or edited",
+                f"delete {folder} and make it again: {_command(self)}",
             )
 
     def _content_id(self) -> str:
@@ -131,12 +154,16 @@ def digest(value: Any) -> str:
 
 def file_sha256(path: Path) -> str:
     """Return the sha256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path) as file:
+        return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
 
 
 def file_record(path: Path) -> FileRecord:
-    """Measure one file."""
+    """Measure one file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
     return FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path))
 
 
@@ -159,11 +186,19 @@ def read_manifest(folder: Path) -> Manifest:
         CorruptedError: not JSON, or not matching its checksum.
     """
     path = folder / MANIFEST
+    if path.is_symlink():
+        raise CorruptedError(f"{path} is a link, expected a file", _discard(folder))
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read(path)
     except FileNotFoundError:
         raise WorkspaceError(f"{folder} has no {MANIFEST}", _discard(folder)) from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except PermissionError as error:
+        raise WorkspaceError(f"{path} cannot be read ({error.strerror})", "check that you may read it") from None
+    except OSError as error:
+        if error.errno in NO_MORE_FILES:  # of this process, and no fault of the file
+            raise
+        raise CorruptedError(f"{path} cannot be read ({error.strerror})", _discard(folder)) from None
+    except ValueError as error:
         raise CorruptedError(f"{path} is not readable JSON ({error})", _discard(folder)) from None
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -173,9 +208,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise CorruptedError(f"{path}: {place}: {first['msg']}", _discard(folder)) from None
+        raise CorruptedError(f"{path}: {first_problem(error)}", _discard(folder)) from None
     manifest.check(folder)
     return manifest
 
@@ -193,7 +226,7 @@ def verify_files(folder: Path, manifest: Manifest, only: Iterable[str] | None = 
     """
     for name in manifest.files if only is None else only:
         record, path = manifest.files[name], folder / name
-        if not path.is_file() or path.is_symlink():
+        if not is_inside(folder, name):
             raise CorruptedError(f"{path} is missing or not a plain file", remake(manifest, True))
         size = path.stat().st_size
         if size != record.bytes:
@@ -204,6 +237,27 @@ def verify_files(folder: Path, manifest: Manifest, only: Iterable[str] | None = 
             raise CorruptedError(
                 f"{path} does not match its checksum ({_damaged_part(path, name, manifest)})", remake(manifest, True)
             )
+        _check_tensors(path, name, manifest)
+
+
+def is_inside(folder: Path, name: str) -> bool:
+    """Tell whether ``folder / name`` is a regular file that no link below ``folder`` leads to."""
+    path = folder / name
+    return is_plain_file(path) and Path(os.path.realpath(path)) == Path(os.path.realpath(folder)) / name
+
+
+def _check_tensors(path: Path, name: str, manifest: Manifest) -> None:
+    """Hold the table of tensors to the file: what a manifest claims of shapes is then no larger than the file."""
+    if path.suffix != ".safetensors":
+        return
+    try:
+        found = {tensor: (entry.dtype, entry.shape) for tensor, entry in read_header(path)[1].items()}
+    except ValueError as error:
+        raise CorruptedError(f"{path} is no safetensors file ({error})", remake(manifest, True)) from None
+    # A tensor of one name in two files has one entry: what the other file holds beside the table is no claim.
+    for tensor, entry in manifest.tensors.items():
+        if entry.file == name and found.get(tensor) != (entry.dtype, entry.shape):
+            raise CorruptedError(f"{path}: tensor {tensor!r} is not what {MANIFEST} says of it", remake(manifest, True))
 
 
 def _damaged_part(path: Path, name: str, manifest: Manifest) -> str:
@@ -221,10 +275,20 @@ def _damaged_part(path: Path, name: str, manifest: Manifest) -> str:
 
 def remake(manifest: Manifest, force: bool = False) -> str:
     """Return the hint that repeats the command by which a result was made."""
-    known = manifest.command.startswith("ara ") and "(" not in manifest.command
-    command = manifest.command if known else f"ara {manifest.stage}"
+    command = _command(manifest)
     again = " --force" if force and "--force" not in command else ""
     return f"make it again: {command}{again}"
+
+
+def _command(manifest: Manifest) -> str:
+    """Return the command by which a result was made, as far as it can be repeated; whoever wrote it may be unknown."""
+    command = manifest.command
+    try:
+        # As we write it: nothing in it is more than a word to a shell.
+        known = command.startswith("ara ") and command.isprintable() and shlex.join(shlex.split(command)) == command
+    except ValueError:
+        known = False
+    return command if known else f"ara {manifest.stage}"
 
 
 def _discard(folder: Path) -> str:

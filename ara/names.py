@@ -20,7 +20,7 @@ def check_name(name: str) -> str:
     if problem is not None:
         raise UsageError(
             f"{name[:MAX_NAME_BYTES]!r} cannot be the name of a result: {problem}",
-            "results have plain folder names, such as ara-0.80 (`ara status` lists those that are there)",
+            "results have plain folder names, as in --name ara-0.80 (`ara status` lists those that are there)",
         )
     return name
 

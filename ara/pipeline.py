@@ -16,17 +16,14 @@ Every stage is a function ``stage(config, run, ...)`` in :mod:`ara.stages` that 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TrainMasksConfig, TruncateConfig
     from ara.stage_view import StageView
     from ara.stages.common import Run
-    from ara.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,20 @@ STAGES: tuple[Stage, ...] = (
     Stage("eval", "Measure dense, uniform and chosen side by side", "checkpoint, text", "results", "truncate"),
     Stage("export", "Write the model for another runtime", "checkpoint", "ONNX graph", "truncate", optional=True),
 )
+
+# Stage → the stages whose results its own may be made from. Nothing is made from itself, so a result that says
+# otherwise is not ours; a test holds that.
+MADE_FROM: dict[str, tuple[str, ...]] = {
+    "decompose": (),
+    "train-masks": ("decompose",),
+    "allocate": ("decompose", "train-masks"),
+    "truncate": ("allocate", "decompose"),
+    "export": ("truncate",),
+    "eval": ("truncate", "decompose", "export"),
+    "compare": ("decompose", "train-masks"),
+    "bench": ("truncate", "decompose", "export"),
+    "report": ("decompose", "train-masks", "allocate", "truncate", "export", "eval", "compare", "bench"),
+}
 
 
 def run_pipeline(
@@ -129,35 +140,3 @@ def training_for(configs: Sequence[AllocateConfig]) -> TrainMasksConfig:
 
     shared = {name: getattr(configs[0], name) for name in (*BudgetConfig.model_fields, *TuningConfig.model_fields)}
     return TrainMasksConfig(keep=tuple(config.keep for config in configs if config.keep is not None), **shared)
-
-
-def next_command(workspace: Workspace) -> str:
-    """Return the command that would bring the workspace one stage further, ready to be pasted."""
-    from ara.workspace import DEFAULT_ROOT
-
-    words = _next_words(workspace)
-    if workspace.root != Path(DEFAULT_ROOT):
-        words += ["-w", str(workspace.root)]
-    return shlex.join(words)
-
-
-def _next_words(workspace: Workspace) -> list[str]:
-    done = {stage.name: [v for v in workspace.views(stage.name) if v.state == "done"] for stage in STAGES}
-    for stage in STAGES:
-        if stage.optional or done[stage.name]:
-            continue
-        if stage.name == "decompose":
-            return ["ara", "decompose", (workspace.model or {}).get("requested", "MODEL")]
-        extra = {"allocate": _budget_words(done["train-masks"]), "eval": ["--tasks", "wikitext2"]}
-        return ["ara", stage.name, *extra.get(stage.name, [])]
-    # Complete: another budget from the same factors.
-    return ["ara", "allocate", "--keep", "0.6"]
-
-
-def _budget_words(trainings: Sequence[StageView]) -> list[str]:
-    """Return the options of ``ara allocate`` that go with the latest training."""
-    made = trainings[-1].manifest if trainings else None
-    if made is None:
-        return ["--keep", "0.8"]
-    layout = made.config.get("layout", "factors")
-    return ["--keep", next(iter(made.results["budgets"])), *([] if layout == "factors" else ["--layout", layout])]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ara.manifest import Manifest, Parent
+from ara.errors import CorruptedError
+from ara.manifest import MANIFEST, Manifest, Parent, remake
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,9 @@ class StageView:
     Attributes:
         key: ``stage/name``.
         state: done, stale, partial or damaged.
-        why: what makes it stale or damaged; ``""`` otherwise.
+        why: what makes it stale or damaged, the first cause of it; ``""`` otherwise.
         manifest: ``None`` when partial or damaged.
+        remedy: what to do about a stale or damaged one.
     """
 
     key: str
@@ -24,6 +26,7 @@ class StageView:
     state: str
     why: str = ""
     manifest: Manifest | None = None
+    remedy: str = ""
 
     @property
     def stage(self) -> str:
@@ -40,3 +43,19 @@ def parent_of(view: StageView) -> Parent:
     """Return the reference that a child keeps of ``view``."""
     assert view.manifest is not None
     return Parent(key=view.key, id=view.manifest.id)
+
+
+def parent_name(view: StageView, stage: str) -> str:
+    """Return the name of the result of ``stage`` that ``view`` was made from.
+
+    Raises:
+        CorruptedError: its manifest names none.
+    """
+    assert view.manifest is not None
+    for parent in view.manifest.parents:
+        found, _, name = parent.key.partition("/")
+        if found == stage:
+            return name
+    raise CorruptedError(
+        f"{view.path / MANIFEST} names no result of ara {stage} that it was made from", remake(view.manifest, True)
+    )

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from ara.environment import now, peak_memory_bytes, versions
 from ara.errors import NumericalError, disk_errors, disk_full_error
-from ara.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Manifest, digest, essence, file_record, plain
+from ara.files import is_plain_file, remove, write_text
+from ara.jsonfile import parse, read
+from ara.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Manifest, digest, essence, file_record, is_inside, plain
+from ara.schemas import unfinished_problem
 from ara.tensors import TensorRecord, save_tensors, tensor_digests, tensor_records
 
 if TYPE_CHECKING:
@@ -23,6 +29,25 @@ PARTIAL = ".partial"
 COPY = ".copy"
 JOURNAL = ".journal.json"
 CHECKPOINT = ".checkpoint.safetensors"
+
+_Seconds = Annotated[float, Field(ge=0, lt=1e12)]
+
+
+class _Journal(BaseModel):
+    """What an unfinished result has finished so far."""
+
+    model_config = ConfigDict(defer_build=True)
+    fingerprint: str
+    seconds: _Seconds
+    files: dict[str, FileRecord]
+    tensors: dict[str, TensorRecord]
+    results: dict[str, Any]
+
+
+class _CheckpointBody(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+    values: dict[str, Any]
+    seconds: _Seconds
 
 
 class StageWriter:
@@ -63,7 +88,7 @@ class StageWriter:
 
     def __enter__(self) -> StageWriter:
         if not (self._resumable and self._resume()):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove(self.folder)
             with disk_errors(self.folder):
                 self.folder.mkdir(parents=True)
         return self
@@ -101,7 +126,7 @@ class StageWriter:
 
     def text(self, name: str, text: str) -> None:
         """Write one text file and note it as finished, together with :attr:`results` as they are."""
-        _write_synced(self.folder / name, text)
+        write_text(self.folder / name, text, sync=True)
         self.note(name)
         self._write_journal()
 
@@ -126,6 +151,8 @@ class StageWriter:
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / CHECKPOINT
+        if not is_plain_file(path):
+            return None
         try:
             with safe_open(path, "pt") as file:
                 found = file.metadata()
@@ -133,11 +160,11 @@ class StageWriter:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             if digest([found["body"], tensor_digests(tensors)]) != found["digest"]:
                 return None
-            body = json.loads(found["body"])
+            body = _CheckpointBody.model_validate(parse(found["body"], finite=False))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
-        self._earlier_seconds = float(body["seconds"])
-        return tensors, body["values"]
+        self._earlier_seconds = body.seconds
+        return tensors, body.values
 
     def note(self, name: str) -> None:
         """Take the finished file ``name`` (relative to :attr:`folder`) into the manifest."""
@@ -151,22 +178,24 @@ class StageWriter:
         self._loose.add(name)
 
     def _resume(self) -> bool:
-        try:
-            journal = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
-            if journal["fingerprint"] != self._fingerprint:
-                return False
-            files = {name: FileRecord(**record) for name, record in journal["files"].items()}
-            if any(file_record(self.folder / name) != record for name, record in files.items()):
-                return False
-            self._tensors = {name: TensorRecord(**record) for name, record in journal["tensors"].items()}
-            self._files, self.results = files, journal["results"]
-            self._earlier_seconds = float(journal["seconds"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            # No journal, or one that cannot be trusted: start over, which is always right.
+        # No journal, or one that cannot be trusted: start over, which is always right.
+        journal = None if self.folder.is_symlink() else _read_journal(self.folder)
+        if journal is None or journal.fingerprint != self._fingerprint:
             return False
+        if unfinished_problem(self._stage, journal.results) is not None:
+            return False
+        try:
+            for name, record in journal.files.items():
+                if not is_inside(self.folder, name) or file_record(self.folder / name) != record:
+                    return False
+        except OSError:
+            return False
+        self._files, self.results = journal.files, journal.results
+        self._tensors = {name: record for name, record in journal.tensors.items() if record.file in journal.files}
+        self._earlier_seconds = journal.seconds
         for path in self.folder.iterdir():
             if path.name not in {*self._files, JOURNAL, CHECKPOINT}:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
         return True
 
     def _write_journal(self) -> None:
@@ -181,7 +210,7 @@ class StageWriter:
         }
         aside = self.folder / f"{JOURNAL}{PARTIAL}"
         with disk_errors(self.folder):
-            _write_synced(aside, json.dumps(journal))
+            write_text(aside, json.dumps(journal), sync=True)
             os.replace(aside, self.folder / JOURNAL)
 
     def _commit(self) -> None:
@@ -203,30 +232,30 @@ class StageWriter:
             **{**self._facts, "config": plain(self._facts["config"])},
         ).sealed()
         made = self._copy() if self.to_go_on else self.folder
-        _write_synced(made / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        write_text(made / MANIFEST, manifest.model_dump_json(indent=1) + "\n", sync=True)
         _sync_folder(made)
         old = self.final.with_name(f".{self.final.name}.old")
-        if self.final.exists():
+        if os.path.lexists(self.final):
             os.replace(self.final, old)
         os.replace(made, self.final)
         _sync_folder(self.final.parent)
         # Last, so that a stage stopped until here goes on from it.
         (self.final / JOURNAL).unlink(missing_ok=True)
         (self.final / CHECKPOINT).unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
 
     def _copy(self) -> Path:
         """Return a folder to become the result while :attr:`folder` stays as it is."""
         self._write_journal()
         copy = self.final.with_name(f".{self.final.name}{COPY}")
-        shutil.rmtree(copy, ignore_errors=True)
+        remove(copy)
         shutil.copytree(self.folder, copy, ignore=shutil.ignore_patterns(".*"))
         return copy
 
     def _abandon(self, repeats: bool = False) -> None:
         started = self._files or (self.folder / CHECKPOINT).exists()
         if repeats or not (self._resumable and started):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove(self.folder)
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._start
@@ -237,18 +266,25 @@ def left_behind(parent: Path, name: str) -> str | None:
 
     A journal that cannot be read counts as none.
     """
+    journal = _read_journal(parent / f".{name}{PARTIAL}")
+    return None if journal is None else journal.fingerprint
+
+
+def _read_journal(folder: Path) -> _Journal | None:
+    """Return the journal of an unfinished result; ``None`` where there is none, or none of ours."""
+    path = folder / JOURNAL
     try:
-        journal = json.loads((parent / f".{name}{PARTIAL}" / JOURNAL).read_text(encoding="utf-8"))
-        return str(journal["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
+        if not is_plain_file(path):
+            return None
+        journal = _Journal.model_validate(read(path, finite=False))
+        return journal if math.isfinite(journal.seconds) and all(map(_is_own, journal.files)) else None
+    except (OSError, ValueError):
         return None
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _is_own(name: str) -> bool:
+    """Tell whether a journal may name this file: every file that is noted lies in the folder itself."""
+    return bool(name) and name == Path(name).name
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ara.errors import disk_errors
+from ara.files import MAX_JSON_BYTES, open_regular
+from ara.jsonfile import parse
 
 if TYPE_CHECKING:
     import torch
 
 
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
+# Bytes per value of the dtypes that our files have, as safetensors calls them.
+_WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
+_WIDTHS |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
+
+Size = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class TensorRecord(BaseModel):
@@ -28,8 +35,17 @@ class TensorRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     file: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[Size, ...]
     sha256: str = Field(pattern=SHA256_PATTERN)
+
+
+class TensorEntry(BaseModel):
+    """What the header of a safetensors file says of one tensor; offsets count from where its data starts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    dtype: str
+    shape: tuple[Size, ...]
+    data_offsets: tuple[Size, Size]
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -77,28 +93,57 @@ def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 def tensor_records(path: Path, name: str) -> dict[str, TensorRecord]:
     """Return a record per tensor of the safetensors file ``path``, called ``name`` in its folder.
 
-    Reads the file's own header (a little-endian length, then JSON), and hashes each tensor's byte range.
+    Raises:
+        OSError: it cannot be read.
+        ValueError: see :func:`read_header`; or the file ends before a tensor does.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:  # damaged: do not try to read so much
-            raise ValueError("the header is longer than the file")
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        records = {}
-        for tensor, entry in header.items():
-            start, stop = entry["data_offsets"]
-            file.seek(8 + length + start)
-            records[tensor] = TensorRecord(
-                file=name, dtype=entry["dtype"], shape=tuple(entry["shape"]), sha256=_hash_range(file, stop - start)
-            )
+    start, entries = read_header(path)
+    records = {}
+    with open_regular(path) as file:
+        for tensor, entry in entries.items():
+            first, last = entry.data_offsets
+            file.seek(start + first)
+            sha256 = _hash_range(file, last - first)
+            records[tensor] = TensorRecord(file=name, dtype=entry.dtype, shape=entry.shape, sha256=sha256)
     return records
 
 
-def _hash_range(file: object, remaining: int) -> str:
+def read_header(path: Path) -> tuple[int, dict[str, TensorEntry]]:
+    """Return where the data of a safetensors file starts, and what its header says of each tensor.
+
+    The header is a little-endian length of 8 bytes, then JSON. Tensors fill the rest without gap or overlap, so what
+    they claim together is what the file has.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+        ValueError: the header is cut, too long, no such JSON, or tensors lie outside the file or on one another.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, MAX_JSON_BYTES):  # damaged: do not try to read so much
+            raise ValueError("the header is longer than the file")
+        found = parse(file.read(length).decode("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("the header is no JSON object")
+    found.pop("__metadata__", None)
+    entries = {name: TensorEntry.model_validate(entry) for name, entry in found.items()}
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        first, last = entry.data_offsets
+        width = _WIDTHS.get(entry.dtype)
+        if first != position or last < first or (width and last - first != width * math.prod(entry.shape)):
+            raise ValueError(f"the place of tensor {name[:100]!r} does not fit its shape or the tensor before")
+        position = last
+    if position > size - 8 - length:
+        raise ValueError("the file ends before the tensor does")
+    return 8 + length, entries
+
+
+def _hash_range(file: BinaryIO, remaining: int) -> str:
     sha = hashlib.sha256()
     while remaining > 0:
-        block = file.read(min(remaining, 1 << 22))  # type: ignore[attr-defined]
+        block = file.read(min(remaining, 1 << 22))
         if not block:
             raise ValueError("the file ends before the tensor does")
         sha.update(block)

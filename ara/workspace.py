@@ -18,23 +18,36 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from ara.errors import WorkspaceError, disk_errors, near_matches
+from ara.files import remove, write_text
+from ara.jsonfile import first_problem, read
 from ara.locking import LOCK_FILE, OWNER_FILE, exclusive
-from ara.manifest import FORMAT_VERSION, Parent, digest, essence, read_manifest, remake, verify_files
+from ara.manifest import FORMAT_VERSION, ModelEntry, digest, essence, verify_files
 from ara.names import check_name
+from ara.pipeline import MADE_FROM
 from ara.progress import SILENT, Reporter
 from ara.stage_view import StageView
 from ara.stage_writer import CHECKPOINT, COPY, JOURNAL, PARTIAL, StageWriter, left_behind
+from ara.states import States
 
 INDEX = "workspace.json"
 DEFAULT_ROOT = "ara-workspace"
 _OLD = ".old"
+
+
+class _Index(BaseModel):
+    """``workspace.json``."""
+
+    model_config = ConfigDict(defer_build=True)
+    format_version: int = Field(le=FORMAT_VERSION)
+    model: ModelEntry | None
 
 
 class Workspace:
@@ -52,6 +65,7 @@ class Workspace:
             WorkspaceError: there is none and ``create`` is false, or it is not one, or of a newer format.
         """
         workspace, index = cls(root), root / INDEX
+        workspace._refuse_links()
         if index.is_file():
             workspace._index()
             return workspace
@@ -119,31 +133,26 @@ class Workspace:
 
     def views(self, stage: str | None = None) -> list[StageView]:
         """Return all stage results, oldest first within a stage, partial ones last."""
+        folders = [self.root / name for name in sorted(MADE_FROM) if stage in (None, name)]
         keys = [
             f"{folder.name}/{child.name}"
-            for folder in sorted(self.root.iterdir())
-            if folder.is_dir() and folder.name not in ("cache",) and stage in (None, folder.name)
+            for folder in folders
+            if folder.is_dir()
             for child in sorted(folder.iterdir())
             if child.is_dir() and not child.name.endswith((_OLD, COPY))
         ]
-        views = [self.view(key) for key in keys]
+        states = States(self.root)
+        views = [states.view(key) for key in keys]
         return sorted(views, key=lambda view: (view.stage, view.manifest is None, _created(view)))
 
     def view(self, key: str) -> StageView:
         """Return the state of one stage result (its files are not read)."""
-        path = self.root / key
-        stage, _, name = key.partition("/")
-        if name.endswith(PARTIAL):
-            return StageView(f"{stage}/{name.removeprefix('.').removesuffix(PARTIAL)}", path, "partial")
-        try:
-            manifest = read_manifest(path)
-        except WorkspaceError as error:
-            return StageView(key, path, "damaged", str(error))
-        for parent in manifest.parents:
-            why = self._why_stale(parent)
-            if why:
-                return StageView(key, path, "stale", why, manifest)
-        return StageView(key, path, "done", "", manifest)
+        return States(self.root).view(key)
+
+    def latest(self, stage: str) -> StageView | None:
+        """Return the result that :meth:`require` takes when no name is given; it may be stale."""
+        found = [view for view in self.views(stage) if view.manifest is not None]
+        return max(found, key=_created) if found else None
 
     def require(self, stage: str, name: str | None = None, verify: bool = True) -> StageView:
         """Return a finished, current stage result, the latest one unless ``name`` says which.
@@ -158,15 +167,14 @@ class Workspace:
         """
         make = f"ara {stage}"
         if name is None:
-            views = self.views(stage)
-            for view in views:
+            for view in self.views(stage):
                 if view.state == "damaged":
                     # It may be the latest one, nobody can tell: raises what is wrong with it.
-                    read_manifest(view.path)
-            finished = [view for view in views if view.manifest is not None]
-            if not finished:
+                    States(self.root).manifest(view.key)
+            latest = self.latest(stage)
+            if latest is None:
                 raise WorkspaceError(f"{self.root} has no result of {make} yet", f"run {make} first")
-            view = max(finished, key=_created)
+            view = latest
         else:
             check_name(name)
             known = [view.name for view in self.views(stage)]
@@ -178,11 +186,10 @@ class Workspace:
                 )
             view = self.view(f"{stage}/{name}")
         if view.state == "stale":
-            assert view.manifest is not None
-            raise WorkspaceError(f"{view.key} is stale: {view.why}", remake(view.manifest))
+            raise WorkspaceError(f"{view.key} is stale: {view.why}", view.remedy)
         if view.manifest is None:
             # Reading again raises the precise error.
-            read_manifest(view.path)
+            States(self.root).manifest(view.key)
         assert view.manifest is not None
         if verify:
             verify_files(view.path, view.manifest)
@@ -253,41 +260,48 @@ class Workspace:
         )
         return None
 
-    def _why_stale(self, parent: Parent) -> str:
-        view = self.view(parent.key) if (self.root / parent.key).is_dir() else None
-        if view is None or view.manifest is None:
-            return f"{parent.key} is gone or damaged"
-        if view.manifest.id != parent.id:
-            return f"{parent.key} has changed since"
-        return f"{parent.key} is stale" if view.state == "stale" else ""
-
     def _index(self) -> dict[str, Any]:
-        path = self.root / INDEX
+        path, hint = self.root / INDEX, "choose another workspace with -w"
         try:
-            index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            version = index["format_version"]
+            index = read(path)
+            version = index.get("format_version") if isinstance(index, dict) else None
             # Asked first: a newer format may have anything in the place of the model.
-            if not isinstance(version, int) or version > FORMAT_VERSION:
+            if isinstance(version, int) and version > FORMAT_VERSION:
                 raise WorkspaceError(
                     f"{path} has format {version}; this ara reads formats up to {FORMAT_VERSION}", "update ara-svd"
                 )
-            if index["model"] is not None and not isinstance(index["model"]["fingerprint"], str):
-                raise TypeError("fingerprint is not text")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            what = f"no entry {error}" if isinstance(error, KeyError) else str(error)
-            raise WorkspaceError(f"{path} cannot be read ({what})", "choose another workspace with -w") from None
-        return index
+            return _Index.model_validate(index).model_dump()
+        except ValidationError as error:
+            raise WorkspaceError(f"{path} cannot be read ({first_problem(error)})", hint) from None
+        except OSError as error:
+            raise WorkspaceError(f"{path} cannot be read ({error.strerror})", hint) from None
+        except ValueError as error:
+            raise WorkspaceError(f"{path} cannot be read ({error})", hint) from None
 
     def _write_index(self, index: dict[str, Any]) -> None:
         aside = self.root / f".{INDEX}{PARTIAL}"
         with disk_errors(self.root):
-            aside.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            remove(aside)
+            write_text(aside, json.dumps(index, indent=2) + "\n")
             os.replace(aside, self.root / INDEX)
+
+    def _refuse_links(self) -> None:
+        """Refuse links in the places of our files and folders: what is written there would end up elsewhere.
+
+        The workspace's own folder may be a link, and so may its cache, whose files have names that nobody else uses.
+        """
+        places = (INDEX, LOCK_FILE, *MADE_FROM, "cache/tokens", "cache/tables")
+        for place in (self.root / name for name in places):
+            if place.is_symlink():
+                raise WorkspaceError(
+                    f"{place} is a link; of a workspace, only its own folder and its cache may be links",
+                    "move the whole workspace to another disk and link to it, or remove the link",
+                )
 
     def _discard(self) -> None:
         """Take away what :meth:`open` and a failed first stage have made, and nothing that was here before."""
         for folder in (self.cache, self.root / "decompose"):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         with suppress(OSError):
             for name in (INDEX, f".{INDEX}{PARTIAL}", LOCK_FILE, OWNER_FILE):
                 (self.root / name).unlink(missing_ok=True)
@@ -296,17 +310,19 @@ class Workspace:
 
     def _recover(self) -> None:
         """Finish or undo a replacement that was interrupted between its two renames."""
-        for old in self.root.glob(f"*/.*{_OLD}"):
-            final = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
-            if final.exists():
-                shutil.rmtree(old)
-            else:
-                os.replace(old, final)
-        for half in self.root.glob(f"*/.*{COPY}"):
-            shutil.rmtree(half)
-        for name in (JOURNAL, CHECKPOINT):
-            for left in self.root.glob(f"*/[!.]*/{name}"):
-                left.unlink()
+        for folder in (self.root / stage for stage in MADE_FROM):
+            for old in folder.glob(f".*{_OLD}"):
+                final = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
+                if os.path.lexists(final):
+                    remove(old)
+                else:
+                    os.replace(old, final)
+            for half in folder.glob(f".*{COPY}"):
+                remove(half)
+            for result in folder.glob("[!.]*"):
+                if result.is_dir() and not result.is_symlink():
+                    remove(result / JOURNAL)
+                    remove(result / CHECKPOINT)
 
 
 def _created(view: StageView) -> str:

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ara.pipeline import STAGES, next_command
+from ara.errors import CorruptedError
+from ara.following import next_command
+from ara.pipeline import STAGES
 from ara.stage_view import StageView
 from ara.workspace import Workspace
 from ara_cli.console import Column, Console
 from ara_cli.render_bench import figure
 from ara_cli.render_eval import show_evaluation
+from ara_cli.shown import shown, shows_results
 from ara_cli.words import bytes_text, count_text, percent, seconds_text
 
 _LEFT: Literal["left"] = "left"
@@ -42,6 +45,7 @@ def show_decomposition(console: Console, view: StageView) -> None:
     console.table(f"Factored {count} layers, {linear} of the model's {model} parameters", columns, rows)
 
 
+@shows_results
 def show_allocation(console: Console, view: StageView) -> None:
     """Show kept ranks by kind, and what is kept of linear layers and of the whole model."""
     results = _manifest(view)["results"]
@@ -103,6 +107,7 @@ def show_training(console: Console, view: StageView) -> None:
     console.table(f"{view.name}: trained masks", columns, rows)
 
 
+@shows_results
 def show_comparison(console: Console, view: StageView) -> None:
     """Show all allocators, best held-out loss first, the dense model on top."""
     rows_by_name = _manifest(view)["results"]["methods"]
@@ -189,6 +194,7 @@ def show_export(console: Console, about: dict[str, Any]) -> None:
     console.table(f"{about['precision']} graph in ONNX Runtime against torch", columns, rows)
 
 
+@shows_results
 def show_report(console: Console, view: StageView, root: Path, copies: Sequence[Path]) -> None:
     """Show the sentence of a report, what it lacks, and where it is."""
     results = _manifest(view)["results"]
@@ -207,7 +213,7 @@ def show_end(console: Console, view: StageView, root: Path) -> None:
     manifest = _manifest(view)
     console.fact(f"{seconds_text(manifest['seconds'])}, peak memory {bytes_text(manifest['peak_memory_bytes'])}")
     console.saved(view.path)
-    console.next_command(next_command(Workspace.open(root)))
+    console.next_command(next_command(Workspace.open(root), view))
     console.result(_document(view))
 
 
@@ -226,7 +232,7 @@ def show_pipeline(console: Console, views: Sequence[StageView], root: Path) -> N
             f"{view.key}: {seconds_text(manifest['seconds'])}, {bytes_text(manifest['peak_memory_bytes'])} peak"
         )
     console.saved(views[-1].path)
-    console.next_command(next_command(Workspace.open(root)))
+    console.next_command(next_command(Workspace.open(root), views[-1]))
     console.result({"stages": [_document(view) for view in views]})
 
 
@@ -250,7 +256,9 @@ def show_status(console: Console, workspace: Workspace) -> None:
         {
             "workspace": str(workspace.root),
             "model": workspace.model,
-            "stages": [{"stage": v.stage, "name": v.name, "state": v.state, "why": v.why} for v in views],
+            "stages": [
+                {"stage": v.stage, "name": v.name, "state": v.state, "why": v.why, "remedy": v.remedy} for v in views
+            ],
             "missing": [s.name for s in STAGES if not any(v.stage == s.name for v in views)],
             "next": following,
         }
@@ -261,7 +269,17 @@ def _status_row(view: StageView) -> tuple[str, ...]:
     manifest = view.manifest
     made = "" if manifest is None else f"{manifest.created[:16].replace('T', ' ')} UTC"
     time = "" if manifest is None else seconds_text(manifest.seconds)
-    return view.stage, view.name, view.state, made, time, view.why or _figure(view)
+    what = f"{view.why} ({view.remedy})" if view.remedy else view.why
+    return view.stage, view.name, view.state, made, time, what or _figure_if_any(view)
+
+
+def _figure_if_any(view: StageView) -> str:
+    """Return what a result's figures say in one line; one of another form is named, and does not end the list."""
+    try:
+        with shown(view):
+            return _figure(view)
+    except CorruptedError as error:
+        return f"written in another form ({error.hint})"
 
 
 def _figure(view: StageView) -> str:

@@ -6,9 +6,11 @@ from typing import Any
 
 from ara.stage_view import StageView
 from ara_cli.console import Column, Console
+from ara_cli.shown import shows_results
 from ara_cli.words import count_text
 
 
+@shows_results
 def show_bench(console: Console, view: StageView) -> None:
     """Show how large the models are, and how fast beside the dense one and beside what the arithmetic predicts."""
     assert view.manifest is not None

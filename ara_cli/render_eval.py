@@ -9,6 +9,7 @@ from ara.evaluation.paired import NOISE
 from ara.evaluation.tasks import mean_label
 from ara.stage_view import StageView
 from ara_cli.console import Column, Console
+from ara_cli.shown import shows_results
 from ara_cli.words import count_text, percent
 
 DENSE = "dense"
@@ -16,6 +17,7 @@ DENSE = "dense"
 _SHARES = {"exact_match", "em", "f1", "contains", "precision", "recall", "mc1", "mc2", "pass@1"}
 
 
+@shows_results
 def show_evaluation(console: Console, view: StageView) -> None:
     """Show all models of an evaluation side by side."""
     assert view.manifest is not None

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING
 import typer
 
 from ara.environment import versions
-from ara.errors import AraError, InternalError, disk_full_error, first_line, text_of
+from ara.errors import (
+    AraError,
+    DiskFullError,
+    InternalError,
+    disk_full_error,
+    first_line,
+    open_files_error,
+    text_of,
+)
+from ara.models.cache import cache_dir, hub_dir
 from ara_cli.console import Console, is_reader_gone, stdout_error
 
 if TYPE_CHECKING:
@@ -98,7 +107,7 @@ def tell(error: BaseException, console: Console, root: Path | None = None) -> in
     if told is None:
         return None
     try:
-        console.error(told)
+        console.error(open_files_error(told) or told)
     except (OSError, AraError):  # nobody hears it; the exit code says it
         console.silence()
     return told.exit_code
@@ -166,18 +175,40 @@ def _machine_error(error: BaseException, root: Path | None) -> AraError | None:
             f"out of memory{f': {said}' if said else ''}",
             "try --device cpu, or decompose and eval one by one with a smaller --batch-size or --moment-memory",
         )
-    if not isinstance(error, OSError):
-        return None
-    file = None if error.filename is None else str(error.filename)
-    full = disk_full_error(error, Path(file or root or "."))
+    named = getattr(error, "filename", None)
+    file = None if named is None else str(named)
+    full = disk_full_error(error, Path(file or root or ".")) if isinstance(error, Exception) else None
     if full is not None:
-        return full
+        return DiskFullError(str(full), _elsewhere(file, root) or full.hint)
+    more = open_files_error(error)
+    if more is not None or not isinstance(error, OSError):
+        return more
     if file is None:
         return AraError(f"{type(error).__name__}: {words or 'no reason'}", "check the disk, permissions and network")
-    return AraError(
-        f"{file}: {error.strerror or type(error).__name__}",
-        "check that you may read and write it" + (f", or choose another workspace than {root} with -w" if root else ""),
+    ours = "check that you may read and write it" + (
+        f", or choose another workspace than {root} with -w" if root else ""
     )
+    return AraError(f"{file}: {error.strerror or type(error).__name__}", _elsewhere(file, root) or ours)
+
+
+def _elsewhere(file: str | None, root: Path | None) -> str | None:
+    """Return how a cache is put elsewhere, if ``file`` lies in one or on the way to one: -w would not help."""
+    if file is None:
+        return None
+    path = Path(file).absolute()
+    workspace = (root or Path()).absolute()
+    for variable, folder in {"ARA_CACHE_DIR": _cache_dir(), "HF_HOME": hub_dir()}.items():
+        on_the_way = folder is not None and folder.is_relative_to(path) and not workspace.is_relative_to(path)
+        if folder is not None and (path.is_relative_to(folder) or on_the_way):
+            return f"set {variable} to a folder that you may write and that has room, then run the same command again"
+    return None
+
+
+def _cache_dir() -> Path | None:
+    try:
+        return cache_dir()
+    except AraError:
+        return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

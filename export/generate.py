@@ -11,6 +11,7 @@ from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens, te
 from ara.models.context import context_length
 from ara.models.quiet import quiet_transformers
 from ara.models.vocabulary import check_tokens, token_rows
+from ara.names import check_name
 from ara.stages.common import Run
 from ara.stages.truncate import CHECKPOINT
 
@@ -67,6 +68,9 @@ def answer(
 
 
 def _folder(config: GenerateConfig, run: Run, checkpoint: str | None, export: str | None) -> Path:
+    for name in (checkpoint, export):
+        if name is not None:
+            check_name(name)
     workspace = run.open()
     truncated = workspace.require("truncate", checkpoint)
     if config.backend == "torch":

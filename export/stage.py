@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ara.errors import OutputError, UsageError, disk_errors
+from ara.files import remove
+from ara.locking import LOCK_FILE, OWNER_FILE, exclusive
 from ara.manifest import file_sha256
 from ara.stage_view import StageView, parent_of
 from ara.stages.common import Run, already_done, begin
@@ -14,6 +16,10 @@ from ara.stages.truncate import CHECKPOINT
 from export.config import ExportConfig
 from export.report import REPORT_FILE, ExportReport
 from export.weights import Checkpoint
+
+# Ends of the names of what lies beside a folder while it is written, and of the old one inside.
+_WORK = ".ara-export"
+_BEFORE = "before"
 
 
 def export(config: ExportConfig, run: Run, *, checkpoint: str | None = None, name: str | None = None) -> StageView:
@@ -30,7 +36,7 @@ def export(config: ExportConfig, run: Run, *, checkpoint: str | None = None, nam
     """
     from export.onnx_target import resolve, write_onnx
 
-    started = begin()
+    started = begin(checkpoint, name)
     resolved, dense = resolve(config), _dense_graph(config)
     workspace = run.open()
     with workspace.lock(run.command):
@@ -82,30 +88,69 @@ def export_folder(
     from export.onnx_target import resolve, source_hash, write_onnx
 
     resolved, dense = resolve(config), _dense_graph(config)
+    if output.is_symlink():
+        raise OutputError(
+            f"--output {output} is a link, and ARA does not write through links", "name its folder itself"
+        )
     source, output = source.resolve(), output.resolve()
-    _refuse_output(output, [source, *([dense] if dense else [])], overwrite)
+    needed = [source, *([dense] if dense else [])]
+    _refuse_output(output, needed, overwrite)
     run.report.step(f"Exporting {source} to ONNX")
     checkpoint = Checkpoint(source)
-    aside, before = (output.with_name(f".{output.name}.{word}") for word in ("partial", "before"))
+    with _work_folder(output, run.command) as work:
+        # An earlier run, killed between its two renames, may have left the old folder here.
+        _refuse_output(output, needed, overwrite)
+        new, before = work / "new", work / _BEFORE
+        with disk_errors(output):
+            new.mkdir()
+        about = write_onnx(checkpoint, new, resolved, source_hash(source), run.report)
+        # Others may have put something there meanwhile.
+        _refuse_output(output, needed, overwrite)
+        try:
+            if output.exists():
+                output.rename(before)
+            new.rename(output)
+        except BaseException:
+            _put_back(before, output)
+            raise
+    return about
+
+
+@contextmanager
+def _work_folder(output: Path, command: str) -> Iterator[Path]:
+    """Yield an empty folder beside ``output`` that no other export to it uses, and that is removed afterwards.
+
+    What a killed run has left there is put back or removed first.
+
+    Raises:
+        LockedError: another export to ``output`` is at work.
+    """
+    work = output.with_name(f".{output.name}{_WORK}")
     made = [parent for parent in output.parents if not parent.exists()]
     try:
+        if work.is_symlink():
+            remove(work)
         with disk_errors(output):
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        about = write_onnx(checkpoint, aside, resolved, source_hash(source), run.report)
-        if output.exists():
-            output.rename(before)
-        aside.rename(output)
+            work.mkdir(parents=True, exist_ok=True)
+        with exclusive(work, command):
+            try:
+                _put_back(work / _BEFORE, output)
+                for left in work.iterdir():
+                    if left.name not in (LOCK_FILE, OWNER_FILE):
+                        remove(left)
+                yield work
+            finally:
+                remove(work)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        if before.exists() and not output.exists():
-            before.rename(output)
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
         raise
-    shutil.rmtree(before, ignore_errors=True)
-    return about
+
+
+def _put_back(before: Path, output: Path) -> None:
+    if before.exists() and not output.exists():
+        before.rename(output)
 
 
 def _refuse_output(output: Path, needed: list[Path], overwrite: bool) -> None:

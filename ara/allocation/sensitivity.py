@@ -65,4 +65,5 @@ def sensitivity_of(context: Context, options: SensitivityOptions) -> Sensitivity
         "device": str(context.model.device),
         "dtype": str(context.model.model.dtype),
     }
-    return context.table_cache.get(context.train, settings, lambda: timed(make))
+    sizes = {spec.name: spec.full_rank + 1 for spec in context.model.specs}
+    return context.table_cache.get(context.train, settings, sizes, lambda: timed(make))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 from ara.config import MethodOptions
 from ara.masks.model import LossKind
@@ -66,6 +67,20 @@ class LogRow:
     held_out: float | None = None
 
 
+class _Plain(BaseModel):
+    """What :meth:`TrainingState.plain` returns."""
+
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+    step: int
+    best: dict[str, int | None]
+    best_held_out: float
+    best_step: int
+    log: list[LogRow] = Field(min_length=1)
+    seconds: float
+    backward_passes: int
+    interrupted: bool
+
+
 @dataclass
 class TrainingState:
     """Everything that a training goes on from.
@@ -106,7 +121,12 @@ class TrainingState:
 
     @classmethod
     def from_plain(cls, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> TrainingState:
-        """Return the state that :meth:`plain` and :meth:`all_tensors` describe."""
+        """Return the state that :meth:`plain` and :meth:`all_tensors` describe.
+
+        Raises:
+            ValueError: they do not describe one.
+        """
+        _Plain.model_validate(values)
         best = {name.removeprefix(_BEST): value for name, value in tensors.items() if name.startswith(_BEST)}
         rest = {name: value for name, value in tensors.items() if not name.startswith(_BEST)}
         return cls(**{**values, "log": [LogRow(**row) for row in values["log"]]}, tensors=rest, best_tensors=best)

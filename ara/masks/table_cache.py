@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ara.errors import DiskFullError
+from ara.files import is_plain_file
 from ara.progress import SILENT, Reporter
 from ara.tensors import save_tensors, tensor_digests, written_aside
 
@@ -48,10 +51,15 @@ class TableCache:
     report: Reporter = SILENT
 
     def get(
-        self, windows: torch.Tensor, settings: dict[str, str | int], make: Callable[[], SensitivityTable]
+        self,
+        windows: torch.Tensor,
+        settings: dict[str, str | int],
+        sizes: Mapping[str, int],
+        make: Callable[[], SensitivityTable],
     ) -> SensitivityTable:
         """Read the table that was made of the same factors, ``windows`` and ``settings``, or make and keep it.
 
+        A table that does not hold as many losses of every layer as ``sizes`` says is damaged.
         A damaged file is reported, thrown away and written anew; where there is no room for it, it is not kept.
         """
         text = hashlib.sha256(windows.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
@@ -59,9 +67,9 @@ class TableCache:
             [TABLE_FORMAT, torch.__version__, self.factors, list(windows.shape), text, settings], sort_keys=True
         )
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-        if path.exists():
+        if os.path.lexists(path):
             try:
-                found = _read(path)
+                found = _read(path, sizes)
             except (SafetensorError, OSError, KeyError, ValueError) as error:
                 self.report.warn(f"discarding the damaged sensitivity table {path} ({error})")
             else:
@@ -83,13 +91,19 @@ def timed(make: Callable[[], dict[str, torch.Tensor]]) -> SensitivityTable:
     return SensitivityTable(losses, time.monotonic() - begun)
 
 
-def _read(path: Path) -> SensitivityTable:
+def _read(path: Path, sizes: Mapping[str, int]) -> SensitivityTable:
+    if not is_plain_file(path):
+        raise ValueError("it is no plain file")
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
         losses = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if about["digest"] != _digest(losses):
         raise ValueError("its checksum is wrong")
-    return SensitivityTable(losses, float(about["seconds"]))
+    seconds = float(about["seconds"])
+    shapes = {name: (tuple(table.shape), table.dtype) for name, table in losses.items()}
+    if not math.isfinite(seconds) or shapes != {name: ((size,), torch.float64) for name, size in sizes.items()}:
+        raise ValueError("it holds other tables than those of these layers")
+    return SensitivityTable(losses, seconds)
 
 
 def _write(path: Path, table: SensitivityTable) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ara.errors import AraError, DiskFullError, disk_errors
+from ara.errors import AraError, DiskFullError, UsageError, disk_errors, disk_full_error, open_files_error
 from ara.files import expand_user
 
 # Left behind only by a killed process. A day is longer than any fetch or conversion takes.
@@ -33,6 +33,17 @@ def cache_dir() -> Path:
     return expand_user("~/.cache/ara", "the cache folder (set ARA_CACHE_DIR to choose another)")
 
 
+def hub_dir() -> Path | None:
+    """Return the folder in which the hub's own libraries keep what they fetch, as ``$HF_HOME`` moves it."""
+    own, shared = os.environ.get("HF_HOME"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if own:
+            return expand_user(own, "HF_HOME").absolute()
+        return expand_user(shared or "~/.cache", "XDG_CACHE_HOME").absolute() / "huggingface"
+    except UsageError:
+        return None
+
+
 @contextmanager
 def aside(parent: Path) -> Iterator[Path]:
     """Yield an empty folder inside ``parent`` that is removed afterwards.
@@ -49,7 +60,10 @@ def aside(parent: Path) -> Iterator[Path]:
             parent.mkdir(parents=True, exist_ok=True)
             _sweep(parent)
             folder = Path(tempfile.mkdtemp(prefix=_ASIDE_PREFIX, dir=parent))
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        except OSError as error:
+            if disk_full_error(error, parent) or open_files_error(error):
+                raise
+            # Among them a home that is mounted read-only.
             raise AraError(
                 f"the cache folder {parent} cannot be written: {error.strerror}",
                 "set ARA_CACHE_DIR to a folder that you may write",

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from ara.allocation.allocation import Allocation, Module, cost
+from ara.errors import CorruptedError
 from ara.manifest import Manifest, remake
 from ara.reporting.document import Layer, Missing, Report, Work
 from ara.reporting.fronts import Measured, perplexity_fronts, speed_front
@@ -39,6 +40,8 @@ _DRAWN_DIGITS = 5
 _ZERO_SHOT = "zero-shot"
 
 _Part = TypeVar("_Part")
+# How reading a result fails that has another form: a part is missing, or of another type.
+_OTHER_FORM = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Sources:
         comparisons: of allocators on the same factors.
         exports: of the checkpoint.
         stale: results of the checkpoint that have become stale, and are left out.
+        damaged: ``stage/name`` of measurements that cannot be read, of whichever checkpoint they are.
         place: words that name the workspace in a command.
     """
 
@@ -77,6 +81,7 @@ class Sources:
     comparisons: tuple[Manifest, ...] = ()
     exports: tuple[Manifest, ...] = ()
     stale: tuple[Manifest, ...] = ()
+    damaged: tuple[str, ...] = ()
     place: tuple[str, ...] = ()
 
 
@@ -85,6 +90,9 @@ def gather(sources: Sources) -> Report:
     missing: list[Missing] = [
         Missing(what=f"{old.stage}/{old.name} is stale and left out", command=_again(old, sources.place))
         for old in sources.stale
+    ]
+    missing += [
+        Missing(what=f"{key} is damaged and left out", command=_anew(key, sources.place)) for key in sources.damaged
     ]
     decomposition, made = sources.decomposition, sources.current
     current = _measured(made, True, missing, sources.place)
@@ -98,7 +106,7 @@ def gather(sources: Sources) -> Report:
         title=title(base, current.allocation, current.checkpoint),
         verdict=verdict(base, current.allocation, current.checkpoint, current.evaluations, current.benches),
         base=base,
-        decomposition=read_decomposition(decomposition),
+        decomposition=_needed(read_decomposition, decomposition),
         allocation=current.allocation,
         checkpoint=current.checkpoint,
         layers=layers(sources.modules, sources.ranks) if sources.ranks else (),
@@ -133,13 +141,13 @@ def basic_report(decomposition: Manifest, allocation: Manifest, results: Mapping
         results: figures of the truncation.
         dtype: precision of the stored weights.
     """
-    base, allocated = read_base(decomposition.model), read_allocation(allocation)
+    base, allocated = read_base(decomposition.model), _needed(read_allocation, allocation)
     stored = read_stored(allocation.name, results, dtype)
     return Report(
         title=title(base, allocated, stored),
         verdict=verdict(base, allocated, stored, (), ()),
         base=base,
-        decomposition=read_decomposition(decomposition),
+        decomposition=_needed(read_decomposition, decomposition),
         allocation=allocated,
         checkpoint=stored,
         work=work(decomposition, allocation),
@@ -172,7 +180,7 @@ def _layer(module: Module, rank: int | None) -> Layer:
 
 def work(*manifests: Manifest) -> tuple[Work, ...]:
     """Return what was done to make these results, in this order."""
-    return tuple(read_work(manifest) for manifest in manifests)
+    return tuple(_needed(read_work, manifest) for manifest in manifests)
 
 
 def versions(*manifests: Manifest) -> dict[str, tuple[str, ...]]:
@@ -187,12 +195,27 @@ def versions(*manifests: Manifest) -> dict[str, tuple[str, ...]]:
 def _measured(made: Made, current: bool, missing: list[Missing], place: tuple[str, ...]) -> Measured:
     truncated = made.truncated
     return Measured(
-        allocation=read_allocation(made.allocation),
-        checkpoint=read_stored(truncated.name, truncated.results, truncated.config["dtype"]),
+        allocation=_needed(read_allocation, made.allocation),
+        checkpoint=_needed(lambda made: read_stored(made.name, made.results, made.config["dtype"]), truncated),
         evaluations=_read_all(read_evaluation, made.evaluations, missing, place),
         benches=_read_all(read_bench, made.benches, missing, place),
         current=current,
     )
+
+
+def _needed(read: Callable[[Manifest], _Part], manifest: Manifest) -> _Part:
+    """Read a result that the report cannot do without.
+
+    Raises:
+        CorruptedError: it was written in another form.
+    """
+    try:
+        return read(manifest)
+    except _OTHER_FORM:
+        raise CorruptedError(
+            f"{manifest.stage}/{manifest.name} was written in another form and cannot be reported on",
+            remake(manifest, True),
+        ) from None
 
 
 def _read_all(
@@ -203,7 +226,7 @@ def _read_all(
     for manifest in manifests:
         try:
             parts.append(read(manifest))
-        except (KeyError, TypeError, AttributeError, ValueError):
+        except _OTHER_FORM:
             what = f"{manifest.stage}/{manifest.name} was written in another form and is left out"
             missing.append(Missing(what=what, command=_again(manifest, place, force=True)))
     return tuple(parts)
@@ -214,6 +237,13 @@ def _again(manifest: Manifest, place: tuple[str, ...], force: bool = False) -> s
     command = remake(manifest, force).partition(": ")[2]
     # What was typed names its workspace.
     return command if command.startswith(manifest.command) else shlex.join([*shlex.split(command), *place])
+
+
+def _anew(key: str, place: tuple[str, ...]) -> str:
+    """Return the command that puts a new result in the place of one whose manifest says nothing that can be trusted."""
+    stage, _, name = key.partition("/")
+    target = ["--onnx"] if stage == "export" else []
+    return shlex.join(["ara", stage, *target, "--name", name, *place])
 
 
 def _missing(report: Report, place: tuple[str, ...]) -> list[Missing]:

@@ -52,7 +52,7 @@ def allocate(
     Raises:
         AraError: no decomposition, a budget that cannot be met, a ranks file that does not fit.
     """
-    started = begin()
+    started = begin(factors, name, masks)
     if ranks is not None and masks is not None:
         raise UsageError(
             f"--ranks FILE and --masks {masks} are both given", "the file says every rank: use one of them"

@@ -20,7 +20,7 @@ from ara.evaluation.speed import interleaved_seconds, summarise
 from ara.jsonfile import dump
 from ara.models.placement import choose_placement
 from ara.models.sources import ModelSource
-from ara.stage_view import StageView, parent_of
+from ara.stage_view import StageView, parent_name, parent_of
 from ara.stages.common import (
     Run,
     already_done,
@@ -57,7 +57,7 @@ def bench(
     Raises:
         AraError: a stage is missing or stale, a length is beyond the model, a device is not there.
     """
-    started = begin()
+    started = begin(checkpoint, name)
     cases = _cases(config)
     resolved = _resolved(config, run)
     workspace = run.open()
@@ -141,9 +141,7 @@ def _check_lengths(config: BenchConfig, source: ModelSource) -> None:
 
 def _decomposition_of(workspace: Workspace, truncated: StageView) -> StageView:
     """Return the decomposition of a checkpoint, for the model that it names; its factors are not read."""
-    assert truncated.manifest is not None
-    key = next(parent.key for parent in truncated.manifest.parents if parent.key.startswith("decompose/"))
-    return workspace.require("decompose", key.partition("/")[2], verify=False)
+    return workspace.require("decompose", parent_name(truncated, "decompose"), verify=False)
 
 
 def largest(cases: Sequence[Case]) -> list[Case]:

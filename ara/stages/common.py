@@ -14,6 +14,7 @@ from ara.errors import ModelError, UsageError
 from ara.models.context import context_length
 from ara.models.linears import LinearSpec
 from ara.models.memory import available_bytes
+from ara.names import check_name
 from ara.progress import SILENT, Reporter
 from ara.stage_view import StageView
 from ara.workspace import Workspace
@@ -46,8 +47,18 @@ class Run:
         return Workspace.open(self.root, create)
 
 
-def begin() -> float:
-    """Start a stage's clock and its memory's high-water mark; returns ``time.monotonic()``."""
+def begin(*names: str | None) -> float:
+    """Start a stage's clock and its memory's high-water mark; returns ``time.monotonic()``.
+
+    Args:
+        names: of results, as somebody gave them; refused here, before any work, when nothing can be called that.
+
+    Raises:
+        UsageError: such a name.
+    """
+    for name in names:
+        if name is not None:
+            check_name(name)
     reset_peak_memory()
     return time.monotonic()
 

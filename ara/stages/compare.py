@@ -49,7 +49,7 @@ def compare(
     Raises:
         AraError: no decomposition, an unknown method, a budget that cannot be met, a missing text.
     """
-    started = begin()
+    started = begin(factors, masks, name)
     methods = config.methods or methods_for(config.layout)
     for method in methods:
         refuse_layout(method, config.layout)

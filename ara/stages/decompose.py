@@ -52,7 +52,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
     Raises:
         AraError: anything that is wrong with model, text, disk or workspace.
     """
-    started = begin()
+    started = begin(name)
     entry = DECOMPOSITIONS.entry(config.method)
     method: Decomposition = entry.load()(method_options(entry.load().Options, config.options))
     placement = choose_placement(config.device, config.dtype)

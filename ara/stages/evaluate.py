@@ -22,7 +22,7 @@ from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
 from ara.models.vocabulary import token_rows
 from ara.names import MAX_NAME_BYTES
-from ara.stage_view import StageView, parent_of
+from ara.stage_view import StageView, parent_name, parent_of
 from ara.stages.allocate import layout_of, load_modules, read_allocation
 from ara.stages.common import Run, already_done, begin, check_window, factor_files, label_of, model_of, specs_of
 from ara.stages.measure import DENSE, Measurement, Questions, Variant, prompts_of
@@ -64,7 +64,7 @@ def evaluate(
     Raises:
         AraError: a stage is missing or stale, a text is missing, a model yields NaN.
     """
-    started = begin()
+    started = begin(checkpoint, name)
     own = open_task_folders(config.include_path)
     names = expand(config.tasks, own)
     for task in names:
@@ -78,8 +78,7 @@ def evaluate(
         assert truncated.manifest is not None
         run.report.step(f"Evaluating {truncated.key} on {', '.join(config.tasks)}")
         run.report.fact(placement.why)
-        allocation_key = next(p.key for p in truncated.manifest.parents if p.key.startswith("allocate/"))
-        chosen = workspace.require("allocate", allocation_key.partition("/")[2])
+        chosen = workspace.require("allocate", parent_name(truncated, "allocate"))
         decomposition = decomposition_of(workspace, chosen)
         source = model_of(decomposition, run)
         resolved = config.model_copy(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from safetensors.torch import load_file
 
 from ara.allocation.base import Context
 from ara.allocation.ranks_file import from_table
 from ara.config import Layout, TrainMasksConfig, TuningConfig
-from ara.errors import WorkspaceError
-from ara.manifest import essence
+from ara.errors import CorruptedError, WorkspaceError
+from ara.manifest import essence, remake
 from ara.masks.learned import LearnedLosses
+from ara.models.linears import LinearSpec
 from ara.progress import Reporter
 from ara.stage_view import StageView, parent_of
 from ara.workspace import Workspace
@@ -168,8 +170,31 @@ def with_training(context: Context, trained: StageView | None) -> Context:
     assert trained.manifest is not None
     if stopped := stopped_early(trained):
         context.report.warn(f"{trained.key} is not complete: {stopped}")
+    learned = read_learned(trained)
     table = load_file(trained.path / TABLE_FILE) if TABLE_FILE in trained.manifest.files else None
-    return replace(context, learned=read_learned(trained), table=table)
+    for tables in (table, *(losses.tables for losses in learned)):
+        _check_tables(trained, tables, context.model.specs)
+    for losses in learned:
+        _check_ranks(trained, losses, context.model.specs)
+    return replace(context, learned=learned, table=table)
+
+
+def _check_tables(trained: StageView, tables: Mapping[str, torch.Tensor] | None, specs: Sequence[LinearSpec]) -> None:
+    """Refuse losses that are not those of these layers, from no component to all of them."""
+    found = None if tables is None else {name: tuple(table.shape) for name, table in tables.items()}
+    if found is not None and found != {spec.name: (spec.full_rank + 1,) for spec in specs}:
+        raise CorruptedError(f"{trained.key} holds losses of other layers than the factors have", _again(trained))
+
+
+def _check_ranks(trained: StageView, losses: LearnedLosses, specs: Sequence[LinearSpec]) -> None:
+    ranks = losses.ranks.ranks
+    if set(ranks) != {spec.name for spec in specs} or any((ranks[s.name] or 0) > s.full_rank for s in specs):
+        raise CorruptedError(f"{trained.key} holds ranks of other layers than the factors have", _again(trained))
+
+
+def _again(trained: StageView) -> str:
+    assert trained.manifest is not None
+    return remake(trained.manifest, True)
 
 
 def read_learned(view: StageView) -> list[LearnedLosses]:
@@ -177,6 +202,9 @@ def read_learned(view: StageView) -> list[LearnedLosses]:
     assert view.manifest is not None
     learned, priced = [], view.manifest.config["objective"] == "priced"
     for keep, result in view.manifest.results["budgets"].items():
-        tables = load_file(view.path / masks_file(float(keep))) if priced else None
+        name = masks_file(float(keep))
+        if priced and name not in view.manifest.files:
+            raise CorruptedError(f"{view.key} has a budget {keep} and no {name}", _again(view))
+        tables = load_file(view.path / name) if priced else None
         learned.append(LearnedLosses(float(keep), tables, from_table(result["ranks"])))
     return learned

@@ -7,7 +7,6 @@ that was stopped, or in which a model gave NaN, goes on behind the pieces that i
 from __future__ import annotations
 
 import gc
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +15,18 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict
+
 from ara.calibration.texts import Documents
 from ara.calibration.tokens import evaluation_windows
 from ara.config import EvalConfig
+from ara.errors import CorruptedError
 from ara.evaluation.generation import greedy_continuation
 from ara.evaluation.harness import ask
 from ara.evaluation.paired import bootstrap_pairs, compare_pairs
 from ara.evaluation.perplexity import VariantRun, interleaved_perplexity
 from ara.evaluation.tasks import ZERO_SHOT, Task, chosen_documents
-from ara.jsonfile import dump
+from ara.jsonfile import dump, read_object, validated
 from ara.models.accounting import parameter_count, weight_bytes
 from ara.progress import Reporter
 from ara.stage_writer import StageWriter
@@ -41,6 +43,34 @@ _LEAST_WORDS = 8
 _FILE_WORDS = 40
 # What must not stand in the name of a file.
 _NOT_PLAIN = re.compile(r"[^\w.-]")
+
+
+class _Piece(BaseModel):
+    model_config = ConfigDict(strict=True, defer_build=True)
+
+
+class _ModelPiece(_Piece):
+    parameters: int
+    weight_bytes: int
+    linear_keep: float
+    continuations: list[str]
+
+
+class _TextPiece(_Piece):
+    nll: float
+    perplexity: float
+    window_nlls: list[float]
+
+
+class _Answer(_Piece):
+    metrics: dict[str, Any]
+
+
+class _TaskPiece(_Piece):
+    headline: str
+    metrics: dict[str, float]
+    stderrs: dict[str, float | None]
+    answers: list[_Answer]
 
 
 @dataclass(frozen=True)
@@ -137,14 +167,16 @@ class Measurement:
 
     def results(self) -> dict[str, Any]:
         """Return the figures of all models and tasks, from the finished pieces."""
-        models = {variant.name: self._read("model", variant) for variant in self.variants}
+        models = {variant.name: self._read("model", variant, _ModelPiece) for variant in self.variants}
+        if any(len(row["continuations"]) != len(self.questions.prompts) for row in models.values()):
+            raise CorruptedError(f"{self.stage.folder} holds continuations of other prompts", self._again)
         texts = {
             name: {
                 "kind": "text",
                 "text": self.questions.texts[name].origin,
                 "windows": windows.windows,
                 "seq_len": windows.seq_len,
-                "models": {variant.name: self._read(name, variant) for variant in self.variants},
+                "models": {variant.name: self._read(name, variant, _TextPiece) for variant in self.variants},
             }
             for name, windows in self.windows.items()
         }
@@ -177,9 +209,19 @@ class Measurement:
     def _done(self, piece: str, variant: Variant) -> bool:
         return self._file(piece, variant) in self.stage.finished
 
-    def _read(self, piece: str, variant: Variant) -> dict[str, Any]:
+    @property
+    def _again(self) -> str:
+        return f"delete {self.stage.folder} and run the same command again"
+
+    def _read(self, piece: str, variant: Variant, schema: type[BaseModel]) -> dict[str, Any]:
+        """Return a finished piece, which an earlier run may have written, or somebody else.
+
+        Raises:
+            CorruptedError: it is not what this version writes.
+        """
         path = self.stage.folder / self._file(piece, variant)
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = read_object(path, self._again, CorruptedError, finite=True)
+        validated(found, path, schema, self._again, CorruptedError)
         return found
 
     def _keep(self, piece: str, variant: Variant, row: Mapping[str, Any]) -> None:
@@ -233,7 +275,11 @@ class Measurement:
     # -- results ------------------------------------------------------------------------------------------------
 
     def _answers(self, task: Task) -> dict[str, dict[str, Any]]:
-        return {variant.name: self._read(task.name, variant) for variant in self.variants}
+        rows = {variant.name: self._read(task.name, variant, _TaskPiece) for variant in self.variants}
+        first = next(iter(rows.values()))
+        if not all(_fits(row, first["headline"], len(first["answers"])) for row in rows.values()):
+            raise CorruptedError(f"{self.stage.folder} holds answers to other questions of {task.name}", self._again)
+        return rows
 
     def _task(self, task: Task, rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """Return one task's figures, and how the chosen model compares with all others."""
@@ -341,6 +387,14 @@ def prompts_of(
         if len(words) >= _LEAST_WORDS and (room is None or len(tokenizer(prompt)["input_ids"]) <= room):
             prompts.append(prompt)
     return prompts
+
+
+def _fits(row: Mapping[str, Any], metric: str, questions: int) -> bool:
+    """Tell whether a task's answers are of as many questions and have this metric: numbers, where it is a mean."""
+    if metric not in row["metrics"] or metric not in row["stderrs"] or len(row["answers"]) != questions:
+        return False
+    values = [answer["metrics"].get(metric) for answer in row["answers"]]
+    return row["stderrs"][metric] is None or all(isinstance(value, int | float) for value in values)
 
 
 def _values(row: Mapping[str, Any], metric: str) -> list[float]:

@@ -9,14 +9,17 @@ from safetensors import safe_open
 
 from ara.allocation.allocation import Module
 from ara.allocation.ranks_file import RANKS_FILE
-from ara.errors import CorruptedError, OutputError, disk_errors
+from ara.errors import CorruptedError, OutputError, disk_errors, first_line
+from ara.files import is_plain_file, open_regular, read_text, write_text
+from ara.jsonfile import read
 from ara.manifest import Manifest, remake, verify_files
+from ara.models.identity import ModelIdentity
 from ara.models.linears import LinearSpec
 from ara.reporting.document import REPORT_FORMAT, Report
 from ara.reporting.gather import Made, Sources, gather
 from ara.reporting.html import MARK, page
 from ara.reporting.model_card import card
-from ara.stage_view import StageView, parent_of
+from ara.stage_view import StageView, parent_name, parent_of
 from ara.stages.allocate import layout_of, read_allocation
 from ara.stages.common import Run, already_done, begin, layer_file, specs_of
 from ara.stages.truncate import CARD
@@ -28,6 +31,8 @@ HTML_FILE = "report.html"
 JSON_FILE = "report.json"
 # Bytes at the front of a page in which its mark stands.
 _FRONT = 2000
+# What a report lists beside the results that it stands on.
+_MEASURED = ("eval", "bench", "compare", "export")
 
 
 def report(
@@ -50,7 +55,7 @@ def report(
     Raises:
         AraError: no checkpoint, a result that it is made from is damaged, a file that must not be replaced.
     """
-    started = begin()
+    started = begin(checkpoint, name)
     workspace = run.open()
     _refuse(output, "--output", workspace, run.force, replaces_reports=True)
     _refuse(model_card, "--model-card", workspace, run.force)
@@ -61,7 +66,11 @@ def report(
         name = name or truncated.name
         facts = {
             # The same parents may be told otherwise by another version.
-            "config": {"report_format": REPORT_FORMAT, "ara": __version__},
+            "config": {
+                "report_format": REPORT_FORMAT,
+                "ara": __version__,
+                **({"damaged": list(sources.damaged)} if sources.damaged else {}),
+            },
             "model": truncated.manifest.model if truncated.manifest else None,
             "parents": tuple(parent_of(view) for view in parents),
         }
@@ -72,8 +81,11 @@ def report(
             verify_files(view.path, _manifest(view))
         else:
             document = gather(sources)
+            # Before there is a folder to be left half-written: drawing wants files of its own.
+            drawn = page(document)
             with workspace.writer("report", name, facts, command=run.command, started=started) as stage:
-                _write(stage.folder, document)
+                write_text(stage.folder / JSON_FILE, document.model_dump_json(indent=1) + "\n")
+                write_text(stage.folder / HTML_FILE, drawn)
                 stage.results.update(
                     {"title": document.title, "verdict": document.verdict, "checkpoint": truncated.name}
                 )
@@ -81,15 +93,26 @@ def report(
             view = workspace.view(f"report/{name}")
         _put_card(truncated, _card(view), run)
     if output is not None:
-        _put(output, (view.path / HTML_FILE).read_text(encoding="utf-8"))
+        _put(output, read_text(view.path / HTML_FILE))
     if model_card is not None:
         _put(model_card, _card(view))
     return view
 
 
 def _card(view: StageView) -> str:
-    """Return the model card of a report."""
-    return card(Report.model_validate_json((view.path / JSON_FILE).read_text(encoding="utf-8")))
+    """Return the model card of a report.
+
+    Raises:
+        CorruptedError: its document is not one that this version writes.
+    """
+    path = view.path / JSON_FILE
+    try:
+        document = Report.model_validate(read(path))
+    except (OSError, ValueError) as error:
+        raise CorruptedError(
+            f"{path} cannot be read ({first_line(error)})", remake(_manifest(view), force=True)
+        ) from None
+    return card(document)
 
 
 def _put_card(truncated: StageView, text: str, run: Run) -> None:
@@ -101,8 +124,13 @@ def _put_card(truncated: StageView, text: str, run: Run) -> None:
         )
         return
     path = truncated.path / CARD
-    # Not through a link: what it points to is somebody else's.
-    if path.is_symlink() or not path.is_file() or path.read_bytes() != text.encode():
+    if path.parent.is_symlink():
+        raise CorruptedError(f"{path.parent} is a link, expected a folder", remake(_manifest(truncated), force=True))
+    # A link in its place is replaced: what it points to is somebody else's.
+    written = text.encode()
+    if not is_plain_file(path) or path.stat().st_size != len(written) or path.read_bytes() != written:
+        if path.is_dir() and not path.is_symlink():
+            raise OutputError(f"{path} is a folder, expected the model card", "move it away")
         _put(path, text)
         run.report.fact(f"the model card is in {path}")
 
@@ -111,6 +139,7 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
     """Return what the report is made from, and the results that this was read from."""
     everything = workspace.views()
     chosen, decomposition = _above(everything, truncated, "allocate"), _above(everything, truncated, "decompose")
+    ModelIdentity.from_dict(_manifest(decomposition).model)  # raises what does not fit
     trained = [view for view in _parents(everything, chosen) if view.stage == "train-masks"]
     layout = layout_of(chosen)
     specs = specs_of(decomposition, layout)
@@ -129,6 +158,8 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
             others.append(_made(other, _above(everything, other, "allocate"), *found))
             parents += [other, _above(everything, other, "allocate"), *found[0], *found[1]]
     stale = [view for view in everything if view.state == "stale" and _was_made_from(view, truncated)]
+    # Nobody can tell what these were made from.
+    damaged = [view for view in everything if view.state == "damaged" and view.stage in _MEASURED]
     place = () if workspace.root == Path(DEFAULT_ROOT) else ("-w", str(workspace.root))
     sources = Sources(
         decomposition=_manifest(decomposition),
@@ -140,6 +171,7 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
         comparisons=tuple(_manifest(view) for view in comparisons),
         exports=tuple(_manifest(view) for view in exports),
         stale=tuple(_manifest(view) for view in stale if view.stage != "report"),
+        damaged=tuple(view.key for view in damaged),
         place=place,
     )
     return sources, list({view.key: view for view in parents}.values())
@@ -168,8 +200,13 @@ def _parents(views: Sequence[StageView], child: StageView) -> list[StageView]:
 
 
 def _above(views: Sequence[StageView], child: StageView, stage: str) -> StageView:
-    """Return the parent of a result that is not stale, so it is there."""
-    return next(view for view in _parents(views, child) if view.stage == stage)
+    """Return the parent of a result that is not stale, so it is there.
+
+    Raises:
+        CorruptedError: the result says that it was made from none of this stage.
+    """
+    key = f"{stage}/{parent_name(child, stage)}"
+    return next(view for view in _parents(views, child) if view.key == key)
 
 
 def _children(views: Sequence[StageView], parent: StageView) -> list[StageView]:
@@ -204,11 +241,6 @@ def _modules(decomposition: StageView, specs: Sequence[LinearSpec]) -> list[Modu
     return modules
 
 
-def _write(folder: Path, document: Report) -> None:
-    (folder / JSON_FILE).write_text(document.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    (folder / HTML_FILE).write_text(page(document), encoding="utf-8")
-
-
 def _refuse(path: Path | None, flag: str, workspace: Workspace, force: bool, *, replaces_reports: bool = False) -> None:
     """Refuse a file that must not be written, before any work.
 
@@ -229,12 +261,18 @@ def _refuse(path: Path | None, flag: str, workspace: Workspace, force: bool, *, 
         return
     if not replaces_reports:
         raise OutputError(f"{flag} {path} is there already", "replace it with --force, or choose another file")
-    if not path.is_file() or MARK.encode() not in path.read_bytes()[:_FRONT]:
+    if not path.is_file() or MARK.encode() not in _front(path):
         raise OutputError(
             f"{flag} {path} is there already and is no report of ara", "replace it with --force, or choose another file"
         )
 
 
+def _front(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read(_FRONT)
+
+
 def _put(path: Path, text: str) -> None:
+    """Write a file aside and put it in its place, also in that of a link."""
     with disk_errors(path), written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        write_text(aside, text)

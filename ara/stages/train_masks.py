@@ -63,7 +63,7 @@ def train_masks(
     Raises:
         AraError: no decomposition, a budget that cannot be met, a loss that is NaN or diverges.
     """
-    started = begin()
+    started = begin(factors, name)
     workspace = run.open()
     with workspace.lock(run.command):
         decomposition = workspace.require("decompose", factors)
@@ -195,10 +195,11 @@ class _Training:
         families: dict[str, AraFamily] = {config.start: ara_family(self.options, self.modules, budget, table)}
         if learned is not None and learned.tables is not None:
             families[LEARNED] = ara_family(self.options, self.modules, budget, table, learned)
-        if self.checkpoint is not None and self.checkpoint[1]["keep"] == keep:
-            state = TrainingState.from_plain(self.checkpoint[1]["state"], self.checkpoint[0])
-            # Before this was noted, what could be learned from was.
-            start = self.checkpoint[1].get("start", list(families)[-1])
+        resumed = self._resumed(keep)
+        # Before this was noted, what could be learned from was.
+        start = list(families)[-1] if resumed is None else resumed[1] or list(families)[-1]
+        if resumed is not None and start in families:
+            state = resumed[0]
             report.fact(f"going on after step {state.step} of {config.steps} at keep {keep:g}")
         else:
             begun = time.monotonic()
@@ -252,6 +253,18 @@ class _Training:
             },
         )
         return LearnedLosses(keep, tables, ranks)
+
+    def _resumed(self, keep: float) -> tuple[TrainingState, str | None] | None:
+        """Return what an interrupted run has reached at this budget, and from which start, if it has come to it."""
+        tensors, values = self.checkpoint or ({}, {})
+        if values.get("keep") != keep:
+            return None
+        try:
+            start = values.get("start")
+            return TrainingState.from_plain(values.get("state", {}), tensors), None if start is None else str(start)
+        except ValueError:
+            self.run.report.warn(f"what an earlier run has left at keep {keep:g} is not one of ours: it begins again")
+            return None
 
     def _best_start(self, families: Mapping[str, AraFamily]) -> str:
         """Return the name of the family whose first allocation is best on held-out text; NaN never is."""

@@ -11,7 +11,7 @@ from ara.models.checkpoint import apply_factors, check_loads, checkpoint_bytes, 
 from ara.models.placement import torch_dtype
 from ara.reporting.model_card import model_card
 from ara.reporting.sharing import display_name
-from ara.stage_view import StageView, parent_of
+from ara.stage_view import StageView, parent_name, parent_of
 from ara.stages.allocate import layout_of, read_allocation
 from ara.stages.common import Run, already_done, begin, factor_files, model_of, specs_of
 from ara.workspace import Workspace
@@ -33,7 +33,7 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
     Raises:
         AraError: a stage is missing or stale, the model has changed, the disk is full, what was written does not load.
     """
-    started = begin()
+    started = begin(allocation, name)
     workspace = run.open()
     with workspace.lock(run.command):
         chosen = workspace.require("allocate", allocation)
@@ -95,9 +95,7 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
 
 def decomposition_of(workspace: Workspace, allocation: StageView) -> StageView:
     """Return the decomposition that an allocation was made for, verified."""
-    assert allocation.manifest is not None
-    key = next(parent.key for parent in allocation.manifest.parents if parent.key.startswith("decompose/"))
-    return workspace.require("decompose", key.partition("/")[2])
+    return workspace.require("decompose", parent_name(allocation, "decompose"))
 
 
 def provenance(decomposition: Manifest, allocation: Manifest) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import typer
 
 from ara.config import BenchConfig, build
 from ara.errors import UsageError
+from ara.names import check_name
 from ara_cli.options import (
     WORKSPACE,
     ForceOption,
@@ -68,7 +69,7 @@ def command(
         if config.backend == "onnx":
             from export.bench import find_export
 
-            find = partial(find_export, name=export)
+            find = partial(find_export, name=None if export is None else check_name(export))
         elif export is not None:
             raise UsageError(f"--export {export} is given, and --backend is torch", "add --backend onnx")
         view = bench(config, s.run(), checkpoint=checkpoint, name=name, find_export=find)

@@ -9,6 +9,7 @@ import typer
 
 from ara.config import EvalConfig, build
 from ara.errors import UsageError
+from ara.names import check_name
 from ara_cli.options import (
     WORKSPACE,
     ForceOption,
@@ -77,7 +78,7 @@ def command(
         if config.backend == "onnx":
             from export.evaluation import find_export
 
-            find = partial(find_export, name=export)
+            find = partial(find_export, name=None if export is None else check_name(export))
         elif export is not None:
             raise UsageError(f"--export {export} is given, and --backend is torch", "add --backend onnx")
         view = evaluate(config, s.run(), checkpoint=checkpoint, name=name, find_export=find)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import typer
 
-from ara.errors import ModelError
+from ara.errors import CorruptedError, ModelError
 from ara_cli.app import main
 from ara_cli.session import session
 
@@ -84,6 +84,34 @@ def test_a_refused_file_is_named(stderr, tmp_path):
     said = stderr()
     assert said.startswith(f"error: {tmp_path / 'x'}: Permission denied\nhint: check that you may")
     assert "-w" in said
+
+
+@pytest.mark.parametrize(
+    ("variable", "folder"), [("ARA_CACHE_DIR", "cache/tokens"), ("HF_HOME", "hub/models"), ("HF_HOME", "hub")]
+)
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.ENOSPC], ids=["read-only", "permission", "full"])
+def test_a_cache_that_cannot_be_written_names_its_own_variable(stderr, tmp_path, monkeypatch, variable, folder, error):
+    """A home that is mounted read-only, for one: no other workspace would help."""
+    monkeypatch.setenv("ARA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    assert failing(OSError(error, os.strerror(error), str(tmp_path / folder)), tmp_path / "ws") == 1
+    said = stderr()
+    assert f"hint: set {variable} to a folder" in said and " -w" not in said
+
+
+def test_a_home_that_cannot_be_written_is_on_the_way_to_the_cache(stderr, tmp_path, monkeypatch):
+    monkeypatch.delenv("ARA_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert failing(OSError(errno.EROFS, "Read-only file system", str(tmp_path / "home" / ".cache"))) == 1
+    assert "hint: set ARA_CACHE_DIR" in stderr()
+
+
+def test_too_many_open_files_are_not_taken_for_damage(stderr):
+    assert failing(CorruptedError("x.safetensors cannot be read (Too many open files (24))", "make it again")) == 1
+    assert stderr().endswith("hint: raise the limit, as by ulimit -n 4096\n")
+    assert failing(OSError(errno.EMFILE, "Too many open files", "/x")) == 1
+    assert "error: too many open files" in stderr()
 
 
 def test_a_real_failure_of_the_system(stderr, tmp_path):

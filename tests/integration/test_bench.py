@@ -243,6 +243,7 @@ def test_nothing_stays_behind_a_failure(
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(stage, "interleaved_seconds", broken)
+    monkeypatch.setenv("ARA_DEBUG", "1")
     for words in ([*CPU, "-w", copied], ["--backend", "onnx", "-w", exported]):
         assert isinstance(ara("bench", *SHORT, *words).exception, RuntimeError)
         assert not list(Path(words[-1], "bench").iterdir())

@@ -7,9 +7,9 @@ import pytest
 
 from ara.config import AllocateConfig, CompareConfig, DecomposeConfig, TrainMasksConfig, TruncateConfig
 from ara.errors import NumericalError, WorkspaceError
+from ara.following import next_command
 from ara.manifest import read_manifest, verify_files
 from ara.masks.model import MaskedModel
-from ara.pipeline import next_command
 from ara.stage_writer import StageWriter
 from ara.stages.allocate import allocate
 from ara.stages.common import Run
@@ -197,7 +197,7 @@ def test_ctrl_c_while_a_budget_is_stored_leaves_none_without_its_file(learned, m
     same_training(train_masks(config, Run(learned), name="stopped"), learned)
 
 
-@pytest.mark.parametrize("place", ["ara.stage_writer:shutil.copytree", "ara.stage_writer:_write_synced"])
+@pytest.mark.parametrize("place", ["ara.stage_writer:shutil.copytree", "ara.stage_writer:write_text"])
 def test_what_ctrl_c_stopped_goes_on_though_storing_it_failed(learned, monkeypatch, place):  # noqa: F811
     with monkeypatch.context() as during:
         break_at(during, 3, KeyboardInterrupt)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ara.errors import UsageError
-from ara.files import expand_user, open_regular, read_bytes, read_text, write_text
+from ara.files import expand_user, open_regular, read_bytes, read_text, remove, write_text
 
 
 def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
@@ -85,3 +85,35 @@ def test_a_home_that_is_no_text_or_unknown(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME, and a user that nobody knows
     with pytest.raises(UsageError, match="HOME is not set"):
         expand_user("~/a", "ARA_CACHE_DIR")
+
+
+def test_a_link_is_deleted_and_not_what_it_points_to(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").write_text("mine")
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "link").symlink_to(kept)
+    (folder / "file").write_text("x")
+    (tmp_path / "link").symlink_to(kept)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("folder", "link", "dangling", "nothing"):
+        remove(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (kept / "file").read_text() == "mine"
+
+
+def test_a_folder_goes_also_where_rmtree_may_not_open_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "file").write_text("x")
+    (folder / "link").symlink_to(tmp_path)
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors: None)
+    remove(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_is_not_written_into(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="pipe"):
+        write_text(tmp_path / "pipe", "x")

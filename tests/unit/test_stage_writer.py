@@ -12,9 +12,10 @@ from ara.manifest import MANIFEST, Manifest, Parent, read_manifest, verify_files
 from ara.stage_writer import PARTIAL, StageWriter, plain
 from ara.workspace import Workspace
 from tests.damage import contents, flip, listing
+from tests.stored import FIGURES, SETTINGS
 
-FACTS = {"config": {"method": "plain"}, "model": {"fingerprint": "f"}, "parents": (), "seed": 3, "command": "ara x"}
-CHANGED = {"config": {"method": "whitened"}}
+FACTS = {"config": SETTINGS["decompose"], "model": {"fingerprint": "f"}, "parents": (), "seed": 3, "command": "ara x"}
+CHANGED = {"config": {**SETTINGS["decompose"], "method": "whitened"}}
 W = {"w": torch.arange(15.0).view(3, 5)}
 
 
@@ -230,7 +231,7 @@ def test_full_disk_at_the_manifest_loses_no_finished_file(tmp_path, monkeypatch)
 
 def test_replacement_killed_between_its_renames_keeps_the_older_result(tmp_path, monkeypatch):
     with writer(tmp_path) as stage:
-        stage.tensors("a.safetensors", W)
+        stage.tensors("a.safetensors", W, FIGURES["decompose"])
     before = contents(tmp_path)
     rename = os.replace
 

@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from ara.errors import DiskFullError
+from ara.errors import DiskFullError, disk_full_error
 from ara.tensors import save_tensors, tensor_records
 
 TENSORS = {
@@ -84,3 +84,43 @@ def test_short_file_and_long_header_are_errors(tmp_path):
     path.write_bytes((1 << 60).to_bytes(8, "little") + data[8:])
     with pytest.raises(ValueError, match="longer than the file"):
         tensor_records(path, "x")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[" * 100_000,
+        "[]",
+        "null",
+        '{"w": 3}',
+        '{"w": {"dtype": "F32", "shape": "x", "data_offsets": [0, 60]}}',
+        '{"w": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 61]}}',
+        '{"w": {"dtype": "F32", "shape": [3, 5], "data_offsets": [4, 64]}}',
+        '{"w": {"dtype": "F32", "shape": [3, 5], "data_offsets": [60, 0]}}',
+        '{"w": {"dtype": "F32", "shape": [3, 5], "data_offsets": [-60, 0]}}',
+        '{"w": {"dtype": "F32", "shape": [1000000000000], "data_offsets": [0, 4000000000000]}}',
+        '{"a": {"dtype": "F32", "shape": [15], "data_offsets": [0, 60]}, '
+        '"b": {"dtype": "F32", "shape": [15], "data_offsets": [0, 60]}}',
+    ],
+)
+def test_headers_that_cannot_be(tmp_path, header):
+    """Deep, of other types, outside the file, or many tensors on one stretch, each of which would be read."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(60))
+    with pytest.raises(ValueError):
+        tensor_records(path, "x")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EFBIG, "File too large"),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+        OSError("1048576 requested and 262144 written"),
+    ],
+)
+def test_a_limit_on_files_is_told_as_such(tmp_path, error):
+    told = disk_full_error(error, tmp_path / "x")
+    assert told is not None and "a file may not grow so large: writing" in str(told) and "ulimit -f" in told.hint
+    # What is read within bounds is no matter of the disk.
+    assert disk_full_error(OSError(errno.EFBIG, "it has more than 5 bytes", "x"), tmp_path) is None

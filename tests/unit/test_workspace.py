@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from ara.errors import CorruptedError, LockedError, WorkspaceError
+from ara.following import next_command
 from ara.manifest import FORMAT_VERSION, MANIFEST
-from ara.pipeline import next_command
 from ara.stage_view import parent_of
 from ara.workspace import INDEX, Workspace
 from tests.damage import contents, flip, listing
+from tests.stored import FIGURES, SETTINGS
 
 MODEL = {"requested": "demo", "fingerprint": "a" * 64}
 OTHER = {"requested": "other", "fingerprint": "b" * 64}
@@ -33,11 +34,12 @@ def store(workspace, key, text="content", parents=(), seed=0):
     """Store a result of one text file, made from the results named in ``parents``."""
     stage, _, name = key.partition("/")
     facts = {
-        "config": {"seed": seed},
+        "config": {**SETTINGS.get(stage, {}), "seed": seed},
         "model": MODEL,
         "parents": tuple(parent_of(workspace.view(parent)) for parent in parents),
     }
     with workspace.lock("ara test"), workspace.writer(stage, name, facts, command="ara test") as writer:
+        writer.results.update(FIGURES[stage])
         (writer.folder / "x.txt").write_text(text)
     return workspace.view(key)
 
@@ -191,7 +193,9 @@ def test_grandchild_of_one_line_only_is_stale(workspace):
     store(workspace, "eval/a", parents=["truncate/a"])
     store(workspace, "decompose/plain", "changed")
     assert workspace.view("eval/a").state == "stale"
-    assert workspace.view("eval/a").why == "truncate/a is stale"
+    # The first cause, and what mends it: the ranks come before checkpoint and evaluation.
+    assert workspace.view("eval/a").why == "decompose/plain has changed since"
+    assert workspace.view("eval/a").remedy == "make it again: ara test"
 
 
 def test_same_work_done_again_leaves_children_valid(workspace):
@@ -216,20 +220,21 @@ def test_lost_parent_makes_children_stale(workspace, how):
     manifest = workspace.root / "allocate" / "energy-0.80" / MANIFEST
     manifest.unlink() if how == "removed" else flip(manifest, 40)
     view = workspace.view("truncate/energy-0.80")
-    assert (view.state, view.why) == ("stale", "allocate/energy-0.80 is gone or damaged")
+    assert (view.state, view.why) == ("stale", "allocate/energy-0.80 is damaged")
+    assert view.remedy == workspace.view("allocate/energy-0.80").remedy
     assert workspace.view("allocate/energy-0.80").state == "damaged"
     assert MANIFEST in workspace.view("allocate/energy-0.80").why
 
 
 def test_finished_is_the_same_work_only(workspace):
     view = store(workspace, "decompose/plain")
-    facts = {"config": {"seed": 0}, "model": MODEL, "parents": ()}
+    facts = {"config": {**SETTINGS["decompose"], "seed": 0}, "model": MODEL, "parents": ()}
     assert workspace.finished("decompose", "plain", facts).manifest == view.manifest
     assert workspace.finished("decompose", "plain", {**facts, "config": {"seed": 1}}) is None
     assert workspace.finished("decompose", "plain", {**facts, "model": OTHER}) is None
     assert workspace.finished("decompose", "other", facts) is None
     store(workspace, "allocate/a", parents=["decompose/plain"])
-    child = {"config": {"seed": 0}, "model": MODEL, "parents": (parent_of(view),)}
+    child = {"config": {**SETTINGS["allocate"], "seed": 0}, "model": MODEL, "parents": (parent_of(view),)}
     assert workspace.finished("allocate", "a", child) is not None
     store(workspace, "decompose/plain", "changed")
     assert workspace.finished("allocate", "a", child) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from ara.allocation.base import Context
 from ara.allocation.sensitivity import SensitivityOptions, sensitivity_of
-from ara.masks.table_cache import TableCache
+from ara.masks.table_cache import SensitivityTable, TableCache, _write
 from ara.progress import SilentReporter
 from tests.toy import toy_problem
 
@@ -80,3 +81,31 @@ def test_a_damaged_table_is_reported_and_made_anew(context: Context, tmp_path: P
     assert passes > 0 and all(torch.equal(first[name], again[name]) for name in first)
     assert any("discarding the damaged sensitivity table" in text for text in recorder.warnings)
     assert _passes(context)[1] == 0
+
+
+@pytest.mark.parametrize("change", [lambda table: {"other": table}, lambda table: {"m0": table[:-1]}])
+def test_a_table_of_other_layers_is_thrown_away(context: Context, tmp_path: Path, change) -> None:  # type: ignore[no-untyped-def]
+    """Its checksum says only that it is what somebody wrote."""
+    listener = _Listener()
+    context = replace(context, table_cache=TableCache(tmp_path / "tables", "f" * 64, listener))
+    first, _ = _passes(context)
+    (path,) = (tmp_path / "tables").iterdir()
+    _write(path, SensitivityTable(change(next(iter(first.values()))), 1.0))
+    again, passes = _passes(context)
+    assert passes == len(context.train) and set(again) == set(first)
+    assert "discarding the damaged sensitivity table" in listener.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/nowhere"), lambda path: path.symlink_to("/")]
+)
+def test_no_table_is_read_through_a_link_or_a_pipe(context: Context, tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
+    listener = _Listener()
+    context = replace(context, table_cache=TableCache(tmp_path / "tables", "f" * 64, listener))
+    _passes(context)
+    (path,) = (tmp_path / "tables").iterdir()
+    path.unlink()
+    make(path)
+    _passes(context)
+    assert "no plain file" in listener.warnings[0]
+    assert path.is_file() and not path.is_symlink()

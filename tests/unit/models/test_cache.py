@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ara.errors import AraError, DiskFullError, UsageError, disk_errors
-from ara.models.cache import aside, cache_dir, publish_folder
+from ara.models.cache import aside, cache_dir, hub_dir, publish_folder
 
 
 def test_own_variable_wins_then_xdg_then_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -73,6 +73,32 @@ def test_disk_full_and_unwritable_cache_are_named(tmp_path: Path) -> None:
     with pytest.raises(AraError, match="cannot be written") as caught, aside(tmp_path / "file" / "below"):
         pass
     assert "ARA_CACHE_DIR" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_home_that_is_read_only_names_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(path: Path, **options: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(AraError, match=os.strerror(number)) as caught, aside(tmp_path / "new"):
+        pass
+    assert "ARA_CACHE_DIR" in str(caught.value.hint)
+
+
+def test_no_home_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in ("ARA_CACHE_DIR", "XDG_CACHE_HOME", "HF_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    with pytest.raises(AraError, match="no place for the cache") as caught:
+        cache_dir()
+    assert "ARA_CACHE_DIR" in str(caught.value.hint)
+    assert hub_dir() is None
 
 
 def _make(folder: Path, text: str) -> Path:

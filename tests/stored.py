@@ -1,0 +1,30 @@
+"""Settings and figures of made-up results: the least that each stage's must have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "decompose": {"method": "plain", "text": "c4", "samples": 4, "seq_len": 8, "seed": 0, "dtype": "float32"},
+    "train-masks": {"objective": "priced", "samples": 4, "held_out": 2, "keep": [0.8]},
+    "allocate": {"method": "energy", "rank_multiple": 1, "min_rank": 1, "min_keep": 0.0, "exclude": []},
+    "truncate": {"dtype": "float32"},
+}
+_BUDGET = {"ranks": {"x": 3}, "start_held_out": 3.5, "held_out": 3.25, "best_step": 1, "steps": 2, "seconds": 1.5}
+_KEPT = {"linear_keep": 0.8, "model_keep": 0.9, "dense_layers": 1}
+FIGURES: dict[str, dict[str, Any]] = {
+    "decompose": {"modules": [], "linear_parameters": 0, "model_parameters": 7},
+    "train-masks": {
+        "budgets": {"0.8": {**_BUDGET, "backward_passes": 3}},
+        "log": {},
+        "table_seconds": 0.5,
+        "table_windows": 4,
+    },
+    "allocate": {**_KEPT, "linear_parameters": 5, "model_parameters": 7},
+    "truncate": {**_KEPT, "low_rank_layers": 2, "parameters": 7, "dense_weight_bytes": 9, "disk_bytes": 8},
+    "export": {"last_logits": False},
+    "eval": {"chosen": "x", "tasks": {}},
+    "report": {"checkpoint": "x", "verdict": "x", "missing": []},
+    "compare": {"methods": {"dense": {"held_out": 3.0}, "energy": {"held_out": 3.1}}},
+    "bench": {"interleaved": False, "backend": "torch"},
+}
