@@ -17,6 +17,7 @@ import onnxruntime as ort
 import torch
 
 from ara.errors import ModelError, NumericalError, UnavailableError, UsageError, first_line
+from ara.models.context import check_room
 from export.report import GRAPH_FILE, Provider, read_report
 
 if TYPE_CHECKING:
@@ -131,13 +132,8 @@ class OnnxDecoder:
             UsageError: prompt and answer together are longer than the context.
             NumericalError: the graph gives NaN.
         """
+        check_room(len(ids), max_new_tokens, self.context)
         total = len(ids) + max_new_tokens
-        if total > self.context:
-            raise UsageError(
-                f"{len(ids)} tokens of prompt and {max_new_tokens} new ones are more than the {self.context} positions "
-                "of the model",
-                f"ask for at most {max(0, self.context - len(ids))} new tokens",
-            )
         stop = set(self.about.decoder.eos) if stop is None else stop
         read = self._reader(total)
         new = ids[None]

@@ -170,6 +170,27 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrai
     return model.to(placement.device).eval().requires_grad_(False)
 
 
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint folder, or of an exported one.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers' and tokenizers' errors share no base class
+        raise ModelError(
+            # Their first line may end with "one of:".
+            f"the tokenizer of {folder} cannot be loaded: {' '.join(str(error).split())[:200]}",
+            "the folder must hold the model's tokenizer; write it again: ara truncate --force",
+        ) from error
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return ``config.json`` of a checkpoint folder.
 

@@ -60,7 +60,7 @@ def test_more_tokens_than_the_context_are_refused(exported: tuple[Path, Any]) ->
         UsageError, match="26 tokens of prompt and 175 new ones are more than the 200 positions"
     ) as caught:
         next(decoder.generate(np.arange(4, 30), 175))
-    assert caught.value.hint == "ask for at most 174 new tokens"
+    assert caught.value.hint == "use --max-new-tokens 174"
 
 
 def test_it_can_stand_for_a_model_of_transformers(exported: tuple[Path, Any]) -> None:
