@@ -182,7 +182,7 @@ def test_weights_that_are_not_there_whole(tmp_path: Path) -> None:
         ("no.data", 0, (7, 13), r"no\.data, the weights of .*, cannot be read \(No such file"),
         ("w.data", 1, (7, 13), r"w\.data has 364 bytes, onnx::MatMul_7 of .* would end at 365"),
         ("w.data", 0, (10**6, 10**6), r"would end at 4,000,000,000,000"),
-        ("w.data", -4, (7, 13), r"cannot be read as ONNX: .*offset"),
+        ("w.data", -4, (7, 13), "cannot be read as ONNX"),
     ):
         moved(saved(tmp_path), location, offset, sides)
         with pytest.raises(ModelError, match=words):
