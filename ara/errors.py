@@ -104,14 +104,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """Return all that ``error`` says in one line, cut after ``limit`` characters; its class if it says nothing.
-
-    For libraries whose first line only says that something went wrong.
-    """
-    return " ".join(str(error).split())[:limit] or type(error).__name__
-
-
 @contextmanager
 def disk_errors(target: Path, needed_bytes: int | None = None) -> Iterator[None]:
     """Turn "no space left on device", however a library words it, into :class:`DiskFullError`.

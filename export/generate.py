@@ -8,7 +8,7 @@ from shlex import quote
 
 from ara.config import GenerateConfig
 from ara.errors import ModelError
-from ara.evaluation.generation import check_tokens, greedy_tokens, prompt_ids, stop_tokens, text_pieces
+from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens, text_pieces
 from ara.evaluation.prompts import check_prompt
 from ara.models.checkpoint import load, load_tokenizer, read_config
 from ara.models.context import check_room, context_length
@@ -51,7 +51,6 @@ def answer(
             tokenizer = load_tokenizer(folder)
             ids = prompt_ids(tokenizer, prompt, config.chat)
             check_room(len(ids), config.max_new_tokens, decoder.context)
-            check_tokens(ids, decoder.vocabulary)
             yield from text_pieces(tokenizer, decoder.generate(ids.numpy(), config.max_new_tokens))
             return
         # The prompt first: what is wrong with it needs no weights to be told.

