@@ -100,3 +100,9 @@ def test_rewriting_wants_positions_too(folder: Path, tmp_path: Path) -> None:
         exported(folder, tmp_path / "out", rewrite=str(tmp_path / "any.onnx"))
     with pytest.raises(ModelError, match="cannot be read"):
         load_graph(tmp_path / "any.onnx")
+
+
+def test_without_a_tokenizer_there_is_nothing_to_compare(folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=f"the tokenizer of {folder} cannot be loaded"):
+        exported(folder, tmp_path / "out")
