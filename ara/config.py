@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ara import bounds
 from ara.errors import ProblemsError
+from ara.evaluation.prompts import check_prompt
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Layout = Literal["factors", "pivoted"]
@@ -280,6 +281,11 @@ class EvalConfig(PlacementConfig):
     )
     prompt: str | None = Field(None, description="continue this text instead")
     max_new_tokens: int = Field(40, ge=1, le=bounds.MAX_TOKENS, description="length of a continuation, in tokens")
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt(cls, value: str | None) -> str | None:
+        return None if value is None else check_prompt(value)
 
 
 class BenchConfig(PlacementConfig):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from ara.errors import AraError, ProblemsError
+from ara.printable import printable
 from ara.progress import Bar
 from ara_cli.bars import LiveBars, LoggedBar, QuietBar
 
@@ -53,8 +54,6 @@ _ASCII = str.maketrans(
         "\u00a0": " ",
     }
 )
-# C0 (but tab and newline), DEL and C1: a model's name or its generated text must not steer the terminal.
-_CONTROL = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 _SIMPLE_BOX = "    \n    \n -- \n    \n    \n    \n    \n    \n"
 
 
@@ -337,13 +336,11 @@ def _is_unicode(stream: TextIO) -> bool:
 
 
 def _printable(text: str, stream: TextIO) -> str:
-    """Return ``text`` without control characters and in characters that the stream's encoding has."""
-    text = text.translate(_CONTROL)
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    if not _is_unicode(stream):
-        text = text.translate(_ASCII).replace("\N{REPLACEMENT CHARACTER}", "?")
-    # What is left over (another script, a file name that is not text) is escaped, never an exception.
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    """Return ``text`` as the stream can show it: a model's name or its text must not steer the terminal."""
+    text = printable(text)
+    if _is_unicode(stream):
+        return text
+    return printable(text.translate(_ASCII).replace("\N{REPLACEMENT CHARACTER}", "?"), stream.encoding)
 
 
 def _json_default(value: object) -> object:

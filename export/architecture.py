@@ -5,12 +5,15 @@ A family is one entry of :data:`FAMILIES`. All of them share Llama's module name
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ara.errors import UnsupportedModelError
+from ara.errors import ModelError, UnsupportedModelError, first_line
+from ara.jsonfile import first_problem
 from ara.models.context import context_length
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ _ACTIVATIONS: dict[str, Activation] = {
 _ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
 # GroupQueryAttention of ONNX Runtime rotates only such widths of a head, the whole of it or its front.
 _HEAD_MULTIPLE = 16
+# Far above any model's, and small enough to be held in memory and counted in ONNX.
+_MOST_LAYERS, _WIDEST_HEAD, _MOST_POSITIONS = 10_000, 65_536, 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,11 +124,100 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+class _Rope(BaseModel):
+    """Rotary embedding, as ``rope_parameters`` has it; variants bring fields of their own."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    rope_type: str = "default"
+    rope_theta: float = Field(gt=0)
+    partial_rotary_factor: float = Field(1.0, gt=0, le=1)
+
+
+class _Fields(BaseModel):
+    """What is read of a config: a checkpoint folder may come from anywhere, and its config say anything."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, from_attributes=True)
+
+    hidden_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1, le=_MOST_LAYERS)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(None, ge=1, le=_WIDEST_HEAD)
+    intermediate_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    rms_norm_eps: float = Field(ge=0)
+    hidden_act: str | None = None
+    hidden_activation: str | None = None
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = Field(None, ge=0)
+    pad_token_id: int | None = None
+    sliding_window: int | None = Field(None, ge=1)
+    use_sliding_window: bool = True
+    layer_types: list[str] | None = None
+    use_bidirectional_attention: bool | None = None
+    rope_parameters: _Rope
+
+    @property
+    def head(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+
+def _typed(config: PreTrainedConfig) -> _Fields:
+    """Return the fields of a config, each held to its type and range.
+
+    Raises:
+        ModelError: one is missing or cannot be; names the first.
+    """
+    try:
+        fields = _Fields.model_validate(config)
+    except ValidationError as error:
+        raise _wrong(first_problem(error)) from None
+    if fields.num_attention_heads % fields.kv_heads:
+        raise _wrong(f"{fields.num_attention_heads} query heads cannot share {fields.kv_heads} key and value heads")
+    if fields.layer_types is not None and len(fields.layer_types) != fields.num_hidden_layers:
+        raise _wrong(f"it has {fields.num_hidden_layers} layers and {len(fields.layer_types)} layer_types")
+    return fields
+
+
+def _wrong(what: str) -> ModelError:
+    return ModelError(f"the checkpoint's config.json cannot be used: {what}", "take it from where the weights are from")
+
+
+def read_context(config: PreTrainedConfig) -> int:
+    """Return how many positions a model has: the graph's tables and caches are made for so many.
+
+    Raises:
+        UnsupportedModelError: the config names none, as those of BLOOM, MPT and Mamba.
+        ModelError: it names something that is no number of positions.
+    """
+    try:
+        found: Any = context_length(config)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise _wrong(f"rope_parameters: {first_line(error)}") from None
+    if found is None:
+        raise UnsupportedModelError(
+            f"the config of this {config.model_type} model names no number of positions (max_position_embeddings), "
+            "which an exported graph needs",
+            "add max_position_embeddings to config.json if the model has such a limit",
+        )
+    if not isinstance(found, int) or not 1 <= found <= _MOST_POSITIONS:
+        raise _wrong(f"max_position_embeddings is {found!r}, expected a number of positions")
+    return found
+
+
 def read_decoder(config: PreTrainedConfig) -> Decoder:
     """Return what the graph builder needs to know of a model.
 
     Raises:
-        UnsupportedModelError: an unknown family, rotary variant, activation or head width.
+        UnsupportedModelError: an unknown family, rotary variant, activation or head width; no number of positions.
+        ModelError: a field is missing or cannot be.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -132,18 +226,19 @@ def read_decoder(config: PreTrainedConfig) -> Decoder:
             f"known are {', '.join(sorted(FAMILIES))}",
             "add an entry to FAMILIES in export/architecture.py (see CONTRIBUTING.md)",
         )
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if getattr(config, "use_bidirectional_attention", None):
+    fields = _typed(config)
+    if fields.use_bidirectional_attention:
         raise UnsupportedModelError(
             "the model reads text in both directions", "it is not a decoder: nothing to be done"
         )
-    name = getattr(config, "hidden_act", None) or config.hidden_activation
+    name = fields.hidden_act or fields.hidden_activation
     if name not in _ACTIVATIONS:
         raise UnsupportedModelError(
             f"the activation {name!r} is not known; known are {', '.join(sorted(_ACTIVATIONS))}",
             "add it to export/architecture.py and export/graph.py",
         )
-    frequencies, rope_scale = _rotary(config, head, family)
+    head = fields.head
+    frequencies, rope_scale = _rotary(config, fields, family)
     rotated = 2 * len(frequencies)
     if head % _HEAD_MULTIPLE or rotated % _HEAD_MULTIPLE:
         raise UnsupportedModelError(
@@ -153,55 +248,58 @@ def read_decoder(config: PreTrainedConfig) -> Decoder:
         )
     return Decoder(
         family=config.model_type,
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        hidden=fields.hidden_size,
+        layers=fields.num_hidden_layers,
+        heads=fields.num_attention_heads,
+        kv_heads=fields.kv_heads,
         head=head,
-        intermediate=config.intermediate_size,
-        vocabulary=config.vocab_size,
-        context=context_length(config) or 0,
-        epsilon=config.rms_norm_eps,
+        intermediate=fields.intermediate_size,
+        vocabulary=fields.vocab_size,
+        context=read_context(config),
+        epsilon=fields.rms_norm_eps,
         norm_offset=family.norm_offset,
-        embedding_scale=config.hidden_size**0.5 if family.scaled_embedding else 1.0,
+        embedding_scale=fields.hidden_size**0.5 if family.scaled_embedding else 1.0,
         activation=_ACTIVATIONS[name],
         head_norm=family.head_norm,
-        tied=bool(config.tie_word_embeddings),
+        tied=fields.tie_word_embeddings,
         scale=head**-0.5,
-        windows=_windows(config, family),
+        windows=_windows(fields, family),
         packed=family.packed,
         frequencies=frequencies,
         rope_scale=rope_scale,
-        bos=config.bos_token_id,
-        pad=config.pad_token_id,
+        bos=fields.bos_token_id,
+        pad=fields.pad_token_id,
     )
 
 
-def _rotary(config: PreTrainedConfig, head: int, family: Family) -> tuple[torch.Tensor, float]:
+def _rotary(config: PreTrainedConfig, fields: _Fields, family: Family) -> tuple[torch.Tensor, float]:
     """Return angles per position and the factor on cosine and sine, by transformers' own formulas."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope: dict[str, Any] = dict(config.rope_parameters or {})
-    kind = rope.get("rope_type", "default")
+    rope, kind = fields.rope_parameters, fields.rope_parameters.rope_type
     if kind not in _ROPES:
         raise UnsupportedModelError(
             f"rotary embeddings of type {kind!r} depend on more than the position; known are {', '.join(_ROPES)}",
             "this model cannot be exported exactly, so it is not",
         )
     if kind == "default":
-        rotated = int(head * (rope.get("partial_rotary_factor", 1.0) if family.partial_rotation else 1.0))
-        return 1.0 / rope["rope_theta"] ** (torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated), 1.0
+        rotated = int(fields.head * (rope.partial_rotary_factor if family.partial_rotation else 1.0))
+        return 1.0 / rope.rope_theta ** (torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated), 1.0
     # ``dynamic`` changes its angles beyond the context only, which the exported graph does not go.
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    return frequencies.float(), float(scale)
+    try:
+        found, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        frequencies, factor = found.float(), float(scale)
+    except Exception as error:  # whatever its formulas make of fields that are missing or cannot be
+        raise _wrong(f"rope_parameters of type {kind}: {type(error).__name__}: {first_line(error)}") from error
+    if not (bool(frequencies.isfinite().all()) and math.isfinite(factor)):
+        raise _wrong(f"rope_parameters of type {kind} give angles that are not finite")
+    return frequencies, factor
 
 
-def _windows(config: PreTrainedConfig, family: Family) -> tuple[int | None, ...]:
+def _windows(fields: _Fields, family: Family) -> tuple[int | None, ...]:
     """Return how many latest positions each block sees, by ``sliding_window`` and ``layer_types``."""
-    window = getattr(config, "sliding_window", None)
-    if family.switched_windows and not getattr(config, "use_sliding_window", True):
+    window = fields.sliding_window
+    if family.switched_windows and not fields.use_sliding_window:
         window = None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * (
-        config.num_hidden_layers
-    )
+    kinds = fields.layer_types or ["sliding_attention" if window else "full_attention"] * fields.num_hidden_layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

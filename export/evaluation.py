@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from shlex import quote
 
 from ara.errors import WorkspaceError
 from ara.stage_view import StageView, parent_of
@@ -39,7 +40,7 @@ def latest_export(workspace: Workspace, truncated: StageView, name: str | None =
     """Return the export called ``name``, or the latest finished one of a checkpoint, verified.
 
     Raises:
-        WorkspaceError: there is none, or it is one of another checkpoint.
+        WorkspaceError: there is none, it is one of another checkpoint, or one cannot be read.
     """
     if name is not None:
         view = workspace.require("export", name)
@@ -48,13 +49,28 @@ def latest_export(workspace: Workspace, truncated: StageView, name: str | None =
                 f"{view.key} is not an export of {truncated.key}", "name its checkpoint with --checkpoint"
             )
         return view
+    views = workspace.views("export")
+    for view in views:
+        if view.state == "damaged":
+            # It may be the latest one, nobody can tell: raises what is wrong with it.
+            workspace.require("export", view.name)
     fitting = [
         view
-        for view in workspace.views("export")
+        for view in views
         if view.state == "done" and view.manifest and parent_of(truncated) in view.manifest.parents
     ]
-    if not fitting:
-        raise WorkspaceError(
-            f"{truncated.key} was not exported", f"run first: ara export --onnx --checkpoint {truncated.name}"
-        )
-    return workspace.require("export", fitting[-1].name)
+    if fitting:
+        return workspace.require("export", fitting[-1].name)
+    there = "; ".join(_about(view) for view in views)
+    raise WorkspaceError(
+        f"{truncated.key} has no export that can be run: {there}" if there else f"{truncated.key} was not exported",
+        f"make one: ara export --onnx --checkpoint {quote(truncated.name)}",
+    )
+
+
+def _about(view: StageView) -> str:
+    """Return what an export is that is not the one looked for."""
+    if view.state == "done" and view.manifest is not None:
+        parents = (parent.key for parent in view.manifest.parents if parent.key.startswith("truncate/"))
+        return f"{view.key} is one of {next(parents, 'something else')}"
+    return f"{view.key} is {view.state}{f' ({view.why})' if view.why else ''}"

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 from ara.config import GenerateConfig
-from ara.errors import UsageError
+from ara.errors import ModelError
 from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens, text_pieces
-from ara.models.context import context_length
+from ara.evaluation.prompts import check_prompt
+from ara.files import expand_user
+from ara.models.checkpoint import load, load_tokenizer, read_config
+from ara.models.context import check_room, context_length
 from ara.models.quiet import quiet_transformers
 from ara.models.vocabulary import check_tokens, token_rows
 from ara.names import check_name
 from ara.stages.common import Run
 from ara.stages.truncate import CHECKPOINT
+from export.report import REPORT_FILE
 
 _NO_ROW = "take it out of the prompt; if the chat template put it there: --no-chat"
 
@@ -38,32 +43,29 @@ def answer(
         export: which export of the checkpoint; the latest by default.
 
     Raises:
-        AraError: no checkpoint, no export, a prompt that is too long or holds a token that the model has no row for.
+        AraError: no checkpoint, no export, a chat template that cannot be used, a prompt that is too long, no text, or
+            holds a token that the model has no row for.
     """
-    from transformers import AutoTokenizer
-
-    folder = source or _folder(config, run, checkpoint, export)
+    prompt = check_prompt(prompt)
+    folder = _folder(config, run, checkpoint, export) if source is None else _given(source, config.backend)
     run.report.step(f"{config.backend}: {folder}")
     with quiet_transformers():
         if config.backend == "onnx":
             from export.runner import OnnxDecoder
 
             decoder = OnnxDecoder(folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = load_tokenizer(folder)
             ids = prompt_ids(tokenizer, prompt, config.chat)
             check_tokens(ids, decoder.vocabulary, tokenizer, "the prompt", _NO_ROW)
-            _check(len(ids), config.max_new_tokens, decoder.context)
+            check_room(len(ids), config.max_new_tokens, decoder.context)
             yield from text_pieces(tokenizer, decoder.generate(ids.numpy(), config.max_new_tokens))
             return
-        from ara.models.checkpoint import load
-
-        model = load(folder, config.device, config.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # The prompt first: what is wrong with it needs no weights to be told.
+        tokenizer = load_tokenizer(folder)
         ids = prompt_ids(tokenizer, prompt, config.chat)
+        model = load(folder, config.device, config.dtype)
         check_tokens(ids, token_rows(model.config), tokenizer, "the prompt", _NO_ROW)
-        limit = context_length(model.config)
-        if limit is not None:
-            _check(len(ids), config.max_new_tokens, limit)
+        check_room(len(ids), config.max_new_tokens, context_length(model.config))
         yield from text_pieces(tokenizer, greedy_tokens(model, ids, config.max_new_tokens, stop_tokens(model)))
 
 
@@ -80,9 +82,26 @@ def _folder(config: GenerateConfig, run: Run, checkpoint: str | None, export: st
     return latest_export(workspace, truncated, export).path
 
 
-def _check(prompt: int, new: int, context: int) -> None:
-    if prompt + new > context:
-        raise UsageError(
-            f"{prompt} tokens of prompt and {new} new ones are more than the {context} positions of the model",
-            f"use --max-new-tokens {context - prompt}" if context > prompt else "shorten the prompt",
+def _given(source: Path, backend: str) -> Path:
+    """Return the folder that was given, if it is one of the kind that the backend runs.
+
+    Raises:
+        ModelError: it is not.
+    """
+    folder = expand_user(source, "--source")
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder} {'is no folder' if folder.exists() else 'does not exist'}",
+            "--source wants a checkpoint folder, or with --backend onnx an exported one",
         )
+    checkpoint, exported = ((folder / name).is_file() for name in ("config.json", REPORT_FILE))
+    if backend == "torch" and exported and not checkpoint:
+        raise ModelError(f"{folder} is an export, --backend torch runs checkpoints", "add --backend onnx")
+    if backend == "onnx" and checkpoint and not exported:
+        raise ModelError(
+            f"{folder} is a checkpoint, --backend onnx runs exports",
+            f"export it: ara export --onnx --source {quote(str(folder))} --output FOLDER",
+        )
+    if backend == "torch":
+        read_config(folder)
+    return folder

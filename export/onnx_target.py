@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,9 @@ from ara.environment import versions
 from ara.errors import ModelError, UnavailableError, UsageError, disk_errors, first_line
 from ara.jsonfile import dump, read_object
 from ara.manifest import file_sha256
-from ara.models.context import context_length
 from ara.models.quiet import quiet_transformers
 from ara.progress import Reporter
-from export.architecture import Decoder, read_decoder
+from export.architecture import Decoder, read_context, read_decoder
 from export.config import ExportConfig
 from export.genai import genai_config
 from export.graph import GraphOptions, build
@@ -36,7 +36,7 @@ from export.report import (
     Source,
     graph_files,
 )
-from export.rewrite import load_graph, rewrite
+from export.rewrite import graph_errors, load_graph, rewrite
 from export.runner import PROVIDERS
 from export.weights import Checkpoint
 
@@ -112,15 +112,18 @@ def write_onnx(
     if not checkpoint.compressed:
         report.warn(f"{checkpoint.folder} is not compressed: it is exported as it is, dense")
     model_config = _model_config(checkpoint.folder)
+    # The family first: one that is not known may lack what the facts want.
+    decoder = read_decoder(model_config) if config.rewrite is None else None
     facts = DecoderFacts(
         family=model_config.model_type,
-        context=context_length(model_config) or 0,
+        context=read_context(model_config),
         eos=_eos(checkpoint.folder, model_config),
     )
-    decoder, model, genai = _graph(checkpoint, model_config, facts, config, report)
+    model, genai = _graph(checkpoint, decoder, facts, config, report)
     report.fact(f"{facts.family}: {len(checkpoint.ranks)} low-rank layers; {config.precision} for {_provider(config)}")
-    with disk_errors(folder):
+    with disk_errors(folder), graph_errors(Path(config.rewrite)) if config.rewrite else nullcontext():
         _save(model, folder, report)
+    with disk_errors(folder):
         if genai is not None:
             text = dump(genai, GENAI_FILE, indent=1)
             (folder / GENAI_FILE).write_text(text + "\n", encoding="utf-8")
@@ -193,11 +196,11 @@ def source_hash(folder: Path) -> str:
 
 
 def _graph(
-    checkpoint: Checkpoint, model_config: PreTrainedConfig, facts: DecoderFacts, config: ExportConfig, report: Reporter
-) -> tuple[Decoder | None, ir.Model, dict[str, Any] | None]:
-    """Return what the graph is built from (unless it is somebody else's), the graph, and what GenAI wants to know."""
-    if config.rewrite is None:
-        decoder, precision, provider = read_decoder(model_config), _precision(config), _provider(config)
+    checkpoint: Checkpoint, decoder: Decoder | None, facts: DecoderFacts, config: ExportConfig, report: Reporter
+) -> tuple[ir.Model, dict[str, Any] | None]:
+    """Return the graph, built unless it is somebody else's, and what GenAI wants to know."""
+    if decoder is not None:
+        precision, provider = _precision(config), _provider(config)
         options = GraphOptions(
             precision=precision,
             activations="fp16" if provider == "cuda" or precision == "fp16" else "fp32",
@@ -205,14 +208,15 @@ def _graph(
             merge_shared_inputs=config.merge_shared_inputs,
             last_logits=config.last_logits,
         )
-        return decoder, build(checkpoint, decoder, options), genai_config(decoder, list(facts.eos), provider)
+        return build(checkpoint, decoder, options), genai_config(decoder, list(facts.eos), provider)
+    assert config.rewrite is not None
     dense = Path(config.rewrite)
     if not checkpoint.compressed:
         raise UsageError("--rewrite is given, and the checkpoint has no low-rank layers", "leave --rewrite out")
     model = load_graph(dense)
-    with report.bar("Putting factors into the graph", len(checkpoint.ranks)) as bar:
+    with report.bar("Putting factors into the graph", len(checkpoint.ranks)) as bar, graph_errors(dense):
         rewrite(model, checkpoint, _provider(config), bar.advance)
-    return None, model, _genai_beside(dense)
+    return model, _genai_beside(dense)
 
 
 def _genai_beside(dense: Path) -> dict[str, Any] | None:
@@ -236,11 +240,14 @@ def _precision_of(model: ir.Model) -> Precision:
 
 def _eos(source: Path, model_config: PreTrainedConfig) -> tuple[int, ...]:
     """Return the tokens that end a text; chat models name the end of a turn in ``generation_config.json`` alone."""
-    value = model_config.eos_token_id
+    value, hint = model_config.eos_token_id, "write the checkpoint again: ara truncate --force"
     path = source / "generation_config.json"
     if path.is_file():
-        value = read_object(path, "write the checkpoint again: ara truncate --force").get("eos_token_id", value)
-    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+        value = read_object(path, hint).get("eos_token_id", value)
+    found = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    if not all(type(token) is int and token >= 0 for token in found):
+        raise ModelError(f"eos_token_id of {source} is {str(value)[:40]}, expected tokens or none", hint)
+    return found
 
 
 def _save(model: ir.Model, folder: Path, report: Reporter) -> None:

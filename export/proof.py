@@ -9,7 +9,6 @@ import torch
 
 from ara.calibration.texts import load_documents
 from ara.errors import DataError, NumericalError
-from ara.models.quiet import quiet_transformers
 from ara.models.vocabulary import check_tokens
 from ara.progress import Reporter
 from export.architecture import Decoder
@@ -40,13 +39,11 @@ def prove(source: Path, folder: Path, decoder: Decoder | None, tokens: int, repo
     Raises:
         NumericalError: they differ by more than the precision of the graph allows.
         DataError: the text is too short.
+        ModelError: the checkpoint has no tokenizer that can be used.
     """
-    from transformers import AutoTokenizer
+    from ara.models.checkpoint import load, load_tokenizer
 
-    from ara.models.checkpoint import load
-
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = load_tokenizer(source)
     about = read_report(folder)
     ids = parity_windows(tokenizer, min(tokens, about.decoder.context // 2))
     rows = decoder.vocabulary if decoder is not None else None

@@ -7,15 +7,19 @@ factorised layer stays as it is.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from ara.errors import ModelError, first_line
+from ara.errors import AraError, ModelError, first_line
+from ara.files import open_regular
 from export.pivots import ordering
 from export.report import Provider
 from export.weights import Checkpoint, LinearLayer
@@ -24,20 +28,86 @@ _FLOATS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
 # Least cosine between the dense weight and the product of the factors: a cut layer is far above, another layer's weight
 # near 0.
 _LEAST_COSINE = 0.3
+_DENSE = "name the .onnx file of a dense export"
 
 
 def load_graph(path: Path) -> ir.Model:
     """Read a graph; its weights stay on the disk until they are asked for.
 
     Raises:
-        ModelError: not an ONNX graph, or its weights are missing.
+        ModelError: not a file, not an ONNX graph, or its weights are missing or lie elsewhere than beside it.
     """
     try:
-        return ir.load(path)
+        open_regular(path).close()
+        # Absolute: the folder is what its weights are looked for in.
+        model = ir.load(path.absolute())
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror})", _DENSE) from None
     except Exception as error:  # protobuf's and onnx-ir's exceptions share no base class
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # onnx-ir wraps it once for every level of the graph
+            cause = cause.__cause__
+        raise ModelError(f"{path} cannot be read as ONNX: {first_line(cause)}", _DENSE) from error
+    with graph_errors(path):
+        for tensor in _external(model):
+            _check_external(tensor, path)
+    return model
+
+
+@contextmanager
+def graph_errors(path: Path) -> Iterator[None]:
+    """Say of whatever onnx-ir and numpy raise over somebody else's graph in which file it is.
+
+    Raises:
+        ModelError: instead of what they raise.
+    """
+    try:
+        yield
+    except (AraError, OSError, MemoryError):
+        raise
+    except Exception as error:
         raise ModelError(
-            f"{path} cannot be read as ONNX: {first_line(error)}", "name the .onnx file of a dense export"
+            f"{path} cannot be rewritten: {type(error).__name__}: {first_line(error)}",
+            "the graph may be damaged: export the dense model again, or leave --rewrite out",
         ) from error
+
+
+def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Yield every tensor of a graph that lies in another file: initialisers and attributes, subgraphs and functions."""
+    bodies = [model.graph, *model.functions.values()]
+    while bodies:
+        body = bodies.pop()
+        tensors: list[Any] = [value.const_value for value in getattr(body, "initializers", {}).values()]
+        for attribute in (attribute for node in body for attribute in node.attributes.values()):
+            found = attribute.value if isinstance(attribute.value, list | tuple) else [attribute.value]
+            tensors += found
+            bodies += [value for value in found if isinstance(value, ir.Graph)]
+        yield from (tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+
+
+def _check_external(tensor: ir.ExternalTensor, path: Path) -> None:
+    """Check that a tensor lies whole in a file of the graph's folder, as ONNX has it.
+
+    Raises:
+        ModelError: it does not. The file is not read.
+    """
+    folder, location = path.parent.resolve(), Path(tensor.location)
+    file = (folder / location).resolve()
+    if location.is_absolute() or ".." in location.parts or not file.is_relative_to(folder):
+        raise ModelError(
+            f"{path} wants the weight {tensor.name} from {str(location)!r}, outside its folder",
+            "do not use it: weights lie beside their graph",
+        )
+    try:
+        with open_regular(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
+    except OSError as error:
+        raise ModelError(f"{file}, the weights of {path}, cannot be read ({error.strerror})", _DENSE) from None
+    end = (tensor.offset or 0) + tensor.nbytes
+    if end > size:
+        raise ModelError(
+            f"{file} has {size:,} bytes, {tensor.name} of {path} would end at {end:,}", "copy the file once more"
+        )
 
 
 def rewrite(
@@ -81,7 +151,7 @@ def _linear_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
     for node in graph:
         if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
             continue
-        weight = node.inputs[1]
+        weight = node.inputs[1] if len(node.inputs) > 1 else None
         if weight is None or weight.const_value is None:
             continue
         for name in {_module(node.name or ""), _module(weight.name or "")} - {""}:
@@ -112,6 +182,8 @@ def _replace(graph: ir.Graph, node: ir.Node, checkpoint: Checkpoint, path: str, 
         )
     swapped = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
     sides = [int(side) for side in weight.const_value.shape]  # type: ignore[arg-type]
+    if len(sides) != 2:
+        raise ModelError(f"{path} is no matrix in the graph: its shape is {sides}", _DENSE)
     m, n = sides if swapped else reversed(sides)
     layer = checkpoint.linear(path, m, n)
     stored = weight.const_value.dtype

@@ -9,6 +9,7 @@ Shapes: b batch, s new tokens, p past tokens, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import onnxruntime as ort
 import torch
 
 from ara.errors import ModelError, NumericalError, UnavailableError, UsageError, first_line
+from ara.models.context import check_room
 from export.report import GRAPH_FILE, Provider, read_report
 
 if TYPE_CHECKING:
@@ -77,6 +79,8 @@ class OnnxDecoder:
                 f"{', '.join(_KNOWN)} and past_key_values",
                 "export the dense model with the names of ONNX Runtime GenAI, or without comparing: --no-parity",
             )
+        for name in self._caches():
+            self._fixed(name, self._inputs[name].shape[1::2], 2)
         self._float = np.float16 if "float16" in self._inputs[self._caches()[0]].type else np.float32
 
     @property
@@ -86,9 +90,13 @@ class OnnxDecoder:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that there are logits for."""
+        """Tokens that there are logits for.
+
+        Raises:
+            ModelError: the graph does not say.
+        """
         (logits,) = (value for value in self.session.get_outputs() if value.name == "logits")
-        return int(logits.shape[-1])
+        return self._fixed("logits", logits.shape[-1:], 1)[0]
 
     def empty_past(self, batch: int, length: int = 0) -> dict[str, np.ndarray]:
         """Return caches of ``length`` positions, zeros: input name → (b, kv heads, length, head)."""
@@ -116,7 +124,8 @@ class OnnxDecoder:
             mask = np.ones((ids.shape[0], before + ids.shape[1]), np.int64)
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": _positions(mask, ids.shape[1])}
         fed = {name: value for name, value in feed.items() if name in self._inputs}
-        logits, *present = self.session.run(self._outputs, {**fed, **past})
+        with self._running():
+            logits, *present = self.session.run(self._outputs, {**fed, **past})
         return logits.astype(np.float32, copy=False), dict(zip(self._caches(), present, strict=True))
 
     def generate(self, ids: np.ndarray, max_new_tokens: int, stop: set[int] | None = None) -> Iterator[int]:
@@ -131,13 +140,8 @@ class OnnxDecoder:
             UsageError: prompt and answer together are longer than the context.
             NumericalError: the graph gives NaN.
         """
+        check_room(len(ids), max_new_tokens, self.context)
         total = len(ids) + max_new_tokens
-        if total > self.context:
-            raise UsageError(
-                f"{len(ids)} tokens of prompt and {max_new_tokens} new ones are more than the {self.context} positions "
-                "of the model",
-                f"ask for at most {max(0, self.context - len(ids))} new tokens",
-            )
         stop = set(self.about.decoder.eos) if stop is None else stop
         read = self._reader(total)
         new = ids[None]
@@ -197,9 +201,38 @@ class OnnxDecoder:
             bound.bind_cpu_input("position_ids", _positions(mask, new.shape[1]))
         # Bound anew: their size changes after the prompt. They are the first output that was bound.
         bound.bind_output("logits", "cpu")
-        self.session.run_with_iobinding(bound)
+        with self._running():
+            self.session.run_with_iobinding(bound)
         logits: np.ndarray = bound.get_outputs()[0].numpy()
         return logits
+
+    def _fixed(self, name: str, sizes: list[Any], count: int) -> list[int]:
+        """Return sizes of an input or output if they are ``count`` numbers, not names.
+
+        Raises:
+            ModelError: they are not.
+        """
+        if len(sizes) != count or not all(isinstance(size, int) for size in sizes):
+            said = ", ".join(map(str, sizes)) or "nothing"
+            raise ModelError(
+                f"{self.folder / GRAPH_FILE} does not say how large {name} is: {said}",
+                "export the dense model with fixed numbers of heads, head widths and tokens",
+            )
+        return sizes
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Say of what ONNX Runtime raises in which graph it is.
+
+        Raises:
+            ModelError: instead of that.
+        """
+        try:
+            yield
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise ModelError(
+                f"{self.folder / GRAPH_FILE} cannot be run: {first_line(error)}", "export it again: ara export --force"
+            ) from error
 
     def _caches(self) -> list[str]:
         return [name for name in self._inputs if name.startswith("past_key_values.")]

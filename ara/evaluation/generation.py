@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ara.errors import NumericalError
+from ara.errors import ModelError, NumericalError
+from ara.evaluation.chat import chat_text
 from ara.models.vocabulary import check_tokens, token_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Names by which models return what they remember and take it back.
+_CACHES = ("past_key_values", "cache_params")
 
 
 def check_logits(logits: torch.Tensor, who: str) -> None:
@@ -62,15 +66,20 @@ def greedy_tokens(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int
     Raises:
         NumericalError: the model gives NaN.
     """
-    past, new = None, ids[None].to(model.device)
+    text = new = ids[None].to(model.device)
+    cache: dict[str, Any] = {"use_cache": True}
     for _ in range(max_new_tokens):
-        found = model(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1)
+        found = model(input_ids=new, logits_to_keep=1, **cache)
         check_logits(found.logits[0, -1], "generating")
         token = int(found.logits[0, -1].argmax())
         if token in stop:
             return
         yield token
-        past, new = found.past_key_values, torch.tensor([[token]], device=model.device)
+        new = torch.tensor([[token]], device=model.device)
+        cache = next(({"use_cache": True, name: found[name]} for name in _CACHES if found.get(name) is not None), {})
+        if not cache:  # GPT-1 has none; RWKV and RecurrentGemma have one of their own kind
+            text = new = torch.cat([text, new], 1)
+            cache = {"use_cache": False}
 
 
 def stop_tokens(model: PreTrainedModel) -> set[int]:
@@ -81,12 +90,17 @@ def stop_tokens(model: PreTrainedModel) -> set[int]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> torch.Tensor:
-    """Return the tokens (t) int64 of a prompt, inside the chat template if asked for and there is one."""
+    """Return the tokens (t) int64 of a prompt, inside the chat template if asked for and there is one.
+
+    Raises:
+        ModelError: the chat template cannot be used, see :func:`ara.evaluation.chat.chat_text`; or there is no token.
+    """
     if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = tokenizer(chat_text(tokenizer, text), add_special_tokens=False, verbose=False)["input_ids"]
     else:
-        ids = tokenizer(text)["input_ids"]
+        ids = tokenizer(text, verbose=False)["input_ids"]
+    if not ids:
+        raise ModelError("the tokenizer makes no token of the prompt", "write a longer prompt, or check the tokenizer")
     return torch.tensor(ids, dtype=torch.int64)
 
 

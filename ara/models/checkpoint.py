@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from ara.config import Layout
-from ara.errors import ModelError, NumericalError
+from ara.errors import ModelError, NumericalError, first_line
 from ara.jsonfile import read_object
 from ara.models import modeling_ara
 from ara.models.completeness import check_loaded, stored_tensors, weight_files
@@ -199,6 +199,26 @@ def _read(folder: Path, dtype: torch.dtype | None, device: str | None = None) ->
     check_loaded(model, loading, f"{folder} cannot be loaded: it", stored_tensors(weight_files(folder)), _AGAIN)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint folder, or of an exported one.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers' and tokenizers' errors share no base class
+        raise ModelError(
+            f"the tokenizer of {folder} cannot be loaded: {first_line(error)}",
+            "the folder must hold the model's tokenizer; write it again: ara truncate --force",
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

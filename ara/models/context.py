@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ara.errors import UsageError
+
 
 def context_length(model_config: Any) -> int | None:
     """Return how many tokens a model can read at once, or ``None`` if its config does not say.
@@ -20,3 +22,21 @@ def context_length(model_config: Any) -> int | None:
     if limit is not None and rope.get("rope_type") == "yarn" and rope.get("factor"):
         limit = max(limit, int(rope["factor"] * rope.get("original_max_position_embeddings", limit)))
     return limit
+
+
+def check_room(prompt: int, new: int, context: int | None) -> None:
+    """Check that a prompt and its continuation fit into a model.
+
+    Args:
+        prompt: tokens of the prompt.
+        new: tokens that are to follow.
+        context: positions of the model; ``None``: no limit.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if context is not None and prompt + new > context:
+        raise UsageError(
+            f"{prompt} tokens of prompt and {new} new ones are more than the {context} positions of the model",
+            f"use --max-new-tokens {context - prompt}" if context > prompt else "shorten the prompt",
+        )

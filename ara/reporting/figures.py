@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ara.allocation.allocation import Allocation, cost
 from ara.models.linears import LinearSpec
+from ara.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,5 +92,9 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
 def draw(figure: Figure) -> bytes:
     """Return a figure as SVG, the same bytes for the same figure; settings as in the functions above."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="svg", metadata={"Date": None})
-    return picture.getvalue()
+    with warnings.catch_warnings():
+        # Words stay words, so matplotlib's own font need not have every letter of them.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        figure.savefig(picture, format="svg", metadata={"Date": None})
+    # A name may hold characters that XML has none of.
+    return printable(picture.getvalue().decode()).encode()

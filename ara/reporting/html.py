@@ -1,6 +1,7 @@
 """From a report to one HTML file that needs nothing else: no script, no network, no font.
 
 Every text is escaped by the template engine. What is not escaped is made here or drawn by :mod:`ara.reporting.charts`.
+Characters that do not show but steer are taken out of the whole page at once, pictures included.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
+from ara.printable import printable
 from ara.reporting import charts, tables
 from ara.reporting.document import Report
 from ara.reporting.headline import machine_words, runtime_words
@@ -23,7 +25,8 @@ _PAPER = "https://arxiv.org/abs/2510.19389"
 
 def page(report: Report) -> str:
     """Return the page of a report."""
-    return _template().render(report=report, pictures=_pictures(report), paper=_PAPER, version=__version__)
+    text = _template().render(report=report, pictures=_pictures(report), paper=_PAPER, version=__version__)
+    return printable(text)
 
 
 def _pictures(report: Report) -> dict[str, object]:

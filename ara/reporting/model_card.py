@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ara.manifest import Manifest
+from ara.printable import printable
 from ara.reporting.document import Evaluated, Report
 from ara.reporting.gather import basic_report
 from ara.reporting.headline import main_texts
@@ -51,7 +52,7 @@ def card(report: Report) -> str:
     """Return the card of a report, as Markdown with the front matter that model hubs read; no path of this machine."""
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- ara", "- svd", "- low-rank"]
     if report.base.kind == "hub":
-        front.append(f"base_model: {report.base.name}")
+        front.append(f"base_model: {_yaml_name(report.base.name)}")
     measured = any(evaluation.texts or evaluation.harness for evaluation in report.evaluations)
     sections = [
         "\n".join(["---", *front, *_model_index(report), "---"]),
@@ -64,7 +65,7 @@ def card(report: Report) -> str:
         _loading(report),
         _reproduce(report),
     ]
-    return "\n\n".join(sections) + "\n"
+    return printable("\n\n".join(sections) + "\n")
 
 
 def _model_index(report: Report) -> list[str]:
@@ -83,13 +84,34 @@ def _model_index(report: Report) -> list[str]:
                 results.append((_dataset(task.task), metric))
     if not results:
         return []
-    # JSON is YAML, and quotes whatever a name may hold.
-    lines = ["model-index:", f"- name: {json.dumps(report.title)}", "  results:"]
+    lines = ["model-index:", f"- name: {_yaml(report.title)}", "  results:"]
     for dataset, metric in results:
         lines.append('  - task: {"type": "text-generation"}')
-        lines.append(f"    dataset: {json.dumps(dataset)}")
-        lines.append(f"    metrics: {json.dumps([metric])}")
+        lines.append(f"    dataset: {_yaml(dataset)}")
+        lines.append(f"    metrics: {_yaml([metric])}")
     return lines
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as YAML in one line: JSON is YAML, and quotes whatever a name may hold.
+
+    Escapes of JSON alone are another matter: for a character beyond 16 bits it has two, which YAML takes for two.
+    """
+    return json.dumps(_shown(value), ensure_ascii=False)
+
+
+def _shown(value: Any) -> Any:
+    """Return a value with its texts printable: JSON would escape control characters, and YAML read them back."""
+    if isinstance(value, dict):
+        return {key: _shown(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+def _yaml_name(name: str) -> str:
+    """Return a name as YAML, without quotes where it is as model hubs have them."""
+    return name if re.fullmatch(r"[A-Za-z][\w.-]*/[\w.-]*\w", name, re.ASCII) else _yaml(name)
 
 
 def _dataset(task: str, origin: str | None = None) -> dict[str, str]:
@@ -108,16 +130,18 @@ def _dataset(task: str, origin: str | None = None) -> dict[str, str]:
 
 def _what(report: Report, measured: bool) -> str:
     factors, ranks, stored = report.decomposition, report.allocation, report.checkpoint
-    text = f"{factors.windows[0]} × {factors.windows[1]} tokens of {factors.text}" if factors.windows else "none"
+    text = (
+        f"{factors.windows[0]} × {factors.windows[1]} tokens of {_escaped(factors.text)}" if factors.windows else "none"
+    )
     pivoted = "stored as some of their rows, the others as combinations of those"
     shape = {"factors": "stored as two thin matrices each", "pivoted": pivoted}[ranks.layout]
     shape = "multiplied back to dense weights" if stored.densified else shape
     lines = [
-        f"{stored.low_rank_layers} linear layers of `{report.base.name}` were factorised by SVD and are {shape}; "
+        f"{stored.low_rank_layers} linear layers of {_code(report.base.name)} were factorised by SVD and are {shape}; "
         f"{stored.dense_layers} stay dense, embeddings and head are untouched. No weight was trained.",
         "",
-        f"- decomposition: `{factors.method}`, calibration text: {text}",
-        f"- ranks: `{ranks.name}` (`{ranks.method}`)",
+        f"- decomposition: {_code(factors.method)}, calibration text: {text}",
+        f"- ranks: {_code(ranks.name)} ({_code(ranks.method)})",
     ]
     if not measured:
         lines.append(
@@ -160,13 +184,27 @@ def _markdown(table: Table) -> str:
 
 
 def _cell(cell: Cell, marked: bool) -> str:
-    text = f"`{cell.text}`" if cell.code else _escaped(cell.text)
+    # A bar would end the cell, even in code.
+    text = _code(cell.text).replace("|", "\\|") if cell.code else _escaped(cell.text)
     return f"**{text}**" if marked and text else text
 
 
 def _escaped(text: str) -> str:
     """Return text that Markdown shows as it is, in one line, in a cell of a table, too."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """Return text as a code span: in one line, fenced by more back-ticks than it has in a row."""
+    text = " ".join(text.split())
+    fence = "`" * (_backticks(text) + 1)
+    # One blank on each side is taken off again, and keeps a back-tick at an end from the fence.
+    return f"{fence} {text} {fence}" if "`" in text or not text else f"{fence}{text}{fence}"
+
+
+def _backticks(text: str) -> int:
+    """Return the length of the longest run of back-ticks."""
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def _loading(report: Report) -> str:
@@ -187,7 +225,10 @@ def _reproduce(report: Report) -> str:
     versions = ", ".join(f"{package} {' and '.join(known)}" for package, known in report.versions.items())
     model = {"kind": base.kind, "location": base.name, "requested": base.requested}
     commands = "\n".join(dict.fromkeys(shared_command(item.command, model) for item in report.work))
+    # A prompt in a command may span lines, and hold a fence of its own.
+    fence = "`" * max(3, _backticks(commands) + 1)
     return (
-        f"Made by\n\n```\n{commands}\n```\n\n"
-        f"with {versions}; seed {report.decomposition.seed}; base model fingerprint `{base.fingerprint}`."
+        f"Made by\n\n{fence}\n{commands}\n{fence}\n\n"
+        f"with {_escaped(versions)}; seed {report.decomposition.seed}; "
+        f"base model fingerprint {_code(base.fingerprint)}."
     )

@@ -11,12 +11,13 @@ from ara.allocation.budget import Budget
 from ara.allocation.uniform import Uniform
 from ara.calibration.texts import Documents, load_documents
 from ara.config import EvalConfig
+from ara.evaluation.generation import prompt_ids
 from ara.evaluation.task_folders import open_task_folders
 from ara.evaluation.tasks import check_task, expand, is_text, load_tasks
 from ara.jsonfile import dump
 from ara.manifest import digest
 from ara.models.checkpoint import apply_factors, load
-from ara.models.context import context_length
+from ara.models.context import check_room, context_length
 from ara.models.linears import matching
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
@@ -118,7 +119,11 @@ def evaluate(
             variants.append(_exported(truncated, *exported))
         tokenizer, context = source.load_tokenizer(), context_length(source.config)
         room = None if context is None else context - config.max_new_tokens
-        prompts = prompts_of(texts, config.continuations, tokenizer, room) if config.prompt is None else [config.prompt]
+        if config.prompt is None:
+            prompts = prompts_of(texts, config.continuations, tokenizer, room)
+        else:
+            prompts = [config.prompt]
+            check_room(len(prompt_ids(tokenizer, config.prompt, chat=False)), config.max_new_tokens, context)
         questions = Questions(tokenizer, texts, tasks, prompts, token_rows(source.config))
         with workspace.writer(
             "eval", name, facts, command=run.command, resumable=True, keep_after_nan=True, started=started

@@ -10,6 +10,7 @@ import typer
 
 from ara.config import GenerateConfig, build
 from ara.errors import UsageError
+from ara.evaluation.prompts import check_prompt, piped_prompt
 from ara_cli.options import WORKSPACE, JsonOption, QuietOption, WorkspaceOption, default, field, path_option
 from ara_cli.session import session
 
@@ -40,9 +41,9 @@ def command(
         config = build(
             GenerateConfig, backend=backend, max_new_tokens=max_new_tokens, chat=chat, device=device, dtype=dtype
         )
-        text = sys.stdin.read() if prompt == "-" else prompt
-        if not text.strip():
-            raise UsageError("the prompt is empty", "say something: ara generate 'Who are you?'")
+        if export is not None and config.backend == "torch":
+            raise UsageError(f"--export {export} is given, and --backend is torch", "add --backend onnx")
+        text = _piped() if prompt == "-" else check_prompt(prompt)
         from export.generate import answer
 
         pieces = []
@@ -51,3 +52,14 @@ def command(
             s.console.stream(piece)
         s.console.stream("\n")
         s.console.result({"prompt": text, "answer": "".join(pieces), "backend": config.backend})
+
+
+def _piped() -> str:
+    """Return the prompt that comes from stdin.
+
+    Raises:
+        UsageError: there is no stdin, or what comes is no prompt.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise UsageError("the prompt - is read from stdin, which is closed", "echo 'Who are you?' | ara generate -")
+    return piped_prompt(sys.stdin.buffer)

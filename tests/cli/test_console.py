@@ -13,7 +13,7 @@ from ara.errors import AraError, ProblemsError
 from ara.progress import Reporter
 from ara_cli.console import Column, Console
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 COLUMNS = [Column("model", "left"), Column("perplexity"), Column("size (MiB)")]
 ROWS = [["dense", "17.05", "256.6"], ["energy, keep 0.80", "24.9", None]]
 
@@ -203,7 +203,8 @@ def test_error_after_the_document_stays_on_stderr():
 def test_every_encoding_is_written_without_control_characters(encoding):
     heard = Heard(encoding)
     heard.console.step("a → b · 2.5× … 日本 \udcff \x1b[31mred\x07\x9b")
-    heard.console.table("é", [Column("Δ (≤)")], [["\x1b]0;title\x07"]])
+    heard.console.table("é", [Column("Δ (≤)")], [["\x1b]0;title\x07"], ["\u202egnp.exe\u2066\u200f\u061c"]])
+    heard.console.stream("\u202eanswer")
     assert not CONTROL.search(heard.out + heard.err)
     if encoding == "ascii":
         assert heard.err.startswith("a -> b - 2.5x ... \\u65e5")

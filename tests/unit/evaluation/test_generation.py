@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ara.errors import DataError, NumericalError
+from ara.errors import DataError, ModelError, NumericalError
 from ara.evaluation.generation import greedy_continuation, greedy_tokens, prompt_ids, stop_tokens, text_pieces
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -63,6 +63,34 @@ def test_greedy_tokens_are_those_of_transformers() -> None:
     assert list(greedy_tokens(model, prompt, 30, {found[3]})) == found[: found.index(found[3])]
 
 
+# Families that remember in another way than by past_key_values, or not at all.
+OTHER_CACHES: dict[str, dict[str, Any]] = {
+    "openai-gpt": {"n_embd": 60, "n_layer": 2, "n_head": 6, "n_positions": 90},
+    "mamba": {"state_size": 8},
+    "mamba2": {"state_size": 12, "num_heads": 10, "head_dim": 12, "n_groups": 2, "chunk_size": 16},
+    "rwkv": {"attention_hidden_size": 60},
+    "recurrent_gemma": {"lru_width": 60, "attention_window_size": 32, "head_dim": 10, "num_attention_heads": 6},
+}
+
+
+@pytest.mark.parametrize("family", OTHER_CACHES)
+def test_greedy_tokens_without_a_cache_of_the_usual_kind(family: str) -> None:
+    sizes = {"vocab_size": 90, "hidden_size": 60, "intermediate_size": 92, "num_hidden_layers": 3}
+    sizes["tie_word_embeddings"] = False  # tied ones repeat the last token
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**sizes, **OTHER_CACHES[family]})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():  # small weights give the same token always
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    text = torch.arange(4, 24)[None]
+    found = list(greedy_tokens(model, text[0], 12, set()))
+    with torch.inference_mode():
+        for token in found:
+            assert token == int(model(input_ids=text, use_cache=False).logits[0, -1].argmax())
+            text = torch.cat([text, torch.tensor([[token]])], 1)
+    assert len(found) == 12 and len(set(found)) > 1
+
+
 def test_what_ends_a_text() -> None:
     model = tiny_model("llama")
     assert stop_tokens(model) == {2}
@@ -77,8 +105,18 @@ def test_prompts_go_into_the_chat_template_if_there_is_one() -> None:
     plain = prompt_ids(tokenizer, "hi", chat=False).tolist()
     assert plain == tokenizer("hi")["input_ids"]
     assert tokenizer.decode(prompt_ids(tokenizer, "hi", chat=True)).endswith("user: hi\nassistant: ")
+    messages = [{"role": "user", "content": "hi"}]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert prompt_ids(tokenizer, "hi", chat=True).tolist() == expected
     tokenizer.chat_template = None
     assert prompt_ids(tokenizer, "hi", chat=True).tolist() == plain
+
+
+def test_a_prompt_without_tokens_is_told() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    with pytest.raises(ModelError, match="makes no token of the prompt"):
+        prompt_ids(tokenizer, "", chat=False)
 
 
 def _set(found: Any, value: float) -> None:

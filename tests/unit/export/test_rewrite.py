@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ara.errors import ModelError, UsageError
 from ara.progress import SILENT
 from export.config import ExportConfig
 from export.onnx_target import resolve, write_onnx
-from export.rewrite import load_graph, rewrite
+from export.rewrite import graph_errors, load_graph, rewrite
 from export.runner import OnnxDecoder
 from export.weights import Checkpoint
 
@@ -129,6 +130,101 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     (tmp_path / "no.onnx").write_bytes(b"no graph")
     with pytest.raises(ModelError, match=r"no\.onnx cannot be read as ONNX"):
         load_graph(tmp_path / "no.onnx")
+
+
+FIRST = "onnx::MatMul_7"
+
+
+def saved(folder: Path) -> Path:
+    """Save a small graph, and its first weight once more in ``w.data`` beside it; return its path."""
+    small = _Small()
+    model = small_graph(small, ("/model/layers.0/mlp/up/MatMul", "/model/layers.0/mlp/down/Gemm"))
+    (folder / "w.data").write_bytes(small.up.T.contiguous().numpy().tobytes())
+    ir.save(model, folder / "m.onnx")
+    return folder / "m.onnx"
+
+
+def moved(path: Path, location: str, offset: int = 0, sides: tuple[int, int] = (7, 13), place: str = "graph") -> None:
+    """Say of a weight of a graph that it lies in another file."""
+    model = ir.load(path)
+    shape = ir.Shape(sides)
+    tensor = ir.ExternalTensor(location, offset, None, ir.DataType.FLOAT, shape=shape, name=FIRST, base_dir=path.parent)
+    if place == "graph":
+        model.graph.initializers[FIRST].const_value = tensor
+    else:
+        constant = ir.node("Constant", [], {"value": tensor}, name="c")
+        constant.outputs[0].name = "c"
+        if place == "attribute":
+            model.graph.append(constant)
+        else:
+            body = ir.Graph([], constant.outputs, nodes=[constant], name="body")
+            model.graph.append(ir.node("If", [model.graph.inputs[0]], {"then_branch": body, "else_branch": body}))
+    ir.save(model, path)
+
+
+@pytest.mark.parametrize("place", ["graph", "attribute", "subgraph"])
+@pytest.mark.parametrize("location", ["../../etc/passwd", "/etc/passwd", "sub/../../w.data", "link.data"])
+def test_weights_outside_the_folder_are_not_read(location: str, place: str, tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (tmp_path / "link.data").symlink_to("/etc/passwd")
+    moved(path, location, place=place)
+    with pytest.raises(ModelError, match=rf"wants the weight {FIRST} from .*, outside its folder"):
+        load_graph(path)
+
+
+def test_weights_that_are_not_there_whole(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    moved(path, "w.data")
+    assert load_graph(path).graph.initializers[FIRST].const_value is not None
+    os.mkfifo(tmp_path / "pipe.data")
+    for location, offset, sides, words in (
+        ("pipe.data", 0, (7, 13), r"pipe\.data, the weights of .*, cannot be read \(it is a pipe"),
+        ("no.data", 0, (7, 13), r"no\.data, the weights of .*, cannot be read \(No such file"),
+        ("w.data", 1, (7, 13), r"w\.data has 364 bytes, onnx::MatMul_7 of .* would end at 365"),
+        ("w.data", 0, (10**6, 10**6), r"would end at 4,000,000,000,000"),
+        ("w.data", -4, (7, 13), "cannot be read as ONNX"),
+    ):
+        moved(saved(tmp_path), location, offset, sides)
+        with pytest.raises(ModelError, match=words):
+            load_graph(path)
+
+
+def test_files_that_are_no_graph(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.onnx")
+    for name, words in (("pipe.onnx", "it is a pipe"), ("none.onnx", "No such file"), (".", "Is a directory")):
+        with pytest.raises(ModelError, match=rf"cannot be read \(.*{words}"):
+            load_graph(tmp_path / name)
+    whole = saved(tmp_path).read_bytes()
+    for content in (b"", whole[: len(whole) // 2], whole[:40] + b"\xff" * 40 + whole[80:], b"{" * 1000):
+        (tmp_path / "m.onnx").write_bytes(content)
+        with pytest.raises(ModelError, match=r"no MatMul|cannot be"), graph_errors(tmp_path / "m.onnx"):
+            rewrite(load_graph(tmp_path / "m.onnx"), _Stored(_Small(), {"model.layers.0.mlp.up": 5}))
+
+
+def test_a_graph_that_is_not_what_it_says_is_one_line(
+    dense: Path, checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Nodes without inputs, weights that are no matrix, attributes of another type, cycles."""
+    source, path = checkpoint("llama").folder, dense.with_name("changed.onnx")
+
+    def refused(model: ir.Model, words: str) -> None:
+        ir.save(model, path, external_data="changed.data")
+        with pytest.raises(ModelError, match=words):
+            exported(source, tmp_path / "out", rewrite=str(path), parity=False)
+        (tmp_path / "out").rmdir()
+
+    model = ir.load(dense)
+    wrong = next(node for node in model.graph if (node.name or "").endswith("up_proj/MatMul"))
+    model.graph.append(ir.node("MatMul", [], name="nothing"))
+    assert wrong.inputs[1] is not None
+    wrong.inputs[1].const_value = ir.tensor(torch.zeros(4).numpy(), name=wrong.inputs[1].name)
+    wrong.inputs[1].shape = ir.Shape([4])
+    refused(model, r"is no matrix in the graph: its shape is \[4\]")
+    model = ir.load(dense)
+    first = next(node for node in model.graph if node.op_type == "MatMul")
+    late = list(model.graph)[-1].outputs[0]
+    first.replace_input_with(0, late)
+    refused(model, "cannot be rewritten: .*cycle")
 
 
 def test_a_dense_checkpoint_has_nothing_to_put_in(dense: Path, checkpoint: Callable[..., Any], tmp_path: Path) -> None:

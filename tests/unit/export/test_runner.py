@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -60,7 +61,7 @@ def test_more_tokens_than_the_context_are_refused(exported: tuple[Path, Any]) ->
         UsageError, match="26 tokens of prompt and 175 new ones are more than the 200 positions"
     ) as caught:
         next(decoder.generate(np.arange(4, 30), 175))
-    assert caught.value.hint == "ask for at most 174 new tokens"
+    assert caught.value.hint == "use --max-new-tokens 174"
 
 
 def test_it_can_stand_for_a_model_of_transformers(exported: tuple[Path, Any]) -> None:
@@ -130,6 +131,40 @@ def test_folders_that_are_no_export(exported: tuple[Path, Any], tmp_path: Path) 
     (tmp_path / "ara_export.json").write_text(json.dumps(document))
     with pytest.raises(ModelError, match=r"names the file '\.\./\.\./secret'"):
         OnnxDecoder(tmp_path)
+
+
+def test_graphs_of_others_that_cannot_be_run(exported: tuple[Path, Any], tmp_path: Path) -> None:
+    """Sizes without a number, and nodes that fail."""
+
+    def changed(change: Callable[[ir.Model], Any]) -> Path:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        folder = Path(shutil.copytree(exported[0], tmp_path / "out"))
+        model = ir.load(folder / "model.onnx")
+        change(model)
+        ir.save(model, folder / "changed.onnx", external_data="changed.data")
+        (folder / "changed.onnx").rename(folder / "model.onnx")
+        document = json.loads((folder / "ara_export.json").read_text())
+        document["files"]["model.onnx"]["bytes"] = (folder / "model.onnx").stat().st_size
+        (folder / "ara_export.json").write_text(json.dumps(document))
+        return folder
+
+    def without_sizes(model: ir.Model) -> None:
+        cache = next(value for value in model.graph.inputs if value.name == "past_key_values.1.key")
+        cache.shape = ir.Shape(["b", "heads", "past", 16])
+
+    def failing(model: ir.Model) -> None:
+        table = next(value for name, value in model.graph.initializers.items() if "cos" in name)
+        assert table.const_value is not None
+        table.const_value = ir.tensor(table.const_value.numpy()[:3].copy(), name=table.name)
+        table.shape = ir.Shape(table.const_value.shape)
+
+    with pytest.raises(ModelError, match=r"does not say how large past_key_values\.1\.key is: heads, 16"):
+        OnnxDecoder(changed(without_sizes))
+    decoder = OnnxDecoder(changed(failing))
+    with pytest.raises(ModelError, match=r"model\.onnx cannot be run"):
+        next(decoder.generate(np.arange(4, 30), 3))
+    with pytest.raises(ModelError, match=r"model\.onnx cannot be run"):
+        decoder.forward(np.arange(4, 30)[None])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

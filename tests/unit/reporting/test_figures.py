@@ -30,6 +30,13 @@ def test_heat_maps(count):
     )
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_cannot_break_a_picture():
+    """Letters that the font has not, and characters that XML has not."""
+    picture = keep_curves({"日本 \x1b[1m\u202e": {0.6: 100.0, 0.8: 30.0}}, 10.0, "\x00")
+    assert {"日本 \ufffd[1m\ufffd", "\ufffd"} <= _words(picture)
+
+
 def test_keep_curves():
     curves = {"uniform": {0.6: 100.0, 0.8: 30.0}, "ARA": {0.6: 40.0, 0.8: 15.0}}
     picture = keep_curves(curves, 10.0, "WikiText-2")

@@ -245,3 +245,30 @@ def test_the_allocator_is_marked_where_the_budget_is_the_same(keep, marked):
     budget = report.allocation.model_copy(update={"keep": keep})
     assert (comparison_table(report.comparisons[0], budget).marked is not None) == bool(marked)
     assert allocation().name == NAME
+
+
+def test_characters_that_steer_are_nowhere_on_the_page(report):
+    """Not in texts, not in attributes, not in pictures, which would not even be XML."""
+    name = "a\x1b[31m\u202eb\u200f\x00"
+    fronts = tuple(
+        front.model_copy(update={"points": tuple(p.model_copy(update={"series": name}) for p in front.points)})
+        for front in report.fronts
+    )
+    evaluations = tuple(
+        evaluation.model_copy(
+            update={
+                "name": name,
+                "continuations": tuple(
+                    told.model_copy(update={"prompt": name, "models": {name: name}})
+                    for told in evaluation.continuations
+                ),
+            }
+        )
+        for evaluation in report.evaluations
+    )
+    assert fronts and evaluations
+    text = page(report.model_copy(update={"title": name, "fronts": fronts, "evaluations": evaluations}))
+    assert text.count("a\ufffd[31m\ufffdb\ufffd\ufffd") > 4 + len(fronts)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", text)
+    for picture in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(picture.replace("xlink:", ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,3 +194,51 @@ def test_names_cannot_break_a_table_or_the_front_matter() -> None:
     columns = [len(re.findall(r"(?<!\\)\|", line)) for line in lines[start : start + 5]]
     assert len(set(columns)) == 1
     assert "<i>" not in "\n".join(lines[lines.index("---", 1) :])
+
+
+# What ends a code span, a fence, a cell, a line; what steers; what two escapes of JSON stand for.
+_WEIRD = [
+    "a`b",
+    "``",
+    "`x",
+    "a``b`",
+    "a|b",
+    "two\n# lines",
+    "\x1b[31mred\u202e",
+    "\u2028:\x85 'x'",
+    "𝕏 é",
+    "- &amp; ~~x~~ $y$",
+]
+
+
+@pytest.mark.parametrize("name", [*_WEIRD, "null", "owner/name: x", "#x", "1/2"])
+def test_names_stay_in_their_code_and_in_one_yaml(name: str) -> None:
+    from markdown_it import MarkdownIt
+
+    report = gather(sources())
+    base = report.base.model_copy(update={"kind": "hub", "name": name})
+    ranks = report.allocation.model_copy(update={"name": name})
+    kinds = tuple(kind.model_copy(update={"kind": name}) for kind in ranks.kinds)
+    ranks = ranks.model_copy(update={"kinds": kinds})
+    text = card(report.model_copy(update={"base": base, "allocation": ranks, "title": name}))
+    replaced = dict.fromkeys(map(ord, "\x1b\u202e\u2028\x85"), "\ufffd")
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["base_model"] == front["model-index"][0]["name"] == name.translate(replaced)
+    in_line = " ".join(name.split()).translate(replaced)
+    tokens = MarkdownIt("commonmark").enable("table").parse(text.split("---\n", 2)[2])
+    codes = [child.content for token in tokens for child in token.children or () if child.type == "code_inline"]
+    assert codes.count(in_line) >= 2 + len(kinds)
+    heading = tokens[1].children
+    assert heading is not None and "".join(child.content for child in heading) == in_line
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e]", text)
+
+
+def test_a_command_stays_in_its_fence() -> None:
+    from markdown_it import MarkdownIt
+
+    command = shlex.join(["ara", "eval", "--prompt", "look:\n```\n# no heading\n````\n", "--name", "\u2066x"])
+    report = gather(sources())
+    (first, *others) = report.work
+    text = card(report.model_copy(update={"work": (first.model_copy(update={"command": command}), *others)}))
+    fences = [token.content for token in MarkdownIt().parse(text.split("---\n", 2)[2]) if token.type == "fence"]
+    assert any(command.replace("\u2066", "\ufffd") in content for content in fences)

@@ -1,0 +1,125 @@
+"""``ara generate`` and prompts of ``ara eval``: whatever is wrong is one line and a hint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ara.errors import UsageError, WorkspaceError
+from ara.workspace import Workspace
+from ara_cli.app import app
+from ara_cli.commands.generate import _piped
+from export.evaluation import latest_export
+
+NAME = "energy-0.70"
+SHORT = ("--max-new-tokens", 3, "--device", "cpu", "-q")
+
+
+def ara(*arguments: Any, piped: bytes | None = None) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=piped)
+
+
+def refused(result: Any, code: int, words: str, hint: str = "") -> None:
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code, result.output
+    error, tip = (line for line in result.stderr.splitlines() if not line.startswith("warning: "))
+    assert error.startswith("error: ") and words in error, error
+    assert tip.startswith("hint: ") and hint in tip, tip
+    assert result.stdout == ""
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A checkpoint folder that may be changed."""
+    return Path(shutil.copytree(finished / "truncate" / NAME / "checkpoint", tmp_path / "checkpoint"))
+
+
+def test_a_chat_template_that_refuses_can_be_left_out(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('tools are required') }}")
+    words = ("generate", "hi", "--source", folder, *SHORT)
+    refused(ara(*words), 1, "the chat template refuses the prompt: tools are required", "--no-chat")
+    assert ara(*words, "--no-chat").exit_code == 0
+
+
+def test_several_chat_templates(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for templates, words in (
+        ([{"name": "rag", "template": "x"}], "the model has the chat templates rag, and no default"),
+        ([{"name": "rag"}], f"the tokenizer of {folder} cannot be loaded"),
+    ):
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": templates}))
+        refused(ara("generate", "hi", "--source", folder, *SHORT), 1, words)
+
+
+def test_a_source_that_is_no_checkpoint(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "ara_export.json").write_text("{}")
+    for source, backend, words, hint in (
+        (tmp_path / "empty", "torch", "is not a checkpoint folder (no config.json)", "ara truncate"),
+        (tmp_path / "empty", "onnx", "is not an export (ara_export.json is missing)", "ara export"),
+        (tmp_path / "nowhere", "torch", f"{tmp_path / 'nowhere'} does not exist", "--source wants"),
+        (folder / "config.json", "torch", "config.json is no folder", "--source wants"),
+        ("~nobody-here/x", "torch", "~nobody-here/x does not exist", "--source wants"),
+        (tmp_path / "export", "torch", "is an export, --backend torch runs checkpoints", "--backend onnx"),
+        (folder, "onnx", "is a checkpoint, --backend onnx runs exports", f"ara export --onnx --source {folder}"),
+    ):
+        refused(ara("generate", "hi", "--source", source, "--backend", backend, *SHORT), 1, words, hint)
+
+
+def test_a_folder_without_a_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    refused(ara("generate", "hi", "--source", folder, *SHORT), 1, f"the tokenizer of {folder} cannot be loaded")
+
+
+def test_prompts_that_are_none(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("-w", finished, *SHORT)
+    for prompt in ("", " "):
+        refused(ara("generate", prompt, *words), 2, "the prompt is empty")
+        refused(ara("eval", "--prompt", prompt, *words), 2, "the prompt is empty")
+        refused(ara("run", "x", "--prompt", prompt, "-w", finished, "-q"), 2, "the prompt is empty")
+    refused(ara("generate", "caf\udce9", *words), 2, "the prompt is not UTF-8")
+    refused(ara("generate", "-", *words, piped=b"caf\xe9"), 2, "the prompt is not UTF-8")
+    refused(ara("generate", "-", *words, piped=b"a\0b"), 2, "holds a NUL character")
+    refused(ara("generate", "-", *words, piped=b""), 2, "the prompt is empty")
+    assert ara("generate", "-", *words, piped=b"The baker").exit_code == 0
+    for closed in (None, SimpleNamespace(closed=True)):
+        monkeypatch.setattr(sys, "stdin", closed)
+        with pytest.raises(UsageError, match="stdin, which is closed"):
+            _piped()
+
+
+def test_a_prompt_longer_than_the_model(finished: Path, copied: Path, tiny_text: str) -> None:
+    words = "301 tokens of prompt and 3 new ones are more than the 256 positions of the model"
+    refused(ara("generate", "x" * 300, "--no-chat", "-w", finished, *SHORT), 2, words, "shorten the prompt")
+    options = ("--tasks", tiny_text, "--seq-len", 64, "--max-windows", 2, "--dtype", "float32", *SHORT)
+    refused(ara("eval", "--prompt", "x" * 300, *options, "-w", copied), 2, words, "shorten the prompt")
+    assert [path.name for path in (copied / "eval").iterdir() if path.name.startswith(".")] == []
+
+
+def test_exports_that_cannot_be_run_are_named(copied: Path) -> None:
+    """A workspace says which exports are there, and why none of them is the one."""
+    words = ("generate", "hi", "--backend", "onnx", "-w", copied, *SHORT)
+    make = f"ara export --onnx --checkpoint {NAME}"
+    refused(ara(*words), 1, f"truncate/{NAME} was not exported", make)
+    (copied / "export" / "cut").mkdir(parents=True)
+    (copied / "export" / "cut" / "manifest.json").write_text("{")
+    refused(ara(*words), 1, "export/cut/manifest.json", "run ara export again")
+    refused(ara(*words, "--export", "none"), 1, "has no export/none: there is cut", "ara export")
+    workspace = Workspace.open(copied)
+    truncated = workspace.view(f"truncate/{NAME}")
+    shutil.rmtree(copied / "export" / "cut")
+    facts = {"config": {}, "model": truncated.manifest.model, "parents": ()}  # type: ignore[union-attr]
+    with workspace.writer("export", "other", facts, command="ara export"):
+        pass
+    with pytest.raises(WorkspaceError, match="export/other is one of something else"):
+        latest_export(workspace, truncated)
