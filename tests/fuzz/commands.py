@@ -73,7 +73,17 @@ _CALLS: dict[str, tuple[int, list[str]]] = {
     "methods": (1, ["-q"]),
 }
 # More of these is more work, and not a fault.
-_LABOUR = ("steps", "rounds", "continuations", "max_new_tokens", "samples", "rank_samples", "held_out", "max_windows")
+_LABOUR = (
+    "steps",
+    "batch",
+    "rounds",
+    "continuations",
+    "max_new_tokens",
+    "samples",
+    "rank_samples",
+    "held_out",
+    "max_windows",
+)
 _FILES = ("output", "model_card", "rewrite", "source", "ranks")
 _WORDS: dict[str, tuple[str, ...]] = {
     "device": ("cpu", "cuda", "cuda:7", "cuda:-1", "mps", "meta", "cpu:3", "xpu"),
@@ -129,7 +139,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     ),
     "prefill": ("1,2", "", ",", "1,,2", "0", "-1", "1.5", "9999999", "1" * 5000),
     "decode": ("1,2", "", ",", "0", "9999999"),
-    "batch": ("1,2", "", "0", "9999999"),
+    "batch": ("1,2", "", "0"),
     "model": ("demo", "qwen3-0.6b", "a/b", "a//b", "../in/tiny.gguf", "../in", "../in/texts/story.txt", "gpt2"),
     "backend": ("onnx", "torch", "ONNX"),
     "precision": ("fp32", "fp16", "int8", "int4"),
@@ -252,8 +262,8 @@ _PATH_CALLS = (
     (["status"], "--workspace", ()),
     (["allocate", "--keep", "0.6", "-m", "energy"], "--workspace", ()),
     (["decompose", "../in/model", "-m", "plain", *DECOMPOSE], "--workspace", (r"(out|in|cwd)(/.*)?",)),
-    (["report", "-w", "../ws"], "--output", (r"out/.*|in/(dangling|loop)",)),
-    (["report", "-w", "../ws"], "--model-card", (r"out/.*|in/(dangling|loop)",)),
+    (["report", "-w", "../ws"], "--output", (r"(out|cwd)/.*|in/(dangling|loop)",)),
+    (["report", "-w", "../ws"], "--model-card", (r"(out|cwd)/.*|in/(dangling|loop)",)),
     (["export", "--source", "../in/checkpoint", "--no-parity"], "--output", (r"(out|cwd)/.*",)),
     (["export", "--no-parity", "--output", "../out/new"], "--source", (r"out/new(/.*)?",)),
     (

@@ -41,9 +41,12 @@ _READERS: dict[str, list[list[str]]] = {
 _REPORTED = {"eval": 0.12, "bench": 0.12, "compare": 0.12}
 
 
-def _reader(rng: random.Random, stage: str) -> list[str]:
+def _reader(rng: random.Random, stage: str, damaged: bool = False) -> list[str]:
+    """Return a command that reads results of a stage; a damaged report would be made again, as dearly as a new one."""
     if rng.random() < _REPORTED.get(stage, 0.02):
         return [*REPORT, *WS]
+    if damaged and stage == "report":
+        return [*STATUS, *WS]
     return [*rng.choice(_READERS[stage]), *WS]
 
 
@@ -53,7 +56,8 @@ def _manifest(rng: random.Random, seeds: Seeds) -> Case:
     key = rng.choice(seeds.results)
     name = f"ws/{key}/manifest.json"
     data = mutate.json_bytes(rng, seeds.json(name), MANIFEST_WORDS)
-    return Case(_reader(rng, key.partition("/")[0]), {name: data if rng.random() < 0.95 else no_file(rng)})
+    argv = _reader(rng, key.partition("/")[0], damaged=True)
+    return Case(argv, {name: data if rng.random() < 0.95 else no_file(rng)})
 
 
 @target("sealed-manifest", 24)
