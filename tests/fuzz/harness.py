@@ -220,6 +220,11 @@ def _written(case: Case, code: int | None, changes: Difference) -> list[Failure]
         outside = [name for name in (*created, *changed, *removed) if not re.match(r"(ws|half|out/[^/]+)(/|$)", name)]
         bad = halves + outside
     else:
+        # A command may fail when it tells of the result that it has just finished.
+        whole = tuple(f"{name.rpartition('/')[0]}/" for name in created + changed if name.endswith("/manifest.json"))
+        created, changed = (
+            [name for name in names if not f"{name}/".startswith(whole)] for names in (created, changed)
+        )
         kept = [name for name in created if not _resumable(name, created)]
         # What an interrupted run left may go on, or be thrown away.
         bad = kept + [name for name in changed + removed if not _ASIDE.search(name) and ".journal" not in name]
@@ -234,12 +239,10 @@ def _written(case: Case, code: int | None, changes: Difference) -> list[Failure]
 
 def _resumable(name: str, created: list[str]) -> bool:
     """Tell whether a path is part of what a resumable stage leaves to go on from: finished files and a journal."""
-    journals = [path for path in created if path.endswith("/.journal.json")]
-    found = re.match(rf"(ws|half|out/[^/]+)/({'|'.join(_RESUMABLE)})/\.[^/]+\.partial", name)
-    if found is not None:
-        return f"{found[0]}/.journal.json" in journals
+    partial = re.compile(rf"(ws|half|out/[^/]+)/({'|'.join(_RESUMABLE)})/\.[^/]+\.partial")
+    left = {found[0] for path in created if path.endswith("/.journal.json") and (found := partial.match(path))}
+    inside = partial.match(name)
+    if inside is not None:
+        return inside[0] in left
     # The workspace, and the folder of the stage, that the unfinished work made necessary.
-    return any(
-        re.match(rf"{re.escape(name)}(/|$)", path) or path.startswith(name.removesuffix("workspace.json"))
-        for path in journals
-    )
+    return any(folder.startswith((f"{name}/", name.removesuffix("workspace.json"))) for folder in left)
