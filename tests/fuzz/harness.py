@@ -173,7 +173,7 @@ def _judge(case: Case, code: int, stdout: str, stderr: str) -> list[Failure]:
     command = case.argv[0] if case.argv else ""
     if code not in (0, 1, 2):
         failures.append(Failure("exit", f"exit code {code} of {command}", stderr[-2000:]))
-    lines = stderr.splitlines()
+    lines = stderr.split("\n")
     errors = [index for index, line in enumerate(lines) if _ERROR.match(line)]
     if len(errors) != (code != 0):
         failures.append(Failure("error", f"{len(errors)} error lines at exit code {code} of {command}", stderr[-2000:]))
@@ -220,11 +220,9 @@ def _written(case: Case, code: int | None, changes: Difference) -> list[Failure]
         outside = [name for name in (*created, *changed, *removed) if not re.match(r"(ws|half|out/[^/]+)(/|$)", name)]
         bad = halves + outside
     else:
-        # A command may fail when it tells of the result that it has just finished.
+        # What is whole may stay: of several stages those before the one that failed, with the workspace around them.
         whole = tuple(f"{name.rpartition('/')[0]}/" for name in created + changed if name.endswith("/manifest.json"))
-        created, changed = (
-            [name for name in names if not f"{name}/".startswith(whole)] for names in (created, changed)
-        )
+        created, changed = ([name for name in names if not _around(name, whole)] for names in (created, changed))
         kept = [name for name in created if not _resumable(name, created)]
         # What an interrupted run left may go on, or be thrown away.
         bad = kept + [name for name in changed + removed if not _ASIDE.search(name) and ".journal" not in name]
@@ -244,5 +242,12 @@ def _resumable(name: str, created: list[str]) -> bool:
     inside = partial.match(name)
     if inside is not None:
         return inside[0] in left
-    # The workspace, and the folder of the stage, that the unfinished work made necessary.
-    return any(folder.startswith((f"{name}/", name.removesuffix("workspace.json"))) for folder in left)
+    return _around(name, tuple(f"{folder}/" for folder in left))
+
+
+def _around(name: str, folders: tuple[str, ...]) -> bool:
+    """Tell whether a path lies in one of these results, or is of the workspace that holds one."""
+    if f"{name}/".startswith(folders):
+        return True
+    holder = f"{name}/".removesuffix("workspace.json/")
+    return any(folder.startswith(holder) for folder in folders)

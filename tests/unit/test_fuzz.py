@@ -23,7 +23,7 @@ def misbehave(slot, number):
     if number == 1:
         time.sleep(600)
     if number == 2:
-        os.kill(os.getpid(), signal.SIGSEGV)
+        os.kill(os.getpid(), signal.SIGTERM)
     if number == 3:
         hoard = bytearray(10**9)
         hoard[::4096] = b"x" * len(hoard[::4096])
@@ -53,6 +53,7 @@ def test_cases_that_do_not_end_are_ended_and_the_others_run():
         (1, "error: e\nerror: f\n", ["error"]),
         (1, "", ["error"]),
         (1, "error: e\nand more\n", ["error"]),
+        (2, "Usage: ara\nTry ara -h\n\nError: no \u2028 option\n", []),
         (70, "error: this is a bug in ara\n", ["exit"]),
         (1, "Traceback (most recent call last):\nerror: e\n", ["traceback"]),
         (1, "error: \x1b[31me\n", ["output"]),
@@ -69,6 +70,12 @@ def test_what_a_command_says_is_judged(code, stderr, kinds):
         (1, ["ws/decompose/.x.partial", "ws/decompose/.x.partial/.journal.json"], False),
         (1, ["ws/allocate/x", "ws/allocate/x/manifest.json", "ws/allocate/x/ranks.json"], False),
         (0, ["out/new/decompose/x/manifest.json"], False),
+        (
+            1,
+            ["out/new", "out/new/workspace.json", "out/new/eval", "out/new/eval/x", "out/new/eval/x/manifest.json"],
+            False,
+        ),
+        (1, ["ws/allocate/x", "ws/allocate/y", "ws/allocate/y/manifest.json"], True),
         (1, ["ws/decompose/.x.partial"], True),
         (1, ["ws/allocate/.x.partial", "ws/allocate/.x.partial/.journal.json"], True),
         (1, ["out/new", "out/new/workspace.json"], True),
