@@ -12,6 +12,8 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 # More words for a benchmark: make bench-quality BENCH_FLAGS="--windows 64"
 BENCH_FLAGS ?=
+# More words for the fuzzer: make fuzz FUZZ_FLAGS="--target ranks --cases 500"
+FUZZ_FLAGS ?=
 DEMO_FLAGS ?= --keep 0.9 --text python-docs --samples 32 --rank-samples 16 --held-out 4 --tasks python-docs \
 	--eval-seq-len 512 --max-windows 12 \
 	--prompt "Python is a programming language that" -w ara-demo
@@ -27,7 +29,7 @@ PIP_INSTALL := if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-quantised bench-zero-shot clean
+.PHONY: help setup demo test test-fast fuzz check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-quantised bench-zero-shot clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -78,6 +80,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## compress, evaluate and try a real model, end to end (under 10 minutes on 2 cores)
+	@$(BIN)/python benchmarks/demo_time.py
 	@echo "Running: ara run demo $(subst ",\",$(DEMO_FLAGS))"
 	@$(BIN)/ara run demo $(DEMO_FLAGS)
 
@@ -90,6 +93,10 @@ test-fast: $(STAMP) ## run the unit, contract and command line tests only
 	@folders=; for folder in tests/unit tests/contract tests/cli; do \
 		if [ -d $$folder ]; then folders="$$folders $$folder"; fi; done; \
 	$(WITH_DATA); $(BIN)/python -m pytest -n $(WORKERS) -m "not real_model and not data" $$folders $(PYTEST_ARGS)
+
+fuzz: $(STAMP) ## feed every command with 20,000 spoilt files, names and numbers (under 15 minutes on 2 cores)
+	@echo "Fuzzing; inputs that fail are kept in build/fuzz"
+	@$(BIN)/python -m tests.fuzz --workers $(WORKERS) $(FUZZ_FLAGS)
 
 check: format-check lint types test-fast ## everything to run before a commit: format, lint, types, fast tests
 
