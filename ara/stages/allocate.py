@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def allocate(
         with workspace.writer("allocate", name, facts, command=run.command, started=started) as stage:
             about = {"method": "file" if ranks else config.method, **{k: v for k, v in results.items() if k != "kinds"}}
             (stage.folder / RANKS_FILE).write_text(ranks_document(allocation, config.layout, about), encoding="utf-8")
-            stage.results.update({**results, "guard": asdict(verdict) if verdict else None})
+            stage.results.update({**results, "guard": _guard_results(verdict) if verdict else None})
         return workspace.view(f"allocate/{name}")
 
 
@@ -264,6 +265,15 @@ def _by_method(
             f"{verdict.winner} is better than {config.method} on held-out text and is handed out instead (--no-guard)"
         )
     return candidates[verdict.winner], verdict
+
+
+def _guard_results(verdict: Verdict) -> dict[str, Any]:
+    """Return a verdict as JSON data: a candidate that gave NaN or infinity, and so lost, has ``None``."""
+
+    def finite(figures: Mapping[str, float | None]) -> dict[str, float | None]:
+        return {name: x if x is not None and math.isfinite(x) else None for name, x in figures.items()}
+
+    return {"winner": verdict.winner, "held_out": finite(verdict.held_out), "stderr": finite(verdict.stderr)}
 
 
 def _refuse_method_settings(config: AllocateConfig) -> None:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from ara_cli.app import app
 
-BAD = ("", "../x", "a b", ".x", "x.partial", "x" * 201)
+BAD = ("../x", "a b", ".x", "x.partial", "x" * 201)
 OPTIONS = {
     "decompose": ("--name",),
     "train-masks": ("--name", "--factors"),
@@ -34,6 +34,8 @@ def test_a_name_is_refused_before_any_work(tmp_path: Path, command: str, flag: s
         assert result.exit_code == 2, result.output
         assert "cannot be the name of a result" in result.stderr
         assert result.stderr.count("\n") == 2
+    result = CliRunner().invoke(app, [command, *words, *backend, flag, "", "-w", str(tmp_path / "ws"), "-q"])
+    assert result.exit_code == 2 and f"Invalid value for {flag}: it is empty" in result.stderr
     assert not (tmp_path / "ws").exists()
 
 
@@ -41,7 +43,7 @@ def test_an_empty_workspace_is_no_folder(tmp_path: Path, monkeypatch: pytest.Mon
     """Before, it was the current one."""
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["status", "-w", ""])
-    assert result.exit_code == 2 and "got an empty text, expected a folder" in result.stderr
+    assert result.exit_code == 2 and "it is empty, expected a path" in result.stderr
     result = CliRunner().invoke(app, ["status"], env={"ARA_WORKSPACE": ""})
     assert result.exit_code == 1 and "there is no workspace at ara-workspace" in result.stderr
     assert list(tmp_path.iterdir()) == []

@@ -68,11 +68,12 @@ def test_a_source_that_is_no_checkpoint(folder: Path, tmp_path: Path) -> None:
         (tmp_path / "empty", "onnx", "is not an export (ara_export.json is missing)", "ara export"),
         (tmp_path / "nowhere", "torch", f"{tmp_path / 'nowhere'} does not exist", "--source wants"),
         (folder / "config.json", "torch", "config.json is no folder", "--source wants"),
-        ("~nobody-here/x", "torch", "~nobody-here/x does not exist", "--source wants"),
         (tmp_path / "export", "torch", "is an export, --backend torch runs checkpoints", "--backend onnx"),
         (folder, "onnx", "is a checkpoint, --backend onnx runs exports", f"ara export --onnx --source {folder}"),
     ):
         refused(ara("generate", "hi", "--source", source, "--backend", backend, *SHORT), 1, words, hint)
+    nobody = ara("generate", "hi", "--source", "~nobody-here/x", *SHORT)
+    assert nobody.exit_code == 2 and "'~nobody-here/x' cannot be used: there is no such user" in nobody.stderr
 
 
 def test_a_folder_without_a_tokenizer(folder: Path) -> None:
@@ -85,8 +86,10 @@ def test_prompts_that_are_none(finished: Path, monkeypatch: pytest.MonkeyPatch) 
     words = ("-w", finished, *SHORT)
     for prompt in ("", " "):
         refused(ara("generate", prompt, *words), 2, "the prompt is empty")
-        refused(ara("eval", "--prompt", prompt, *words), 2, "the prompt is empty")
-        refused(ara("run", "x", "--prompt", prompt, "-w", finished, "-q"), 2, "the prompt is empty")
+    for command in (("eval", *words), ("run", "x", "-w", finished, "-q")):
+        refused(ara(*command, "--prompt", " "), 2, "the prompt is empty")
+        empty = ara(*command, "--prompt", "")
+        assert empty.exit_code == 2 and "Invalid value for --prompt: it is empty" in empty.stderr
     refused(ara("generate", "caf\udce9", *words), 2, "the prompt is not UTF-8")
     refused(ara("generate", "-", *words, piped=b"caf\xe9"), 2, "the prompt is not UTF-8")
     refused(ara("generate", "-", *words, piped=b"a\0b"), 2, "holds a NUL character")
@@ -121,5 +124,5 @@ def test_exports_that_cannot_be_run_are_named(copied: Path) -> None:
     facts = {"config": {}, "model": truncated.manifest.model, "parents": ()}  # type: ignore[union-attr]
     with workspace.writer("export", "other", facts, command="ara export"):
         pass
-    with pytest.raises(WorkspaceError, match="export/other is one of something else"):
+    with pytest.raises(WorkspaceError, match=r"export/other/manifest\.json: results: last_logits: Field required"):
         latest_export(workspace, truncated)

@@ -182,7 +182,7 @@ def test_folders_that_are_none(folder: Path, tmp_path: Path, monkeypatch: pytest
     for path, words in cases.items():
         with pytest.raises(DataError, match=words):
             open_task_folders([str(path)])
-    with pytest.raises(UsageError, match="--include-path '~no-such-user/x': no home folder"):
+    with pytest.raises(UsageError, match="--include-path '~no-such-user/x' cannot be used: there is no such user"):
         open_task_folders(["~no-such-user/x"])
     _more(folder, "number.yaml", "task: 5\n")
     with pytest.raises(DataError, match=r"lm-eval cannot list the tasks in .*: TypeError"):

@@ -41,6 +41,8 @@ def test_no_home_at_all_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     with pytest.raises(UsageError, match=r"cache folder \(set ARA_CACHE_DIR"):
         cache_dir()
+    monkeypatch.delenv("HF_HOME", raising=False)
+    assert hub_dir() is None
 
 
 def test_aside_vanishes_also_after_a_failure(tmp_path: Path) -> None:
@@ -86,19 +88,6 @@ def test_a_home_that_is_read_only_names_the_variable(
     with pytest.raises(AraError, match=os.strerror(number)) as caught, aside(tmp_path / "new"):
         pass
     assert "ARA_CACHE_DIR" in str(caught.value.hint)
-
-
-def test_no_home_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    for variable in ("ARA_CACHE_DIR", "XDG_CACHE_HOME", "HF_HOME"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(Path, "home", none)
-    with pytest.raises(AraError, match="no place for the cache") as caught:
-        cache_dir()
-    assert "ARA_CACHE_DIR" in str(caught.value.hint)
-    assert hub_dir() is None
 
 
 def _make(folder: Path, text: str) -> Path:

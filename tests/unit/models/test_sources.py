@@ -180,8 +180,6 @@ def test_code_in_the_folder_never_runs(folder: Path, monkeypatch: pytest.MonkeyP
         ("a/b/c", "a/b/c does not exist"),
         ("a" * 5000, "unknown model 'a{100}': it is neither"),
         ("./" + "a" * 5000, "does not exist"),
-        ("~nobody.at.all/model", "does not exist"),
-        ("a\0b", "unknown model"),
     ],
 )
 def test_what_names_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, words: str) -> None:
@@ -189,6 +187,12 @@ def test_what_names_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wo
     with pytest.raises(ModelError, match=words) as caught:
         resolve(word)
     assert "ara models" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("word", ["~nobody.at.all/model", "a\0b"])
+def test_what_can_be_no_path(word: str) -> None:
+    with pytest.raises(UsageError, match=r"^model '.*' cannot be used: "):
+        resolve(word)
 
 
 def test_a_file_that_is_no_gguf(folder: Path) -> None:
