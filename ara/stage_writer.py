@@ -153,7 +153,8 @@ class StageWriter:
     def _resume(self) -> bool:
         try:
             journal = json.loads((self.folder / JOURNAL).read_text(encoding="utf-8"))
-            if journal["fingerprint"] != self._fingerprint:
+            # Its results become those of the manifest, so that no bit of it may be believed unchecked.
+            if journal.pop("digest") != digest(journal) or journal["fingerprint"] != self._fingerprint:
                 return False
             files = {name: FileRecord(**record) for name, record in journal["files"].items()}
             if any(file_record(self.folder / name) != record for name, record in files.items()):
@@ -172,16 +173,18 @@ class StageWriter:
     def _write_journal(self) -> None:
         if not self._resumable:
             return
-        journal = {
-            "fingerprint": self._fingerprint,
-            "seconds": self._seconds(),
-            "files": {name: record.model_dump() for name, record in self._files.items()},
-            "tensors": {name: record.model_dump() for name, record in self._tensors.items()},
-            "results": self.results,
-        }
+        journal = plain(
+            {
+                "fingerprint": self._fingerprint,
+                "seconds": self._seconds(),
+                "files": self._files,
+                "tensors": self._tensors,
+                "results": self.results,
+            }
+        )
         aside = self.folder / f"{JOURNAL}{PARTIAL}"
         with disk_errors(self.folder):
-            _write_synced(aside, json.dumps(journal))
+            _write_synced(aside, json.dumps({**journal, "digest": digest(journal)}))
             os.replace(aside, self.folder / JOURNAL)
 
     def _commit(self) -> None:

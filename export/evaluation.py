@@ -39,7 +39,7 @@ def latest_export(workspace: Workspace, truncated: StageView, name: str | None =
     """Return the export called ``name``, or the latest finished one of a checkpoint, verified.
 
     Raises:
-        WorkspaceError: there is none, or it is one of another checkpoint.
+        WorkspaceError: there is none, it is one of another checkpoint, or one cannot be read.
     """
     if name is not None:
         view = workspace.require("export", name)
@@ -48,9 +48,14 @@ def latest_export(workspace: Workspace, truncated: StageView, name: str | None =
                 f"{view.key} is not an export of {truncated.key}", "name its checkpoint with --checkpoint"
             )
         return view
+    views = workspace.views("export")
+    for view in views:
+        if view.state == "damaged":
+            # It may be the latest one, nobody can tell: raises what is wrong with it.
+            workspace.require("export", view.name)
     fitting = [
         view
-        for view in workspace.views("export")
+        for view in views
         if view.state == "done" and view.manifest and parent_of(truncated) in view.manifest.parents
     ]
     if not fitting:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from ara.errors import DiskFullError
 from ara.progress import SILENT, Reporter
 from ara.tensors import save_tensors, tensor_digests, written_aside
 
-# Change it when tables are computed otherwise.
-TABLE_FORMAT = 1
+# Change it when tables are computed, or stored, otherwise.
+TABLE_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,16 +87,18 @@ def _read(path: Path) -> SensitivityTable:
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
         losses = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if about["digest"] != _digest(losses):
+    table = SensitivityTable(losses, float(about["seconds"]))
+    if about["digest"] != _digest(table):
         raise ValueError("its checksum is wrong")
-    return SensitivityTable(losses, float(about["seconds"]))
+    return table
 
 
 def _write(path: Path, table: SensitivityTable) -> None:
-    about = {"digest": _digest(table.losses), "seconds": repr(table.seconds)}
+    about = {"digest": _digest(table), "seconds": repr(table.seconds)}
     with written_aside(path) as aside:
         save_tensors(aside, table.losses, about)
 
 
-def _digest(losses: Mapping[str, torch.Tensor]) -> str:
-    return hashlib.sha256(json.dumps(tensor_digests(losses), sort_keys=True).encode()).hexdigest()
+def _digest(table: SensitivityTable) -> str:
+    parts = [tensor_digests(table.losses), table.seconds]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
