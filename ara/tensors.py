@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,11 +54,13 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
 def written_aside(path: Path) -> Iterator[Path]:
     """Give a name beside ``path`` to write to; what is there at the end takes its place in one step.
 
-    So neither a killed process nor a second one at the same work leaves half a file.
+    So a killed process leaves no half a file, and what it leaves the next one at this work takes away: it is to hold
+    the lock of the workspace.
     """
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        aside.unlink(missing_ok=True)
         yield aside
         os.replace(aside, path)
     finally:

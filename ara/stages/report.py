@@ -80,11 +80,11 @@ def report(
                 stage.results["missing"] = [item.model_dump() for item in document.missing]
             view = workspace.view(f"report/{name}")
         _put_card(truncated, _card(view), run)
-    if output is not None:
-        _put(output, (view.path / HTML_FILE).read_text(encoding="utf-8"))
-    if model_card is not None:
-        _put(model_card, _card(view))
-    return view
+        if output is not None:
+            _put(output, (view.path / HTML_FILE).read_text(encoding="utf-8"))
+        if model_card is not None:
+            _put(model_card, _card(view))
+        return view
 
 
 def _card(view: StageView) -> str:

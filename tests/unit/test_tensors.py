@@ -7,7 +7,8 @@ import torch
 from safetensors import SafetensorError
 
 from ara.errors import DiskFullError
-from ara.tensors import save_tensors, tensor_records
+from ara.tensors import save_tensors, tensor_records, written_aside
+from tests.damage import listing
 
 TENSORS = {
     "float": torch.arange(15.0).view(3, 5),
@@ -84,3 +85,16 @@ def test_short_file_and_long_header_are_errors(tmp_path):
     path.write_bytes((1 << 60).to_bytes(8, "little") + data[8:])
     with pytest.raises(ValueError, match="longer than the file"):
         tensor_records(path, "x")
+
+
+def test_what_a_killed_writer_left_aside_is_taken_away_and_not_written_through(tmp_path):
+    path, elsewhere = tmp_path / "x.html", tmp_path / "precious"
+    elsewhere.write_text("years of work")
+    (tmp_path / ".x.html.partial").symlink_to(elsewhere)
+    with written_aside(path) as aside:
+        aside.write_text("new")
+    assert path.read_text() == "new" and elsewhere.read_text() == "years of work"
+    with pytest.raises(KeyboardInterrupt), written_aside(path) as aside:
+        aside.write_text("half")
+        raise KeyboardInterrupt
+    assert listing(tmp_path) == {"x.html", "precious"} and path.read_text() == "new"
