@@ -68,9 +68,10 @@ def session(root: Path, quiet: bool = False, as_json: bool = False, force: bool 
         console.error(error)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        console.warn("interrupted; what was finished is kept, and the same command goes on from there")
-        raise typer.Exit(_INTERRUPTED) from None
+        raise _interrupted(console) from None
     except Exception as error:
+        if _caused_by_interrupt(error):
+            raise _interrupted(console) from None
         if console.reader_gone:
             console.silence()
             raise typer.Exit(_NO_READER) from None
@@ -79,6 +80,18 @@ def session(root: Path, quiet: bool = False, as_json: bool = False, force: bool 
             raise
         console.error(told)
         raise typer.Exit(told.exit_code) from None
+
+
+def _interrupted(console: Console) -> typer.Exit:
+    console.warn("interrupted; what was finished is kept, and the same command goes on from there")
+    return typer.Exit(_INTERRUPTED)
+
+
+def _caused_by_interrupt(error: BaseException | None) -> bool:
+    """Tell whether this is what became of Ctrl+C: while it is imported, a library in C makes an ImportError of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__
+    return error is not None
 
 
 def our_bug(error: Exception) -> InternalError | None:

@@ -84,6 +84,14 @@ def test_a_refused_file_is_named(stderr, tmp_path):
     assert "-w" in said
 
 
+def test_ctrl_c_during_the_import_of_a_library_in_c_is_ctrl_c(stderr):
+    """pybind11, by which onnxruntime is made, turns it into an ImportError."""
+    error = ImportError("initialization failed")
+    error.__cause__ = KeyboardInterrupt()
+    code, told = failing(error), stderr()
+    assert code == 130 and "interrupted" in told and "bug" not in told
+
+
 def test_a_real_failure_of_the_system(stderr, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(typer.Exit), session(tmp_path):
