@@ -93,7 +93,7 @@ test-fast: $(STAMP) ## run the unit, contract and command line tests only
 		if [ -d $$folder ]; then folders="$$folders $$folder"; fi; done; \
 	$(WITH_DATA); $(BIN)/python -m pytest -n $(WORKERS) -m "not real_model and not data" $$folders $(PYTEST_ARGS)
 
-drill: $(STAMP) ## kill, interrupt, starve and damage every stage, hundreds of times (about 20 minutes; DRILL_FLAGS)
+drill: $(STAMP) ## kill, interrupt, starve and damage every stage, hundreds of times (about 10 minutes; DRILL_FLAGS)
 	@echo "Drilling: kills, signals, full disks, flipped bits"
 	@$(BIN)/python -m tests.drill $(DRILL_FLAGS)
 

@@ -295,7 +295,7 @@ class Workspace:
                 self.root.rmdir()
 
     def _recover(self) -> None:
-        """Finish or undo a replacement that was interrupted between its two renames."""
+        """Finish or undo a replacement that was interrupted between its two renames; remove what kills have left."""
         for old in self.root.glob(f"*/.*{_OLD}"):
             final = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
             if final.exists():
@@ -306,6 +306,10 @@ class Workspace:
             shutil.rmtree(half)
         for name in (JOURNAL, CHECKPOINT):
             for left in self.root.glob(f"*/[!.]*/{name}"):
+                left.unlink()
+        for left in self.cache.glob("*/.*"):
+            # In a cache that is shared, by a link, others may be at work.
+            if left.is_file() and not self.cache.is_symlink() and not left.parent.is_symlink():
                 left.unlink()
 
 

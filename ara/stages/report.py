@@ -81,9 +81,9 @@ def report(
             view = workspace.view(f"report/{name}")
         _put_card(truncated, _card(view), run)
         if output is not None:
-            _put(output, (view.path / HTML_FILE).read_text(encoding="utf-8"))
+            _put(output, (view.path / HTML_FILE).read_text(encoding="utf-8"), run)
         if model_card is not None:
-            _put(model_card, _card(view))
+            _put(model_card, _card(view), run)
         return view
 
 
@@ -103,7 +103,7 @@ def _put_card(truncated: StageView, text: str, run: Run) -> None:
     path = truncated.path / CARD
     # Not through a link: what it points to is somebody else's.
     if path.is_symlink() or not path.is_file() or path.read_bytes() != text.encode():
-        _put(path, text)
+        _put(path, text, run)
         run.report.fact(f"the model card is in {path}")
 
 
@@ -235,6 +235,6 @@ def _refuse(path: Path | None, flag: str, workspace: Workspace, force: bool, *, 
         )
 
 
-def _put(path: Path, text: str) -> None:
-    with disk_errors(path), written_aside(path) as aside:
+def _put(path: Path, text: str, run: Run) -> None:
+    with disk_errors(path), written_aside(path, run.root) as aside:
         aside.write_text(text, encoding="utf-8")

@@ -65,10 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m tests.drill", description="Kill, interrupt, starve and damage ara.")
-    parser.add_argument("--kills", type=int, default=340, help="over all stages")
-    parser.add_argument("--signals", type=int, default=153, help="over all stages: SIGINT, SIGTERM and SIGHUP")
-    parser.add_argument("--full", type=int, default=102, help="full disks over all stages")
-    parser.add_argument("--flips", type=int, default=280, help="single bits over all kinds of files")
+    parser.add_argument("--kills", type=int, default=510, help="over all stages")
+    parser.add_argument("--signals", type=int, default=306, help="over all stages: SIGINT, SIGTERM and SIGHUP")
+    parser.add_argument("--full", type=int, default=153, help="full disks over all stages")
+    parser.add_argument("--flips", type=int, default=560, help="single bits over all kinds of files")
     parser.add_argument("--stages", metavar="NAMES", help="scenarios, several with commas [default: all]")
     parser.add_argument("--jobs", type=int, default=2, help="processes that drill")
     parser.add_argument("--seed", type=int, default=0, help="of all moments and places")

@@ -64,7 +64,7 @@ KINDS = {
         Kind("token cache", ("ws/cache/tokens/*",), ("decompose", "allocate sensitivity"), must="remake"),
         Kind("sensitivity cache", ("ws/cache/tables/*",), ("allocate sensitivity",), must="remake"),
         Kind("workspace.json", ("ws/workspace.json",), ("decompose", "allocate"), named="ws "),
-        Kind("model", ("model/*.safetensors", "model/*.json"), ("truncate", "decompose"), named="model "),
+        Kind("model", ("model/*.safetensors", "model/config.json"), ("truncate", "decompose"), named="model "),
         *(Kind(f"{name}, journal", (f"ws/{name}/.*.partial/.journal.json",), cut_off=name, must="remake")
             for name in UNFINISHED),
         *(Kind(f"{name}, finished part", (f"ws/{name}/.*.partial/[!.]*.safetensors",

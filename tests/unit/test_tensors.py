@@ -90,11 +90,15 @@ def test_short_file_and_long_header_are_errors(tmp_path):
 def test_what_a_killed_writer_left_aside_is_taken_away_and_not_written_through(tmp_path):
     path, elsewhere = tmp_path / "x.html", tmp_path / "precious"
     elsewhere.write_text("years of work")
-    (tmp_path / ".x.html.partial").symlink_to(elsewhere)
-    with written_aside(path) as aside:
+    with written_aside(path, tmp_path) as left:
+        left.write_text("first")
+    left.symlink_to(elsewhere)
+    with written_aside(path, tmp_path) as aside, written_aside(path, tmp_path / "other") as second:
+        assert aside == left != second
         aside.write_text("new")
+        second.write_text("newer")
     assert path.read_text() == "new" and elsewhere.read_text() == "years of work"
-    with pytest.raises(KeyboardInterrupt), written_aside(path) as aside:
+    with pytest.raises(KeyboardInterrupt), written_aside(path, tmp_path) as aside:
         aside.write_text("half")
         raise KeyboardInterrupt
     assert listing(tmp_path) == {"x.html", "precious"} and path.read_text() == "new"
