@@ -20,6 +20,7 @@ import typer
 from ara.environment import versions
 from ara.errors import AraError, InternalError, disk_full_error, first_line
 from ara_cli.console import Console
+from ara_cli.interrupts import noting_interrupts
 
 if TYPE_CHECKING:
     from ara.stages.common import Run
@@ -61,8 +62,9 @@ def session(root: Path, quiet: bool = False, as_json: bool = False, force: bool 
     """
     console = Console(quiet=quiet, as_json=as_json)
     _quiet_libraries(downloads=console.is_live)
+    heard: list[int] = []
     try:
-        with console.only_results_on_stdout():
+        with noting_interrupts(heard), console.only_results_on_stdout():
             yield Session(console, root, force)
     except AraError as error:
         console.error(error)
@@ -70,12 +72,13 @@ def session(root: Path, quiet: bool = False, as_json: bool = False, force: bool 
     except KeyboardInterrupt:
         raise _interrupted(console) from None
     except Exception as error:
-        if _caused_by_interrupt(error):
-            raise _interrupted(console) from None
         if console.reader_gone:
             console.silence()
             raise typer.Exit(_NO_READER) from None
-        told = _machine_error(error, root) or our_bug(error)
+        told = _machine_error(error, root)
+        if told is None and heard and not _is_way_to_end(error):
+            raise _interrupted(console) from None
+        told = told or our_bug(error)
         if told is None:
             raise
         console.error(told)
@@ -87,11 +90,9 @@ def _interrupted(console: Console) -> typer.Exit:
     return typer.Exit(_INTERRUPTED)
 
 
-def _caused_by_interrupt(error: BaseException | None) -> bool:
-    """Tell whether this is what became of Ctrl+C: while it is imported, a library in C makes an ImportError of it."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__
-    return error is not None
+def _is_way_to_end(error: Exception) -> bool:
+    """Tell whether this is one of typer's own ways to end a command; the latter test: usage errors of any typer."""
+    return isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "show")
 
 
 def our_bug(error: Exception) -> InternalError | None:
@@ -99,7 +100,7 @@ def our_bug(error: Exception) -> InternalError | None:
 
     ``None`` where ``ARA_DEBUG`` is set, and for what is no bug: typer's own ways to end a command.
     """
-    if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "show"):  # the latter: usage errors of any typer
+    if _is_way_to_end(error):
         return None
     if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
         return None

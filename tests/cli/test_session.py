@@ -3,9 +3,12 @@
 import errno
 import io
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -84,12 +87,24 @@ def test_a_refused_file_is_named(stderr, tmp_path):
     assert "-w" in said
 
 
-def test_ctrl_c_during_the_import_of_a_library_in_c_is_ctrl_c(stderr):
-    """pybind11, by which onnxruntime is made, turns it into an ImportError."""
-    error = ImportError("initialization failed")
-    error.__cause__ = KeyboardInterrupt()
-    code, told = failing(error), stderr()
+def test_ctrl_c_is_ctrl_c_whatever_a_library_makes_of_it(stderr):
+    """pybind11 makes an ImportError of it, torch a ValueError, and neither says that it was an interrupt."""
+
+    def after_ctrl_c(error):
+        with pytest.raises(typer.Exit) as caught, session(Path("ws")):
+            with suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+            raise error
+        return caught.value.exit_code, stderr()
+
+    code, told = after_ctrl_c(ValueError("could not determine the shape"))
     assert code == 130 and "interrupted" in told and "bug" not in told
+    code, told = after_ctrl_c(OSError(errno.ENOSPC, "No space left on device"))
+    assert code == 1 and "the disk is full" in told
+    assert after_ctrl_c(ModelError("no such model")) == (1, "error: no such model\n")
+    assert after_ctrl_c(typer.Exit(3)) == (3, "")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_real_failure_of_the_system(stderr, tmp_path):
