@@ -10,6 +10,8 @@ PYTHON ?= python3.13 python3.12 python3.11 python3
 WORKERS ?= 2
 # More words for pytest: make test PYTEST_ARGS="-k console"
 PYTEST_ARGS ?=
+# More words for the drill: make drill DRILL_FLAGS="--kills 600 --seed 7"
+DRILL_FLAGS ?=
 # More words for a benchmark: make bench-quality BENCH_FLAGS="--windows 64"
 BENCH_FLAGS ?=
 # More words for the fuzzer: make fuzz FUZZ_FLAGS="--target ranks --cases 500"
@@ -29,7 +31,7 @@ PIP_INSTALL := if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast fuzz check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-quantised bench-zero-shot clean
+.PHONY: help setup demo test test-fast drill fuzz check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-quantised bench-zero-shot clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -93,6 +95,10 @@ test-fast: $(STAMP) ## run the unit, contract and command line tests only
 	@folders=; for folder in tests/unit tests/contract tests/cli; do \
 		if [ -d $$folder ]; then folders="$$folders $$folder"; fi; done; \
 	$(WITH_DATA); $(BIN)/python -m pytest -n $(WORKERS) -m "not real_model and not data" $$folders $(PYTEST_ARGS)
+
+drill: $(STAMP) ## kill, interrupt, starve and damage every stage, hundreds of times (about 10 minutes; DRILL_FLAGS)
+	@echo "Drilling: kills, signals, full disks, flipped bits"
+	@$(BIN)/python -m tests.drill $(DRILL_FLAGS)
 
 fuzz: $(STAMP) ## feed every command with 20,000 spoilt files, names and numbers (under 15 minutes on 2 cores)
 	@echo "Fuzzing; inputs that fail are kept in build/fuzz"

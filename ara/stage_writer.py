@@ -201,16 +201,18 @@ class StageWriter:
     def _write_journal(self) -> None:
         if not self._resumable:
             return
-        journal = {
-            "fingerprint": self._fingerprint,
-            "seconds": self._seconds(),
-            "files": {name: record.model_dump() for name, record in self._files.items()},
-            "tensors": {name: record.model_dump() for name, record in self._tensors.items()},
-            "results": self.results,
-        }
+        journal = plain(
+            {
+                "fingerprint": self._fingerprint,
+                "seconds": self._seconds(),
+                "files": self._files,
+                "tensors": self._tensors,
+                "results": self.results,
+            }
+        )
         aside = self.folder / f"{JOURNAL}{PARTIAL}"
         with disk_errors(self.folder):
-            write_text(aside, json.dumps(journal), sync=True)
+            write_text(aside, json.dumps({**journal, "digest": digest(journal)}), sync=True)
             os.replace(aside, self.folder / JOURNAL)
 
     def _commit(self) -> None:
@@ -276,7 +278,11 @@ def _read_journal(folder: Path) -> _Journal | None:
     try:
         if not is_plain_file(path):
             return None
-        journal = _Journal.model_validate(read(path, finite=False))
+        found = read(path, finite=False)
+        # Its results become those of the manifest, so that no bit of it may be believed unchecked.
+        if not isinstance(found, dict) or found.pop("digest", None) != digest(found):
+            return None
+        journal = _Journal.model_validate(found)
         return journal if math.isfinite(journal.seconds) and all(map(_is_own, journal.files)) else None
     except (OSError, ValueError):
         return None

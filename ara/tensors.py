@@ -68,14 +68,21 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, holder: Path | None = None) -> Iterator[Path]:
     """Give a name beside ``path`` to write to; what is there at the end takes its place in one step.
 
     So neither a killed process nor a second one at the same work leaves half a file.
+
+    Args:
+        path: of the file.
+        holder: a folder whose lock this process holds. What a killed process that held it has left beside ``path`` is
+            taken away.
     """
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    mark = uuid.uuid4().hex if holder is None else hashlib.sha256(os.fsencode(holder.resolve())).hexdigest()[:32]
+    aside = path.with_name(f".{path.name}.{mark}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        aside.unlink(missing_ok=True)
         yield aside
         os.replace(aside, path)
     finally:

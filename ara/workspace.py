@@ -309,7 +309,7 @@ class Workspace:
                 self.root.rmdir()
 
     def _recover(self) -> None:
-        """Finish or undo a replacement that was interrupted between its two renames."""
+        """Finish or undo a replacement that was interrupted between its two renames; remove what kills have left."""
         for folder in (self.root / stage for stage in MADE_FROM):
             for old in folder.glob(f".*{_OLD}"):
                 final = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
@@ -323,6 +323,10 @@ class Workspace:
                 if result.is_dir() and not result.is_symlink():
                     remove(result / JOURNAL)
                     remove(result / CHECKPOINT)
+        for left in self.cache.glob("*/.*"):
+            # In a cache that is shared, by a link, others may be at work.
+            if left.is_file() and not self.cache.is_symlink() and not left.parent.is_symlink():
+                left.unlink()
 
 
 def _created(view: StageView) -> str:

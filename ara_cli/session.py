@@ -29,6 +29,7 @@ from ara.errors import (
 )
 from ara.models.cache import cache_dir, hub_dir
 from ara_cli.console import Console, is_reader_gone, stdout_error
+from ara_cli.interrupts import noting_interrupts
 
 if TYPE_CHECKING:
     from ara.stages.common import Run
@@ -73,10 +74,13 @@ def session(root: Path, quiet: bool = False, as_json: bool = False, force: bool 
     """
     console = Console(quiet=quiet, as_json=as_json)
     _quiet_libraries(downloads=console.is_live)
+    heard: list[int] = []
     try:
-        with console.only_results_on_stdout():
+        with noting_interrupts(heard), console.only_results_on_stdout():
             yield Session(console, root, force)
     except BaseException as error:
+        if heard and _may_be_interrupt(error, root):
+            error = KeyboardInterrupt()
         if isinstance(error, KeyboardInterrupt):
             with suppress(OSError):
                 console.warn("interrupted; what was finished is kept, and the same command goes on from there")
@@ -113,14 +117,24 @@ def tell(error: BaseException, console: Console, root: Path | None = None) -> in
     return told.exit_code
 
 
+def _may_be_interrupt(error: BaseException, root: Path) -> bool:
+    """Tell whether code in C may have made this of a Ctrl+C: an exception that nothing else explains."""
+    explained = isinstance(error, AraError) or _is_way_to_end(error) or _machine_error(error, root) is not None
+    return not explained
+
+
+def _is_way_to_end(error: BaseException) -> bool:
+    """Tell whether this is one of Python's or typer's own ways to end; the latter test: usage errors of any typer."""
+    ends = SystemExit | GeneratorExit | typer.Exit | typer.Abort
+    return isinstance(error, ends) or hasattr(error, "show")
+
+
 def our_bug(error: BaseException) -> InternalError | None:
     """Keep the traceback of a bug of ours in a file, and return the line that says so.
 
     ``None`` where ``ARA_DEBUG`` is set, and for what is no bug: Python's and typer's own ways to end a command.
     """
-    if isinstance(error, SystemExit | GeneratorExit | typer.Exit | typer.Abort):
-        return None
-    if hasattr(error, "show"):  # usage errors of any typer
+    if _is_way_to_end(error):
         return None
     if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,3 +31,11 @@ def refuse() -> Hungry:
 
 def die() -> Hungry:
     os._exit(9)
+
+
+def linger(told: str) -> Hungry:
+    """Write the process's number into a file, and take long."""
+    with open(told, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(600)
+    return Hungry(0)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING
 
 from ara.environment import peak_memory_bytes
@@ -35,7 +36,7 @@ def peak_memory(load: Callable[[], Runner], cases: Sequence[Case]) -> int:
         UnavailableError: the process failed or was ended, for want of memory as a rule.
     """
     # Not forked: a copy of this process would begin with the memory of this one.
-    with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), _begin) as pool:
         try:
             return pool.submit(_measure, load, cases).result()
         except BrokenProcessPool:
@@ -43,6 +44,19 @@ def peak_memory(load: Callable[[], Runner], cases: Sequence[Case]) -> int:
         except Exception as error:
             reason = first_line(error)
     raise UnavailableError(f"the peak memory cannot be measured: {reason}")
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end this process, which would hold a whole model until somebody finds it."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _measure(load: Callable[[], Runner], cases: Sequence[Case]) -> int:

@@ -19,8 +19,8 @@ from ara.files import is_plain_file
 from ara.progress import SILENT, Reporter
 from ara.tensors import save_tensors, tensor_digests, written_aside
 
-# Change it when tables are computed otherwise.
-TABLE_FORMAT = 1
+# Change it when tables are computed, or stored, otherwise.
+TABLE_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,20 +97,21 @@ def _read(path: Path, sizes: Mapping[str, int]) -> SensitivityTable:
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
         losses = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if about["digest"] != _digest(losses):
+    table = SensitivityTable(losses, float(about["seconds"]))
+    if about["digest"] != _digest(table):
         raise ValueError("its checksum is wrong")
-    seconds = float(about["seconds"])
-    shapes = {name: (tuple(table.shape), table.dtype) for name, table in losses.items()}
-    if not math.isfinite(seconds) or shapes != {name: ((size,), torch.float64) for name, size in sizes.items()}:
+    shapes = {name: (tuple(one.shape), one.dtype) for name, one in losses.items()}
+    if not math.isfinite(table.seconds) or shapes != {name: ((size,), torch.float64) for name, size in sizes.items()}:
         raise ValueError("it holds other tables than those of these layers")
-    return SensitivityTable(losses, seconds)
+    return table
 
 
 def _write(path: Path, table: SensitivityTable) -> None:
-    about = {"digest": _digest(table.losses), "seconds": repr(table.seconds)}
+    about = {"digest": _digest(table), "seconds": repr(table.seconds)}
     with written_aside(path) as aside:
         save_tensors(aside, table.losses, about)
 
 
-def _digest(losses: Mapping[str, torch.Tensor]) -> str:
-    return hashlib.sha256(json.dumps(tensor_digests(losses), sort_keys=True).encode()).hexdigest()
+def _digest(table: SensitivityTable) -> str:
+    parts = [tensor_digests(table.losses), table.seconds]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

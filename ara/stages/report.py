@@ -92,11 +92,11 @@ def report(
                 stage.results["missing"] = [item.model_dump() for item in document.missing]
             view = workspace.view(f"report/{name}")
         _put_card(truncated, _card(view), run)
-    if output is not None:
-        _put(output, read_text(view.path / HTML_FILE))
-    if model_card is not None:
-        _put(model_card, _card(view))
-    return view
+        if output is not None:
+            _put(output, read_text(view.path / HTML_FILE), run)
+        if model_card is not None:
+            _put(model_card, _card(view), run)
+        return view
 
 
 def _card(view: StageView) -> str:
@@ -131,7 +131,7 @@ def _put_card(truncated: StageView, text: str, run: Run) -> None:
     if not is_plain_file(path) or path.stat().st_size != len(written) or path.read_bytes() != written:
         if path.is_dir() and not path.is_symlink():
             raise OutputError(f"{path} is a folder, expected the model card", "move it away")
-        _put(path, text)
+        _put(path, text, run)
         run.report.fact(f"the model card is in {path}")
 
 
@@ -272,7 +272,7 @@ def _front(path: Path) -> bytes:
         return file.read(_FRONT)
 
 
-def _put(path: Path, text: str) -> None:
+def _put(path: Path, text: str, run: Run) -> None:
     """Write a file aside and put it in its place, also in that of a link."""
-    with disk_errors(path), written_aside(path) as aside:
+    with disk_errors(path), written_aside(path, run.root) as aside:
         write_text(aside, text)

@@ -5,9 +5,12 @@ import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -112,6 +115,26 @@ def test_too_many_open_files_are_not_taken_for_damage(stderr):
     assert stderr().endswith("hint: raise the limit, as by ulimit -n 4096\n")
     assert failing(OSError(errno.EMFILE, "Too many open files", "/x")) == 1
     assert "error: too many open files" in stderr()
+
+
+def test_ctrl_c_is_ctrl_c_whatever_a_library_makes_of_it(stderr):
+    """pybind11 makes an ImportError of it, torch a ValueError, and neither says that it was an interrupt."""
+
+    def after_ctrl_c(error):
+        with pytest.raises(typer.Exit) as caught, session(Path("ws")):
+            with suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+            raise error
+        return caught.value.exit_code, stderr()
+
+    code, told = after_ctrl_c(ValueError("could not determine the shape"))
+    assert code == 130 and "interrupted" in told and "bug" not in told
+    code, told = after_ctrl_c(OSError(errno.ENOSPC, "No space left on device"))
+    assert code == 1 and "the disk is full" in told
+    assert after_ctrl_c(ModelError("no such model")) == (1, "error: no such model\n")
+    assert after_ctrl_c(typer.Exit(3)) == (3, "")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_real_failure_of_the_system(stderr, tmp_path):

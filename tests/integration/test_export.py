@@ -156,6 +156,12 @@ def test_what_is_shipped_is_what_is_measured(workspace: Path, tiny_text: str) ->
         refused(found, 1, f"the prompt holds the token '[PAD2]' (id {len(tokenizer) - 1})")
 
 
+def test_a_damaged_export_is_named_and_not_taken_for_none(workspace: Path) -> None:
+    assert ara("export", "--execution-provider", "cpu", "--no-parity", "-w", workspace).exit_code == 0
+    flip(next((workspace / "export").glob("*/manifest.json")), 60)
+    refused(ara("generate", "the river", "--backend", "onnx", "-w", workspace, "-q"), 1, "manifest.json")
+
+
 def test_an_export_answers_questions_as_its_checkpoint_does(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval scores the graph itself."""
     monkeypatch.setenv("ARA_DATA_DIR", str(write_questions(workspace.parent / "data")))

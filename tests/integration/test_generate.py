@@ -84,12 +84,14 @@ def test_a_folder_without_a_tokenizer(folder: Path) -> None:
 
 def test_prompts_that_are_none(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("-w", finished, *SHORT)
-    for prompt in ("", " "):
-        refused(ara("generate", prompt, *words), 2, "the prompt is empty")
-    for command in (("eval", *words), ("run", "x", "-w", finished, "-q")):
-        refused(ara(*command, "--prompt", " "), 2, "the prompt is empty")
-        empty = ara(*command, "--prompt", "")
-        assert empty.exit_code == 2 and "Invalid value for --prompt: it is empty" in empty.stderr
+    for before, after in (
+        (("generate",), words),
+        (("eval", "--prompt"), words),
+        (("run", "x", "--prompt"), ("-w", finished, "-q")),
+    ):
+        refused(ara(*before, " ", *after), 2, "the prompt is empty")
+        empty = ara(*before, "", *after)
+        assert empty.exit_code == 2 and "it is empty" in empty.stderr
     refused(ara("generate", "caf\udce9", *words), 2, "the prompt is not UTF-8")
     refused(ara("generate", "-", *words, piped=b"caf\xe9"), 2, "the prompt is not UTF-8")
     refused(ara("generate", "-", *words, piped=b"a\0b"), 2, "holds a NUL character")

@@ -8,7 +8,7 @@ import torch
 from ara.config import AllocateConfig
 from ara.environment import peak_memory_bytes
 from ara.errors import AraError, DiskFullError, NumericalError, UsageError
-from ara.manifest import MANIFEST, Manifest, Parent, read_manifest, verify_files
+from ara.manifest import MANIFEST, Manifest, Parent, digest, read_manifest, verify_files
 from ara.stage_writer import PARTIAL, StageWriter, plain
 from ara.workspace import Workspace
 from tests.damage import contents, flip, listing
@@ -144,7 +144,9 @@ def test_resumed_stage_is_the_same_content_as_an_uninterrupted_one(tmp_path):
 def test_seconds_of_the_interrupted_run_count(tmp_path):
     interrupted(tmp_path, "a.safetensors")
     journal = partial(tmp_path) / ".journal.json"
-    journal.write_text(json.dumps({**json.loads(journal.read_text()), "seconds": 1000.0}))
+    document = {**json.loads(journal.read_text()), "seconds": 1000.0}
+    del document["digest"]
+    journal.write_text(json.dumps({**document, "digest": digest(document)}))
     with writer(tmp_path):
         pass
     assert 1000 <= read_manifest(tmp_path / "decompose" / "plain").seconds < 1100
@@ -191,6 +193,17 @@ def test_journal_that_cannot_be_trusted_discards_all(tmp_path, text):
     with writer(tmp_path) as stage:
         assert stage.finished == []
         assert list(stage.folder.iterdir()) == []
+
+
+def test_a_journal_with_one_other_figure_is_not_believed(tmp_path):
+    """What it holds would go into the manifest, checksummed."""
+    with pytest.raises(Boom), writer(tmp_path) as stage:
+        stage.tensors("a.safetensors", W, {"perplexity": 11.25})
+        raise Boom
+    journal = partial(tmp_path) / ".journal.json"
+    journal.write_text(journal.read_text().replace("11.25", "10.25"))
+    with writer(tmp_path) as stage:
+        assert stage.finished == [] and stage.results == {}
 
 
 def test_nan_is_not_taken_up_again(tmp_path):

@@ -7,7 +7,8 @@ import torch
 from safetensors import SafetensorError
 
 from ara.errors import DiskFullError, disk_full_error
-from ara.tensors import save_tensors, tensor_records
+from ara.tensors import save_tensors, tensor_records, written_aside
+from tests.damage import listing
 
 TENSORS = {
     "float": torch.arange(15.0).view(3, 5),
@@ -124,3 +125,20 @@ def test_a_limit_on_files_is_told_as_such(tmp_path, error):
     assert told is not None and "a file may not grow so large: writing" in str(told) and "ulimit -f" in told.hint
     # What is read within bounds is no matter of the disk.
     assert disk_full_error(OSError(errno.EFBIG, "it has more than 5 bytes", "x"), tmp_path) is None
+
+
+def test_what_a_killed_writer_left_aside_is_taken_away_and_not_written_through(tmp_path):
+    path, elsewhere = tmp_path / "x.html", tmp_path / "precious"
+    elsewhere.write_text("years of work")
+    with written_aside(path, tmp_path) as left:
+        left.write_text("first")
+    left.symlink_to(elsewhere)
+    with written_aside(path, tmp_path) as aside, written_aside(path, tmp_path / "other") as second:
+        assert aside == left != second
+        aside.write_text("new")
+        second.write_text("newer")
+    assert path.read_text() == "new" and elsewhere.read_text() == "years of work"
+    with pytest.raises(KeyboardInterrupt), written_aside(path, tmp_path) as aside:
+        aside.write_text("half")
+        raise KeyboardInterrupt
+    assert listing(tmp_path) == {"x.html", "precious"} and path.read_text() == "new"

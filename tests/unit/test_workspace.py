@@ -302,6 +302,18 @@ def test_replacement_killed_between_two_renames_is_undone_or_finished(workspace)
     assert contents(final) == clean
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_a_kill_has_left_in_the_cache_goes_unless_others_may_be_writing_it(workspace, tmp_path, shared):
+    cache = tmp_path / "shared" if shared else workspace.cache
+    (cache / "tokens").mkdir(parents=True)
+    if shared:
+        workspace.cache.symlink_to(cache)
+    for name in (".tmpRjx8Ib", f".x.safetensors.{'0' * 32}", "x.safetensors"):
+        (cache / "tokens" / name).touch()
+    with workspace.lock("ara x"):
+        assert len(listing(cache)) == (3 if shared else 1)
+
+
 def test_next_command_follows_the_pipeline(workspace):
     steps = [next_command(workspace)]
     for key in ("decompose/plain", "allocate/a", "truncate/a", "eval/a"):
