@@ -145,6 +145,8 @@ _CSV = "".join(f"{number},some words,{number * 2}\n" for number in range(30))
         ("a.tar", b"name".ljust(257, b"\0") + b"ustar", ["a tar archive"]),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid", ["Git LFS pointer", "git lfs pull"]),
     ],
+    # Names alone would not tell them apart, and packed bytes hold the time.
+    ids=lambda value: value if isinstance(value, str) and len(value) < 20 else "",
 )
 def test_what_is_no_text_is_told_by_what_it_is(tmp_path: Path, name: str, data: str | bytes, words: list[str]) -> None:
     path = tmp_path / name
