@@ -15,6 +15,7 @@ from torch import nn
 
 from ara.errors import NumericalError, UnsupportedModelError
 from ara.models.linears import LinearSpec, find_blocks
+from ara.models.loading import forward_errors
 from ara.progress import SILENT, Reporter
 
 # Columns of one block of the symmetric product; blocks below the diagonal are mirrored, not computed.
@@ -86,6 +87,7 @@ def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Te
 
     Raises:
         UnsupportedModelError: a layer was not called by the forward pass.
+        ModelError: the model's own code fails.
     """
     owners: dict[str, str] = {}
     seen: list[tuple[str, torch.Tensor]] = []
@@ -97,7 +99,7 @@ def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Te
         if leader == name:
             seen.append((name, x))
 
-    with _hooks(model, [spec.name for spec in linears], watch), torch.inference_mode():
+    with _hooks(model, [spec.name for spec in linears], watch), torch.inference_mode(), forward_errors(model):
         model(input_ids=ids, use_cache=False)
     missing = [spec.name for spec in linears if spec.name not in owners]
     if missing:

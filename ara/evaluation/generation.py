@@ -9,6 +9,7 @@ import torch
 
 from ara.errors import ModelError, NumericalError
 from ara.evaluation.chat import chat_text
+from ara.models.loading import forward_errors
 from ara.models.vocabulary import check_tokens, token_rows
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def greedy_tokens(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int
     text = new = ids[None].to(model.device)
     cache: dict[str, Any] = {"use_cache": True}
     for _ in range(max_new_tokens):
-        found = model(input_ids=new, logits_to_keep=1, **cache)
+        with forward_errors(model):
+            found = model(input_ids=new, logits_to_keep=1, **cache)
         check_logits(found.logits[0, -1], "generating")
         token = int(found.logits[0, -1].argmax())
         if token in stop:
@@ -143,7 +145,7 @@ def greedy_continuation(
     """
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     check_tokens(inputs["input_ids"], token_rows(model.config), tokenizer, f"the prompt of {who}")
-    with torch.inference_mode():
+    with torch.inference_mode(), forward_errors(model):
         ids = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

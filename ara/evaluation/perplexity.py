@@ -23,6 +23,7 @@ import torch
 from ara.errors import NumericalError
 from ara.evaluation.divergence import Divergence, summarise_divergence, window_divergence
 from ara.models.likelihood import token_nll
+from ara.models.loading import forward_errors
 from ara.progress import SILENT, Reporter
 
 # Bytes of float32 logits that one chunk of rows may hold; 128 rows for a vocabulary of 131,072.
@@ -213,8 +214,9 @@ def _forward(model: torch.nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor,
     ids = batch.to(next(model.parameters()).device)
     _synchronize(ids.device)
     start = time.perf_counter()
-    logits = model(input_ids=ids, use_cache=False).logits
-    _synchronize(logits.device)
+    with forward_errors(model):
+        logits = model(input_ids=ids, use_cache=False).logits
+        _synchronize(logits.device)
     seconds = time.perf_counter() - start
     return logits, window_nll(logits, ids.to(logits.device)).tolist(), max(seconds, 1e-9)
 

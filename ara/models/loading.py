@@ -1,13 +1,16 @@
-"""Why transformers did not load a config or a model, in a line that helps."""
+"""Why transformers did not load or run a model, in a line that helps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from ara.errors import first_line
+from ara.errors import AraError, ModelError, first_line
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 # The class of errors that name a field of config.json, and of those that name a file.
@@ -42,6 +45,36 @@ def why_not_loaded(error: BaseException, config: PreTrainedConfig | None = None)
     if kind not in _FILE_ERRORS and _while_building(error):
         return f"the model that its config describes cannot be built ({first_line(error)})", _CORRECT
     return first_line(error), None
+
+
+@contextmanager
+def forward_errors(model: torch.nn.Module) -> Iterator[None]:
+    """Say of what a model's own code raises in a forward pass that the model cannot be run, and in which precision.
+
+    Some families do not run in every precision (xLSTM not in bfloat16), and some configs only fail here.
+
+    Raises:
+        ModelError: the block failed, and neither for want of memory nor by an error of ours.
+    """
+    try:
+        yield
+    except (AraError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        other = "" if dtype == "float32" else "try --dtype float32; "
+        raise ModelError(
+            f"{type(model).__name__} fails in a forward pass in {dtype}: {type(error).__name__}: {first_line(error)}",
+            f"{other}the model's own code in transformers {version('transformers')} does not run it as it is",
+        ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    words = str(error).lower()
+    known = ("out of memory", "can't allocate memory", "alloc_failed")
+    return type(error).__name__ == "OutOfMemoryError" or any(word in words for word in known)
 
 
 def _unknown_rope(error: BaseException, config: PreTrainedConfig | None) -> tuple[str, str] | None:

@@ -176,7 +176,7 @@ def test_a_bug_of_ours_is_one_line_and_a_kept_traceback(stderr, tmp_path, monkey
     (kept,) = tmp_path.iterdir()
     assert str(kept) in told
     text = kept.read_text(encoding="utf-8")
-    assert text.startswith("ara ") and "Traceback (most recent call last)" in text and "in two lines" in text
+    assert text.startswith("ara") and "Traceback (most recent call last)" in text and "in two lines" in text
 
 
 def test_the_traceback_of_a_bug_is_shown_on_request(stderr, environ):

@@ -33,7 +33,7 @@ def misbehave(slot, number):
 
 @linux_only
 def test_cases_that_do_not_end_are_ended_and_the_others_run():
-    limits = Limits(seconds=2.0, resident_bytes=psutil.Process().memory_info().rss + 2**29)
+    limits = Limits(seconds=4.0, resident_bytes=psutil.Process().memory_info().rss + 2**28)
     found = {
         one.number: one
         for one in run_all(list(range(6)), misbehave, workers=2, limits=limits, until=time.monotonic() + 100)

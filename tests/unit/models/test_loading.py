@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from ara.errors import ModelError, first_line
+from ara.evaluation.perplexity import interleaved_perplexity
+from ara.models.loading import forward_errors
 from ara.models.sources import resolve
 from tests.tiny import tiny_config, tiny_model
 
@@ -59,3 +61,19 @@ def test_the_useful_line_of_what_transformers_says(
 )
 def test_first_line(error: Exception, line: str) -> None:
     assert first_line(error) == line
+
+
+def test_a_model_that_its_own_code_cannot_run_is_no_bug_of_ours() -> None:
+    """xLSTM in bfloat16, for one: transformers' own dense model fails."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.model.norm.weight.data = torch.ones(61, dtype=torch.bfloat16)
+    windows = torch.zeros(1, 5, dtype=torch.int64)
+    with pytest.raises(
+        ModelError, match=r"^LlamaForCausalLM fails in a forward pass in bfloat16: RuntimeError: "
+    ) as told:
+        interleaved_perplexity({"dense": model}, windows)
+    assert str(told.value.hint).startswith("try --dtype float32; ")
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), ModelError("ours")):
+        with pytest.raises(type(error)) as passed, forward_errors(model):
+            raise error
+        assert passed.value is error
