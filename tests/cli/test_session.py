@@ -117,7 +117,15 @@ def test_too_many_open_files_are_not_taken_for_damage(stderr):
     assert "error: too many open files" in stderr()
 
 
-def test_ctrl_c_is_ctrl_c_whatever_a_library_makes_of_it(stderr):
+@pytest.fixture
+def hears_ctrl_c():
+    """A shell starts what runs in its background deaf to Ctrl+C, and so would the tests be."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_ctrl_c_whatever_a_library_makes_of_it(stderr, hears_ctrl_c):
     """pybind11 makes an ImportError of it, torch a ValueError, and neither says that it was an interrupt."""
 
     def after_ctrl_c(error):
