@@ -9,7 +9,7 @@ import torch
 
 from ara.errors import ModelError, NumericalError
 from ara.evaluation.chat import chat_text
-from ara.models.vocabulary import check_tokens, token_rows
+from ara.models.vocabulary import check_tokens, end_tokens, token_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,10 +83,13 @@ def greedy_tokens(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int
 
 
 def stop_tokens(model: PreTrainedModel) -> set[int]:
-    """Return the token ids that end a text of ``model``."""
+    """Return the token ids that end a text of ``model``.
+
+    Raises:
+        ModelError: its config gives something else.
+    """
     config = getattr(model, "generation_config", None) or model.config
-    eos = config.eos_token_id
-    return set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+    return set(end_tokens(config.eos_token_id, "the model", "correct generation_config.json, or config.json"))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> torch.Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
+from ara.manifest import digest
 from tests.fuzz import binary, mutate
 from tests.fuzz.calls import (
     AGAIN,
@@ -149,7 +151,7 @@ def _journal(rng: random.Random, seeds: Seeds) -> Case:
     files: dict[str, Content] = {}
     kind = rng.random()
     if kind < 0.8:
-        files[f"{folder}/.journal.json"] = mutate.json_bytes(rng, seeds.json(f"{folder}/.journal.json"), MANIFEST_WORDS)
+        files[f"{folder}/.journal.json"] = _journal_bytes(rng, seeds.json(f"{folder}/.journal.json"))
     elif kind < 0.9:
         name = seeds.names(folder, "*.safetensors")[0]
         files[name] = rng.choice((no_file(rng), binary.spoil_safetensors(rng, seeds.bytes(name))))
@@ -157,6 +159,23 @@ def _journal(rng: random.Random, seeds: Seeds) -> Case:
         files[f"{folder}/{rng.choice(('.checkpoint.safetensors', 'x', '.journal.json'))}"] = no_file(rng)
     argv = rng.choice((["status"], AGAIN["decompose"], AGAIN["decompose"], AGAIN["decompose"]))
     return Case([*argv, "-w", "../half", "-q"], files)
+
+
+def _journal_bytes(rng: random.Random, valid: dict[str, Any]) -> bytes:
+    """Return a spoilt journal; most fit their checksum, else nothing in them would be believed."""
+    if rng.random() < 0.3:
+        return mutate.json_bytes(rng, valid, MANIFEST_WORDS)
+    del valid["digest"]
+    part = rng.choice(("files", "tensors", "results", None))
+    if part is None:
+        valid = mutate.document(rng, valid, MANIFEST_WORDS)
+    else:
+        valid[part] = mutate.document(rng, valid[part], MANIFEST_WORDS)
+    try:
+        plain = json.loads(mutate.dumps(valid))
+        return json.dumps({**plain, "digest": digest(plain)}).encode()
+    except (TypeError, ValueError, RecursionError):  # no object any more, or no JSON
+        return mutate.dumps(valid).encode()
 
 
 @target("cache", 3)

@@ -120,11 +120,22 @@ def test_it_is_rendered_in_a_process_of_its_own() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems limit less")
 @pytest.mark.parametrize(
     ("template", "words"),
-    [(LOOPS, "was stopped after 1 s of computing"), (FILLS, "takes more than 0.125 GiB of memory")],
+    [
+        (LOOPS, "was stopped after 1 s of computing"),
+        (FILLS, "takes more than 0.125 GiB of memory"),
+        ("{{ ''.join(['a'] * 10**8) }}", "takes more than 0.125 GiB of memory"),
+    ],
 )
 def test_a_template_without_end_is_stopped(template: str, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         chat_text(with_template(template), PROMPT, Limits(seconds=1, bytes=2**27))
+
+
+def test_a_text_that_would_fill_the_memory_is_never_tokenised(here: None) -> None:
+    with pytest.raises(ModelError, match="makes a text of more than 1,048,576 characters"):
+        chat_text(with_template("{{ 'x' * 10**7 }}"), PROMPT)
+    prompt = "a" * 2**20
+    assert len(chat_text(with_template("{{ messages[0].content }}, {{ messages[0].content[:9] }}"), prompt)) > 2**20
 
 
 def test_a_renderer_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,14 @@ def test_what_ends_a_text() -> None:
     assert stop_tokens(model) == set()
 
 
+@pytest.mark.parametrize("eos", [{"a": 1}, "</s>", [1, "x"], [[1]], True, -1, 2.5])
+def test_what_cannot_end_a_text(eos: Any) -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = eos
+    with pytest.raises(ModelError, match=r"eos_token_id of the model is .*, expected tokens or none"):
+        stop_tokens(model)
+
+
 def test_prompts_go_into_the_chat_template_if_there_is_one() -> None:
     tokenizer = tiny_tokenizer()
     plain = prompt_ids(tokenizer, "hi", chat=False).tolist()
