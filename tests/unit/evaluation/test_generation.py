@@ -127,6 +127,17 @@ def test_a_prompt_without_tokens_is_told() -> None:
         prompt_ids(tokenizer, "", chat=False)
 
 
+def test_a_generation_config_makes_no_other_continuation() -> None:
+    """Beams and penalties are none of a greedy text, and settings of wrong types no traceback."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    plain = greedy_continuation(model, tokenizer, "Once", 6)
+    tokens = list(greedy_tokens(model, prompt_ids(tokenizer, "Once", chat=False), 6, stop_tokens(model)))
+    assert plain == tokenizer.decode(tokens, skip_special_tokens=True) and plain
+    model.generation_config.num_beams, model.generation_config.repetition_penalty = 3, 1.9
+    model.generation_config.min_length = "x"
+    assert greedy_continuation(model, tokenizer, "Once", 6) == plain
+
+
 def _set(found: Any, value: float) -> None:
     found.logits[..., 7] = value
 

@@ -47,7 +47,7 @@ def test_settings_of_other_types(folder: Path, changes: dict[str, Any], words: s
 def test_ids_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_tokenizer()
     check_tokenizer(tokenizer)
-    with monkeypatch.context() as patched, pytest.raises(ValueError, match="cannot tokenise a short text .TypeError"):
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=r"cannot tokenise a short text .TypeError"):
         patched.setattr(tokenizer, "model_input_names", None)
         check_tokenizer(tokenizer)
     monkeypatch.setattr(type(tokenizer), "decode", lambda *_args, **_named: [])
