@@ -32,7 +32,7 @@ _READERS: dict[str, list[list[str]]] = {
     "decompose": [STATUS, ALLOCATE, ALLOCATE, ALLOCATE_ARA, TRUNCATE, AGAIN["decompose"]],
     "train-masks": [STATUS, ALLOCATE_ARA, ALLOCATE_ARA, ALLOCATE_ARA, AGAIN["train-masks"]],
     "allocate": [STATUS, TRUNCATE, TRUNCATE, TRUNCATE, AGAIN["allocate"]],
-    "truncate": [STATUS, GENERATE, GENERATE, GENERATE, AGAIN["truncate"], AGAIN["export"]],
+    "truncate": [STATUS, GENERATE, GENERATE, GENERATE, AGAIN["truncate"], AGAIN["export"], AGAIN["eval"]],
     "eval": [STATUS, STATUS, AGAIN["eval"]],
     "bench": [STATUS],
     "compare": [STATUS],

@@ -92,7 +92,7 @@ def test_prompts_that_are_none(finished: Path, monkeypatch: pytest.MonkeyPatch) 
         refused(ara(*before, " ", *after), 2, "the prompt is empty")
         empty = ara(*before, "", *after)
         assert empty.exit_code == 2 and "it is empty" in empty.stderr
-    refused(ara("generate", "caf\udce9", *words), 2, "the prompt is not UTF-8")
+    refused(ara("generate", "caf\udce9", *words), 2, "is not valid UTF-8")
     refused(ara("generate", "-", *words, piped=b"caf\xe9"), 2, "the prompt is not UTF-8")
     refused(ara("generate", "-", *words, piped=b"a\0b"), 2, "holds a NUL character")
     refused(ara("generate", "-", *words, piped=b""), 2, "the prompt is empty")
