@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -141,4 +143,16 @@ def test_a_text_that_would_fill_the_memory_is_never_tokenised(here: None) -> Non
 def test_a_renderer_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_renderer, "__file__", "/nowhere/renderer.py")
     with pytest.raises(ModelError, match=r"was not rendered: .*nowhere"):
+        chat_text(with_template(GEMMA), PROMPT)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems limit less")
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGALRM, "was stopped after 8 s"), (signal.SIGKILL, "was stopped after 5 s of computing, or for want of")],
+)
+def test_a_renderer_that_was_ended_is_told(monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:
+    ended = subprocess.CompletedProcess([], -number, b"", b"")
+    monkeypatch.setattr(subprocess, "run", lambda *_args, **_named: ended)
+    with pytest.raises(ModelError, match=f"the chat template {words}"):
         chat_text(with_template(GEMMA), PROMPT)
