@@ -40,7 +40,7 @@ _READERS: dict[str, list[list[str]]] = {
     "report": [STATUS, AGAIN["report"], AGAIN["report"]],
 }
 # Share of the cases of a workspace that are read by a whole report, which takes as long as twenty other commands.
-_REPORTED = {"eval": 0.12, "bench": 0.12, "compare": 0.12}
+_REPORTED = {"eval": 0.08, "bench": 0.08, "compare": 0.08}
 
 
 def _reader(rng: random.Random, stage: str, damaged: bool = False) -> list[str]:
