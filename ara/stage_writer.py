@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ara.environment import now, peak_memory_bytes, versions
-from ara.errors import NumericalError, disk_errors, disk_full_error
+from ara.errors import CorruptedError, NumericalError, disk_errors, disk_full_error
 from ara.files import is_plain_file, remove, write_text
 from ara.jsonfile import parse, read
 from ara.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Manifest, digest, essence, file_record, is_inside, plain
-from ara.schemas import unfinished_problem
+from ara.schemas import manifest_problem, unfinished_problem
 from ara.tensors import TensorRecord, save_tensors, tensor_digests, tensor_records
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class StageWriter:
         self._loose: set[str] = set()
         self._tensors: dict[str, TensorRecord] = {}
         self._fingerprint = digest(essence(stage, facts["config"], facts["model"], facts["parents"]))
-        self._earlier_seconds = 0.0
+        self._earlier_seconds, self._resumed = 0.0, False
         self._start = time.monotonic() if started is None else started
 
     def __enter__(self) -> StageWriter:
@@ -184,14 +184,18 @@ class StageWriter:
             return False
         if unfinished_problem(self._stage, journal.results) is not None:
             return False
+        tensors: dict[str, TensorRecord] = {}
         try:
             for name, record in journal.files.items():
-                if not is_inside(self.folder, name) or file_record(self.folder / name) != record:
+                path = self.folder / name
+                if not is_inside(self.folder, name) or file_record(path) != record:
                     return False
-        except OSError:
+                # Read from the file: a table that does not fit it would make a result that is called damaged.
+                tensors |= tensor_records(path, name) if path.suffix == ".safetensors" else {}
+        except (OSError, ValueError):
             return False
-        self._files, self.results = journal.files, journal.results
-        self._tensors = {name: record for name, record in journal.tensors.items() if record.file in journal.files}
+        self._files, self.results, self._tensors = journal.files, journal.results, tensors
+        self._resumed = True
         self._earlier_seconds = journal.seconds
         for path in self.folder.iterdir():
             if path.name not in {*self._files, JOURNAL, CHECKPOINT}:
@@ -233,6 +237,12 @@ class StageWriter:
             results=plain(self.results),
             **{**self._facts, "config": plain(self._facts["config"])},
         ).sealed()
+        if self._resumed and (problem := manifest_problem(manifest)) is not None:
+            remove(self.folder)
+            raise CorruptedError(
+                f"what an interrupted run has left in {self.folder} makes no result ({problem}): it is thrown away",
+                "run the same command again: it starts anew",
+            )
         made = self._copy() if self.to_go_on else self.folder
         write_text(made / MANIFEST, manifest.model_dump_json(indent=1) + "\n", sync=True)
         _sync_folder(made)

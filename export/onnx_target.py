@@ -20,6 +20,7 @@ from ara.errors import ModelError, UnavailableError, UsageError, disk_errors, fi
 from ara.jsonfile import dump, read_object
 from ara.manifest import file_sha256
 from ara.models.quiet import quiet_transformers
+from ara.models.vocabulary import end_tokens
 from ara.progress import Reporter
 from export.architecture import Decoder, read_context, read_decoder
 from export.config import ExportConfig
@@ -244,10 +245,7 @@ def _eos(source: Path, model_config: PreTrainedConfig) -> tuple[int, ...]:
     path = source / "generation_config.json"
     if path.is_file():
         value = read_object(path, hint).get("eos_token_id", value)
-    found = tuple(value) if isinstance(value, list) else () if value is None else (value,)
-    if not all(type(token) is int and token >= 0 for token in found):
-        raise ModelError(f"eos_token_id of {source} is {str(value)[:40]}, expected tokens or none", hint)
-    return found
+    return end_tokens(value, str(source), hint)
 
 
 def _save(model: ir.Model, folder: Path, report: Reporter) -> None:

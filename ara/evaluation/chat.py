@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _HINT = "use --no-chat: the model then continues the plain text"
-# Starting Python and importing transformers: a second, or much more on a loaded machine.
+# Seconds to start Python and import transformers: one, or much more on a loaded machine.
 _PATIENCE = 60
 
 
@@ -31,12 +31,13 @@ class Limits:
     Attributes:
         seconds: of CPU time; where the system cannot limit that, of time.
         bytes: of memory.
-        characters: of the text.
+        characters: of the text, or twice the prompt's if that is more. The text is tokenised outside of these limits,
+            which takes a hundred bytes for each.
     """
 
-    seconds: int = 10
-    bytes: int = 2**30
-    characters: int = 2**24
+    seconds: int = 5
+    bytes: int = 2**29
+    characters: int = 2**20
 
 
 LIMITS = Limits()
@@ -62,7 +63,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, text: str, limits: Limits = LI
         "special": special,
         "seconds": limits.seconds,
         "bytes": limits.bytes,
-        "characters": limits.characters,
+        "characters": max(limits.characters, 2 * len(text)),
         "path": sys.path,
     }
     answer = _ask(json.dumps(request), limits)
@@ -113,6 +114,8 @@ def _death(done: subprocess.CompletedProcess[bytes], limits: Limits) -> str:
     """Return why a renderer gave no answer."""
     import signal
 
+    if -done.returncode == getattr(signal, "SIGALRM", None):
+        return f"was stopped after {limits.seconds + chat_renderer.WAITING} s"
     # Past its soft limit a process gets SIGXCPU; past the hard one it is killed.
     if -done.returncode in {getattr(signal, "SIGXCPU", None), getattr(signal, "SIGKILL", None)}:
         return f"was stopped after {limits.seconds} s of computing, or for want of memory"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 
 # Characters of what an error says.
 _SHOWN = 200
+# Seconds that a process may wait for the processor, beside those that it computes.
+WAITING = 3
 
 
 def main() -> None:
@@ -36,7 +39,7 @@ def limit(seconds: int, size: int) -> None:
     """Limit what this process may still take, where the system can.
 
     Args:
-        seconds: of CPU time.
+        seconds: of CPU time; :data:`WAITING` more of time.
         size: bytes of memory.
     """
     try:
@@ -48,6 +51,7 @@ def limit(seconds: int, size: int) -> None:
         resource.RLIMIT_AS: _mapped() + size,
         resource.RLIMIT_CORE: 0,
     }
+    signal.alarm(seconds + WAITING)
     for kind, value in wanted.items():
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)

@@ -10,7 +10,7 @@ import torch
 from ara.errors import ModelError, NumericalError
 from ara.evaluation.chat import chat_text
 from ara.models.loading import forward_errors
-from ara.models.vocabulary import check_tokens, token_rows
+from ara.models.vocabulary import check_tokens, end_tokens, token_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,7 +55,9 @@ class LogitsCheck:
 
 
 @torch.inference_mode()
-def greedy_tokens(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int, stop: set[int]) -> Iterator[int]:
+def greedy_tokens(
+    model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int, stop: set[int], who: str = "generating"
+) -> Iterator[int]:
     """Yield the most likely next tokens, one by one, until one of ``stop``, which is not yielded.
 
     Args:
@@ -63,16 +65,17 @@ def greedy_tokens(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int
         ids: (t) int64, the prompt.
         max_new_tokens: at most so many.
         stop: token ids that end the text.
+        who: model and text, for the error.
 
     Raises:
-        NumericalError: the model gives NaN.
+        NumericalError: the model gives NaN; it begins with ``who``.
     """
     text = new = ids[None].to(model.device)
     cache: dict[str, Any] = {"use_cache": True}
     for _ in range(max_new_tokens):
         with forward_errors(model):
             found = model(input_ids=new, logits_to_keep=1, **cache)
-        check_logits(found.logits[0, -1], "generating")
+        check_logits(found.logits[0, -1], who)
         token = int(found.logits[0, -1].argmax())
         if token in stop:
             return
@@ -85,10 +88,13 @@ def greedy_tokens(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int
 
 
 def stop_tokens(model: PreTrainedModel) -> set[int]:
-    """Return the token ids that end a text of ``model``."""
+    """Return the token ids that end a text of ``model``.
+
+    Raises:
+        ModelError: its config gives something else.
+    """
     config = getattr(model, "generation_config", None) or model.config
-    eos = config.eos_token_id
-    return set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+    return set(end_tokens(config.eos_token_id, "the model", "correct generation_config.json, or config.json"))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> torch.Tensor:
@@ -139,18 +145,14 @@ def greedy_continuation(
 ) -> str:
     """Return the text that ``model`` finds most likely after ``prompt``, token by token, at most ``max_new_tokens``.
 
+    Of its generation config only the end of a text counts: beams and penalties would make it another text.
+
     Raises:
         NumericalError: the model gives NaN; it begins with ``who``.
         DataError: the prompt holds a token that the model has no row for.
+        ModelError: the prompt has no token, or the model's config names no tokens as the end of a text.
     """
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    check_tokens(inputs["input_ids"], token_rows(model.config), tokenizer, f"the prompt of {who}")
-    with torch.inference_mode(), forward_errors(model):
-        ids = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            logits_processor=[LogitsCheck(who)],
-        )
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ids = prompt_ids(tokenizer, prompt, chat=False)
+    check_tokens(ids, token_rows(model.config), tokenizer, f"the prompt of {who}")
+    tokens = list(greedy_tokens(model, ids, max_new_tokens, stop_tokens(model), who))
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))

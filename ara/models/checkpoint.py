@@ -33,6 +33,7 @@ from ara.models.modeling_ara import (
 from ara.models.pivoting import pivot
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.quiet import quiet_transformers
+from ara.models.tokenizer_check import check_tokenizer
 from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -205,13 +206,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint folder, or of an exported one.
 
     Raises:
-        ModelError: there is none, or it is damaged.
+        ModelError: there is none, it is damaged, or it cannot be used.
     """
     from transformers import AutoTokenizer
 
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            check_tokenizer(tokenizer)
     except MemoryError:
         raise
     except Exception as error:  # transformers' and tokenizers' errors share no base class
@@ -219,6 +223,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"the tokenizer of {folder} cannot be loaded: {first_line(error)}",
             "the folder must hold the model's tokenizer; write it again: ara truncate --force",
         ) from error
+    return tokenizer
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ara.models.identity import ModelIdentity, folder_fingerprint
 from ara.models.loading import why_not_loaded
 from ara.models.quiet import quiet_transformers
 from ara.models.suitability import architecture_name, check_decoder_only, check_quantization
+from ara.models.tokenizer_check import check_tokenizer
 from ara.models.wheel import WHEEL_REQUIREMENT, fetch_demo_gguf
 from ara.progress import SILENT, Reporter
 
@@ -96,7 +97,7 @@ class ModelSource:
         """Load the tokenizer.
 
         Raises:
-            ModelError: there is none, or the hub cannot be reached.
+            ModelError: there is none, it cannot be used, or the hub cannot be reached.
         """
         from transformers import AutoTokenizer
 
@@ -105,6 +106,7 @@ class ModelSource:
             # For many classes transformers makes an empty tokenizer when its files are missing.
             if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - set(tokenizer.get_added_vocab()):
                 raise ValueError("its vocabulary is missing")
+            check_tokenizer(tokenizer)
         return tokenizer
 
     def _options(self) -> dict[str, Any]:

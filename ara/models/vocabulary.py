@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ara.errors import DataError
+from ara.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,23 @@ def token_rows(model_config: Any) -> int | None:
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     rows: int | None = getattr(text, "vocab_size", None)
     return rows
+
+
+def end_tokens(value: Any, where: str, hint: str) -> tuple[int, ...]:
+    """Return the tokens that end a text, as ``eos_token_id`` of a config gives them: one, several or none.
+
+    Args:
+        value: as it was read.
+        where: it was read, for the error.
+        hint: what to do.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    found = tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    if not all(type(token) is int and token >= 0 for token in found):
+        raise ModelError(f"eos_token_id of {where} is {str(value)[:40]!r}, expected tokens or none", hint)
+    return found
 
 
 def has_row(token: int | None, rows: int | None) -> bool:

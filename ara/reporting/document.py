@@ -7,11 +7,13 @@ measured is ``None`` or an empty tuple, never a guess.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+from typing_extensions import TypedDict
 
 from ara.config import Layout
+from ara.tensors import Size
 
 REPORT_FORMAT: Literal[3] = 3
 
@@ -308,6 +310,17 @@ class BenchCase(Part):
     models: Mapping[str, BenchRow]
 
 
+class Machine(TypedDict, total=False):
+    """Where a benchmark was run, as far as it says; a later version may say more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)  # type: ignore[misc]
+    system: str | None
+    processor: str | None
+    cores: int | None
+    memory_bytes: Size | None
+    gpus: tuple[str, ...]
+
+
 class Benched(Part):
     """One result of ``ara bench``.
 
@@ -322,7 +335,7 @@ class Benched(Part):
     device: str | None
     precision: str | None
     threads: int | None
-    machine: Mapping[str, Any] | None
+    machine: Machine | None
     interleaved: bool | None
     models: Mapping[str, BenchModel]
     cases: tuple[BenchCase, ...]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
+from ara.manifest import digest
 from tests.fuzz import binary, mutate
 from tests.fuzz.calls import (
     AGAIN,
@@ -30,7 +32,7 @@ _READERS: dict[str, list[list[str]]] = {
     "decompose": [STATUS, ALLOCATE, ALLOCATE, ALLOCATE_ARA, TRUNCATE, AGAIN["decompose"]],
     "train-masks": [STATUS, ALLOCATE_ARA, ALLOCATE_ARA, ALLOCATE_ARA, AGAIN["train-masks"]],
     "allocate": [STATUS, TRUNCATE, TRUNCATE, TRUNCATE, AGAIN["allocate"]],
-    "truncate": [STATUS, GENERATE, GENERATE, GENERATE, AGAIN["truncate"], AGAIN["export"]],
+    "truncate": [STATUS, GENERATE, GENERATE, GENERATE, AGAIN["truncate"], AGAIN["export"], AGAIN["eval"]],
     "eval": [STATUS, STATUS, AGAIN["eval"]],
     "bench": [STATUS],
     "compare": [STATUS],
@@ -38,7 +40,7 @@ _READERS: dict[str, list[list[str]]] = {
     "report": [STATUS, AGAIN["report"], AGAIN["report"]],
 }
 # Share of the cases of a workspace that are read by a whole report, which takes as long as twenty other commands.
-_REPORTED = {"eval": 0.12, "bench": 0.12, "compare": 0.12}
+_REPORTED = {"eval": 0.08, "bench": 0.08, "compare": 0.08}
 
 
 def _reader(rng: random.Random, stage: str, damaged: bool = False) -> list[str]:
@@ -149,7 +151,7 @@ def _journal(rng: random.Random, seeds: Seeds) -> Case:
     files: dict[str, Content] = {}
     kind = rng.random()
     if kind < 0.8:
-        files[f"{folder}/.journal.json"] = mutate.json_bytes(rng, seeds.json(f"{folder}/.journal.json"), MANIFEST_WORDS)
+        files[f"{folder}/.journal.json"] = _journal_bytes(rng, seeds.json(f"{folder}/.journal.json"))
     elif kind < 0.9:
         name = seeds.names(folder, "*.safetensors")[0]
         files[name] = rng.choice((no_file(rng), binary.spoil_safetensors(rng, seeds.bytes(name))))
@@ -157,6 +159,23 @@ def _journal(rng: random.Random, seeds: Seeds) -> Case:
         files[f"{folder}/{rng.choice(('.checkpoint.safetensors', 'x', '.journal.json'))}"] = no_file(rng)
     argv = rng.choice((["status"], AGAIN["decompose"], AGAIN["decompose"], AGAIN["decompose"]))
     return Case([*argv, "-w", "../half", "-q"], files)
+
+
+def _journal_bytes(rng: random.Random, valid: dict[str, Any]) -> bytes:
+    """Return a spoilt journal; most fit their checksum, else nothing in them would be believed."""
+    if rng.random() < 0.3:
+        return mutate.json_bytes(rng, valid, MANIFEST_WORDS)
+    del valid["digest"]
+    part = rng.choice(("files", "tensors", "results", None))
+    if part is None:
+        valid = mutate.document(rng, valid, MANIFEST_WORDS)
+    else:
+        valid[part] = mutate.document(rng, valid[part], MANIFEST_WORDS)
+    try:
+        plain = json.loads(mutate.dumps(valid))
+        return json.dumps({**plain, "digest": digest(plain)}).encode()
+    except (TypeError, ValueError, RecursionError):  # no object any more, or no JSON
+        return mutate.dumps(valid).encode()
 
 
 @target("cache", 3)

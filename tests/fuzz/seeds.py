@@ -192,4 +192,4 @@ def _interrupted(finished: Path, root: Path) -> None:
     whole = made.model_dump(mode="json")
     journal = {key: whole[key] for key in ("seconds", "files", "tensors", "results")}
     journal["fingerprint"] = digest(essence("decompose", made.config, made.model, made.parents))
-    (left / JOURNAL).write_text(json.dumps(journal), encoding="utf-8")
+    (left / JOURNAL).write_text(json.dumps({**journal, "digest": digest(journal)}), encoding="utf-8")

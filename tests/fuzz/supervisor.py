@@ -23,6 +23,8 @@ import psutil
 _LIFE = 250
 # Seconds between two looks at the memory of the workers.
 _LOOK = 0.03
+# Seconds after which what a case has started is looked at, too.
+_QUICK = 0.3
 # Exit status of a worker in which the fuzzer itself has failed.
 _BROKEN = 97
 
@@ -42,7 +44,7 @@ class Ended:
     Attributes:
         number: of the case.
         seconds: that it took.
-        resident_bytes: the most that was seen of its worker.
+        resident_bytes: the most that was seen of its worker, with what that has started.
         report: what the worker says of it, or ``None`` when it was ended: ``reason`` tells why.
         reason: kind and words.
     """
@@ -72,10 +74,21 @@ class _Worker:
         self._process = psutil.Process(self.pid)
 
     def resident(self) -> int:
+        """Return the bytes that it and the processes that it has started hold."""
+        found = 0
+        for process in (self._process, *self._started()):
+            with suppress(psutil.Error):
+                found += int(process.memory_info().rss)
+        return found
+
+    def _started(self) -> list[psutil.Process]:
+        # It looks at every process of the machine, and nearly all cases are over before they have started one.
+        if time.monotonic() - self.since < _QUICK:
+            return []
         try:
-            return int(self._process.memory_info().rss)
+            return self._process.children(recursive=True)
         except psutil.Error:
-            return 0
+            return []
 
     def lines(self) -> list[dict[str, Any]] | None:
         """Return what it has said since, or ``None`` at its end."""

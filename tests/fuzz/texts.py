@@ -111,12 +111,13 @@ def _prompt(rng: random.Random, seeds: Seeds) -> Case:
     return Case(argv, stdin=text.encode("utf-8", "replace").decode())
 
 
-@target("template", 8)
+@target("template", 3)
 def _template(rng: random.Random, seeds: Seeds) -> Case:
     text = rng.choice(TEMPLATES)
     if rng.random() < 0.3:
         text = rng.choice((text + rng.choice(TEMPLATES), mutate.string(rng) + text, text[: rng.randint(0, len(text))]))
-    folder, argv = rng.choice((("in/checkpoint", generate(rng)), ("in/export", generate_onnx())))
+    chat = rng.random() < 0.95
+    folder, argv = rng.choice((("in/checkpoint", generate(rng, chat)), ("in/export", generate_onnx(chat))))
     argv[1] = rng.choice(("hello", mutate.string(rng)))
     if argv[1].startswith("-"):
         argv[1] = "hello"

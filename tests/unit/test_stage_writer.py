@@ -7,7 +7,7 @@ import torch
 
 from ara.config import AllocateConfig
 from ara.environment import peak_memory_bytes
-from ara.errors import AraError, DiskFullError, NumericalError, UsageError
+from ara.errors import AraError, CorruptedError, DiskFullError, NumericalError, UsageError
 from ara.manifest import MANIFEST, Manifest, Parent, digest, read_manifest, verify_files
 from ara.stage_writer import PARTIAL, StageWriter, plain
 from ara.workspace import Workspace
@@ -23,8 +23,16 @@ class Boom(Exception):
     pass
 
 
+class Writer(StageWriter):
+    """Has at its end what every decomposition must have, where a test does not say otherwise."""
+
+    def __exit__(self, *what):
+        self.results = {**FIGURES["decompose"], **self.results}
+        super().__exit__(*what)
+
+
 def writer(root, resumable=True, name="plain", **changes):
-    return StageWriter(root / "decompose", "decompose", name, resumable, {**FACTS, **changes})
+    return Writer(root / "decompose", "decompose", name, resumable, {**FACTS, **changes})
 
 
 def interrupted(root, *files, error=Boom, **changes):
@@ -51,7 +59,7 @@ def test_finished_folder_holds_files_and_manifest_and_nothing_else(tmp_path):
     verify_files(tmp_path / "decompose" / "plain", manifest)
     assert set(manifest.files) == {"a.safetensors", "sub/notes.txt"}
     assert set(manifest.tensors) == {"w"}
-    assert manifest.results == {"a": 1, "b": 2}
+    assert manifest.results == {**FIGURES["decompose"], "a": 1, "b": 2}
     assert (manifest.stage, manifest.name, manifest.seed, manifest.command) == ("decompose", "plain", 3, "ara x")
     assert manifest.config == FACTS["config"]
     assert manifest.seconds >= 0
@@ -124,7 +132,7 @@ def test_resumed_stage_keeps_finished_files_and_their_results(tmp_path):
     verify_files(folder, manifest)
     assert listing(folder) == {"a.safetensors", "b.safetensors", "c.safetensors", MANIFEST}
     assert set(manifest.tensors) == {"a", "b", "c"}
-    assert manifest.results == {"a.safetensors": "noted", "b.safetensors": "noted"}
+    assert manifest.results == {**FIGURES["decompose"], "a.safetensors": "noted", "b.safetensors": "noted"}
     assert (folder / "a.safetensors").stat().st_ino == inode
     assert not partial(tmp_path).exists()
 
@@ -204,6 +212,36 @@ def test_a_journal_with_one_other_figure_is_not_believed(tmp_path):
     journal.write_text(journal.read_text().replace("11.25", "10.25"))
     with writer(tmp_path) as stage:
         assert stage.finished == [] and stage.results == {}
+
+
+def rewrite_journal(root, change):
+    """Change a journal and make its checksum right again."""
+    path = partial(root) / ".journal.json"
+    journal = json.loads(path.read_text())
+    del journal["digest"]
+    change(journal)
+    path.write_text(json.dumps({**journal, "digest": digest(journal)}))
+
+
+def test_the_table_of_tensors_is_that_of_the_files_whatever_a_journal_says(tmp_path):
+    interrupted(tmp_path, "a.safetensors")
+    rewrite_journal(tmp_path, lambda journal: journal["tensors"]["a"].update(file="\n", shape=[1]))
+    with writer(tmp_path) as stage:
+        assert stage.finished == ["a.safetensors"]
+        stage.results.update(FIGURES["decompose"])
+    record = read_manifest(stage.final).tensors["a"]
+    assert (record.file, record.shape) == ("a.safetensors", (3, 5))
+
+
+def test_what_was_left_and_makes_no_result_is_thrown_away_and_told(tmp_path):
+    def change(journal):
+        journal["results"]["modules"] = [{"name": "x", "layer": 0, "kind": "k", "m": 3, "n": 5}]
+
+    interrupted(tmp_path, "a.safetensors")
+    rewrite_journal(tmp_path, change)
+    with pytest.raises(CorruptedError, match="makes no result") as caught, writer(tmp_path) as stage:
+        stage.results.update(linear_parameters=0, model_parameters=7)
+    assert "again" in caught.value.hint and list((tmp_path / "decompose").iterdir()) == []
 
 
 def test_nan_is_not_taken_up_again(tmp_path):

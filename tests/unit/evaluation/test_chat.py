@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 from typing import Any
 
@@ -120,14 +122,37 @@ def test_it_is_rendered_in_a_process_of_its_own() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems limit less")
 @pytest.mark.parametrize(
     ("template", "words"),
-    [(LOOPS, "was stopped after 1 s of computing"), (FILLS, "takes more than 0.125 GiB of memory")],
+    [
+        (LOOPS, "was stopped after 1 s of computing"),
+        (FILLS, "takes more than 0.125 GiB of memory"),
+        ("{{ ''.join(['a'] * 10**8) }}", "takes more than 0.125 GiB of memory"),
+    ],
 )
 def test_a_template_without_end_is_stopped(template: str, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         chat_text(with_template(template), PROMPT, Limits(seconds=1, bytes=2**27))
 
 
+def test_a_text_that_would_fill_the_memory_is_never_tokenised(here: None) -> None:
+    with pytest.raises(ModelError, match="makes a text of more than 1,048,576 characters"):
+        chat_text(with_template("{{ 'x' * 10**7 }}"), PROMPT)
+    prompt = "a" * 2**20
+    assert len(chat_text(with_template("{{ messages[0].content }}, {{ messages[0].content[:9] }}"), prompt)) > 2**20
+
+
 def test_a_renderer_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_renderer, "__file__", "/nowhere/renderer.py")
     with pytest.raises(ModelError, match=r"was not rendered: .*nowhere"):
+        chat_text(with_template(GEMMA), PROMPT)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems limit less")
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(signal.SIGALRM, "was stopped after 8 s"), (signal.SIGKILL, "was stopped after 5 s of computing, or for want of")],
+)
+def test_a_renderer_that_was_ended_is_told(monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:
+    ended = subprocess.CompletedProcess([], -number, b"", b"")
+    monkeypatch.setattr(subprocess, "run", lambda *_args, **_named: ended)
+    with pytest.raises(ModelError, match=f"the chat template {words}"):
         chat_text(with_template(GEMMA), PROMPT)

@@ -100,6 +100,14 @@ def test_what_ends_a_text() -> None:
     assert stop_tokens(model) == set()
 
 
+@pytest.mark.parametrize("eos", [{"a": 1}, "</s>", [1, "x"], [[1]], True, -1, 2.5])
+def test_what_cannot_end_a_text(eos: Any) -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = eos
+    with pytest.raises(ModelError, match=r"eos_token_id of the model is .*, expected tokens or none"):
+        stop_tokens(model)
+
+
 def test_prompts_go_into_the_chat_template_if_there_is_one() -> None:
     tokenizer = tiny_tokenizer()
     plain = prompt_ids(tokenizer, "hi", chat=False).tolist()
@@ -117,6 +125,17 @@ def test_a_prompt_without_tokens_is_told() -> None:
     tokenizer.backend_tokenizer.post_processor = None
     with pytest.raises(ModelError, match="makes no token of the prompt"):
         prompt_ids(tokenizer, "", chat=False)
+
+
+def test_a_generation_config_makes_no_other_continuation() -> None:
+    """Beams and penalties are none of a greedy text, and settings of wrong types no traceback."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    plain = greedy_continuation(model, tokenizer, "Once", 6)
+    tokens = list(greedy_tokens(model, prompt_ids(tokenizer, "Once", chat=False), 6, stop_tokens(model)))
+    assert plain == tokenizer.decode(tokens, skip_special_tokens=True) and plain
+    model.generation_config.num_beams, model.generation_config.repetition_penalty = 3, 1.9
+    model.generation_config.min_length = "x"
+    assert greedy_continuation(model, tokenizer, "Once", 6) == plain
 
 
 def _set(found: Any, value: float) -> None:

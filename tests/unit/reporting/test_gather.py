@@ -395,6 +395,24 @@ def test_a_result_in_another_form_is_left_out_and_named(stage):
     assert first.command == f"ara {stage} --force -w /home/me/ws"
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("cores", "eight"), ("cores", [2]), ("memory_bytes", "much"), ("memory_bytes", -1), ("gpus", [7]), ("system", {})],
+)
+def test_a_machine_in_another_form_is_left_out_and_named(key, value):
+    strange = changed(bench(), machine={"system": "Linux", "cores": 2, key: value})
+    report = gather(replace(sources(), current=Made(truncated(), allocation(), (), (strange,))))
+    assert report.benches == () and "written in another form" in report.missing[0].what
+
+
+def test_a_machine_is_handed_on_as_it_was_recorded():
+    machine = {"system": "Linux", "memory_bytes": None, "later": "more"}
+    report = gather(
+        replace(sources(), current=Made(truncated(), allocation(), (), (changed(bench(), machine=machine),)))
+    )
+    assert report.model_dump(mode="json")["benches"][0]["machine"] == machine
+
+
 def test_ranges_may_be_written_either_way():
     rows = bench().results["cases"][1]["models"][NAME]
     assert set(rows["seconds"]) == {"median", "p10", "p90"} and set(rows["ratio"]) == {"median", "low", "high"}
