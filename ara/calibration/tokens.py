@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from ara.calibration.texts import Documents
 from ara.errors import DataError, UsageError, disk_errors
+from ara.files import is_plain_file
 from ara.models.vocabulary import check_tokens, has_row
 from ara.progress import SILENT, Reporter
 from ara.tensors import written_aside
@@ -327,6 +328,8 @@ def _digest(ids: torch.Tensor) -> str:
 
 def _read_cache(path: Path, asked: int, seq_len: int, seed: int) -> TokenWindows:
     """Read a cache file; any sign of damage is a ValueError or comes from safetensors."""
+    if not is_plain_file(path):  # opening a pipe would never end
+        raise ValueError("it is no plain file")
     with safe_open(path, framework="pt") as file:
         expected = (file.metadata() or {})["digest"]
         ids = file.get_tensor("ids").to(torch.int64)

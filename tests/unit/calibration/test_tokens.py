@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -391,3 +392,14 @@ def test_slow_tokenizers_are_known_by_their_vocabulary() -> None:
 
     assert fingerprint({"a": 0, "b": 1}) == fingerprint({"b": 1, "a": 0})
     assert fingerprint({"a": 0, "b": 1}) != fingerprint({"a": 1, "b": 0})
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+def test_a_pipe_in_the_place_of_the_cache_is_not_waited_for(tmp_path: Path) -> None:
+    listener = _Listener()
+    built = cached_calibration_windows(tmp_path, tiny_tokenizer(), DOCUMENTS, **SIZES)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    os.mkfifo(path)
+    again = cached_calibration_windows(tmp_path, tiny_tokenizer(), DOCUMENTS, **SIZES, report=listener)
+    assert torch.equal(again.ids, built.ids) and path.is_file() and "no plain file" in listener.warnings[0]
