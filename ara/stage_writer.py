@@ -220,6 +220,9 @@ class StageWriter:
             os.replace(aside, self.folder / JOURNAL)
 
     def _commit(self) -> None:
+        # Ctrl+C may come between writing aside and the rename, and train-masks then makes its best so far the result.
+        for aside in self.folder.glob(f".*{PARTIAL}"):
+            remove(aside)
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if path.is_file() and name not in (*self._files, *self._loose, JOURNAL, CHECKPOINT):

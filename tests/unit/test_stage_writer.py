@@ -329,3 +329,27 @@ def test_plain_makes_json_of_configs_and_tuples():
 def test_peak_memory_is_in_bytes():
     """A Python with torch holds more than 50 MiB and this machine's tests less than 64 GiB."""
     assert 50 << 20 < peak_memory_bytes() < 64 << 30
+
+
+@pytest.mark.parametrize("to_go_on", [False, True])
+def test_what_ctrl_c_has_left_aside_is_no_part_of_the_result(tmp_path, monkeypatch, to_go_on):
+    """A stage that makes the best so far its result goes on after Ctrl+C, also when that came just before a rename."""
+    rename = os.replace
+
+    def interrupted(source, target):
+        monkeypatch.setattr(os, "replace", rename)
+        raise KeyboardInterrupt
+
+    with writer(tmp_path) as stage:
+        stage.tensors("a.safetensors", W)
+        for write in (lambda: stage.save_checkpoint(W, {"step": 1}), lambda: stage.text("b.csv", "1,2")):
+            monkeypatch.setattr(os, "replace", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                write()
+        assert [path.name for path in stage.folder.glob(f".*{PARTIAL}")]
+        stage.to_go_on = to_go_on
+    folder = tmp_path / "decompose" / "plain"
+    made = read_manifest(folder)
+    verify_files(folder, made)
+    assert set(made.files) == {"a.safetensors", "b.csv"}
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
