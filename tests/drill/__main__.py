@@ -193,7 +193,8 @@ def _rows(outcomes: Sequence[Outcome], hows: Sequence[str]) -> list[str]:
     counts = Counter((outcome.subject, outcome.how) for outcome in outcomes)
     failed = Counter(outcome.subject for outcome in outcomes if outcome.wrong)
     struck = {outcome.subject for outcome in outcomes}
-    names = [name for name in (*SCENARIOS, *flips.KINDS) if name in struck]
+    # A command and what it writes may have one name.
+    names = [name for name in dict.fromkeys((*SCENARIOS, *flips.KINDS)) if name in struck]
     rows = [[name, *(counts[name, how] for how in hows), failed[name]] for name in names]
     return [_line(row) for row in [*rows, ["all", *(sum(row[i] for row in rows) for i in range(1, len(hows) + 2))]]]
 
