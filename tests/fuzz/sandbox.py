@@ -115,6 +115,11 @@ class Sandbox:
                 _remove(path)
             if isinstance(content, Gone):
                 continue
+            # A case may spoil a file in the place of which it has put another file, or a link, as a folder.
+            if any(
+                parent.is_symlink() or (parent.exists() and not parent.is_dir()) for parent in _above(path, self.root)
+            ):
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, bytes):
                 path.write_bytes(content)
@@ -124,6 +129,11 @@ class Sandbox:
                 os.mkfifo(path)
             else:
                 path.mkdir()
+
+
+def _above(path: Path, root: Path) -> list[Path]:
+    """Return the folders between ``root`` and ``path``."""
+    return [parent for parent in path.parents if parent != root and parent.is_relative_to(root)]
 
 
 def difference(before: dict[str, _Stamp], after: dict[str, _Stamp]) -> Difference:
