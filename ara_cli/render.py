@@ -313,7 +313,8 @@ def _figure(view: StageView) -> str:
 
 
 def _manifest(view: StageView) -> dict[str, Any]:
-    assert view.manifest is not None
+    if view.manifest is None:  # what it was made from is not what it seemed
+        raise CorruptedError(view.why, view.remedy or None)
     return view.manifest.model_dump(mode="json")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,9 +65,10 @@ def _dense_graph(config: ExportConfig) -> Path | None:
     """Return the graph to be rewritten, if there is to be one."""
     if config.rewrite is None:
         return None
-    path = Path(config.rewrite).resolve()
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}", "--rewrite wants the .onnx file of a dense export")
+    # os.path says no to a link that leads back to itself, where Path raises.
+    path = Path(os.path.realpath(config.rewrite))
+    if not os.path.isfile(path):
+        raise UsageError(f"there is no file {config.rewrite}", "--rewrite wants the .onnx file of a dense export")
     return path
 
 

@@ -22,6 +22,7 @@ from ara_cli.options import (
     path_option,
 )
 from ara_cli.session import session
+from ara_cli.shown import shown
 from export.config import ExportConfig
 
 _C = ExportConfig
@@ -94,5 +95,6 @@ def command(
         else:
             view = export(config, s.run(), checkpoint=checkpoint, name=name)
             assert view.manifest is not None
-            show_export(s.console, view.manifest.results)
+            with shown(view):
+                show_export(s.console, view.manifest.results)
             show_end(s.console, view, workspace)

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ara.errors import CorruptedError
-from ara.manifest import MANIFEST, Manifest, Parent, read_manifest
+from ara.manifest import MANIFEST, FileRecord, Manifest, Parent, file_sha256, read_manifest
 from ara.stage_writer import JOURNAL
 from ara.workspace import Workspace
 from ara_cli.app import app
@@ -287,3 +287,19 @@ def test_no_files_are_read_through_links(copied: Path, tmp_path: Path) -> None:
     checkpoint.symlink_to(tmp_path / "checkpoint")
     with pytest.raises(CorruptedError, match="not a plain file"):
         Workspace.open(copied).require("truncate")
+
+
+def test_a_tensor_file_that_safetensors_itself_refuses(copied: Path) -> None:
+    """Checksums fit, and yet it cannot be read: said before a stage opens it."""
+    path = copied / FACTORS / "layer-000.safetensors"
+    path.write_bytes(path.read_bytes() + b"more")
+    record = FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path))
+    made = read_manifest(copied / FACTORS)
+    forge(copied, FACTORS, files={**made.files, path.name: record})
+    told(ara("allocate", "--keep", "0.5", "--method", "energy", "-w", copied), str(path), "is no safetensors file")
+
+
+def test_a_rewritten_graph_is_no_link_to_itself(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop.onnx").symlink_to("loop.onnx")
+    result = ara("export", "--rewrite", tmp_path / "loop.onnx", "-w", copied)
+    assert result.exit_code == 2 and "Traceback" not in result.output
