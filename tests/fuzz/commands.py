@@ -140,7 +140,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "prefill": ("1,2", "", ",", "1,,2", "0", "-1", "1.5", "9999999", "1" * 5000),
     "decode": ("1,2", "", ",", "0", "9999999"),
     "batch": ("1,2", "", "0"),
-    "model": ("demo", "qwen3-0.6b", "a/b", "a//b", "../in/tiny.gguf", "../in", "../in/texts/story.txt", "gpt2"),
+    "model": ("no-such-alias", "qwen3-0.6b", "a/b", "a//b", "../in/tiny.gguf", "../in", "../in/texts/story.txt", "gpt2"),
     "backend": ("onnx", "torch", "ONNX"),
     "precision": ("fp32", "fp16", "int8", "int4"),
     "objective": ("paper", "priced"),
