@@ -13,8 +13,8 @@ import torch
 
 from ara.models.placement import choose_placement, torch_dtype
 
-# Multiplications and additions, as if all of the demo (DEMO_FLAGS of the Makefile) were products of this kind: it took 269 s
-# in float32 with AVX2 on 2 cores of an AMD EPYC that does 192 GFLOP/s of them.
+# Multiplications and additions, as if all of the demo (DEMO_FLAGS of the Makefile) were products of this kind: it took
+# 269 s in float32 with AVX2 on 2 cores of an AMD EPYC that does 192 GFLOP/s of them.
 _WORK = 4.0e13
 # What does not depend on that: reading the GGUF file, decomposing, writing, in seconds of that processor.
 _REST = 60.0
