@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Torch's ways to say that memory is short: a class of its own for GPUs, else a RuntimeError with these words.
+_OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "alloc_failed")
 # Words by which safetensors and others wrap the operating system's errors (they do not keep errno).
 _DISK_FULL_WORDS = ("no space left on device", "os error 28", "disk quota exceeded")
 _FILE_LIMIT_WORDS = ("file too large", "os error 27")
@@ -110,6 +112,13 @@ def text_of(error: BaseException) -> str:
         return str(error)
     except Exception:
         return ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory is short; without importing torch, which is slow and may not be what failed."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(words in text_of(error).lower() for words in _OUT_OF_MEMORY_WORDS)
 
 
 def first_line(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from ara.errors import (
     InternalError,
     disk_full_error,
     first_line,
+    is_out_of_memory,
     open_files_error,
     text_of,
 )
@@ -46,9 +47,6 @@ _SHOWN = 200
 
 # An import that fails within these is a bug of ours.
 _OWN_PACKAGES = ("", "ara", "ara_cli", "export")
-
-# Torch's ways to say that memory is short: a class of its own for GPUs, else a RuntimeError with these words.
-_OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ def _machine_error(error: BaseException, root: Path | None) -> AraError | None:
             f"a package that ara needs cannot be imported: {words[:_SHOWN]}",
             "install ara again in a fresh environment: pip install --force-reinstall ara-svd",
         )
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         # Torch goes on with pages of statistics.
         short = re.match(r".*?allocate [\d.]+ \w+", words)
         said = (short[0] if short else words[:200]).rstrip(".")
@@ -223,13 +221,6 @@ def _cache_dir() -> Path | None:
         return cache_dir()
     except AraError:
         return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Tell without importing torch, which is slow and may not be what failed."""
-    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
-        return True
-    return isinstance(error, RuntimeError) and any(known in text_of(error).lower() for known in _OUT_OF_MEMORY_WORDS)
 
 
 def command_line() -> str:

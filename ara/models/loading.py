@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from ara.errors import AraError, ModelError, first_line
+from ara.errors import AraError, ModelError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def forward_errors(model: torch.nn.Module) -> Iterator[None]:
     except (AraError, MemoryError, OSError):
         raise
     except Exception as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         other = "" if dtype == "float32" else "try --dtype float32; "
@@ -69,12 +69,6 @@ def forward_errors(model: torch.nn.Module) -> Iterator[None]:
             f"{type(model).__name__} fails in a forward pass in {dtype}: {type(error).__name__}: {first_line(error)}",
             f"{other}the model's own code in transformers {version('transformers')} does not run it as it is",
         ) from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    words = str(error).lower()
-    known = ("out of memory", "can't allocate memory", "alloc_failed")
-    return type(error).__name__ == "OutOfMemoryError" or any(word in words for word in known)
 
 
 def _unknown_rope(error: BaseException, config: PreTrainedConfig | None) -> tuple[str, str] | None:
