@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from ara.config import Layout
-from ara.errors import ModelError, NumericalError, first_line
+from ara.errors import ModelError, NumericalError, first_line, is_out_of_memory
 from ara.jsonfile import read_object
 from ara.models import modeling_ara
 from ara.models.completeness import check_loaded, stored_tensors, weight_files
@@ -193,7 +193,7 @@ def _read(folder: Path, dtype: torch.dtype | None, device: str | None = None) ->
     except MemoryError:
         raise
     except Exception as error:  # whatever a model's own code raises
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise
         reason, _hint = why_not_loaded(error)
         raise ModelError(f"{folder} cannot be loaded: {reason}", _AGAIN) from error

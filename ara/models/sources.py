@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ara.errors import AraError, ModelError, UnsupportedModelError, UsageError
+from ara.errors import AraError, ModelError, UnsupportedModelError, UsageError, is_out_of_memory
 from ara.files import expand_user
 from ara.models.aliases import ALIASES, DEMO
 from ara.models.completeness import check_loaded, check_range, stored_tensors, weight_files
@@ -127,7 +127,7 @@ class ModelSource:
         except (AraError, MemoryError):
             raise
         except Exception as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             reason, hint = why_not_loaded(error, self.config)
             raise ModelError(f"the {what} of {name} cannot be loaded: {reason}", hint or _hint(what, hub)) from error
@@ -256,11 +256,6 @@ def _looks_like_path(model: str) -> bool:
 def _refuse_revision(model: str, revision: str | None) -> None:
     if revision is not None:
         raise UsageError(f"--revision {revision} was given, but {model} is not on the hub", "leave --revision out")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Tell whether torch ran out of memory: true, but no fault of the model's files."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _hint(what: str, hub: bool) -> str:
