@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ara import bounds
 from ara.errors import ProblemsError
-from ara.evaluation.prompts import check_prompt
+from ara.prompts import check_prompt
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Layout = Literal["factors", "pivoted"]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ara.progress import Bar
-from ara_cli.words import percent, seconds_text
+from ara_cli.formatting import percent, seconds_text
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole

@@ -14,7 +14,7 @@ from ara.bounds import shown
 from ara.config import StageConfig
 from ara.errors import UsageError
 from ara.files import expand_user
-from ara.workspace import DEFAULT_ROOT
+from ara.workspace.store import DEFAULT_ROOT
 
 
 def field(config: type[StageConfig], name: str, *flags: str, metavar: str | None = None) -> Any:
@@ -140,7 +140,7 @@ def task_names(tasks: str, flag: str = "--tasks", what: str = "task", example: s
     Raises:
         UsageError: there is none.
     """
-    from ara.calibration.filespecs import split_names
+    from ara.data.filespecs import split_names
 
     names = tuple(split_names(tasks))
     if not names:

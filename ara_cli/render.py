@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ara.errors import CorruptedError
-from ara.following import next_command
 from ara.pipeline import STAGES
-from ara.stage_view import StageView
-from ara.workspace import Workspace
+from ara.workspace.following import next_command
+from ara.workspace.store import Workspace
+from ara.workspace.view import StageView
 from ara_cli.console import Column, Console
+from ara_cli.formatting import bytes_text, count_text, percent, seconds_text
 from ara_cli.render_bench import figure
 from ara_cli.render_eval import show_evaluation
 from ara_cli.shown import shown, shows_results
-from ara_cli.words import bytes_text, count_text, percent, seconds_text
 
 _LEFT: Literal["left"] = "left"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ara.stage_view import StageView
+from ara.workspace.view import StageView
 from ara_cli.console import Column, Console
+from ara_cli.formatting import count_text
 from ara_cli.shown import shows_results
-from ara_cli.words import count_text
 
 
 @shows_results

@@ -7,10 +7,10 @@ from typing import Any
 
 from ara.evaluation.paired import NOISE
 from ara.evaluation.tasks import mean_label
-from ara.stage_view import StageView
+from ara.workspace.view import StageView
 from ara_cli.console import Column, Console
+from ara_cli.formatting import count_text, percent
 from ara_cli.shown import shows_results
-from ara_cli.words import count_text, percent
 
 DENSE = "dense"
 # Metrics that are shares of questions or of words, beside all that begin with acc.

@@ -153,8 +153,8 @@ def _quiet_libraries(downloads: bool) -> None:
     """Set before transformers and datasets are imported; the user's own settings win.
 
     Args:
-        downloads: leave the hub's download bars to :func:`ara.models.quiet.quiet_transformers`, which a variable would
-            overrule.
+        downloads: leave the hub's download bars to :func:`ara.models.silence.silence_transformers`, which a variable
+            would overrule.
     """
     settings = {
         "HF_HUB_DISABLE_TELEMETRY": "1",

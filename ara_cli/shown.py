@@ -8,8 +8,8 @@ from functools import wraps
 from typing import Concatenate, ParamSpec
 
 from ara.errors import CorruptedError, first_line
-from ara.manifest import remake
-from ara.stage_view import StageView
+from ara.workspace.manifest import remake
+from ara.workspace.view import StageView
 from ara_cli.console import Console
 
 _Rest = ParamSpec("_Rest")

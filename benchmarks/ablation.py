@@ -20,7 +20,7 @@ from ara.stages.common import Run
 from ara.stages.decompose import decompose
 from ara.stages.train_masks import train_masks
 from ara_cli.console import Column, Console
-from ara_cli.words import seconds_text
+from ara_cli.formatting import seconds_text
 
 # Adam moves little per step, and is given many.
 SMALL_STEPS = {"batch": 4}

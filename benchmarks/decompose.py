@@ -32,14 +32,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ara.calibration.moments import collect_moments, shared_inputs
-from ara.calibration.texts import load_documents
-from ara.calibration.tokens import calibration_windows
+from ara.data.texts import load_documents
+from ara.data.tokens import calibration_windows
 from ara.decomposition.base import Factors
 from ara.decomposition.parallel import map_layers
 from ara.decomposition.subspace import weighted_factors
-from ara.models.linears import LinearSpec, find_linears, weight_of
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import resolve
+from ara.models.weights import LinearSpec, find_linears, weight_of
 
 
 def textbook(weight: torch.Tensor, gram: torch.Tensor) -> Factors:

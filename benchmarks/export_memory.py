@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ara.models.linears import LinearSpec
-from ara.models.modeling_ara import FORMATS, AraConfig
+from ara.layouts.modeling_ara import FORMATS, AraConfig
+from ara.models.weights import LinearSpec
 from ara_cli.console import Console
-from ara_cli.words import bytes_text, seconds_text
+from ara_cli.formatting import bytes_text, seconds_text
 
 HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 4096, 11008, 32, 32000
 SHAPES = {

@@ -22,25 +22,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ara.allocation.allocation import Module
-from ara.allocation.budget import Budget
 from ara.allocation.uniform import Uniform
 from ara.config import DecomposeConfig, Layout
 from ara.evaluation.cost import Case
 from ara.evaluation.speed import Runner, TorchRunner, interleaved_seconds
+from ara.layouts.modeling_ara import CompressedLinear, LowRankLinear, PivotedLinear, replace_linear
 from ara.models.checkpoint import apply_factors, load, save_checkpoint
-from ara.models.linears import find_linears
-from ara.models.modeling_ara import CompressedLinear, LowRankLinear, PivotedLinear, replace_linear
-from ara.models.quiet import quiet_transformers
+from ara.models.silence import silence_transformers
+from ara.models.weights import find_linears
+from ara.solver.budget import Budget
+from ara.solver.problem import Module
 from ara.stages.allocate import load_modules
 from ara.stages.common import Run, factor_files, model_of
 from ara.stages.decompose import decompose
 from ara_cli.console import Column, Console
-from export.bench import OnnxRunner, count_checkpoint, parameters_of
 from export.config import ExportConfig
-from export.report import read_report
+from export.onnx.bench import OnnxRunner, count_checkpoint, parameters_of
+from export.onnx.report import read_report
+from export.onnx.weights import Checkpoint
 from export.stage import export_folder
-from export.weights import Checkpoint
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
 LAYOUTS: tuple[Layout, ...] = ("factors", "pivoted")
@@ -51,7 +51,7 @@ def dense_folder(arguments: argparse.Namespace, run: Run) -> Path:
     folder: Path = arguments.workspace / "dense"
     if (folder / "config.json").exists():
         return folder
-    with quiet_transformers():
+    with silence_transformers():
         if arguments.shapes == "demo":
             from ara.models.sources import resolve
 

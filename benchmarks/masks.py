@@ -19,15 +19,15 @@ from pathlib import Path
 
 import torch
 
-from ara.allocation.budget import Budget
 from ara.allocation.energy import Energy
 from ara.allocation.uniform import Uniform
 from ara.config import AllocateConfig
-from ara.masks.losses import token_losses
 from ara.masks.model import LossKind
+from ara.models.losses import token_losses
+from ara.solver.budget import Budget
 from ara.stages.allocate import load_modules
 from ara.stages.common import Run, model_of, specs_of
-from ara.stages.lab import open_lab, placed
+from ara.stages.tuning import open_tuning_context, placed
 from ara_cli.console import Column, Console
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     workspace = run.open()
     view = workspace.require("decompose", arguments.factors)
     config = placed(AllocateConfig(), run)
-    context = open_lab(view, specs_of(view), config, workspace, run)
+    context = open_tuning_context(view, specs_of(view), config, workspace, run)
     modules, model = load_modules(view), context.model
     budget = Budget.for_keep([module.spec for module in modules], arguments.keep)
     cuts = {name: kind().allocate(modules, budget).ranks for name, kind in (("uniform", Uniform), ("energy", Energy))}

@@ -40,7 +40,7 @@ from benchmarks.quality_rows import FORMS, Row, wanted
 from benchmarks.quality_table import TABLE_KEEPS, TASKS, show
 
 if TYPE_CHECKING:
-    from ara.allocation.allocation import Allocation
+    from ara.solver.problem import Allocation
 
 
 class Bench:
@@ -111,16 +111,16 @@ class Bench:
 
     def load(self, factors: str) -> None:
         """Bring a model with these factors, and the texts, into memory."""
-        from ara.calibration.texts import load_documents
-        from ara.calibration.tokens import evaluation_windows
+        from ara.data.texts import load_documents
+        from ara.data.tokens import evaluation_windows
         from ara.stages.common import model_of, specs_of
-        from ara.stages.lab import open_lab, placed
+        from ara.stages.tuning import open_tuning_context, placed
 
         if self.loaded == factors:
             return
         view, workspace = self.views[factors], self.run.open()
         config = placed(AllocateConfig(), self.run)
-        self.context = open_lab(view, specs_of(view), config, workspace, self.run)
+        self.context = open_tuning_context(view, specs_of(view), config, workspace, self.run)
         tokenizer = model_of(view, self.run).load_tokenizer()
         limit, length = self.arguments.windows, self.arguments.seq_len
         self.texts = {
@@ -189,11 +189,11 @@ class Bench:
 
     def _allocation(self, row: Row) -> tuple[Allocation, dict[str, Any]]:
         from ara.allocation import ALLOCATORS
-        from ara.allocation.budget import Budget
-        from ara.allocation.optimum import best_ranks
-        from ara.allocation.probed import Probed
         from ara.allocation.sensitivity import Sensitivity, sensitivity_of
+        from ara.allocation.single_layer_probes import Probed
         from ara.config import method_options
+        from ara.solver.budget import Budget
+        from ara.solver.optimum import best_ranks
         from ara.stages.allocate import load_modules
 
         if row.method in FORMS:
@@ -233,8 +233,8 @@ class Bench:
 
     def _trained(self, row: Row) -> tuple[Allocation, dict[str, Any]]:
         """Train as ``ara train-masks`` does, at all budgets in one go."""
-        from ara.allocation.ranks_file import from_table
-        from ara.stages.learned import training_cost
+        from ara.artifacts.ranks import from_table
+        from ara.artifacts.training import training_cost
         from ara.stages.train_masks import train_masks
 
         settings = self._settings(row)
@@ -270,7 +270,7 @@ def _commit() -> str | None:
 
 def check(bench: Bench, windows: int) -> None:
     """Compare the dense row, and that of ara at the largest budget in each layout, with independent computations."""
-    from ara.allocation.ranks_file import from_table
+    from ara.artifacts.ranks import from_table
     from ara.stages.common import specs_of
 
     keep, seq_len = bench.arguments.keep[0], bench.arguments.seq_len

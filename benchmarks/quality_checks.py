@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ara.allocation.allocation import Allocation
 from ara.config import Layout
-from ara.stage_view import StageView
+from ara.solver.problem import Allocation
 from ara.stages.common import Run, factor_files, model_of, specs_of
+from ara.workspace.view import StageView
 
 
 def independent_perplexity(model: Any, tokenizer: Any, windows: int, seq_len: int) -> float:

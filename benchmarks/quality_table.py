@@ -20,7 +20,7 @@ from typing import Any
 
 from ara.reporting.figures import keep_curves
 from ara_cli.console import Column, Console
-from ara_cli.words import percent, seconds_text
+from ara_cli.formatting import percent, seconds_text
 
 TASKS = ("wikitext2", "c4")
 # Budgets of the README's table.

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from ara.calibration.texts import load_documents
-from ara.calibration.tokens import evaluation_windows
-from ara.evaluation.perplexity import window_nll
+from ara.data.texts import load_documents
+from ara.data.tokens import evaluation_windows
 from ara.models.checkpoint import load
-from ara.models.linears import find_blocks
+from ara.models.likelihood import window_nll
+from ara.models.weights import find_blocks
 from ara_cli.console import Column, Console
-from export.quantize import rounded
+from export.onnx.quantize import rounded
 
 BITS = (8, 4)
 

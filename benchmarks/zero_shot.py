@@ -25,12 +25,12 @@ from typing import Any
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
 from ara.evaluation.tasks import LOCAL, definition, expand, is_text
 from ara.models.placement import torch_dtype
-from ara.stage_view import StageView
 from ara.stages.allocate import allocate
 from ara.stages.common import Run, model_of
 from ara.stages.decompose import decompose
 from ara.stages.evaluate import evaluate
 from ara.stages.truncate import truncate
+from ara.workspace.view import StageView
 from ara_cli.console import Column, Console
 from ara_cli.render_eval import show_evaluation
 

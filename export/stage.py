@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ara.errors import OutputError, UsageError, disk_errors
 from ara.files import remove
-from ara.locking import LOCK_FILE, OWNER_FILE, exclusive
-from ara.manifest import file_sha256
-from ara.stage_view import StageView, parent_of
 from ara.stages.common import Run, already_done, begin
 from ara.stages.truncate import CHECKPOINT
+from ara.workspace.locking import LOCK_FILE, OWNER_FILE, exclusive
+from ara.workspace.manifest import file_sha256
+from ara.workspace.view import StageView, parent_of
 from export.config import ExportConfig
-from export.report import REPORT_FILE, ExportReport
-from export.weights import Checkpoint
+from export.onnx.report import REPORT_FILE, ExportReport
+from export.onnx.weights import Checkpoint
 
 # Ends of the names of what lies beside a folder while it is written, and of the old one inside.
 _WORK = ".ara-export"
@@ -35,7 +35,7 @@ def export(config: ExportConfig, run: Run, *, checkpoint: str | None = None, nam
     Raises:
         AraError: no checkpoint, a family or precision that cannot be exported, a graph that is not the checkpoint.
     """
-    from export.onnx_target import resolve, write_onnx
+    from export.onnx.target import resolve, write_onnx
 
     started = begin(checkpoint, name)
     resolved, dense = resolve(config), _dense_graph(config)
@@ -87,7 +87,7 @@ def export_folder(
     Raises:
         AraError: as :func:`export`; ``output`` is not empty.
     """
-    from export.onnx_target import resolve, source_hash, write_onnx
+    from export.onnx.target import resolve, source_hash, write_onnx
 
     resolved, dense = resolve(config), _dense_graph(config)
     if output.is_symlink():

@@ -62,8 +62,8 @@ def tiny_settings(tiny_llama: Path, tiny_text: str) -> dict[str, Any]:
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, Any], tiny_text: str) -> Path:
     """Return a workspace with all stages done at keep 0.7; only to be read (see :func:`copied`)."""
     from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
-    from ara.pipeline import run_pipeline
     from ara.stages.common import Run
+    from ara.stages.run import run_pipeline
 
     root = tmp_path_factory.mktemp("finished") / "ws"
     run_pipeline(

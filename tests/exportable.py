@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ara.decomposition.plain import Plain
 from ara.models.checkpoint import apply_factors, save_checkpoint
-from ara.models.linears import find_linears, weight_of
-from ara.models.quiet import quiet_transformers
+from ara.models.silence import silence_transformers
+from ara.models.weights import find_linears, weight_of
 from tests.tiny import tiny_config, tiny_tokenizer
 
 SIZES: dict[str, Any] = {"hidden_size": 102, "head_dim": 16, "max_position_embeddings": 200}
@@ -44,7 +44,7 @@ def make_checkpoint(root: Path, family: str, layout: Any, **changes: Any) -> Mad
             elif "norm" in name:  # weights of one would hide a norm that lost its own
                 torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.2)
     folder = root / "checkpoint"
-    with quiet_transformers():
+    with silence_transformers():
         if layout is None:
             model.save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)

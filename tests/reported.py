@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ara.allocation.allocation import Allocation, Module
-from ara.manifest import FORMAT_VERSION, Manifest
-from ara.models.linears import LinearSpec
+from ara.models.weights import LinearSpec
 from ara.reporting.gather import Made, Sources
+from ara.solver.problem import Allocation, Module
+from ara.workspace.manifest import FORMAT_VERSION, Manifest
 
 MODEL = {
     "requested": "work/llama",

@@ -137,6 +137,6 @@ def tiny_texts(count: int = 300) -> list[str]:
 
 def story() -> str:
     """Return what ``ara eval`` calls the text of the fixture ``tiny_text``: its stem and the start of its checksum."""
-    from ara.calibration.texts import _documents
+    from ara.data.texts import _documents
 
     return f"story-{_documents('file:story.jsonl', 'evaluation', tiny_texts(), '').digest[:8]}"

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ara.allocation.allocation import Module
-from ara.allocation.base import Context
 from ara.decomposition.subspace import weighted_factors
+from ara.masks.context import TuningContext
 from ara.masks.model import MaskedModel
-from ara.models.linears import find_linears
+from ara.models.weights import find_linears
+from ara.solver.problem import Module
 from ara.stages.common import layer_file
 
 VOCABULARY = 19
@@ -98,7 +98,7 @@ def _normed(x: torch.Tensor) -> torch.Tensor:
     return x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
 
 
-def toy_problem(folder: Path, shapes: Sequence[tuple[int, int]], seed: int = 0) -> tuple[list[Module], Context]:
+def toy_problem(folder: Path, shapes: Sequence[tuple[int, int]], seed: int = 0) -> tuple[list[Module], TuningContext]:
     """Factorise a toy model by plain SVD.
 
     Args:
@@ -124,7 +124,7 @@ def toy_problem(folder: Path, shapes: Sequence[tuple[int, int]], seed: int = 0) 
             files[spec.name] = folder / layer_file(layer)
         save_file(tensors, folder / layer_file(layer))
     masked = MaskedModel(model, [module.spec for module in modules], files)
-    return modules, Context(masked, train=windows[:6], held_out=windows[6:], seed=seed)
+    return modules, TuningContext(masked, train=windows[:6], held_out=windows[6:], seed=seed)
 
 
 @torch.no_grad()

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ara.allocation.allocation import Allocation, Module
-from ara.allocation.base import Allocator, Context
-from ara.allocation.budget import Budget
-from ara.allocation.optimum import best_ranks
+from ara.allocation.base import Allocator
 from ara.config import MaskTrainingOptions
-from ara.masks.ara import ara_family, needs_table, sensitivity_table
-from ara.masks.learned import nearest
-from ara.masks.training import trained_allocation
+from ara.masks.ara_family import ara_family, needs_table, sensitivity_table
+from ara.masks.context import TuningContext
+from ara.masks.loop import trained_allocation
+from ara.masks.rank_losses import nearest
+from ara.solver.budget import Budget
+from ara.solver.optimum import best_ranks
+from ara.solver.problem import Allocation, Module
 
 
 class Ara(Allocator):
@@ -24,7 +25,7 @@ class Ara(Allocator):
     Options = MaskTrainingOptions
     needs_model = True
 
-    def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
+    def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
         """Meet the budget with what was learned; trains here and now when nothing was."""
         assert context is not None and isinstance(self.options, MaskTrainingOptions)
         if context.learned:
@@ -40,7 +41,7 @@ class Ara(Allocator):
         family = ara_family(self.options, modules, budget, table)
         return trained_allocation(family, context, self.options, "Training masks")
 
-    def starts(self, modules: Sequence[Module], budget: Budget, context: Context) -> dict[str, Allocation]:
+    def starts(self, modules: Sequence[Module], budget: Budget, context: TuningContext) -> dict[str, Allocation]:
         """Return what the sensitivity table alone would give."""
         if context.table is None:
             return {}

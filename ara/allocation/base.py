@@ -2,49 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
-import torch
-
-from ara.allocation.allocation import Allocation, Module
-from ara.allocation.budget import Budget
 from ara.config import Layout
 from ara.decomposition.base import MethodOptions
-from ara.progress import SILENT, Reporter
-
-if TYPE_CHECKING:
-    from ara.masks.learned import LearnedLosses
-    from ara.masks.model import MaskedModel
-    from ara.masks.table_cache import TableCache
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """What an allocator that looks at the model may use.
-
-    Attributes:
-        model: with all layers dense; an allocator may cut it as it likes.
-        train: (w, t) int64 calibration windows to learn from.
-        held_out: (w, t) int64 calibration windows to compare candidates on, at least one window away from ``train``.
-        batch_size: windows per pass.
-        seed: of everything random.
-        report: progress.
-        learned: what ``ara train-masks`` has found, by budget; ``None`` when there was no training.
-        table: the sensitivity table that it began with; ``None`` where it needed none.
-        table_cache: where sensitivity tables are kept; ``None``: every one is made anew.
-    """
-
-    model: MaskedModel
-    train: torch.Tensor
-    held_out: torch.Tensor
-    batch_size: int = 4
-    seed: int = 0
-    report: Reporter = SILENT
-    learned: Sequence[LearnedLosses] | None = None
-    table: Mapping[str, torch.Tensor] | None = None
-    table_cache: TableCache | None = None
+from ara.masks.context import TuningContext
+from ara.solver.budget import Budget
+from ara.solver.problem import Allocation, Module
 
 
 class Allocator:
@@ -52,7 +17,7 @@ class Allocator:
 
     Class attributes:
         Options: the method's own options.
-        needs_model: whether :meth:`allocate` must be given a :class:`Context`.
+        needs_model: whether :meth:`allocate` must be given a :class:`TuningContext`.
         layouts: those whose costs it knows.
     """
 
@@ -63,7 +28,7 @@ class Allocator:
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options = options or self.Options()
 
-    def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
+    def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
         """Choose a rank, or dense, for every module.
 
         Args:
@@ -76,6 +41,6 @@ class Allocator:
         """
         raise NotImplementedError
 
-    def starts(self, modules: Sequence[Module], budget: Budget, context: Context) -> dict[str, Allocation]:
+    def starts(self, modules: Sequence[Module], budget: Budget, context: TuningContext) -> dict[str, Allocation]:
         """Return the simpler allocations that this method set out from, by name, for the guard to compare with."""
         return {}

@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from ara.allocation.allocation import Allocation
-from ara.allocation.budget import Budget
-from ara.allocation.knapsack import exact_minimise
-from ara.allocation.probed import Probed
-from ara.models.linears import LinearSpec
+from ara.allocation.single_layer_probes import Probed
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget
+from ara.solver.knapsack import exact_minimise
+from ara.solver.problem import Allocation
 
 
 class DpKl(Probed):

@@ -13,15 +13,16 @@ from collections.abc import Sequence
 
 import torch
 
-from ara.allocation.allocation import Allocation, Module
-from ara.allocation.base import Allocator, Context
-from ara.allocation.budget import Budget, minimise_loss
+from ara.allocation.base import Allocator
+from ara.masks.context import TuningContext
+from ara.solver.budget import Budget, minimise_loss
+from ara.solver.problem import Allocation, Module
 
 
 class Energy(Allocator):
     """Least sum over layers of the discarded fraction of energy, weighted by parameters."""
 
-    def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
+    def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
         """Minimise the summed relative energy loss, weighted by parameters, under the budget."""
         specs = [module.spec for module in modules]
         choices = [budget.choices(spec) for spec in specs]

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ara.allocation.allocation import Allocation
-from ara.allocation.base import Context
 from ara.errors import NumericalError
+from ara.masks.context import TuningContext
+from ara.solver.problem import Allocation
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Verdict:
     stderr: Mapping[str, float | None]
 
 
-def compare_candidates(candidates: Mapping[str, Allocation], context: Context) -> Verdict:
+def compare_candidates(candidates: Mapping[str, Allocation], context: TuningContext) -> Verdict:
     """Read the held-out windows with every candidate; the first named wins a tie, and NaN never wins.
 
     Args:

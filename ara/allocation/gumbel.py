@@ -31,13 +31,14 @@ import torch
 from pydantic import Field
 
 from ara import bounds
-from ara.allocation.allocation import Allocation, Module
-from ara.allocation.base import Allocator, Context
-from ara.allocation.budget import Budget
-from ara.allocation.rounding import proportional, without_choice
+from ara.allocation.base import Allocator
 from ara.decomposition.base import MethodOptions
-from ara.masks.family import Cut, MaskFamily
-from ara.masks.training import trained_allocation
+from ara.masks.context import TuningContext
+from ara.masks.loop import trained_allocation
+from ara.masks.mask_family import Cut, MaskFamily
+from ara.solver.budget import Budget
+from ara.solver.problem import Allocation, Module
+from ara.solver.rounding import proportional, without_choice
 
 # Noise stays finite: the smallest and the largest uniform number, as distances from 0 and 1.
 _EDGE = 1e-7
@@ -76,7 +77,7 @@ class Gumbel(Allocator):
     needs_model = True
     layouts = ("factors",)
 
-    def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
+    def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
         """Train masks; return the best allocation seen on held-out text, the start's included."""
         assert context is not None and isinstance(self.options, GumbelOptions)
         family = GumbelMasks(modules, budget, self.options)

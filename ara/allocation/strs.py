@@ -19,10 +19,10 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-from ara.allocation.allocation import Allocation
-from ara.allocation.budget import Budget, spend_rest
-from ara.allocation.probed import Probed
-from ara.models.linears import LinearSpec
+from ara.allocation.single_layer_probes import Probed
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget, spend_rest
+from ara.solver.problem import Allocation
 
 
 class Strs(Probed):

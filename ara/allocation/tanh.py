@@ -26,13 +26,14 @@ import torch
 from pydantic import Field
 
 from ara import bounds
-from ara.allocation.allocation import Allocation, Module
-from ara.allocation.base import Allocator, Context
-from ara.allocation.budget import Budget
-from ara.allocation.rounding import proportional, without_choice
+from ara.allocation.base import Allocator
 from ara.decomposition.base import MethodOptions
-from ara.masks.family import Cut, MaskFamily
-from ara.masks.training import trained_allocation
+from ara.masks.context import TuningContext
+from ara.masks.loop import trained_allocation
+from ara.masks.mask_family import Cut, MaskFamily
+from ara.solver.budget import Budget
+from ara.solver.problem import Allocation, Module
+from ara.solver.rounding import proportional, without_choice
 
 
 class TanhOptions(MethodOptions):
@@ -67,7 +68,7 @@ class Tanh(Allocator):
     needs_model = True
     layouts = ("factors",)
 
-    def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
+    def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
         """Train positions; return the best allocation seen on held-out text, the uniform start included."""
         assert context is not None and isinstance(self.options, TanhOptions)
         family = TanhMasks(modules, budget, self.options)

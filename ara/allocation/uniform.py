@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ara.allocation.allocation import Allocation, Module
-from ara.allocation.base import Allocator, Context
-from ara.allocation.budget import Budget, spend_rest
-from ara.models.linears import LinearSpec
+from ara.allocation.base import Allocator
+from ara.masks.context import TuningContext
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget, spend_rest
+from ara.solver.problem import Allocation, Module
 
 
 class Uniform(Allocator):
     """The largest rank within keep · mn parameters; what rounding leaves goes to the layers that lost most."""
 
-    def allocate(self, modules: Sequence[Module], budget: Budget, context: Context | None = None) -> Allocation:
+    def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
         """Give every module the same fraction of its parameters, save those that must have more."""
         specs = [module.spec for module in modules]
         choices = [budget.choices(spec) for spec in specs]

@@ -12,8 +12,8 @@ from torch import nn
 
 from ara.calibration.moments import InputAccumulator
 from ara.errors import NumericalError
-from ara.masks.losses import sampled_targets, token_losses
-from ara.models.linears import LinearSpec, find_blocks
+from ara.models.losses import sampled_targets, token_losses
+from ara.models.weights import LinearSpec, find_blocks
 from ara.progress import SILENT, Reporter
 
 Targets = Literal["model", "text"]

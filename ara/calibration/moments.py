@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ara.errors import NumericalError, UnsupportedModelError
-from ara.models.linears import LinearSpec, find_blocks
 from ara.models.loading import forward_errors
+from ara.models.weights import LinearSpec, find_blocks
 from ara.progress import SILENT, Reporter
 
 # Columns of one block of the symmetric product; blocks below the diagonal are mirrored, not computed.

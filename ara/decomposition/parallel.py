@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import torch
 
-from ara.models.linears import LinearSpec
 from ara.models.memory import available_bytes
+from ara.models.weights import LinearSpec
 
 R = TypeVar("R")
 S = TypeVar("S")

@@ -17,9 +17,9 @@ import numpy as np
 
 from ara.errors import AraError, DataError, NumericalError, first_line
 from ara.evaluation.generation import LogitsCheck, check_logits
-from ara.evaluation.tasks import Task, missing_module, quiet_lm_eval
+from ara.evaluation.tasks import Task, missing_module, silence_lm_eval
 from ara.models.context import context_length
-from ara.models.quiet import quiet_transformers
+from ara.models.silence import silence_transformers
 from ara.models.vocabulary import check_tokens, padded_with_row, token_rows
 from ara.progress import SILENT, Bar, Reporter
 
@@ -98,7 +98,7 @@ def ask(
     from lm_eval.evaluator import evaluate
 
     definition = task.definition
-    with _as_before(), quiet_transformers(), quiet_lm_eval(), _errors(label):
+    with _as_before(), silence_transformers(), silence_lm_eval(), _errors(label):
         if definition.get_config("num_fewshot") is None:
             definition.set_config(key="num_fewshot", value=0)
         definition.set_fewshot_seed(seed=_EXAMPLES_SEED)

@@ -22,12 +22,9 @@ import torch
 
 from ara.errors import NumericalError
 from ara.evaluation.divergence import Divergence, summarise_divergence, window_divergence
-from ara.models.likelihood import token_nll
+from ara.models.likelihood import window_nll
 from ara.models.loading import forward_errors
 from ara.progress import SILENT, Reporter
-
-# Bytes of float32 logits that one chunk of rows may hold; 128 rows for a vocabulary of 131,072.
-CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -75,30 +72,6 @@ class VariantRun:
     result: PerplexityResult
     tokens_per_second: Spread
     divergence: Divergence | None = None
-
-
-def window_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return the mean negative log-likelihood of each window.
-
-    Works in chunks of rows, so that beside ``logits`` only about :data:`CHUNK_BYTES` of float32 copies exist.
-
-    Args:
-        logits: (b, t, v), any floating dtype; position i predicts token i + 1.
-        ids: (b, t) int64 token ids, on the same device.
-
-    Returns:
-        (b,) float64 on the CPU, nats per predicted token; NaN where a logit is.
-    """
-    batch, length, vocabulary = logits.shape
-    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
-    # On the CPU: Apple GPUs have no float64.
-    total = torch.zeros(batch, dtype=torch.float64)
-    for window in range(batch):
-        for start in range(0, length - 1, rows):
-            end = min(start + rows, length - 1)
-            losses = token_nll(logits[window, start:end], ids[window, start + 1 : end + 1])
-            total[window] += losses.cpu().sum(dtype=torch.float64)
-    return total / (length - 1)
 
 
 def summarise(window_nlls: Sequence[float], seq_len: int) -> PerplexityResult:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ara.errors import DataError, first_line
 from ara.files import check_regular, expand_user, read_bytes
-from ara.manifest import file_sha256
+from ara.workspace.manifest import file_sha256
 
 # Beside task files (.yaml): what their functions are, and may read.
 _CONTENT = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".jinja", ".j2")
@@ -118,10 +118,10 @@ def open_task_folders(names: Sequence[str]) -> TaskFolders | None:
 def _manager(paths: tuple[Path, ...], defaults: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
-    from ara.evaluation.tasks import quiet_lm_eval
+    from ara.evaluation.tasks import silence_lm_eval
 
     try:
-        with quiet_lm_eval():
+        with silence_lm_eval():
             return TaskManager(include_defaults=defaults, include_path=list(paths))
     except Exception as error:  # a name that is no string, for one
         raise DataError(

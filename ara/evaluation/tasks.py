@@ -20,8 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ara.calibration.filespecs import FILE_PREFIX
-from ara.calibration.texts import DATA_DIR_VARIABLE, TEXTS, check_text_spec, data_dir, quiet_datasets
+from ara.data.filespecs import FILE_PREFIX
+from ara.data.texts import DATA_DIR_VARIABLE, TEXTS, check_text_spec, data_dir, silence_datasets
 from ara.errors import AraError, DataError, UsageError, first_line, near_matches
 from ara.evaluation.task_folders import TaskFolders
 from ara.models.cache import cache_dir
@@ -164,7 +164,7 @@ def load_tasks(name: str, report: Reporter = SILENT, own: TaskFolders | None = N
     files = _local_files(name) if name in LOCAL else None
     report.fact(f"reading the questions of {name}" + ("" if files else " (Hugging Face hub)"))
     try:
-        with quiet_datasets(), quiet_lm_eval():
+        with silence_datasets(), silence_lm_eval():
             return [
                 _task(found, definition, f"file {next(iter(files.values()))}" if files else None)
                 for found, definition in _load(name).items()
@@ -192,7 +192,7 @@ def _own_tasks(name: str, own: TaskFolders) -> list[Task]:
     """Load a task of the user; whatever it raises is told with its file."""
     path = own.file_of(name)
     try:
-        with quiet_datasets(), quiet_lm_eval():
+        with silence_datasets(), silence_lm_eval():
             loaded = own.manager(name).load(name)["tasks"]
             return [
                 _task(found, definition, f"file {own.files[found]}" if own.files.get(found) else None)
@@ -318,12 +318,12 @@ def _manager(folder: str | None) -> Any:
     """Return lm-eval's index of ``folder`` alone, or of all that comes with it."""
     from lm_eval.tasks import TaskManager
 
-    with quiet_lm_eval():
+    with silence_lm_eval():
         return TaskManager(include_defaults=folder is None, include_path=folder)
 
 
 @contextmanager
-def quiet_lm_eval() -> Iterator[None]:
+def silence_lm_eval() -> Iterator[None]:
     """Keep what lm-eval says besides errors, and its bars, off the terminal inside the block."""
     from tqdm import tqdm
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ara.models.linears import bias_of, weight_of
+from ara.models.weights import bias_of, weight_of
 
 # Called in the backward pass with h ⊙ q, (tokens, r): the first-order effect of each component at each token.
 Observer = Callable[[torch.Tensor], None]

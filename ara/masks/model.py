@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 
 from ara.errors import NumericalError
-from ara.evaluation.perplexity import window_nll
+from ara.layouts.modeling_ara import replace_linear
 from ara.masks.linear import MaskedLinear
-from ara.masks.losses import sampled_targets, token_losses
-from ara.models.linears import LinearSpec
-from ara.models.modeling_ara import replace_linear
+from ara.models.likelihood import window_nll
+from ara.models.losses import sampled_targets, token_losses
+from ara.models.weights import LinearSpec
 from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:

@@ -5,16 +5,16 @@ Around a cut with ranks k⁰ the loss of other ranks is, to second order in the 
     L_i(k) ≈ Σ_j (1[j ≤ k] − 1[j ≤ k⁰_i]) ∂L/∂p_ij  +  κ |T_i(k) − T_i(k⁰_i)|
 
 The first term is the straight-through gradient, which sees all that the other layers' errors do to this one. The
-second is the Gauss-Newton curvature, read off the sensitivity table T (:mod:`ara.masks.sensitivity`): T_i(k) is half
-the mean square of a tail sum whose terms are nearly uncorrelated, so the components between k and k⁰ have the
+second is the Gauss-Newton curvature, read off the sensitivity table T (:mod:`ara.masks.sensitivity_table`): T_i(k)
+is half the mean square of a tail sum whose terms are nearly uncorrelated, so the components between k and k⁰ have the
 difference. Gradients that agree with the table give the table again.
 
 Every step averages the new model into the old ones, V ← (1 − η) V + η L, and takes the ranks that are optimal for V
 under the budget, so the noise of a batch moves few ranks. The model holds near the cut alone, hence:
 
 - a step that would move more than a given share of all parameters is shortened, by way of η;
-- no layer falls below half of its rank in one step (:mod:`ara.masks.reach`); the start at what another budget has
-  learned is such a step, too;
+- no layer falls below half of its rank in one step (:mod:`ara.masks.trust_region`); starting from what another
+  budget has learned is such a step, too;
 - a step after which the loss is far higher has gone over a cliff: one component may hold up the whole model (in
   SmolLM2-135M the value projection of the first block). The gradient behind the cliff points back at it:
   the layers that it wants restored most are pinned at the rank that they had before (those that were dense at the
@@ -32,13 +32,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ara.allocation.allocation import Allocation, cost
-from ara.allocation.budget import Budget
-from ara.allocation.optimum import best_ranks
-from ara.masks.family import Cut, MaskFamily
+from ara.masks.mask_family import Cut, MaskFamily
 from ara.masks.model import MaskGradients
-from ara.masks.reach import above_floors, floors_below
-from ara.models.linears import LinearSpec
+from ara.masks.trust_region import above_floors, floors_below
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget
+from ara.solver.optimum import best_ranks
+from ara.solver.problem import Allocation, cost
 
 # A step was bad when the next batch's loss is this many times the one before, and more by this many standard errors.
 _BAD = 1.3

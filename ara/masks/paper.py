@@ -36,12 +36,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ara.allocation.allocation import Allocation
-from ara.allocation.budget import Budget
-from ara.allocation.rounding import proportional, without_choice
-from ara.masks.family import Cut, MaskFamily
+from ara.masks.mask_family import Cut, MaskFamily
 from ara.masks.staircase import Atoms
-from ara.models.linears import LinearSpec
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget
+from ara.solver.problem import Allocation
+from ara.solver.rounding import proportional, without_choice
 
 _BISECTIONS = 100
 # How far above 1 the share of a dense layer starts: near enough to come back, far enough not to fall by one step.

@@ -22,11 +22,11 @@ from collections.abc import Mapping
 
 import torch
 
-from ara.allocation.allocation import Allocation
-from ara.allocation.budget import Budget
-from ara.allocation.optimum import best_ranks
-from ara.masks.family import Cut, MaskFamily
+from ara.masks.mask_family import Cut, MaskFamily
 from ara.masks.staircase import Atoms
+from ara.solver.budget import Budget
+from ara.solver.optimum import best_ranks
+from ara.solver.problem import Allocation
 
 _BISECTIONS = 100
 

@@ -20,14 +20,14 @@ from torch import nn
 
 from ara.config import MethodOptions
 from ara.errors import NumericalError
-from ara.evaluation.perplexity import window_nll
 from ara.masks.model import MaskedModel
-from ara.models.linears import LinearSpec, find_blocks
+from ara.models.likelihood import window_nll
+from ara.models.weights import LinearSpec, find_blocks
 from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from ara.allocation.base import Context
-    from ara.allocation.budget import Budget
+    from ara.masks.context import TuningContext
+    from ara.solver.budget import Budget
 
 Measure = Literal["kl", "nll"]
 
@@ -106,7 +106,7 @@ class ProbeOptions(MethodOptions):
 
 
 def probe_choices(
-    context: Context, specs: Sequence[LinearSpec], budget: Budget, options: ProbeOptions, measure: Measure
+    context: TuningContext, specs: Sequence[LinearSpec], budget: Budget, options: ProbeOptions, measure: Measure
 ) -> list[dict[int, float]]:
     """Probe some of the ranks that a budget offers, on the first ``options.windows`` training windows.
 

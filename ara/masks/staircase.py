@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ara.allocation.budget import Budget
-from ara.models.linears import LinearSpec
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget
 
 # log of the weight of atoms that only fill the matrix up.
 _NEVER = -1e30

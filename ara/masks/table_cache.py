@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ara.errors import DiskFullError
 from ara.files import is_plain_file
 from ara.progress import SILENT, Reporter
-from ara.tensors import save_tensors, tensor_digests, written_aside
+from ara.workspace.tensors import save_tensors, tensor_digests, written_aside
 
 # Change it when tables are computed, or stored, otherwise.
 TABLE_FORMAT = 2

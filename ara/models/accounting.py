@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ara.models.modeling_ara import PivotedLinear
+from ara.layouts.modeling_ara import PivotedLinear
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -14,11 +14,8 @@ from safetensors import safe_open
 from ara.config import Layout
 from ara.errors import ModelError, NumericalError, first_line, is_out_of_memory
 from ara.jsonfile import read_object
-from ara.models import modeling_ara
-from ara.models.completeness import check_loaded, stored_tensors, weight_files
-from ara.models.linears import bias_of
-from ara.models.loading import why_not_loaded
-from ara.models.modeling_ara import (
+from ara.layouts import modeling_ara
+from ara.layouts.modeling_ara import (
     FORMATS,
     QUANT_METHOD,
     AraConfig,
@@ -30,10 +27,13 @@ from ara.models.modeling_ara import (
     densify,
     replace_linear,
 )
-from ara.models.pivoting import pivot
+from ara.layouts.pivoting import pivot
+from ara.models.completeness import check_loaded, stored_tensors, weight_files
+from ara.models.loading import why_not_loaded
 from ara.models.placement import choose_placement, torch_dtype
-from ara.models.quiet import quiet_transformers
+from ara.models.silence import silence_transformers
 from ara.models.tokenizer_check import check_tokenizer
+from ara.models.weights import bias_of
 from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def save_checkpoint(
         model.hf_quantizer = AraQuantizer(config)
         assert modeling_ara.__file__ is not None
         shutil.copyfile(modeling_ara.__file__, folder / CODE_FILE)
-    with quiet_transformers():
+    with silence_transformers():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
     # safetensors creates its files readable by their owner alone; a checkpoint is as shareable as its config.
@@ -179,7 +179,7 @@ def _read(folder: Path, dtype: torch.dtype | None, device: str | None = None) ->
     from transformers import AutoModelForCausalLM
 
     try:
-        with quiet_transformers():
+        with silence_transformers():
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype="auto" if dtype is None else dtype,
@@ -211,7 +211,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        with quiet_transformers():
+        with silence_transformers():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )

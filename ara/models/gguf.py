@@ -27,7 +27,7 @@ from ara.models.gguf_header import AGAIN, MAGIC
 from ara.models.gguf_keys import ELSEWHERE
 from ara.models.gguf_metadata import DERIVED_TENSORS, gguf_config
 from ara.models.gguf_parts import GgufContents, join, part_paths, parts_sha256, read_contents
-from ara.models.quiet import quiet_gguf, quiet_transformers
+from ara.models.silence import silence_gguf, silence_transformers
 from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class GgufFile:
         if _has_tokenizer(target):
             return target
         report.step(f"Reading config and tokenizer of {self.path.name} (once)")
-        with aside(target.parent) as folder, quiet_transformers(), self._errors():
+        with aside(target.parent) as folder, silence_transformers(), self._errors():
             from transformers import AutoTokenizer
 
             config = gguf_config(str(self.path), read_contents(self.parts))
@@ -108,7 +108,7 @@ class GgufFile:
             return target
         tokenizer = self.tokenizer_folder(report)
         report.step(f"Unpacking {self.path.name} to {number} (once)")
-        with aside(target.parent) as folder, quiet_transformers(), quiet_gguf(), self._errors():
+        with aside(target.parent) as folder, silence_transformers(), silence_gguf(), self._errors():
             made = folder / "made"
             shutil.copytree(tokenizer, made)
             self._unpack(dtype, made, folder)

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 from ara.errors import ModelError
 from ara.files import open_regular
-from ara.manifest import file_sha256
 from ara.models.gguf_header import AGAIN, MAGIC, GgufHeader, GgufTensor, read_header
+from ara.workspace.manifest import file_sha256
 
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"

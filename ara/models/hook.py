@@ -3,7 +3,7 @@
 ``import ara`` must stay cheap (the command line imports it for ``ara --help``), yet after it
 ``AutoModelForCausalLM.from_pretrained`` must know ``quant_method: ara``. So two small stand-ins go into transformers'
 quantizer tables: at once when these are already imported, else right after they get imported. The real classes, in
-:mod:`ara.models.modeling_ara`, are imported when the first ARA checkpoint is opened.
+:mod:`ara.layouts.modeling_ara`, are imported when the first ARA checkpoint is opened.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _TABLES = "transformers.quantizers.auto"
 class _ConfigStandIn:
     @staticmethod
     def from_dict(values: dict[str, Any], **kwargs: Any) -> Any:
-        from ara.models.modeling_ara import AraConfig
+        from ara.layouts.modeling_ara import AraConfig
 
         return AraConfig.from_dict(values, **kwargs)
 
 
 def _quantizer_stand_in(config: Any, **kwargs: Any) -> Any:
-    from ara.models.modeling_ara import AraQuantizer
+    from ara.layouts.modeling_ara import AraQuantizer
 
     return AraQuantizer(config, **kwargs)
 

@@ -15,6 +15,8 @@ import torch
 
 # Terms that are added up in float32: so few that the rounding is that of one number.
 _BLOCK = 256
+# Bytes of float32 logits that one chunk of rows may hold; 128 rows for a vocabulary of 131,072.
+CHUNK_BYTES = 64 * 2**20
 
 
 def wide_sum(terms: torch.Tensor) -> torch.Tensor:
@@ -64,6 +66,30 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         (rows), nats, see :func:`wide`; NaN where a logit is.
     """
     return log_normaliser(logits) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def window_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the mean negative log-likelihood of each window.
+
+    Works in chunks of rows, so that beside ``logits`` only about :data:`CHUNK_BYTES` of float32 copies exist.
+
+    Args:
+        logits: (b, t, v), any floating dtype; position i predicts token i + 1.
+        ids: (b, t) int64 token ids, on the same device.
+
+    Returns:
+        (b,) float64 on the CPU, nats per predicted token; NaN where a logit is.
+    """
+    batch, length, vocabulary = logits.shape
+    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
+    # On the CPU: Apple GPUs have no float64.
+    total = torch.zeros(batch, dtype=torch.float64)
+    for window in range(batch):
+        for start in range(0, length - 1, rows):
+            end = min(start + rows, length - 1)
+            losses = token_nll(logits[window, start:end], ids[window, start + 1 : end + 1])
+            total[window] += losses.cpu().sum(dtype=torch.float64)
+    return total / (length - 1)
 
 
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

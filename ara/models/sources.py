@@ -22,8 +22,8 @@ from ara.models.gguf import GgufFile
 from ara.models.hub import hub_errors, read_hub_config, unknown_model
 from ara.models.identity import ModelIdentity, folder_fingerprint
 from ara.models.loading import why_not_loaded
-from ara.models.quiet import quiet_transformers
-from ara.models.suitability import architecture_name, check_decoder_only, check_quantization
+from ara.models.silence import silence_transformers
+from ara.models.support import architecture_name, check_decoder_only, check_quantization
 from ara.models.tokenizer_check import check_tokenizer
 from ara.models.wheel import WHEEL_REQUIREMENT, fetch_demo_gguf
 from ara.progress import SILENT, Reporter
@@ -118,7 +118,7 @@ class ModelSource:
         hub = self.identity.kind == "hub"
         name = self.identity.location
         try:
-            with quiet_transformers(downloads=hub and self._report is not SILENT):
+            with silence_transformers(downloads=hub and self._report is not SILENT):
                 if hub:
                     with hub_errors(name, self.identity.revision):
                         yield
@@ -209,7 +209,7 @@ def _from_gguf(model: str, kind: str, location: str, gguf: GgufFile, report: Rep
 
 def _from_hub(model: str, repository: str, revision: str | None, report: Reporter) -> ModelSource:
     report.step(f"Looking up {repository}")  # without a network the hub library retries for 25 s before it gives up
-    with quiet_transformers():
+    with silence_transformers():
         raw, commit = read_hub_config(repository, revision)
     check_quantization(raw, repository)
     config = _load_config(repository, repository, commit, raw)
@@ -234,7 +234,7 @@ def _load_config(name: str, origin: str, commit: str | None, raw: dict[str, Any]
             "a newer transformers may: `pip install --upgrade transformers`",
         )
     try:
-        with quiet_transformers(), hub_errors(origin, commit):
+        with silence_transformers(), hub_errors(origin, commit):
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 origin, revision=commit or "main", trust_remote_code=False
             )

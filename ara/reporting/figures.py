@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ara.allocation.allocation import Allocation, cost
-from ara.models.linears import LinearSpec
+from ara.models.weights import LinearSpec
 from ara.printable import printable
+from ara.solver.problem import Allocation, cost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

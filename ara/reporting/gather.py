@@ -11,12 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from ara.allocation.allocation import Allocation, Module, cost
 from ara.errors import CorruptedError
-from ara.manifest import Manifest, remake
 from ara.reporting.document import Layer, Missing, Report, Work
-from ara.reporting.fronts import Measured, perplexity_fronts, speed_front
-from ara.reporting.headline import title, verdict
+from ara.reporting.pareto import Measured, perplexity_fronts, speed_front
 from ara.reporting.results import (
     UNIFORM,
     read_allocation,
@@ -30,6 +27,9 @@ from ara.reporting.results import (
     read_training,
     read_work,
 )
+from ara.reporting.summary import title, verdict
+from ara.solver.problem import Allocation, Module, cost
+from ara.workspace.manifest import Manifest, remake
 
 # Components of a spectrum that the report lists: so many evenly spread, so many in geometric progression, and the cut.
 _EVENLY = 16

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ara.printable import printable
 from ara.reporting import charts, tables
 from ara.reporting.document import Report
-from ara.reporting.headline import machine_words, runtime_words
+from ara.reporting.summary import machine_words, runtime_words
 from ara.version import __version__
 
 if TYPE_CHECKING:

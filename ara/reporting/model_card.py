@@ -10,12 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ara.manifest import Manifest
 from ara.printable import printable
 from ara.reporting.document import Evaluated, Report
 from ara.reporting.gather import basic_report
-from ara.reporting.headline import main_texts
 from ara.reporting.sharing import shared_command
+from ara.reporting.summary import main_texts
 from ara.reporting.tables import (
     Cell,
     Table,
@@ -26,6 +25,7 @@ from ara.reporting.tables import (
     size_table,
     text_table,
 )
+from ara.workspace.manifest import Manifest
 
 __all__ = ["card", "model_card", "shared_command"]
 

@@ -11,8 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ara.calibration.texts import FILE_PREFIX
-from ara.manifest import Manifest
+from ara.data.texts import FILE_PREFIX
 from ara.reporting.document import (
     Allocated,
     AllocatorRow,
@@ -44,6 +43,7 @@ from ara.reporting.document import (
     ZeroShot,
 )
 from ara.reporting.sharing import display_name, shared_origin, shared_text
+from ara.workspace.manifest import Manifest
 
 DENSE, UNIFORM = "dense", "uniform"
 

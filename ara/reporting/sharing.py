@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ara.calibration.texts import FILE_PREFIX
+from ara.data.texts import FILE_PREFIX
 
 # Options whose value is a path however it is written, and those whose value is never one.
 _PATH_OPTION = re.compile(r"-[a-z]*w|--workspace|--ranks|--include-path|--output|--model-card|--source")

@@ -28,8 +28,8 @@ from ara.reporting.document import (
     Work,
     ZeroShot,
 )
-from ara.reporting.headline import case_name, share_text
 from ara.reporting.results import DENSE, UNIFORM
+from ara.reporting.summary import case_name, share_text
 
 _NONE = "–"
 # Seconds below which milliseconds have more digits.

@@ -10,21 +10,21 @@ from typing import Any
 from safetensors import safe_open
 
 from ara.allocation import ALLOCATORS
-from ara.allocation.allocation import Allocation, Module, cost
 from ara.allocation.base import Allocator
-from ara.allocation.budget import Budget
 from ara.allocation.guard import Verdict, compare_candidates
-from ara.allocation.ranks_file import RANKS_FILE, ranks_document, read_layout, read_ranks
 from ara.allocation.uniform import Uniform
+from ara.artifacts.ranks import RANKS_FILE, ranks_document, read_layout, read_ranks
+from ara.artifacts.training import find_training, require_training, with_text_of, with_training
 from ara.config import AllocateConfig, BudgetConfig, Layout, TuningConfig, method_options
 from ara.errors import UsageError, WorkspaceError
-from ara.manifest import file_sha256
-from ara.models.linears import LinearSpec, matching
-from ara.stage_view import StageView, parent_of
+from ara.models.weights import LinearSpec, matching
+from ara.solver.budget import Budget
+from ara.solver.problem import Allocation, Module, cost
 from ara.stages.common import Run, already_done, begin, default_name, layer_file, specs_of
-from ara.stages.lab import open_lab, placed
-from ara.stages.learned import find_training, require_training, with_text_of, with_training
-from ara.workspace import Workspace
+from ara.stages.tuning import open_tuning_context, placed
+from ara.workspace.manifest import file_sha256
+from ara.workspace.store import Workspace
+from ara.workspace.view import StageView, parent_of
 
 # The method that stands for the best one that needs no further command.
 AUTO = "auto"
@@ -48,7 +48,7 @@ def allocate(
         name: of the result; says method and keep by default.
         ranks: take the ranks from this file instead of a method; with ``config.keep`` they are held to that budget.
         masks: name of the training that ``--method ara`` uses; by default the one that fits best, see
-            :func:`ara.stages.learned.find_training`.
+            :func:`ara.artifacts.training.find_training`.
 
     Raises:
         AraError: no decomposition, a budget that cannot be met, a ranks file that does not fit.
@@ -250,7 +250,7 @@ def _by_method(
     budget = budget_of(config, specs, config.keep)
     context = None
     if allocator.needs_model:
-        context = with_training(open_lab(decomposition, specs, config, workspace, run), trained)
+        context = with_training(open_tuning_context(decomposition, specs, config, workspace, run), trained)
     allocation = allocator.allocate(modules, budget, context)
     assert allocation.cost(specs) <= budget.parameters, f"{config.method} went over the budget"
     if context is None or not config.guard:

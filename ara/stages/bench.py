@@ -20,7 +20,7 @@ from ara.evaluation.speed import interleaved_seconds, summarise
 from ara.jsonfile import dump
 from ara.models.placement import choose_placement
 from ara.models.sources import ModelSource
-from ara.stage_view import StageView, parent_name, parent_of
+from ara.stages.bench_models import DENSE, BenchModel, BenchModels, FindExport, in_other, in_torch
 from ara.stages.common import (
     Run,
     already_done,
@@ -29,8 +29,8 @@ from ara.stages.common import (
     groups_in_memory,
     model_of,
 )
-from ara.stages.contenders import DENSE, Contender, FindExport, Lineup, in_other, in_torch
-from ara.workspace import Workspace
+from ara.workspace.store import Workspace
+from ara.workspace.view import StageView, parent_name, parent_of
 
 RESULTS_FILE = "results.json"
 # Folder for what is exported for the time of the measurement.
@@ -84,10 +84,10 @@ def bench(
             return already_done(done, run)
         with workspace.writer("bench", name, facts, command=run.command, started=started) as stage:
             if exported is None:
-                lineup = in_torch(truncated, decomposition, source, resolved)
+                compared = in_torch(truncated, decomposition, source, resolved)
             else:
-                lineup = in_other(truncated, source, exported, stage.folder / _ASIDE, resolved.threads, run)
-            stage.results.update(_measure(lineup, cases, resolved, run))
+                compared = in_other(truncated, source, exported, stage.folder / _ASIDE, resolved.threads, run)
+            stage.results.update(_measure(compared, cases, resolved, run))
             shutil.rmtree(stage.folder / _ASIDE, ignore_errors=True)
             text = dump(stage.results, RESULTS_FILE, indent=1)
             (stage.folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
@@ -154,40 +154,40 @@ def largest(cases: Sequence[Case]) -> list[Case]:
     return list(dict.fromkeys((tokens, positions)))
 
 
-def _measure(lineup: Lineup, cases: list[Case], config: BenchConfig, run: Run) -> dict[str, Any]:
+def _measure(compared: BenchModels, cases: list[Case], config: BenchConfig, run: Run) -> dict[str, Any]:
     """Return all results."""
-    contenders = lineup.contenders
+    variants = compared.models
     assert config.threads is not None
     # Before any model is in the memory of this process.
-    peaks = _peaks(contenders, largest(cases), run)
-    groups = groups_in_memory(contenders, lineup.each_bytes, lineup.device, run.report)
+    peaks = _peaks(variants, largest(cases), run)
+    groups = groups_in_memory(variants, compared.each_bytes, compared.device, run.report)
     models: dict[str, dict[str, Any]] = {}
     costs: dict[str, Cost] = {}
     seconds: dict[Case, dict[str, list[float]]] = {case: {} for case in cases}
-    passes = len(contenders) * len(cases) * (config.rounds + 1)
+    passes = len(variants) * len(cases) * (config.rounds + 1)
     with _torch_threads(config.threads), run.report.bar("Measuring", passes) as bar:
         for group in groups:
-            run.report.fact(f"loading {', '.join(contender.name for contender in group)}")
-            runners = {contender.name: contender.load() for contender in group}
-            for contender in group:
-                runner = runners[contender.name]
-                costs[contender.name] = runner.cost
-                models[contender.name] = {
+            run.report.fact(f"loading {', '.join(model.name for model in group)}")
+            runners = {model.name: model.load() for model in group}
+            for model in group:
+                runner = runners[model.name]
+                costs[model.name] = runner.cost
+                models[model.name] = {
                     "parameters": runner.parameters,
                     "weight_bytes": runner.weight_bytes,
-                    "disk_bytes": contender.disk_bytes,
-                    "peak_memory_bytes": peaks[contender.name],
+                    "disk_bytes": model.disk_bytes,
+                    "peak_memory_bytes": peaks[model.name],
                 }
             for case in cases:
                 seconds[case] |= interleaved_seconds(runners, case, config.rounds, advance=bar.advance)
             del runner, runners
             gc.collect()
     return {
-        "chosen": contenders[-1].name,
+        "chosen": variants[-1].name,
         "backend": config.backend,
-        "device": lineup.device,
+        "device": compared.device,
         "machine": machine(),
-        "precision": lineup.precision,
+        "precision": compared.precision,
         "threads": config.threads,
         "interleaved": len(groups) == 1,
         "models": models,
@@ -196,17 +196,17 @@ def _measure(lineup: Lineup, cases: list[Case], config: BenchConfig, run: Run) -
     }
 
 
-def _peaks(contenders: Sequence[Contender], cases: Sequence[Case], run: Run) -> dict[str, int | None]:
+def _peaks(models: Sequence[BenchModel], cases: Sequence[Case], run: Run) -> dict[str, int | None]:
     """Return the peak memory of every model in a process of its own; ``None`` where it cannot be had."""
     peaks: dict[str, int | None] = {}
-    with run.report.bar("Measuring memory", len(contenders)) as bar:
-        for contender in contenders:
-            peaks[contender.name] = None
+    with run.report.bar("Measuring memory", len(models)) as bar:
+        for model in models:
+            peaks[model.name] = None
             try:
-                if contender.measurable:
-                    peaks[contender.name] = peak_memory(contender.load, cases)
+                if model.measurable:
+                    peaks[model.name] = peak_memory(model.load, cases)
             except UnavailableError as error:
-                run.report.warn(f"{contender.name}: {error}")
+                run.report.warn(f"{model.name}: {error}")
             bar.advance()
     return peaks
 

@@ -12,12 +12,12 @@ from ara.config import DecomposeConfig, Layout
 from ara.environment import reset_peak_memory
 from ara.errors import ModelError, UsageError
 from ara.models.context import context_length
-from ara.models.linears import LinearSpec
 from ara.models.memory import available_bytes
+from ara.models.weights import LinearSpec
 from ara.names import check_name
 from ara.progress import SILENT, Reporter
-from ara.stage_view import StageView
-from ara.workspace import Workspace
+from ara.workspace.store import Workspace
+from ara.workspace.view import StageView
 
 if TYPE_CHECKING:
     from ara.models.sources import ModelSource
@@ -43,7 +43,7 @@ class Run:
     force: bool = False
 
     def open(self, create: bool = False) -> Workspace:
-        """Open the workspace; see :meth:`ara.workspace.Workspace.open`."""
+        """Open the workspace; see :meth:`ara.workspace.store.Workspace.open`."""
         return Workspace.open(self.root, create)
 
 

@@ -8,24 +8,25 @@ from dataclasses import replace
 from typing import Any
 
 from ara.allocation import ALLOCATORS
-from ara.allocation.allocation import DENSE, Allocation, Module
-from ara.allocation.base import Allocator, Context
-from ara.allocation.ranks_file import from_table, ranks_table
-from ara.calibration.texts import check_text_spec, load_documents
-from ara.calibration.tokens import TokenWindows, evaluation_windows
+from ara.allocation.base import Allocator
+from ara.artifacts.ranks import from_table, ranks_table
+from ara.artifacts.training import find_training, training_cost, with_text_of, with_training
 from ara.config import CompareConfig, Layout, method_options
+from ara.data.texts import check_text_spec, load_documents
+from ara.data.tokens import TokenWindows, evaluation_windows
 from ara.errors import NumericalError
 from ara.jsonfile import dump
-from ara.masks.learned import nearest
+from ara.masks.context import TuningContext
+from ara.masks.rank_losses import nearest
 from ara.models.vocabulary import token_rows
 from ara.reporting.figures import rank_heat_maps
-from ara.stage_view import StageView, parent_of
-from ara.stage_writer import StageWriter
+from ara.solver.problem import DENSE, Allocation, Module
 from ara.stages.allocate import budget_of, load_modules, refuse_layout, summary
 from ara.stages.common import Run, already_done, begin, default_name, model_of
 from ara.stages.evaluate import window_length
-from ara.stages.lab import open_lab, placed
-from ara.stages.learned import find_training, training_cost, with_text_of, with_training
+from ara.stages.tuning import open_tuning_context, placed
+from ara.workspace.view import StageView, parent_of
+from ara.workspace.writer import StageWriter
 
 RESULTS_FILE = "results.json"
 PICTURE_FILE = "ranks.svg"
@@ -43,7 +44,7 @@ def compare(
         run: workspace and reporter.
         factors: name of the decomposition; the latest by default.
         masks: name of the training that ``ara`` uses; by default the one that fits best, see
-            :func:`ara.stages.learned.find_training`. Where there is none, ``ara`` trains here, by its default options.
+            :func:`ara.artifacts.training.find_training`. Where there is none, ``ara`` trains here with default options.
         name: of the result; says decomposition (unless it is the default one) and keep by default.
 
     Raises:
@@ -97,7 +98,7 @@ def compare(
             "compare", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
         ) as stage:
             # Every method pays for what it measures: no table of another command.
-            lab = replace(open_lab(decomposition, specs, resolved, workspace, run), table_cache=None)
+            lab = replace(open_tuning_context(decomposition, specs, resolved, workspace, run), table_cache=None)
             context = with_training(lab, trained)
             _measure_all(resolved, modules, context, windows, trained, stage, run)
             parameters = decomposition.manifest.results["model_parameters"]
@@ -118,7 +119,7 @@ def methods_for(layout: Layout) -> tuple[str, ...]:
 def _measure_all(
     config: CompareConfig,
     modules: list[Module],
-    context: Context,
+    context: TuningContext,
     windows: dict[str, TokenWindows],
     trained: StageView | None,
     stage: StageWriter,
@@ -150,7 +151,7 @@ def _measure_all(
 
 
 def _measure(
-    method: str, config: CompareConfig, modules: list[Module], context: Context, windows: dict[str, TokenWindows]
+    method: str, config: CompareConfig, modules: list[Module], context: TuningContext, windows: dict[str, TokenWindows]
 ) -> dict[str, Any]:
     kind = ALLOCATORS.load(method)
     allocator: Allocator = kind(method_options(kind.Options, {}))
@@ -170,7 +171,7 @@ def _measure(
 
 
 def _quality(
-    allocation: Allocation, config: CompareConfig, context: Context, windows: dict[str, TokenWindows], name: str
+    allocation: Allocation, config: CompareConfig, context: TuningContext, windows: dict[str, TokenWindows], name: str
 ) -> dict[str, Any]:
     """Return held-out loss and perplexities of an allocation."""
     context.model.use(allocation.ranks)

@@ -19,20 +19,20 @@ from ara.decomposition.base import Decomposition, refuse_nonfinite
 from ara.decomposition.parallel import map_layers
 from ara.decomposition.two_sided import TwoSidedOptions
 from ara.errors import DiskFullError, NumericalError, UnsupportedModelError
-from ara.models.linears import LinearSpec, find_linears, left_dense, weight_of
 from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
-from ara.stage_view import StageView
-from ara.stage_writer import StageWriter
+from ara.models.weights import LinearSpec, find_linears, left_dense, weight_of
 from ara.stages.common import Run, already_done, begin, check_window, layer_file
-from ara.workspace import Workspace
+from ara.workspace.store import Workspace
+from ara.workspace.view import StageView
+from ara.workspace.writer import StageWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ara.calibration.tokens import TokenWindows
+    from ara.data.tokens import TokenWindows
 
 # Fewer calibration tokens per input dimension than this leave the second moments noisy; from the literature's habit
 # of 256 x 2048 tokens for widths of 4096 to 11008.
@@ -92,7 +92,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
 
 
 def _documents(config: DecomposeConfig, method: Decomposition, run: Run) -> Any:
-    from ara.calibration.texts import load_documents
+    from ara.data.texts import load_documents
 
     if not method.needs_text:
         run.report.fact(f"{config.method} needs no calibration text")
@@ -105,7 +105,7 @@ def _documents(config: DecomposeConfig, method: Decomposition, run: Run) -> Any:
 def _windows(
     config: DecomposeConfig, source: ModelSource, documents: Any, workspace: Workspace, run: Run
 ) -> TokenWindows | None:
-    from ara.calibration.tokens import cached_calibration_windows
+    from ara.data.tokens import cached_calibration_windows
 
     if documents is None:
         return None

@@ -7,28 +7,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ara.allocation.budget import Budget
 from ara.allocation.uniform import Uniform
-from ara.calibration.texts import Documents, load_documents
 from ara.config import EvalConfig
+from ara.data.texts import Documents, load_documents
 from ara.evaluation.generation import prompt_ids
 from ara.evaluation.task_folders import open_task_folders
 from ara.evaluation.tasks import check_task, expand, is_text, load_tasks
 from ara.jsonfile import dump
-from ara.manifest import digest
 from ara.models.checkpoint import apply_factors, load
 from ara.models.context import check_room, context_length
-from ara.models.linears import matching
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
 from ara.models.vocabulary import token_rows
+from ara.models.weights import matching
 from ara.names import MAX_NAME_BYTES
-from ara.stage_view import StageView, parent_name, parent_of
+from ara.solver.budget import Budget
 from ara.stages.allocate import layout_of, load_modules, read_allocation
 from ara.stages.common import Run, already_done, begin, check_window, factor_files, label_of, model_of, specs_of
 from ara.stages.measure import DENSE, Measurement, Questions, Variant, prompts_of
 from ara.stages.truncate import CHECKPOINT, decomposition_of
-from ara.workspace import Workspace
+from ara.workspace.manifest import digest
+from ara.workspace.store import Workspace
+from ara.workspace.view import StageView, parent_name, parent_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

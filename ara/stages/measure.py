@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ara.calibration.texts import Documents
-from ara.calibration.tokens import evaluation_windows
 from ara.config import EvalConfig
+from ara.data.texts import Documents
+from ara.data.tokens import evaluation_windows
 from ara.errors import CorruptedError
 from ara.evaluation.generation import greedy_continuation
 from ara.evaluation.harness import ask
@@ -29,8 +29,8 @@ from ara.evaluation.tasks import ZERO_SHOT, Task, chosen_documents
 from ara.jsonfile import dump, read_object, validated
 from ara.models.accounting import parameter_count, weight_bytes
 from ara.progress import Reporter
-from ara.stage_writer import StageWriter
 from ara.stages.common import groups_in_memory
+from ara.workspace.writer import StageWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

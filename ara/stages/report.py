@@ -7,25 +7,25 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from ara.allocation.allocation import Module
-from ara.allocation.ranks_file import RANKS_FILE
+from ara.artifacts.ranks import RANKS_FILE
 from ara.errors import CorruptedError, OutputError, disk_errors, first_line
 from ara.files import is_plain_file, open_regular, read_text, write_text
 from ara.jsonfile import read
-from ara.manifest import Manifest, remake, verify_files
 from ara.models.identity import ModelIdentity
-from ara.models.linears import LinearSpec
+from ara.models.weights import LinearSpec
 from ara.reporting.document import REPORT_FORMAT, Report
 from ara.reporting.gather import Made, Sources, gather
 from ara.reporting.html import MARK, page
 from ara.reporting.model_card import card
-from ara.stage_view import StageView, parent_name, parent_of
+from ara.solver.problem import Module
 from ara.stages.allocate import layout_of, read_allocation
 from ara.stages.common import Run, already_done, begin, layer_file, specs_of
 from ara.stages.truncate import CARD
-from ara.tensors import tensor_digests, written_aside
 from ara.version import __version__
-from ara.workspace import DEFAULT_ROOT, Workspace
+from ara.workspace.manifest import Manifest, remake, verify_files
+from ara.workspace.store import DEFAULT_ROOT, Workspace
+from ara.workspace.tensors import tensor_digests, written_aside
+from ara.workspace.view import StageView, parent_name, parent_of
 
 HTML_FILE = "report.html"
 JSON_FILE = "report.json"

@@ -14,21 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ara.allocation.allocation import Allocation, Module
-from ara.allocation.base import Context
-from ara.allocation.ranks_file import from_table, ranks_table
-from ara.config import MaskTrainingOptions, TrainMasksConfig
-from ara.errors import NumericalError, UnavailableError
-from ara.masks.ara import AraFamily, ara_family, check_layout, learned_tables, needs_table, sensitivity_table
-from ara.masks.learned import LearnedLosses
-from ara.masks.state import LogRow, TrainingSettings, TrainingState
-from ara.masks.training import train
-from ara.stage_view import StageView, parent_of
-from ara.stage_writer import StageWriter
-from ara.stages.allocate import budget_of, load_modules
-from ara.stages.common import Run, already_done, begin, default_name
-from ara.stages.lab import open_lab, placed
-from ara.stages.learned import (
+from ara.artifacts.ranks import from_table, ranks_table
+from ara.artifacts.training import (
     EVENTS_FOLDER,
     LEARNED,
     LOG_FILE,
@@ -37,7 +24,20 @@ from ara.stages.learned import (
     masks_file,
     stopped_early,
 )
-from ara.workspace import Workspace
+from ara.config import MaskTrainingOptions, TrainMasksConfig
+from ara.errors import NumericalError, UnavailableError
+from ara.masks.ara_family import AraFamily, ara_family, check_layout, learned_tables, needs_table, sensitivity_table
+from ara.masks.context import TuningContext
+from ara.masks.loop import train
+from ara.masks.rank_losses import LearnedLosses
+from ara.masks.state import LogRow, TrainingSettings, TrainingState
+from ara.solver.problem import Allocation, Module
+from ara.stages.allocate import budget_of, load_modules
+from ara.stages.common import Run, already_done, begin, default_name
+from ara.stages.tuning import open_tuning_context, placed
+from ara.workspace.store import Workspace
+from ara.workspace.view import StageView, parent_of
+from ara.workspace.writer import StageWriter
 
 
 def train_masks(
@@ -123,7 +123,7 @@ class _Training:
         self.keep_on_interrupt = keep_on_interrupt
         self.checkpoint = stage.checkpoint()
         self.specs = [module.spec for module in modules]
-        self.context: Context = open_lab(decomposition, self.specs, config, workspace, run)
+        self.context: TuningContext = open_tuning_context(decomposition, self.specs, config, workspace, run)
         self.options = _options(config)
         stage.results.setdefault("budgets", {})
         stage.results.setdefault("log", {})

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from ara.config import Layout, TruncateConfig
-from ara.manifest import Manifest
 from ara.models.accounting import weight_bytes
 from ara.models.checkpoint import apply_factors, check_loads, checkpoint_bytes, save_checkpoint
 from ara.models.placement import torch_dtype
 from ara.reporting.model_card import model_card
 from ara.reporting.sharing import display_name
-from ara.stage_view import StageView, parent_name, parent_of
 from ara.stages.allocate import layout_of, read_allocation
 from ara.stages.common import Run, already_done, begin, factor_files, model_of, specs_of
-from ara.workspace import Workspace
+from ara.workspace.manifest import Manifest
+from ara.workspace.store import Workspace
+from ara.workspace.view import StageView, parent_name, parent_of
 
 CHECKPOINT = "checkpoint"
 # The model card within the result; ``ara report`` writes it again with what was measured.

@@ -76,7 +76,7 @@ def command(
 
         find = None
         if config.backend == "onnx":
-            from export.evaluation import find_export
+            from export.onnx.evaluation import find_export
 
             find = partial(find_export, name=None if export is None else check_name(export))
         elif export is not None:

@@ -10,7 +10,7 @@ import typer
 
 from ara.config import GenerateConfig, build
 from ara.errors import UsageError
-from ara.evaluation.prompts import check_prompt, piped_prompt
+from ara.prompts import check_prompt, piped_prompt
 from ara_cli.options import WORKSPACE, JsonOption, QuietOption, WorkspaceOption, default, field, path_option
 from ara_cli.session import session
 
@@ -44,7 +44,7 @@ def command(
         if export is not None and config.backend == "torch":
             raise UsageError(f"--export {export} is given, and --backend is torch", "add --backend onnx")
         text = _piped() if prompt == "-" else check_prompt(prompt)
-        from export.generate import answer
+        from export.onnx.generate import answer
 
         pieces = []
         for piece in answer(config, s.run(), text, checkpoint=checkpoint, source=source, export=export):

@@ -95,7 +95,7 @@ def command(
                 prompt=prompt,
                 **placement,
             )
-        from ara.pipeline import run_pipeline
+        from ara.stages.run import run_pipeline
         from ara_cli.render import show_pipeline
 
         views = run_pipeline(decompose_config, allocate_configs, TruncateConfig(), eval_config, s.run())

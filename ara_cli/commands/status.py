@@ -9,7 +9,7 @@ from ara_cli.session import session
 def command(workspace: WorkspaceOption = WORKSPACE, quiet: QuietOption = False, as_json: JsonOption = False) -> None:
     """Show what the workspace holds, what is stale or missing, and the next command."""
     with session(workspace, quiet, as_json) as s:
-        from ara.workspace import Workspace
+        from ara.workspace.store import Workspace
         from ara_cli.render import show_status
 
         show_status(s.console, Workspace.open(workspace))

@@ -45,8 +45,8 @@ def no_work(monkeypatch, tmp_path):
         "ara.models.checkpoint.load",
         "ara.stages.bench._measure",
         "ara.stages.report.gather",
-        "export.onnx_target.write_onnx",
-        "export.runner.OnnxDecoder",
+        "export.onnx.target.write_onnx",
+        "export.onnx.runner.OnnxDecoder",
     ):
         monkeypatch.setattr(place, cut_short)
     monkeypatch.setattr(ModelSource, "load_model", cut_short)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ara.evaluation.tasks import ZERO_SHOT
-from ara.stage_view import StageView
+from ara.workspace.view import StageView
 from ara_cli.console import Console
 from ara_cli.render_eval import show_evaluation
 from tests.reported import NAME, evaluation

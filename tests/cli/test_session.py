@@ -334,7 +334,7 @@ def test_whatever_ends_it_is_one_line(error, code, said, inside, stderr, tmp_pat
         raise error
 
     if inside:
-        monkeypatch.setattr("ara.workspace.Workspace.open", broken)
+        monkeypatch.setattr("ara.workspace.store.Workspace.open", broken)
     else:
         monkeypatch.setattr("ara_cli.app.importlib.import_module", broken)
     assert started("status") == code

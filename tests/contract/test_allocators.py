@@ -13,12 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ara.allocation import ALLOCATORS
-from ara.allocation.allocation import Allocation, Module
-from ara.allocation.base import Allocator, Context
-from ara.allocation.budget import Budget
+from ara.allocation.base import Allocator
 from ara.decomposition.base import MethodOptions
 from ara.errors import UsageError
-from ara.models.linears import LinearSpec
+from ara.masks.context import TuningContext
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget
+from ara.solver.problem import Allocation, Module
 from tests.toy import toy_problem
 
 NAMES = ALLOCATORS.names()
@@ -46,9 +47,9 @@ class Problems:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._made: dict[Any, tuple[list[Module], Context]] = {}
+        self._made: dict[Any, tuple[list[Module], TuningContext]] = {}
 
-    def of(self, name: str, shapes: list[tuple[int, int]], seed: int = 0) -> tuple[list[Module], Context | None]:
+    def of(self, name: str, shapes: list[tuple[int, int]], seed: int = 0) -> tuple[list[Module], TuningContext | None]:
         if name in BLIND:
             return _modules(shapes, seed), None
         key = (*shapes, seed)
@@ -78,7 +79,7 @@ def _modules(shapes: list[tuple[int, int]], seed: int = 0, scale: float = 1.0) -
     return modules
 
 
-def _allocate(name: str, modules: list[Module], budget: Budget, context: Context | None = None) -> Allocation:
+def _allocate(name: str, modules: list[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
     method = ALLOCATORS.load(name)
     allocator: Allocator = method(method.Options(**FAST.get(name, {})))
     return allocator.allocate(modules, budget, context)
@@ -342,7 +343,7 @@ class _Interrupted(Exception):
     pass
 
 
-def _is_dense(context: Context, logits: torch.Tensor) -> None:
+def _is_dense(context: TuningContext, logits: torch.Tensor) -> None:
     """Hold the model against the ``logits`` (w, t, v) that it gave for the training windows before."""
     assert all(layer.rank is None and not layer.soft for layer in context.model.layers.values())
     assert not any(parameter.requires_grad for parameter in context.model.model.parameters())

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ara.errors import AraError
-from ara.manifest import verify_files
-from ara.workspace import INDEX, Workspace
+from ara.workspace.manifest import verify_files
+from ara.workspace.store import INDEX, Workspace
 
 WORKSPACE = "ws"
 # What is measured anew by every run, under these names in any JSON of ours.

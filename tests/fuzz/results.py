@@ -6,7 +6,7 @@ import json
 import random
 from typing import Any
 
-from ara.manifest import digest
+from ara.workspace.manifest import digest
 from tests.fuzz import binary, mutate
 from tests.fuzz.calls import (
     AGAIN,

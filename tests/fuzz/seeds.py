@@ -179,8 +179,8 @@ def _texts(folder: Path) -> None:
 
 def _interrupted(finished: Path, root: Path) -> None:
     """Make a workspace as a killed decomposition leaves it."""
-    from ara.manifest import Manifest, digest, essence
-    from ara.stage_writer import JOURNAL
+    from ara.workspace.manifest import Manifest, digest, essence
+    from ara.workspace.writer import JOURNAL
 
     done = finished / "decompose" / FACTORS
     left = root / "decompose" / f".{FACTORS}.partial"

@@ -77,7 +77,7 @@ def sealed(seeds: Seeds, spoilt: dict[str, Any], files: dict[str, bytes]) -> dic
 
 
 def _seal(text: str) -> tuple[str, str]:
-    from ara.manifest import Manifest
+    from ara.workspace.manifest import Manifest
 
     manifest = Manifest.model_validate(json.loads(text)).sealed()
     return manifest.model_dump_json(indent=1) + "\n", manifest.id

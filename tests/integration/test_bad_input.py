@@ -17,9 +17,9 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from ara.evaluation import tasks
-from ara.models.modeling_ara import AraQuantizer
+from ara.layouts.modeling_ara import AraQuantizer
 from ara.stages import measure
-from ara.workspace import Workspace
+from ara.workspace.store import Workspace
 from ara_cli.app import app
 from tests.damage import contents, flip, listing
 from tests.tiny import save_tiny, tiny_config, tiny_model, tiny_tokenizer

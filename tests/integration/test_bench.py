@@ -20,12 +20,12 @@ from ara.errors import UnavailableError
 from ara.evaluation.cost import Case, count_model
 from ara.evaluation.speed import TorchRunner
 from ara.models.checkpoint import load
-from ara.pipeline import run_pipeline
 from ara.stages import bench as stage
 from ara.stages.common import Run
-from ara.workspace import Workspace
+from ara.stages.run import run_pipeline
+from ara.workspace.store import Workspace
 from ara_cli.app import app
-from export.runner import OnnxDecoder
+from export.onnx.runner import OnnxDecoder
 from tests.damage import contents, listing
 from tests.tiny import tiny_model
 

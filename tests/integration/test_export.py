@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ara.config import AllocateConfig, DecomposeConfig, TruncateConfig
-from ara.pipeline import run_pipeline
 from ara.stages.common import Run
+from ara.stages.run import run_pipeline
 from ara_cli.app import app
-from export import architecture, onnx_target
+from export.onnx import architecture, target
 from tests.damage import flip, listing
 from tests.questions import write_questions
 from tests.tiny import tiny_tokenizer
@@ -96,7 +96,7 @@ def test_nothing_is_left_where_it_fails(
     original = architecture.Decoder.rotary_tables
     with monkeypatch.context() as patch:
         patch.setattr(architecture.Decoder, "rotary_tables", wrong)
-        patch.setattr("export.proof.check_rotary", lambda decoder, model: None)
+        patch.setattr("export.onnx.proof.check_rotary", lambda decoder, model: None)
         refused(ara(*command, "-w", workspace), 1, "the fp32 graph is not what the checkpoint is")
         folder = checkpoint("llama").folder
         refused(ara(*command, "--source", folder, "--output", tmp_path / "out"), 1, "is not what the checkpoint is")
@@ -106,7 +106,7 @@ def test_nothing_is_left_where_it_fails(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(onnx_target.ir, "save", full)
+        patch.setattr(target.ir, "save", full)
         refused(ara(*command, "-w", workspace), 1, "the disk is full")
         refused(ara(*command, "--source", folder, "--output", tmp_path / "out"), 1, "the disk is full")
     assert nothing_left()
@@ -211,13 +211,13 @@ def test_overwrite_touches_nothing_but_exports(
     # What fails later leaves what was there, and no new parents.
     output = tmp_path / "exports" / "deep" / "mine"
     with monkeypatch.context() as patch:
-        patch.setattr(onnx_target.ir, "save", lambda *arguments, **options: 1 / 0)
+        patch.setattr(target.ir, "save", lambda *arguments, **options: 1 / 0)
         assert ara(*command, output).exit_code == 70
     assert listing(tmp_path) == before and not (tmp_path / "exports").exists()
     assert ara(*command, output).exit_code == 0
     first = (output / "ara_export.json").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(onnx_target.ir, "save", lambda *arguments, **options: 1 / 0)
+        patch.setattr(target.ir, "save", lambda *arguments, **options: 1 / 0)
         ara(*command, output)
     assert (output / "ara_export.json").read_text() == first
     assert [path.name for path in output.parent.iterdir()] == ["mine"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ara.calibration.texts import load_documents
-from ara.calibration.tokens import evaluation_windows
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
+from ara.data.texts import load_documents
+from ara.data.tokens import evaluation_windows
 from ara.models.checkpoint import load, low_rank_layers
 from ara.progress import SilentReporter
 from ara.stages.allocate import allocate

@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from ara.errors import CorruptedError
-from ara.manifest import MANIFEST, FileRecord, Manifest, Parent, file_sha256, read_manifest
-from ara.stage_writer import JOURNAL
-from ara.workspace import Workspace
+from ara.workspace.manifest import MANIFEST, FileRecord, Manifest, Parent, file_sha256, read_manifest
+from ara.workspace.store import Workspace
+from ara.workspace.writer import JOURNAL
 from ara_cli.app import app
 from tests.damage import contents
 from tests.tiny import story
@@ -169,7 +169,7 @@ def test_the_damaged_factors_are_named_first(copied: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../../../secret", "/etc/hostname", "link", "sub/x"])
 def test_a_journal_names_nothing_outside(copied: Path, tmp_path: Path, name: str) -> None:
-    from ara.manifest import file_record
+    from ara.workspace.manifest import file_record
 
     secret = tmp_path / "secret"
     secret.write_text("mine")

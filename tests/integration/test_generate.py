@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ara.errors import UsageError, WorkspaceError
-from ara.workspace import Workspace
+from ara.workspace.store import Workspace
 from ara_cli.app import app
 from ara_cli.commands.generate import _piped
-from export.evaluation import latest_export
+from export.onnx.evaluation import latest_export
 
 NAME = "energy-0.70"
 SHORT = ("--max-new-tokens", 3, "--device", "cpu", "-q")

@@ -13,10 +13,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import ara
-import ara.allocation.sensitivity as sensitivity
+import ara.masks.sensitivity_table as sensitivity
 from ara.allocation import ALLOCATORS
-from ara.allocation.allocation import Module
-from ara.allocation.budget import Budget
 from ara.config import (
     AllocateConfig,
     CompareConfig,
@@ -27,12 +25,13 @@ from ara.config import (
     TruncateConfig,
 )
 from ara.errors import DataError, ProblemsError, UsageError, WorkspaceError
-from ara.manifest import read_manifest
-from ara.masks.ara import ara_family
+from ara.layouts.modeling_ara import PivotedLinear
+from ara.masks.ara_family import ara_family
 from ara.models.accounting import parameter_count
 from ara.models.checkpoint import apply_factors
-from ara.models.linears import LinearSpec
-from ara.models.modeling_ara import PivotedLinear
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget
+from ara.solver.problem import Module
 from ara.stages.allocate import allocate
 from ara.stages.common import Run, factor_files, specs_of
 from ara.stages.compare import compare, methods_for
@@ -40,6 +39,7 @@ from ara.stages.decompose import decompose
 from ara.stages.evaluate import evaluate
 from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
+from ara.workspace.manifest import read_manifest
 from ara_cli.app import app
 from tests.integration.test_resume import Heard, killed  # noqa: F401
 
@@ -109,8 +109,8 @@ def test_the_trained_budget_gives_the_trained_ranks(learned):
 
 
 def test_the_guard_hands_out_what_is_best_on_held_out_text(learned, monkeypatch):
-    from ara.allocation.allocation import Allocation
     from ara.allocation.ara import Ara
+    from ara.solver.problem import Allocation
 
     def bad(self, modules, budget, context=None):
         return Allocation({module.spec.name: 1 for module in modules})
@@ -221,8 +221,8 @@ def train_words(root, *more):
     [
         ("ara.masks.model:MaskedModel.gradients", 3),  # within the first budget
         ("ara.masks.model:MaskedModel.gradients", 6),  # within the second
-        ("ara.stage_writer:StageWriter.save_checkpoint", 2),  # before a checkpoint is written
-        ("ara.stage_writer:StageWriter.tensors", 2),  # before the first budget is stored
+        ("ara.workspace.writer:StageWriter.save_checkpoint", 2),  # before a checkpoint is written
+        ("ara.workspace.writer:StageWriter.tensors", 2),  # before the first budget is stored
     ],
 )
 def test_a_killed_training_ends_in_the_same_bytes(killed, learned, place, count):  # noqa: F811

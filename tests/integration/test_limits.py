@@ -53,7 +53,7 @@ def stages(root: Path, text: str) -> dict[str, tuple[object, ...]]:
 
 
 def _model(root: Path) -> str:
-    from ara.workspace import Workspace
+    from ara.workspace.store import Workspace
 
     return str((Workspace.open(root).model or {})["location"])
 

@@ -11,23 +11,23 @@ from safetensors.torch import load_file
 
 import ara
 import ara.stages.measure as measure
-from ara.allocation.allocation import cost
-from ara.calibration.texts import load_documents
-from ara.calibration.tokens import evaluation_windows
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
+from ara.data.texts import load_documents
+from ara.data.tokens import evaluation_windows
 from ara.decomposition import DECOMPOSITIONS
 from ara.errors import ProblemsError, UsageError, WorkspaceError
 from ara.models.checkpoint import is_compressed, low_rank_layers
-from ara.models.linears import find_linears, weight_of
-from ara.pipeline import run_pipeline
+from ara.models.weights import find_linears, weight_of
 from ara.progress import SilentReporter
+from ara.solver.problem import cost
 from ara.stages.allocate import allocate, read_allocation
 from ara.stages.common import Run, specs_of
 from ara.stages.decompose import decompose
 from ara.stages.evaluate import evaluate
+from ara.stages.run import run_pipeline
 from ara.stages.truncate import truncate
 from ara.version import __version__
-from ara.workspace import Workspace
+from ara.workspace.store import Workspace
 from tests.damage import contents, listing, stamps
 from tests.oracles.perplexity import perplexity
 from tests.tiny import FAMILIES, save_tiny, story, tiny_config, tiny_model, tiny_tokenizer

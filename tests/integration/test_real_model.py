@@ -18,11 +18,11 @@ from ara.errors import ModelError
 from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens
 from ara.models.checkpoint import low_rank_layers
 from ara.models.sources import resolve
-from ara.pipeline import run_pipeline
 from ara.stages.common import Run
 from ara.stages.evaluate import evaluate
+from ara.stages.run import run_pipeline
 from export.config import ExportConfig
-from export.evaluation import find_export
+from export.onnx.evaluation import find_export
 from export.stage import export
 from tests.oracles import perplexity as oracle
 
@@ -94,7 +94,7 @@ def test_checkpoint_loads_and_speaks(made, source):
 
 def test_dense_row_agrees_with_an_independent_computation(made, source):
     tokenizer, model = source.load_tokenizer(), source.load_model(torch.float32)
-    from ara.calibration.texts import load_documents
+    from ara.data.texts import load_documents
 
     documents = load_documents("python-docs", "evaluation").documents
     ids = tokenizer("\n\n".join(documents), return_tensors="pt").input_ids[0, : SEQ_LEN * WINDOWS]

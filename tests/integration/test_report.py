@@ -12,7 +12,6 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from ara.config import AllocateConfig, CompareConfig, EvalConfig, TrainMasksConfig, TruncateConfig
-from ara.manifest import file_record
 from ara.reporting.document import Report
 from ara.stages.allocate import allocate
 from ara.stages.common import Run
@@ -20,7 +19,8 @@ from ara.stages.compare import compare
 from ara.stages.evaluate import evaluate
 from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
-from ara.workspace import Workspace
+from ara.workspace.manifest import file_record
+from ara.workspace.store import Workspace
 from ara_cli.app import app
 from tests.damage import contents, flip, listing
 from tests.tiny import story
@@ -205,7 +205,7 @@ def test_the_model_card(copied, tmp_path):
 
 
 def test_the_card_in_the_checkpoint_makes_nothing_stale_and_nothing_damaged(copied):
-    from export.onnx_target import source_hash
+    from export.onnx.target import source_hash
 
     folder = copied / "truncate" / NAME / "checkpoint"
     card = folder / "README.md"

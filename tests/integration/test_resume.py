@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
 from ara.errors import WorkspaceError
-from ara.manifest import read_manifest, verify_files
 from ara.progress import SILENT
 from ara.stages.allocate import allocate
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
 from ara.stages.evaluate import evaluate
 from ara.stages.truncate import truncate
-from ara.workspace import Workspace
+from ara.workspace.manifest import read_manifest, verify_files
+from ara.workspace.store import Workspace
 from ara_cli.app import app
 from tests.damage import contents, flip, listing, stamps
 from tests.tiny import save_tiny, story
@@ -125,7 +125,7 @@ def killed_root(tmp_path_factory, tiny_settings, killed):
     """A workspace whose decomposition was killed after two of three blocks; only to be read."""
     root = tmp_path_factory.mktemp("killed") / "ws"
     settings = {**tiny_settings, "moment_memory": 1e-6}  # one block per pass
-    killed("ara.stage_writer:StageWriter.tensors", 3, "before", *decompose_arguments(settings, root))
+    killed("ara.workspace.writer:StageWriter.tensors", 3, "before", *decompose_arguments(settings, root))
     return root
 
 
@@ -210,7 +210,7 @@ def test_killed_before_the_first_layer_starts_over(killed, tmp_path, tiny_settin
 def test_killed_while_its_manifest_is_written_goes_on(killed, tmp_path, tiny_settings):
     """All layers are there: nothing is computed again."""
     root = tmp_path / "ws"
-    killed("ara.manifest:Manifest.sealed", 1, "after", *decompose_arguments(tiny_settings, root))
+    killed("ara.workspace.manifest:Manifest.sealed", 1, "after", *decompose_arguments(tiny_settings, root))
     heard = Heard()
     view = decompose(DecomposeConfig(**tiny_settings), Run(root, report=heard))
     assert "going on after an interruption: 3 blocks are done" in heard.facts

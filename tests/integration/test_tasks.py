@@ -17,7 +17,7 @@ from ara.evaluation.paired import mcnemar
 from ara.names import check_name
 from ara.stages.common import Run
 from ara.stages.evaluate import evaluate, result_name
-from ara.workspace import Workspace
+from ara.workspace.store import Workspace
 from ara_cli.app import app
 from tests.questions import write_questions
 from tests.tiny import story

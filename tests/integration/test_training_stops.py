@@ -5,19 +5,19 @@ import shutil
 
 import pytest
 
+from ara.artifacts.training import training_cost
 from ara.config import AllocateConfig, CompareConfig, DecomposeConfig, TrainMasksConfig, TruncateConfig
 from ara.errors import NumericalError, WorkspaceError
-from ara.following import next_command
-from ara.manifest import read_manifest, verify_files
 from ara.masks.model import MaskedModel
-from ara.stage_writer import StageWriter
 from ara.stages.allocate import allocate
 from ara.stages.common import Run
 from ara.stages.compare import compare
 from ara.stages.decompose import decompose
-from ara.stages.learned import training_cost
 from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
+from ara.workspace.following import next_command
+from ara.workspace.manifest import read_manifest, verify_files
+from ara.workspace.writer import StageWriter
 from tests.integration.test_learned import (  # noqa: F401
     NAME,
     TRAINING,
@@ -197,7 +197,7 @@ def test_ctrl_c_while_a_budget_is_stored_leaves_none_without_its_file(learned, m
     same_training(train_masks(config, Run(learned), name="stopped"), learned)
 
 
-@pytest.mark.parametrize("place", ["ara.stage_writer:shutil.copytree", "ara.stage_writer:write_text"])
+@pytest.mark.parametrize("place", ["ara.workspace.writer:shutil.copytree", "ara.workspace.writer:write_text"])
 def test_what_ctrl_c_stopped_goes_on_though_storing_it_failed(learned, monkeypatch, place):  # noqa: F811
     with monkeypatch.context() as during:
         break_at(during, 3, KeyboardInterrupt)

@@ -76,7 +76,7 @@ def test_files_are_hashed_in_one_place():
         for path in (ROOT / package).rglob("*.py")
         if "hashlib.file_digest(" in path.read_text(encoding="utf-8")
     ]
-    assert hashing == ["ara/manifest.py"]
+    assert hashing == ["ara/workspace/manifest.py"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

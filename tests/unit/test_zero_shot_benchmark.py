@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ara.stage_view import StageView
+from ara.workspace.view import StageView
 from benchmarks.zero_shot import agreeing, answers, samples
 
 

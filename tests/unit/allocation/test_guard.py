@@ -7,30 +7,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from ara.allocation.allocation import Allocation
-from ara.allocation.base import Context
 from ara.allocation.guard import compare_candidates
 from ara.errors import NumericalError
+from ara.masks.context import TuningContext
+from ara.solver.problem import Allocation
 from tests.toy import toy_problem
 
 
 @pytest.fixture
-def context(tmp_path: Path) -> Context:
+def context(tmp_path: Path) -> TuningContext:
     return toy_problem(tmp_path, [(20, 14), (14, 20)])[1]
 
 
-def _candidates(context: Context) -> dict[str, Allocation]:
+def _candidates(context: TuningContext) -> dict[str, Allocation]:
     names = [spec.name for spec in context.model.specs]
     return {"ara": Allocation(dict.fromkeys(names, 3)), "uniform": Allocation(dict.fromkeys(names, 6))}
 
 
-def test_nan_never_wins(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_never_wins(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([1.0, float("nan"), 2.0])
     monkeypatch.setattr(context.model, "nll", lambda *_: torch.full((4,), next(losses)))
     assert compare_candidates(_candidates(context), context).winner == "uniform"
 
 
-def test_candidates_that_are_all_nan_are_refused(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_that_are_all_nan_are_refused(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context.model, "nll", lambda *_: torch.full((4,), float("nan")))
     with pytest.raises(NumericalError, match="NaN or infinity: ara, uniform"):
         compare_candidates(_candidates(context), context)

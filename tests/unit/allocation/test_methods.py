@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from ara.allocation.allocation import Allocation, Module
-from ara.allocation.budget import Budget
 from ara.allocation.energy import Energy, relative_loss
 from ara.allocation.uniform import Uniform
-from ara.models.linears import LinearSpec
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget
+from ara.solver.problem import Allocation, Module
 
 GQA = [(84, 60), (28, 60), (28, 60), (60, 84), (92, 60), (92, 60), (60, 92)]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ara.allocation.base import Context
-from ara.allocation.budget import Budget
 from ara.allocation.dp_kl import DpKl, interpolate
 from ara.allocation.strs import Strs, search
+from ara.masks.context import TuningContext
 from ara.masks.probing import ProbeOptions
-from ara.models.linears import LinearSpec
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget
 from tests.oracles.allocation import least_loss
 from tests.toy import toy_problem
 
@@ -114,7 +114,7 @@ def test_dp_kl_finds_the_least_summed_kl_of_all_allocations(small: tuple, keep: 
     assert math.isclose(found, least_loss(layers, budget.parameters), rel_tol=1e-5)
 
 
-def _kl(context: Context, spec: LinearSpec, rank: int | None) -> float:
+def _kl(context: TuningContext, spec: LinearSpec, rank: int | None) -> float:
     teacher = context.model.logits(context.train)
     context.model.use({spec.name: rank})
     loss = context.model.kl(context.train, teacher).mean().item()

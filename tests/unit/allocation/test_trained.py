@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ara.allocation.allocation import Allocation, Module
-from ara.allocation.base import Context
-from ara.allocation.budget import Budget
 from ara.allocation.gumbel import Gumbel, GumbelMasks, GumbelOptions
-from ara.allocation.rounding import proportional
 from ara.allocation.tanh import Tanh, TanhMasks, TanhOptions
 from ara.errors import UsageError
-from ara.models.linears import LinearSpec
+from ara.masks.context import TuningContext
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget
+from ara.solver.problem import Allocation, Module
+from ara.solver.rounding import proportional
 from tests.toy import _drawn_text, toy_problem
 
 SHAPES = [(84, 60), (28, 60), (37, 41), (40, 40), (92, 60)]
@@ -231,7 +231,7 @@ def test_layers_that_must_stay_dense_are_so_while_others_learn(family: type[Gumb
 
 
 @pytest.fixture(scope="module")
-def problem(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Module], Context]:
+def problem(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Module], TuningContext]:
     """Return four layers of one shape, of which only the second is read by anything, and text that fits."""
     modules, context = toy_problem(tmp_path_factory.mktemp("toy"), [(37, 41)] * 4, seed=2)
     model = context.model.model
@@ -242,7 +242,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Module], Con
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)
-def test_the_layer_that_matters_gets_more_rank(name: str, problem: tuple[list[Module], Context]) -> None:
+def test_the_layer_that_matters_gets_more_rank(name: str, problem: tuple[list[Module], TuningContext]) -> None:
     modules, context = problem
     specs = [module.spec for module in modules]
     budget = Budget.for_keep(specs, 0.5)
@@ -254,7 +254,7 @@ def test_the_layer_that_matters_gets_more_rank(name: str, problem: tuple[list[Mo
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)
-def test_the_seed_decides(name: str, problem: tuple[list[Module], Context]) -> None:
+def test_the_seed_decides(name: str, problem: tuple[list[Module], TuningContext]) -> None:
     modules, context = problem
     budget = Budget.for_keep([module.spec for module in modules], 0.5)
     torch.manual_seed(1)
@@ -263,7 +263,7 @@ def test_the_seed_decides(name: str, problem: tuple[list[Module], Context]) -> N
     assert ALLOCATORS[name].allocate(modules, budget, context) == first
 
 
-def test_the_result_is_no_worse_on_held_out_text_than_the_start(problem: tuple[list[Module], Context]) -> None:
+def test_the_result_is_no_worse_on_held_out_text_than_the_start(problem: tuple[list[Module], TuningContext]) -> None:
     modules, context = problem
     budget = Budget.for_keep([module.spec for module in modules], 0.5)
     options = GumbelOptions(steps=3, learning_rate=50)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ara.calibration.moments import InputAccumulator, InputStats, collect_moments, shared_inputs
 from ara.errors import NumericalError, UnsupportedModelError
-from ara.models.linears import LinearSpec, find_blocks, find_linears
+from ara.models.weights import LinearSpec, find_blocks, find_linears
 from tests.oracles import moments as oracle
 from tests.tiny import FAMILIES, VOCABULARY, tiny_model
 

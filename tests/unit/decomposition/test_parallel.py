@@ -13,7 +13,7 @@ import torch
 
 from ara.decomposition import parallel
 from ara.decomposition.parallel import map_layers
-from ara.models.linears import LinearSpec
+from ara.models.weights import LinearSpec
 
 _THREADS = 4
 _PLENTY = 1 << 50

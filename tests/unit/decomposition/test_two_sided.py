@@ -6,7 +6,7 @@ import torch
 from ara.calibration.gradients import GradientStats, collect_gradients
 from ara.calibration.moments import InputStats
 from ara.decomposition.two_sided import TwoSided, TwoSidedOptions
-from ara.models.linears import find_linears
+from ara.models.weights import find_linears
 from tests.tiny import tiny_model
 
 

@@ -15,8 +15,9 @@ import torch
 
 from ara.errors import NumericalError
 from ara.evaluation import perplexity
-from ara.evaluation.perplexity import interleaved_perplexity, spread, summarise, window_nll
-from ara.models.likelihood import token_nll
+from ara.evaluation.perplexity import interleaved_perplexity, spread, summarise
+from ara.models import likelihood
+from ara.models.likelihood import window_nll
 from ara.progress import Bar, SilentReporter
 from tests.oracles import perplexity as oracle
 from tests.tiny import tiny_model
@@ -45,20 +46,21 @@ def test_nll_matches_the_float64_oracle_on_the_same_logits(dtype: torch.dtype) -
 def test_chunks_do_not_change_the_result(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, ids = _logits(2, 37, 11)
     whole = window_nll(logits, ids)
-    monkeypatch.setattr(perplexity, "CHUNK_BYTES", rows * 4 * 11)
+    monkeypatch.setattr(likelihood, "CHUNK_BYTES", rows * 4 * 11)
     torch.testing.assert_close(window_nll(logits, ids), whole, rtol=1e-7, atol=0)
 
 
 def test_float32_copies_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, ids = _logits(2, 37, 11)
     seen: list[int] = []
+    original = likelihood.token_nll
 
     def watch(chunk: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         seen.append(chunk.numel() * 4)
-        return token_nll(chunk, targets)
+        return original(chunk, targets)
 
-    monkeypatch.setattr(perplexity, "token_nll", watch)
-    monkeypatch.setattr(perplexity, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(likelihood, "token_nll", watch)
+    monkeypatch.setattr(likelihood, "CHUNK_BYTES", 500)
     window_nll(logits.bfloat16(), ids)
     assert len(seen) > 4 and max(seen) <= 500
 

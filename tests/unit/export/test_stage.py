@@ -10,9 +10,9 @@ import pytest
 
 from ara.errors import LockedError, OutputError
 from ara.stages.common import Run
-from export import onnx_target
 from export.config import ExportConfig
-from export.report import REPORT_FILE
+from export.onnx import target
+from export.onnx.report import REPORT_FILE
 from export.stage import export_folder
 from tests.damage import contents, listing
 
@@ -35,8 +35,8 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> Any:
             (folder / REPORT_FILE).write_text("{}")
 
     fake = Fake()
-    monkeypatch.setattr(onnx_target, "write_onnx", fake.write)
-    monkeypatch.setattr(onnx_target, "source_hash", lambda folder: "0" * 64)
+    monkeypatch.setattr(target, "write_onnx", fake.write)
+    monkeypatch.setattr(target, "source_hash", lambda folder: "0" * 64)
     monkeypatch.setattr("export.stage.Checkpoint", lambda folder: None)
     return fake
 

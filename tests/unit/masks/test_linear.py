@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ara.masks.linear import MaskedLinear
-from ara.masks.losses import sampled_targets, token_losses
+from ara.models.losses import sampled_targets, token_losses
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 
 from ara.errors import NumericalError
 from ara.masks.model import MaskedModel
-from ara.masks.sensitivity import sensitivity_tables
+from ara.masks.sensitivity_table import sensitivity_tables
 from ara.models.checkpoint import apply_factors
-from ara.models.linears import find_linears
+from ara.models.weights import find_linears
 from ara.stages.common import layer_file
 from tests.tiny import tiny_model
 from tests.toy import toy_problem
@@ -31,7 +31,7 @@ def test_a_cut_is_what_a_checkpoint_computes(family, tmp_path):
     from safetensors.torch import save_file
 
     from ara.decomposition.subspace import weighted_factors
-    from ara.models.linears import weight_of
+    from ara.models.weights import weight_of
 
     model = tiny_model(family)
     specs = find_linears(model)
@@ -157,7 +157,7 @@ def test_the_table_is_its_formula(toy, per_window):
     name = model.specs[1].name
     effects = []
     with model.listening({name: effects.append}), torch.enable_grad():
-        from ara.masks.losses import token_losses
+        from ara.models.losses import token_losses
 
         for window in windows:
             token_losses(model.model(window[None]).logits, window[None]).sum().backward()

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ara.allocation.allocation import Allocation
-from ara.allocation.budget import Budget
+from ara.masks.loop import train
 from ara.masks.paper import Guidance, PaperStaircase, shares_of, start_at
 from ara.masks.staircase import Atoms, paper_atoms
 from ara.masks.state import TrainingSettings
-from ara.masks.training import train
-from ara.models.linears import LinearSpec
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget
+from ara.solver.problem import Allocation
 from tests.toy import toy_problem
 
 SHAPES = [(84, 60), (28, 60), (37, 41), (40, 40), (92, 60), (77, 6)]

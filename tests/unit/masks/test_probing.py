@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ara.allocation.base import Context
-from ara.allocation.budget import Budget
 from ara.decomposition.subspace import weighted_factors
 from ara.errors import NumericalError
+from ara.masks.context import TuningContext
 from ara.masks.model import MaskedModel
 from ara.masks.probing import ProbeOptions, probe, probe_choices
-from ara.models.linears import LinearSpec, find_blocks, find_linears
+from ara.models.weights import LinearSpec, find_blocks, find_linears
 from ara.progress import SilentReporter
+from ara.solver.budget import Budget
 from tests.tiny import FAMILIES, VOCABULARY, tiny_model
 from tests.toy import LAYERS_PER_BLOCK, ToyModel, toy_problem
 
@@ -29,7 +29,7 @@ SHAPES = [(31, 20), (20, 31), (13, 45), (27, 27), (20, 20), (45, 13), (33, 21), 
 
 
 @pytest.fixture
-def context(tmp_path: Path) -> Context:
+def context(tmp_path: Path) -> TuningContext:
     return toy_problem(tmp_path, SHAPES)[1]
 
 
@@ -62,7 +62,7 @@ def _masked(model: torch.nn.Module, folder: Path) -> MaskedModel:
 
 
 @pytest.mark.parametrize("measure", ["kl", "nll"])
-def test_probes_are_those_of_whole_passes(context: Context, measure: str) -> None:
+def test_probes_are_those_of_whole_passes(context: TuningContext, measure: str) -> None:
     ranks = _some_ranks(context.model)
     expected = _by_whole_passes(context.model, context.train, ranks, measure)
     assert probe(context.model, context.train, ranks, measure) == expected
@@ -132,7 +132,7 @@ def test_blocks_may_return_tuples(tmp_path: Path) -> None:
     assert [vars(block)["forward"] for block in model.model.blocks] == own
 
 
-def test_the_blocks_before_the_probed_layer_do_not_run(context: Context) -> None:
+def test_the_blocks_before_the_probed_layer_do_not_run(context: TuningContext) -> None:
     model = context.model
     _, blocks = find_blocks(model.model)
     assert len(blocks) == 3
@@ -165,7 +165,7 @@ class _Refusing(SilentReporter):
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_nothing_is_left_behind(context: Context, interrupted: bool) -> None:
+def test_nothing_is_left_behind(context: TuningContext, interrupted: bool) -> None:
     model = context.model
     before = model.logits(context.held_out)
     model.use(dict.fromkeys(model.layers, 3))
@@ -180,7 +180,7 @@ def test_nothing_is_left_behind(context: Context, interrupted: bool) -> None:
         assert not block._forward_hooks
 
 
-def test_the_order_asked_for_is_kept(context: Context) -> None:
+def test_the_order_asked_for_is_kept(context: TuningContext) -> None:
     names = [spec.name for spec in reversed(context.model.specs)]
     losses = probe(context.model, context.train, {name: [2, 1] for name in names}, "nll")
     assert list(losses) == names
@@ -188,12 +188,12 @@ def test_the_order_asked_for_is_kept(context: Context) -> None:
     assert losses == {name: values[::-1] for name, values in rising.items()}
 
 
-def test_layers_without_ranks_cost_nothing(context: Context) -> None:
+def test_layers_without_ranks_cost_nothing(context: TuningContext) -> None:
     last = context.model.specs[-1].name
     assert probe(context.model, context.train, {last: []}, "kl") == {last: []}
 
 
-def test_a_loss_that_is_not_finite_is_an_error(context: Context) -> None:
+def test_a_loss_that_is_not_finite_is_an_error(context: TuningContext) -> None:
     name = context.model.specs[3].name
     context.model.layers[name].a = context.model.layers[name].a * torch.nan
     with pytest.raises(NumericalError, match=rf"with {name} at rank 2 the loss is nan"):

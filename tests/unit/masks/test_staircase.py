@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from ara.allocation.allocation import Allocation, cost
-from ara.allocation.budget import Budget
-from ara.allocation.optimum import best_ranks
-from ara.masks.ara import even_tables
+from ara.masks.ara_family import even_tables
 from ara.masks.model import MaskGradients
 from ara.masks.newton import NewtonMasks
 from ara.masks.priced import PricedStaircase, hard_price
-from ara.masks.reach import floors_below
 from ara.masks.staircase import paper_atoms, priced_atoms
-from ara.models.linears import LinearSpec
+from ara.masks.trust_region import floors_below
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget
+from ara.solver.optimum import best_ranks
+from ara.solver.problem import Allocation, cost
 
 SHAPES = [(20, 14), (9, 20), (16, 16), (30, 5), (1, 3)]
 SPECS = [LinearSpec(f"blocks.{i}.l", i, "l", m, n) for i, (m, n) in enumerate(SHAPES)]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ara.allocation.base import Context
 from ara.allocation.sensitivity import SensitivityOptions, sensitivity_of
+from ara.masks.context import TuningContext
 from ara.masks.table_cache import SensitivityTable, TableCache, _write
 from ara.progress import SilentReporter
 from tests.toy import toy_problem
@@ -26,16 +26,16 @@ class _Listener(SilentReporter):
 
 
 @pytest.fixture
-def context(tmp_path: Path) -> Context:
+def context(tmp_path: Path) -> TuningContext:
     return toy_problem(tmp_path, [(20, 14), (9, 20)])[1]
 
 
-def _passes(context: Context, **options: str) -> tuple[dict[str, torch.Tensor], int]:
+def _passes(context: TuningContext, **options: str) -> tuple[dict[str, torch.Tensor], int]:
     before = context.model.backward_passes
     return sensitivity_of(context, SensitivityOptions(**options)).losses, context.model.backward_passes - before
 
 
-def test_a_table_is_made_once_and_read_back_as_it_was(context: Context, tmp_path: Path) -> None:
+def test_a_table_is_made_once_and_read_back_as_it_was(context: TuningContext, tmp_path: Path) -> None:
     fresh, passes = _passes(context)
     assert passes == len(context.train)
     context = replace(context, table_cache=TableCache(tmp_path / "tables", "f" * 64))
@@ -60,7 +60,7 @@ def test_a_table_is_made_once_and_read_back_as_it_was(context: Context, tmp_path
         lambda c: replace(c, table_cache=replace(c.table_cache, factors="0" * 64)),
     ],
 )
-def test_anything_else_makes_another_table(context: Context, tmp_path: Path, change) -> None:
+def test_anything_else_makes_another_table(context: TuningContext, tmp_path: Path, change) -> None:
     context = replace(context, table_cache=TableCache(tmp_path / "tables", "f" * 64))
     _passes(context)
     assert _passes(change(context))[1] > 0
@@ -79,7 +79,7 @@ def test_anything_else_makes_another_table(context: Context, tmp_path: Path, cha
         lambda b: b"x" * 99,
     ],
 )
-def test_a_damaged_table_is_reported_and_made_anew(context: Context, tmp_path: Path, damage) -> None:
+def test_a_damaged_table_is_reported_and_made_anew(context: TuningContext, tmp_path: Path, damage) -> None:
     recorder = _Listener()
     context = replace(context, table_cache=TableCache(tmp_path / "tables", "f" * 64, recorder))
     first, _ = _passes(context)
@@ -92,7 +92,7 @@ def test_a_damaged_table_is_reported_and_made_anew(context: Context, tmp_path: P
 
 
 @pytest.mark.parametrize("change", [lambda table: {"other": table}, lambda table: {"m0": table[:-1]}])
-def test_a_table_of_other_layers_is_thrown_away(context: Context, tmp_path: Path, change) -> None:  # type: ignore[no-untyped-def]
+def test_a_table_of_other_layers_is_thrown_away(context: TuningContext, tmp_path: Path, change) -> None:  # type: ignore[no-untyped-def]
     """Its checksum says only that it is what somebody wrote."""
     listener = _Listener()
     context = replace(context, table_cache=TableCache(tmp_path / "tables", "f" * 64, listener))
@@ -107,7 +107,7 @@ def test_a_table_of_other_layers_is_thrown_away(context: Context, tmp_path: Path
 @pytest.mark.parametrize(
     "make", [os.mkfifo, lambda path: path.symlink_to("/nowhere"), lambda path: path.symlink_to("/")]
 )
-def test_no_table_is_read_through_a_link_or_a_pipe(context: Context, tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
+def test_no_table_is_read_through_a_link_or_a_pipe(context: TuningContext, tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
     listener = _Listener()
     context = replace(context, table_cache=TableCache(tmp_path / "tables", "f" * 64, listener))
     _passes(context)

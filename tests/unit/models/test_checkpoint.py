@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import ara
 from ara.decomposition.plain import Plain
 from ara.errors import ModelError, NumericalError
+from ara.layouts.modeling_ara import AraConfig, CompressedLinear, LowRankLinear, PivotedLinear, replace_linear
 from ara.models.accounting import parameter_count, weight_bytes
 from ara.models.checkpoint import (
     apply_factors,
@@ -33,8 +34,7 @@ from ara.models.checkpoint import (
     read_config,
     save_checkpoint,
 )
-from ara.models.linears import LinearSpec, bias_of, find_linears, weight_of
-from ara.models.modeling_ara import AraConfig, CompressedLinear, LowRankLinear, PivotedLinear, replace_linear
+from ara.models.weights import LinearSpec, bias_of, find_linears, weight_of
 from tests.tiny import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 
 _REPOSITORY = Path(__file__).resolve().parents[3]
@@ -413,7 +413,7 @@ def test_the_folder_holds_exactly_what_it_should(family: str, checkpoints: Path)
     folder = checkpoints / family
     assert {path.name for path in folder.iterdir()} == _FILES  # nothing pickled among them
     assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
-    code = _REPOSITORY / "ara" / "models" / "modeling_ara.py"
+    code = _REPOSITORY / "ara" / "layouts" / "modeling_ara.py"
     assert (folder / "modeling_ara.py").read_bytes() == code.read_bytes()
     config = read_config(folder)
     assert config["architectures"] == [type(_dense(family)).__name__]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ara.masks.losses import token_losses
 from ara.models.likelihood import divergence, log_normaliser, softmax, token_nll, wide_sum
+from ara.models.losses import token_losses
 
 VOCABULARY = 49_152
 

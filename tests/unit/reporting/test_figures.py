@@ -4,9 +4,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ara.allocation.allocation import Allocation
-from ara.models.linears import LinearSpec
+from ara.models.weights import LinearSpec
 from ara.reporting.figures import keep_curves, rank_heat_maps
+from ara.solver.problem import Allocation
 
 SPECS = [LinearSpec(f"layers.{i}.{kind}", i, kind, 20, 10) for i in range(3) for kind in ("attn.q_proj", "mlp.up_proj")]
 

@@ -14,7 +14,7 @@ import typer
 
 from ara.reporting.document import Difference, ParityRow, Report
 from ara.reporting.gather import Made, gather, layers
-from ara.reporting.headline import differs
+from ara.reporting.summary import differs
 from ara_cli.app import COMMANDS, app
 from tests.reported import (
     EVIL,
@@ -257,8 +257,8 @@ def test_a_checkpoint_that_was_multiplied_back_is_not_called_smaller():
 def test_exports_say_what_the_report_reads():
     from dataclasses import fields
 
-    from export.report import ExportReport
-    from export.tolerance import Parity
+    from export.onnx.report import ExportReport
+    from export.onnx.tolerance import Parity
 
     assert set(ParityRow.model_fields) <= {field.name for field in fields(Parity)}
     assert set(export().results) <= set(ExportReport.model_fields)
@@ -451,7 +451,7 @@ def test_prompts_of_either_form_are_read():
 
 def test_the_fixture_is_what_the_stages_write(finished):
     """A made-up manifest has no key that a real one lacks, but those of results that are still to come."""
-    from ara.workspace import Workspace
+    from ara.workspace.store import Workspace
 
     views = {view.stage: view.manifest for view in Workspace.open(finished).views()}
     made = {"decompose": decomposition(), "allocate": allocation(), "truncate": truncated(), "eval": evaluation()}

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from ara.calibration.texts import load_documents
-from ara.manifest import FORMAT_VERSION, Manifest
+from ara.data.texts import load_documents
 from ara.reporting.gather import Made, gather
 from ara.reporting.model_card import card, model_card, shared_command
+from ara.workspace.manifest import FORMAT_VERSION, Manifest
 from tests import reported
 from tests.reported import allocation, bare, sources, truncated
 

@@ -1,0 +1,40 @@
+"""Base of the methods that cut every layer alone at a few ranks and choose by what that does to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from ara.allocation.base import Allocator
+from ara.masks.context import TuningContext
+from ara.masks.probing import Measure, ProbeOptions, probe_choices
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget
+from ara.solver.problem import Allocation, Module
+
+
+class Probed(Allocator):
+    """Probes, then a choice that needs no model.
+
+    Class attributes:
+        measure: what a probe measures; see :func:`ara.masks.probing.probe`.
+    """
+
+    Options = ProbeOptions
+    needs_model = True
+    measure: ClassVar[Measure]
+
+    def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
+        """Probe every layer, then choose."""
+        assert context is not None
+        specs = [module.spec for module in modules]
+        return self.choose(specs, self.probes(specs, budget, context), budget)
+
+    def probes(self, specs: Sequence[LinearSpec], budget: Budget, context: TuningContext) -> list[dict[int, float]]:
+        """Return, per layer, index into ``budget.choices(spec)`` → loss; the size of the budget does not matter."""
+        assert isinstance(self.options, ProbeOptions)
+        return probe_choices(context, specs, budget, self.options, self.measure)
+
+    def choose(self, specs: Sequence[LinearSpec], curves: Sequence[Mapping[int, float]], budget: Budget) -> Allocation:
+        """Return the allocation that the probed losses lead to."""
+        raise NotImplementedError

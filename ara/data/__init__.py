@@ -1,0 +1,1 @@
+"""Calibration and evaluation texts, from files and the hub to token windows."""

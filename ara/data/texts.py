@@ -1,0 +1,286 @@
+"""Text sources behind one interface: a name (or ``file:PATH``) and a purpose in, documents out.
+
+``c4`` and ``wikitext2`` are read below ``$ARA_DATA_DIR`` when that is set, else from the Hugging Face hub;
+``python-docs`` comes with every Python. No source ever falls back to another one in silence, because
+numbers from different texts cannot be compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import platform
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ara.data.filespecs import FILE_PREFIX, check_text_file, text_file
+from ara.data.textfiles import read_file, read_jsonl
+from ara.errors import DataError, UsageError
+from ara.files import expand_user
+from ara.progress import SILENT, Reporter
+from ara.registry import Entry, Registry
+
+Purpose = Literal["calibration", "evaluation"]
+
+DATA_DIR_VARIABLE = "ARA_DATA_DIR"
+
+# The joint that GPTQ's evaluation puts between WikiText-2 rows, and SVD-LLM's and others after it.
+SEPARATOR = "\n\n"
+
+# Share of the characters of python-docs that is calibrated on; the rest is held out.
+_PYTHON_DOCS_CALIBRATION = 0.85
+
+# " = Robert Boulter = \n": the first line of a WikiText article (" = = Life = = \n" is one of its sections).
+_ARTICLE_HEADING = re.compile(r" = [^=].*[^=] = \n?")
+
+TEXTS = Registry(
+    "text",
+    [
+        Entry("c4", "web pages of the Colossal Clean Crawled Corpus", "ara.data.texts:load_c4", "arXiv 1910.10683"),
+        Entry("wikitext2", "Wikipedia articles, raw", "ara.data.texts:load_wikitext2", "arXiv 1609.07843"),
+        Entry("python-docs", "Python's own help topics; needs no network", "ara.data.texts:load_python_docs"),
+    ],
+)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A loaded text.
+
+    Attributes:
+        name: the spec that was asked for.
+        purpose: what it was loaded for.
+        documents: the texts, in the order of the source; for evaluation of wikitext2 its rows, empty ones included.
+        separator: what stands between two documents when they are joined.
+        origin: where they came from, for people.
+        digest: sha256 (hex) over the documents, with their lengths.
+    """
+
+    name: str
+    purpose: Purpose
+    documents: tuple[str, ...]
+    separator: str
+    origin: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where one purpose of a named data set lives.
+
+    Attributes:
+        local: file below ``$ARA_DATA_DIR``.
+        hub: data set id on the Hugging Face hub.
+        config: its configuration, or ``None``.
+        data_file: the one shard to read, or ``None`` for all; a shard is streamed.
+        split: its split.
+        limit: how many documents to take from the front, or ``None`` for all.
+    """
+
+    local: str
+    hub: str
+    config: str | None
+    data_file: str | None
+    split: str
+    limit: int | None
+
+
+# C4: for calibration the shard that GPTQ and SVD-LLM take; 10,000 of its 356,317 documents hold about 5 million tokens,
+# far more than any calibration asks for. For evaluation GPTQ's 1100 validation documents: the same documents, joined
+# differently (GPTQ joins by spaces and stops after 256 windows), so figures are comparable among ARA's own rows only.
+_C4: dict[Purpose, _Part] = {
+    "calibration": _Part(
+        "c4_sample/c4_rp1.jsonl", "allenai/c4", None, "en/c4-train.00000-of-01024.json.gz", "train", 10_000
+    ),
+    "evaluation": _Part(
+        "c4_sample/c4_rp2.jsonl", "allenai/c4", None, "en/c4-validation.00000-of-00008.json.gz", "validation", 1_100
+    ),
+}
+_WIKITEXT2: dict[Purpose, _Part] = {
+    "calibration": _Part(
+        "wikitext2_raw/train_first_1MB.jsonl", "Salesforce/wikitext", "wikitext-2-raw-v1", None, "train", None
+    ),
+    "evaluation": _Part("wikitext2_raw/test.jsonl", "Salesforce/wikitext", "wikitext-2-raw-v1", None, "test", None),
+}
+
+
+def check_text_spec(spec: str) -> None:
+    """Check the name of a text, and that a ``file:PATH`` is there, without loading anything.
+
+    Raises:
+        UsageError: the name is unknown or the path is empty.
+        DataError: the file is missing or no regular file.
+    """
+    if spec.startswith(FILE_PREFIX):
+        check_text_file(spec)
+    elif spec not in TEXTS:
+        try:
+            TEXTS.entry(spec)
+        except UsageError as error:
+            hint = "for a text of your own write file:PATH (.txt: one document; .jsonl, .parquet: a field 'text')"
+            raise UsageError(str(error), hint) from None
+
+
+def load_documents(spec: str, purpose: Purpose, *, report: Reporter = SILENT) -> Documents:
+    """Load the text ``spec`` for ``purpose``.
+
+    The two purposes of a named text never share a document. A ``file:PATH`` is the same for both: calibrating
+    and evaluating on one file is the caller's choice (equal ``digest``). A ``.txt`` file is one document: there is no
+    order to shuffle, so calibration reads it from its front whatever the seed; JSON lines have one per line, Parquet
+    one per row.
+
+    Raises:
+        UsageError: unknown name.
+        DataError: a file is missing, empty or malformed, or the hub cannot be reached.
+    """
+    check_text_spec(spec)
+    if spec.startswith(FILE_PREFIX):
+        file = text_file(spec)
+        origin = f"file {file.path.resolve()}" + (f"#{file.field}" if file.field else "")
+        return _documents(spec, purpose, read_file(file.path, file.field), origin)
+    documents: Documents = TEXTS.load(spec)(purpose, report)
+    return documents
+
+
+def load_c4(purpose: Purpose, report: Reporter = SILENT) -> Documents:
+    """Load C4; locally, documents that also occur in the calibration part are left out of the evaluation."""
+    texts, origin = _read_part("c4", purpose, _C4[purpose], report)
+    if purpose == "evaluation" and data_dir() is not None:
+        # The hub's validation split is disjoint by construction; two samples on a disk need not be.
+        seen = {text.strip() for text in _read_part("c4", "calibration", _C4["calibration"], report)[0]}
+        kept = [text for text in texts if text.strip() not in seen]
+        if len(kept) < len(texts):
+            origin += f" ({len(texts) - len(kept)} documents that also occur in the calibration text left out)"
+            if not kept:
+                raise DataError(
+                    f"text 'c4' (evaluation), {origin}: nothing is left", "put other documents in that file"
+                )
+        texts = kept
+    return _documents("c4", purpose, texts, origin)
+
+
+def load_wikitext2(purpose: Purpose, report: Reporter = SILENT) -> Documents:
+    """Load WikiText-2: whole articles for calibration, the untouched rows of the test split for evaluation."""
+    rows, origin = _read_part("wikitext2", purpose, _WIKITEXT2[purpose], report)
+    return _documents("wikitext2", purpose, rows if purpose == "evaluation" else _articles(rows), origin)
+
+
+def load_python_docs(purpose: Purpose, report: Reporter = SILENT) -> Documents:
+    """Load Python's help topics, sorted by name: the front for calibration, the rest for evaluation.
+
+    Raises:
+        DataError: this Python was built without ``pydoc_data``.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DataError(
+            "text 'python-docs' needs the module pydoc_data.topics, which this Python lacks",
+            "install your system's full Python package, or use file:PATH",
+        ) from error
+    texts = [topics[name] for name in sorted(topics)]
+    ends = itertools.accumulate(len(text) for text in texts)
+    front = sum(end <= _PYTHON_DOCS_CALIBRATION * sum(map(len, texts)) for end in ends)
+    chosen = texts[:front] if purpose == "calibration" else texts[front:]
+    which = "first" if purpose == "calibration" else "last"
+    origin = f"the {which} {len(chosen)} of {len(texts)} help topics of Python {platform.python_version()}"
+    return _documents("python-docs", purpose, chosen, origin)
+
+
+def _articles(rows: Iterable[str]) -> list[str]:
+    """Join WikiText rows to articles, so that shuffling moves whole articles and not single paragraphs."""
+    articles: list[list[str]] = []
+    for row in rows:
+        if not articles or _ARTICLE_HEADING.fullmatch(row):
+            articles.append([])
+        articles[-1].append(row)
+    return [SEPARATOR.join(article) for article in articles]
+
+
+def _documents(name: str, purpose: Purpose, texts: list[str], origin: str) -> Documents:
+    """Wrap ``texts``; blank ones are dropped for calibration and kept for evaluation, where the join must be exact."""
+    if purpose == "calibration":
+        texts = [text for text in texts if text.strip()]
+    if not any(text.strip() for text in texts):
+        raise DataError(f"text {name!r} ({purpose}) is empty: {origin}", "it must hold at least one line of text")
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode("utf-8")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return Documents(name, purpose, tuple(texts), SEPARATOR, origin, digest.hexdigest())
+
+
+def data_dir() -> Path | None:
+    """Return the folder that ``$ARA_DATA_DIR`` names, or ``None``.
+
+    Raises:
+        UsageError: it starts with ``~`` and the name of nobody.
+    """
+    folder = os.environ.get(DATA_DIR_VARIABLE)
+    return expand_user(folder, DATA_DIR_VARIABLE) if folder else None
+
+
+def _read_part(name: str, purpose: Purpose, part: _Part, report: Reporter) -> tuple[list[str], str]:
+    """Return the documents of ``part`` and the sentence of where they came from."""
+    folder = data_dir()
+    if folder is None:
+        return _read_hub(name, part, report)
+    path = folder / part.local
+    if not path.is_file():
+        raise DataError(
+            f"text {name!r} ({purpose}): no file {path} ({DATA_DIR_VARIABLE} is {folder})",
+            f"put it there, or unset {DATA_DIR_VARIABLE} to fetch {part.hub} from the hub, "
+            "or use python-docs, which needs no files",
+        )
+    return read_jsonl(path), f"file {path.resolve()}"
+
+
+def _read_hub(name: str, part: _Part, report: Reporter) -> tuple[list[str], str]:
+    """Fetch ``part`` with Hugging Face ``datasets``; a single shard is streamed, so only its front is downloaded."""
+    import datasets
+
+    where = "/".join(word for word in (part.hub, part.config, part.data_file) if word)
+    front = f", first {part.limit:,} documents" if part.limit else ""
+    report.step(f"Fetching {where} ({part.split} split{front}) from the Hugging Face hub")
+    files = {part.split: part.data_file} if part.data_file else None
+    try:
+        with silence_datasets():
+            rows = datasets.load_dataset(
+                part.hub, part.config, data_files=files, split=part.split, streaming=part.data_file is not None
+            )
+        with report.bar(f"{name} documents", part.limit or len(rows)) as bar:
+            texts = []
+            for row in itertools.islice(rows, part.limit):
+                texts.append(row["text"])
+                bar.advance()
+    except Exception as error:  # datasets, huggingface_hub, httpx, aiohttp and fsspec each raise their own families
+        raise DataError(
+            f"text {name!r}: {where} cannot be fetched from the Hugging Face hub ({type(error).__name__}: {error})",
+            f"set {DATA_DIR_VARIABLE} to a folder with {part.local}, "
+            "or use python-docs, which needs no network, or file:PATH",
+        ) from error
+    return texts, f"Hugging Face hub {where}, {part.split} split{front}"
+
+
+@contextmanager
+def silence_datasets() -> Iterator[None]:
+    """Hide the progress bars of datasets and the hub inside the block: all printing is the console's."""
+    import datasets
+    from huggingface_hub import utils as hub
+
+    datasets_bars, hub_bars = datasets.are_progress_bars_disabled(), hub.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    hub.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not datasets_bars:
+            datasets.enable_progress_bars()
+        if not hub_bars:
+            hub.enable_progress_bars()

@@ -1,0 +1,345 @@
+"""From documents to token windows, the same bytes for the same seed, and a cache that checks itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ara.data.texts import Documents
+from ara.errors import DataError, UsageError, disk_errors
+from ara.files import is_plain_file
+from ara.models.vocabulary import check_tokens, has_row
+from ara.progress import SILENT, Reporter
+from ara.workspace.tensors import written_aside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Part of every cache key: raise it when the same inputs would give other windows.
+CACHE_FORMAT = 1
+
+# Documents, and characters, per tokenizer call: enough to use all cores, few enough to stop soon after the last needed
+# token.
+_BATCH = 64
+_BATCH_CHARACTERS = 2**20
+# Of a document with more characters than this only as much is tokenised as is needed, see :func:`_front`. No document
+# of C4, WikiText-2 or python-docs is as long.
+_LONG = 2**18
+# Characters that are tokenised per token needed: twice what one has in English with a vocabulary of 100,000.
+_CHARACTERS = 10
+# Tokens before a cut that are not used, as the cut could have changed them.
+_MARGIN = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWindows:
+    """Token ids cut into windows of one length.
+
+    Attributes:
+        ids: (windows, seq_len) int64 token ids, on the CPU.
+        asked: how many windows were asked for; for an evaluation without a limit, how many there are.
+        seed: the seed of the document order; ``None`` when the order is that of the text.
+        digest: sha256 (hex) over shape and ids.
+    """
+
+    ids: torch.Tensor
+    asked: int
+    seed: int | None
+    digest: str
+
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return int(self.ids.shape[0])
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per window."""
+        return int(self.ids.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows."""
+        return self.ids.numel()
+
+
+def calibration_windows(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    rows: int | None = None,
+) -> TokenWindows:
+    """Shuffle the documents, tokenise until there is enough, and cut into windows.
+
+    Each document gets the tokenizer's default special tokens, and its end-of-sequence token stands between two
+    documents (the documents' ``separator`` where the tokenizer has none, or the model no row for it). A text that is
+    too short gives fewer windows than ``asked``.
+
+    Args:
+        documents: the text.
+        tokenizer: the model's own.
+        samples: windows asked for, at least 1.
+        seq_len: tokens per window, at least 2.
+        seed: of the document order.
+        rows: of the model's embedding, if known.
+
+    Returns:
+        ids (samples or fewer, seq_len).
+
+    Raises:
+        UsageError: ``samples`` or ``seq_len`` is too small.
+        DataError: the text does not fill one window, or holds a token without a row.
+    """
+    _check_sizes(samples, seq_len)
+    texts = list(documents.documents)
+    random.Random(seed).shuffle(texts)
+    needed = samples * seq_len
+    stream: list[int] = []
+    eos = tokenizer.eos_token_id if has_row(tokenizer.eos_token_id, rows) else None
+    for ids in _token_ids(tokenizer, texts, "" if eos is not None else documents.separator, needed):
+        # A tokenizer may put eos at the end itself, or start with it (GPT-2 and OPT use it as bos): never two in a row.
+        if stream and ids and eos is not None and eos not in (stream[-1], ids[0]):
+            stream.append(eos)
+        stream.extend(ids)
+        if len(stream) >= needed:
+            break
+    windows = _cut(stream, documents, seq_len, samples, seed)
+    check_tokens(windows.ids, rows, tokenizer, _place(documents))
+    return windows
+
+
+def evaluation_windows(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    max_windows: int | None = None,
+    rows: int | None = None,
+) -> TokenWindows:
+    """Join the documents, tokenise once, and cut into non-overlapping windows; the remainder is dropped.
+
+    This is what GPTQ's and SVD-LLM's evaluation does: ``tokenizer("\\n\\n".join(rows))`` with the tokenizer's
+    default special tokens, thus at most one beginning-of-sequence token, in the first window. With ``max_windows`` the
+    same tokens come from the front of a long text, see :func:`_front`.
+
+    Args:
+        documents: the text.
+        tokenizer: the model's own.
+        seq_len: tokens per window, at least 2.
+        max_windows: take only so many from the front; ``None`` for all.
+        rows: of the model's embedding, if known.
+
+    Returns:
+        ids (windows, seq_len).
+
+    Raises:
+        UsageError: ``max_windows`` or ``seq_len`` is too small.
+        DataError: the text does not fill one window, or holds a token without a row.
+    """
+    _check_sizes(1 if max_windows is None else max_windows, seq_len)
+    joined = documents.separator.join(documents.documents)
+    (stream,) = _token_ids(tokenizer, [joined], "", None if max_windows is None else max_windows * seq_len)
+    windows = _cut(stream, documents, seq_len, max_windows, None)
+    check_tokens(windows.ids, rows, tokenizer, _place(documents))
+    return windows
+
+
+def cached_calibration_windows(
+    cache_dir: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Documents,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    rows: int | None = None,
+    report: Reporter = SILENT,
+) -> TokenWindows:
+    """Do what :func:`calibration_windows` does, or read its result from ``<cache_dir>/<key>.safetensors``.
+
+    The key covers text, tokenizer, ``samples``, ``seq_len``, ``seed`` and :data:`CACHE_FORMAT`. The file holds
+    int32 ids (half the size; no vocabulary comes near 2³¹) and their digest, which is checked on reading: a damaged
+    file is reported, thrown away and written anew.
+
+    Raises:
+        UsageError, DataError: as :func:`calibration_windows`.
+        DiskFullError: no room for the cache.
+    """
+    _check_sizes(samples, seq_len)
+    if tokenizer.eos_token_id is not None and not has_row(tokenizer.eos_token_id, rows):
+        report.warn(
+            f"the model's embedding has {rows:,} rows, none for {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), "
+            "which would stand between documents: they are joined without it"
+        )
+    key = cache_key(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, rows=rows)
+    path = cache_dir / f"{key}.safetensors"
+    if path.exists():
+        try:
+            windows = _read_cache(path, samples, seq_len, seed)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            report.warn(f"discarding the damaged token cache {path} ({error})")
+        else:
+            report.fact(f"{windows.windows} windows of {seq_len} tokens read from {path}")
+            check_tokens(windows.ids, rows, tokenizer, _place(documents))
+            return windows
+    windows = calibration_windows(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, rows=rows)
+    _write_cache(path, windows)
+    return windows
+
+
+def cache_key(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    rows: int | None = None,
+) -> str:
+    """Return the sha256 (hex) over everything that determines the calibration windows."""
+    parts = [CACHE_FORMAT, documents.digest, tokenizer_fingerprint(tokenizer), samples, seq_len, seed]
+    if tokenizer.eos_token_id is not None and not has_row(tokenizer.eos_token_id, rows):
+        parts.append("eos left out")
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a sha256 (hex) that differs between tokenizers that could give different ids.
+
+    A fast tokenizer is known by its whole serialised pipeline, without the padding and truncation settings, which
+    each call overwrites; a slow one by its class and sorted vocabulary, the best that all of them offer. The ids of
+    bos, eos and unk are added: eos stands between documents.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        pipeline = json.loads(backend.to_str())
+        content = {name: pipeline[name] for name in pipeline if name not in ("padding", "truncation")}
+    else:
+        content = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
+
+
+def _token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], suffix: str, needed: int | None
+) -> Iterator[list[int]]:
+    """Yield the ids of each text + ``suffix``; of a long text only the first ones, ``needed`` or more.
+
+    Args:
+        tokenizer: the model's own.
+        texts: in their order.
+        suffix: put behind each.
+        needed: most ids that the caller uses of a text; ``None`` for all.
+    """
+    batch: list[str] = []
+    for text in texts:
+        if needed is not None and len(text) > max(_LONG, needed * _CHARACTERS):
+            yield from _tokenise(tokenizer, batch)
+            batch = []
+            yield _front(tokenizer, text + suffix, needed)
+            continue
+        batch.append(text + suffix)
+        if len(batch) == _BATCH or sum(map(len, batch)) >= _BATCH_CHARACTERS:
+            yield from _tokenise(tokenizer, batch)
+            batch = []
+    yield from _tokenise(tokenizer, batch)
+
+
+def _front(tokenizer: PreTrainedTokenizerBase, text: str, needed: int) -> list[int]:
+    """Return the first ``needed`` ids of a long text, or all, without tokenising much more than these.
+
+    What comes later in a text changes the ids before it only nearby: within a word, a run of blanks, or some merges.
+    So the text is cut, and ids near the cut are not used. This is not taken on trust: a second cut, half as far again,
+    must give the same ids up to the last one used, else the whole text is tokenised.
+    """
+    size = max(_LONG, needed * _CHARACTERS)
+    while size < len(text):
+        short = _tokenise(tokenizer, [text[: _cut_at(text, size)]])[0]
+        if len(short) >= needed + _MARGIN:
+            longer = _tokenise(tokenizer, [text[: _cut_at(text, size + size // 2)]])[0]
+            if longer[:needed] == short[:needed]:
+                return short[:needed]
+            break
+        size *= 2
+    return _tokenise(tokenizer, [text])[0]
+
+
+def _cut_at(text: str, size: int) -> int:
+    """Return where to cut ``text``: at the last end of a line, or blank, in the second half of ``size`` characters."""
+    if size >= len(text):
+        return len(text)
+    return max(text.rfind("\n", size // 2, size), 0) or max(text.rfind(" ", size // 2, size), 0) or size
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the ids of each text; quietly, for texts longer than the model's limit are meant."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
+        "input_ids"
+    ]
+    return found
+
+
+def _cut(stream: list[int], documents: Documents, seq_len: int, asked: int | None, seed: int | None) -> TokenWindows:
+    """Cut a list of ids into (windows, seq_len), at most ``asked`` of them."""
+    windows = len(stream) // seq_len
+    if asked is not None:
+        windows = min(windows, asked)
+    if windows == 0:
+        raise DataError(
+            f"text {documents.name!r} ({documents.purpose}) has {len(stream):,} tokens, "
+            f"one window needs {seq_len:,} ({documents.origin})",
+            "choose a smaller --seq-len or a longer text",
+        )
+    ids = torch.tensor(stream[: windows * seq_len], dtype=torch.int64).view(windows, seq_len)
+    return TokenWindows(ids, windows if asked is None else asked, seed, _digest(ids))
+
+
+def _place(documents: Documents) -> str:
+    return f"text {documents.name!r} ({documents.purpose})"
+
+
+def _check_sizes(windows: int, seq_len: int) -> None:
+    if windows < 1:
+        raise UsageError(f"got {windows} windows, expected at least 1")
+    if seq_len < 2:
+        raise UsageError(f"got windows of {seq_len} tokens, expected at least 2 (the first token predicts the second)")
+
+
+def _digest(ids: torch.Tensor) -> str:
+    """Return the sha256 (hex) over the shape and the ids as little-endian int64."""
+    digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
+    digest.update(ids.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path, asked: int, seq_len: int, seed: int) -> TokenWindows:
+    """Read a cache file; any sign of damage is a ValueError or comes from safetensors."""
+    if not is_plain_file(path):  # opening a pipe would never end
+        raise ValueError("it is no plain file")
+    with safe_open(path, framework="pt") as file:
+        expected = (file.metadata() or {})["digest"]
+        ids = file.get_tensor("ids").to(torch.int64)
+    if _digest(ids) != expected:
+        raise ValueError("its ids do not match their checksum")
+    if ids.ndim != 2 or ids.shape[1] != seq_len:
+        raise ValueError(f"its windows have shape {tuple(ids.shape)}")
+    return TokenWindows(ids, asked, seed, expected)
+
+
+def _write_cache(path: Path, windows: TokenWindows) -> None:
+    with disk_errors(path.parent, windows.tokens * 4), written_aside(path) as aside:
+        save_file({"ids": windows.ids.to(torch.int32)}, aside, metadata={"digest": windows.digest})

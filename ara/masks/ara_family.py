@@ -1,0 +1,109 @@
+"""ARA's own training, put together: start, mask family, settings; used by ``ara train-masks`` and ``--method ara``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ara.config import Layout, MaskTrainingOptions
+from ara.errors import UsageError
+from ara.masks.context import TuningContext
+from ara.masks.newton import NewtonMasks
+from ara.masks.paper import PaperStaircase, shares_of, start_at
+from ara.masks.priced import PricedStaircase
+from ara.masks.rank_losses import LearnedLosses
+from ara.masks.sensitivity_table import SensitivityOptions, sensitivity_of
+from ara.masks.staircase import paper_atoms, priced_atoms
+from ara.masks.table_cache import SensitivityTable
+from ara.models.weights import LinearSpec
+from ara.solver.budget import Budget
+from ara.solver.optimum import best_ranks
+from ara.solver.problem import Module
+
+Tables = Mapping[str, torch.Tensor]
+AraFamily = NewtonMasks | PricedStaircase | PaperStaircase
+
+
+def check_layout(options: MaskTrainingOptions, layout: Layout) -> None:
+    """Refuse the paper's form for pivoted layers.
+
+    Raises:
+        UsageError: its gain function has a jump at k(m + n) = mn, which pivoted layers have not.
+    """
+    if options.objective == "paper" and layout != "factors":
+        raise UsageError(
+            f"--objective paper and --layout {layout} are both given: the paper's form counts k(m + n) parameters",
+            "use --objective priced, or --layout factors",
+        )
+
+
+def needs_table(options: MaskTrainingOptions) -> bool:
+    """Tell whether a training begins with the sensitivity table: as its start, or for its curvature."""
+    return options.start == "sensitivity" or (options.objective == "priced" and options.optimiser == "newton")
+
+
+def sensitivity_table(context: TuningContext) -> SensitivityTable:
+    """Return the table of the dense model that trainings begin with."""
+    return sensitivity_of(context, SensitivityOptions())
+
+
+def ara_family(
+    options: MaskTrainingOptions,
+    modules: Sequence[Module],
+    budget: Budget,
+    table: Tables | None,
+    learned: LearnedLosses | None = None,
+) -> AraFamily:
+    """Return masks at their start.
+
+    Args:
+        options: which form, and its settings.
+        modules: the layers.
+        budget: the limit.
+        table: the sensitivity table; ``None`` only where :func:`needs_table` is false.
+        learned: what a training of the priced form at another budget has learned, to start from instead.
+    """
+    specs = [module.spec for module in modules]
+    check_layout(options, specs[0].layout)
+    start: Tables
+    start, around = even_tables(specs), None
+    if learned is not None:
+        assert learned.tables is not None
+        start, around = learned.tables, learned.ranks
+    elif options.start == "sensitivity":
+        assert table is not None
+        start = table
+    if options.objective == "priced":
+        if options.optimiser == "newton":
+            assert table is not None
+            return NewtonMasks(specs, budget, start, table, options.rate, options.trust, options.damping, around)
+        return PricedStaircase(priced_atoms(specs, budget, options.atoms), budget, start, options.temperature)
+    atoms = paper_atoms(specs, options.atoms)
+    return PaperStaircase(
+        atoms,
+        {module.spec.name: module.spectrum for module in modules},
+        budget,
+        start_at(atoms, shares_of(specs, best_ranks(specs, start, budget).ranks)),
+        options.budget_weight,
+        options.guidance_weight,
+    )
+
+
+def learned_tables(family: AraFamily, parameters: Tables) -> dict[str, torch.Tensor] | None:
+    """Return the losses of ranks that ``parameters`` stand for; ``None`` for the paper's form, which has none."""
+    if isinstance(family, NewtonMasks):
+        return family.tables(parameters)
+    if isinstance(family, PricedStaircase):
+        return family.tables(parameters["theta"])
+    return None
+
+
+def even_tables(specs: Sequence[LinearSpec]) -> dict[str, torch.Tensor]:
+    """Return losses whose optimum is one share R for all layers: ½ (1 − R)² mn / Σ mn up to R = 1; (r + 1) each."""
+    tables, total = {}, sum(spec.dense_cost for spec in specs)
+    for spec in specs:
+        share = spec.cost(torch.arange(spec.full_rank + 1, dtype=torch.float64)) / spec.dense_cost
+        tables[spec.name] = 0.5 * spec.dense_cost / total * (1 - share).clamp_min(0).square()
+        tables[spec.name][-1] = 0
+    return tables

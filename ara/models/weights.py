@@ -1,0 +1,220 @@
+"""Finds the linear layers that can be factorised; found from the model, never listed per architecture.
+
+The decoder blocks are the ``nn.ModuleList`` that holds most parameters; every ``nn.Linear`` (or GPT-2's ``Conv1D``,
+its transposed twin) inside is a candidate. Embeddings and the head lie outside the blocks and stay as they are.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ara.config import Layout
+from ara.errors import UnsupportedModelError, UsageError
+from ara.layouts.modeling_ara import CompressedLinear
+
+Number = TypeVar("Number", int, float, torch.Tensor)
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear layer of a decoder block.
+
+    Attributes:
+        name: path of the module in the model.
+        layer: index of its decoder block.
+        kind: path inside the block, such as ``self_attn.q_proj``.
+        m: out features.
+        n: in features.
+        layout: how it would be stored at a lower rank, which decides what a rank costs; see
+            :mod:`ara.layouts.pivoting`.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    m: int
+    n: int
+    layout: Layout = "factors"
+
+    @property
+    def full_rank(self) -> int:
+        """r = min(m, n)."""
+        return min(self.m, self.n)
+
+    @property
+    def dense_cost(self) -> int:
+        """Parameters of the dense weight, mn; the bias is kept in any case and not counted."""
+        return self.m * self.n
+
+    def cost(self, rank: Number) -> Number:
+        """Parameters of rank k: k(m + n) as factors, k(m + n − k) pivoted, which is mn at full rank."""
+        return rank * (self.m + self.n - rank) if self.layout == "pivoted" else rank * (self.m + self.n)
+
+    @property
+    def top_rank(self) -> int:
+        """The largest rank that costs less than the dense weight; 0 if there is none."""
+        if self.layout == "pivoted":
+            return self.full_rank - 1
+        return (self.dense_cost - 1) // (self.m + self.n)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return path and module of the list of decoder blocks.
+
+    Raises:
+        UnsupportedModelError: the model has no such list.
+    """
+    candidates = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not candidates:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of decoder blocks (no nn.ModuleList)",
+            "ARA needs a decoder-only language model made of repeated blocks",
+        )
+    return max(candidates, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSpec]:
+    """List the factorisable linear layers of all decoder blocks, in the order of the model.
+
+    Args:
+        model: a causal language model of transformers.
+        exclude: shell patterns of module paths or of their ends (``*.down_proj``, ``model.layers.0.*``).
+
+    Raises:
+        UnsupportedModelError: no linear layer, fused expert weights, tied linear weights, weights already quantised.
+        UsageError: a pattern of ``exclude`` matches nothing.
+    """
+    prefix, blocks = find_blocks(model)
+    linears: list[LinearSpec] = []
+    for layer, block in enumerate(blocks):
+        for kind, module in block.named_modules():
+            if isinstance(module, CompressedLinear):
+                raise UnsupportedModelError(
+                    f"{prefix}.{layer}.{kind} is already factorised", "start from the original, dense model"
+                )
+            if isinstance(module, (nn.Linear, Conv1D)):
+                m, n = weight_of(module).shape
+                linears.append(LinearSpec(f"{prefix}.{layer}.{kind}", layer, kind, m, n))
+    _refuse_unsupported(model, prefix, blocks, linears)
+    return _without(linears, exclude)
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """Return the weight of a linear module as (m, n) = (out, in); a view, never a copy."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+
+
+def bias_of(module: nn.Module) -> torch.Tensor | None:
+    """Return the bias (m) of a linear module, or ``None``."""
+    bias = getattr(module, "bias", None)
+    return None if bias is None else bias.detach()
+
+
+def _refuse_unsupported(model: nn.Module, prefix: str, blocks: nn.ModuleList, linears: list[LinearSpec]) -> None:
+    fused = [name for name, _ in _weights_without_layer(blocks) if _is_of_experts(model, blocks, name)]
+    if fused:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps fused expert weights ({len(fused)} of them, such as {prefix}.{fused[0]}), "
+            "which are not linear layers",
+            "mixture-of-experts models are not supported yet",
+        )
+    if not linears:
+        kinds = sorted({type(module).__name__ for module in blocks.modules() if not list(module.children())})
+        found = ", ".join(kinds) or "none"
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no linear layer in its {len(blocks)} blocks; found {found}",
+            "ARA factorises nn.Linear (and GPT-2's Conv1D) of decoder blocks",
+        )
+    seen: dict[int, str] = {}
+    for spec in linears:
+        weight = model.get_submodule(spec.name).weight
+        assert isinstance(weight, torch.Tensor)
+        if not weight.is_floating_point():
+            raise UnsupportedModelError(
+                f"{spec.name} holds {weight.dtype} weights", "start from the unquantised weights of the model"
+            )
+        if id(weight) in seen:
+            raise UnsupportedModelError(
+                f"{spec.name} and {seen[id(weight)]} share one weight", "models with tied blocks are not supported yet"
+            )
+        seen[id(weight)] = spec.name
+
+
+def left_dense(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tensor) -> tuple[list[str], list[str]]:
+    """Find weights of the decoder blocks that cannot be factorised, by running the model once.
+
+    Some families multiply by the weight of a linear layer themselves (Mamba's ``dt_proj``): its inputs cannot be seen,
+    and a module in its place would not be asked.
+
+    Args:
+        model: a causal language model in eval mode.
+        linears: what :func:`find_linears` found.
+        ids: token ids (b, t) int64; a few suffice.
+
+    Returns:
+        Paths of those ``linears`` that the forward pass does not call, and of matrices that belong to no linear layer.
+    """
+    called: set[str] = set()
+    hooks = [
+        model.get_submodule(spec.name).register_forward_pre_hook(lambda *call, name=spec.name: called.add(name))
+        for spec in linears
+    ]
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    prefix, blocks = find_blocks(model)
+    others = [f"{prefix}.{name}" for name, _ in _weights_without_layer(blocks)]
+    return [spec.name for spec in linears if spec.name not in called], others
+
+
+def _weights_without_layer(blocks: nn.ModuleList) -> list[tuple[str, nn.Parameter]]:
+    """Return the stacks of matrices in ``blocks``: parameters of three dimensions that no convolution has."""
+    return [
+        (name, weight)
+        for name, weight in blocks.named_parameters()
+        if weight.dim() >= 3 and min(weight.shape[-2:]) > 1 and "conv" not in name
+    ]
+
+
+def _is_of_experts(model: nn.Module, blocks: nn.ModuleList, name: str) -> bool:
+    """Tell whether a stack of matrices holds the experts of a block, one matrix each, as in transformers 5."""
+    parent = name.rpartition(".")[0]
+    words = f"{name} {type(blocks.get_submodule(parent)).__name__}".lower()
+    return "expert" in words or "moe" in words
+
+
+def matching(linears: Sequence[LinearSpec], patterns: Sequence[str]) -> frozenset[str]:
+    """Return the paths of the layers that a pattern names (``*.down_proj``, ``model.layers.0.*``).
+
+    Raises:
+        UsageError: a pattern matches nothing.
+    """
+
+    def matches(spec: LinearSpec, pattern: str) -> bool:
+        return fnmatch.fnmatchcase(spec.name, pattern) or fnmatch.fnmatchcase(spec.kind, pattern)
+
+    for pattern in patterns:
+        if not any(matches(spec, pattern) for spec in linears):
+            kinds = ", ".join(dict.fromkeys(spec.kind for spec in linears))
+            raise UsageError(f"--exclude {pattern!r} matches no linear layer", f"module kinds are {kinds}")
+    return frozenset(spec.name for spec in linears if any(matches(spec, pattern) for pattern in patterns))
+
+
+def _without(linears: list[LinearSpec], exclude: Sequence[str]) -> list[LinearSpec]:
+    gone = matching(linears, exclude)
+    kept = [spec for spec in linears if spec.name not in gone]
+    if not kept:
+        raise UsageError("--exclude leaves no linear layer to factorise", "exclude less")
+    return kept

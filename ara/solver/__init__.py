@@ -1,0 +1,1 @@
+"""The budget, the choices of every layer, and the exact solver."""

@@ -1,0 +1,121 @@
+"""The models that ``ara bench`` measures: dense and chosen, in torch or in a runtime that they were exported for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from ara.config import BenchConfig
+from ara.evaluation.speed import Runner, TorchRunner
+from ara.models.checkpoint import load
+from ara.models.placement import torch_dtype
+from ara.models.silence import silence_transformers
+from ara.models.sources import ModelSource
+from ara.stages.common import Run, label_of
+from ara.stages.truncate import CHECKPOINT
+from ara.workspace.store import Workspace
+from ara.workspace.view import StageView
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """One of the models that are measured.
+
+    Attributes:
+        name: dense, or that of the checkpoint.
+        load: brings it into memory; can be pickled, for a process of its own.
+        disk_bytes: of its weights on the disk.
+        measurable: whether its peak memory can be asked for.
+    """
+
+    name: str
+    load: Callable[[], Runner]
+    disk_bytes: int
+    measurable: bool = True
+
+
+@dataclass(frozen=True)
+class BenchModels:
+    """Dense and chosen, in one runtime.
+
+    Attributes:
+        models: dense first.
+        device: where they run.
+        precision: of their weights.
+        each_bytes: what one of them takes in memory, at most.
+    """
+
+    models: list[BenchModel]
+    device: str
+    precision: str
+    each_bytes: int
+
+
+class Exported(Protocol):
+    """An export of the checkpoint, and what makes its counterpart: this package does not know other runtimes."""
+
+    @property
+    def view(self) -> StageView:
+        """The export in the workspace."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs, as torch calls it."""
+
+    @property
+    def precision(self) -> str:
+        """Of its weights."""
+
+    def chosen(self, name: str, checkpoint: Path, threads: int) -> BenchModel:
+        """Return the export of the folder ``checkpoint``."""
+
+    def dense(self, name: str, checkpoint: Path, output: Path, threads: int) -> BenchModel:
+        """Export the dense folder ``checkpoint`` to ``output`` with the same settings."""
+
+
+FindExport = Callable[[Workspace, StageView], Exported]
+
+
+def in_torch(truncated: StageView, decomposition: StageView, source: ModelSource, config: BenchConfig) -> BenchModels:
+    """Return dense model and checkpoint in torch; on the disk the dense one has the checkpoint's dtype."""
+    assert truncated.manifest is not None and decomposition.manifest is not None
+    results, dtype = truncated.manifest.results, torch_dtype(config.dtype)
+    dense = partial(_load_dense, source.for_another_process(dtype), config.device, config.dtype)
+    chosen = partial(_load_chosen, truncated.path / CHECKPOINT, config.device, config.dtype)
+    models = [
+        BenchModel(DENSE, dense, results["dense_weight_bytes"]),
+        BenchModel(label_of(truncated), chosen, results["disk_bytes"]),
+    ]
+    parameters: int = decomposition.manifest.results["model_parameters"]
+    return BenchModels(models, config.device, config.dtype, parameters * dtype.itemsize)
+
+
+def _load_dense(source: ModelSource, device: str, dtype: str) -> Runner:
+    return TorchRunner(source.load_model(torch_dtype(dtype), device))
+
+
+def _load_chosen(folder: Path, device: str, dtype: str) -> Runner:
+    return TorchRunner(load(folder, device, dtype))
+
+
+def in_other(
+    truncated: StageView, source: ModelSource, exported: Exported, aside: Path, threads: int, run: Run
+) -> BenchModels:
+    """Return dense model and checkpoint in another runtime, the dense one exported into ``aside``."""
+    assert truncated.manifest is not None
+    run.report.fact(f"exporting the dense model as {exported.view.key} was, for the time of the measurement")
+    folder = aside / CHECKPOINT
+    with silence_transformers():
+        # In the checkpoint's own dtype: both graphs are then made from weights that were rounded alike.
+        source.load_model(torch_dtype(truncated.manifest.config["dtype"])).save_pretrained(folder)
+    dense = exported.dense(DENSE, folder, aside / "export", threads)
+    shutil.rmtree(folder)
+    chosen = exported.chosen(label_of(truncated), truncated.path / CHECKPOINT, threads)
+    # Runtimes may keep weights a second time, packed for their kernels.
+    return BenchModels([dense, chosen], exported.device, exported.precision, 2 * dense.disk_bytes)

@@ -1,0 +1,98 @@
+"""Model, factors and calibration text, put together for the stages that choose ranks by looking at the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from ara.config import TuningConfig
+from ara.environment import keep_freed_memory
+from ara.masks.context import TuningContext
+from ara.masks.model import MaskedModel
+from ara.masks.table_cache import TableCache
+from ara.models.placement import choose_placement, torch_dtype
+from ara.models.vocabulary import token_rows
+from ara.models.weights import LinearSpec
+from ara.stages.common import Run, factor_files, model_of
+from ara.workspace.store import Workspace
+from ara.workspace.view import StageView
+
+C = TypeVar("C", bound=TuningConfig)
+
+
+def placed(config: C, run: Run) -> C:
+    """Return ``config`` with device and dtype decided, and say why they are what they are."""
+    placement = choose_placement(config.device, config.dtype)
+    run.report.fact(placement.why)
+    return config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
+
+
+def open_tuning_context(
+    decomposition: StageView, specs: Sequence[LinearSpec], config: TuningConfig, workspace: Workspace, run: Run
+) -> TuningContext:
+    """Load the model with its factors, and two sets of calibration windows, apart from each other.
+
+    Windows are cut from the text of the decomposition in its order: first those that the factors were fitted to,
+    then ``samples`` to learn ranks from, one that is thrown away (a document may reach across the border; one longer
+    than a window still does), then ``held_out``. A text that is too short for all is shared out: at most a fifth is
+    held out, and the windows of the decomposition are read again.
+
+    Args:
+        decomposition: a verified result of ``ara decompose``.
+        specs: its layers, in the layout that they are to have.
+        config: with device and dtype decided.
+        workspace: for the cache of calibration windows.
+        run: reporter.
+
+    Raises:
+        ModelError: the model is gone or has changed.
+        DataError: the text holds less than three windows.
+    """
+    from ara.data.texts import load_documents
+    from ara.data.tokens import cached_calibration_windows
+    from ara.errors import DataError
+
+    assert decomposition.manifest is not None
+    made = decomposition.manifest.config
+    source = model_of(decomposition, run)
+    documents = load_documents(made["text"], "calibration", report=run.report)
+    wanted = made["samples"] + config.samples + 1 + config.held_out
+    windows = cached_calibration_windows(
+        workspace.cache / "tokens",
+        source.load_tokenizer(),
+        documents,
+        samples=wanted,
+        seq_len=made["seq_len"],
+        seed=made["seed"],
+        rows=token_rows(source.config),
+        report=run.report,
+    ).ids
+    if len(windows) < 3:
+        raise DataError(
+            f"the text {made['text']} holds {len(windows)} windows of {made['seq_len']} tokens, at least 3 are needed",
+            "decompose with a longer text or a smaller --seq-len",
+        )
+    held = config.held_out
+    if len(windows) < wanted:
+        held = min(held, max(1, len(windows) // 5))
+    train = windows[: len(windows) - held - 1][-config.samples :]
+    if len(windows) < wanted:
+        told = f"{held} are held out"
+        if made["samples"] > len(windows) - held - 1 - len(train):
+            told += ", and ranks are learned in part from windows that the factors were fitted to"
+        if made["samples"] > len(windows) - held:
+            told += f"; so are those held out (decompose with --samples {len(windows) - held} to avoid it)"
+        run.report.warn(
+            f"the text holds {len(windows)} windows of {made['seq_len']} tokens, {wanted} were wanted: {told}"
+        )
+    run.report.fact(
+        f"{len(train)} windows of {made['seq_len']} tokens to learn from, {held} held out ({documents.origin})"
+    )
+    if config.device == "cpu":
+        keep_freed_memory()
+    run.report.fact("loading the model")
+    model = source.load_model(torch_dtype(config.dtype), config.device)
+    masked = MaskedModel(model, list(specs), factor_files(decomposition, specs))
+    made_from = decomposition.manifest.id
+    tables = None if run.force else TableCache(workspace.cache / "tables", made_from, run.report)
+    return TuningContext(masked, train, windows[-held:], config.batch_size, config.seed, run.report, table_cache=tables)

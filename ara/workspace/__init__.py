@@ -1,0 +1,1 @@
+"""Workspaces: folders, manifests, checksums, locks, atomic writes, and the state of every result."""

@@ -1,0 +1,88 @@
+"""How the results of a workspace stand: done, stale, partial or damaged; what a manifest claims is checked here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ara.errors import CorruptedError, WorkspaceError
+from ara.names import name_problem
+from ara.pipeline import MADE_FROM
+from ara.workspace.manifest import MANIFEST, Manifest, Parent, read_manifest, remake
+from ara.workspace.schemas import manifest_problem
+from ara.workspace.view import StageView
+from ara.workspace.writer import PARTIAL
+
+
+class States:
+    """States of the results below ``root``; every manifest is read once, so ask a new one after a change."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._known: dict[str, StageView] = {}
+
+    def view(self, key: str) -> StageView:
+        """Return the state of one result; its files are not read."""
+        if key not in self._known:
+            self._known[key] = self._look(key)
+        return self._known[key]
+
+    def manifest(self, key: str) -> Manifest:
+        """Return the manifest of one result.
+
+        Raises:
+            WorkspaceError: missing, of a newer format, or damaged; or it claims what cannot be.
+        """
+        folder = self.root / key
+        if folder.is_symlink():
+            raise CorruptedError(
+                f"{folder} is a link; of a workspace, only its own folder and its cache may be links",
+                "put the folder itself there, or remove the link",
+            )
+        manifest = read_manifest(folder)
+        own = f"{manifest.stage}/{manifest.name}"
+        if own != key:
+            raise CorruptedError(
+                f"{folder / MANIFEST} says that it is {own!r}: the folder was renamed or copied",
+                f"give the folder its name back, or delete {folder}",
+            )
+        problem = _wrong_parent(manifest) or manifest_problem(manifest)
+        if problem is not None:
+            raise CorruptedError(f"{folder / MANIFEST}: {problem}", remake(manifest, True))
+        return manifest
+
+    def _look(self, key: str) -> StageView:
+        path = self.root / key
+        stage, _, name = key.partition("/")
+        if name.endswith(PARTIAL):
+            return StageView(f"{stage}/{name.removeprefix('.').removesuffix(PARTIAL)}", path, "partial")
+        try:
+            manifest = self.manifest(key)
+        except WorkspaceError as error:
+            return StageView(key, path, "damaged", str(error), remedy=error.hint or "")
+        for parent in manifest.parents:
+            # Deeper by one stage each time, see _wrong_parent: this ends.
+            why, remedy = self._why_stale(manifest, parent)
+            if why:
+                return StageView(key, path, "stale", why, manifest, remedy)
+        return StageView(key, path, "done", "", manifest)
+
+    def _why_stale(self, child: Manifest, parent: Parent) -> tuple[str, str]:
+        """Return the first cause by which ``child`` is stale, and its remedy; two empty strings if it is not."""
+        if not (self.root / parent.key).is_dir():
+            again = remake(child).partition(": ")[2]
+            return f"{parent.key} is gone", f"make {parent.key} again (or this result from another one: {again})"
+        view = self.view(parent.key)
+        if view.manifest is None:
+            return f"{parent.key} is damaged", view.remedy
+        if view.manifest.id != parent.id:
+            return f"{parent.key} has changed since", remake(child)
+        return view.why, view.remedy
+
+
+def _wrong_parent(manifest: Manifest) -> str | None:
+    """Return how the parents of a result contradict the order of the stages, or ``None``."""
+    for parent in manifest.parents:
+        stage, _, name = parent.key.partition("/")
+        if stage not in MADE_FROM.get(manifest.stage, ()) or name_problem(name) is not None:
+            return f"it says that it was made from {parent.key!r}, which no result of ara {manifest.stage} is"
+    return None

@@ -1,0 +1,324 @@
+"""Writes one stage folder: aside, checksummed, renamed in one step; resumable if the stage wants it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ara.environment import now, peak_memory_bytes, versions
+from ara.errors import CorruptedError, NumericalError, disk_errors, disk_full_error
+from ara.files import is_plain_file, remove, write_text
+from ara.jsonfile import parse, read
+from ara.workspace.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    digest,
+    essence,
+    file_record,
+    is_inside,
+    plain,
+)
+from ara.workspace.schemas import manifest_problem, unfinished_problem
+from ara.workspace.tensors import TensorRecord, save_tensors, tensor_digests, tensor_records
+
+if TYPE_CHECKING:
+    import torch
+
+PARTIAL = ".partial"
+COPY = ".copy"
+JOURNAL = ".journal.json"
+CHECKPOINT = ".checkpoint.safetensors"
+
+_Seconds = Annotated[float, Field(ge=0, lt=1e12)]
+
+
+class _Journal(BaseModel):
+    """What an unfinished result has finished so far."""
+
+    model_config = ConfigDict(defer_build=True)
+    fingerprint: str
+    seconds: _Seconds
+    files: dict[str, FileRecord]
+    tensors: dict[str, TensorRecord]
+    results: dict[str, Any]
+
+
+class _CheckpointBody(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+    values: dict[str, Any]
+    seconds: _Seconds
+
+
+class StageWriter:
+    """Context manager around a stage folder in the making.
+
+    Leaving the block normally writes the manifest and renames the folder into place. Leaving it by an exception
+    removes the folder, unless the stage is resumable, at least one file is finished, and the same work might succeed
+    when it is taken up again (NaN would come back, unless ``keep_after_nan``). A full disk is told as such.
+
+    Attributes:
+        folder: where to write; becomes ``<stage>/<name>``.
+        results: goes into the manifest.
+        to_go_on: the result is a copy; finished files and checkpoint stay, for a later run of this work to go on from.
+    """
+
+    def __init__(
+        self,
+        parent: Path,
+        stage: str,
+        name: str,
+        resumable: bool,
+        facts: dict[str, Any],
+        started: float | None = None,
+        keep_after_nan: bool = False,
+    ) -> None:
+        self.final = parent / name
+        self.folder = parent / f".{name}{PARTIAL}"
+        self.results: dict[str, Any] = {}
+        self.to_go_on = False
+        self._stage, self._name, self._resumable, self._facts = stage, name, resumable, facts
+        self._keep_after_nan = keep_after_nan
+        self._files: dict[str, FileRecord] = {}
+        self._loose: set[str] = set()
+        self._tensors: dict[str, TensorRecord] = {}
+        self._fingerprint = digest(essence(stage, facts["config"], facts["model"], facts["parents"]))
+        self._earlier_seconds, self._resumed = 0.0, False
+        self._start = time.monotonic() if started is None else started
+
+    def __enter__(self) -> StageWriter:
+        if not (self._resumable and self._resume()):
+            remove(self.folder)
+            with disk_errors(self.folder):
+                self.folder.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            try:
+                with disk_errors(self.final):
+                    self._commit()
+            except BaseException as failure:
+                self._abandon(repeats=isinstance(failure, NumericalError) and not self._keep_after_nan)
+                raise
+            return
+        self._abandon(repeats=issubclass(kind, NumericalError) and not self._keep_after_nan)
+        full = disk_full_error(error, self.folder) if isinstance(error, Exception) else None
+        if full is not None:
+            raise full from error
+
+    @property
+    def finished(self) -> list[str]:
+        """Names of the files that are finished, by this run or by an earlier, interrupted one."""
+        return list(self._files)
+
+    def tensors(self, name: str, tensors: Mapping[str, torch.Tensor], results: Mapping[str, Any] | None = None) -> None:
+        """Write one safetensors file and note it as finished; ``results`` are merged into :attr:`results`."""
+        path = self.folder / name
+        aside = path.with_name(f".{path.name}{PARTIAL}")
+        save_tensors(aside, tensors)
+        os.replace(aside, path)
+        self.note(name)
+        self.results.update(results or {})
+        self._write_journal()
+
+    def text(self, name: str, text: str) -> None:
+        """Write one text file and note it as finished, together with :attr:`results` as they are."""
+        write_text(self.folder / name, text, sync=True)
+        self.note(name)
+        self._write_journal()
+
+    def save_checkpoint(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Keep the state of unfinished work: replaces the one before in one step, and goes when the stage is done.
+
+        Args:
+            tensors: at least one.
+            values: JSON data.
+        """
+        path = self.folder / CHECKPOINT
+        aside = path.with_name(f"{path.name}{PARTIAL}")
+        body = json.dumps({"values": values, "seconds": self._seconds()})
+        with disk_errors(self.folder):
+            save_tensors(aside, tensors, {"body": body, "digest": digest([body, tensor_digests(tensors)])})
+            os.replace(aside, path)
+            if not (self.folder / JOURNAL).exists():
+                self._write_journal()
+
+    def checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Return what an interrupted run has left by :meth:`save_checkpoint`, or ``None``; a damaged one is ignored."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / CHECKPOINT
+        if not is_plain_file(path):
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                found = file.metadata()
+                # Copied: the file that they are views of is about to be replaced.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            if digest([found["body"], tensor_digests(tensors)]) != found["digest"]:
+                return None
+            body = _CheckpointBody.model_validate(parse(found["body"], finite=False))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        self._earlier_seconds = body.seconds
+        return tensors, body.values
+
+    def note(self, name: str) -> None:
+        """Take the finished file ``name`` (relative to :attr:`folder`) into the manifest."""
+        path = self.folder / name
+        self._files[name] = file_record(path)
+        if path.suffix == ".safetensors":
+            self._tensors.update(tensor_records(path, name))
+
+    def loose(self, name: str) -> None:
+        """Leave the file ``name`` out of the manifest: written again, it makes the result no other one."""
+        self._loose.add(name)
+
+    def _resume(self) -> bool:
+        # No journal, or one that cannot be trusted: start over, which is always right.
+        journal = None if self.folder.is_symlink() else _read_journal(self.folder)
+        if journal is None or journal.fingerprint != self._fingerprint:
+            return False
+        if unfinished_problem(self._stage, journal.results) is not None:
+            return False
+        tensors: dict[str, TensorRecord] = {}
+        try:
+            for name, record in journal.files.items():
+                path = self.folder / name
+                if not is_inside(self.folder, name) or file_record(path) != record:
+                    return False
+                # Read from the file: a table that does not fit it would make a result that is called damaged.
+                tensors |= tensor_records(path, name) if path.suffix == ".safetensors" else {}
+        except (OSError, ValueError):
+            return False
+        self._files, self.results, self._tensors = journal.files, journal.results, tensors
+        self._resumed = True
+        self._earlier_seconds = journal.seconds
+        for path in self.folder.iterdir():
+            if path.name not in {*self._files, JOURNAL, CHECKPOINT}:
+                remove(path)
+        return True
+
+    def _write_journal(self) -> None:
+        if not self._resumable:
+            return
+        journal = plain(
+            {
+                "fingerprint": self._fingerprint,
+                "seconds": self._seconds(),
+                "files": self._files,
+                "tensors": self._tensors,
+                "results": self.results,
+            }
+        )
+        aside = self.folder / f"{JOURNAL}{PARTIAL}"
+        with disk_errors(self.folder):
+            write_text(aside, json.dumps({**journal, "digest": digest(journal)}), sync=True)
+            os.replace(aside, self.folder / JOURNAL)
+
+    def _commit(self) -> None:
+        # Ctrl+C may come between writing aside and the rename, and train-masks then makes its best so far the result.
+        for aside in self.folder.glob(f".*{PARTIAL}"):
+            remove(aside)
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_file() and name not in (*self._files, *self._loose, JOURNAL, CHECKPOINT):
+                self.note(name)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            stage=self._stage,
+            name=self._name,
+            created=now(),
+            versions=versions(),
+            seconds=round(self._seconds(), 3),
+            peak_memory_bytes=peak_memory_bytes(),
+            files=dict(sorted(self._files.items())),
+            tensors=dict(sorted(self._tensors.items())),
+            results=plain(self.results),
+            **{**self._facts, "config": plain(self._facts["config"])},
+        ).sealed()
+        if self._resumed and (problem := manifest_problem(manifest)) is not None:
+            remove(self.folder)
+            raise CorruptedError(
+                f"what an interrupted run has left in {self.folder} makes no result ({problem}): it is thrown away",
+                "run the same command again: it starts anew",
+            )
+        made = self._copy() if self.to_go_on else self.folder
+        write_text(made / MANIFEST, manifest.model_dump_json(indent=1) + "\n", sync=True)
+        _sync_folder(made)
+        old = self.final.with_name(f".{self.final.name}.old")
+        if os.path.lexists(self.final):
+            os.replace(self.final, old)
+        os.replace(made, self.final)
+        _sync_folder(self.final.parent)
+        # Last, so that a stage stopped until here goes on from it.
+        (self.final / JOURNAL).unlink(missing_ok=True)
+        (self.final / CHECKPOINT).unlink(missing_ok=True)
+        remove(old)
+
+    def _copy(self) -> Path:
+        """Return a folder to become the result while :attr:`folder` stays as it is."""
+        self._write_journal()
+        copy = self.final.with_name(f".{self.final.name}{COPY}")
+        remove(copy)
+        shutil.copytree(self.folder, copy, ignore=shutil.ignore_patterns(".*"))
+        return copy
+
+    def _abandon(self, repeats: bool = False) -> None:
+        started = self._files or (self.folder / CHECKPOINT).exists()
+        if repeats or not (self._resumable and started):
+            remove(self.folder)
+
+    def _seconds(self) -> float:
+        return self._earlier_seconds + time.monotonic() - self._start
+
+
+def left_behind(parent: Path, name: str) -> str | None:
+    """Return the fingerprint of the work that an unfinished run of ``parent/name`` was doing, or ``None``.
+
+    A journal that cannot be read counts as none.
+    """
+    journal = _read_journal(parent / f".{name}{PARTIAL}")
+    return None if journal is None else journal.fingerprint
+
+
+def _read_journal(folder: Path) -> _Journal | None:
+    """Return the journal of an unfinished result; ``None`` where there is none, or none of ours."""
+    path = folder / JOURNAL
+    try:
+        if not is_plain_file(path):
+            return None
+        found = read(path, finite=False)
+        # Its results become those of the manifest, so that no bit of it may be believed unchecked.
+        if not isinstance(found, dict) or found.pop("digest", None) != digest(found):
+            return None
+        journal = _Journal.model_validate(found)
+        return journal if math.isfinite(journal.seconds) and all(map(_is_own, journal.files)) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _is_own(name: str) -> bool:
+    """Tell whether a journal may name this file: every file that is noted lies in the folder itself."""
+    return bool(name) and name == Path(name).name
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,305 @@
+"""What a decoder is made of, read from its ``config.json``: all that the graph builder needs to know of a family.
+
+A family is one entry of :data:`FAMILIES`. All of them share Llama's module names; what differs is data here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ara.errors import ModelError, UnsupportedModelError, first_line
+from ara.jsonfile import first_problem
+from ara.models.context import context_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+# Rotary variants whose angles depend on the position alone, within the model's context.
+_ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
+# GroupQueryAttention of ONNX Runtime rotates only such widths of a head, the whole of it or its front.
+_HEAD_MULTIPLE = 16
+# Far above any model's, and small enough to be held in memory and counted in ONNX.
+_MOST_LAYERS, _WIDEST_HEAD, _MOST_POSITIONS = 10_000, 65_536, 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """Sizes and variants of a decoder-only model.
+
+    Attributes:
+        family: ``model_type`` of the config.
+        hidden: width of the residual stream.
+        layers: number of blocks.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head: width of a head.
+        intermediate: width of the gated layer.
+        vocabulary: rows of the embedding.
+        context: positions that the model was made for.
+        epsilon: of the norms.
+        norm_offset: added to the norms' weights (Gemma stores w − 1).
+        embedding_scale: factor on the embeddings.
+        activation: of the gate.
+        head_norm: whether queries and keys are normed per head (Qwen3).
+        tied: whether the head is the embedding.
+        scale: factor on attention scores.
+        windows: per block, how many latest positions it sees; ``None``: all.
+        packed: whether q, k, v are one projection and gate, up another (Phi-3).
+        frequencies: (rotated / 2) float32, angle per position.
+        rope_scale: factor on cosine and sine (YaRN).
+        bos, pad: token ids; ``None`` where the model has none.
+    """
+
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head: int
+    intermediate: int
+    vocabulary: int
+    context: int
+    epsilon: float
+    norm_offset: float
+    embedding_scale: float
+    activation: Activation
+    head_norm: bool
+    tied: bool
+    scale: float
+    windows: tuple[int | None, ...]
+    packed: bool
+    frequencies: torch.Tensor
+    rope_scale: float
+    bos: int | None
+    pad: int | None
+
+    def rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosine and sine of every position: (context, rotated / 2) float32 each."""
+        angles = torch.arange(self.context, dtype=torch.float32)[:, None] * self.frequencies
+        return angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between families that share Llama's names.
+
+    Attributes:
+        head_norm: queries and keys are normed per head.
+        norm_offset: added to the norms' weights.
+        scaled_embedding: embeddings are multiplied by √hidden.
+        packed: q, k, v and gate, up are packed.
+        partial_rotation: ``partial_rotary_factor`` counts.
+        switched_windows: ``use_sliding_window`` counts.
+    """
+
+    head_norm: bool = False
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+    packed: bool = False
+    partial_rotation: bool = False
+    switched_windows: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(switched_windows=True),
+    "qwen3": Family(head_norm=True, switched_windows=True),
+    "gemma": Family(norm_offset=1.0, scaled_embedding=True),
+    "phi3": Family(packed=True, partial_rotation=True),
+}
+
+
+class _Rope(BaseModel):
+    """Rotary embedding, as ``rope_parameters`` has it; variants bring fields of their own."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    rope_type: str = "default"
+    rope_theta: float = Field(gt=0)
+    partial_rotary_factor: float = Field(1.0, gt=0, le=1)
+
+
+class _Fields(BaseModel):
+    """What is read of a config: a checkpoint folder may come from anywhere, and its config say anything."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, from_attributes=True)
+
+    hidden_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1, le=_MOST_LAYERS)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(None, ge=1, le=_WIDEST_HEAD)
+    intermediate_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    rms_norm_eps: float = Field(ge=0)
+    hidden_act: str | None = None
+    hidden_activation: str | None = None
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = Field(None, ge=0)
+    pad_token_id: int | None = None
+    sliding_window: int | None = Field(None, ge=1)
+    use_sliding_window: bool = True
+    layer_types: list[str] | None = None
+    use_bidirectional_attention: bool | None = None
+    rope_parameters: _Rope
+
+    @property
+    def head(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+
+def _typed(config: PreTrainedConfig) -> _Fields:
+    """Return the fields of a config, each held to its type and range.
+
+    Raises:
+        ModelError: one is missing or cannot be; names the first.
+    """
+    try:
+        fields = _Fields.model_validate(config)
+    except ValidationError as error:
+        raise _wrong(first_problem(error)) from None
+    if fields.num_attention_heads % fields.kv_heads:
+        raise _wrong(f"{fields.num_attention_heads} query heads cannot share {fields.kv_heads} key and value heads")
+    if fields.layer_types is not None and len(fields.layer_types) != fields.num_hidden_layers:
+        raise _wrong(f"it has {fields.num_hidden_layers} layers and {len(fields.layer_types)} layer_types")
+    return fields
+
+
+def _wrong(what: str) -> ModelError:
+    return ModelError(f"the checkpoint's config.json cannot be used: {what}", "take it from where the weights are from")
+
+
+def read_context(config: PreTrainedConfig) -> int:
+    """Return how many positions a model has: the graph's tables and caches are made for so many.
+
+    Raises:
+        UnsupportedModelError: the config names none, as those of BLOOM, MPT and Mamba.
+        ModelError: it names something that is no number of positions.
+    """
+    try:
+        found: Any = context_length(config)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise _wrong(f"rope_parameters: {first_line(error)}") from None
+    if found is None:
+        raise UnsupportedModelError(
+            f"the config of this {config.model_type} model names no number of positions (max_position_embeddings), "
+            "which an exported graph needs",
+            "add max_position_embeddings to config.json if the model has such a limit",
+        )
+    if not isinstance(found, int) or not 1 <= found <= _MOST_POSITIONS:
+        raise _wrong(f"max_position_embeddings is {found!r}, expected a number of positions")
+    return found
+
+
+def read_decoder(config: PreTrainedConfig) -> Decoder:
+    """Return what the graph builder needs to know of a model.
+
+    Raises:
+        UnsupportedModelError: an unknown family, rotary variant, activation or head width; no number of positions.
+        ModelError: a field is missing or cannot be.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UnsupportedModelError(
+            f"the ONNX graph builder does not know the family {config.model_type!r}; "
+            f"known are {', '.join(sorted(FAMILIES))}",
+            "add an entry to FAMILIES in export/onnx/architecture.py (see CONTRIBUTING.md)",
+        )
+    fields = _typed(config)
+    if fields.use_bidirectional_attention:
+        raise UnsupportedModelError(
+            "the model reads text in both directions", "it is not a decoder: nothing to be done"
+        )
+    name = fields.hidden_act or fields.hidden_activation
+    if name not in _ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"the activation {name!r} is not known; known are {', '.join(sorted(_ACTIVATIONS))}",
+            "add it to export/onnx/architecture.py and export/onnx/graph.py",
+        )
+    head = fields.head
+    frequencies, rope_scale = _rotary(config, fields, family)
+    rotated = 2 * len(frequencies)
+    if head % _HEAD_MULTIPLE or rotated % _HEAD_MULTIPLE:
+        raise UnsupportedModelError(
+            f"heads are {head} wide and {rotated} of that is rotated; ONNX Runtime's GroupQueryAttention wants "
+            f"multiples of {_HEAD_MULTIPLE}",
+            "this model cannot be exported with fused attention",
+        )
+    return Decoder(
+        family=config.model_type,
+        hidden=fields.hidden_size,
+        layers=fields.num_hidden_layers,
+        heads=fields.num_attention_heads,
+        kv_heads=fields.kv_heads,
+        head=head,
+        intermediate=fields.intermediate_size,
+        vocabulary=fields.vocab_size,
+        context=read_context(config),
+        epsilon=fields.rms_norm_eps,
+        norm_offset=family.norm_offset,
+        embedding_scale=fields.hidden_size**0.5 if family.scaled_embedding else 1.0,
+        activation=_ACTIVATIONS[name],
+        head_norm=family.head_norm,
+        tied=fields.tie_word_embeddings,
+        scale=head**-0.5,
+        windows=_windows(fields, family),
+        packed=family.packed,
+        frequencies=frequencies,
+        rope_scale=rope_scale,
+        bos=fields.bos_token_id,
+        pad=fields.pad_token_id,
+    )
+
+
+def _rotary(config: PreTrainedConfig, fields: _Fields, family: Family) -> tuple[torch.Tensor, float]:
+    """Return angles per position and the factor on cosine and sine, by transformers' own formulas."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope, kind = fields.rope_parameters, fields.rope_parameters.rope_type
+    if kind not in _ROPES:
+        raise UnsupportedModelError(
+            f"rotary embeddings of type {kind!r} depend on more than the position; known are {', '.join(_ROPES)}",
+            "this model cannot be exported exactly, so it is not",
+        )
+    if kind == "default":
+        rotated = int(fields.head * (rope.partial_rotary_factor if family.partial_rotation else 1.0))
+        return 1.0 / rope.rope_theta ** (torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated), 1.0
+    # ``dynamic`` changes its angles beyond the context only, which the exported graph does not go.
+    try:
+        found, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        frequencies, factor = found.float(), float(scale)
+    except Exception as error:  # whatever its formulas make of fields that are missing or cannot be
+        raise _wrong(f"rope_parameters of type {kind}: {type(error).__name__}: {first_line(error)}") from error
+    if not (bool(frequencies.isfinite().all()) and math.isfinite(factor)):
+        raise _wrong(f"rope_parameters of type {kind} give angles that are not finite")
+    return frequencies, factor
+
+
+def _windows(fields: _Fields, family: Family) -> tuple[int | None, ...]:
+    """Return how many latest positions each block sees, by ``sliding_window`` and ``layer_types``."""
+    window = fields.sliding_window
+    if family.switched_windows and not fields.use_sliding_window:
+        window = None
+    kinds = fields.layer_types or ["sliding_attention" if window else "full_attention"] * fields.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

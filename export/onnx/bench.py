@@ -1,0 +1,152 @@
+"""Exported graphs for ``ara bench``: the one of a checkpoint, and its dense counterpart made with the same settings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ara.errors import WorkspaceError
+from ara.evaluation.cost import Case, Cost, cost_of
+from ara.evaluation.speed import Prepared
+from ara.models.silence import silence_transformers
+from ara.stages.bench_models import BenchModel
+from ara.stages.common import Run
+from ara.workspace.store import Workspace
+from ara.workspace.view import StageView
+from export.config import ExportConfig
+from export.onnx.evaluation import latest_export
+from export.onnx.quantize import BITS, BLOCK
+from export.onnx.report import DATA_FILE, ExportReport, read_report
+from export.onnx.runner import OnnxDecoder
+from export.onnx.weights import Checkpoint
+from export.stage import export_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class OnnxRunner:
+    """An exported graph in ONNX Runtime.
+
+    Args:
+        folder: what ``ara export`` wrote.
+        parameters: of the checkpoint that it was made from.
+        cost: of a pass.
+        threads: of the CPU; ONNX Runtime's choice by default.
+    """
+
+    def __init__(self, folder: Path, parameters: int, cost: Cost, threads: int | None = None) -> None:
+        self._decoder = OnnxDecoder(folder, threads=threads)
+        self.parameters, self.cost = parameters, cost
+        self.weight_bytes = (folder / DATA_FILE).stat().st_size
+
+    def prepare(self, case: Case) -> Prepared:
+        """Bind caches for all positions, the past filled with zeros; a pass overwrites what the one before wrote."""
+        decoder = self._decoder
+        ids = np.random.default_rng(0).integers(decoder.vocabulary, size=(case.batch, case.new))
+        mask = np.ones((case.batch, case.past + case.new), np.int64)
+        bound = decoder.bind(case.batch, mask.shape[1])
+        return Prepared(lambda: decoder.step(bound, ids, mask))
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """An export of a checkpoint in the workspace; see :class:`ara.stages.bench_models.Exported`."""
+
+    view: StageView
+
+    @property
+    def device(self) -> str:
+        """Where it runs, as torch calls it."""
+        return self._about.execution_provider
+
+    @property
+    def precision(self) -> str:
+        """Of its weights."""
+        return self._about.precision
+
+    def chosen(self, name: str, checkpoint: Path, threads: int) -> BenchModel:
+        """Return the export of the folder ``checkpoint``."""
+        return _contender(name, self.view.path, self._about, checkpoint, threads)
+
+    def dense(self, name: str, checkpoint: Path, output: Path, threads: int) -> BenchModel:
+        """Export the dense folder ``checkpoint`` to ``output`` with the same settings."""
+        about = self._about
+        config = ExportConfig(
+            precision=about.precision,
+            execution_provider=about.execution_provider,
+            merge_shared_inputs=about.merge_shared_inputs,
+            last_logits=about.last_logits,
+            parity=False,
+        )
+        # Silent: that it is dense is no reason to warn here.
+        made = export_folder(config, Run(output.parent), checkpoint, output)
+        return _contender(name, output, made, checkpoint, threads)
+
+    @property
+    def _about(self) -> ExportReport:
+        return read_report(self.view.path)
+
+
+def find_export(workspace: Workspace, truncated: StageView, name: str | None = None) -> OnnxExport:
+    """Return an export of a checkpoint, the latest by default, verified.
+
+    Raises:
+        WorkspaceError: the checkpoint was not exported, or by putting its factors into somebody else's graph.
+    """
+    export = OnnxExport(latest_export(workspace, truncated, name))
+    if read_report(export.view.path).rewritten:
+        raise WorkspaceError(
+            f"{export.view.key} was made with --rewrite: a dense graph of ours would be another exporter's",
+            "export without --rewrite to measure, or name another export with --export",
+        )
+    return export
+
+
+def count_checkpoint(checkpoint: Checkpoint, about: ExportReport) -> Cost:
+    """Count what a graph computes and reads, from the shapes of the tensors that it was made from.
+
+    Args:
+        checkpoint: compressed or dense, with Llama's names, which is all that the builder knows.
+        about: precision and form of the graph.
+    """
+    config = _config(checkpoint.folder)
+    number = 2 if about.execution_provider == "cuda" or about.precision == "fp16" else 4
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
+    linear = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2)
+    return cost_of(
+        config,
+        linear=linear,
+        head=config.vocab_size * config.hidden_size,
+        weight_bytes=BITS / 8 + number / BLOCK if about.precision == "int8" else number,
+        cache_bytes=number,
+        last_logits=about.last_logits,
+    )
+
+
+def parameters_of(checkpoint: Checkpoint) -> int:
+    """Return the number of parameters of a checkpoint; the order of pivoted rows is none."""
+    return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names() if not name.endswith(".order"))
+
+
+def _contender(name: str, folder: Path, about: ExportReport, source: Path, threads: int) -> BenchModel:
+    checkpoint = Checkpoint(source)
+    return BenchModel(
+        name,
+        partial(OnnxRunner, folder, parameters_of(checkpoint), count_checkpoint(checkpoint, about), threads),
+        sum(record.bytes for record in about.files.values()),
+        # ONNX Runtime does not tell what it holds on a GPU.
+        measurable=about.execution_provider == "cpu",
+    )
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    with silence_transformers():
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)

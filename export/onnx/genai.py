@@ -1,0 +1,55 @@
+"""``genai_config.json``: what ONNX Runtime GenAI wants to know, so that ``og.Model(folder)`` answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from export.onnx.architecture import Decoder
+from export.onnx.report import GRAPH_FILE, Provider
+
+
+def genai_config(decoder: Decoder, eos: list[int], provider: Provider) -> dict[str, Any]:
+    """Return the document; greedy search with caches that past and present share; ``eos`` ends a text."""
+    options: list[dict[str, Any]] = [{"cuda": {}}] if provider == "cuda" else []
+    model: dict[str, Any] = {
+        "type": decoder.family,
+        "context_length": decoder.context,
+        "vocab_size": decoder.vocabulary,
+        "bos_token_id": decoder.bos,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        # GenAI insists on one; what fills rows up is masked.
+        "pad_token_id": decoder.pad if decoder.pad is not None else (eos[0] if eos else 0),
+        "decoder": {
+            "session_options": {"log_id": "onnxruntime-genai", "provider_options": options},
+            "filename": GRAPH_FILE,
+            "head_size": decoder.head,
+            "hidden_size": decoder.hidden,
+            "num_attention_heads": decoder.heads,
+            "num_hidden_layers": decoder.layers,
+            "num_key_value_heads": decoder.kv_heads,
+            "inputs": {
+                "input_ids": "input_ids",
+                "attention_mask": "attention_mask",
+                "past_key_names": "past_key_values.%d.key",
+                "past_value_names": "past_key_values.%d.value",
+            },
+            "outputs": {
+                "logits": "logits",
+                "present_key_names": "present.%d.key",
+                "present_value_names": "present.%d.value",
+            },
+        },
+    }
+    search = {
+        "do_sample": False,
+        "max_length": decoder.context,
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": True,
+        "repetition_penalty": 1.0,
+        "temperature": 1.0,
+        "top_k": 1,
+        "top_p": 1.0,
+    }
+    return {"model": {key: value for key, value in model.items() if value is not None}, "search": search}

@@ -1,0 +1,118 @@
+"""``ara_export.json``: what an exported folder says about itself, checked before it is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ara.config import Layout
+from ara.errors import ModelError
+from ara.jsonfile import dump, read_object
+from ara.workspace.manifest import FileRecord, file_record
+from ara.workspace.tensors import SHA256_PATTERN
+from export.onnx.tolerance import Parity, Tolerance
+
+# What makes a folder an export.
+REPORT_FILE = "ara_export.json"
+GRAPH_FILE = "model.onnx"
+DATA_FILE = f"{GRAPH_FILE}.data"
+EXPORT_FORMAT: Literal[1] = 1
+
+Provider = Literal["cpu", "cuda"]
+Precision = Literal["fp32", "fp16", "int8"]
+_AGAIN = "export again: ara export --force"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+
+class Source(_Part):
+    """The checkpoint that was exported."""
+
+    name: str
+    sha256: str = Field(pattern=SHA256_PATTERN)
+
+
+class DecoderFacts(_Part):
+    """What running the graph needs to know.
+
+    Attributes:
+        family: ``model_type`` of the config.
+        context: positions.
+        eos: tokens that end a text.
+        shared_caches: whether one tensor can be past and present of a cache, the attention appending to it in place.
+    """
+
+    family: str
+    context: int = Field(ge=1)
+    eos: tuple[int, ...]
+    shared_caches: bool = False
+
+
+class Proof(_Part):
+    """The comparison with torch: on which text, held to what, and what was found."""
+
+    text: str
+    tolerance: Tolerance
+    cases: tuple[Parity, ...]
+
+
+class ExportReport(_Part):
+    """All of ``ara_export.json``; ``parity`` is ``None`` where the graph was not compared."""
+
+    format_version: Literal[1] = EXPORT_FORMAT
+    source: Source
+    precision: Precision
+    execution_provider: Provider
+    merge_shared_inputs: bool
+    last_logits: bool
+    rewritten: bool
+    layout: Layout
+    ranks: Mapping[str, int]
+    decoder: DecoderFacts
+    files: Mapping[str, FileRecord]
+    versions: Mapping[str, str | None]
+    parity: Proof | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write the file into ``folder``."""
+        text = dump(self, REPORT_FILE, indent=1)
+        (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def graph_files(folder: Path) -> dict[str, FileRecord]:
+    """Return size and checksum of the files that hold the graph."""
+    return {name: file_record(folder / name) for name in (GRAPH_FILE, DATA_FILE) if (folder / name).is_file()}
+
+
+def read_report(folder: Path) -> ExportReport:
+    """Return ``ara_export.json`` of an exported folder whose files are there, and as long as it says.
+
+    Their checksums are for whoever wants to be sure: reading gigabytes to start a model would be too much.
+
+    Raises:
+        ModelError: not an export, not what ``ara export`` writes, or files that are cut or missing.
+    """
+    path = folder / REPORT_FILE
+    if not path.is_file():
+        raise ModelError(f"{folder} is not an export ({REPORT_FILE} is missing)", "make one: ara export --onnx")
+    try:
+        report = ExportReport.model_validate(read_object(path, _AGAIN))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ModelError(f"{path} is not what ara export writes ({place}: {first['msg']})", _AGAIN) from None
+    for name, record in report.files.items():
+        if name not in (GRAPH_FILE, DATA_FILE):
+            raise ModelError(f"{path} names the file {name!r}", "do not use it: ara export writes no such file")
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != record.bytes:
+            what = "is missing" if found is None else f"has {found:,} bytes"
+            raise ModelError(
+                f"{folder / name} {what}; {REPORT_FILE} says {record.bytes:,}", f"copy it once more, or {_AGAIN}"
+            )
+    return report

@@ -1,0 +1,260 @@
+"""Puts the factors of a checkpoint into an ONNX graph that somebody has exported from the dense model.
+
+Any graph will do in which the linear layers are MatMul or Gemm nodes with a weight of their own, and in which node or
+weight carries the module's name, as exporters write it: ``/model/layers.0/mlp/up_proj/MatMul``. What is not a
+factorised layer stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from ara.errors import AraError, ModelError, first_line
+from ara.files import open_regular
+from export.onnx.pivots import ordering
+from export.onnx.report import Provider
+from export.onnx.weights import Checkpoint, LinearLayer
+
+_FLOATS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
+# Least cosine between the dense weight and the product of the factors: a cut layer is far above, another layer's weight
+# near 0.
+_LEAST_COSINE = 0.3
+_DENSE = "name the .onnx file of a dense export"
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Read a graph; its weights stay on the disk until they are asked for.
+
+    Raises:
+        ModelError: not a file, not an ONNX graph, or its weights are missing or lie elsewhere than beside it.
+    """
+    try:
+        open_regular(path).close()
+        # Absolute: the folder is what its weights are looked for in.
+        model = ir.load(path.absolute())
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror})", _DENSE) from None
+    except Exception as error:  # protobuf's and onnx-ir's exceptions share no base class
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # onnx-ir wraps it once for every level of the graph
+            cause = cause.__cause__
+        raise ModelError(f"{path} cannot be read as ONNX: {first_line(cause)}", _DENSE) from error
+    with graph_errors(path):
+        for tensor in _external(model):
+            _check_external(tensor, path)
+    return model
+
+
+@contextmanager
+def graph_errors(path: Path) -> Iterator[None]:
+    """Say of whatever onnx-ir and numpy raise over somebody else's graph in which file it is.
+
+    Raises:
+        ModelError: instead of what they raise.
+    """
+    try:
+        yield
+    except (AraError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{path} cannot be rewritten: {type(error).__name__}: {first_line(error)}",
+            "the graph may be damaged: export the dense model again, or leave --rewrite out",
+        ) from error
+
+
+def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Yield every tensor of a graph that lies in another file: initialisers and attributes, subgraphs and functions."""
+    bodies = [model.graph, *model.functions.values()]
+    while bodies:
+        body = bodies.pop()
+        tensors: list[Any] = [value.const_value for value in getattr(body, "initializers", {}).values()]
+        for attribute in (attribute for node in body for attribute in node.attributes.values()):
+            found = attribute.value if isinstance(attribute.value, list | tuple) else [attribute.value]
+            tensors += found
+            bodies += [value for value in found if isinstance(value, ir.Graph)]
+        yield from (tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+
+
+def _check_external(tensor: ir.ExternalTensor, path: Path) -> None:
+    """Check that a tensor lies whole in a file of the graph's folder, as ONNX has it.
+
+    Raises:
+        ModelError: it does not. The file is not read.
+    """
+    folder, location = path.parent.resolve(), Path(tensor.location)
+    file = (folder / location).resolve()
+    if location.is_absolute() or ".." in location.parts or not file.is_relative_to(folder):
+        raise ModelError(
+            f"{path} wants the weight {tensor.name} from {str(location)!r}, outside its folder",
+            "do not use it: weights lie beside their graph",
+        )
+    try:
+        with open_regular(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
+    except OSError as error:
+        raise ModelError(f"{file}, the weights of {path}, cannot be read ({error.strerror})", _DENSE) from None
+    end = (tensor.offset or 0) + tensor.nbytes
+    if end > size:
+        raise ModelError(
+            f"{file} has {size:,} bytes, {tensor.name} of {path} would end at {end:,}", "copy the file once more"
+        )
+
+
+def rewrite(
+    model: ir.Model, checkpoint: Checkpoint, provider: Provider = "cpu", advance: Callable[[], None] = lambda: None
+) -> list[str]:
+    """Replace the dense linear layers of ``model`` by the checkpoint's low-rank ones, in place.
+
+    Args:
+        model: a graph of the dense model.
+        checkpoint: compressed.
+        provider: that is to run it.
+        advance: called once per layer.
+
+    Returns:
+        The modules replaced, in the order of the checkpoint.
+
+    Raises:
+        ModelError: a layer is not found, found twice, or has another shape or other weights.
+    """
+    nodes = _linear_nodes(model.graph)
+    missing = [path for path in checkpoint.ranks if path not in nodes]
+    if missing:
+        raise ModelError(
+            f"the graph has no MatMul or Gemm of its own for {len(missing)} of {len(checkpoint.ranks)} layers, "
+            f"{missing[0]} among them",
+            "export the dense model unquantised, unpacked and with module names, or leave --rewrite out",
+        )
+    for path in checkpoint.ranks:
+        _replace(model.graph, nodes[path], checkpoint, path, provider)
+        advance()
+    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
+        if not model.graph.initializers[name].is_graph_output():
+            del model.graph.initializers[name]
+    model.graph.sort()
+    return list(checkpoint.ranks)
+
+
+def _linear_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
+    """Return module path → its node, for nodes that multiply by a weight of their own."""
+    found: dict[str, ir.Node] = {}
+    for node in graph:
+        if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
+            continue
+        weight = node.inputs[1] if len(node.inputs) > 1 else None
+        if weight is None or weight.const_value is None:
+            continue
+        for name in {_module(node.name or ""), _module(weight.name or "")} - {""}:
+            if name in found and found[name] is not node:
+                raise ModelError(
+                    f"the graph has two nodes for {name}", "leave --rewrite out: ara then builds the graph"
+                )
+            found[name] = node
+    return found
+
+
+def _module(name: str) -> str:
+    """Return the module path that a node or weight is named after, or nothing."""
+    name = name.strip("/").replace("/", ".")
+    return re.sub(r"(\.(MatMul|Gemm|weight|output_\d+|MatMul_\d+))+$", "", name)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, checkpoint: Checkpoint, path: str, provider: Provider) -> None:
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None and weight.shape is not None
+    if node.op_type == "Gemm" and (
+        bool(node.attributes.get_int("transA", 0))
+        or node.attributes.get_float("alpha", 1.0) != 1
+        or node.attributes.get_float("beta", 1.0) != 1
+    ):
+        raise ModelError(
+            f"the Gemm of {path} has transA, alpha or beta", "leave --rewrite out: ara then builds the graph"
+        )
+    swapped = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
+    sides = [int(side) for side in weight.const_value.shape]  # type: ignore[arg-type]
+    if len(sides) != 2:
+        raise ModelError(f"{path} is no matrix in the graph: its shape is {sides}", _DENSE)
+    m, n = sides if swapped else reversed(sides)
+    layer = checkpoint.linear(path, m, n)
+    stored = weight.const_value.dtype
+    if stored not in _FLOATS:
+        raise ModelError(f"{path} is {stored} in the graph", "rewrite a graph in float32 or float16")
+    dense = torch.tensor(weight.const_value.numpy()).double()
+    _check(dense if swapped else dense.T, checkpoint, layer)
+
+    def factor(name: str) -> ir.Value:
+        m, n = checkpoint.shape(name)
+        made = ir.LazyTensor(
+            lambda: ir.tensor(checkpoint.tensor(name).T.to(_FLOATS[stored]).contiguous().numpy(), name=name),
+            dtype=stored,
+            shape=ir.Shape((n, m)),
+            name=name,
+        )
+        value = ir.val(name, const_value=made)
+        graph.register_initializer(value)
+        return value
+
+    new = [ir.node("MatMul", [node.inputs[0], factor(f"{path}.A.weight")], name=f"{path}.A/MatMul")]
+    h = new[0].outputs[0]
+    if layer.pivoted:
+        new.append(ir.node("MatMul", [h, factor(f"{path}.C.weight")], name=f"{path}.C/MatMul"))
+        new.append(ir.node("Concat", [h, new[-1].outputs[0]], {"axis": -1}, name=f"{path}.rows/Concat"))
+        order = ir.val(f"{path}.order", const_value=ir.tensor(_order(checkpoint, path), name=f"{path}.order"))
+        graph.register_initializer(order)
+        for kind, name, attributes in ordering(_axes(node), provider):
+            inputs = [new[-1].outputs[0], order] if kind == "Gather" else [new[-1].outputs[0]]
+            new.append(ir.node(kind, inputs, attributes, name=f"{path}.{name}/{kind}"))
+    else:
+        new.append(ir.node("MatMul", [h, factor(f"{path}.B.weight")], name=f"{path}.B/MatMul"))
+    bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+    if bias is not None:
+        new.append(ir.node("Add", [new[-1].outputs[0], bias], name=f"{path}.biased/Add"))
+    for made in new:
+        for i, output in enumerate(made.outputs):
+            output.name = f"{made.name}/output_{i}"
+    _take_place(graph, node, new)
+
+
+def _axes(node: ir.Node) -> int | None:
+    """Return how many axes the input of a linear layer has, if the graph says so."""
+    if node.op_type == "Gemm":
+        return 2
+    shapes = (value.shape for value in (node.inputs[0], node.outputs[0]) if value is not None)
+    return next((len(shape) for shape in shapes if shape is not None), None)
+
+
+def _take_place(graph: ir.Graph, node: ir.Node, new: Sequence[ir.Node]) -> None:
+    old, last = node.outputs[0], new[-1].outputs[0]
+    last.type, last.shape, last.name = old.type, old.shape, old.name
+    ir.convenience.replace_nodes_and_values(graph, node, [node], list(new), [old], [last])
+
+
+def _order(checkpoint: Checkpoint, path: str) -> np.ndarray:
+    found: np.ndarray = checkpoint.tensor(f"{path}.order").numpy()
+    return found
+
+
+def _check(dense: torch.Tensor, checkpoint: Checkpoint, layer: LinearLayer) -> None:
+    """See that the product of the factors is a cut of this very weight: (m, n) float64."""
+    a = checkpoint.tensor(f"{layer.path}.A.weight").double()
+    if layer.pivoted:
+        c = checkpoint.tensor(f"{layer.path}.C.weight").double()
+        product = torch.cat([a, c @ a])[torch.from_numpy(_order(checkpoint, layer.path)).long()]
+    else:
+        product = checkpoint.tensor(f"{layer.path}.B.weight").double() @ a
+    cosine = float((dense * product).sum() / (dense.norm() * product.norm()).clamp_min(1e-300))
+    if not cosine >= _LEAST_COSINE:
+        raise ModelError(
+            f"the weight of {layer.path} in the graph is not the one that was factorised (cosine {cosine:.2f})",
+            "rewrite an export of the very model that the checkpoint was made from",
+        )

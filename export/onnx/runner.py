@@ -1,0 +1,325 @@
+"""Runs an exported decoder in ONNX Runtime: whole passes, and token by token with caches that never move.
+
+The key and value caches are bound once, for the whole length, and shared between past and present: a step appends to
+them in place and copies only its logits.
+
+Shapes: b batch, s new tokens, p past tokens, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from ara.errors import ModelError, NumericalError, UnavailableError, UsageError, first_line
+from ara.models.context import check_room
+from export.onnx.report import GRAPH_FILE, Provider, read_report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# Below this, ONNX Runtime writes about things that nobody asked for.
+_ERRORS_ONLY = 3
+
+
+class OnnxDecoder:
+    """An exported model, ready to run.
+
+    Args:
+        folder: what ``ara export`` wrote.
+        provider: where to run; that of the export by default.
+        threads: of the CPU; ONNX Runtime's choice by default.
+
+    Raises:
+        ModelError: not an export, or ONNX Runtime cannot load it.
+        UnavailableError: the provider is not there. ONNX Runtime itself would fall back to the CPU and say nothing.
+    """
+
+    def __init__(self, folder: Path, provider: Provider | None = None, threads: int | None = None) -> None:
+        self.folder, self.about = folder, read_report(folder)
+        self.provider: Provider = provider or self.about.execution_provider
+        wanted = PROVIDERS[self.provider]
+        _require(wanted)
+        options = ort.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self.session = ort.InferenceSession(str(folder / GRAPH_FILE), options, providers=[wanted])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise ModelError(
+                f"{folder / GRAPH_FILE} cannot be loaded: {first_line(error)}", "export it again: ara export --force"
+            ) from error
+        # Nor later, when a run fails.
+        self.session.disable_fallback()
+        got = self.session.get_providers()[0]
+        if got != wanted:
+            raise UnavailableError(f"ONNX Runtime runs on {got}, {wanted} was asked for", _INSTALL[self.provider])
+        self._inputs = {value.name: value for value in self.session.get_inputs()}
+        present = {_present(name) for name in self._caches()}
+        names = [value.name for value in self.session.get_outputs()]
+        # Logits first, then the caches in the order of the inputs.
+        self._outputs = ["logits", *(_present(name) for name in self._caches())]
+        if not {"logits", *present} <= set(names):
+            raise ModelError(
+                f"{folder / GRAPH_FILE} gives {', '.join(names[:3])} …, expected logits and present.0.key …",
+                "export the dense model with the names of ONNX Runtime GenAI, or without comparing: --no-parity",
+            )
+        unknown = [name for name in self._inputs if name not in _KNOWN and name not in self._caches()]
+        if unknown or not self._caches():
+            raise ModelError(
+                f"{folder / GRAPH_FILE} wants {', '.join(unknown) or 'no past_key_values'}; known inputs are "
+                f"{', '.join(_KNOWN)} and past_key_values",
+                "export the dense model with the names of ONNX Runtime GenAI, or without comparing: --no-parity",
+            )
+        for name in self._caches():
+            self._fixed(name, self._inputs[name].shape[1::2], 2)
+        self._float = np.float16 if "float16" in self._inputs[self._caches()[0]].type else np.float32
+
+    @property
+    def context(self) -> int:
+        """Positions that the model has."""
+        return self.about.decoder.context
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that there are logits for.
+
+        Raises:
+            ModelError: the graph does not say.
+        """
+        (logits,) = (value for value in self.session.get_outputs() if value.name == "logits")
+        return self._fixed("logits", logits.shape[-1:], 1)[0]
+
+    def empty_past(self, batch: int, length: int = 0) -> dict[str, np.ndarray]:
+        """Return caches of ``length`` positions, zeros: input name → (b, kv heads, length, head)."""
+        return {
+            name: np.zeros((batch, self._inputs[name].shape[1], length, self._inputs[name].shape[3]), self._float)
+            for name in self._caches()
+        }
+
+    def forward(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, past: dict[str, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Read tokens and return their logits and the caches after them.
+
+        Args:
+            ids: (b, s) int64.
+            mask: (b, p + s) int64, 1 where a token counts; rows are filled up on the right. All ones by default.
+            past: caches of a call before, by input name; none by default.
+
+        Returns:
+            Logits (b, s, v) float32, and the caches of p + s positions.
+        """
+        past = past or self.empty_past(len(ids))
+        before = next(iter(past.values())).shape[2]
+        if mask is None:
+            mask = np.ones((ids.shape[0], before + ids.shape[1]), np.int64)
+        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": _positions(mask, ids.shape[1])}
+        fed = {name: value for name, value in feed.items() if name in self._inputs}
+        with self._running():
+            logits, *present = self.session.run(self._outputs, {**fed, **past})
+        return logits.astype(np.float32, copy=False), dict(zip(self._caches(), present, strict=True))
+
+    def generate(self, ids: np.ndarray, max_new_tokens: int, stop: set[int] | None = None) -> Iterator[int]:
+        """Yield the most likely next tokens, one by one, until one of ``stop``, which is not yielded.
+
+        Args:
+            ids: (s) int64, the prompt.
+            max_new_tokens: at most so many.
+            stop: token ids that end the text; those of the model by default.
+
+        Raises:
+            UsageError: prompt and answer together are longer than the context.
+            NumericalError: the graph gives NaN.
+        """
+        check_room(len(ids), max_new_tokens, self.context)
+        total = len(ids) + max_new_tokens
+        stop = set(self.about.decoder.eos) if stop is None else stop
+        read = self._reader(total)
+        new = ids[None]
+        for _ in range(max_new_tokens):
+            logits = read(new)[0, -1]
+            if not np.isfinite(logits.max()):
+                raise NumericalError(
+                    f"the graph gives logits of {logits.max()}, expected finite numbers",
+                    "export with --precision fp32, and check the checkpoint's weights",
+                )
+            token = int(logits.argmax())
+            if token in stop:
+                return
+            yield token
+            new = np.array([[token]], np.int64)
+
+    def _reader(self, total: int) -> Callable[[np.ndarray], np.ndarray]:
+        """Return what reads the next tokens of one row and gives their logits, ``total`` tokens at most."""
+        past: dict[str, np.ndarray] | None = None
+        bound = self.bind(1, total) if self.about.decoder.shared_caches else None
+        length = 0
+
+        def read(new: np.ndarray) -> np.ndarray:
+            nonlocal past, length
+            length += new.shape[1]
+            if bound is not None:
+                return self.step(bound, new, np.ones((1, length), np.int64))
+            logits, past = self.forward(new, None, past)
+            return logits
+
+        return read
+
+    def bind(self, batch: int, total: int) -> ort.IOBinding:
+        """Return caches for ``total`` positions of ``batch`` rows, bound to inputs and outputs at once.
+
+        One tensor is past and present: the attention appends to it in place. Only for graphs with ``shared_caches``.
+        """
+        binding = self.session.io_binding()
+        binding.bind_output("logits", "cpu")
+        for name, array in self.empty_past(batch, total).items():
+            cache = ort.OrtValue.ortvalue_from_numpy(array, self.provider)
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(_present(name), cache)
+        return binding
+
+    def step(self, bound: ort.IOBinding, new: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Read tokens behind those that are in bound caches; returns logits (b, s, v).
+
+        Args:
+            bound: of :meth:`bind`.
+            new: (b, s) int64.
+            mask: (b, p + s) int64, over all tokens so far.
+        """
+        bound.bind_cpu_input("input_ids", new)
+        bound.bind_cpu_input("attention_mask", mask)
+        if "position_ids" in self._inputs:
+            bound.bind_cpu_input("position_ids", _positions(mask, new.shape[1]))
+        # Bound anew: their size changes after the prompt. They are the first output that was bound.
+        bound.bind_output("logits", "cpu")
+        with self._running():
+            self.session.run_with_iobinding(bound)
+        logits: np.ndarray = bound.get_outputs()[0].numpy()
+        return logits
+
+    def _fixed(self, name: str, sizes: list[Any], count: int) -> list[int]:
+        """Return sizes of an input or output if they are ``count`` numbers, not names.
+
+        Raises:
+            ModelError: they are not.
+        """
+        if len(sizes) != count or not all(isinstance(size, int) for size in sizes):
+            said = ", ".join(map(str, sizes)) or "nothing"
+            raise ModelError(
+                f"{self.folder / GRAPH_FILE} does not say how large {name} is: {said}",
+                "export the dense model with fixed numbers of heads, head widths and tokens",
+            )
+        return sizes
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Say of what ONNX Runtime raises in which graph it is.
+
+        Raises:
+            ModelError: instead of that.
+        """
+        try:
+            yield
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise ModelError(
+                f"{self.folder / GRAPH_FILE} cannot be run: {first_line(error)}", "export it again: ara export --force"
+            ) from error
+
+    def _caches(self) -> list[str]:
+        return [name for name in self._inputs if name.startswith("past_key_values.")]
+
+
+class TorchLike(torch.nn.Module):
+    """An :class:`OnnxDecoder` that is called as a model of transformers is: for evaluation code that wants one.
+
+    Args:
+        decoder: the exported model.
+        config: of the checkpoint, for who asks what model it is.
+    """
+
+    def __init__(self, decoder: OnnxDecoder, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.decoder, self.config = decoder, config
+        self.anchor = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False, **_: Any) -> Any:
+        """Return an object with ``logits`` (b, t, v) float32."""
+        from transformers.modeling_outputs import CausalLMOutput
+
+        logits, _past = self.decoder.forward(input_ids.cpu().numpy())
+        return CausalLMOutput(logits=torch.from_numpy(logits))
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are expected."""
+        return self.anchor.device
+
+    def tie_weights(self) -> None:
+        """Do nothing: the graph is finished."""
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        do_sample: bool = False,
+        pad_token_id: int = 0,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Return ids (b, t) with their greedy continuations behind them: (b, t + new), filled up on the right.
+
+        Args:
+            input_ids: (b, t).
+            attention_mask: (b, t), 0 where a row is filled up, on the left; all ones by default.
+            max_new_tokens: at most so many; or ``max_length``, with those that are there.
+            max_length: see there.
+            do_sample: must be false.
+            pad_token_id: what rows are filled up with.
+
+        Raises:
+            UsageError: sampling was asked for.
+        """
+        if do_sample:
+            raise UsageError("an exported graph continues greedily only", "use --backend torch for this task")
+        new = max_new_tokens if max_new_tokens is not None else (max_length or 0) - input_ids.shape[1]
+        rows = []
+        for number, ids in enumerate(input_ids):
+            prompt = ids if attention_mask is None else ids[attention_mask[number].bool()]
+            room = min(new, self.decoder.context - len(prompt))
+            rows.append(torch.tensor(list(self.decoder.generate(prompt.cpu().numpy(), room)), dtype=input_ids.dtype))
+        continued = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+        return torch.cat([input_ids, continued], 1)
+
+
+_KNOWN = ("input_ids", "attention_mask", "position_ids")
+_INSTALL = {
+    "cpu": "install onnxruntime",
+    "cuda": "install onnxruntime-gpu and its CUDA libraries (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use "
+    "--execution-provider cpu",
+}
+
+
+def _require(provider: str) -> None:
+    if provider not in ort.get_available_providers():
+        raise UnavailableError(f"this ONNX Runtime has no {provider}", _INSTALL["cuda"])
+
+
+def _positions(mask: np.ndarray, new: int) -> np.ndarray:
+    """Return the position of each of the ``new`` last tokens, counting the tokens of its row: (b, new) int64."""
+    found: np.ndarray = np.maximum(mask.cumsum(1) - 1, 0)[:, -new:]
+    return found
+
+
+def _present(past: str) -> str:
+    """Return the output that follows an input: ``past_key_values.3.key`` → ``present.3.key``."""
+    return past.replace("past_key_values.", "present.")

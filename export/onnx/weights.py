@@ -1,0 +1,186 @@
+"""Weights of a checkpoint, read tensor by tensor from its safetensors files; nothing is ever loaded as a whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ara.errors import ModelError
+from ara.layouts.modeling_ara import QUANT_METHOD, AraConfig
+from ara.models.checkpoint import quantization_of, read_config
+from ara.models.folder import INDEX, SINGLE, read_index, read_shapes
+
+_AGAIN = "write the checkpoint again: ara truncate --force"
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """How a linear layer is stored.
+
+    Attributes:
+        path: of the module.
+        m: out features.
+        n: in features.
+        rank: k; ``None`` when it is dense.
+        pivoted: whether a low-rank layer is stored as pivot rows and coefficients.
+        bias: name of the bias (m), or ``None``.
+        block: of how many outputs a pivoted layer's order speaks at once.
+    """
+
+    path: str
+    m: int
+    n: int
+    rank: int | None
+    pivoted: bool
+    bias: str | None
+    block: int = 1
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the weight, without bias."""
+        if self.rank is None:
+            return self.m * self.n
+        return self.rank * (self.m + self.n - (self.rank if self.pivoted else 0))
+
+
+class Checkpoint:
+    """A Hugging Face folder, compressed or dense.
+
+    Args:
+        folder: with ``config.json`` and safetensors files.
+
+    Raises:
+        ModelError: not such a folder, a shard is missing or damaged, or an ARA format that is too new.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_config(folder)
+        quantization = quantization_of(folder, self.config)
+        method = quantization.get("quant_method")
+        if method not in (None, QUANT_METHOD):
+            raise ModelError(
+                f"{folder} is quantised by {method!r}; only dense and ARA checkpoints can be exported",
+                "export the checkpoint of ara truncate",
+            )
+        self.ranks: dict[str, int] = {}
+        self.pivoted = False
+        if method == QUANT_METHOD:
+            try:
+                ara = AraConfig(**{key: value for key, value in quantization.items() if key != "quant_method"})
+            except (ValueError, TypeError) as error:
+                raise ModelError(f"{folder} cannot be read: {error}", "write it again: ara truncate --force") from None
+            self.ranks, self.pivoted = ara.ranks, ara.layout == "pivoted"
+        self._files = _files(folder)
+        self._shapes = _shapes(self._files)
+        unknown = [path for path in self.ranks if f"{path}.A.weight" not in self._shapes]
+        if unknown:
+            raise ModelError(
+                f"{folder}/config.json gives {unknown[0]} a rank (quantization_config.ranks), and no "
+                f"{unknown[0]}.A.weight is stored{f'; {len(unknown)} such layers in all' if len(unknown) > 1 else ''}",
+                "write it again: ara truncate --force",
+            )
+
+    @property
+    def compressed(self) -> bool:
+        """Whether it has low-rank layers."""
+        return bool(self.ranks)
+
+    def names(self) -> list[str]:
+        """List the tensors, without the empty one that guards a compressed checkpoint against ignorant readers."""
+        return [name for name, shape in self._shapes.items() if shape != (0,)]
+
+    def has(self, name: str) -> bool:
+        """Tell whether a tensor is there."""
+        return name in self._shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor.
+
+        Raises:
+            ModelError: it is not there.
+        """
+        if name not in self._shapes:
+            raise ModelError(f"{self.folder} has no tensor {name}", "write it again: ara truncate --force")
+        return self._shapes[name]
+
+    def expect(self, name: str, *shape: int) -> str:
+        """Return ``name`` if the tensor has this shape.
+
+        Raises:
+            ModelError: it has not, or is not there.
+        """
+        found = self.shape(name)
+        if found != shape:
+            raise ModelError(
+                f"{name} in {self.folder} has shape {list(found)}, expected {list(shape)}",
+                "the files do not belong together: write the checkpoint again: ara truncate --force",
+            )
+        return name
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor, in the dtype of the file.
+
+        Raises:
+            ModelError: the file cannot be read.
+        """
+        try:
+            with safe_open(self._files[name], "pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{name} cannot be read from {self._files[name]} ({error})", "write it again: ara truncate --force"
+            ) from None
+
+    def linear(self, path: str, m: int, n: int) -> LinearLayer:
+        """Return how the linear layer at ``path`` is stored, its shapes checked.
+
+        Raises:
+            ModelError: a tensor is missing or has another shape.
+        """
+        rank = self.ranks.get(path)
+        if rank is None:
+            self.expect(f"{path}.weight", m, n)
+        else:
+            self.expect(f"{path}.A.weight", rank, n)
+            if self.pivoted:
+                self.expect(f"{path}.C.weight", m - rank, rank)
+                self.expect(f"{path}.order", m)
+            else:
+                self.expect(f"{path}.B.weight", m, rank)
+        names = [name for name in (f"{path}.bias", f"{path}.B.bias") if self.has(name)]
+        bias = self.expect(names[0], m) if names else None
+        return LinearLayer(path, m, n, rank, self.pivoted and rank is not None, bias)
+
+
+def _files(folder: Path) -> Mapping[str, Path]:
+    """Return tensor name → file, and see that the files are there."""
+    index = folder / INDEX
+    if not os.path.lexists(index):
+        single = folder / SINGLE
+        if not single.is_file():
+            raise ModelError(f"{folder} holds no {SINGLE}", "write it again: ara truncate --force")
+        return _Everything(single)
+    return read_index(index, _AGAIN)
+
+
+class _Everything(dict[str, Path]):
+    """Every name is in the one file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def __missing__(self, name: str) -> Path:
+        return self.path
+
+
+def _shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
+    paths = [files.path] if isinstance(files, _Everything) else sorted(set(files.values()))
+    shapes = read_shapes(paths, _AGAIN)
+    return {name: shape for name, shape in shapes.items() if name in files or isinstance(files, _Everything)}

@@ -1,0 +1,304 @@
+"""Exported graphs against torch: every family, layout and variant; what cannot be exported is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from ara.errors import ModelError, NumericalError, UnavailableError, UnsupportedModelError, UsageError
+from ara.progress import SILENT, SilentReporter
+from export.config import ExportConfig
+from export.onnx.architecture import FAMILIES, read_decoder
+from export.onnx.graph import _Builder
+from export.onnx.proof import check_rotary
+from export.onnx.runner import OnnxDecoder
+from export.onnx.target import resolve, write_onnx
+from export.onnx.tolerance import TOLERANCES
+from export.onnx.weights import Checkpoint
+
+CPU = {"execution_provider": "cpu"}
+THETA = {"rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, **THETA}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    **THETA,
+}
+
+
+def exported(made: Any, folder: Path, **settings: Any) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    config = resolve(ExportConfig(**{**CPU, **settings}))
+    return write_onnx(Checkpoint(made.folder), folder, config, "0" * 64, SILENT).model_dump(mode="json")
+
+
+class Telling(SilentReporter):
+    """Keeps the facts that it is told."""
+
+    def __init__(self) -> None:
+        self.facts: list[str] = []
+
+    def fact(self, text: str) -> None:
+        self.facts.append(text)
+
+
+def worst(about: dict[str, Any]) -> float:
+    return max(case["difference"] for case in about["parity"]["cases"])
+
+
+@pytest.mark.parametrize("layout", [None, "factors", "pivoted"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_and_layout_is_the_checkpoint(
+    family: str, layout: str | None, checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    about = exported(checkpoint(family, layout), tmp_path / "out")
+    assert [case["case"] for case in about["parity"]["cases"]] == ["prefill", "decode", "chunks", "padded"]
+    assert worst(about) < 1e-4
+    assert all(case["agreement"] == 1 for case in about["parity"]["cases"])
+    assert bool(about["ranks"]) is (layout is not None)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("mistral", {"sliding_window": 16}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 1}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, **THETA}}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, **THETA}}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("llama", {"rope_parameters": YARN}),
+        ("phi3", {"head_dim": 32, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, **THETA}}),
+    ],
+)
+def test_variants_are_exact(
+    family: str, changes: dict[str, Any], checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    plain = checkpoint(family)
+    changed = checkpoint(family, **changes)
+    ids = torch.arange(4, 60)[None]
+    same = changes.get("rope_parameters", {}).get("rope_type") == "dynamic"  # it differs beyond the context only
+    with torch.inference_mode():
+        assert torch.allclose(plain.model(ids).logits, changed.model(ids).logits, atol=1e-3) is same
+    assert worst(exported(changed, tmp_path / "out")) < 1e-4
+
+
+def test_late_positions_are_those_of_the_model(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    """YaRN reaches beyond ``max_position_embeddings``; one late angle that is off is found."""
+    made = checkpoint("llama", rope_parameters=YARN, max_position_embeddings=64)
+    about = exported(made, tmp_path / "out")
+    assert about["decoder"]["context"] == 256 and worst(about) < 1e-4
+    decoder = read_decoder(made.model.config)
+    check_rotary(decoder, made.model)
+    cos, sin = decoder.rotary_tables()
+    cos[200, 3] += 1e-3
+    object.__setattr__(decoder, "rotary_tables", lambda: (cos, sin))
+    with pytest.raises(NumericalError, match=r"differs from the model's by 0\.001 between positions 0 and 255"):
+        check_rotary(decoder, made.model)
+
+
+def test_a_window_that_the_comparison_does_not_reach_is_told(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    made = checkpoint("mistral", sliding_window=60)
+    for tokens, reached in ((30, False), (90, True)):
+        (tmp_path / str(tokens)).mkdir()
+        config = resolve(ExportConfig(**CPU, parity_tokens=tokens))
+        report = Telling()
+        about = write_onnx(Checkpoint(made.folder), tmp_path / str(tokens), config, "0" * 64, report)
+        assert about.parity is not None and about.parity.cases[0].tokens == tokens - 1
+        assert any("sliding window of 60 tokens is longer" in line for line in report.facts) is not reached
+
+
+@pytest.mark.parametrize("layout", [None, "factors", "pivoted"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_merged_inputs_give_the_same(
+    family: str, layout: str | None, checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    about = exported(checkpoint(family, layout), tmp_path / "out", merge_shared_inputs=True)
+    assert worst(about) < 1e-4
+    nodes = [node.op_type for node in ir.load(tmp_path / "out" / "model.onnx").graph]
+    assert nodes.count("Split") == (3 if family == "phi3" else 6)
+
+
+def test_last_logits_are_those_of_the_last_position(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    made = checkpoint("llama")
+    about = exported(made, tmp_path / "out", last_logits=True)
+    assert [case["case"] for case in about["parity"]["cases"]] == ["prefill", "decode", "chunks"]
+    logits, _ = OnnxDecoder(tmp_path / "out").forward(np.arange(4, 40)[None])
+    assert logits.shape[1] == 1
+    with torch.inference_mode():
+        expected = made.model(torch.arange(4, 40)[None]).logits[:, -1:]
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_half_precision_is_near(family: str, checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    about = exported(checkpoint(family, "pivoted"), tmp_path / "out", precision="fp16")
+    assert 1e-5 < worst(about) < 0.1
+    graph = ir.load(tmp_path / "out" / "model.onnx").graph
+    assert {value.dtype for name, value in graph.initializers.items() if name.endswith(".weight")} == {
+        ir.DataType.FLOAT16
+    }
+
+
+@pytest.mark.parametrize("layout", [None, "factors", "pivoted"])
+def test_eight_bits_are_near_and_small(layout: str | None, checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    made = checkpoint("llama", layout)
+    about = exported(made, tmp_path / "out", precision="int8", parity=False)
+    logits, _ = OnnxDecoder(tmp_path / "out").forward(np.arange(4, 40)[None])
+    with torch.inference_mode():
+        expected = made.model(torch.arange(4, 40)[None]).logits.numpy()
+    assert np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
+    assert about["parity"] is None
+    exported(made, tmp_path / "full")
+    sizes = [(tmp_path / name / "model.onnx.data").stat().st_size for name in ("out", "full")]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_what_the_folder_holds_and_says(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    made = checkpoint("llama", "pivoted")
+    about = exported(made, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "ara_export.json",
+        "chat_template.jinja",
+        "genai_config.json",
+        "generation_config.json",
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads((tmp_path / "out" / "ara_export.json").read_text()) == about
+    assert about["source"] == {"name": "checkpoint", "sha256": "0" * 64}
+    assert about["layout"] == "pivoted" and about["precision"] == "fp32" and about["execution_provider"] == "cpu"
+    assert about["ranks"] == json.loads((made.folder / "config.json").read_text())["quantization_config"]["ranks"]
+    genai = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert genai["model"]["type"] == "llama" and genai["model"]["context_length"] == 200
+    assert genai["model"]["decoder"]["head_size"] == 16 and genai["model"]["decoder"]["num_key_value_heads"] == 2
+
+
+def test_nodes_and_weights_are_named_after_their_modules(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    exported(checkpoint("llama"), tmp_path / "out", parity=False)
+    graph = ir.load(tmp_path / "out" / "model.onnx").graph
+    names = {node.name for node in graph}
+    assert {"model.layers.1.mlp.up_proj.A/MatMul", "model.layers.1.mlp.up_proj.B/MatMul", "lm_head/MatMul"} <= names
+    assert "model.layers.0.self_attn.k_proj/MatMul" in names  # the one that the fixture leaves dense
+    assert len(names) == len(list(graph))
+    shape = graph.initializers["model.layers.1.mlp.up_proj.A.weight"].shape
+    assert shape is not None and shape[0] == 102
+    assert [value.name for value in graph.inputs][:4] == [
+        "input_ids",
+        "attention_mask",
+        "past_key_values.0.key",
+        "past_key_values.0.value",
+    ]
+    assert [value.name for value in graph.outputs][:3] == ["logits", "present.0.key", "present.0.value"]
+
+
+def test_weights_are_read_one_at_a_time(
+    checkpoint: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is alive only while it is written: no two large ones at once."""
+    import gc
+    import weakref
+
+    alive: list[weakref.ref[np.ndarray]] = []
+    most = 0
+    original = _Builder._array
+
+    def watched(self: _Builder, tensor: torch.Tensor) -> np.ndarray:
+        nonlocal most
+        array = original(self, tensor)
+        gc.collect()
+        alive[:] = [reference for reference in alive if reference() is not None]
+        alive.append(weakref.ref(array))
+        most = max(most, len(alive))
+        return array
+
+    monkeypatch.setattr(_Builder, "_array", watched)
+    exported(checkpoint("llama"), tmp_path / "out", parity=False)
+    assert most <= 3
+
+
+# -- beyond tolerance, and what cannot be -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["epsilon", "rotary", "bias"])
+def test_a_graph_that_is_wrong_is_found_out(
+    part: str, checkpoint: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = checkpoint("qwen2")
+    if part == "epsilon":
+        monkeypatch.setattr(_Builder, "_plain_norm", lambda self, x, gamma, path: self.op("Mul", [x, gamma], path))
+    elif part == "rotary":
+        from export.onnx.architecture import Decoder
+
+        original = Decoder.rotary_tables
+        monkeypatch.setattr(Decoder, "rotary_tables", lambda self: tuple(t.flip(1) for t in original(self)))
+        with pytest.raises(NumericalError, match="rotary embedding of the graph differs from the model's by"):
+            exported(made, tmp_path / "early")
+        monkeypatch.setattr("export.onnx.proof.check_rotary", lambda decoder, model: None)
+    else:
+        original_rest = _Builder._rest
+        from dataclasses import replace
+
+        monkeypatch.setattr(_Builder, "_rest", lambda self, h, layer: original_rest(self, h, replace(layer, bias=None)))
+        with pytest.raises(ModelError, match=r"9 tensors of the checkpoint have no place in the graph"):
+            exported(made, tmp_path / "early")
+        monkeypatch.setattr(_Builder, "_refuse_leftovers", lambda self: None)
+    with pytest.raises(
+        NumericalError, match="the fp32 graph is not what the checkpoint is: prefill: largest difference"
+    ):
+        exported(made, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "complaint"),
+    [
+        ("gpt2", {}, "does not know the family 'gpt2'; known are gemma, llama"),
+        ("llama", {"head_dim": 14}, "heads are 14 wide"),
+        ("llama", {"hidden_act": "relu"}, "the activation 'relu' is not known"),
+        (
+            "phi3",
+            {
+                "original_max_position_embeddings": 64,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                    "original_max_position_embeddings": 64,
+                    **THETA,
+                },
+            },
+            "rotary embeddings of type 'longrope'",
+        ),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(
+    family: str, changes: dict[str, Any], complaint: str, checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = checkpoint(family, None, **changes)
+    with pytest.raises(UnsupportedModelError, match=complaint) as caught:
+        exported(made, tmp_path / "out")
+    assert caught.value.hint
+
+
+def test_precisions_that_cannot_be() -> None:
+    with pytest.raises(UnavailableError, match=r"int4 is not offered: .*3\.80"):
+        resolve(ExportConfig(precision="int4", execution_provider="cpu"))
+    with pytest.raises(UsageError, match="no fp32 on CUDA"):
+        resolve(ExportConfig(precision="fp32", execution_provider="cuda"))
+    assert resolve(ExportConfig(execution_provider="cuda")).precision == "fp16"
+    assert resolve(ExportConfig(execution_provider="cpu")).precision == "fp32"
+    assert set(TOLERANCES) == {"fp32", "fp16", "int8"}

@@ -1,0 +1,85 @@
+"""The command that comes next belongs to the result just made, over all stages and two budgets."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+from tests.unit.test_workspace import store, workspace  # noqa: F401
+
+from ara.pipeline import MADE_FROM, STAGES
+from ara.workspace.following import next_command
+from tests.stored import FIGURES
+
+
+def following(workspace, key=None):  # noqa: F811
+    words = shlex.split(next_command(workspace, workspace.view(key) if key else None))
+    assert words[0] == "ara" and words[-2:] == ["-w", str(workspace.root)]
+    return " ".join(words[1:-2])
+
+
+def test_nothing_is_made_from_itself():
+    """States are found by going from child to parent: this must end."""
+    assert set(MADE_FROM) >= {stage.name for stage in STAGES} and set(MADE_FROM) == set(FIGURES)
+    settled: set[str] = set()
+    for stage, parents in MADE_FROM.items():
+        # Report comes last, and every stage behind those that it is made from.
+        assert set(parents) <= settled, stage
+        settled.add(stage)
+
+
+def test_two_budgets_step_by_step(workspace):  # noqa: F811
+    assert following(workspace) == "decompose demo"
+    store(workspace, "decompose/plain")
+    assert following(workspace, "decompose/plain") == "allocate --keep 0.8"
+    for budget in ("0.80", "0.60"):
+        store(workspace, f"allocate/{budget}", parents=["decompose/plain"], seed=int(budget[2]))
+        assert following(workspace, f"allocate/{budget}") == following(workspace) == "truncate"
+        store(workspace, f"truncate/{budget}", parents=[f"allocate/{budget}", "decompose/plain"])
+        assert following(workspace, f"truncate/{budget}") == following(workspace) == "eval --tasks wikitext2"
+        store(workspace, f"eval/{budget}", parents=[f"truncate/{budget}", "decompose/plain"])
+        assert following(workspace, f"eval/{budget}") == "allocate --keep 0.6"
+
+
+def test_an_older_result_is_named(workspace):  # noqa: F811
+    """As when the same command is given again, and its result is there already."""
+    store(workspace, "decompose/plain")
+    store(workspace, "decompose/whitened")
+    assert following(workspace, "decompose/plain") == "allocate --keep 0.8 --factors plain"
+    assert following(workspace, "decompose/whitened") == "allocate --keep 0.8"
+    for budget in ("0.80", "0.60"):
+        store(workspace, f"allocate/{budget}", parents=["decompose/plain"], seed=int(budget[2]))
+    assert following(workspace, "allocate/0.80") == "truncate --allocation 0.80"
+    assert following(workspace, "allocate/0.60") == following(workspace) == "truncate"
+    for budget in ("0.80", "0.60"):
+        store(workspace, f"truncate/{budget}", parents=[f"allocate/{budget}", "decompose/plain"])
+    assert following(workspace, "truncate/0.80") == "eval --tasks wikitext2 --checkpoint 0.80"
+    # What is there already is passed over.
+    assert following(workspace, "allocate/0.80") == "eval --tasks wikitext2 --checkpoint 0.80"
+    store(workspace, "eval/0.80", parents=["truncate/0.80", "decompose/plain"])
+    assert following(workspace, "allocate/0.80") == "allocate --keep 0.6 --factors plain"
+    assert following(workspace, "allocate/0.60") == "eval --tasks wikitext2"
+
+
+def test_a_damaged_one_beside_it_makes_the_name_needed(workspace):  # noqa: F811
+    store(workspace, "decompose/plain")
+    store(workspace, "allocate/a", parents=["decompose/plain"])
+    (workspace.root / "allocate" / "b").mkdir()
+    assert following(workspace, "allocate/a") == "truncate --allocation a"
+
+
+@pytest.mark.parametrize("stage", ["export", "bench", "compare"])
+def test_what_leads_nowhere_leaves_the_latest_step(workspace, stage):  # noqa: F811
+    store(workspace, "decompose/plain")
+    store(workspace, "allocate/a", parents=["decompose/plain"])
+    store(workspace, f"{stage}/x")
+    assert following(workspace, f"{stage}/x") == "truncate"
+
+
+def test_trainings_lead_to_their_budget(workspace):  # noqa: F811
+    store(workspace, "decompose/plain")
+    store(workspace, "train-masks/a", parents=["decompose/plain"])
+    assert following(workspace, "decompose/plain") == "allocate --keep 0.8"
+    store(workspace, "train-masks/b", parents=["decompose/plain"], seed=1)
+    assert following(workspace, "train-masks/a") == "allocate --keep 0.8 --masks a"
+    assert following(workspace, "train-masks/b") == "allocate --keep 0.8"
