@@ -237,7 +237,7 @@ class TruncateConfig(StageConfig):
 class GenerateConfig(PlacementConfig):
     """``ara generate``: continue a text, greedily."""
 
-    backend: Literal["torch", "onnx"] = Field("torch", description="torch: the checkpoint; onnx: the exported graph")
+    backend: str = Field("torch", description="torch: the checkpoint; onnx: the exported graph")
     max_new_tokens: int = Field(200, ge=1, le=bounds.MAX_TOKENS, description="length of the answer, in tokens")
     chat: bool = Field(True, description="put the text into the model's chat template, where it has one")
 
@@ -270,9 +270,7 @@ class EvalConfig(PlacementConfig):
         description="folder with tasks of your own (as lm_eval --include_path); may be repeated; runs the Python code "
         "that these tasks name",
     )
-    backend: Literal["torch", "onnx"] = Field(
-        "torch", description="onnx: measure the exported graph in ONNX Runtime, too (see ara export)"
-    )
+    backend: str = Field("torch", description="onnx: measure the exported graph in ONNX Runtime, too (see ara export)")
     continuations: int = Field(
         3,
         ge=0,
@@ -311,7 +309,7 @@ class BenchConfig(PlacementConfig):
     threads: int | None = Field(
         None, ge=1, le=bounds.MAX_THREADS, description="threads of the CPU [default: as many as torch takes]"
     )
-    backend: Literal["torch", "onnx"] = Field(
+    backend: str = Field(
         "torch", description="onnx: the exported graphs in ONNX Runtime, placed as the export says (see ara export)"
     )
 

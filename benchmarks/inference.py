@@ -37,9 +37,9 @@ from ara.stages.common import Run, factor_files, model_of
 from ara.stages.decompose import decompose
 from ara_cli.console import Column, Console
 from export.config import ExportConfig
-from export.onnx.bench import OnnxRunner, count_checkpoint, parameters_of
-from export.onnx.report import read_report
-from export.onnx.weights import Checkpoint
+from export.onnx.bench_runner import OnnxRunner, count_checkpoint, parameters_of
+from export.onnx.export_report import read_report
+from export.onnx.stored_weights import Checkpoint
 from export.stage import export_folder
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}

@@ -13,7 +13,7 @@ from ara.config import StageConfig
 class ExportConfig(StageConfig):
     """``ara export``: write the chosen checkpoint for another runtime."""
 
-    target: Literal["onnx"] = Field("onnx", description="runtime to write for")
+    target: str = Field("onnx", description="runtime to write for")
     precision: Literal["fp32", "fp16", "int8", "int4"] | None = Field(
         None, description="precision of the weights: fp32, fp16, int8 [default: fp32 on CPU, fp16 on CUDA]"
     )

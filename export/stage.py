@@ -1,24 +1,28 @@
-"""``ara export``: the chosen checkpoint, or any folder, as ONNX; written aside, proven, then put in place."""
+"""``ara export``: writes a checkpoint for another runtime, proves the result, and only then gives it its name.
+
+This module knows no runtime: :mod:`export.targets` names them, :class:`export.base.Target` says what each can do.
+"""
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ara.errors import OutputError, UsageError, disk_errors
+from ara.errors import OutputError, disk_errors
 from ara.files import remove
+from ara.models.checkpoint import read_config
 from ara.stages.common import Run, already_done, begin
 from ara.stages.truncate import CHECKPOINT
 from ara.workspace.locking import LOCK_FILE, OWNER_FILE, exclusive
 from ara.workspace.manifest import file_sha256
 from ara.workspace.view import StageView, parent_of
+from export.base import REPORT_FILE, TargetReport
 from export.config import ExportConfig
-from export.onnx.report import REPORT_FILE, ExportReport
-from export.onnx.weights import Checkpoint
+from export.targets import load_target
 
-# Ends of the names of what lies beside a folder while it is written, and of the old one inside.
+# While a folder NAME is written, .NAME.ara-export lies beside it and holds the new folder and, at the end, the old one.
 _WORK = ".ara-export"
 _BEFORE = "before"
 
@@ -27,86 +31,74 @@ def export(config: ExportConfig, run: Run, *, checkpoint: str | None = None, nam
     """Write the chosen checkpoint of the workspace for another runtime.
 
     Args:
-        config: precision, provider, form of the graph.
+        config: target, precision, provider, form of the graph.
         run: workspace and reporter.
-        checkpoint: which result of ``ara truncate``; the latest by default.
-        name: of the result; checkpoint and precision by default.
+        checkpoint: result of ``ara truncate``; the latest by default.
+        name: name of the result; checkpoint and precision by default.
 
     Raises:
-        AraError: no checkpoint, a family or precision that cannot be exported, a graph that is not the checkpoint.
+        AraError: no checkpoint, a model or precision that the target cannot write, an export that differs from torch.
     """
-    from export.onnx.target import resolve, write_onnx
-
     started = begin(checkpoint, name)
-    resolved, dense = resolve(config), _dense_graph(config)
+    target = load_target(config.target)
+    resolved = target.resolve(config)
+    target.inputs(resolved)  # a missing file is an error before any work
     workspace = run.open()
     with workspace.lock(run.command):
         truncated = workspace.require("truncate", checkpoint)
         assert truncated.manifest is not None
-        run.report.step(f"Exporting {truncated.key} to ONNX")
+        run.report.step(f"Exporting {truncated.key} to {target.title}")
         facts = {
-            # The graph's weights lie in another file, and are checked one by one.
-            "config": {**resolved.model_dump(mode="json"), "rewrite_sha256": file_sha256(dense) if dense else None},
+            "config": target.recorded(resolved),
             "model": truncated.manifest.model,
             "parents": (parent_of(truncated),),
         }
-        name = name or f"{truncated.name}-{'rewritten' if resolved.rewrite else resolved.precision}"
+        name = name or target.result_name(truncated.name, resolved)
         done = workspace.finished("export", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
         with workspace.writer("export", name, facts, command=run.command, started=started) as stage:
-            source = Checkpoint(truncated.path / CHECKPOINT)
-            about = write_onnx(source, stage.folder, resolved, truncated.manifest.id, run.report)
+            source, origin = truncated.path / CHECKPOINT, truncated.manifest.id
+            about = target.write(source, stage.folder, resolved, origin, run.report)
             stage.results.update(about.model_dump(mode="json"))
         return workspace.view(f"export/{name}")
 
 
-def _dense_graph(config: ExportConfig) -> Path | None:
-    """Return the graph to be rewritten, if there is to be one."""
-    if config.rewrite is None:
-        return None
-    # os.path says no to a link that leads back to itself, where Path raises.
-    path = Path(os.path.realpath(config.rewrite))
-    if not os.path.isfile(path):
-        raise UsageError(f"there is no file {config.rewrite}", "--rewrite wants the .onnx file of a dense export")
-    return path
-
-
 def export_folder(
     config: ExportConfig, run: Run, source: Path, output: Path, *, overwrite: bool = False
-) -> ExportReport:
+) -> TargetReport:
     """Write the checkpoint in ``source`` to ``output``, without a workspace; returns ``ara_export.json``.
 
     Args:
-        config: precision, provider, form of the graph.
+        config: target, precision, provider, form of the graph.
         run: reporter.
         source: folder of a checkpoint, compressed or dense.
-        output: folder to write; stays as it is until the new one is whole and proven.
-        overwrite: replace what is in ``output``.
+        output: folder to write. Its old content stays until the new one is complete and proven.
+        overwrite: replace an earlier export in ``output``.
 
     Raises:
         AraError: as :func:`export`; ``output`` is not empty.
     """
-    from export.onnx.target import resolve, source_hash, write_onnx
-
-    resolved, dense = resolve(config), _dense_graph(config)
+    target = load_target(config.target)
+    resolved = target.resolve(config)
+    others = target.inputs(resolved)
     if output.is_symlink():
         raise OutputError(
             f"--output {output} is a link, and ARA does not write through links", "name its folder itself"
         )
     source, output = source.resolve(), output.resolve()
-    needed = [source, *([dense] if dense else [])]
+    needed = [source, *others]
     _refuse_output(output, needed, overwrite)
-    run.report.step(f"Exporting {source} to ONNX")
-    checkpoint = Checkpoint(source)
+    run.report.step(f"Exporting {source} to {target.title}")
+    read_config(source)  # a folder that is no checkpoint is an error before anything is written
     with _work_folder(output, run.command) as work:
         # An earlier run, killed between its two renames, may have left the old folder here.
         _refuse_output(output, needed, overwrite)
         new, before = work / "new", work / _BEFORE
         with disk_errors(output):
             new.mkdir()
-        about = write_onnx(checkpoint, new, resolved, source_hash(source), run.report)
-        # Others may have put something there meanwhile.
+        about = target.write(source, new, resolved, source_hash(source), run.report)
+        # Another program may have written to ``output`` meanwhile.
         _refuse_output(output, needed, overwrite)
         try:
             if output.exists():
@@ -118,14 +110,22 @@ def export_folder(
     return about
 
 
+def source_hash(folder: Path) -> str:
+    """Return the sha256 over names and contents of a checkpoint's config and weights."""
+    sha = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        sha.update(f"{path.name} {file_sha256(path)}\n".encode())
+    return sha.hexdigest()
+
+
 @contextmanager
 def _work_folder(output: Path, command: str) -> Iterator[Path]:
-    """Yield an empty folder beside ``output`` that no other export to it uses, and that is removed afterwards.
+    """Yield an empty folder beside ``output``, locked against other exports to it; it is removed afterwards.
 
-    What a killed run has left there is put back or removed first.
+    Files that a killed run left there are put back or removed first.
 
     Raises:
-        LockedError: another export to ``output`` is at work.
+        LockedError: another export to ``output`` is running.
     """
     work = output.with_name(f".{output.name}{_WORK}")
     made = [parent for parent in output.parents if not parent.exists()]
@@ -156,7 +156,7 @@ def _put_back(before: Path, output: Path) -> None:
 
 
 def _refuse_output(output: Path, needed: list[Path], overwrite: bool) -> None:
-    """Refuse a folder that holds anything but an earlier export, or that something else lives in.
+    """Refuse a folder with anything but an earlier export, or one that contains, or lies in, a folder that is needed.
 
     Raises:
         OutputError: such a folder.

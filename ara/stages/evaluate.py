@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,23 @@ _EXPORT_ROOM = 40
 # What must not stand in the name of a folder.
 _NOT_PLAIN = re.compile(r"[^\w.-]")
 
-# Finds the export of a checkpoint, and how to load it: this package does not know other runtimes.
-FindExport = Callable[[Workspace, StageView], tuple[StageView, Callable[[], Any]]]
+
+@dataclass(frozen=True)
+class RunnableExport:
+    """An export of the checkpoint: this package does not know other runtimes.
+
+    Attributes:
+        view: the export in the workspace.
+        load: returns an object that is called like a model of transformers.
+        weight_bytes: size of its weights on the disk.
+    """
+
+    view: StageView
+    load: Callable[[], Any]
+    weight_bytes: int
+
+
+FindExport = Callable[[Workspace, StageView], RunnableExport]
 
 
 def evaluate(
@@ -93,7 +109,7 @@ def evaluate(
         if config.backend != "torch":
             assert find_export is not None
             exported = find_export(workspace, truncated)
-            parents.append(exported[0])
+            parents.append(exported.view)
         texts = {task: load_documents(task, "evaluation", report=run.report) for task in names if is_text(task)}
         tasks = [task for name in names if not is_text(name) for task in load_tasks(name, run.report, own)]
         facts = {
@@ -110,13 +126,13 @@ def evaluate(
         }
         if name is None:
             name = result_name(truncated.name, config.tasks, texts, config.limit if tasks else None)
-            name += f"-{exported[0].name}" if exported else ""
+            name += f"-{exported.view.name}" if exported else ""
         done = workspace.finished("eval", name, facts, run.report)
         if done is not None and not run.force:
             return already_done(done, run)
         variants = _variants(truncated, chosen, decomposition, source, resolved, run)
         if exported is not None:
-            variants.append(_exported(truncated, *exported))
+            variants.append(_exported(truncated, exported))
         tokenizer, context = source.load_tokenizer(), context_length(source.config)
         room = None if context is None else context - config.max_new_tokens
         if config.prompt is None:
@@ -214,10 +230,9 @@ def _variants(
     return variants
 
 
-def _exported(truncated: StageView, view: StageView, load_export: Callable[[], Any]) -> Variant:
-    """Return the row of an exported graph."""
-    assert truncated.manifest is not None and view.manifest is not None
+def _exported(truncated: StageView, exported: RunnableExport) -> Variant:
+    """Return the row of an export."""
+    assert truncated.manifest is not None
     results = truncated.manifest.results
-    size = sum(path.stat().st_size for path in view.path.iterdir() if path.suffix == ".data")
-    figures = {"parameters": results["parameters"], "weight_bytes": size}
-    return Variant(view.key, load_export, results["linear_keep"], figures)
+    figures = {"parameters": results["parameters"], "weight_bytes": exported.weight_bytes}
+    return Variant(exported.view.key, exported.load, results["linear_keep"], figures)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated
 
 import typer
 
 from ara.config import BenchConfig, build
-from ara.errors import UsageError
-from ara.names import check_name
 from ara_cli.options import (
     WORKSPACE,
     ForceOption,
@@ -23,6 +20,7 @@ from ara_cli.options import (
     whole_numbers,
 )
 from ara_cli.session import session
+from export.targets import backends
 
 _C = BenchConfig
 
@@ -36,7 +34,7 @@ def command(
     checkpoint: Annotated[
         str | None, typer.Option(help="result of ara truncate to measure [default: the latest]")
     ] = None,
-    backend: Annotated[str, field(_C, "backend", metavar="torch|onnx")] = default(_C, "backend"),
+    backend: Annotated[str, field(_C, "backend", metavar="|".join(backends()))] = default(_C, "backend"),
     export: Annotated[
         str | None, typer.Option(help="export that --backend onnx measures [default: the latest]")
     ] = None,
@@ -64,14 +62,9 @@ def command(
         from ara.stages.bench import bench
         from ara_cli.render import show_end
         from ara_cli.render_bench import show_bench
+        from export.find import find_for_bench
 
-        find = None
-        if config.backend == "onnx":
-            from export.onnx.bench import find_export
-
-            find = partial(find_export, name=None if export is None else check_name(export))
-        elif export is not None:
-            raise UsageError(f"--export {export} is given, and --backend is torch", "add --backend onnx")
+        find = find_for_bench(config.backend, export)
         view = bench(config, s.run(), checkpoint=checkpoint, name=name, find_export=find)
         show_bench(s.console, view)
         show_end(s.console, view, workspace)

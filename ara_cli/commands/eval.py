@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated
 
 import typer
 
 from ara.config import EvalConfig, build
-from ara.errors import UsageError
-from ara.names import check_name
 from ara_cli.options import (
     WORKSPACE,
     ForceOption,
@@ -22,6 +19,7 @@ from ara_cli.options import (
     task_names,
 )
 from ara_cli.session import session
+from export.targets import backends
 
 _C = EvalConfig
 
@@ -38,7 +36,7 @@ def command(
     seed: Annotated[int, field(_C, "seed")] = default(_C, "seed"),
     batch_size: Annotated[int, field(_C, "batch_size")] = default(_C, "batch_size"),
     name: NameOption = None,
-    backend: Annotated[str, field(_C, "backend", metavar="torch|onnx")] = default(_C, "backend"),
+    backend: Annotated[str, field(_C, "backend", metavar="|".join(backends()))] = default(_C, "backend"),
     export: Annotated[
         str | None, typer.Option(help="export that --backend onnx measures [default: the latest]")
     ] = None,
@@ -73,14 +71,9 @@ def command(
         from ara.stages.evaluate import evaluate
         from ara_cli.render import show_end
         from ara_cli.render_eval import show_evaluation
+        from export.find import find_for_eval
 
-        find = None
-        if config.backend == "onnx":
-            from export.onnx.evaluation import find_export
-
-            find = partial(find_export, name=None if export is None else check_name(export))
-        elif export is not None:
-            raise UsageError(f"--export {export} is given, and --backend is torch", "add --backend onnx")
+        find = find_for_eval(config.backend, export)
         view = evaluate(config, s.run(), checkpoint=checkpoint, name=name, find_export=find)
         show_evaluation(s.console, view)
         show_end(s.console, view, workspace)

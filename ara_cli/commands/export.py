@@ -24,11 +24,13 @@ from ara_cli.options import (
 from ara_cli.session import session
 from ara_cli.shown import shown
 from export.config import ExportConfig
+from export.targets import TARGETS
 
 _C = ExportConfig
 
 
 def command(
+    target: Annotated[str, field(_C, "target", metavar="|".join(TARGETS.names()))] = default(_C, "target"),
     onnx: Annotated[
         bool, typer.Option("--onnx", help="write an ONNX graph for onnxruntime (the only target so far)")
     ] = True,
@@ -62,7 +64,7 @@ def command(
     with session(workspace, quiet, as_json, force) as s:
         config = build(
             ExportConfig,
-            target="onnx",
+            target=target,
             precision=precision,
             execution_provider=execution_provider,
             merge_shared_inputs=merge_shared_inputs,

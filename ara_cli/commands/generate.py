@@ -13,13 +13,14 @@ from ara.errors import UsageError
 from ara.prompts import check_prompt, piped_prompt
 from ara_cli.options import WORKSPACE, JsonOption, QuietOption, WorkspaceOption, default, field, path_option
 from ara_cli.session import session
+from export.targets import backends, target_of
 
 _C = GenerateConfig
 
 
 def command(
     prompt: Annotated[str, typer.Argument(help="text to answer or to continue; - reads it from stdin")],
-    backend: Annotated[str, field(_C, "backend", metavar="torch|onnx")] = default(_C, "backend"),
+    backend: Annotated[str, field(_C, "backend", metavar="|".join(backends()))] = default(_C, "backend"),
     max_new_tokens: Annotated[int, field(_C, "max_new_tokens")] = default(_C, "max_new_tokens"),
     chat: Annotated[bool, field(_C, "chat", "--chat/--no-chat")] = True,
     checkpoint: Annotated[str | None, typer.Option(help="result of ara truncate [default: the latest]")] = None,
@@ -41,10 +42,9 @@ def command(
         config = build(
             GenerateConfig, backend=backend, max_new_tokens=max_new_tokens, chat=chat, device=device, dtype=dtype
         )
-        if export is not None and config.backend == "torch":
-            raise UsageError(f"--export {export} is given, and --backend is torch", "add --backend onnx")
+        target_of(config.backend, export)
         text = _piped() if prompt == "-" else check_prompt(prompt)
-        from export.onnx.generate import answer
+        from export.generate import answer
 
         pieces = []
         for piece in answer(config, s.run(), text, checkpoint=checkpoint, source=source, export=export):

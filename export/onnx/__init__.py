@@ -1,1 +1,7 @@
-"""Export to ONNX: the graph, its weights, its proof, and running it in ONNX Runtime."""
+"""Export to ONNX: the graph, its weights, the comparison with torch, and running it in ONNX Runtime."""
+
+import os
+
+# Since 1.29, ONNX Runtime on Linux reports every session to its maker unless this variable is set when it is imported.
+# Only this package imports ONNX Runtime. Users who want the reports set the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ara.errors import ModelError, UnsupportedModelError, first_line
-from ara.jsonfile import first_problem
-from ara.models.context import context_length
+from ara.errors import UnsupportedModelError, first_line
+from export.onnx.config_fields import ConfigFields, read_context, read_fields, wrong_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,8 +30,6 @@ _ACTIVATIONS: dict[str, Activation] = {
 _ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
 # GroupQueryAttention of ONNX Runtime rotates only such widths of a head, the whole of it or its front.
 _HEAD_MULTIPLE = 16
-# Far above any model's, and small enough to be held in memory and counted in ONNX.
-_MOST_LAYERS, _WIDEST_HEAD, _MOST_POSITIONS = 10_000, 65_536, 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,94 +120,6 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-class _Rope(BaseModel):
-    """Rotary embedding, as ``rope_parameters`` has it; variants bring fields of their own."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-    rope_type: str = "default"
-    rope_theta: float = Field(gt=0)
-    partial_rotary_factor: float = Field(1.0, gt=0, le=1)
-
-
-class _Fields(BaseModel):
-    """What is read of a config: a checkpoint folder may come from anywhere, and its config say anything."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, from_attributes=True)
-
-    hidden_size: int = Field(ge=1)
-    num_hidden_layers: int = Field(ge=1, le=_MOST_LAYERS)
-    num_attention_heads: int = Field(ge=1)
-    num_key_value_heads: int | None = Field(None, ge=1)
-    head_dim: int | None = Field(None, ge=1, le=_WIDEST_HEAD)
-    intermediate_size: int = Field(ge=1)
-    vocab_size: int = Field(ge=1)
-    rms_norm_eps: float = Field(ge=0)
-    hidden_act: str | None = None
-    hidden_activation: str | None = None
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = Field(None, ge=0)
-    pad_token_id: int | None = None
-    sliding_window: int | None = Field(None, ge=1)
-    use_sliding_window: bool = True
-    layer_types: list[str] | None = None
-    use_bidirectional_attention: bool | None = None
-    rope_parameters: _Rope
-
-    @property
-    def head(self) -> int:
-        """Width of a head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads."""
-        return self.num_key_value_heads or self.num_attention_heads
-
-
-def _typed(config: PreTrainedConfig) -> _Fields:
-    """Return the fields of a config, each held to its type and range.
-
-    Raises:
-        ModelError: one is missing or cannot be; names the first.
-    """
-    try:
-        fields = _Fields.model_validate(config)
-    except ValidationError as error:
-        raise _wrong(first_problem(error)) from None
-    if fields.num_attention_heads % fields.kv_heads:
-        raise _wrong(f"{fields.num_attention_heads} query heads cannot share {fields.kv_heads} key and value heads")
-    if fields.layer_types is not None and len(fields.layer_types) != fields.num_hidden_layers:
-        raise _wrong(f"it has {fields.num_hidden_layers} layers and {len(fields.layer_types)} layer_types")
-    return fields
-
-
-def _wrong(what: str) -> ModelError:
-    return ModelError(f"the checkpoint's config.json cannot be used: {what}", "take it from where the weights are from")
-
-
-def read_context(config: PreTrainedConfig) -> int:
-    """Return how many positions a model has: the graph's tables and caches are made for so many.
-
-    Raises:
-        UnsupportedModelError: the config names none, as those of BLOOM, MPT and Mamba.
-        ModelError: it names something that is no number of positions.
-    """
-    try:
-        found: Any = context_length(config)
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise _wrong(f"rope_parameters: {first_line(error)}") from None
-    if found is None:
-        raise UnsupportedModelError(
-            f"the config of this {config.model_type} model names no number of positions (max_position_embeddings), "
-            "which an exported graph needs",
-            "add max_position_embeddings to config.json if the model has such a limit",
-        )
-    if not isinstance(found, int) or not 1 <= found <= _MOST_POSITIONS:
-        raise _wrong(f"max_position_embeddings is {found!r}, expected a number of positions")
-    return found
-
-
 def read_decoder(config: PreTrainedConfig) -> Decoder:
     """Return what the graph builder needs to know of a model.
 
@@ -226,7 +134,7 @@ def read_decoder(config: PreTrainedConfig) -> Decoder:
             f"known are {', '.join(sorted(FAMILIES))}",
             "add an entry to FAMILIES in export/onnx/architecture.py (see CONTRIBUTING.md)",
         )
-    fields = _typed(config)
+    fields = read_fields(config)
     if fields.use_bidirectional_attention:
         raise UnsupportedModelError(
             "the model reads text in both directions", "it is not a decoder: nothing to be done"
@@ -272,7 +180,7 @@ def read_decoder(config: PreTrainedConfig) -> Decoder:
     )
 
 
-def _rotary(config: PreTrainedConfig, fields: _Fields, family: Family) -> tuple[torch.Tensor, float]:
+def _rotary(config: PreTrainedConfig, fields: ConfigFields, family: Family) -> tuple[torch.Tensor, float]:
     """Return angles per position and the factor on cosine and sine, by transformers' own formulas."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -290,13 +198,13 @@ def _rotary(config: PreTrainedConfig, fields: _Fields, family: Family) -> tuple[
         found, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         frequencies, factor = found.float(), float(scale)
     except Exception as error:  # whatever its formulas make of fields that are missing or cannot be
-        raise _wrong(f"rope_parameters of type {kind}: {type(error).__name__}: {first_line(error)}") from error
+        raise wrong_config(f"rope_parameters of type {kind}: {type(error).__name__}: {first_line(error)}") from error
     if not (bool(frequencies.isfinite().all()) and math.isfinite(factor)):
-        raise _wrong(f"rope_parameters of type {kind} give angles that are not finite")
+        raise wrong_config(f"rope_parameters of type {kind} give angles that are not finite")
     return frequencies, factor
 
 
-def _windows(fields: _Fields, family: Family) -> tuple[int | None, ...]:
+def _windows(fields: ConfigFields, family: Family) -> tuple[int | None, ...]:
     """Return how many latest positions each block sees, by ``sliding_window`` and ``layer_types``."""
     window = fields.sliding_window
     if family.switched_windows and not fields.use_sliding_window:

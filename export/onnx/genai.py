@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from export.onnx.architecture import Decoder
-from export.onnx.report import GRAPH_FILE, Provider
+from export.onnx.export_report import GRAPH_FILE, Provider
 
 
 def genai_config(decoder: Decoder, eos: list[int], provider: Provider) -> dict[str, Any]:

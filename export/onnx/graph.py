@@ -10,44 +10,17 @@ Shapes: b batch, s new tokens, p past tokens, t = p + s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
-from ara.errors import ModelError, NumericalError
+from ara.errors import ModelError
 from export.onnx.architecture import Decoder
-from export.onnx.pivots import BlockPivots, ordering
-from export.onnx.quantize import BITS, BLOCK, quantize, scales_of
-from export.onnx.report import Precision, Provider
-from export.onnx.weights import Checkpoint, LinearLayer
-
-OPSET = 21
-_CONTRIB = "com.microsoft"
-_FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
-_TORCH = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
-
-
-@dataclass(frozen=True)
-class GraphOptions:
-    """How the graph is to be.
-
-    Attributes:
-        precision: of the weights of linear layers.
-        activations: ``fp32`` or ``fp16``: of everything else.
-        provider: that is to run the graph.
-        merge_shared_inputs: multiply the factors that read the same input in one go.
-        last_logits: only the logits of the last position.
-    """
-
-    precision: Precision = "fp32"
-    activations: Literal["fp32", "fp16"] = "fp32"
-    provider: Provider = "cpu"
-    merge_shared_inputs: bool = False
-    last_logits: bool = False
+from export.onnx.linear_nodes import TORCH_TYPES, GraphOptions, LinearNodes
+from export.onnx.nodes import CONTRIB
+from export.onnx.stored_weights import Checkpoint
 
 
 def build(checkpoint: Checkpoint, decoder: Decoder, options: GraphOptions) -> ir.Model:
@@ -59,16 +32,10 @@ def build(checkpoint: Checkpoint, decoder: Decoder, options: GraphOptions) -> ir
     return _Builder(checkpoint, decoder, options).model()
 
 
-class _Builder:
+class _Builder(LinearNodes):
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder, options: GraphOptions) -> None:
-        self.checkpoint: Checkpoint | BlockPivots = checkpoint
-        # More pivots magnify rounding: by nothing to speak of in float32, by far too much in 8 bits.
-        if checkpoint.pivoted and options.precision == "fp32":
-            self.checkpoint = BlockPivots(checkpoint)
-        self.decoder, self.options = decoder, options
-        self.float = _FLOATS[options.activations]
-        self.used: set[str] = set()
-        self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, _CONTRIB: 1}, name="decoder")
+        super().__init__(checkpoint, options)
+        self.decoder = decoder
 
     # -- the whole ----------------------------------------------------------------------------------------------
 
@@ -81,8 +48,8 @@ class _Builder:
         lengths = self._lengths(mask)
         cos, sin = decoder.rotary_tables()
         rotary = [
-            self.constant("rotary.cos", cos.to(_TORCH[self.float]).numpy()),
-            self.constant("rotary.sin", sin.to(_TORCH[self.float]).numpy()),
+            self.constant("rotary.cos", cos.to(TORCH_TYPES[self.float]).numpy()),
+            self.constant("rotary.sin", sin.to(TORCH_TYPES[self.float]).numpy()),
         ]
         embedding = "model.embed_tokens.weight"
         table = self.weight(self.checkpoint.expect(embedding, decoder.vocabulary, decoder.hidden))
@@ -101,7 +68,7 @@ class _Builder:
             delta = self._gated(normed, f"{block}.mlp")
         normed, _ = self._norm(stream, delta, "model.norm")
         if self.options.last_logits:
-            normed = self.op("Slice", [normed, *self._ints([-1], [2**31], [1])], "last_position")
+            normed = self.op("Slice", [normed, *self.ints([-1], [2**31], [1])], "last_position")
         logits = self._head(normed, table)
         for value, name, kind, shape in [
             (logits, "logits", self.float, ["b", 1 if self.options.last_logits else "s", decoder.vocabulary]),
@@ -131,7 +98,7 @@ class _Builder:
             return self.linear(x, self._layer("lm_head", self.decoder.vocabulary, self.decoder.hidden))
         if self.options.precision == "int8":
             return self._matmul(x, "lm_head", "model.embed_tokens.weight")
-        return self.op("FusedMatMul", [x, table], "lm_head", {"transB": 1}, domain=_CONTRIB)
+        return self.op("FusedMatMul", [x, table], "lm_head", {"transB": 1}, domain=CONTRIB)
 
     # -- parts of a block ---------------------------------------------------------------------------------------
 
@@ -142,7 +109,7 @@ class _Builder:
         if delta is None:
             return self._plain_norm(x, gamma, path), x
         normed, _, _, summed = self.ops(
-            "SkipSimplifiedLayerNormalization", [x, delta, gamma], path, attributes, 4, _CONTRIB
+            "SkipSimplifiedLayerNormalization", [x, delta, gamma], path, attributes, 4, CONTRIB
         )
         return normed, summed
 
@@ -188,16 +155,16 @@ class _Builder:
         if window is not None:
             attributes["local_window_size"] = window
         attended, *present = self.ops(
-            "GroupQueryAttention", [*projected, *past, *lengths, *rotary], path, attributes, 3, _CONTRIB
+            "GroupQueryAttention", [*projected, *past, *lengths, *rotary], path, attributes, 3, CONTRIB
         )
         return self.linear(attended, self._layer(f"{path}.o_proj", decoder.hidden, query)), present
 
     def _norm_heads(self, x: ir.Value, heads: int, path: str) -> ir.Value:
         width = self.decoder.head
         gamma = self._gamma(f"{path}.weight", width)
-        split = self.op("Reshape", [x, self._ints([0, 0, heads, width])[0]], f"{path}.split")
+        split = self.op("Reshape", [x, self.ints([0, 0, heads, width])[0]], f"{path}.split")
         normed = self._plain_norm(split, gamma, path)
-        return self.op("Reshape", [normed, self._ints([0, 0, heads * width])[0]], f"{path}.joined")
+        return self.op("Reshape", [normed, self.ints([0, 0, heads * width])[0]], f"{path}.joined")
 
     def _gated(self, x: ir.Value, path: str) -> ir.Value:
         decoder = self.decoder
@@ -216,78 +183,6 @@ class _Builder:
         product = self.op("Mul", [active, up], f"{path}.gated")
         return self.linear(product, self._layer(f"{path}.down_proj", decoder.hidden, width))
 
-    # -- linear layers ------------------------------------------------------------------------------------------
-
-    def _layer(self, path: str, m: int, n: int) -> LinearLayer:
-        return self.checkpoint.linear(path, m, n)
-
-    def linear(self, x: ir.Value, layer: LinearLayer) -> ir.Value:
-        """Return the output of a linear layer, (…, n) → (…, m)."""
-        return self.linears(x, [layer], layer.path)[0]
-
-    def linears(self, x: ir.Value, layers: Sequence[LinearLayer], path: str) -> list[ir.Value]:
-        """Return the outputs of layers that read the same input, together named ``path``."""
-        first = [f"{layer.path}.weight" if layer.rank is None else f"{layer.path}.A.weight" for layer in layers]
-        if self.options.merge_shared_inputs and len(layers) > 1:
-            sizes = [layer.m if layer.rank is None else layer.rank for layer in layers]
-            inner = self.split(self._matmul(x, f"{path}.merged", *first), sizes, path)
-        else:
-            inner = [self._matmul(x, name.removesuffix(".weight"), name) for name in first]
-        return [self._rest(h, layer) for h, layer in zip(inner, layers, strict=True)]
-
-    def _rest(self, h: ir.Value, layer: LinearLayer) -> ir.Value:
-        """Return what is left of a layer once its first matrix is multiplied."""
-        y = h
-        if layer.rank is not None and not layer.pivoted:
-            y = self._matmul(h, f"{layer.path}.B", f"{layer.path}.B.weight")
-        elif layer.rank is not None:
-            others = self._matmul(h, f"{layer.path}.C", f"{layer.path}.C.weight")
-            y = self.op("Concat", [h, others], f"{layer.path}.rows", {"axis": -1})
-            order = self._order(layer)
-            if layer.block > 1:
-                apart, whole = self._ints([0, 0, layer.m // layer.block, layer.block], [0, 0, layer.m])
-                blocks = self.op("Reshape", [y, apart], f"{layer.path}.blocks")
-                ordered = self.op("Gather", [blocks, order], f"{layer.path}.ordered", {"axis": 2})
-                y = self.op("Reshape", [ordered, whole], f"{layer.path}.whole")
-            else:
-                for kind, name, attributes in ordering(3, self.options.provider):
-                    y = self.op(kind, [y, order] if kind == "Gather" else [y], f"{layer.path}.{name}", attributes)
-        if layer.bias is not None:
-            y = self.op("Add", [y, self.weight(layer.bias)], f"{layer.path}.biased")
-        return y
-
-    def _order(self, layer: LinearLayer) -> ir.Value:
-        name = f"{layer.path}.order"
-        self.used.add(name)
-        kind = ir.DataType.INT32 if layer.block == 1 else ir.DataType.INT64
-        return self.lazy(name, kind, (layer.m // layer.block,), lambda: self.checkpoint.tensor(name).numpy())
-
-    def _matmul(self, x: ir.Value, path: str, *names: str) -> ir.Value:
-        """Multiply by weights of the checkpoint, (out, in) each, that are put under each other."""
-        self.used.update(names)
-        shapes = [self.checkpoint.shape(name) for name in names]
-        m, n = sum(shape[0] for shape in shapes), shapes[0][1]
-
-        def stacked() -> torch.Tensor:
-            tensors = [self.checkpoint.tensor(name) for name in names]
-            return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-        if self.options.precision != "int8":
-            weight = self.lazy(f"{path}.weight", self.float, (n, m), lambda: self._array(stacked().T))
-            return self.op("MatMul", [x, weight], path)
-        blocks = -(-n // BLOCK)
-        packed = self.lazy(
-            f"{path}.weight_quantized",
-            ir.DataType.UINT8,
-            (m, blocks, BLOCK),
-            lambda: quantize(stacked(), _TORCH[self.float]),
-        )
-        scales = self.lazy(
-            f"{path}.scales", self.float, (m * blocks,), lambda: self._array(scales_of(stacked(), _TORCH[self.float]))
-        )
-        attributes = {"K": n, "N": m, "bits": BITS, "block_size": BLOCK, "accuracy_level": 4}
-        return self.op("MatMulNBits", [x, packed, scales], path, attributes, domain=_CONTRIB)
-
     # -- inputs and lengths -------------------------------------------------------------------------------------
 
     def _cache_shape(self, length: str) -> list[Any]:
@@ -299,84 +194,10 @@ class _Builder:
 
     def _lengths(self, mask: ir.Value) -> list[ir.Value]:
         """Return the index of each row's last token, (b) int32, and t, a scalar int32: what the attention asks for."""
-        axis, one, second = self._ints([1], 1, 1)
+        axis, one, second = self.ints([1], 1, 1)
         int32 = {"to": ir.DataType.INT32.value}
         count = self.op("ReduceSum", [mask, axis], "lengths.count", {"keepdims": 0})
         last = self.op("Cast", [self.op("Sub", [count, one], "lengths.last")], "lengths.last_int32", int32)
         shape = self.op("Shape", [mask], "lengths.shape")
         total = self.op("Gather", [shape, second], "lengths.total", {"axis": 0})
         return [last, self.op("Cast", [total], "lengths.total_int32", int32)]
-
-    # -- the graph ----------------------------------------------------------------------------------------------
-
-    def input(self, name: str, kind: ir.DataType, shape: list[Any]) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(shape))
-        self.graph.inputs.append(value)
-        return value
-
-    def op(
-        self,
-        kind: str,
-        inputs: Sequence[ir.Value | None],
-        path: str,
-        attributes: dict[str, Any] | None = None,
-        domain: str = "",
-    ) -> ir.Value:
-        return self.ops(kind, inputs, path, attributes, 1, domain)[0]
-
-    def ops(
-        self,
-        kind: str,
-        inputs: Sequence[ir.Value | None],
-        path: str,
-        attributes: dict[str, Any] | None = None,
-        outputs: int = 1,
-        domain: str = "",
-    ) -> list[ir.Value]:
-        """Append a node called ``path`` (with the kind behind it) and return its outputs."""
-        node = ir.node(kind, inputs, attributes, domain=domain, num_outputs=outputs, name=f"{path}/{kind}")
-        for i, value in enumerate(node.outputs):
-            value.name = f"{path}/{kind}/output_{i}"
-        self.graph.append(node)
-        return list(node.outputs)
-
-    def split(self, x: ir.Value, sizes: Sequence[int], path: str) -> list[ir.Value]:
-        """Split the last axis."""
-        lengths = self._ints(list(sizes))[0]
-        return self.ops("Split", [x, lengths], path, {"axis": -1}, len(sizes))
-
-    def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """Return a tensor held in memory; the one that is there already, if there is one of that name."""
-        if name not in self.graph.initializers:
-            self.graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
-        return self.graph.initializers[name]
-
-    def _ints(self, *values: list[int] | int) -> list[ir.Value]:
-        return [self.constant(f"ints/{np.array(value).tolist()}", np.array(value, np.int64)) for value in values]
-
-    def weight(self, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> ir.Value:
-        """Return a tensor of the checkpoint under its own name."""
-        self.used.add(name)
-        return self.lazy(
-            name,
-            self.float,
-            self.checkpoint.shape(name),
-            lambda: self._array(change(self.checkpoint.tensor(name)) if change else self.checkpoint.tensor(name)),
-        )
-
-    def lazy(self, name: str, kind: ir.DataType, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> ir.Value:
-        """Return a tensor that ``make`` yields whenever it is asked for."""
-        if name not in self.graph.initializers:
-            tensor = ir.LazyTensor(lambda: ir.tensor(make(), name=name), dtype=kind, shape=ir.Shape(shape), name=name)
-            self.graph.register_initializer(ir.val(name, const_value=tensor))
-        return self.graph.initializers[name]
-
-    def _array(self, tensor: torch.Tensor) -> np.ndarray:
-        """Return a tensor in the precision of the activations."""
-        converted = tensor.to(_TORCH[self.float])
-        narrowed = self.float == ir.DataType.FLOAT16 and tensor.dtype != torch.float16 and tensor.numel() > 0
-        # The ends are looked at, not all numbers: a mask of them would be a copy more.
-        if narrowed and not torch.stack(converted.aminmax()).isfinite().all():
-            raise NumericalError("a weight is beyond the range of float16", "export with --precision fp32")
-        found: np.ndarray = converted.contiguous().numpy()
-        return found

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from export.onnx.report import Provider
-from export.onnx.weights import Checkpoint, LinearLayer
+from export.onnx.export_report import Provider
+from export.onnx.stored_weights import Checkpoint, LinearLayer
 
 BLOCK = 16
 

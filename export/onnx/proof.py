@@ -12,8 +12,8 @@ from ara.errors import DataError, NumericalError
 from ara.models.vocabulary import check_tokens
 from ara.progress import Reporter
 from export.onnx.architecture import Decoder
+from export.onnx.export_report import Proof, read_report
 from export.onnx.parity import compare
-from export.onnx.report import Proof, read_report
 from export.onnx.runner import OnnxDecoder
 from export.onnx.tolerance import TOLERANCES
 

@@ -20,9 +20,9 @@ import torch
 
 from ara.errors import AraError, ModelError, first_line
 from ara.files import open_regular
+from export.onnx.export_report import Provider
 from export.onnx.pivots import ordering
-from export.onnx.report import Provider
-from export.onnx.weights import Checkpoint, LinearLayer
+from export.onnx.stored_weights import Checkpoint, LinearLayer
 
 _FLOATS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
 # Least cosine between the dense weight and the product of the factors: a cut layer is far above, another layer's weight

@@ -11,18 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import torch
 
-from ara.errors import ModelError, NumericalError, UnavailableError, UsageError, first_line
+from ara.errors import ModelError, NumericalError, UnavailableError, first_line
 from ara.models.context import check_room
-from export.onnx.report import GRAPH_FILE, Provider, read_report
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from export.onnx.export_report import GRAPH_FILE, Provider, read_report
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Below this, ONNX Runtime writes about things that nobody asked for.
@@ -236,69 +232,6 @@ class OnnxDecoder:
 
     def _caches(self) -> list[str]:
         return [name for name in self._inputs if name.startswith("past_key_values.")]
-
-
-class TorchLike(torch.nn.Module):
-    """An :class:`OnnxDecoder` that is called as a model of transformers is: for evaluation code that wants one.
-
-    Args:
-        decoder: the exported model.
-        config: of the checkpoint, for who asks what model it is.
-    """
-
-    def __init__(self, decoder: OnnxDecoder, config: PreTrainedConfig) -> None:
-        super().__init__()
-        self.decoder, self.config = decoder, config
-        self.anchor = torch.nn.Parameter(torch.empty(0), requires_grad=False)
-
-    def forward(self, input_ids: torch.Tensor, use_cache: bool = False, **_: Any) -> Any:
-        """Return an object with ``logits`` (b, t, v) float32."""
-        from transformers.modeling_outputs import CausalLMOutput
-
-        logits, _past = self.decoder.forward(input_ids.cpu().numpy())
-        return CausalLMOutput(logits=torch.from_numpy(logits))
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs are expected."""
-        return self.anchor.device
-
-    def tie_weights(self) -> None:
-        """Do nothing: the graph is finished."""
-
-    def generate(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        max_new_tokens: int | None = None,
-        max_length: int | None = None,
-        do_sample: bool = False,
-        pad_token_id: int = 0,
-        **_: Any,
-    ) -> torch.Tensor:
-        """Return ids (b, t) with their greedy continuations behind them: (b, t + new), filled up on the right.
-
-        Args:
-            input_ids: (b, t).
-            attention_mask: (b, t), 0 where a row is filled up, on the left; all ones by default.
-            max_new_tokens: at most so many; or ``max_length``, with those that are there.
-            max_length: see there.
-            do_sample: must be false.
-            pad_token_id: what rows are filled up with.
-
-        Raises:
-            UsageError: sampling was asked for.
-        """
-        if do_sample:
-            raise UsageError("an exported graph continues greedily only", "use --backend torch for this task")
-        new = max_new_tokens if max_new_tokens is not None else (max_length or 0) - input_ids.shape[1]
-        rows = []
-        for number, ids in enumerate(input_ids):
-            prompt = ids if attention_mask is None else ids[attention_mask[number].bool()]
-            room = min(new, self.decoder.context - len(prompt))
-            rows.append(torch.tensor(list(self.decoder.generate(prompt.cpu().numpy(), room)), dtype=input_ids.dtype))
-        continued = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
-        return torch.cat([input_ids, continued], 1)
 
 
 _KNOWN = ("input_ids", "attention_mask", "position_ids")

@@ -1,262 +1,113 @@
-"""Writes a checkpoint as a folder that ONNX Runtime and ONNX Runtime GenAI run, and proves it against torch.
+"""The ONNX target: writes checkpoints as ONNX graphs, and runs them in ONNX Runtime.
 
-Weights go from safetensors to the external data file one at a time; only the parity check loads the model into torch.
+This module imports neither torch nor ONNX Runtime; its methods do, when they are called.
 """
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-from contextlib import nullcontext
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import onnx_ir as ir
-import onnxruntime as ort
-import torch
-
-from ara.environment import versions
-from ara.errors import ModelError, UnavailableError, UsageError, disk_errors, first_line
-from ara.jsonfile import dump, read_object
-from ara.models.silence import silence_transformers
-from ara.models.vocabulary import end_tokens
+from ara.errors import UsageError, WorkspaceError
 from ara.progress import Reporter
 from ara.workspace.manifest import file_sha256
+from ara.workspace.view import StageView
+from export.base import Target
 from export.config import ExportConfig
-from export.onnx.architecture import Decoder, read_context, read_decoder
-from export.onnx.genai import genai_config
-from export.onnx.graph import GraphOptions, build
-from export.onnx.proof import prove
-from export.onnx.report import (
-    DATA_FILE,
-    GRAPH_FILE,
-    DecoderFacts,
-    ExportReport,
-    Precision,
-    Provider,
-    Source,
-    graph_files,
-)
-from export.onnx.rewrite import graph_errors, load_graph, rewrite
-from export.onnx.runner import PROVIDERS
-from export.onnx.weights import Checkpoint
+from export.onnx.export_report import DATA_FILE, ExportReport, read_report
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-GENAI_FILE = "genai_config.json"
-# What belongs to the tokenizer and to generation, in the words of transformers.
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-_BLOCKED_INT4 = (
-    "int4 is not offered: rounding to nearest compounds over two factors (SmolLM2-135M at keep 0.8: NLL 3.11 → 3.80, "
-    "against 2.48 → 2.70 for dense weights), and calibrated rounding is not there yet"
-)
+    from export.onnx.bench_runner import OnnxExport
+    from export.onnx.runner import OnnxDecoder
+    from export.onnx.torch_like import TorchLike
 
 
-def resolve(config: ExportConfig) -> ExportConfig:
-    """Decide provider and precision.
+class OnnxTarget(Target):
+    """Decoder graphs for ONNX Runtime; see :class:`export.base.Target` for every method."""
+
+    name: ClassVar[str] = "onnx"
+    title: ClassVar[str] = "ONNX"
+    command: ClassVar[str] = "ara export --onnx"
+
+    def resolve(self, config: ExportConfig) -> ExportConfig:
+        """Decide provider and precision."""
+        from export.onnx.settings import resolve
+
+        return resolve(config)
+
+    def inputs(self, config: ExportConfig) -> list[Path]:
+        """Return the dense graph of ``--rewrite``, if there is one."""
+        dense = _dense_graph(config)
+        return [dense] if dense else []
+
+    def recorded(self, config: ExportConfig) -> dict[str, Any]:
+        """Return the config with the checksum of the dense graph; its weights are compared with the factors instead."""
+        dense = _dense_graph(config)
+        return {**config.model_dump(mode="json"), "rewrite_sha256": file_sha256(dense) if dense else None}
+
+    def result_name(self, checkpoint: str, config: ExportConfig) -> str:
+        """Return the checkpoint's name with the precision, or with ``rewritten``."""
+        return f"{checkpoint}-{'rewritten' if config.rewrite else config.precision}"
+
+    def write(self, source: Path, folder: Path, config: ExportConfig, origin: str, report: Reporter) -> ExportReport:
+        """Write the graph and compare it with torch."""
+        from export.onnx.stored_weights import Checkpoint
+        from export.onnx.writing import write_onnx
+
+        return write_onnx(Checkpoint(source), folder, config, origin, report)
+
+    def read_report(self, folder: Path) -> ExportReport:
+        """Return ``ara_export.json``, checked."""
+        return read_report(folder)
+
+    def weight_files(self, folder: Path) -> list[Path]:
+        """Return the external data file of the graph."""
+        return [path for path in [folder / DATA_FILE] if path.is_file()]
+
+    def for_eval(self, view: StageView, checkpoint: Path) -> Callable[[], TorchLike]:
+        """Return a function that loads the graph."""
+
+        def load() -> TorchLike:
+            from transformers import AutoConfig
+
+            from export.onnx.runner import OnnxDecoder
+            from export.onnx.torch_like import TorchLike
+
+            config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+            return TorchLike(OnnxDecoder(view.path), config).eval()
+
+        return load
+
+    def for_bench(self, view: StageView) -> OnnxExport:
+        """Return the graph to be measured; one that was made with ``--rewrite`` is refused."""
+        from export.onnx.bench_runner import OnnxExport
+
+        if read_report(view.path).rewritten:
+            raise WorkspaceError(
+                f"{view.key} was made with --rewrite: a dense graph of ours would be another exporter's",
+                "export without --rewrite to measure, or name another export with --export",
+            )
+        return OnnxExport(view)
+
+    def for_generate(self, folder: Path) -> OnnxDecoder:
+        """Load the graph into ONNX Runtime."""
+        from export.onnx.runner import OnnxDecoder
+
+        return OnnxDecoder(folder)
+
+
+def _dense_graph(config: ExportConfig) -> Path | None:
+    """Return the graph of ``--rewrite``, if there is one.
 
     Raises:
-        UnavailableError: CUDA was asked for, and this ONNX Runtime has none; int4.
-        UsageError: a combination that ONNX Runtime cannot run.
+        UsageError: the file does not exist.
     """
-    provider = config.execution_provider
-    if provider == "auto":
-        there = torch.cuda.is_available() and PROVIDERS["cuda"] in ort.get_available_providers()
-        provider = "cuda" if there else "cpu"
-    if provider == "cuda" and PROVIDERS["cuda"] not in ort.get_available_providers():
-        raise UnavailableError(
-            f"this ONNX Runtime has no {PROVIDERS['cuda']}", "install onnxruntime-gpu, or use --execution-provider cpu"
-        )
-    precision = config.precision or ("fp16" if provider == "cuda" else "fp32")
-    if precision == "int4":
-        raise UnavailableError(_BLOCKED_INT4, "use --precision int8")
-    if config.rewrite is not None and (config.merge_shared_inputs or config.last_logits or config.precision):
-        raise UsageError(
-            "--rewrite changes nothing but the factors: no --precision, --merge-shared-inputs or --last-logits",
-            "leave them out, or leave --rewrite out",
-        )
-    if (provider, precision) == ("cuda", "fp32"):
-        raise UsageError(
-            "fused attention of ONNX Runtime has no fp32 on CUDA", "use --precision fp16, or --execution-provider cpu"
-        )
-    return config.model_copy(update={"execution_provider": provider, "precision": precision})
-
-
-def write_onnx(
-    checkpoint: Checkpoint, folder: Path, config: ExportConfig, origin: str, report: Reporter
-) -> ExportReport:
-    """Write a checkpoint as ONNX, prove it, and return what ``ara_export.json`` says of it.
-
-    Args:
-        checkpoint: compressed or dense.
-        folder: empty; on failure it is the caller's to remove.
-        config: resolved by :func:`resolve`.
-        origin: hash that names the checkpoint.
-        report: progress.
-
-    Raises:
-        ModelError: the checkpoint is damaged, or of a family that the builder does not know.
-        NumericalError: the graph is not what the checkpoint is.
-        DiskFullError: no room.
-    """
-    if not checkpoint.compressed:
-        report.warn(f"{checkpoint.folder} is not compressed: it is exported as it is, dense")
-    model_config = _model_config(checkpoint.folder)
-    # The family first: one that is not known may lack what the facts want.
-    decoder = read_decoder(model_config) if config.rewrite is None else None
-    facts = DecoderFacts(
-        family=model_config.model_type,
-        context=read_context(model_config),
-        eos=_eos(checkpoint.folder, model_config),
-    )
-    model, genai = _graph(checkpoint, decoder, facts, config, report)
-    report.fact(f"{facts.family}: {len(checkpoint.ranks)} low-rank layers; {config.precision} for {_provider(config)}")
-    with disk_errors(folder), graph_errors(Path(config.rewrite)) if config.rewrite else nullcontext():
-        _save(model, folder, report)
-    with disk_errors(folder):
-        if genai is not None:
-            text = dump(genai, GENAI_FILE, indent=1)
-            (folder / GENAI_FILE).write_text(text + "\n", encoding="utf-8")
-        for name in _COMPANIONS:
-            if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, folder / name)
-        about = _about(checkpoint, model, facts, config, folder, origin)
-        about.write(folder)
-    if config.parity:
-        proof = prove(checkpoint.folder, folder, decoder, config.parity_tokens, report)
-        about = about.model_copy(update={"parity": proof})
-        with disk_errors(folder):
-            about.write(folder)
-    return about
-
-
-def _about(
-    checkpoint: Checkpoint, model: ir.Model, facts: DecoderFacts, config: ExportConfig, folder: Path, origin: str
-) -> ExportReport:
-    """Return what is known of a graph that has been written."""
-    return ExportReport(
-        source=Source(name=checkpoint.folder.name, sha256=origin),
-        precision=_precision(config) if config.rewrite is None else _precision_of(model),
-        execution_provider=_provider(config),
-        merge_shared_inputs=config.merge_shared_inputs,
-        last_logits=config.last_logits,
-        rewritten=config.rewrite is not None,
-        layout="pivoted" if checkpoint.pivoted else "factors",
-        ranks=checkpoint.ranks,
-        decoder=facts.model_copy(update={"shared_caches": _shares_caches(model)}),
-        files=graph_files(folder),
-        versions={**versions(), "onnx_ir": ir.__version__, "onnxruntime": ort.__version__},
-    )
-
-
-def _provider(config: ExportConfig) -> Provider:
-    assert config.execution_provider != "auto", "not resolved"
-    return config.execution_provider
-
-
-def _precision(config: ExportConfig) -> Precision:
-    assert config.precision is not None and config.precision != "int4", "not resolved"
-    return config.precision
-
-
-def _model_config(folder: Path) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        with silence_transformers():
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers' errors of a bad config share no base class
-        raise ModelError(
-            f"{folder}/config.json cannot be used: {first_line(error)}", "is it a model's folder?"
-        ) from error
-
-
-def _shares_caches(model: ir.Model) -> bool:
-    """Tell whether every cache goes into attention that appends to it in place."""
-    caches = [value for value in model.graph.inputs if (value.name or "").startswith("past_key_values.")]
-    return all(use.node.op_type == "GroupQueryAttention" for value in caches for use in value.uses())
-
-
-def source_hash(folder: Path) -> str:
-    """Return the sha256 over names and contents of a checkpoint's config and weights."""
-    sha = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        sha.update(f"{path.name} {file_sha256(path)}\n".encode())
-    return sha.hexdigest()
-
-
-def _graph(
-    checkpoint: Checkpoint, decoder: Decoder | None, facts: DecoderFacts, config: ExportConfig, report: Reporter
-) -> tuple[ir.Model, dict[str, Any] | None]:
-    """Return the graph, built unless it is somebody else's, and what GenAI wants to know."""
-    if decoder is not None:
-        precision, provider = _precision(config), _provider(config)
-        options = GraphOptions(
-            precision=precision,
-            activations="fp16" if provider == "cuda" or precision == "fp16" else "fp32",
-            provider=provider,
-            merge_shared_inputs=config.merge_shared_inputs,
-            last_logits=config.last_logits,
-        )
-        return build(checkpoint, decoder, options), genai_config(decoder, list(facts.eos), provider)
-    assert config.rewrite is not None
-    dense = Path(config.rewrite)
-    if not checkpoint.compressed:
-        raise UsageError("--rewrite is given, and the checkpoint has no low-rank layers", "leave --rewrite out")
-    model = load_graph(dense)
-    with report.bar("Putting factors into the graph", len(checkpoint.ranks)) as bar, graph_errors(dense):
-        rewrite(model, checkpoint, _provider(config), bar.advance)
-    return model, _genai_beside(dense)
-
-
-def _genai_beside(dense: Path) -> dict[str, Any] | None:
-    """Return what stands beside a dense graph for GenAI, with the name that our graph has."""
-    path, hint = dense.with_name(GENAI_FILE), "remove it, or export the dense model again"
-    if not path.is_file():
+    if config.rewrite is None:
         return None
-    document = read_object(path, hint)
-    try:
-        document["model"]["decoder"]["filename"] = GRAPH_FILE
-    except (KeyError, TypeError) as error:
-        raise ModelError(f"{path} is not what GenAI reads ({error})", hint) from None
-    return document
-
-
-def _precision_of(model: ir.Model) -> Precision:
-    """Return the precision of a graph that somebody else has built, by its caches."""
-    kinds = {value.dtype for value in model.graph.inputs}
-    return "fp16" if ir.DataType.FLOAT16 in kinds else "fp32"
-
-
-def _eos(source: Path, model_config: PreTrainedConfig) -> tuple[int, ...]:
-    """Return the tokens that end a text; chat models name the end of a turn in ``generation_config.json`` alone."""
-    value, hint = model_config.eos_token_id, "write the checkpoint again: ara truncate --force"
-    path = source / "generation_config.json"
-    if path.is_file():
-        value = read_object(path, hint).get("eos_token_id", value)
-    return end_tokens(value, str(source), hint)
-
-
-def _save(model: ir.Model, folder: Path, report: Reporter) -> None:
-    """Write graph and weights; each weight is read when its turn comes and let go again."""
-    with report.bar("Writing weights", len(model.graph.initializers)) as bar:
-        ir.save(
-            model,
-            folder / GRAPH_FILE,
-            external_data=DATA_FILE,
-            callback=lambda tensor, info: bar.advance(),
-            # One at a time: none waits in memory while another is written.
-            max_workers=1,
-            max_in_flight_bytes=1,
-        )
+    # os.path refuses a link that leads back to itself, where Path raises.
+    path = Path(os.path.realpath(config.rewrite))
+    if not os.path.isfile(path):
+        raise UsageError(f"there is no file {config.rewrite}", "--rewrite wants the .onnx file of a dense export")
+    return path

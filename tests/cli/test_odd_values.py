@@ -45,7 +45,7 @@ def no_work(monkeypatch, tmp_path):
         "ara.models.checkpoint.load",
         "ara.stages.bench._measure",
         "ara.stages.report.gather",
-        "export.onnx.target.write_onnx",
+        "export.onnx.writing.write_onnx",
         "export.onnx.runner.OnnxDecoder",
     ):
         monkeypatch.setattr(place, cut_short)

@@ -16,7 +16,7 @@ from ara.config import AllocateConfig, DecomposeConfig, TruncateConfig
 from ara.stages.common import Run
 from ara.stages.run import run_pipeline
 from ara_cli.app import app
-from export.onnx import architecture, target
+from export.onnx import architecture, writing
 from tests.damage import flip, listing
 from tests.questions import write_questions
 from tests.tiny import tiny_tokenizer
@@ -106,7 +106,7 @@ def test_nothing_is_left_where_it_fails(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(target.ir, "save", full)
+        patch.setattr(writing.ir, "save", full)
         refused(ara(*command, "-w", workspace), 1, "the disk is full")
         refused(ara(*command, "--source", folder, "--output", tmp_path / "out"), 1, "the disk is full")
     assert nothing_left()
@@ -211,13 +211,13 @@ def test_overwrite_touches_nothing_but_exports(
     # What fails later leaves what was there, and no new parents.
     output = tmp_path / "exports" / "deep" / "mine"
     with monkeypatch.context() as patch:
-        patch.setattr(target.ir, "save", lambda *arguments, **options: 1 / 0)
+        patch.setattr(writing.ir, "save", lambda *arguments, **options: 1 / 0)
         assert ara(*command, output).exit_code == 70
     assert listing(tmp_path) == before and not (tmp_path / "exports").exists()
     assert ara(*command, output).exit_code == 0
     first = (output / "ara_export.json").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(target.ir, "save", lambda *arguments, **options: 1 / 0)
+        patch.setattr(writing.ir, "save", lambda *arguments, **options: 1 / 0)
         ara(*command, output)
     assert (output / "ara_export.json").read_text() == first
     assert [path.name for path in output.parent.iterdir()] == ["mine"]

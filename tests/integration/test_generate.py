@@ -16,7 +16,8 @@ from ara.errors import UsageError, WorkspaceError
 from ara.workspace.store import Workspace
 from ara_cli.app import app
 from ara_cli.commands.generate import _piped
-from export.onnx.evaluation import latest_export
+from export.find import latest_export
+from export.onnx.target import OnnxTarget
 
 NAME = "energy-0.70"
 SHORT = ("--max-new-tokens", 3, "--device", "cpu", "-q")
@@ -127,4 +128,4 @@ def test_exports_that_cannot_be_run_are_named(copied: Path) -> None:
     with workspace.writer("export", "other", facts, command="ara export"):
         pass
     with pytest.raises(WorkspaceError, match=r"export/other/manifest\.json: results: last_logits: Field required"):
-        latest_export(workspace, truncated)
+        latest_export(OnnxTarget(), workspace, truncated)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from ara.stages.common import Run
 from ara.stages.evaluate import evaluate
 from ara.stages.run import run_pipeline
 from export.config import ExportConfig
-from export.onnx.evaluation import find_export
+from export.find import find_for_eval
 from export.stage import export
 from tests.oracles import perplexity as oracle
 
@@ -127,7 +126,7 @@ def test_exported_graph_is_the_checkpoint(made, exported, precision, off):
         continuations=0,
     )
     run, view = Run(made["truncate"].path.parents[1]), exported[precision]
-    results = evaluate(config, run, find_export=partial(find_export, name=view.name)).manifest.results
+    results = evaluate(config, run, find_export=find_for_eval("onnx", view.name)).manifest.results
     models = results["tasks"]["python-docs"]["models"]
     ours, torchs = models[view.key]["nll"], models[results["chosen"]]["nll"]
     assert abs(ours - torchs) < off

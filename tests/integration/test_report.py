@@ -205,7 +205,7 @@ def test_the_model_card(copied, tmp_path):
 
 
 def test_the_card_in_the_checkpoint_makes_nothing_stale_and_nothing_damaged(copied):
-    from export.onnx.target import source_hash
+    from export.stage import source_hash
 
     folder = copied / "truncate" / NAME / "checkpoint"
     card = folder / "README.md"

@@ -10,9 +10,9 @@ import pytest
 
 from ara.errors import LockedError, OutputError
 from ara.stages.common import Run
+from export.base import REPORT_FILE
 from export.config import ExportConfig
-from export.onnx import target
-from export.onnx.report import REPORT_FILE
+from export.onnx.target import OnnxTarget
 from export.stage import export_folder
 from tests.damage import contents, listing
 
@@ -29,21 +29,20 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> Any:
         def during(self) -> None:
             pass
 
-        def write(self, checkpoint: Any, folder: Path, *rest: Any) -> None:
+        def write(self, target: Any, source: Path, folder: Path, *rest: Any) -> None:
             (folder / "model.onnx").write_text(self.text)
             self.during()
             (folder / REPORT_FILE).write_text("{}")
 
     fake = Fake()
-    monkeypatch.setattr(target, "write_onnx", fake.write)
-    monkeypatch.setattr(target, "source_hash", lambda folder: "0" * 64)
-    monkeypatch.setattr("export.stage.Checkpoint", lambda folder: None)
+    monkeypatch.setattr(OnnxTarget, "write", lambda *arguments: fake.write(*arguments))
     return fake
 
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text("{}")
     return tmp_path / "out"
 
 
@@ -64,7 +63,7 @@ def test_a_second_export_is_refused_while_the_first_is_at_work(output: Path, gra
     graph.during = second
     export(output)
     assert len(refused) == 1
-    assert listing(output.parent) == {"out/model.onnx", f"out/{REPORT_FILE}"}
+    assert listing(output.parent) == {"source/config.json", "out/model.onnx", f"out/{REPORT_FILE}"}
 
 
 @pytest.mark.parametrize("left", [".out.before", ".out.partial", ".out.ara-export/new", ".out.ara-export/before"])
@@ -98,7 +97,7 @@ def test_what_others_put_there_meanwhile_is_not_replaced(output: Path, graph: An
     graph.during = meanwhile
     with pytest.raises(OutputError, match="is not an export"):
         export(output, overwrite=True)
-    assert listing(output.parent) == {"out/mine"}
+    assert listing(output.parent) == {"source/config.json", "out/mine"}
 
 
 def test_a_link_is_not_written_through(output: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from ara.errors import ModelError
 from ara.models.folder import INDEX, read_index
 from ara.models.sources import resolve
-from export.onnx.weights import Checkpoint
+from export.onnx.stored_weights import Checkpoint
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

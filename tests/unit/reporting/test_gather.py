@@ -257,7 +257,7 @@ def test_a_checkpoint_that_was_multiplied_back_is_not_called_smaller():
 def test_exports_say_what_the_report_reads():
     from dataclasses import fields
 
-    from export.onnx.report import ExportReport
+    from export.onnx.export_report import ExportReport
     from export.onnx.tolerance import Parity
 
     assert set(ParityRow.model_fields) <= {field.name for field in fields(Parity)}

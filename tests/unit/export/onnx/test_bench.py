@@ -14,8 +14,8 @@ from ara.evaluation.cost import Case, count_model
 from ara.models.checkpoint import load
 from ara.stages.common import Run
 from export.config import ExportConfig
-from export.onnx.bench import OnnxRunner, count_checkpoint, parameters_of
-from export.onnx.weights import Checkpoint
+from export.onnx.bench_runner import OnnxRunner, count_checkpoint, parameters_of
+from export.onnx.stored_weights import Checkpoint
 from export.stage import export_folder
 
 

@@ -16,10 +16,11 @@ from onnx import TensorProto, helper, numpy_helper
 from ara.layouts.pivoting import pivot
 from ara.progress import SILENT
 from export.config import ExportConfig
+from export.onnx.export_report import Provider
 from export.onnx.pivots import BLOCK, BlockPivots, choose_blocks, in_blocks, ordering
-from export.onnx.report import Provider
-from export.onnx.target import resolve, write_onnx
-from export.onnx.weights import Checkpoint
+from export.onnx.settings import resolve
+from export.onnx.stored_weights import Checkpoint
+from export.onnx.writing import write_onnx
 
 
 def _matrix(a: torch.Tensor, c: torch.Tensor, order: torch.Tensor, size: int = 1) -> torch.Tensor:

@@ -18,8 +18,9 @@ from ara.progress import SILENT
 from export.config import ExportConfig
 from export.onnx.rewrite import graph_errors, load_graph, rewrite
 from export.onnx.runner import OnnxDecoder
-from export.onnx.target import resolve, write_onnx
-from export.onnx.weights import Checkpoint
+from export.onnx.settings import resolve
+from export.onnx.stored_weights import Checkpoint
+from export.onnx.writing import write_onnx
 
 
 def exported(source: Path, folder: Path, **settings: Any) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from ara.progress import SILENT
 from export.config import ExportConfig
 from export.onnx import runner
 from export.onnx.architecture import FAMILIES
-from export.onnx.runner import OnnxDecoder, TorchLike
-from export.onnx.target import resolve, write_onnx
-from export.onnx.weights import Checkpoint
+from export.onnx.runner import OnnxDecoder
+from export.onnx.settings import resolve
+from export.onnx.stored_weights import Checkpoint
+from export.onnx.torch_like import TorchLike
+from export.onnx.writing import write_onnx
 
 
 @pytest.fixture(scope="module")

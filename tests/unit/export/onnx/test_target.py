@@ -19,9 +19,10 @@ from export.onnx.architecture import FAMILIES, read_decoder
 from export.onnx.graph import _Builder
 from export.onnx.proof import check_rotary
 from export.onnx.runner import OnnxDecoder
-from export.onnx.target import resolve, write_onnx
+from export.onnx.settings import resolve
+from export.onnx.stored_weights import Checkpoint
 from export.onnx.tolerance import TOLERANCES
-from export.onnx.weights import Checkpoint
+from export.onnx.writing import write_onnx
 
 CPU = {"execution_provider": "cpu"}
 THETA = {"rope_theta": 10000.0}

@@ -1,9 +1,12 @@
-"""No telemetry: not even that of a library, whose default it is."""
+"""No telemetry: not even that of ONNX Runtime, which has it on by default."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 CODE = """
@@ -35,7 +38,19 @@ def imported(module, tmp_path):
     return done.stdout.strip(), left
 
 
-def test_onnxruntime_is_silenced_before_it_is_imported(tmp_path):
-    said, left = imported("export.onnx.runner", tmp_path)
+@pytest.mark.parametrize("module", ["export.onnx.runner", "export.onnx.bench_runner"])
+def test_onnxruntime_is_silenced_before_it_is_imported(module, tmp_path):
+    said, left = imported(module, tmp_path)
     assert said == "1"
     assert not left, "something keeps a session id or events"
+
+
+def test_only_the_package_that_silences_onnxruntime_imports_it():
+    statement = re.compile(r"^\s*(import|from) onnxruntime\b", re.MULTILINE)
+    found = {
+        path.parent
+        for top in ("ara", "ara_cli", "export")
+        for path in (REPOSITORY / top).rglob("*.py")
+        if statement.search(path.read_text(encoding="utf-8"))
+    }
+    assert found == {REPOSITORY / "export" / "onnx"}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ara.errors import ModelError, NumericalError
 from export.onnx.quantize import BLOCK, quantize, scales_of
-from export.onnx.weights import Checkpoint
+from export.onnx.stored_weights import Checkpoint
 
 UP = "model.layers.1.mlp.up_proj"
 

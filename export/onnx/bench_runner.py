@@ -10,20 +10,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ara.errors import WorkspaceError
 from ara.evaluation.cost import Case, Cost, cost_of
 from ara.evaluation.speed import Prepared
 from ara.models.silence import silence_transformers
 from ara.stages.bench_models import BenchModel
 from ara.stages.common import Run
-from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 from export.config import ExportConfig
-from export.onnx.evaluation import latest_export
+from export.onnx.export_report import DATA_FILE, ExportReport, read_report
 from export.onnx.quantize import BITS, BLOCK
-from export.onnx.report import DATA_FILE, ExportReport, read_report
 from export.onnx.runner import OnnxDecoder
-from export.onnx.weights import Checkpoint
+from export.onnx.stored_weights import Checkpoint
 from export.stage import export_folder
 
 if TYPE_CHECKING:
@@ -85,27 +82,12 @@ class OnnxExport:
             parity=False,
         )
         # Silent: that it is dense is no reason to warn here.
-        made = export_folder(config, Run(output.parent), checkpoint, output)
-        return _contender(name, output, made, checkpoint, threads)
+        export_folder(config, Run(output.parent), checkpoint, output)
+        return _contender(name, output, read_report(output), checkpoint, threads)
 
     @property
     def _about(self) -> ExportReport:
         return read_report(self.view.path)
-
-
-def find_export(workspace: Workspace, truncated: StageView, name: str | None = None) -> OnnxExport:
-    """Return an export of a checkpoint, the latest by default, verified.
-
-    Raises:
-        WorkspaceError: the checkpoint was not exported, or by putting its factors into somebody else's graph.
-    """
-    export = OnnxExport(latest_export(workspace, truncated, name))
-    if read_report(export.view.path).rewritten:
-        raise WorkspaceError(
-            f"{export.view.key} was made with --rewrite: a dense graph of ours would be another exporter's",
-            "export without --rewrite to measure, or name another export with --export",
-        )
-    return export
 
 
 def count_checkpoint(checkpoint: Checkpoint, about: ExportReport) -> Cost:

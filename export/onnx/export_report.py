@@ -13,10 +13,9 @@ from ara.errors import ModelError
 from ara.jsonfile import dump, read_object
 from ara.workspace.manifest import FileRecord, file_record
 from ara.workspace.tensors import SHA256_PATTERN
+from export.base import REPORT_FILE
 from export.onnx.tolerance import Parity, Tolerance
 
-# What makes a folder an export.
-REPORT_FILE = "ara_export.json"
 GRAPH_FILE = "model.onnx"
 DATA_FILE = f"{GRAPH_FILE}.data"
 EXPORT_FORMAT: Literal[1] = 1

@@ -1,0 +1,117 @@
+"""Finds exports of a checkpoint in a workspace, for the commands that run them with ``--backend``."""
+
+from __future__ import annotations
+
+from shlex import quote
+
+from ara.errors import WorkspaceError
+from ara.names import check_name
+from ara.stages import bench_models, evaluate
+from ara.stages.truncate import CHECKPOINT
+from ara.workspace.store import Workspace
+from ara.workspace.view import StageView, parent_of
+from export.base import Target
+from export.targets import target_of
+
+
+def find_for_eval(backend: str, export: str | None = None) -> evaluate.FindExport | None:
+    """Return a function that finds the export that ``ara eval`` measures; ``None`` for torch.
+
+    Args:
+        backend: torch, or the name of a target.
+        export: name of the export; the latest of the checkpoint by default.
+
+    Raises:
+        UsageError: an unknown backend, an export beside torch, or a name that no result can have. The returned function
+            raises :class:`WorkspaceError`.
+    """
+    target = target_of(backend, export)
+    if target is None:
+        return None
+    if export is not None:
+        check_name(export)
+
+    def find(workspace: Workspace, truncated: StageView) -> evaluate.RunnableExport:
+        view = latest_export(target, workspace, truncated, export)
+        assert view.manifest is not None
+        if view.manifest.results["last_logits"]:
+            raise WorkspaceError(
+                f"{view.key} gives the logits of the last position only", "export without --last-logits to evaluate"
+            )
+        load = target.for_eval(view, truncated.path / CHECKPOINT)
+        size = sum(path.stat().st_size for path in target.weight_files(view.path))
+        return evaluate.RunnableExport(view, load, size)
+
+    return find
+
+
+def find_for_bench(backend: str, export: str | None = None) -> bench_models.FindExport | None:
+    """Return a function that finds the export that ``ara bench`` measures; ``None`` for torch.
+
+    Args:
+        backend: torch, or the name of a target.
+        export: name of the export; the latest of the checkpoint by default.
+
+    Raises:
+        UsageError: an unknown backend, an export beside torch, or a name that no result can have. The returned function
+            raises :class:`WorkspaceError`.
+    """
+    target = target_of(backend, export)
+    if target is None:
+        return None
+    if export is not None:
+        check_name(export)
+    return lambda workspace, truncated: target.for_bench(latest_export(target, workspace, truncated, export))
+
+
+def latest_export(target: Target, workspace: Workspace, truncated: StageView, name: str | None = None) -> StageView:
+    """Return the export called ``name``, or the latest finished one of a checkpoint for a target, verified.
+
+    Raises:
+        WorkspaceError: there is none, it belongs to another checkpoint or target, or one cannot be read.
+    """
+    if name is not None:
+        view = workspace.require("export", name)
+        if view.manifest is None or parent_of(truncated) not in view.manifest.parents:
+            raise WorkspaceError(
+                f"{view.key} is not an export of {truncated.key}", "name its checkpoint with --checkpoint"
+            )
+        if not _is_for(target, view):
+            raise WorkspaceError(
+                f"{view.key} was not made for --backend {target.name}", f"make another export: {target.command}"
+            )
+        return view
+    views = workspace.views("export")
+    for view in views:
+        if view.state == "damaged":
+            # Its manifest cannot be read, so it may be the latest one: this raises what is wrong with it.
+            workspace.require("export", view.name)
+    fitting = [
+        view
+        for view in views
+        if view.state == "done"
+        and view.manifest
+        and parent_of(truncated) in view.manifest.parents
+        and _is_for(target, view)
+    ]
+    if fitting:
+        return workspace.require("export", fitting[-1].name)
+    there = "; ".join(_why_not(view, truncated) for view in views)
+    raise WorkspaceError(
+        f"{truncated.key} has no export that can be run: {there}" if there else f"{truncated.key} was not exported",
+        f"make one: {target.command} --checkpoint {quote(truncated.name)}",
+    )
+
+
+def _is_for(target: Target, view: StageView) -> bool:
+    return view.manifest is not None and view.manifest.config.get("target") == target.name
+
+
+def _why_not(view: StageView, truncated: StageView) -> str:
+    """Return why an export is not the one that was looked for."""
+    if view.state != "done" or view.manifest is None:
+        return f"{view.key} is {view.state}{f' ({view.why})' if view.why else ''}"
+    if parent_of(truncated) in view.manifest.parents:
+        return f"{view.key} is for {view.manifest.config.get('target')}"
+    parents = (parent.key for parent in view.manifest.parents if parent.key.startswith("truncate/"))
+    return f"{view.key} is one of {next(parents, 'something else')}"

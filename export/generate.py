@@ -1,0 +1,114 @@
+"""``ara generate``: the greedy answer of a compressed model, in torch or in an export's runtime, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from shlex import quote
+
+from ara.config import GenerateConfig
+from ara.errors import ModelError
+from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens, text_pieces
+from ara.files import expand_user
+from ara.models.checkpoint import load, load_tokenizer, read_config
+from ara.models.context import check_room, context_length
+from ara.models.silence import silence_transformers
+from ara.models.vocabulary import check_tokens, token_rows
+from ara.names import check_name
+from ara.prompts import check_prompt
+from ara.stages.common import Run
+from ara.stages.truncate import CHECKPOINT
+from export.base import REPORT_FILE, Target
+from export.find import latest_export
+from export.targets import TARGETS, target_of
+
+_NO_ROW = "take it out of the prompt; if the chat template put it there: --no-chat"
+
+
+def answer(
+    config: GenerateConfig,
+    run: Run,
+    prompt: str,
+    *,
+    checkpoint: str | None = None,
+    source: Path | None = None,
+    export: str | None = None,
+) -> Iterator[str]:
+    """Yield the answer to ``prompt``.
+
+    Args:
+        config: backend, length, chat template, placement.
+        run: workspace and reporter.
+        prompt: text of the user.
+        checkpoint: result of ``ara truncate``; the latest by default.
+        source: a checkpoint folder or an exported folder to run instead of a result of the workspace.
+        export: which export of the checkpoint; the latest by default.
+
+    Raises:
+        AraError: no checkpoint, no export, a chat template that cannot be used, or a prompt that is too long, is no
+            text, or contains a token without a row in the embedding.
+    """
+    prompt = check_prompt(prompt)
+    target = target_of(config.backend)
+    folder = _folder(target, run, checkpoint, export) if source is None else _given(source, target)
+    run.report.step(f"{config.backend}: {folder}")
+    with silence_transformers():
+        yield from _in_torch(config, folder, prompt) if target is None else _exported(config, target, folder, prompt)
+
+
+def _exported(config: GenerateConfig, target: Target, folder: Path, prompt: str) -> Iterator[str]:
+    """Yield the answer of an export."""
+    decoder = target.for_generate(folder)
+    tokenizer = load_tokenizer(folder)
+    ids = prompt_ids(tokenizer, prompt, config.chat)
+    check_tokens(ids, decoder.vocabulary, tokenizer, "the prompt", _NO_ROW)
+    check_room(len(ids), config.max_new_tokens, decoder.context)
+    yield from text_pieces(tokenizer, decoder.generate(ids.numpy(), config.max_new_tokens))
+
+
+def _in_torch(config: GenerateConfig, folder: Path, prompt: str) -> Iterator[str]:
+    """Yield the answer of a checkpoint; the prompt is checked as far as possible before the weights are read."""
+    tokenizer = load_tokenizer(folder)
+    ids = prompt_ids(tokenizer, prompt, config.chat)
+    model = load(folder, config.device, config.dtype)
+    check_tokens(ids, token_rows(model.config), tokenizer, "the prompt", _NO_ROW)
+    check_room(len(ids), config.max_new_tokens, context_length(model.config))
+    yield from text_pieces(tokenizer, greedy_tokens(model, ids, config.max_new_tokens, stop_tokens(model)))
+
+
+def _folder(target: Target | None, run: Run, checkpoint: str | None, export: str | None) -> Path:
+    """Return the folder of the workspace that is run."""
+    for name in (checkpoint, export):
+        if name is not None:
+            check_name(name)
+    workspace = run.open()
+    truncated = workspace.require("truncate", checkpoint)
+    if target is None:
+        return truncated.path / CHECKPOINT
+    return latest_export(target, workspace, truncated, export).path
+
+
+def _given(source: Path, target: Target | None) -> Path:
+    """Return the folder that ``--source`` names, if the backend can run it.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    names = " or ".join(f"--backend {name}" for name in TARGETS.names())
+    folder = expand_user(source, "--source")
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder} {'is no folder' if folder.exists() else 'does not exist'}",
+            f"--source wants a checkpoint folder, or with {names} an exported one",
+        )
+    checkpoint, exported = ((folder / name).is_file() for name in ("config.json", REPORT_FILE))
+    if target is None:
+        if exported and not checkpoint:
+            raise ModelError(f"{folder} is an export, --backend torch runs checkpoints", f"add {names}")
+        read_config(folder)
+    elif checkpoint and not exported:
+        raise ModelError(
+            f"{folder} is a checkpoint, --backend {target.name} runs exports",
+            f"export it: {target.command} --source {quote(str(folder))} --output FOLDER",
+        )
+    return folder

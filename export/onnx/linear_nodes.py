@@ -1,0 +1,153 @@
+"""Linear layers of the graph: dense, two factors or pivoted, with weights in float32, float16 or 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from ara.errors import NumericalError
+from export.onnx.export_report import Precision, Provider
+from export.onnx.nodes import CONTRIB, GraphNodes
+from export.onnx.pivots import BlockPivots, ordering
+from export.onnx.quantize import BITS, BLOCK, quantize, scales_of
+from export.onnx.stored_weights import Checkpoint, LinearLayer
+
+_FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+TORCH_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """How the graph is to be.
+
+    Attributes:
+        precision: of the weights of linear layers.
+        activations: ``fp32`` or ``fp16``: of everything else.
+        provider: that is to run the graph.
+        merge_shared_inputs: multiply the factors that read the same input in one go.
+        last_logits: only the logits of the last position.
+    """
+
+    precision: Precision = "fp32"
+    activations: Literal["fp32", "fp16"] = "fp32"
+    provider: Provider = "cpu"
+    merge_shared_inputs: bool = False
+    last_logits: bool = False
+
+
+class LinearNodes(GraphNodes):
+    """A graph with the linear layers and other weights of a checkpoint.
+
+    Args:
+        checkpoint: compressed or dense.
+        options: precision, provider, merged products.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, options: GraphOptions) -> None:
+        super().__init__()
+        self.checkpoint: Checkpoint | BlockPivots = checkpoint
+        # More pivots magnify rounding errors: hardly in float32, far too much in 8 bits.
+        if checkpoint.pivoted and options.precision == "fp32":
+            self.checkpoint = BlockPivots(checkpoint)
+        self.options = options
+        self.float = _FLOATS[options.activations]
+        self.used: set[str] = set()
+
+    def _layer(self, path: str, m: int, n: int) -> LinearLayer:
+        """Return how the checkpoint stores a linear layer of m outputs and n inputs."""
+        return self.checkpoint.linear(path, m, n)
+
+    def linear(self, x: ir.Value, layer: LinearLayer) -> ir.Value:
+        """Return the output of a linear layer, (…, n) → (…, m)."""
+        return self.linears(x, [layer], layer.path)[0]
+
+    def linears(self, x: ir.Value, layers: Sequence[LinearLayer], path: str) -> list[ir.Value]:
+        """Return the outputs of layers with the same input x (…, n); merged products are named after ``path``."""
+        first = [f"{layer.path}.weight" if layer.rank is None else f"{layer.path}.A.weight" for layer in layers]
+        if self.options.merge_shared_inputs and len(layers) > 1:
+            sizes = [layer.m if layer.rank is None else layer.rank for layer in layers]
+            inner = self.split(self._matmul(x, f"{path}.merged", *first), sizes, path)
+        else:
+            inner = [self._matmul(x, name.removesuffix(".weight"), name) for name in first]
+        return [self._rest(h, layer) for h, layer in zip(inner, layers, strict=True)]
+
+    def _rest(self, h: ir.Value, layer: LinearLayer) -> ir.Value:
+        """Return the output (…, m) of a layer from h, the product with its first matrix: second matrix, order, bias."""
+        y = h
+        if layer.rank is not None and not layer.pivoted:
+            y = self._matmul(h, f"{layer.path}.B", f"{layer.path}.B.weight")
+        elif layer.rank is not None:
+            others = self._matmul(h, f"{layer.path}.C", f"{layer.path}.C.weight")
+            y = self.op("Concat", [h, others], f"{layer.path}.rows", {"axis": -1})
+            order = self._order(layer)
+            if layer.block > 1:
+                apart, whole = self.ints([0, 0, layer.m // layer.block, layer.block], [0, 0, layer.m])
+                blocks = self.op("Reshape", [y, apart], f"{layer.path}.blocks")
+                ordered = self.op("Gather", [blocks, order], f"{layer.path}.ordered", {"axis": 2})
+                y = self.op("Reshape", [ordered, whole], f"{layer.path}.whole")
+            else:
+                for kind, name, attributes in ordering(3, self.options.provider):
+                    y = self.op(kind, [y, order] if kind == "Gather" else [y], f"{layer.path}.{name}", attributes)
+        if layer.bias is not None:
+            y = self.op("Add", [y, self.weight(layer.bias)], f"{layer.path}.biased")
+        return y
+
+    def _order(self, layer: LinearLayer) -> ir.Value:
+        name = f"{layer.path}.order"
+        self.used.add(name)
+        kind = ir.DataType.INT32 if layer.block == 1 else ir.DataType.INT64
+        return self.lazy(name, kind, (layer.m // layer.block,), lambda: self.checkpoint.tensor(name).numpy())
+
+    def _matmul(self, x: ir.Value, path: str, *names: str) -> ir.Value:
+        """Multiply by weights of the checkpoint, each (out, in), stacked along the outputs."""
+        self.used.update(names)
+        shapes = [self.checkpoint.shape(name) for name in names]
+        m, n = sum(shape[0] for shape in shapes), shapes[0][1]
+
+        def stacked() -> torch.Tensor:
+            tensors = [self.checkpoint.tensor(name) for name in names]
+            return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+        if self.options.precision != "int8":
+            weight = self.lazy(f"{path}.weight", self.float, (n, m), lambda: self._array(stacked().T))
+            return self.op("MatMul", [x, weight], path)
+        blocks = -(-n // BLOCK)
+        packed = self.lazy(
+            f"{path}.weight_quantized",
+            ir.DataType.UINT8,
+            (m, blocks, BLOCK),
+            lambda: quantize(stacked(), TORCH_TYPES[self.float]),
+        )
+        scales = self.lazy(
+            f"{path}.scales",
+            self.float,
+            (m * blocks,),
+            lambda: self._array(scales_of(stacked(), TORCH_TYPES[self.float])),
+        )
+        attributes = {"K": n, "N": m, "bits": BITS, "block_size": BLOCK, "accuracy_level": 4}
+        return self.op("MatMulNBits", [x, packed, scales], path, attributes, domain=CONTRIB)
+
+    def weight(self, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> ir.Value:
+        """Return a tensor of the checkpoint under its own name."""
+        self.used.add(name)
+        return self.lazy(
+            name,
+            self.float,
+            self.checkpoint.shape(name),
+            lambda: self._array(change(self.checkpoint.tensor(name)) if change else self.checkpoint.tensor(name)),
+        )
+
+    def _array(self, tensor: torch.Tensor) -> np.ndarray:
+        """Return a tensor in the precision of the activations."""
+        converted = tensor.to(TORCH_TYPES[self.float])
+        narrowed = self.float == ir.DataType.FLOAT16 and tensor.dtype != torch.float16 and tensor.numel() > 0
+        # Smallest and largest number are enough: a mask over all numbers would take as much memory again.
+        if narrowed and not torch.stack(converted.aminmax()).isfinite().all():
+            raise NumericalError("a weight is beyond the range of float16", "export with --precision fp32")
+        found: np.ndarray = converted.contiguous().numpy()
+        return found

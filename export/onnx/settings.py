@@ -1,0 +1,58 @@
+"""What provider and precision a config leads to in ONNX Runtime on this machine."""
+
+from __future__ import annotations
+
+import onnxruntime as ort
+import torch
+
+from ara.errors import UnavailableError, UsageError
+from export.config import ExportConfig
+from export.onnx.export_report import Precision, Provider
+from export.onnx.runner import PROVIDERS
+
+_BLOCKED_INT4 = (
+    "int4 is not offered: rounding to nearest compounds over two factors (SmolLM2-135M at keep 0.8: NLL 3.11 → 3.80, "
+    "against 2.48 → 2.70 for dense weights), and calibrated rounding is not there yet"
+)
+
+
+def resolve(config: ExportConfig) -> ExportConfig:
+    """Return the config with provider and precision decided.
+
+    Raises:
+        UnavailableError: CUDA was asked for and this ONNX Runtime lacks it; int4.
+        UsageError: a combination that ONNX Runtime cannot run.
+    """
+    provider = config.execution_provider
+    if provider == "auto":
+        there = torch.cuda.is_available() and PROVIDERS["cuda"] in ort.get_available_providers()
+        provider = "cuda" if there else "cpu"
+    if provider == "cuda" and PROVIDERS["cuda"] not in ort.get_available_providers():
+        raise UnavailableError(
+            f"this ONNX Runtime has no {PROVIDERS['cuda']}", "install onnxruntime-gpu, or use --execution-provider cpu"
+        )
+    precision = config.precision or ("fp16" if provider == "cuda" else "fp32")
+    if precision == "int4":
+        raise UnavailableError(_BLOCKED_INT4, "use --precision int8")
+    if config.rewrite is not None and (config.merge_shared_inputs or config.last_logits or config.precision):
+        raise UsageError(
+            "--rewrite changes nothing but the factors: no --precision, --merge-shared-inputs or --last-logits",
+            "leave them out, or leave --rewrite out",
+        )
+    if (provider, precision) == ("cuda", "fp32"):
+        raise UsageError(
+            "fused attention of ONNX Runtime has no fp32 on CUDA", "use --precision fp16, or --execution-provider cpu"
+        )
+    return config.model_copy(update={"execution_provider": provider, "precision": precision})
+
+
+def provider_of(config: ExportConfig) -> Provider:
+    """Return the provider of a resolved config."""
+    assert config.execution_provider != "auto", "not resolved"
+    return config.execution_provider
+
+
+def precision_of(config: ExportConfig) -> Precision:
+    """Return the precision of a resolved config."""
+    assert config.precision is not None and config.precision != "int4", "not resolved"
+    return config.precision

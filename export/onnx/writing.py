@@ -1,0 +1,210 @@
+"""Writes a checkpoint as a folder that ONNX Runtime and ONNX Runtime GenAI run, and proves it against torch.
+
+Weights go from safetensors to the external data file one at a time; only the parity check loads the model into torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+from ara.environment import versions
+from ara.errors import ModelError, UsageError, disk_errors, first_line
+from ara.jsonfile import dump, read_object
+from ara.models.silence import silence_transformers
+from ara.models.vocabulary import end_tokens
+from ara.progress import Reporter
+from export.config import ExportConfig
+from export.onnx.architecture import Decoder, read_decoder
+from export.onnx.config_fields import read_context
+from export.onnx.export_report import (
+    DATA_FILE,
+    GRAPH_FILE,
+    DecoderFacts,
+    ExportReport,
+    Precision,
+    Source,
+    graph_files,
+)
+from export.onnx.genai import genai_config
+from export.onnx.graph import build
+from export.onnx.linear_nodes import GraphOptions
+from export.onnx.proof import prove
+from export.onnx.rewrite import graph_errors, load_graph, rewrite
+from export.onnx.settings import precision_of, provider_of
+from export.onnx.stored_weights import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+GENAI_FILE = "genai_config.json"
+# What belongs to the tokenizer and to generation, in the words of transformers.
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def write_onnx(
+    checkpoint: Checkpoint, folder: Path, config: ExportConfig, origin: str, report: Reporter
+) -> ExportReport:
+    """Write a checkpoint as ONNX, prove it, and return what ``ara_export.json`` says of it.
+
+    Args:
+        checkpoint: compressed or dense.
+        folder: empty; on failure it is the caller's to remove.
+        config: resolved by :func:`resolve`.
+        origin: hash that names the checkpoint.
+        report: progress.
+
+    Raises:
+        ModelError: the checkpoint is damaged, or of a family that the builder does not know.
+        NumericalError: the graph is not what the checkpoint is.
+        DiskFullError: no room.
+    """
+    if not checkpoint.compressed:
+        report.warn(f"{checkpoint.folder} is not compressed: it is exported as it is, dense")
+    model_config = _model_config(checkpoint.folder)
+    # The family first: one that is not known may lack what the facts want.
+    decoder = read_decoder(model_config) if config.rewrite is None else None
+    facts = DecoderFacts(
+        family=model_config.model_type,
+        context=read_context(model_config),
+        eos=_eos(checkpoint.folder, model_config),
+    )
+    model, genai = _graph(checkpoint, decoder, facts, config, report)
+    report.fact(
+        f"{facts.family}: {len(checkpoint.ranks)} low-rank layers; {config.precision} for {provider_of(config)}"
+    )
+    with disk_errors(folder), graph_errors(Path(config.rewrite)) if config.rewrite else nullcontext():
+        _save(model, folder, report)
+    with disk_errors(folder):
+        if genai is not None:
+            text = dump(genai, GENAI_FILE, indent=1)
+            (folder / GENAI_FILE).write_text(text + "\n", encoding="utf-8")
+        for name in _COMPANIONS:
+            if (checkpoint.folder / name).is_file():
+                shutil.copyfile(checkpoint.folder / name, folder / name)
+        about = _about(checkpoint, model, facts, config, folder, origin)
+        about.write(folder)
+    if config.parity:
+        proof = prove(checkpoint.folder, folder, decoder, config.parity_tokens, report)
+        about = about.model_copy(update={"parity": proof})
+        with disk_errors(folder):
+            about.write(folder)
+    return about
+
+
+def _about(
+    checkpoint: Checkpoint, model: ir.Model, facts: DecoderFacts, config: ExportConfig, folder: Path, origin: str
+) -> ExportReport:
+    """Return what is known of a graph that has been written."""
+    return ExportReport(
+        source=Source(name=checkpoint.folder.name, sha256=origin),
+        precision=precision_of(config) if config.rewrite is None else _stored_precision(model),
+        execution_provider=provider_of(config),
+        merge_shared_inputs=config.merge_shared_inputs,
+        last_logits=config.last_logits,
+        rewritten=config.rewrite is not None,
+        layout="pivoted" if checkpoint.pivoted else "factors",
+        ranks=checkpoint.ranks,
+        decoder=facts.model_copy(update={"shared_caches": _shares_caches(model)}),
+        files=graph_files(folder),
+        versions={**versions(), "onnx_ir": ir.__version__, "onnxruntime": ort.__version__},
+    )
+
+
+def _model_config(folder: Path) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        with silence_transformers():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers' errors of a bad config share no base class
+        raise ModelError(
+            f"{folder}/config.json cannot be used: {first_line(error)}", "is it a model's folder?"
+        ) from error
+
+
+def _shares_caches(model: ir.Model) -> bool:
+    """Tell whether every cache goes into attention that appends to it in place."""
+    caches = [value for value in model.graph.inputs if (value.name or "").startswith("past_key_values.")]
+    return all(use.node.op_type == "GroupQueryAttention" for value in caches for use in value.uses())
+
+
+def _graph(
+    checkpoint: Checkpoint, decoder: Decoder | None, facts: DecoderFacts, config: ExportConfig, report: Reporter
+) -> tuple[ir.Model, dict[str, Any] | None]:
+    """Return the graph, built unless it is somebody else's, and what GenAI wants to know."""
+    if decoder is not None:
+        precision, provider = precision_of(config), provider_of(config)
+        options = GraphOptions(
+            precision=precision,
+            activations="fp16" if provider == "cuda" or precision == "fp16" else "fp32",
+            provider=provider,
+            merge_shared_inputs=config.merge_shared_inputs,
+            last_logits=config.last_logits,
+        )
+        return build(checkpoint, decoder, options), genai_config(decoder, list(facts.eos), provider)
+    assert config.rewrite is not None
+    dense = Path(config.rewrite)
+    if not checkpoint.compressed:
+        raise UsageError("--rewrite is given, and the checkpoint has no low-rank layers", "leave --rewrite out")
+    model = load_graph(dense)
+    with report.bar("Putting factors into the graph", len(checkpoint.ranks)) as bar, graph_errors(dense):
+        rewrite(model, checkpoint, provider_of(config), bar.advance)
+    return model, _genai_beside(dense)
+
+
+def _genai_beside(dense: Path) -> dict[str, Any] | None:
+    """Return what stands beside a dense graph for GenAI, with the name that our graph has."""
+    path, hint = dense.with_name(GENAI_FILE), "remove it, or export the dense model again"
+    if not path.is_file():
+        return None
+    document = read_object(path, hint)
+    try:
+        document["model"]["decoder"]["filename"] = GRAPH_FILE
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{path} is not what GenAI reads ({error})", hint) from None
+    return document
+
+
+def _stored_precision(model: ir.Model) -> Precision:
+    """Return the precision of a graph that somebody else has built, by its caches."""
+    kinds = {value.dtype for value in model.graph.inputs}
+    return "fp16" if ir.DataType.FLOAT16 in kinds else "fp32"
+
+
+def _eos(source: Path, model_config: PreTrainedConfig) -> tuple[int, ...]:
+    """Return the tokens that end a text; chat models name the end of a turn in ``generation_config.json`` alone."""
+    value, hint = model_config.eos_token_id, "write the checkpoint again: ara truncate --force"
+    path = source / "generation_config.json"
+    if path.is_file():
+        value = read_object(path, hint).get("eos_token_id", value)
+    return end_tokens(value, str(source), hint)
+
+
+def _save(model: ir.Model, folder: Path, report: Reporter) -> None:
+    """Write graph and weights; each weight is read when its turn comes and let go again."""
+    with report.bar("Writing weights", len(model.graph.initializers)) as bar:
+        ir.save(
+            model,
+            folder / GRAPH_FILE,
+            external_data=DATA_FILE,
+            callback=lambda tensor, info: bar.advance(),
+            # One at a time: none waits in memory while another is written.
+            max_workers=1,
+            max_in_flight_bytes=1,
+        )
