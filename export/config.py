@@ -11,29 +11,32 @@ from ara.config import StageConfig
 
 
 class ExportConfig(StageConfig):
-    """``ara export``: write the chosen checkpoint for another runtime."""
+    """``ara export``: write the chosen checkpoint for another runtime.
+
+    Some fields mean something to one target only; a target refuses the values that it cannot honour.
+    """
 
     target: str = Field("onnx", description="runtime to write for")
     precision: Literal["fp32", "fp16", "int8", "int4"] | None = Field(
         None, description="precision of the weights: fp32, fp16, int8 [default: fp32 on CPU, fp16 on CUDA]"
     )
     execution_provider: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where the graph is to run: auto (CUDA when there is one), cpu or cuda"
+        "auto", description="where the graph will run: cpu, cuda, or auto (CUDA if available)"
     )
     merge_shared_inputs: bool = Field(
-        False, description="multiply the first factors of q, k, v and of gate, up in one go (fewer, larger products)"
+        False, description="multiply by the first factors of q, k, v in one product, and of gate, up in another"
     )
     rewrite: str | None = Field(
         None, description="put the factors into this ONNX graph of the dense model instead of building one"
     )
     last_logits: bool = Field(
-        False, description="give the logits of the last position only: for generation, not for evaluation"
+        False, description="output the logits of the last position only: for generation, not for evaluation"
     )
     parity_tokens: int = Field(
         96,
         ge=16,
         le=bounds.MAX_TOKENS,
-        description="tokens of each text that the graph is compared on (more than a sliding window reach it)",
+        description="tokens of each text for the comparison (a sliding window is tested if it is shorter)",
     )
     parity: bool = Field(
         True, description="compare the graph with the checkpoint in torch on real text, and fail beyond tolerance"

@@ -1,6 +1,6 @@
-"""What a decoder is made of, read from its ``config.json``: all that the graph builder needs to know of a family.
+"""Sizes and variants of a decoder, read from its ``config.json`` for the graph builder.
 
-A family is one entry of :data:`FAMILIES`. All of them share Llama's module names; what differs is data here.
+A family is one entry of :data:`FAMILIES`. All families share Llama's module names; their differences are data here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 # Rotary variants whose angles depend on the position alone, within the model's context.
 _ROPES = ("default", "linear", "dynamic", "llama3", "yarn")
-# GroupQueryAttention of ONNX Runtime rotates only such widths of a head, the whole of it or its front.
+# GroupQueryAttention of ONNX Runtime rotates the whole head or its first part; both widths must be multiples of this.
 _HEAD_MULTIPLE = 16
 
 
@@ -45,16 +45,16 @@ class Decoder:
         head: width of a head.
         intermediate: width of the gated layer.
         vocabulary: rows of the embedding.
-        context: positions that the model was made for.
-        epsilon: of the norms.
+        context: number of positions.
+        epsilon: added to the mean square in the norms.
         norm_offset: added to the norms' weights (Gemma stores w − 1).
         embedding_scale: factor on the embeddings.
-        activation: of the gate.
+        activation: function applied to the gate.
         head_norm: whether queries and keys are normed per head (Qwen3).
         tied: whether the head is the embedding.
         scale: factor on attention scores.
-        windows: per block, how many latest positions it sees; ``None``: all.
-        packed: whether q, k, v are one projection and gate, up another (Phi-3).
+        windows: per block, size of its sliding window in tokens; ``None``: it attends to all positions.
+        packed: whether q, k, v are one layer, and gate, up another (Phi-3).
         frequencies: (rotated / 2) float32, angle per position.
         rope_scale: factor on cosine and sine (YaRN).
         bos, pad: token ids; ``None`` where the model has none.
@@ -91,15 +91,15 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between families that share Llama's names.
+    """The differences between families that share Llama's module names.
 
     Attributes:
         head_norm: queries and keys are normed per head.
         norm_offset: added to the norms' weights.
         scaled_embedding: embeddings are multiplied by √hidden.
-        packed: q, k, v and gate, up are packed.
-        partial_rotation: ``partial_rotary_factor`` counts.
-        switched_windows: ``use_sliding_window`` counts.
+        packed: q, k, v are one layer, and gate, up another.
+        partial_rotation: the config's ``partial_rotary_factor`` applies.
+        switched_windows: the config's ``use_sliding_window`` applies.
     """
 
     head_norm: bool = False
@@ -121,11 +121,11 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_decoder(config: PreTrainedConfig) -> Decoder:
-    """Return what the graph builder needs to know of a model.
+    """Return the sizes and variants of a model.
 
     Raises:
         UnsupportedModelError: an unknown family, rotary variant, activation or head width; no number of positions.
-        ModelError: a field is missing or cannot be.
+        ModelError: a field is missing or invalid.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -136,9 +136,7 @@ def read_decoder(config: PreTrainedConfig) -> Decoder:
         )
     fields = read_fields(config)
     if fields.use_bidirectional_attention:
-        raise UnsupportedModelError(
-            "the model reads text in both directions", "it is not a decoder: nothing to be done"
-        )
+        raise UnsupportedModelError("the model reads text in both directions", "only decoders can be exported")
     name = fields.hidden_act or fields.hidden_activation
     if name not in _ACTIVATIONS:
         raise UnsupportedModelError(
@@ -181,7 +179,7 @@ def read_decoder(config: PreTrainedConfig) -> Decoder:
 
 
 def _rotary(config: PreTrainedConfig, fields: ConfigFields, family: Family) -> tuple[torch.Tensor, float]:
-    """Return angles per position and the factor on cosine and sine, by transformers' own formulas."""
+    """Return the angles per position and the factor on cosine and sine, by transformers' own formulas."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope, kind = fields.rope_parameters, fields.rope_parameters.rope_type
@@ -193,11 +191,11 @@ def _rotary(config: PreTrainedConfig, fields: ConfigFields, family: Family) -> t
     if kind == "default":
         rotated = int(fields.head * (rope.partial_rotary_factor if family.partial_rotation else 1.0))
         return 1.0 / rope.rope_theta ** (torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated), 1.0
-    # ``dynamic`` changes its angles beyond the context only, which the exported graph does not go.
+    # ``dynamic`` changes its angles only beyond the context, and an exported graph ends there.
     try:
         found, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         frequencies, factor = found.float(), float(scale)
-    except Exception as error:  # whatever its formulas make of fields that are missing or cannot be
+    except Exception as error:  # missing or invalid fields raise errors of many classes
         raise wrong_config(f"rope_parameters of type {kind}: {type(error).__name__}: {first_line(error)}") from error
     if not (bool(frequencies.isfinite().all()) and math.isfinite(factor)):
         raise wrong_config(f"rope_parameters of type {kind} give angles that are not finite")
@@ -205,7 +203,7 @@ def _rotary(config: PreTrainedConfig, fields: ConfigFields, family: Family) -> t
 
 
 def _windows(fields: ConfigFields, family: Family) -> tuple[int | None, ...]:
-    """Return how many latest positions each block sees, by ``sliding_window`` and ``layer_types``."""
+    """Return the sliding window of each block, from ``sliding_window`` and ``layer_types``."""
     window = fields.sliding_window
     if family.switched_windows and not fields.use_sliding_window:
         window = None

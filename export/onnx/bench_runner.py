@@ -1,4 +1,4 @@
-"""Exported graphs for ``ara bench``: the one of a checkpoint, and its dense counterpart made with the same settings."""
+"""Exported graphs for ``ara bench``: the checkpoint's graph, and a dense one made with the same settings."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class OnnxRunner:
     """An exported graph in ONNX Runtime.
 
     Args:
-        folder: what ``ara export`` wrote.
-        parameters: of the checkpoint that it was made from.
-        cost: of a pass.
-        threads: of the CPU; ONNX Runtime's choice by default.
+        folder: written by ``ara export``.
+        parameters: number of parameters of its checkpoint.
+        cost: what a pass computes and reads.
+        threads: CPU threads; ONNX Runtime's choice by default.
     """
 
     def __init__(self, folder: Path, parameters: int, cost: Cost, threads: int | None = None) -> None:
@@ -43,7 +43,7 @@ class OnnxRunner:
         self.weight_bytes = (folder / DATA_FILE).stat().st_size
 
     def prepare(self, case: Case) -> Prepared:
-        """Bind caches for all positions, the past filled with zeros; a pass overwrites what the one before wrote."""
+        """Bind caches for all positions, with a past of zeros; each pass overwrites the results of the previous one."""
         decoder = self._decoder
         ids = np.random.default_rng(0).integers(decoder.vocabulary, size=(case.batch, case.new))
         mask = np.ones((case.batch, case.past + case.new), np.int64)
@@ -59,17 +59,17 @@ class OnnxExport:
 
     @property
     def device(self) -> str:
-        """Where it runs, as torch calls it."""
+        """Device on which it runs, as torch names it."""
         return self._about.execution_provider
 
     @property
     def precision(self) -> str:
-        """Of its weights."""
+        """Precision of its weights."""
         return self._about.precision
 
     def chosen(self, name: str, checkpoint: Path, threads: int) -> BenchModel:
-        """Return the export of the folder ``checkpoint``."""
-        return _contender(name, self.view.path, self._about, checkpoint, threads)
+        """Return this export as a model to measure; ``checkpoint`` is the folder that it was made from."""
+        return _bench_model(name, self.view.path, self._about, checkpoint, threads)
 
     def dense(self, name: str, checkpoint: Path, output: Path, threads: int) -> BenchModel:
         """Export the dense folder ``checkpoint`` to ``output`` with the same settings."""
@@ -81,9 +81,9 @@ class OnnxExport:
             last_logits=about.last_logits,
             parity=False,
         )
-        # Silent: that it is dense is no reason to warn here.
+        # Without a reporter: the warning that the checkpoint is dense would be wrong here.
         export_folder(config, Run(output.parent), checkpoint, output)
-        return _contender(name, output, read_report(output), checkpoint, threads)
+        return _bench_model(name, output, read_report(output), checkpoint, threads)
 
     @property
     def _about(self) -> ExportReport:
@@ -91,10 +91,10 @@ class OnnxExport:
 
 
 def count_checkpoint(checkpoint: Checkpoint, about: ExportReport) -> Cost:
-    """Count what a graph computes and reads, from the shapes of the tensors that it was made from.
+    """Return the multiplications and bytes of a pass through a graph, from the shapes of the checkpoint's tensors.
 
     Args:
-        checkpoint: compressed or dense, with Llama's names, which is all that the builder knows.
+        checkpoint: compressed or dense, with Llama's module names, as the graph builder requires.
         about: precision and form of the graph.
     """
     config = _config(checkpoint.folder)
@@ -112,17 +112,17 @@ def count_checkpoint(checkpoint: Checkpoint, about: ExportReport) -> Cost:
 
 
 def parameters_of(checkpoint: Checkpoint) -> int:
-    """Return the number of parameters of a checkpoint; the order of pivoted rows is none."""
+    """Return the number of parameters of a checkpoint, without the order of pivoted rows."""
     return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names() if not name.endswith(".order"))
 
 
-def _contender(name: str, folder: Path, about: ExportReport, source: Path, threads: int) -> BenchModel:
+def _bench_model(name: str, folder: Path, about: ExportReport, source: Path, threads: int) -> BenchModel:
     checkpoint = Checkpoint(source)
     return BenchModel(
         name,
         partial(OnnxRunner, folder, parameters_of(checkpoint), count_checkpoint(checkpoint, about), threads),
         sum(record.bytes for record in about.files.values()),
-        # ONNX Runtime does not tell what it holds on a GPU.
+        # ONNX Runtime does not report its memory on a GPU.
         measurable=about.execution_provider == "cpu",
     )
 

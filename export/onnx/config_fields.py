@@ -18,7 +18,7 @@ _MOST_LAYERS, _WIDEST_HEAD, _MOST_POSITIONS = 10_000, 65_536, 2**31 - 1
 
 
 class _Rope(BaseModel):
-    """Rotary embedding, as ``rope_parameters`` has it; variants bring fields of their own."""
+    """``rope_parameters``: the fields of every rotary embedding. Variants have more."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -53,20 +53,20 @@ class ConfigFields(BaseModel):
 
     @property
     def head(self) -> int:
-        """Width of a head."""
+        """Width of an attention head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def kv_heads(self) -> int:
-        """Key and value heads."""
+        """Number of key and value heads."""
         return self.num_key_value_heads or self.num_attention_heads
 
 
 def read_fields(config: PreTrainedConfig) -> ConfigFields:
-    """Return the fields of a config, each held to its type and range.
+    """Return the fields of a config, with types and ranges checked.
 
     Raises:
-        ModelError: one is missing or cannot be; names the first.
+        ModelError: a field is missing or invalid; the message names the first.
     """
     try:
         fields = ConfigFields.model_validate(config)
@@ -87,11 +87,11 @@ def wrong_config(what: str) -> ModelError:
 
 
 def read_context(config: PreTrainedConfig) -> int:
-    """Return how many positions a model has: the graph's tables and caches are made for so many.
+    """Return the number of positions of a model, for which the graph's tables and caches are made.
 
     Raises:
-        UnsupportedModelError: the config names none, as those of BLOOM, MPT and Mamba.
-        ModelError: it names something that is no number of positions.
+        UnsupportedModelError: the config has no such number, like those of BLOOM, MPT and Mamba.
+        ModelError: its value is not a number of positions.
     """
     try:
         found: Any = context_length(config)

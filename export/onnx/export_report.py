@@ -1,4 +1,4 @@
-"""``ara_export.json``: what an exported folder says about itself, checked before it is believed."""
+"""``ara_export.json``: what an exported ONNX folder contains, checked whenever the folder is opened."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Source(_Part):
 
 
 class DecoderFacts(_Part):
-    """What running the graph needs to know.
+    """Facts about the model that are needed to run the graph.
 
     Attributes:
         family: ``model_type`` of the config.
-        context: positions.
+        context: number of positions.
         eos: tokens that end a text.
-        shared_caches: whether one tensor can be past and present of a cache, the attention appending to it in place.
+        shared_caches: whether past and present of a cache can be one tensor, to which the attention appends in place.
     """
 
     family: str
@@ -53,7 +53,7 @@ class DecoderFacts(_Part):
 
 
 class Proof(_Part):
-    """The comparison with torch: on which text, held to what, and what was found."""
+    """The comparison with torch: its text, its tolerance, and the result of each case."""
 
     text: str
     tolerance: Tolerance
@@ -61,7 +61,7 @@ class Proof(_Part):
 
 
 class ExportReport(_Part):
-    """All of ``ara_export.json``; ``parity`` is ``None`` where the graph was not compared."""
+    """The contents of ``ara_export.json``; ``parity`` is ``None`` where the graph was not compared."""
 
     format_version: Literal[1] = EXPORT_FORMAT
     source: Source
@@ -89,12 +89,12 @@ def graph_files(folder: Path) -> dict[str, FileRecord]:
 
 
 def read_report(folder: Path) -> ExportReport:
-    """Return ``ara_export.json`` of an exported folder whose files are there, and as long as it says.
+    """Return ``ara_export.json`` of an exported folder, after comparing the sizes of its files.
 
-    Their checksums are for whoever wants to be sure: reading gigabytes to start a model would be too much.
+    The checksums of the files are not verified: that would read gigabytes each time a model starts.
 
     Raises:
-        ModelError: not an export, not what ``ara export`` writes, or files that are cut or missing.
+        ModelError: the folder is no export, the document is invalid, or a file is missing or cut short.
     """
     path = folder / REPORT_FILE
     if not path.is_file():
@@ -112,6 +112,6 @@ def read_report(folder: Path) -> ExportReport:
         if found != record.bytes:
             what = "is missing" if found is None else f"has {found:,} bytes"
             raise ModelError(
-                f"{folder / name} {what}; {REPORT_FILE} says {record.bytes:,}", f"copy it once more, or {_AGAIN}"
+                f"{folder / name} {what}; {REPORT_FILE} says {record.bytes:,}", f"copy it again, or {_AGAIN}"
             )
     return report

@@ -1,4 +1,4 @@
-"""``genai_config.json``: what ONNX Runtime GenAI wants to know, so that ``og.Model(folder)`` answers."""
+"""``genai_config.json``: the settings with which ONNX Runtime GenAI loads a folder: ``og.Model(folder)``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from export.onnx.export_report import GRAPH_FILE, Provider
 
 
 def genai_config(decoder: Decoder, eos: list[int], provider: Provider) -> dict[str, Any]:
-    """Return the document; greedy search with caches that past and present share; ``eos`` ends a text."""
+    """Return the document: greedy search, with caches that past and present share.
+
+    Args:
+        decoder: sizes of the model.
+        eos: tokens that end a text.
+        provider: where the graph will run.
+    """
     options: list[dict[str, Any]] = [{"cuda": {}}] if provider == "cuda" else []
     model: dict[str, Any] = {
         "type": decoder.family,
@@ -17,7 +23,7 @@ def genai_config(decoder: Decoder, eos: list[int], provider: Provider) -> dict[s
         "vocab_size": decoder.vocabulary,
         "bos_token_id": decoder.bos,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        # GenAI insists on one; what fills rows up is masked.
+        # GenAI requires one; padding is masked, so any token will do.
         "pad_token_id": decoder.pad if decoder.pad is not None else (eos[0] if eos else 0),
         "decoder": {
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": options},

@@ -1,9 +1,9 @@
 """Builds the decoder graph: one ONNX graph for prefill and decode, with ONNX Runtime's fused operators.
 
-Inputs and outputs carry the names that ONNX Runtime GenAI expects. A dense linear layer is one MatMul; a factorised one
-is MatMul A → MatMul B; a pivoted one MatMul A → MatMul C → Concat → Gather, which copies blocks or rows on CPUs
-(:mod:`export.onnx.pivots`). Nodes and weights are named after their modules. Weights are lazy: each is read, converted
-and written on its own when the model is saved.
+Inputs and outputs have the names that ONNX Runtime GenAI expects. A dense linear layer is one MatMul. A factorised one
+is MatMul A → MatMul B. A pivoted one is MatMul A → MatMul C → Concat → Gather, which copies blocks or rows on CPUs
+(:mod:`export.onnx.pivots`). Nodes and weights are named after their modules. Each weight is read, converted and
+written on its own when the model is saved.
 
 Shapes: b batch, s new tokens, p past tokens, t = p + s.
 """
@@ -27,7 +27,7 @@ def build(checkpoint: Checkpoint, decoder: Decoder, options: GraphOptions) -> ir
     """Return the graph of a checkpoint; its weights are read when it is saved.
 
     Raises:
-        ModelError: a tensor is missing or has the wrong shape.
+        ModelError: a tensor is missing, has the wrong shape, or has no place in the graph.
     """
     return _Builder(checkpoint, decoder, options).model()
 
@@ -83,7 +83,7 @@ class _Builder(LinearNodes):
         return ir.Model(self.graph, ir_version=10, producer_name="ara")
 
     def _refuse_leftovers(self) -> None:
-        """Every tensor of the checkpoint must have found its place: one that has not is a part we do not know."""
+        """Refuse a checkpoint with a tensor that the graph does not use: a part of the model is not known here."""
         left = [name for name in self.checkpoint.names() if name not in self.used and not name.endswith(".inv_freq")]
         if left:
             raise ModelError(
@@ -92,8 +92,8 @@ class _Builder(LinearNodes):
             )
 
     def _head(self, x: ir.Value, table: ir.Value) -> ir.Value:
-        """Return logits; a tied head multiplies by the embedding, which stays one tensor."""
-        # A head of its own that is stored is used, whatever the config says: so does transformers.
+        """Return the logits. A tied head multiplies by the embedding, which is stored once."""
+        # A stored head is used even if the config says that it is tied, as transformers does.
         if not self.decoder.tied or self.checkpoint.has("lm_head.weight"):
             return self.linear(x, self._layer("lm_head", self.decoder.vocabulary, self.decoder.hidden))
         if self.options.precision == "int8":
@@ -103,7 +103,7 @@ class _Builder(LinearNodes):
     # -- parts of a block ---------------------------------------------------------------------------------------
 
     def _norm(self, x: ir.Value, delta: ir.Value | None, path: str) -> tuple[ir.Value, ir.Value]:
-        """Return norm(x + delta) and x + delta; x where there is no delta."""
+        """Return norm(x + delta) and x + delta; ``None`` counts as zero."""
         gamma = self._gamma(f"{path}.weight", self.decoder.hidden)
         attributes: dict[str, Any] = {"epsilon": self.decoder.epsilon}
         if delta is None:
@@ -193,7 +193,7 @@ class _Builder(LinearNodes):
         return [self.input(name, self.float, self._cache_shape("p")) for name in names]
 
     def _lengths(self, mask: ir.Value) -> list[ir.Value]:
-        """Return the index of each row's last token, (b) int32, and t, a scalar int32: what the attention asks for."""
+        """Return the inputs of the attention: index of each row's last token, (b) int32, and t, a scalar int32."""
         axis, one, second = self.ints([1], 1, 1)
         int32 = {"to": ir.DataType.INT32.value}
         count = self.op("ReduceSum", [mask, axis], "lengths.count", {"keepdims": 0})

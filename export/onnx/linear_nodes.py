@@ -23,13 +23,13 @@ TORCH_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.floa
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """How the graph is to be.
+    """Settings of the graph.
 
     Attributes:
         precision: of the weights of linear layers.
-        activations: ``fp32`` or ``fp16``: of everything else.
-        provider: that is to run the graph.
-        merge_shared_inputs: multiply the factors that read the same input in one go.
+        activations: precision of everything else: ``fp32`` or ``fp16``.
+        provider: where the graph will run.
+        merge_shared_inputs: compute the products with the first matrices of q, k, v, and of gate, up, as one.
         last_logits: only the logits of the last position.
     """
 

@@ -1,7 +1,7 @@
-"""An export proves itself: the graph in ONNX Runtime against the checkpoint in torch, on real text, in four ways.
+"""Compares the graph in ONNX Runtime with the checkpoint in torch, on real text, in four cases.
 
-Prefill (all at once), decode (token by token behind a prompt, in the caches that generation binds), chunks (prefill in
-pieces, caches handed on), and two rows of different length, filled up on the right.
+The cases are prefill (all tokens at once), decode (token by token after a prompt, in the caches that generation uses),
+chunks (prefill in pieces, with caches passed on), and two rows of different length, padded on the right.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from ara.models.likelihood import divergence, token_nll
 from export.onnx.runner import OnnxDecoder
 from export.onnx.tolerance import Parity
 
-# The shortest prompt before it goes on token by token, how many tokens do, and the shortest chunks.
+# Tokens: shortest prompt of the decode case, most tokens decoded one by one, and shortest chunk.
 _PROMPT = 7
 _STEPS = 90
 _CHUNK = 19
-# Positions whose distributions are compared at once.
+# Positions that are compared at once; it limits memory.
 _ROWS = 256
 
 
-# Logits (n, v) float32 of n positions, and which ones: (row, place) each.
+# Logits (n, v) float32 of n positions, and the positions: (row, place) each.
 _Read = tuple[torch.Tensor, list[tuple[int, int]]]
 
 
 def compare(decoder: OnnxDecoder, expected: torch.Tensor, ids: torch.Tensor) -> list[Parity]:
-    """Run the graph in all four ways and return how far it is from torch.
+    """Run the graph in all four cases and return its differences from torch.
 
-    A graph that gives the logits of the last position alone is compared there, and not with rows of different length.
+    A graph with the logits of the last position only is compared at that position, and without the padded case.
 
     Args:
         decoder: the exported model.
         expected: (2, t, v) float32, the checkpoint's logits in torch.
-        ids: (2, t) int64, two windows of text; the last token is only predicted.
+        ids: (2, t) int64, two windows of text; their last token is predicted but not read.
     """
     length = ids.shape[1] - 1
     cases: dict[str, Callable[[], _Read]] = {
@@ -56,7 +56,7 @@ def _chunks(length: int) -> list[int]:
 
 
 def _steps(decoder: OnnxDecoder, ids: torch.Tensor, prompt: int) -> _Read:
-    """Read a prompt of the first row, then token by token, as generation does."""
+    """Read a prompt of the first row, then its next tokens one by one, as generation does."""
     length = ids.shape[1] - 1
     if not decoder.about.decoder.shared_caches:
         return _pieces(decoder, ids, [prompt] + [1] * (length - prompt))
@@ -80,14 +80,14 @@ def _pieces(decoder: OnnxDecoder, ids: torch.Tensor, lengths: list[int]) -> _Rea
 
 
 def _padded(decoder: OnnxDecoder, ids: torch.Tensor) -> _Read:
-    """Read both rows at once, the second one cut to three fifths, then one more token each."""
+    """Read both rows at once, the second cut to three fifths, then one more token of each."""
     length = ids.shape[1] - 2
     counts = [length, 3 * length // 5]
     mask = np.zeros((2, length), np.int64)
     for row, count in enumerate(counts):
         mask[row, :count] = 1
     logits, past = decoder.forward(ids[:, :length].numpy() * mask, mask)
-    # The next token of each row goes behind its own last one, wherever the filling ends.
+    # The next token of each row follows the last token of that row, not the padding.
     following = np.stack([ids[row, count].numpy() for row, count in enumerate(counts)])[:, None]
     after, _ = decoder.forward(following, np.concatenate([mask, np.ones((2, 1), np.int64)], 1), past)
     found = [np.concatenate([logits[row, :count], after[row]]) for row, count in enumerate(counts)]
@@ -104,7 +104,7 @@ def _distance(case: str, read: _Read, expected: torch.Tensor, ids: torch.Tensor)
         some, ours = places[start : start + _ROWS], logits[start : start + _ROWS]
         theirs = torch.stack([expected[row, place] for row, place in some])
         following = torch.tensor([int(ids[row, place + 1]) for row, place in some])
-        # max() of Python would let a NaN pass.
+        # Unlike torch.maximum, max() of Python may drop a NaN.
         difference = float(torch.maximum((ours - theirs).abs().max(), torch.tensor(difference)))
         scale = float(torch.maximum(theirs.abs().max(), torch.tensor(scale)))
         same += (ours.argmax(-1) == theirs.argmax(-1)).double().sum()
@@ -115,7 +115,7 @@ def _distance(case: str, read: _Read, expected: torch.Tensor, ids: torch.Tensor)
         squares += (nll - ours_nll).square().sum()
     tokens = len(places)
     mean = float(nll_onnx - nll_torch) / tokens
-    # Where one NaN is, comparisons below fail, as they should.
+    # A NaN makes every comparison with a tolerance fail, as it should.
     variance = max(0.0, float(squares) / tokens - mean**2)
     return Parity(
         case=case,

@@ -1,13 +1,13 @@
-"""How a graph puts the outputs of a pivoted layer in order: [h; C h] has the pivots first, wherever they belong.
+"""How a graph puts the outputs of a pivoted layer in order: [h; C h] starts with the pivots, which may belong anywhere.
 
-Copying numbers one by one takes ONNX Runtime on a CPU longer than the multiplications that are saved. Two remedies:
+In ONNX Runtime on a CPU, copying single numbers takes longer than the multiplications that pivots save. Two remedies:
 
-- **Blocks.** Which k rows of a matrix of rank k are its pivots is free (:mod:`ara.layouts.pivoting`). Where a
-  checkpoint has taken single rows, pivots are chosen anew, in blocks of 16 neighbouring rows: the same matrix, with
-  at most 15 more pivots than its rank, in the order of which whole blocks are copied. Coefficients grow by that
-  (:func:`choose_blocks` keeps the volume of the pivot rows large, so not by much), and with them what rounding the
-  pivots' outputs costs: for float32 graphs only.
-- **Rows.** Between two transpositions whole rows are copied (:func:`ordering`): for all others.
+- **Blocks**, in float32 graphs. The pivots of a matrix of rank k may be any k rows that span it
+  (:mod:`ara.layouts.pivoting`). The pivots are therefore chosen again, as blocks of 16 neighbouring rows. The matrix
+  stays the same, with at most 15 more pivots than its rank, and its order copies whole blocks. The coefficients become
+  larger, and so do rounding errors of the pivots' outputs, which only float32 tolerates. :func:`choose_blocks` limits
+  both by keeping the volume of the pivot rows large.
+- **Rows**, in all other graphs. Between two transpositions whole rows are copied (:func:`ordering`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLOCK = 16
 
 
 class BlockPivots:
-    """A checkpoint whose pivoted layers have their pivots in blocks; the rest is as it is.
+    """A checkpoint whose pivoted layers have their pivots in blocks; everything else is unchanged.
 
     Args:
         checkpoint: pivoted.
@@ -40,7 +40,7 @@ class BlockPivots:
         return self.checkpoint.names()
 
     def has(self, name: str) -> bool:
-        """Tell whether a tensor is there."""
+        """Tell whether a tensor exists."""
         return self.checkpoint.has(name)
 
     def expect(self, name: str, *shape: int) -> str:
@@ -48,9 +48,9 @@ class BlockPivots:
         return self.checkpoint.expect(name, *shape)
 
     def linear(self, path: str, m: int, n: int) -> LinearLayer:
-        """Return how a linear layer is to be computed: see :meth:`Checkpoint.linear`.
+        """Return how a linear layer is computed; see :meth:`Checkpoint.linear`.
 
-        A layer whose outputs are no whole number of blocks, or all of which would become pivots, stays as it is.
+        A layer stays unchanged if a block does not divide its outputs, or if all of them would become pivots.
         """
         layer = self.checkpoint.linear(path, m, n)
         if not layer.pivoted or layer.rank is None or m % BLOCK:
@@ -76,12 +76,12 @@ class BlockPivots:
         return shapes.get(part) or self.checkpoint.shape(name)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return one tensor; those of the layer that was asked for last are kept until another one is asked for."""
+        """Return one tensor; those of one layer are computed together and kept until another is read."""
         path, _, part = _split(name)
         if path not in self._layers or part not in ("A.weight", "C.weight", "order"):
             return self.checkpoint.tensor(name)
         if self._last is None or self._last[0] != path:
-            self._last = None  # let go of one layer before the next one is made
+            self._last = None  # release one layer before the next one is computed
             a, c, order = (self.checkpoint.tensor(f"{path}.{part}") for part in ("A.weight", "C.weight", "order"))
             self._last = path, dict(zip(("A.weight", "C.weight", "order"), in_blocks(a, c, order), strict=True))
         return self._last[1][part]
@@ -90,15 +90,15 @@ class BlockPivots:
 def ordering(rank: int | None, provider: Provider) -> list[tuple[str, str, dict[str, Any]]]:
     """Return how a graph puts the outputs of a pivoted layer in order.
 
-    A Gather along the last axis copies single numbers, which on a CPU takes ONNX Runtime longer than all that pivots
-    save; between two transpositions it copies whole rows, and the three together take a seventh of the time.
+    A Gather along the last axis copies single numbers. Between two transpositions it copies whole rows, and on a CPU
+    the three nodes together take a seventh of the time.
 
     Args:
-        rank: of the tensor, whose last axis is ordered; where it is not known, a Gather has to do.
-        provider: that is to run it.
+        rank: number of axes of the tensor, whose last axis is ordered; ``None`` if unknown, which leaves the Gather.
+        provider: where the graph will run.
 
     Returns:
-        Operator, name and attributes of each node; a Gather reads the order as its second input.
+        Operator, name and attributes of each node; the Gather takes the order as its second input.
     """
     if provider == "cuda" or rank is None:
         return [("Gather", "ordered", {"axis": -1})]
@@ -113,17 +113,17 @@ def ordering(rank: int | None, provider: Provider) -> list[tuple[str, str, dict[
 def in_blocks(
     a: torch.Tensor, c: torch.Tensor, order: torch.Tensor, size: int = BLOCK
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose the pivots of a matrix anew, in blocks.
+    """Choose the pivots of a matrix again, in blocks.
 
     Args:
         a: (k, n) pivot rows.
         c: (m − k, k) coefficients of the others.
         order: (m); row i of the matrix is row ``order[i]`` of [a; c a].
-        size: rows of a block; divides m.
+        size: rows per block; divides m.
 
     Returns:
-        The same of p = ⌈k / size⌉ · size pivots: (p, n) and (m − p, p), float32, and (m / size) int64: block i of the
-        matrix is block ``order[i]`` of [a; c a].
+        The same for p = ⌈k / size⌉ · size pivots: (p, n) and (m − p, p), float32, and the order (m / size) int64:
+        block i of the matrix is block ``order[i]`` of [a; c a].
     """
     k, m = len(a), len(order)
     b = torch.cat([torch.eye(k, dtype=torch.float64), c.double()])[order.long()]
@@ -140,9 +140,9 @@ def in_blocks(
 
 
 def choose_blocks(b: torch.Tensor, size: int) -> list[int]:
-    """Return ⌈k / size⌉ blocks of rows of ``b`` (m, k) that together span all of them, one after the other.
+    """Return ⌈k / size⌉ blocks of rows of ``b`` (m, k) that together span all rows.
 
-    Each time the block with the largest volume outside of the span of those before: a blockwise Gram–Schmidt.
+    Each step takes the block with the largest volume outside the span of the earlier ones: a blockwise Gram–Schmidt.
     """
     m, k = b.shape
     left = b.clone()

@@ -1,4 +1,4 @@
-"""The comparison that every export goes through: the graph in ONNX Runtime against the checkpoint in torch."""
+"""The proof of an export: it fails if the graph in ONNX Runtime differs too much from the checkpoint in torch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from export.onnx.tolerance import TOLERANCES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Text that needs no network; its evaluation part.
+# A text that needs no network; its evaluation part is used.
 PARITY_TEXT = "python-docs"
-# Largest difference of a cosine or sine: the formula is the same, to the last bits.
+# Largest difference of a cosine or sine: both sides use the same formula, so only the last bits may differ.
 _ROTARY_TOLERANCE = 1e-5
 
 
@@ -32,14 +32,14 @@ def prove(source: Path, folder: Path, decoder: Decoder | None, tokens: int, repo
     Args:
         source: folder of the checkpoint.
         folder: the graph, with its ``ara_export.json``.
-        decoder: what the graph was built from; ``None`` for somebody else's graph.
-        tokens: of each of two windows of text; at most half of the context.
-        report: told what is compared.
+        decoder: what the graph was built from; ``None`` for a graph of another exporter.
+        tokens: length of each of two windows of text; at most half of the context is used.
+        report: progress.
 
     Raises:
         NumericalError: they differ by more than the precision of the graph allows.
         DataError: the text is too short.
-        ModelError: the checkpoint has no tokenizer that can be used.
+        ModelError: the checkpoint has no usable tokenizer.
     """
     from ara.models.checkpoint import load, load_tokenizer
 
@@ -60,7 +60,7 @@ def prove(source: Path, folder: Path, decoder: Decoder | None, tokens: int, repo
         check_rotary(decoder, model)
     with torch.inference_mode():
         expected = model(input_ids=ids, use_cache=False).logits.float()
-    # Not both at once: the graph takes as much memory again.
+    # Released before the graph is loaded, which takes as much memory again.
     del model
     tolerance = TOLERANCES[about.precision]
     found = compare(OnnxDecoder(folder), expected, ids)
@@ -68,17 +68,17 @@ def prove(source: Path, folder: Path, decoder: Decoder | None, tokens: int, repo
     if problems:
         more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
         raise NumericalError(
-            f"the {about.precision} graph is not what the checkpoint is: {'; '.join(problems[:2])}{more}",
-            "this is a defect of the export, or a model whose activations this precision cannot hold: try another one",
+            f"the {about.precision} graph does not match the checkpoint: {'; '.join(problems[:2])}{more}",
+            "try another --precision; if fp32 fails as well, this is a defect of the export",
         )
     return Proof(text=PARITY_TEXT, tolerance=tolerance, cases=tuple(found))
 
 
 def check_rotary(decoder: Decoder, model: PreTrainedModel) -> None:
-    """See that the tables of the graph are the model's own rotary embedding at every position of the context.
+    """Check that the graph's tables equal the model's rotary embedding at every position of the context.
 
     Raises:
-        NumericalError: they are not.
+        NumericalError: they differ.
     """
     rotary = model.get_submodule("model.rotary_emb")
     cos, sin = decoder.rotary_tables()
@@ -98,10 +98,10 @@ def check_rotary(decoder: Decoder, model: PreTrainedModel) -> None:
 
 
 def parity_windows(tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
-    """Return two windows of text that no calibration has seen: (2, length) int64.
+    """Return two windows of text that calibration does not use: (2, length) int64.
 
     Raises:
-        DataError: the text is shorter than that.
+        DataError: the text is too short.
     """
     documents = load_documents(PARITY_TEXT, "evaluation")
     ids: list[int] = []

@@ -1,7 +1,7 @@
-"""Blockwise integer weights for ONNX Runtime's MatMulNBits: round to nearest, symmetric, a scale per 16 of a row.
+"""Blockwise integer weights for ONNX Runtime's MatMulNBits: round to nearest, symmetric, one scale per 16 of a row.
 
-ONNX Runtime also rounds what is multiplied by them to 8 bits (``accuracy_level`` 4, the only one that is fast on a
-CPU), in blocks of the same length: blocks are short because of that, more than because of the weights.
+ONNX Runtime also rounds the activations to 8 bits, in blocks of the same length (``accuracy_level`` 4, the only one
+that is fast on a CPU). The activations, more than the weights, are why the blocks are so short.
 """
 
 from __future__ import annotations
@@ -13,26 +13,24 @@ from ara.errors import NumericalError
 
 BITS = 8
 BLOCK = 16
-
-
-# Rows that are in float32 at once.
+# Rows that are converted to float32 at once; it limits memory.
 _ROWS = 2048
 
 
 def quantize(weight: torch.Tensor, scale_dtype: torch.dtype = torch.float32) -> np.ndarray:
-    """Return the blocks of a weight in 8 bits: (m, ⌈n / 16⌉, 16) uint8, the last block of a row filled up with zeros.
+    """Return the blocks of a weight in 8 bits: (m, ⌈n / 16⌉, 16) uint8, the last block of a row padded with zeros.
 
-    A weight is (block − 128) · scale, off by at most half a scale; see :func:`scales_of`.
+    A weight is (block − 128) · scale, with an error of at most half a scale; see :func:`scales_of`.
 
     Args:
         weight: (m, n).
-        scale_dtype: what the scales are rounded to before they are divided by.
+        scale_dtype: the scales are rounded to this type before weights are divided by them.
     """
     m, n = weight.shape
     packed = torch.empty(m, -(-n // BLOCK), BLOCK, dtype=torch.uint8)
     for at in range(0, m, _ROWS):
         steps, _ = _steps(weight[at : at + _ROWS], BITS, scale_dtype)
-        # MatMulNBits takes the middle for zero when it is given no zero points.
+        # Without zero points, MatMulNBits takes the middle of the range as zero.
         packed[at : at + _ROWS] = steps.add_(1 << (BITS - 1)).to(torch.uint8)
     return packed.numpy()
 
@@ -48,7 +46,7 @@ def scales_of(weight: torch.Tensor, scale_dtype: torch.dtype = torch.float32) ->
 
 
 def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return what is left of a weight (m, n) after rounding to so many bits, float32."""
+    """Return a weight (m, n) rounded to so many bits, as float32."""
     steps, scales = _steps(weight, bits, torch.float32)
     return (steps * scales[..., None]).flatten(1)[:, : weight.shape[1]]
 
@@ -60,7 +58,7 @@ def _blocks(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _scales(blocks: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return scales (m, b) float32, so that the largest weight of a block is the last step."""
+    """Return scales (m, b) float32 that map the largest weight of a block to the last step."""
     exact = blocks.abs().amax(-1) / ((1 << (bits - 1)) - 1)
     scales = exact.to(dtype).float()
     if ((scales == 0) & (exact > 0)).any() or not scales.isfinite().all():
@@ -71,7 +69,7 @@ def _scales(blocks: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor
 
 
 def _steps(weight: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return whole steps (m, b, 16) and scales (m, b), float32."""
+    """Return weights in whole steps, (m, b, 16), and scales, (m, b), both float32."""
     blocks, last = _blocks(weight), (1 << (bits - 1)) - 1
     scales = _scales(blocks, bits, dtype)
     divisor = scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]

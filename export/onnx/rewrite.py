@@ -1,8 +1,7 @@
-"""Puts the factors of a checkpoint into an ONNX graph that somebody has exported from the dense model.
+"""Puts the factors of a checkpoint into an ONNX graph of the dense model that another exporter wrote.
 
-Any graph will do in which the linear layers are MatMul or Gemm nodes with a weight of their own, and in which node or
-weight carries the module's name, as exporters write it: ``/model/layers.0/mlp/up_proj/MatMul``. What is not a
-factorised layer stays as it is.
+Each linear layer of the graph must be a MatMul or Gemm node with its own weight. Node or weight must be named after the
+module, as exporters write it: ``/model/layers.0/mlp/up_proj/MatMul``. Everything else stays unchanged.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ from export.onnx.pivots import ordering
 from export.onnx.stored_weights import Checkpoint, LinearLayer
 
 _FLOATS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
-# Least cosine between the dense weight and the product of the factors: a cut layer is far above, another layer's weight
-# near 0.
+# Least cosine between the dense weight and the product of the factors. A truncated layer is far above it; the weight of
+# another layer is near 0.
 _LEAST_COSINE = 0.3
 _DENSE = "name the .onnx file of a dense export"
 
 
 def load_graph(path: Path) -> ir.Model:
-    """Read a graph; its weights stay on the disk until they are asked for.
+    """Read a graph; its weights stay on the disk until they are needed.
 
     Raises:
-        ModelError: not a file, not an ONNX graph, or its weights are missing or lie elsewhere than beside it.
+        ModelError: not a file, not an ONNX graph, or its weights are missing or outside its folder.
     """
     try:
         open_regular(path).close()
-        # Absolute: the folder is what its weights are looked for in.
+        # Absolute, because weights are looked for in the folder of this path.
         model = ir.load(path.absolute())
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror})", _DENSE) from None
     except Exception as error:  # protobuf's and onnx-ir's exceptions share no base class
         cause: BaseException = error
-        while cause.__cause__ is not None:  # onnx-ir wraps it once for every level of the graph
+        while cause.__cause__ is not None:  # onnx-ir wraps the error once per level of the graph
             cause = cause.__cause__
         raise ModelError(f"{path} cannot be read as ONNX: {first_line(cause)}", _DENSE) from error
     with graph_errors(path):
@@ -56,10 +55,10 @@ def load_graph(path: Path) -> ir.Model:
 
 @contextmanager
 def graph_errors(path: Path) -> Iterator[None]:
-    """Say of whatever onnx-ir and numpy raise over somebody else's graph in which file it is.
+    """Turn the errors that onnx-ir and numpy raise over another exporter's graph into one that names its file.
 
     Raises:
-        ModelError: instead of what they raise.
+        ModelError: instead of these errors.
     """
     try:
         yield
@@ -73,7 +72,7 @@ def graph_errors(path: Path) -> Iterator[None]:
 
 
 def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """Yield every tensor of a graph that lies in another file: initialisers and attributes, subgraphs and functions."""
+    """Yield every tensor that lies in another file: initialisers and attributes, also of subgraphs and functions."""
     bodies = [model.graph, *model.functions.values()]
     while bodies:
         body = bodies.pop()
@@ -86,10 +85,10 @@ def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
 
 
 def _check_external(tensor: ir.ExternalTensor, path: Path) -> None:
-    """Check that a tensor lies whole in a file of the graph's folder, as ONNX has it.
+    """Check that a tensor lies completely in a file of the graph's folder, as ONNX requires. The file is not read.
 
     Raises:
-        ModelError: it does not. The file is not read.
+        ModelError: it does not.
     """
     folder, location = path.parent.resolve(), Path(tensor.location)
     file = (folder / location).resolve()
@@ -106,7 +105,7 @@ def _check_external(tensor: ir.ExternalTensor, path: Path) -> None:
     end = (tensor.offset or 0) + tensor.nbytes
     if end > size:
         raise ModelError(
-            f"{file} has {size:,} bytes, {tensor.name} of {path} would end at {end:,}", "copy the file once more"
+            f"{file} has {size:,} bytes, {tensor.name} of {path} would end at {end:,}", "copy the file again"
         )
 
 
@@ -118,7 +117,7 @@ def rewrite(
     Args:
         model: a graph of the dense model.
         checkpoint: compressed.
-        provider: that is to run it.
+        provider: where the graph will run.
         advance: called once per layer.
 
     Returns:
@@ -146,7 +145,11 @@ def rewrite(
 
 
 def _linear_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
-    """Return module path → its node, for nodes that multiply by a weight of their own."""
+    """Return module path → node, for nodes that multiply by a weight of their own.
+
+    Raises:
+        ModelError: two nodes are named after one module.
+    """
     found: dict[str, ir.Node] = {}
     for node in graph:
         if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
@@ -164,7 +167,7 @@ def _linear_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
 
 
 def _module(name: str) -> str:
-    """Return the module path that a node or weight is named after, or nothing."""
+    """Return the module path that a node or weight is named after, or an empty text."""
     name = name.strip("/").replace("/", ".")
     return re.sub(r"(\.(MatMul|Gemm|weight|output_\d+|MatMul_\d+))+$", "", name)
 
@@ -226,7 +229,7 @@ def _replace(graph: ir.Graph, node: ir.Node, checkpoint: Checkpoint, path: str, 
 
 
 def _axes(node: ir.Node) -> int | None:
-    """Return how many axes the input of a linear layer has, if the graph says so."""
+    """Return the number of axes of a linear layer's input, or ``None`` if the graph does not tell."""
     if node.op_type == "Gemm":
         return 2
     shapes = (value.shape for value in (node.inputs[0], node.outputs[0]) if value is not None)
@@ -245,7 +248,11 @@ def _order(checkpoint: Checkpoint, path: str) -> np.ndarray:
 
 
 def _check(dense: torch.Tensor, checkpoint: Checkpoint, layer: LinearLayer) -> None:
-    """See that the product of the factors is a cut of this very weight: (m, n) float64."""
+    """Check that the factors approximate this weight, (m, n) float64.
+
+    Raises:
+        ModelError: they approximate another one.
+    """
     a = checkpoint.tensor(f"{layer.path}.A.weight").double()
     if layer.pivoted:
         c = checkpoint.tensor(f"{layer.path}.C.weight").double()
@@ -256,5 +263,5 @@ def _check(dense: torch.Tensor, checkpoint: Checkpoint, layer: LinearLayer) -> N
     if not cosine >= _LEAST_COSINE:
         raise ModelError(
             f"the weight of {layer.path} in the graph is not the one that was factorised (cosine {cosine:.2f})",
-            "rewrite an export of the very model that the checkpoint was made from",
+            "rewrite an export of the model that the checkpoint was made from",
         )

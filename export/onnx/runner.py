@@ -1,7 +1,7 @@
-"""Runs an exported decoder in ONNX Runtime: whole passes, and token by token with caches that never move.
+"""Runs an exported decoder in ONNX Runtime: whole passes, and token by token with caches that stay in place.
 
-The key and value caches are bound once, for the whole length, and shared between past and present: a step appends to
-them in place and copies only its logits.
+The key and value caches are bound once for the whole length, and past and present share them. A step appends to the
+caches in place and copies only its logits.
 
 Shapes: b batch, s new tokens, p past tokens, v vocabulary.
 """
@@ -21,7 +21,7 @@ from ara.models.context import check_room
 from export.onnx.export_report import GRAPH_FILE, Provider, read_report
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# Below this, ONNX Runtime writes about things that nobody asked for.
+# Log level of ONNX Runtime: errors; lower levels print warnings that a user can do nothing about.
 _ERRORS_ONLY = 3
 
 
@@ -29,13 +29,13 @@ class OnnxDecoder:
     """An exported model, ready to run.
 
     Args:
-        folder: what ``ara export`` wrote.
-        provider: where to run; that of the export by default.
-        threads: of the CPU; ONNX Runtime's choice by default.
+        folder: written by ``ara export``.
+        provider: where to run; the export's own provider by default.
+        threads: CPU threads; ONNX Runtime's choice by default.
 
     Raises:
-        ModelError: not an export, or ONNX Runtime cannot load it.
-        UnavailableError: the provider is not there. ONNX Runtime itself would fall back to the CPU and say nothing.
+        ModelError: the folder is no export, or ONNX Runtime cannot load it.
+        UnavailableError: the provider is missing. ONNX Runtime itself would use the CPU without saying so.
     """
 
     def __init__(self, folder: Path, provider: Provider | None = None, threads: int | None = None) -> None:
@@ -53,11 +53,11 @@ class OnnxDecoder:
             raise ModelError(
                 f"{folder / GRAPH_FILE} cannot be loaded: {first_line(error)}", "export it again: ara export --force"
             ) from error
-        # Nor later, when a run fails.
+        # No fallback later either, when a run fails.
         self.session.disable_fallback()
         got = self.session.get_providers()[0]
         if got != wanted:
-            raise UnavailableError(f"ONNX Runtime runs on {got}, {wanted} was asked for", _INSTALL[self.provider])
+            raise UnavailableError(f"ONNX Runtime runs on {got}, expected {wanted}", _INSTALL[self.provider])
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         present = {_present(name) for name in self._caches()}
         names = [value.name for value in self.session.get_outputs()]
@@ -81,21 +81,21 @@ class OnnxDecoder:
 
     @property
     def context(self) -> int:
-        """Positions that the model has."""
+        """Number of positions of the model."""
         return self.about.decoder.context
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that there are logits for.
+        """Number of tokens with a logit.
 
         Raises:
-            ModelError: the graph does not say.
+            ModelError: the graph does not state it.
         """
         (logits,) = (value for value in self.session.get_outputs() if value.name == "logits")
         return self._fixed("logits", logits.shape[-1:], 1)[0]
 
     def empty_past(self, batch: int, length: int = 0) -> dict[str, np.ndarray]:
-        """Return caches of ``length`` positions, zeros: input name → (b, kv heads, length, head)."""
+        """Return caches of zeros for ``length`` positions: input name → (b, kv heads, length, head)."""
         return {
             name: np.zeros((batch, self._inputs[name].shape[1], length, self._inputs[name].shape[3]), self._float)
             for name in self._caches()
@@ -108,11 +108,11 @@ class OnnxDecoder:
 
         Args:
             ids: (b, s) int64.
-            mask: (b, p + s) int64, 1 where a token counts; rows are filled up on the right. All ones by default.
-            past: caches of a call before, by input name; none by default.
+            mask: (b, p + s) int64, 1 for tokens and 0 for padding, which is on the right. All ones by default.
+            past: caches of the previous call, by input name; none by default.
 
         Returns:
-            Logits (b, s, v) float32, and the caches of p + s positions.
+            Logits (b, s, v) float32, and the caches for p + s positions.
         """
         past = past or self.empty_past(len(ids))
         before = next(iter(past.values())).shape[2]
@@ -125,12 +125,12 @@ class OnnxDecoder:
         return logits.astype(np.float32, copy=False), dict(zip(self._caches(), present, strict=True))
 
     def generate(self, ids: np.ndarray, max_new_tokens: int, stop: set[int] | None = None) -> Iterator[int]:
-        """Yield the most likely next tokens, one by one, until one of ``stop``, which is not yielded.
+        """Yield the most likely next tokens one by one, up to the first token of ``stop``, which is not yielded.
 
         Args:
             ids: (s) int64, the prompt.
-            max_new_tokens: at most so many.
-            stop: token ids that end the text; those of the model by default.
+            max_new_tokens: upper limit.
+            stop: token ids that end the text; the model's own by default.
 
         Raises:
             UsageError: prompt and answer together are longer than the context.
@@ -155,7 +155,7 @@ class OnnxDecoder:
             new = np.array([[token]], np.int64)
 
     def _reader(self, total: int) -> Callable[[np.ndarray], np.ndarray]:
-        """Return what reads the next tokens of one row and gives their logits, ``total`` tokens at most."""
+        """Return a function from the next tokens of one row to their logits; for ``total`` tokens in all."""
         past: dict[str, np.ndarray] | None = None
         bound = self.bind(1, total) if self.about.decoder.shared_caches else None
         length = 0
@@ -171,9 +171,9 @@ class OnnxDecoder:
         return read
 
     def bind(self, batch: int, total: int) -> ort.IOBinding:
-        """Return caches for ``total`` positions of ``batch`` rows, bound to inputs and outputs at once.
+        """Return caches for ``total`` positions of ``batch`` rows, bound to inputs and outputs.
 
-        One tensor is past and present: the attention appends to it in place. Only for graphs with ``shared_caches``.
+        Past and present are one tensor; the attention appends to it in place. Only for graphs with ``shared_caches``.
         """
         binding = self.session.io_binding()
         binding.bind_output("logits", "cpu")
@@ -184,18 +184,18 @@ class OnnxDecoder:
         return binding
 
     def step(self, bound: ort.IOBinding, new: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Read tokens behind those that are in bound caches; returns logits (b, s, v).
+        """Read the tokens that follow those in bound caches; returns logits (b, s, v).
 
         Args:
-            bound: of :meth:`bind`.
+            bound: result of :meth:`bind`.
             new: (b, s) int64.
-            mask: (b, p + s) int64, over all tokens so far.
+            mask: (b, p + s) int64, for all tokens up to these.
         """
         bound.bind_cpu_input("input_ids", new)
         bound.bind_cpu_input("attention_mask", mask)
         if "position_ids" in self._inputs:
             bound.bind_cpu_input("position_ids", _positions(mask, new.shape[1]))
-        # Bound anew: their size changes after the prompt. They are the first output that was bound.
+        # Bound again, because their size changes after the prompt. They were bound first, so they are output 0.
         bound.bind_output("logits", "cpu")
         with self._running():
             self.session.run_with_iobinding(bound)
@@ -203,10 +203,10 @@ class OnnxDecoder:
         return logits
 
     def _fixed(self, name: str, sizes: list[Any], count: int) -> list[int]:
-        """Return sizes of an input or output if they are ``count`` numbers, not names.
+        """Return sizes of an input or output, which must be ``count`` numbers.
 
         Raises:
-            ModelError: they are not.
+            ModelError: one is a name, or their count is another.
         """
         if len(sizes) != count or not all(isinstance(size, int) for size in sizes):
             said = ", ".join(map(str, sizes)) or "nothing"
@@ -218,10 +218,10 @@ class OnnxDecoder:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Say of what ONNX Runtime raises in which graph it is.
+        """Turn errors of ONNX Runtime into one that names the graph.
 
         Raises:
-            ModelError: instead of that.
+            ModelError: instead of these errors.
         """
         try:
             yield
@@ -248,11 +248,11 @@ def _require(provider: str) -> None:
 
 
 def _positions(mask: np.ndarray, new: int) -> np.ndarray:
-    """Return the position of each of the ``new`` last tokens, counting the tokens of its row: (b, new) int64."""
+    """Return the positions of the ``new`` last tokens within their rows, padding not counted: (b, new) int64."""
     found: np.ndarray = np.maximum(mask.cumsum(1) - 1, 0)[:, -new:]
     return found
 
 
 def _present(past: str) -> str:
-    """Return the output that follows an input: ``past_key_values.3.key`` → ``present.3.key``."""
+    """Return the output that continues a cache: ``past_key_values.3.key`` → ``present.3.key``."""
     return past.replace("past_key_values.", "present.")

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint, read tensor by tensor from its safetensors files; nothing is ever loaded as a whole."""
+"""Weights of a checkpoint, read tensor by tensor from its safetensors files; the model is never loaded as a whole."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class LinearLayer:
         path: of the module.
         m: out features.
         n: in features.
-        rank: k; ``None`` when it is dense.
+        rank: k; ``None`` for a dense layer.
         pivoted: whether a low-rank layer is stored as pivot rows and coefficients.
         bias: name of the bias (m), or ``None``.
-        block: of how many outputs a pivoted layer's order speaks at once.
+        block: outputs that a pivoted layer's order permutes as one unit.
     """
 
     path: str
@@ -42,7 +42,7 @@ class LinearLayer:
 
     @property
     def parameters(self) -> int:
-        """Numbers of the weight, without bias."""
+        """Number of parameters, without the bias."""
         if self.rank is None:
             return self.m * self.n
         return self.rank * (self.m + self.n - (self.rank if self.pivoted else 0))
@@ -52,10 +52,10 @@ class Checkpoint:
     """A Hugging Face folder, compressed or dense.
 
     Args:
-        folder: with ``config.json`` and safetensors files.
+        folder: contains ``config.json`` and safetensors files.
 
     Raises:
-        ModelError: not such a folder, a shard is missing or damaged, or an ARA format that is too new.
+        ModelError: the folder is no checkpoint, a shard is missing or damaged, or an ARA format that is too new.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -92,18 +92,18 @@ class Checkpoint:
         return bool(self.ranks)
 
     def names(self) -> list[str]:
-        """List the tensors, without the empty one that guards a compressed checkpoint against ignorant readers."""
+        """List the tensors, without the empty one that makes software without ARA support refuse the checkpoint."""
         return [name for name, shape in self._shapes.items() if shape != (0,)]
 
     def has(self, name: str) -> bool:
-        """Tell whether a tensor is there."""
+        """Tell whether a tensor exists."""
         return name in self._shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor.
 
         Raises:
-            ModelError: it is not there.
+            ModelError: it does not exist.
         """
         if name not in self._shapes:
             raise ModelError(f"{self.folder} has no tensor {name}", "write it again: ara truncate --force")
@@ -113,7 +113,7 @@ class Checkpoint:
         """Return ``name`` if the tensor has this shape.
 
         Raises:
-            ModelError: it has not, or is not there.
+            ModelError: it has another one, or does not exist.
         """
         found = self.shape(name)
         if found != shape:
@@ -138,7 +138,7 @@ class Checkpoint:
             ) from None
 
     def linear(self, path: str, m: int, n: int) -> LinearLayer:
-        """Return how the linear layer at ``path`` is stored, its shapes checked.
+        """Return how the linear layer at ``path`` is stored, after checking its shapes.
 
         Raises:
             ModelError: a tensor is missing or has another shape.
@@ -159,7 +159,11 @@ class Checkpoint:
 
 
 def _files(folder: Path) -> Mapping[str, Path]:
-    """Return tensor name → file, and see that the files are there."""
+    """Return tensor name → file.
+
+    Raises:
+        ModelError: a file is missing.
+    """
     index = folder / INDEX
     if not os.path.lexists(index):
         single = folder / SINGLE
@@ -170,7 +174,7 @@ def _files(folder: Path) -> Mapping[str, Path]:
 
 
 class _Everything(dict[str, Path]):
-    """Every name is in the one file."""
+    """Maps every tensor name to one file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -86,7 +86,7 @@ class OnnxTarget(Target):
 
         if read_report(view.path).rewritten:
             raise WorkspaceError(
-                f"{view.key} was made with --rewrite: a dense graph of ours would be another exporter's",
+                f"{view.key} was made with --rewrite from another exporter's graph: ara has no dense one like it",
                 "export without --rewrite to measure, or name another export with --export",
             )
         return OnnxExport(view)

@@ -1,24 +1,23 @@
-"""How far a graph is from torch, and how far each precision may be."""
+"""How much a graph differs from torch, and how much each precision may differ."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Standard errors that a difference of likelihoods is allowed beyond its tolerance.
+# Standard errors by which a difference of likelihoods may exceed its tolerance.
 _CERTAIN = 3
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a precision is held to.
+    """Limits for one precision.
 
     Attributes:
-        difference: largest difference of a logit, as a share of the largest logit (at least 1); ``None``: not looked
-            at.
+        difference: largest difference of a logit, as a share of the largest logit (at least 1); ``None``: no limit.
         agreement: least share of positions with the same most likely token.
         kl: largest mean KL(torch ‖ ONNX), nats per token.
-        nll: largest difference of the mean negative log-likelihood, nats per token, beyond what so few tokens leave to
-            chance (three standard errors).
+        nll: largest difference of the mean negative log-likelihood, nats per token, beyond three
+            standard errors, which a short text leaves to chance.
     """
 
     difference: float | None
@@ -27,7 +26,7 @@ class Tolerance:
     nll: float
 
 
-# fp32: rounding alone. fp16 and int8: what these cost, see docs/export.md.
+# fp32 allows for rounding errors only. For fp16 and int8 see the measurements in docs/export.md.
 TOLERANCES = {
     "fp32": Tolerance(2e-4, 0.999, 1e-5, 1e-4),
     "fp16": Tolerance(3e-2, 0.98, 1e-3, 5e-3),
@@ -37,13 +36,13 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the graph is from torch in one way of running it.
+    """How much the graph differs from torch in one case.
 
     Attributes:
         case: prefill, decode, chunks or padded.
-        tokens: positions compared.
+        tokens: number of positions compared.
         difference: largest difference of a logit.
-        scale: largest logit in torch, without its sign.
+        scale: largest absolute logit in torch.
         agreement: share of positions with the same most likely token.
         kl: mean KL(torch ‖ ONNX), nats per token.
         nll_torch, nll_onnx: mean negative log-likelihood of the text, nats per token.
@@ -61,7 +60,7 @@ class Parity:
     nll_stderr: float
 
     def misses(self, tolerance: Tolerance) -> list[str]:
-        """Return in words what is beyond the tolerance."""
+        """Return one text per limit that is exceeded."""
         nll = self.nll_onnx - self.nll_torch
         found = []
         if tolerance.difference is not None:

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class TorchLike(torch.nn.Module):
-    """An :class:`OnnxDecoder` that is called as a model of transformers is: for evaluation code that wants one.
+    """An :class:`OnnxDecoder` with the interface of a model of transformers.
 
     Args:
         decoder: the exported model.
-        config: of the checkpoint, for who asks what model it is.
+        config: config of the checkpoint, for code that reads it from the model.
     """
 
     def __init__(self, decoder: OnnxDecoder, config: PreTrainedConfig) -> None:
@@ -35,11 +35,11 @@ class TorchLike(torch.nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs are expected."""
+        """Device of the inputs."""
         return self.anchor.device
 
     def tie_weights(self) -> None:
-        """Do nothing: the graph is finished."""
+        """Do nothing: the graph cannot change."""
 
     def generate(
         self,
@@ -51,15 +51,15 @@ class TorchLike(torch.nn.Module):
         pad_token_id: int = 0,
         **_: Any,
     ) -> torch.Tensor:
-        """Return ids (b, t) with their greedy continuations behind them: (b, t + new), filled up on the right.
+        """Return ids (b, t) followed by their greedy continuations: (b, t + new), padded on the right.
 
         Args:
             input_ids: (b, t).
-            attention_mask: (b, t), 0 where a row is filled up, on the left; all ones by default.
-            max_new_tokens: at most so many; or ``max_length``, with those that are there.
-            max_length: see there.
+            attention_mask: (b, t), 0 for padding, which is on the left; all ones by default.
+            max_new_tokens: upper limit of new tokens.
+            max_length: upper limit of all tokens, where ``max_new_tokens`` is not given.
             do_sample: must be false.
-            pad_token_id: what rows are filled up with.
+            pad_token_id: token for the padding.
 
         Raises:
             UsageError: sampling was asked for.

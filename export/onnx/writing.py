@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 GENAI_FILE = "genai_config.json"
-# What belongs to the tokenizer and to generation, in the words of transformers.
+# Files of transformers that belong to the tokenizer and to generation.
 _COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -60,24 +60,24 @@ _COMPANIONS = (
 def write_onnx(
     checkpoint: Checkpoint, folder: Path, config: ExportConfig, origin: str, report: Reporter
 ) -> ExportReport:
-    """Write a checkpoint as ONNX, prove it, and return what ``ara_export.json`` says of it.
+    """Write a checkpoint as ONNX, compare it with torch, and return the contents of ``ara_export.json``.
 
     Args:
         checkpoint: compressed or dense.
-        folder: empty; on failure it is the caller's to remove.
-        config: resolved by :func:`resolve`.
+        folder: an empty folder. After a failure the caller removes it.
+        config: resolved by :func:`export.onnx.settings.resolve`.
         origin: hash that names the checkpoint.
         report: progress.
 
     Raises:
-        ModelError: the checkpoint is damaged, or of a family that the builder does not know.
-        NumericalError: the graph is not what the checkpoint is.
-        DiskFullError: no room.
+        ModelError: the checkpoint is damaged, or the graph builder does not know its family.
+        NumericalError: the graph computes something else than the checkpoint.
+        DiskFullError: the disk is full.
     """
     if not checkpoint.compressed:
         report.warn(f"{checkpoint.folder} is not compressed: it is exported as it is, dense")
     model_config = _model_config(checkpoint.folder)
-    # The family first: one that is not known may lack what the facts want.
+    # The family comes first: the config of an unknown one may lack the fields that the facts need.
     decoder = read_decoder(model_config) if config.rewrite is None else None
     facts = DecoderFacts(
         family=model_config.model_type,
@@ -110,7 +110,7 @@ def write_onnx(
 def _about(
     checkpoint: Checkpoint, model: ir.Model, facts: DecoderFacts, config: ExportConfig, folder: Path, origin: str
 ) -> ExportReport:
-    """Return what is known of a graph that has been written."""
+    """Return the report of a graph that has been written but not yet compared."""
     return ExportReport(
         source=Source(name=checkpoint.folder.name, sha256=origin),
         precision=precision_of(config) if config.rewrite is None else _stored_precision(model),
@@ -147,7 +147,7 @@ def _shares_caches(model: ir.Model) -> bool:
 def _graph(
     checkpoint: Checkpoint, decoder: Decoder | None, facts: DecoderFacts, config: ExportConfig, report: Reporter
 ) -> tuple[ir.Model, dict[str, Any] | None]:
-    """Return the graph, built unless it is somebody else's, and what GenAI wants to know."""
+    """Return the graph and the document for GenAI: both built, or both taken from ``--rewrite``."""
     if decoder is not None:
         precision, provider = precision_of(config), provider_of(config)
         options = GraphOptions(
@@ -169,7 +169,7 @@ def _graph(
 
 
 def _genai_beside(dense: Path) -> dict[str, Any] | None:
-    """Return what stands beside a dense graph for GenAI, with the name that our graph has."""
+    """Return the GenAI document that lies beside a dense graph, changed to the file name of the new graph."""
     path, hint = dense.with_name(GENAI_FILE), "remove it, or export the dense model again"
     if not path.is_file():
         return None
@@ -182,13 +182,13 @@ def _genai_beside(dense: Path) -> dict[str, Any] | None:
 
 
 def _stored_precision(model: ir.Model) -> Precision:
-    """Return the precision of a graph that somebody else has built, by its caches."""
+    """Return the precision of another exporter's graph: that of its caches."""
     kinds = {value.dtype for value in model.graph.inputs}
     return "fp16" if ir.DataType.FLOAT16 in kinds else "fp32"
 
 
 def _eos(source: Path, model_config: PreTrainedConfig) -> tuple[int, ...]:
-    """Return the tokens that end a text; chat models name the end of a turn in ``generation_config.json`` alone."""
+    """Return the tokens that end a text. Chat models name the end of a turn only in ``generation_config.json``."""
     value, hint = model_config.eos_token_id, "write the checkpoint again: ara truncate --force"
     path = source / "generation_config.json"
     if path.is_file():
@@ -197,14 +197,14 @@ def _eos(source: Path, model_config: PreTrainedConfig) -> tuple[int, ...]:
 
 
 def _save(model: ir.Model, folder: Path, report: Reporter) -> None:
-    """Write graph and weights; each weight is read when its turn comes and let go again."""
+    """Write graph and weights; each weight is read when it is written, and released afterwards."""
     with report.bar("Writing weights", len(model.graph.initializers)) as bar:
         ir.save(
             model,
             folder / GRAPH_FILE,
             external_data=DATA_FILE,
             callback=lambda tensor, info: bar.advance(),
-            # One at a time: none waits in memory while another is written.
+            # One weight at a time: none waits in memory while another is written.
             max_workers=1,
             max_in_flight_bytes=1,
         )

@@ -50,8 +50,8 @@ CONFIGS = {
 }
 # Options that are called otherwise than the config field.
 OPTION_OF = {"options": "option"}
-# Fields that no option sets: worked out from --ranks, and the only target so far (--onnx).
-UNSET = {("allocate", "ranks_sha256"), ("export", "target")}
+# A field that no option sets: worked out from --ranks.
+UNSET = {("allocate", "ranks_sha256")}
 RUN_OPTIONS = {
     "keep": (AllocateConfig, "keep"),
     "method": (AllocateConfig, "method"),

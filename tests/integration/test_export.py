@@ -97,9 +97,9 @@ def test_nothing_is_left_where_it_fails(
     with monkeypatch.context() as patch:
         patch.setattr(architecture.Decoder, "rotary_tables", wrong)
         patch.setattr("export.onnx.proof.check_rotary", lambda decoder, model: None)
-        refused(ara(*command, "-w", workspace), 1, "the fp32 graph is not what the checkpoint is")
+        refused(ara(*command, "-w", workspace), 1, "the fp32 graph does not match the checkpoint")
         folder = checkpoint("llama").folder
-        refused(ara(*command, "--source", folder, "--output", tmp_path / "out"), 1, "is not what the checkpoint is")
+        refused(ara(*command, "--source", folder, "--output", tmp_path / "out"), 1, "does not match the checkpoint")
     assert nothing_left()
 
     def full(*arguments: Any, **options: Any) -> None:

@@ -122,7 +122,7 @@ def test_folders_that_are_no_export(exported: tuple[Path, Any], tmp_path: Path) 
         file.truncate(1000)
     with pytest.raises(ModelError, match=r"model\.onnx\.data has 1,000 bytes; ara_export\.json says [\d,]+") as caught:
         OnnxDecoder(tmp_path)
-    assert caught.value.hint is not None and "copy it once more" in caught.value.hint
+    assert caught.value.hint is not None and "copy it again" in caught.value.hint
     (tmp_path / "model.onnx").write_bytes(b"x" * document["files"]["model.onnx"]["bytes"])
     (tmp_path / "model.onnx.data").unlink()
     del document["files"]["model.onnx.data"]

@@ -259,7 +259,7 @@ def test_a_graph_that_is_wrong_is_found_out(
             exported(made, tmp_path / "early")
         monkeypatch.setattr(_Builder, "_refuse_leftovers", lambda self: None)
     with pytest.raises(
-        NumericalError, match="the fp32 graph is not what the checkpoint is: prefill: largest difference"
+        NumericalError, match="the fp32 graph does not match the checkpoint: prefill: largest difference"
     ):
         exported(made, tmp_path / "out")
 
