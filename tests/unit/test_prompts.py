@@ -6,9 +6,9 @@ import io
 
 import pytest
 
+from ara import prompts
 from ara.config import EvalConfig, build
 from ara.errors import UsageError
-from ara.evaluation import prompts
 from ara.prompts import check_prompt, piped_prompt
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 import ara
-from ara.models import hook, modeling_ara
+from ara.layouts import modeling_ara
+from ara.models import hook
 
 _REPOSITORY = Path(__file__).resolve().parents[3]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 
 import pytest
-from tests.unit.test_workspace import store, workspace  # noqa: F401
 
 from ara.pipeline import MADE_FROM, STAGES
 from ara.workspace.following import next_command
 from tests.stored import FIGURES
+from tests.unit.workspace.test_store import store, workspace  # noqa: F401
 
 
 def following(workspace, key=None):  # noqa: F811
