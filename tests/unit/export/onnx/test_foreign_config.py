@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from export.onnx.weights import Checkpoint
 from transformers import AutoConfig
 
 from ara.errors import AraError, ModelError, UnsupportedModelError
@@ -17,6 +16,7 @@ from ara.progress import SILENT
 from export.config import ExportConfig
 from export.onnx.architecture import read_context
 from export.onnx.rewrite import load_graph
+from export.onnx.stored_weights import Checkpoint
 from export.onnx.target import resolve, write_onnx
 from tests.exportable import Made
 from tests.unit.export.onnx.test_rewrite import exported
