@@ -14,10 +14,11 @@ from transformers import AutoConfig
 from ara.errors import AraError, ModelError, UnsupportedModelError
 from ara.progress import SILENT
 from export.config import ExportConfig
-from export.onnx.architecture import read_context
+from export.onnx.config_fields import read_context
 from export.onnx.rewrite import load_graph
+from export.onnx.settings import resolve
 from export.onnx.stored_weights import Checkpoint
-from export.onnx.target import resolve, write_onnx
+from export.onnx.writing import write_onnx
 from tests.exportable import Made
 from tests.unit.export.onnx.test_rewrite import exported
 
