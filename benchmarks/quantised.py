@@ -52,7 +52,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def nll(folder: Path, windows: torch.Tensor, bits: int | None) -> float:
-    """Return the loss of a checkpoint whose linear layers are rounded to so many bits."""
+    """Return the loss of a checkpoint whose linear layers are rounded to ``bits`` bits."""
     model = load(folder, "cpu", "float32")
     for module in find_blocks(model)[1].modules():
         if isinstance(module, torch.nn.Linear) and bits is not None:

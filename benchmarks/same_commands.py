@@ -10,11 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from tests.questions import write_questions
-from tests.tiny import tiny_config, tiny_texts, tiny_tokenizer
+from tests.tiny import random_model, save_with_tokenizer, tiny_config, tiny_texts
 
 # Sizes that ONNX Runtime's fused attention accepts: heads are a multiple of 16 wide.
 TINY: dict[str, dict[str, Any]] = {
@@ -30,7 +27,7 @@ _TUNING = f"--factors two-sided --samples 8 --held-out 4 {_CPU} -w ws --json"
 
 
 def prepare(case: str, folder: Path) -> None:
-    """Put the model, the text and the questions of ``case`` a new ``folder``."""
+    """Put the model, the text and the questions of ``case`` into a new ``folder``."""
     folder.mkdir(parents=True)
     rows = "".join(json.dumps({"text": text}) + "\n" for text in tiny_texts())
     (folder / "story.jsonl").write_text(rows, encoding="utf-8")
@@ -48,15 +45,7 @@ def commands(case: str) -> list[list[str]]:
 def _save_model(folder: Path, family: str, changes: dict[str, Any]) -> None:
     plain = tiny_config(family).to_dict()
     values = {key: value for key, value in plain.items() if key not in ("rope_parameters", "layer_types")}
-    config = type(tiny_config(family))(**{**values, **changes})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for name, parameter in model.named_parameters():
-            if name.endswith(".bias"):
-                torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_with_tokenizer(folder, random_model(type(tiny_config(family))(**{**values, **changes})))
 
 
 def _decompose(options: str) -> _Line:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from shlex import quote
 
 from ara.errors import WorkspaceError
-from ara.names import check_name
 from ara.stages import bench_models, evaluate
 from ara.stages.truncate import CHECKPOINT
 from ara.workspace.store import Workspace
@@ -22,14 +21,11 @@ def find_for_eval(backend: str, export: str | None = None) -> evaluate.FindExpor
         export: name of the export; the latest of the checkpoint by default.
 
     Raises:
-        UsageError: an unknown backend, an export beside torch, or a name that no result can have. The returned function
-            raises :class:`WorkspaceError`.
+        AraError: as :func:`export.targets.target_of`. The returned function raises as :func:`latest_export`.
     """
     target = target_of(backend, export)
     if target is None:
         return None
-    if export is not None:
-        check_name(export)
 
     def find(workspace: Workspace, truncated: StageView) -> evaluate.RunnableExport:
         view = latest_export(target, workspace, truncated, export)
@@ -53,14 +49,11 @@ def find_for_bench(backend: str, export: str | None = None) -> bench_models.Find
         export: name of the export; the latest of the checkpoint by default.
 
     Raises:
-        UsageError: an unknown backend, an export beside torch, or a name that no result can have. The returned function
-            raises :class:`WorkspaceError`.
+        AraError: as :func:`export.targets.target_of`. The returned function raises as :func:`latest_export`.
     """
     target = target_of(backend, export)
     if target is None:
         return None
-    if export is not None:
-        check_name(export)
     return lambda workspace, truncated: target.for_bench(latest_export(target, workspace, truncated, export))
 
 

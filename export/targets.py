@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ara.bounds import shown
 from ara.errors import ProblemsError, UsageError
+from ara.names import check_name
 from ara.registry import Entry, Registry
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def target_of(backend: str, export: str | None = None) -> Target | None:
 
     Raises:
         ProblemsError: an unknown backend.
-        UsageError: an export is named, and the backend is torch.
+        UsageError: an export is named, and the backend is torch or no result can have that name.
     """
     if backend == TORCH:
         if export is not None:
@@ -55,4 +56,6 @@ def target_of(backend: str, export: str | None = None) -> Target | None:
         *most, last = (repr(name) for name in backends())
         problem = f"backend: input should be {', '.join(most)} or {last}, got {shown(backend)}"
         raise ProblemsError("these settings cannot be used", [problem])
+    if export is not None:
+        check_name(export)
     return load_target(backend)

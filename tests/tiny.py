@@ -104,10 +104,15 @@ def tiny_config(family: str) -> PreTrainedConfig:
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """Return a model of one of :data:`FAMILIES`; see :func:`random_model`."""
+    return random_model(tiny_config(family), seed)
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Return a float32 model in eval mode with random weights; the global random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         # Biases start at zero, where a lost one would not be noticed.
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
@@ -117,7 +122,12 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
 
 def save_tiny(path: Path, family: str, seed: int = 0) -> Path:
     """Save model, generation config and tokenizer as an ordinary Hugging Face folder, and return it."""
-    tiny_model(family, seed).save_pretrained(path)
+    return save_with_tokenizer(path, tiny_model(family, seed))
+
+
+def save_with_tokenizer(path: Path, model: PreTrainedModel) -> Path:
+    """Save a model with the vocabulary of :func:`tiny_tokenizer`, and return the folder."""
+    model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
 

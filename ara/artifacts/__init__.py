@@ -1,1 +1,1 @@
-"""Artifacts: one file per kind, with its typed results, how it is written and how it is read."""
+"""Artifacts: what one stage leaves in the workspace and later ones read, one file per kind."""

@@ -1,1 +1,1 @@
-"""Trainable staircase masks (ARA, arXiv 2510.19389); arrives with learned ranks."""
+"""What chooses ranks by looking at the model: switchable layers, sensitivity, probes, trainable masks."""

@@ -117,6 +117,11 @@ class _Reader:
         self.elements = 0
 
     def header(self) -> GgufHeader:
+        """Read the whole header.
+
+        Raises:
+            ValueError: a version that is not known, or anything that the file cannot hold.
+        """
         version = self.number("I")
         if version not in _VERSIONS:
             if version & 0xFFFF == 0:
@@ -133,6 +138,7 @@ class _Reader:
         return GgufHeader(self.path, metadata, self.tensors(tensors, alignment), raw, alignment)
 
     def metadata(self, count: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+        """Read ``count`` keys; returns their values, and the first byte and the end of each in the file."""
         found: dict[str, Any] = {}
         raw: dict[str, tuple[int, int]] = {}
         for _ in range(count):
@@ -145,6 +151,7 @@ class _Reader:
         return found, raw
 
     def tensors(self, count: int, alignment: int) -> dict[str, GgufTensor]:
+        """Read the table of ``count`` tensors; their numbers follow it, at a multiple of ``alignment`` bytes."""
         from gguf.constants import GGML_QUANT_SIZES
 
         sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
@@ -167,6 +174,15 @@ class _Reader:
     def tensor(
         self, name: str, shape: tuple[int, ...], kind: int, start: int, sizes: dict[int, tuple[int, int]]
     ) -> GgufTensor:
+        """Return one entry of the table of tensors, held to the size of the file.
+
+        Args:
+            name: of the tensor.
+            shape: slowest dimension first.
+            kind: number of its GGML type.
+            start: first byte in the file.
+            sizes: type → numbers and bytes per block.
+        """
         if kind not in sizes:
             raise ValueError(f"the tensor {_shown(name)} has the type {kind}, which is not known")
         per_block, block_bytes = sizes[kind]
@@ -180,6 +196,7 @@ class _Reader:
         return GgufTensor(name, shape, kind, self.path, start, nbytes)
 
     def value(self, kind: int) -> Any:
+        """Read one value of the type ``kind``: a number, a text, or a list of one of them."""
         if kind in _FORMATS:
             return self.number(_FORMATS[kind])
         if kind == _STRING:

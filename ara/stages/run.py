@@ -80,7 +80,6 @@ def _check_ahead(allocate_configs: Sequence[AllocateConfig], eval_config: EvalCo
 
 
 def training_for(configs: Sequence[AllocateConfig]) -> TrainMasksConfig:
-    """Return the training that serves these budgets: their floors, text and seed, all else by default."""
-
+    """Return the config of one training for these budgets: their floors, windows and seed, defaults for all else."""
     shared = {name: getattr(configs[0], name) for name in (*BudgetConfig.model_fields, *TuningConfig.model_fields)}
     return TrainMasksConfig(keep=tuple(config.keep for config in configs if config.keep is not None), **shared)

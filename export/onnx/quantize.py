@@ -46,7 +46,7 @@ def scales_of(weight: torch.Tensor, scale_dtype: torch.dtype = torch.float32) ->
 
 
 def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return a weight (m, n) rounded to so many bits, as float32."""
+    """Return a weight (m, n) rounded to ``bits`` bits, as float32."""
     steps, scales = _steps(weight, bits, torch.float32)
     return (steps * scales[..., None]).flatten(1)[:, : weight.shape[1]]
 

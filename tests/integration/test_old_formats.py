@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import ara
+from ara.workspace.manifest import digest
 from ara_cli.app import app
 from tests.old_formats.make import CHECKPOINTS, COMMANDS, DATA, PLACE, TOKENS
 
@@ -40,8 +40,7 @@ def _moved(path: Path, folder: Path) -> None:
     assert document["model"]["location"] == f"{PLACE}/model"
     document["model"]["location"] = f"{folder}/model"
     if document.pop("checksum", None):
-        text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-        document["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+        document["checksum"] = digest(document)
     path.write_text(json.dumps(document), encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import GPT2Config, LlamaConfig
 
 DATA = Path(__file__).resolve().parent / "data"
 PLACE = Path("/tmp/old-ara")
@@ -57,31 +57,18 @@ _GPT2_COMMANDS = (
 )
 
 
-def _save(folder: Path, config: PreTrainedConfig) -> None:
-    from tests.tiny import tiny_tokenizer
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-
-
 def _models(folder: Path) -> None:
     """Save both dense models: biases in the attention of the llama, Conv1D layers in the GPT-2."""
-    from tests.tiny import VOCABULARY
+    from tests.tiny import VOCABULARY, random_model, save_with_tokenizer
 
     ids: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     sizes: dict[str, Any] = {"hidden_size": 18, "intermediate_size": 26, "num_hidden_layers": 2}
     heads: dict[str, Any] = {"num_attention_heads": 3, "num_key_value_heads": 1, "attention_bias": True}
     shared: dict[str, Any] = {"tie_word_embeddings": True, "initializer_range": 0.2}
-    _save(folder / "model", LlamaConfig(**ids, **sizes, **heads, **shared, max_position_embeddings=64))
-    _save(
-        folder / "gpt2",
-        GPT2Config(**ids, **shared, n_embd=18, n_head=3, n_layer=2, n_inner=26, n_positions=64),
-    )
+    llama = LlamaConfig(**ids, **sizes, **heads, **shared, max_position_embeddings=64)
+    gpt2 = GPT2Config(**ids, **shared, n_embd=18, n_head=3, n_layer=2, n_inner=26, n_positions=64)
+    for name, config in (("model", llama), ("gpt2", gpt2)):
+        save_with_tokenizer(folder / name, random_model(config))
 
 
 def _run(commands: tuple[str, ...], workspace: str) -> None:
