@@ -31,7 +31,7 @@ PIP_INSTALL := if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast drill fuzz check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-quantised bench-zero-shot clean
+.PHONY: help setup demo test test-fast drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-quantised bench-zero-shot clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -104,6 +104,21 @@ fuzz: $(STAMP) ## feed every command with 20,000 spoilt files, names and numbers
 	@echo "Fuzzing; inputs that fail are kept in build/fuzz"
 	@$(BIN)/python -m tests.fuzz --workers $(WORKERS) $(FUZZ_FLAGS)
 
+docs: $(STAMP) ## build the pages of docs/ into site/, links checked (no network needed to read them)
+	@$(BIN)/python -c 'import material, mkdocs' 2>/dev/null || { \
+		echo "Installing mkdocs"; \
+		$(PIP_INSTALL) -e '.[docs]' || { \
+			echo "error: mkdocs could not be installed (pip's words are above)" >&2; \
+			echo "hint: check the network, then run make docs again" >&2; \
+			exit 1; }; }
+	@$(BIN)/python docs/reference.py --check || { echo "hint: make reference writes them anew" >&2; exit 1; }
+	@# Not --quiet: it would also keep --strict from seeing warnings.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Ready: site/index.html"
+
+reference: $(STAMP) ## write docs/reference/ anew from the commands, configs and registries
+	@$(BIN)/python docs/reference.py
+
 check: format-check lint types test-fast ## everything to run before a commit: format, lint, types, fast tests
 
 format-check: $(STAMP)
@@ -157,5 +172,5 @@ bench-zero-shot: $(STAMP) ## accuracy on lm-eval's tasks, dense, uniform and cho
 
 clean: ## remove .venv, caches and builds (workspaces stay)
 	@echo "Removing $(VENV), caches and builds"
-	@rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	@find ara ara_cli export tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -rf $(VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find ara ara_cli export tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +

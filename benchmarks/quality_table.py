@@ -1,8 +1,9 @@
 """Tables and the figure from finished rows of ``benchmarks/quality.py``; needs no model and no text.
 
     python benchmarks/quality_table.py                       # the published rows, as tables on the terminal
-    python benchmarks/quality_table.py --markdown            # the table of the README
-    python benchmarks/quality_table.py --curves              # held-out loss by step, for docs/learned-ranks.md
+    python benchmarks/quality_table.py --markdown            # the table of docs/measurements/quality.md
+    python benchmarks/quality_table.py --summary             # the table of the README
+    python benchmarks/quality_table.py --curves              # held-out loss by step, for docs/measurements/quality.md
     python benchmarks/quality_table.py --figure docs/quality.svg
 
 Gap closed = (ln ppl_uniform − ln ppl) / (ln ppl_uniform − ln ppl_dense), uniform being whitened factors at uniform
@@ -23,11 +24,17 @@ from ara_cli.console import Column, Console
 from ara_cli.formatting import percent, seconds_text
 
 TASKS = ("wikitext2", "c4")
-# Budgets of the README's table.
+# Budgets of the tables in README and docs.
 TABLE_KEEPS = (0.8, 0.6)
 PUBLISHED = Path(__file__).parent / "results" / "quality.json"
 # Factors in the order in which tables show them.
 FACTORS = ("whitened", "two-sided", "two-sided, pivoted")
+# Rows of the README's table: factors, method, how the README names method and layout.
+SUMMARY = (
+    ("whitened", "uniform", "uniform", "factors"),
+    ("two-sided", "ara", "**ARA**", "factors"),
+    ("two-sided, pivoted", "ara", "**ARA**", "pivoted"),
+)
 # Methods whose name says too little.
 NAMES = {"ara": "**ara**", "ara-paper": "the paper's form"}
 
@@ -111,7 +118,7 @@ def show(console: Console, rows: Rows) -> None:
 
 
 def markdown(rows: Rows, keeps: Sequence[float]) -> str:
-    """Return the table of the README."""
+    """Return the table of all methods, for docs/measurements/quality.md."""
     lines = [
         "| keep | factors | ranks | seeds | WikiText-2 | gap closed | C4 | gap closed | dense layers |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
@@ -124,8 +131,19 @@ def markdown(rows: Rows, keeps: Sequence[float]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(rows: Rows, keeps: Sequence[float]) -> str:
+    """Return the table of the README: uniform ranks and ARA, means over seeds."""
+    lines = ["| keep | ranks | layout | WikiText-2 | gap closed | C4 |", "|---|---|---|---:|---:|---:|"]
+    for keep in keeps:
+        groups = groups_of(rows, keep)
+        for factors, method, name, layout in SUMMARY:
+            found = [cell.partition(" (")[0] for cell in cells_of(rows, groups[factors, method], keep)]
+            lines.append(f"| {keep:g} | {name} | {layout} | {found[0]} | {found[1]} | {found[2]} |")
+    return "\n".join(lines) + "\n"
+
+
 def curves(rows: Rows, keeps: Sequence[float]) -> str:
-    """Return held-out loss over the steps of ARA's trainings, seed 0: a table for docs/learned-ranks.md."""
+    """Return held-out loss over the steps of ARA's trainings, seed 0, for docs/measurements/quality.md."""
     lines = []
     for keep in keeps:
         for factors, label in (("two-sided", ""), ("two-sided, pivoted", ", pivoted")):
@@ -164,7 +182,8 @@ def main() -> None:
     """Print or draw what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?", default=PUBLISHED, help="file of finished rows")
-    parser.add_argument("--markdown", action="store_true", help="print the table of the README instead")
+    parser.add_argument("--markdown", action="store_true", help="print the table of all methods for the docs instead")
+    parser.add_argument("--summary", action="store_true", help="print the table of the README instead")
     parser.add_argument("--curves", action="store_true", help="print held-out loss over the steps of ARA's trainings")
     parser.add_argument("--figure", type=Path, help="draw WikiText-2 perplexity against keep into this SVG file")
     arguments = parser.parse_args()
@@ -173,6 +192,8 @@ def main() -> None:
         arguments.figure.write_bytes(draw(rows))
     elif arguments.markdown:
         print(markdown(rows, TABLE_KEEPS), end="")
+    elif arguments.summary:
+        print(summary(rows, TABLE_KEEPS), end="")
     elif arguments.curves:
         print(curves(rows, TABLE_KEEPS), end="")
     else:

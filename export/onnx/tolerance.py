@@ -26,7 +26,7 @@ class Tolerance:
     nll: float
 
 
-# fp32 allows for rounding errors only. For fp16 and int8 see the measurements in docs/export.md.
+# fp32 allows for rounding errors only. For fp16 and int8 see docs/measurements/speed.md.
 TOLERANCES = {
     "fp32": Tolerance(2e-4, 0.999, 1e-5, 1e-4),
     "fp16": Tolerance(3e-2, 0.98, 1e-3, 5e-3),

@@ -22,7 +22,8 @@ FORBIDDEN = {"ara": {"ara_cli", "export"}, "export": {"ara_cli"}, "ara_cli": set
 
 def requirements():
     project = PROJECT["project"]
-    return [Requirement(line) for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
+    extras = (line for extra in project["optional-dependencies"].values() for line in extra)
+    return [Requirement(line) for line in [*project["dependencies"], *extras]]
 
 
 def pins():
@@ -51,7 +52,7 @@ def test_exactly_the_three_packages_are_built():
 def test_the_source_distribution_holds_what_its_own_files_point_to():
     included = set(PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"])
     assert included >= {
-        f"/{name}" for name in (*PACKAGES, "tests", "benchmarks", "docs", "Makefile", "constraints.txt")
+        f"/{name}" for name in (*PACKAGES, "tests", "benchmarks", "docs", "mkdocs.yml", "Makefile", "constraints.txt")
     }
     assert sorted(name for name in included if not (ROOT / name[1:]).exists()) == []
 
@@ -66,7 +67,7 @@ def test_classifiers_promise_what_is_true():
 
 def test_what_the_commands_write_by_default_is_not_committed():
     ignored = set((ROOT / ".gitignore").read_text(encoding="utf-8").splitlines())
-    assert ignored >= {"/ara-workspace/", "/ara-demo/", "/bench-quality/"}
+    assert ignored >= {"/ara-workspace/", "/ara-demo/", "/bench-quality/", "/site/"}
 
 
 def test_files_are_hashed_in_one_place():

@@ -1,4 +1,4 @@
-"""What ``benchmarks/quality_table.py`` makes of finished rows, and that the README shows the published ones."""
+"""What ``benchmarks/quality_table.py`` makes of finished rows, and that README and docs show the published ones."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from benchmarks.quality_rows import METHODS, Row, wanted
 from benchmarks.quality_table import (
     PUBLISHED,
     TABLE_KEEPS,
+    cells_of,
     curves,
     draw,
     groups_of,
@@ -24,10 +25,12 @@ from benchmarks.quality_table import (
     markdown,
     mean_and_range,
     share_closed,
+    summary,
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = REPOSITORY / "README.md"
+PAGE = REPOSITORY / "docs" / "measurements" / "quality.md"
 
 
 def row(perplexity: float, dense_layers: int = 3) -> dict[str, Any]:
@@ -135,7 +138,20 @@ def test_a_budget_that_a_training_has_left_out_is_a_failed_row(tmp_path, rows, m
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="no published rows")
 def test_readme_and_docs_show_the_published_rows():
     rows = json.loads(PUBLISHED.read_text(encoding="utf-8"))["rows"]
-    assert markdown(rows, TABLE_KEEPS) in README.read_text(encoding="utf-8")
-    assert curves(rows, TABLE_KEEPS) in (REPOSITORY / "docs" / "learned-ranks.md").read_text(encoding="utf-8")
+    readme, page = README.read_text(encoding="utf-8"), PAGE.read_text(encoding="utf-8")
+    assert summary(rows, TABLE_KEEPS) in readme
+    assert markdown(rows, TABLE_KEEPS) in page
+    assert curves(rows, TABLE_KEEPS) in page
     dense = [f"{math.exp(rows['dense'][task]):.2f}" for task in ("wikitext2", "c4")]
-    assert re.search(rf"Dense: {dense[0]} and {dense[1]}", README.read_text(encoding="utf-8"))
+    for text in (readme, page):
+        assert f"{dense[0]} on WikiText-2 and {dense[1]} on C4" in " ".join(text.split())
+
+
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="no published rows")
+def test_goals_are_those_of_the_published_rows():
+    rows = json.loads(PUBLISHED.read_text(encoding="utf-8"))["rows"]
+    goals = re.findall(r"^\| close .*$", (PAGE.parent / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
+    for keep, goal in zip(TABLE_KEEPS, goals, strict=True):
+        for factors, name in (("two-sided", "factors"), ("two-sided, pivoted", "pivoted layers")):
+            closed = cells_of(rows, groups_of(rows, keep)[factors, "ara"], keep)[1].partition(" (")[0]
+            assert f"{name} {closed}" in goal

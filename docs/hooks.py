@@ -1,0 +1,27 @@
+"""Pages of the site that stand at the top of the repository: CONTRIBUTING.md and CHANGELOG.md, their links adapted."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+INCLUDED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)")
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Return the text of a page; mkdocs calls this for every page before it becomes HTML."""
+    source = INCLUDED.get(page.file.src_uri)
+    return markdown if source is None else into_site((REPOSITORY / source).read_text(encoding="utf-8"))
+
+
+def into_site(text: str) -> str:
+    """Return a page of the top folder with links as the site needs them: to pages, or, for other files, no link."""
+
+    def adapted(link: re.Match[str]) -> str:
+        title, target = link.groups()
+        return f"[{title}]({target.removeprefix('docs/')})" if target.startswith("docs/") else title
+
+    return _LINK.sub(adapted, text)
