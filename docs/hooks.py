@@ -20,8 +20,11 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 def into_site(text: str) -> str:
     """Return a page of the top folder with links as the site needs them: to pages, or, for other files, no link."""
 
+    pages = {source: page for page, source in INCLUDED.items()}
+
     def adapted(link: re.Match[str]) -> str:
         title, target = link.groups()
-        return f"[{title}]({target.removeprefix('docs/')})" if target.startswith("docs/") else title
+        page = pages.get(target, target.removeprefix("docs/"))
+        return f"[{title}]({page})" if page != target else title
 
     return _LINK.sub(adapted, text)

@@ -154,8 +154,8 @@ def test_pages_of_the_top_folder_have_working_links_in_the_site():
     for page, source in hooks.INCLUDED.items():
         assert (DOCS / page).is_file()
         assert dead_links(hooks.into_site(read(source)), DOCS) == []
-    assert hooks.into_site("[a](docs/use.md#b), [`c`](ara/c.py), [d](https://e.f)") == (
-        "[a](use.md#b), `c`, [d](https://e.f)"
+    assert hooks.into_site("[a](docs/use.md#b), [`c`](ara/c.py), [d](CHANGELOG.md), [e](https://f.g)") == (
+        "[a](use.md#b), `c`, [d](changelog.md), [e](https://f.g)"
     )
 
 
