@@ -116,6 +116,12 @@ def test_readme_tree_names_what_is_there():
     assert all((REPOSITORY / name).is_dir() for name in folders)
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_files_of_the_code_that_a_page_names_are_there(page):
+    named = re.findall(r"`((?:ara|ara_cli|export|tests|benchmarks|docs)/[\w./-]+)`", read(page))
+    assert [name for name in named if not (REPOSITORY / name).exists()] == []
+
+
 def anchors(page):
     """Return the anchors of a page's headings, as GitHub and mkdocs make them."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
