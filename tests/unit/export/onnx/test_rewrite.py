@@ -83,7 +83,7 @@ class _Stored(Checkpoint):
     """Factors in memory."""
 
     def __init__(self, small: _Small, ranks: dict[str, int]) -> None:
-        self.folder, self.ranks, self.pivoted, self._tensors = Path("memory"), ranks, False, {}
+        self.folder, self.ranks, self.layout, self._tensors = Path("memory"), ranks, "factors", {}
         for path, rank in ranks.items():
             factors = Plain().decompose(small.up if path.endswith("up") else small.down, None)
             self._tensors[f"{path}.A.weight"] = factors.a[:rank].float()
