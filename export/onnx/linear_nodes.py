@@ -12,8 +12,8 @@ import torch
 
 from ara.errors import NumericalError
 from export.onnx.export_report import Precision, Provider
-from export.onnx.low_rank import NODES
-from export.onnx.nodes import CONTRIB, GraphNodes
+from export.onnx.low_rank import NODES, LowRankGraph
+from export.onnx.nodes import CONTRIB
 from export.onnx.quantize import BITS, BLOCK, quantize, scales_of
 from export.onnx.stored_weights import Checkpoint, LinearLayer
 
@@ -40,7 +40,7 @@ class GraphOptions:
     last_logits: bool = False
 
 
-class LinearNodes(GraphNodes):
+class LinearNodes(LowRankGraph):
     """A graph with the linear layers and other weights of a checkpoint.
 
     Args:
@@ -53,10 +53,9 @@ class LinearNodes(GraphNodes):
         self.checkpoint = NODES[checkpoint.layout].view(checkpoint, options.precision)
         self.options = options
         self.provider = options.provider
-        # Batch, tokens and width.
-        self.axes = 3
+        self.axes = 3  # batch, tokens, width
         self.float = _FLOATS[options.activations]
-        self.used: set[str] = set()
+        self.used = set()
 
     def _layer(self, path: str, m: int, n: int) -> LinearLayer:
         """Return how the checkpoint stores a linear layer of m outputs and n inputs."""
@@ -86,11 +85,6 @@ class LinearNodes(GraphNodes):
     def multiply(self, x: ir.Value, path: str) -> ir.Value:
         """Multiply by the matrix that the checkpoint stores as ``<path>.weight``."""
         return self._matmul(x, path, f"{path}.weight")
-
-    def indices(self, name: str, kind: ir.DataType) -> ir.Value:
-        """Return the stored indices called ``name``."""
-        self.used.add(name)
-        return self.lazy(name, kind, self.checkpoint.shape(name), lambda: self.checkpoint.tensor(name).numpy())
 
     def _matmul(self, x: ir.Value, path: str, *names: str) -> ir.Value:
         """Multiply by weights of the checkpoint, each (out, in), stacked along the outputs."""

@@ -3,44 +3,40 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from ara.layout_names import LayoutName
 from export.onnx.export_report import Precision, Provider
+from export.onnx.nodes import GraphNodes
 from export.onnx.pivots import BlockPivots, ordering
 from export.onnx.stored_weights import Checkpoint, LinearLayer
 
 
-class LowRankGraph(Protocol):
+class LowRankGraph(GraphNodes, ABC):
     """A graph that gets low-rank layers: one that is built, or one of another exporter.
 
     Attributes:
+        checkpoint: holds the weights.
         provider: where the graph will run.
         axes: number of axes of a layer's output; ``None`` if unknown.
+        used: names of the checkpoint's tensors that the graph has.
     """
 
-    @property
-    def provider(self) -> Provider: ...  # noqa: D102 – described above
+    checkpoint: Checkpoint | BlockPivots
+    provider: Provider
+    axes: int | None
+    used: set[str]
 
-    @property
-    def axes(self) -> int | None: ...  # noqa: D102
-
-    def op(
-        self, kind: str, inputs: Sequence[ir.Value], path: str, attributes: dict[str, Any] | None = None
-    ) -> ir.Value:
-        """Append a node with one output and return that; ``path`` and ``kind`` make its name."""
-
+    @abstractmethod
     def multiply(self, x: ir.Value, path: str) -> ir.Value:
         """Return the product of x (…, n) with the matrix (m, n) that the checkpoint stores as ``<path>.weight``."""
 
     def indices(self, name: str, kind: ir.DataType) -> ir.Value:
-        """Return the stored indices called ``name``."""
-
-    def ints(self, *values: list[int] | int) -> list[ir.Value]:
-        """Return constants of int64: scalars and lists."""
+        """Return the indices that the checkpoint stores as ``name``."""
+        self.used.add(name)
+        return self.lazy(name, kind, self.checkpoint.shape(name), lambda: self.checkpoint.tensor(name).numpy())
 
 
 class LowRankNodes(ABC):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -20,8 +21,7 @@ from ara.errors import AraError, ModelError, first_line
 from ara.files import open_regular
 from ara.layouts import layout_named
 from export.onnx.export_report import Provider
-from export.onnx.low_rank import NODES
-from export.onnx.nodes import GraphNodes
+from export.onnx.low_rank import NODES, LowRankGraph
 from export.onnx.stored_weights import Checkpoint, LinearLayer
 
 _FLOATS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
@@ -207,12 +207,12 @@ def _replace(graph: ir.Graph, node: ir.Node, checkpoint: Checkpoint, path: str, 
     ir.convenience.replace_nodes_and_values(graph, node, [node], new.nodes, [old], [y])
 
 
-class _Replacement(GraphNodes):
-    """The nodes that are to replace one linear layer of another exporter's graph.
+class _Replacement(LowRankGraph):
+    """The nodes that are to replace one linear layer of another exporter's graph; the graph gets their weights at once.
 
     Args:
-        graph: gets the weights at once; the nodes are collected in ``nodes``.
-        checkpoint: holds the weights.
+        graph: of the other exporter.
+        checkpoint: holds the factors.
         dtype: of the replaced weight.
         axes: number of axes of the layer's input; ``None`` if unknown.
         provider: where the graph will run.
@@ -223,33 +223,27 @@ class _Replacement(GraphNodes):
     ) -> None:
         super().__init__(graph)
         self.checkpoint, self.dtype, self.axes, self.provider = checkpoint, dtype, axes, provider
+        self.used = set()
         self.nodes: list[ir.Node] = []
 
     def append(self, node: ir.Node) -> None:
         """Collect a node."""
         self.nodes.append(node)
 
+    def lazy(self, name: str, kind: ir.DataType, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> ir.Value:
+        """Return a new tensor; see :meth:`GraphNodes.lazy`."""
+        if name in self.graph.initializers:
+            raise ModelError(f"the graph has a weight {name} of its own", _DENSE)
+        return super().lazy(name, kind, shape, make)
+
     def multiply(self, x: ir.Value, path: str) -> ir.Value:
         """Multiply by the matrix that the checkpoint stores as ``<path>.weight``."""
         name, kind = f"{path}.weight", _FLOATS[self.dtype]
         m, n = self.checkpoint.shape(name)
-        weight = ir.LazyTensor(
-            lambda: ir.tensor(self.checkpoint.tensor(name).T.to(kind).contiguous().numpy(), name=name),
-            dtype=self.dtype,
-            shape=ir.Shape((n, m)),
-            name=name,
+        weight = self.lazy(
+            name, self.dtype, (n, m), lambda: self.checkpoint.tensor(name).T.to(kind).contiguous().numpy()
         )
-        return self.op("MatMul", [x, self._new(name, weight)], path)
-
-    def indices(self, name: str, kind: ir.DataType) -> ir.Value:
-        """Return the stored indices called ``name``."""
-        return self._new(name, ir.tensor(self.checkpoint.tensor(name).numpy(), dtype=kind, name=name))
-
-    def _new(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        """Register a tensor; a name that the graph already has is an error, unlike in :meth:`lazy`."""
-        value = ir.val(name, const_value=tensor)
-        self.graph.register_initializer(value)
-        return value
+        return self.op("MatMul", [x, weight], path)
 
 
 def _axes(node: ir.Node) -> int | None:
