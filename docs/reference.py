@@ -86,7 +86,7 @@ def registries() -> str:
             if schema:
                 rows = [(f"`{name}`", *_field(field)) for name, field in schema.items()]
                 text += [f"Options of `{entry.name}`:", _table(("option", "meaning", "values", "default"), rows)]
-    return _page("Methods, texts, targets", text)
+    return _page("Methods, layouts, texts, targets", text)
 
 
 def models() -> str:
