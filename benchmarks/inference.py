@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from ara.allocation.uniform import Uniform
+from ara.artifacts.factors import factor_files
 from ara.config import DecomposeConfig, Layout
 from ara.evaluation.cost import Case
 from ara.evaluation.speed import Runner, TorchRunner, interleaved_seconds
@@ -33,7 +34,7 @@ from ara.models.weights import find_linears
 from ara.solver.budget import Budget
 from ara.solver.problem import Module
 from ara.stages.allocate import load_modules
-from ara.stages.common import Run, factor_files, model_of
+from ara.stages.common import Run, model_of
 from ara.stages.decompose import decompose
 from ara_cli.console import Column, Console
 from export.config import ExportConfig

@@ -111,9 +111,10 @@ class Bench:
 
     def load(self, factors: str) -> None:
         """Bring a model with these factors, and the texts, into memory."""
+        from ara.artifacts.factors import specs_of
         from ara.data.texts import load_documents
         from ara.data.tokens import evaluation_windows
-        from ara.stages.common import model_of, specs_of
+        from ara.stages.common import model_of
         from ara.stages.tuning import open_tuning_context, placed
 
         if self.loaded == factors:
@@ -149,7 +150,7 @@ class Bench:
 
     def measure(self, row: Row) -> None:
         """Allocate and measure one row, unless it is there already."""
-        from ara.stages.common import specs_of
+        from ara.artifacts.factors import specs_of
 
         if row.key in self.rows:
             return
@@ -233,7 +234,7 @@ class Bench:
 
     def _trained(self, row: Row) -> tuple[Allocation, dict[str, Any]]:
         """Train as ``ara train-masks`` does, at all budgets in one go."""
-        from ara.artifacts.ranks import from_table
+        from ara.artifacts.ranks_file import from_table
         from ara.artifacts.training import training_cost
         from ara.stages.train_masks import train_masks
 
@@ -270,8 +271,8 @@ def _commit() -> str | None:
 
 def check(bench: Bench, windows: int) -> None:
     """Compare the dense row, and that of ara at the largest budget in each layout, with independent computations."""
-    from ara.artifacts.ranks import from_table
-    from ara.stages.common import specs_of
+    from ara.artifacts.factors import specs_of
+    from ara.artifacts.ranks_file import from_table
 
     keep, seq_len = bench.arguments.keep[0], bench.arguments.seq_len
     dense = dict.fromkeys(spec.name for spec in specs_of(bench.views["whitened"]))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ara.artifacts.factors import FactorisedLayer, FactorsResults, layer_file
 from ara.calibration.gradients import GradientStats, collect_gradients
 from ara.calibration.moments import InputAccumulator, InputStats, collect_moments, shared_inputs
 from ara.config import DecomposeConfig, method_options
@@ -24,7 +24,7 @@ from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec, find_linears, left_dense, weight_of
-from ara.stages.common import Run, already_done, begin, check_window, layer_file
+from ara.stages.common import Run, begin, check_window, open_task
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
@@ -60,35 +60,24 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
     source = resolve(config.model, revision=config.revision, report=run.report)
     run.report.fact(placement.why)
     documents = _documents(config, method, run)
-    workspace = run.open(create=True)
-    with workspace.lock(run.command):
-        workspace.bind(source.identity.as_dict())
+    with open_task("decompose", run, started, create=True) as task:
+        task.workspace.bind(source.identity.as_dict())
         resolved = config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
-        facts = {
-            "config": {
-                **resolved.model_dump(mode="json"),
-                "text_sha256": documents.digest if documents else None,
-            },
-            "model": source.identity.as_dict(),
-            "parents": (),
-        }
-        name = name or config.method
-        done = workspace.finished("decompose", name, facts, run.report)
-        if done is not None and not run.force:
-            return already_done(done, run)
-        windows = _windows(config, source, documents, workspace, run)
+        settings = {**resolved.model_dump(mode="json"), "text_sha256": documents.digest if documents else None}
+        task.describe(name or config.method, settings, (), source.identity.as_dict())
+        if (done := task.done()) is not None:
+            return done
+        windows = _windows(config, source, documents, task.workspace, run)
         run.report.fact("loading the model")
         model = source.load_model(torch_dtype(placement.dtype), placement.device)
         linears = _factorisable(model, find_linears(model, config.exclude), windows, run)
         if windows is not None:
             _warn_if_few(windows, linears, run)
-        with workspace.writer(
-            "decompose", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
-        ) as stage:
+        with task.writer(seed=config.seed, resumable=True) as stage:
             _preflight(model, linears, stage, run)
-            stage.results.update(_overview(model, linears, windows, documents.origin if documents else None))
+            _overview(model, linears, windows, documents.origin if documents else None).write(stage)
             _factor_layers(model, linears, method, windows, config, stage, run)
-        return workspace.view(f"decompose/{name}")
+        return task.view()
 
 
 def _documents(config: DecomposeConfig, method: Decomposition, run: Run) -> Any:
@@ -186,17 +175,17 @@ def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], stage: Sta
 
 def _overview(
     model: PreTrainedModel, linears: Sequence[LinearSpec], windows: TokenWindows | None, origin: str | None
-) -> dict[str, Any]:
+) -> FactorsResults:
     from ara.models.accounting import parameter_count
 
-    return {
-        "modules": [{key: value for key, value in asdict(spec).items() if key != "layout"} for spec in linears],
-        "model_parameters": parameter_count(model),
-        "linear_parameters": sum(spec.dense_cost for spec in linears),
-        "text": origin,
-        "windows": list(windows.ids.shape) if windows is not None else None,
-        "windows_sha256": windows.digest if windows is not None else None,
-    }
+    return FactorsResults(
+        modules=tuple(FactorisedLayer(spec.name, spec.layer, spec.kind, spec.m, spec.n) for spec in linears),
+        model_parameters=parameter_count(model),
+        linear_parameters=sum(spec.dense_cost for spec in linears),
+        text=origin,
+        windows=tuple(windows.ids.shape) if windows is not None else None,
+        windows_sha256=windows.digest if windows is not None else None,
+    )
 
 
 def _factor_layers(

@@ -80,6 +80,7 @@ def command(
             raise UsageError("--source and --output belong together", "give both, or neither to export a workspace's")
         if overwrite and output is None:
             raise UsageError("--overwrite is for --output", "use --force to replace an export of the workspace")
+        from ara.artifacts.graph import GraphResults
         from ara_cli.render import show_end, show_export
         from export.stage import export, export_folder
 
@@ -91,12 +92,11 @@ def command(
                     f"{given[0]} and --source are both given", f"{given[0]} is for a workspace: leave it out"
                 )
             about = export_folder(config, s.run(), source, output, overwrite=overwrite).model_dump(mode="json")
-            show_export(s.console, about)
+            show_export(s.console, GraphResults.parse(about))
             s.console.saved(output)
             s.console.result(about)
         else:
             view = export(config, s.run(), checkpoint=checkpoint, name=name)
-            assert view.manifest is not None
             with shown(view):
-                show_export(s.console, view.manifest.results)
+                show_export(s.console, GraphResults.read(view))
             show_end(s.console, view, workspace)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig, build
+from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, StageConfig, TruncateConfig, build
 from ara_cli.options import (
     WORKSPACE,
     ForceOption,
@@ -84,9 +84,9 @@ def command(
             )
             for value in dict.fromkeys(keeps)
         ]
-        eval_config = None
+        later: dict[str, StageConfig] = {"truncate": TruncateConfig()}
         if not no_eval:
-            eval_config = build(
+            later["eval"] = build(
                 EvalConfig,
                 tasks=task_names(tasks),
                 seq_len=eval_seq_len,
@@ -98,5 +98,5 @@ def command(
         from ara.stages.run import run_pipeline
         from ara_cli.render import show_pipeline
 
-        views = run_pipeline(decompose_config, allocate_configs, TruncateConfig(), eval_config, s.run())
+        views = run_pipeline(decompose_config, allocate_configs, later, s.run())
         show_pipeline(s.console, views, workspace)

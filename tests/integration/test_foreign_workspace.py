@@ -286,7 +286,7 @@ def test_no_files_are_read_through_links(copied: Path, tmp_path: Path) -> None:
     checkpoint.rename(tmp_path / "checkpoint")
     checkpoint.symlink_to(tmp_path / "checkpoint")
     with pytest.raises(CorruptedError, match="not a plain file"):
-        Workspace.open(copied).require("truncate")
+        Workspace.open(copied).require("checkpoint")
 
 
 def test_a_tensor_file_that_safetensors_itself_refuses(copied: Path) -> None:

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 import ara
 import ara.stages.measure as measure
+from ara.artifacts.factors import specs_of
+from ara.artifacts.ranks import read_allocation
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
 from ara.data.texts import load_documents
 from ara.data.tokens import evaluation_windows
@@ -20,8 +22,8 @@ from ara.models.checkpoint import is_compressed, low_rank_layers
 from ara.models.weights import find_linears, weight_of
 from ara.progress import SilentReporter
 from ara.solver.problem import cost
-from ara.stages.allocate import allocate, read_allocation
-from ara.stages.common import Run, specs_of
+from ara.stages.allocate import allocate
+from ara.stages.common import Run
 from ara.stages.decompose import decompose
 from ara.stages.evaluate import evaluate
 from ara.stages.run import run_pipeline
@@ -433,7 +435,7 @@ def test_many_allocations_leave_the_factors_alone(copied):
             truncate(TruncateConfig(), Run(copied))
     assert stamps(copied / "decompose") == before
     assert contents(copied / "decompose") == bytes_before
-    assert {view.name for view in Workspace.open(copied).views("allocate")} == {NAME, *names}
+    assert {view.name for view in Workspace.open(copied).views("ranks")} == {NAME, *names}
     assert {view.state for view in Workspace.open(copied).views()} == {"done"}
     sizes = [manifest(copied, f"truncate/energy-{keep}").results["disk_bytes"] for keep in ("0.30", "0.50", "0.80")]
     assert sizes == sorted(set(sizes))

@@ -259,4 +259,4 @@ def test_killed_between_the_renames_keeps_the_older_result(killed, copied):
     allocate(AllocateConfig(keep=0.5, method="energy"), Run(copied))  # any command that writes puts things right
     assert contents(copied / "allocate" / NAME) == before
     assert not list((copied / "allocate").glob(".*.old"))
-    assert Workspace.open(copied).require("allocate", NAME).state == "done"
+    assert Workspace.open(copied).require("ranks", NAME).state == "done"

@@ -157,7 +157,7 @@ def test_tasks_of_the_user_and_files_with_commas(copied: Path, tiny_text: str, t
         return result
 
     first = measured(folder)
-    (view,) = [found for found in Workspace.open(copied).views("eval") if found.manifest.config["include_path"]]
+    (view,) = [found for found in Workspace.open(copied).views("evaluation") if found.manifest.config["include_path"]]
     found = view.manifest.results["tasks"]
     assert list(found) == [f"file:{text}#content", "mine"]
     assert found["mine"]["models"]["dense"]["metrics"].keys() == {"acc"} and found["mine"]["examples"] == 6

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ara.artifacts.ranks import RANKS_FORMAT, ranks_document, read_layout, read_ranks
+from ara.artifacts.ranks_file import RANKS_FORMAT, ranks_document, read_layout, read_ranks
 from ara.errors import DataError, ProblemsError
 from ara.models.weights import LinearSpec
 from ara.solver.problem import Allocation
