@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
 
-from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import Field, Strict, TypeAdapter, ValidationError
 
 from ara.errors import CorruptedError
 from ara.jsonfile import dump, first_problem
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
     from ara.workspace.view import StageView
     from ara.workspace.writer import StageWriter
 
-T = TypeVar("T")
 P = TypeVar("P", bound="Part")
 
-# JSON has lists only.
-Many = Annotated[tuple[T, ...], Strict(False)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Least1 = Annotated[int, Field(ge=1, lt=2**63)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, le=1)]
+# Strict: the text "1" is no number, and 1 is no truth value.
+Flag = Annotated[bool, Strict()]
+Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
+Least1 = Annotated[int, Strict(), Field(ge=1, lt=2**63)]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Share = Annotated[float, Strict(), Field(gt=0, le=1)]
 Rank = Least1 | Literal["dense"]
 StoredDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -41,9 +40,7 @@ RESULTS_FILE = "results.json"
 
 @dataclass(frozen=True)
 class Part:
-    """Base of everything that results consist of; unknown names are ignored, types are strict."""
-
-    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
+    """Base of everything that results consist of; names that this version does not know are ignored."""
 
     @classmethod
     def parse(cls, data: Any) -> Self:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ara.artifacts.base import Count, Least1, Many, Number, Part, Results, Settings
+from ara.artifacts.base import Count, Flag, Least1, Number, Part, Results, Settings
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class BenchmarkResults(Results):
     machine: Mapping[str, Any]
     precision: str
     threads: Least1
-    interleaved: bool
+    interleaved: Flag
     models: Mapping[str, ModelCost]
-    last_logits: bool
-    cases: Many[CaseResults]
+    last_logits: Flag
+    cases: tuple[CaseResults, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ara.artifacts.base import Count, Least1, Number, Results, Settings, StoredDtype
+from ara.artifacts.base import Count, Flag, Least1, Number, Results, Settings, StoredDtype
 from ara.workspace.view import StageView
 
 CHECKPOINT = "checkpoint"
@@ -41,7 +41,7 @@ class CheckpointResults(Results):
     parameters: Count
     weight_bytes: Count
     dense_weight_bytes: Least1
-    densified: bool
+    densified: Flag
     disk_bytes: Count
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ara.artifacts.base import LEFT_OUT, Count, Many, Number, Part, Rank, Results, Settings, Share
+from ara.artifacts.base import LEFT_OUT, Count, Number, Part, Rank, Results, Settings, Share
 from ara.config import Layout
 
 PICTURE_FILE = "ranks.svg"
@@ -32,7 +32,7 @@ class ComparedText(Part):
 
     nll: Number
     perplexity: Number
-    window_nlls: Many[Number]
+    window_nlls: tuple[Number, ...]
     gap_closed: Number | None = None
 
 

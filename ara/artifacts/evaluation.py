@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ara.artifacts.base import LEFT_OUT, Count, Many, Number, Part, Results, Settings
+from ara.artifacts.base import LEFT_OUT, Count, Flag, Number, Part, Results, Settings
 
 DENSE, UNIFORM = "dense", "uniform"
 
@@ -61,7 +61,7 @@ class TextFigures(Part):
     tokens: Count
     seq_len: Count
     nll_stderr: Number | None
-    window_nlls: Many[Number]
+    window_nlls: tuple[Number, ...]
     tokens_per_second: SpreadFigures
     divergence: DivergenceFigures | None
 
@@ -130,7 +130,7 @@ class MeanFigures(Part):
 class MeanResults(Part):
     """Mean accuracy over ``tasks``."""
 
-    tasks: Many[str]
+    tasks: tuple[str, ...]
     models: Mapping[str, MeanFigures]
     compared: Mapping[str, PairedDifference]
 
@@ -161,9 +161,9 @@ class EvaluationResults(Results):
     chosen: str
     variants: Mapping[str, ModelFigures]
     tasks: Mapping[str, Annotated[TextResults | TaskResults, Field(discriminator="kind")]]
-    continuations: Many[ContinuedPrompt]
+    continuations: tuple[ContinuedPrompt, ...]
     zero_shot: MeanResults | None
-    interleaved: bool
+    interleaved: Flag
 
     @property
     def texts(self) -> dict[str, TextResults]:
@@ -186,7 +186,7 @@ class ModelPiece(Part):
     parameters: Count
     weight_bytes: Count
     linear_keep: Number
-    continuations: Many[str]
+    continuations: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class TaskPiece(Part):
     metrics: Mapping[str, Number]
     stderrs: Mapping[str, Number | None]
     headline: str
-    answers: Many[AnswerPiece]
+    answers: tuple[AnswerPiece, ...]
 
     def fits(self, metric: str, questions: int) -> bool:
         """Tell whether there are so many answers with this metric: numbers, where the metric is a mean."""

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, Strict
 
-from ara.artifacts.base import Count, Least1, Many, Part, Results, Settings, StoredDtype
+from ara.artifacts.base import Count, Least1, Part, Results, Settings, StoredDtype
 from ara.config import Layout
 from ara.workspace.manifest import Manifest
 from ara.workspace.view import StageView
@@ -25,7 +25,7 @@ class FactorsSettings(Settings):
     method: str
     text: str
     samples: Least1
-    seq_len: Annotated[int, Field(ge=2, lt=2**63)]
+    seq_len: Annotated[int, Strict(), Field(ge=2, lt=2**63)]
     seed: Count
     dtype: StoredDtype
 
@@ -34,7 +34,7 @@ class FactorsSettings(Settings):
 class FactorisedLayer(Part):
     """One factorised layer; see :class:`ara.models.weights.LinearSpec`."""
 
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid")
     name: str
     layer: Count
     kind: str
@@ -56,11 +56,11 @@ class FactorsResults(Results):
     """
 
     Settings = FactorsSettings
-    modules: Many[FactorisedLayer]
+    modules: tuple[FactorisedLayer, ...]
     model_parameters: Count
     linear_parameters: Count
     text: str | None = None
-    windows: Many[Count] | None = None
+    windows: tuple[Count, ...] | None = None
     windows_sha256: str | None = None
 
     @classmethod

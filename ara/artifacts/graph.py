@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ara.artifacts.base import Count, Many, Number, Part, Results, Settings
+from ara.artifacts.base import Count, Flag, Number, Part, Results, Settings
 from ara.workspace.writer import StageWriter
 
 
@@ -41,7 +41,7 @@ class ParityCase(Part):
 class ParityResults(Part):
     """The comparison of an export with torch."""
 
-    cases: Many[ParityCase]
+    cases: tuple[ParityCase, ...]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class GraphResults(Results):
 
     Settings = GraphSettings
     precision: str
-    last_logits: bool
+    last_logits: Flag
     execution_provider: str | None = None
     files: Mapping[str, FileSize] | None = None
     parity: ParityResults | None = None

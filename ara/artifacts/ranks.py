@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import Field, Strict
 
-from ara.artifacts.base import Count, Least1, Many, Number, Part, Results, Settings, Share
+from ara.artifacts.base import Count, Least1, Number, Part, Results, Settings, Share
 from ara.artifacts.ranks_file import RANKS_FILE, read_ranks
 from ara.config import Layout
 from ara.workspace.view import StageView
@@ -26,8 +26,8 @@ class RanksSettings(Settings):
     method: str
     rank_multiple: Least1
     min_rank: Least1
-    min_keep: Annotated[float, Field(ge=0, le=1)]
-    exclude: Many[str]
+    min_keep: Annotated[float, Strict(), Field(ge=0, le=1)]
+    exclude: tuple[str, ...]
     layout: Layout = "factors"
     keep: Share | None = None
     ranks_sha256: str | None = None
@@ -46,7 +46,7 @@ class KindRanks(Part):
     """
 
     layers: Count
-    shape: Many[Least1]
+    shape: tuple[Least1, ...]
     dense: Count
     rank_min: Least1 | None
     rank_mean: Number | None

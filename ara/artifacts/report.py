@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ara.artifacts.base import Many, Part, Results
+from ara.artifacts.base import Part, Results
 
 HTML_FILE = "report.html"
 JSON_FILE = "report.json"
@@ -26,4 +26,4 @@ class ReportResults(Results):
     title: str
     verdict: str
     checkpoint: str
-    missing: Many[MissingPart]
+    missing: tuple[MissingPart, ...]

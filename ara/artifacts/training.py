@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, TypeAdapter
 
-from ara.artifacts.base import LEFT_OUT, Count, Least1, Many, Number, Part, Rank, Results, Settings, Share
+from ara.artifacts.base import LEFT_OUT, Count, Least1, Number, Part, Rank, Results, Settings, Share
 from ara.config import Layout
 from ara.workspace.manifest import Manifest
 from ara.workspace.view import StageView
@@ -37,7 +37,7 @@ class TrainingSettings(Settings):
     objective: Literal["priced", "paper"]
     samples: Least1
     held_out: Least1
-    keep: Many[Share]
+    keep: tuple[Share, ...]
     layout: Layout = "factors"
     loss: str = ""
 
@@ -95,7 +95,7 @@ class TrainingResults(Results):
 
     Settings = TrainingSettings
     budgets: Mapping[Keep, TrainedBudget] = field(default_factory=dict)
-    log: Mapping[Keep, Many[LoggedStep]] = field(default_factory=dict)
+    log: Mapping[Keep, tuple[LoggedStep, ...]] = field(default_factory=dict)
     table_seconds: Number = 0.0
     table_windows: Count = 0
     stopped: str | None = None

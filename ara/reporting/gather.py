@@ -212,7 +212,7 @@ def _read_all(
     for manifest in manifests:
         try:
             parts.append(read(manifest))
-        except (CorruptedError, LookupError, ArithmeticError):
+        except (CorruptedError, LookupError, ValueError, ArithmeticError):
             what = f"{manifest.key} was written in another form and is left out"
             missing.append(Missing(what=what, command=_again(manifest, place, force=True)))
     return tuple(parts)

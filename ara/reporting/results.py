@@ -293,7 +293,8 @@ def read_bench(manifest: Manifest) -> Benched:
                     name: BenchRow(
                         seconds=_of_rounds(row.seconds),
                         tokens_per_second=_of_rounds(row.tokens_per_second),
-                        ratio=_spread(row.ratio) if row.ratio else None,
+                        # Rounds of different times make no ratio.
+                        ratio=_spread(row.ratio) if row.ratio and results.interleaved else None,
                         predicted=row.predicted,
                         macs=row.macs,
                         bytes_read=row.bytes_read,

@@ -172,11 +172,11 @@ def _measure(compared: BenchModels, cases: list[Case], config: BenchConfig, run:
         interleaved=len(groups) == 1,
         models=models,
         last_logits=costs[DENSE].last_logits,
-        cases=tuple(_case(case, seconds[case], costs, in_turn=len(groups) == 1) for case in cases),
+        cases=tuple(case_results(case, seconds[case], costs, in_turn=len(groups) == 1) for case in cases),
     )
 
 
-def _case(
+def case_results(
     case: Case, seconds: Mapping[str, Sequence[float]], costs: Mapping[str, Cost], *, in_turn: bool
 ) -> CaseResults:
     """Return a case's figures; the first model is the one that all are compared with.

@@ -170,7 +170,10 @@ class Measurement:
             raise CorruptedError(f"{self.stage.folder} holds continuations of other prompts", self._again)
         dense = models[DENSE].parameters
         answers = {task.name: self._answers(task) for task in self.questions.tasks}
-        tasks = {task.name: self._task(task, answers[task.name]) for task in self.questions.tasks}
+        tasks = {
+            task.name: task_results(task, answers[task.name], self.chosen, self.config.seed)
+            for task in self.questions.tasks
+        }
         return EvaluationResults(
             chosen=self.chosen,
             variants={
@@ -288,40 +291,46 @@ class Measurement:
             raise CorruptedError(f"{self.stage.folder} holds answers to other questions of {task.name}", self._again)
         return rows
 
-    def _task(self, task: Task, rows: Mapping[str, TaskPiece]) -> TaskResults:
-        """Return one task's figures, and how the chosen model compares with all others."""
-        metric = next(iter(rows.values())).headline
-        higher = task.definition.higher_is_better().get(metric) is not False
-        dense = rows[DENSE].metrics[metric] if DENSE in rows and higher else None
-        models = {
-            name: TaskFigures(
-                value=row.metrics[metric],
-                stderr=row.stderrs[metric],
-                # Of a mean of questions only, and where more is better: a share of a perplexity or error says nothing.
-                retained=row.metrics[metric] / dense if dense and row.stderrs[metric] is not None else None,
-                metrics=row.metrics,
-                stderrs=row.stderrs,
-            )
-            for name, row in rows.items()
-        }
-        compared = {}
-        if all(row.stderrs[metric] is not None for row in rows.values()):
-            ours = rows[self.chosen].values(metric)
-            compared = {
-                name: _difference(compare_pairs(ours, row.values(metric)))
-                for name, row in rows.items()
-                if name != self.chosen
-            }
-        return TaskResults(
-            kind="harness",
-            text=task.origin,
-            metric=metric,
-            examples=len(rows[self.chosen].answers),
-            of=task.documents,
-            seed=self.config.seed,
-            models=models,
-            compared=compared,
+
+def task_results(task: Task, rows: Mapping[str, TaskPiece], chosen: str, seed: int) -> TaskResults:
+    """Return one task's figures, and how the chosen model compares with all others.
+
+    Args:
+        task: of lm-eval.
+        rows: model → its answers.
+        chosen: name of the compressed model.
+        seed: by which the questions were drawn.
+    """
+    metric = next(iter(rows.values())).headline
+    higher = task.definition.higher_is_better().get(metric) is not False
+    dense = rows[DENSE].metrics[metric] if DENSE in rows and higher else None
+    models = {
+        name: TaskFigures(
+            value=row.metrics[metric],
+            stderr=row.stderrs[metric],
+            # Of a mean of questions only, and where more is better: a share of a perplexity or error says nothing.
+            retained=row.metrics[metric] / dense if dense and row.stderrs[metric] is not None else None,
+            metrics=row.metrics,
+            stderrs=row.stderrs,
         )
+        for name, row in rows.items()
+    }
+    compared = {}
+    if all(row.stderrs[metric] is not None for row in rows.values()):
+        ours = rows[chosen].values(metric)
+        compared = {
+            name: _difference(compare_pairs(ours, row.values(metric))) for name, row in rows.items() if name != chosen
+        }
+    return TaskResults(
+        kind="harness",
+        text=task.origin,
+        metric=metric,
+        examples=len(rows[chosen].answers),
+        of=task.documents,
+        seed=seed,
+        models=models,
+        compared=compared,
+    )
 
 
 def mean_accuracy(

@@ -24,7 +24,7 @@ from ara.config import (
     TruncateConfig,
 )
 from ara.models.sources import ModelSource
-from ara.pipeline import STAGES
+from ara.pipeline import steps
 from ara.version import __version__
 from ara_cli.app import app
 from export.config import ExportConfig
@@ -107,9 +107,9 @@ def test_help_lists_the_commands_in_the_order_of_the_pipeline():
     text = done("--help").stdout
     listed = re.findall(r"^  ([a-z-]+) ", text[text.index("Commands:") :], re.MULTILINE)
     others = ["compare", "bench", "report", "generate", "status", "models", "methods"]
-    assert listed == ["run", *(stage.name for stage in STAGES), *others]
+    assert listed == ["run", *(stage.name for stage in steps()), *others]
     assert listed == list(COMMANDS)
-    for stage in STAGES:
+    for stage in steps():
         assert f"  {stage.name} " in text
         assert stage.title in text
 
@@ -269,7 +269,7 @@ def test_status_shows_every_stage_and_state(copied):
     assert document["next"] == f"ara eval --tasks wikitext2 -w {copied}"
     text = done("status", "-w", copied).stdout
     rows = [line.split()[0] for line in text.splitlines() if line.strip() and line.split()[0] in CONFIGS]
-    assert list(dict.fromkeys(rows)) == [stage.name for stage in STAGES]
+    assert list(dict.fromkeys(rows)) == [stage.name for stage in steps()]
 
 
 def test_status_changes_nothing(copied):

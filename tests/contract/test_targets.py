@@ -66,8 +66,7 @@ def workspace(
     run_pipeline(
         DecomposeConfig(model=str(checkpoint("llama", None).folder), **settings),
         [AllocateConfig(keep=keep, method="uniform") for keep in (0.7, 0.6)],
-        TruncateConfig(),
-        None,
+        {"truncate": TruncateConfig()},
         Run(root),
     )
     view = export(config_of(target.name), Run(root), checkpoint="uniform-0.70")

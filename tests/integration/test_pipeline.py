@@ -360,8 +360,7 @@ def test_whole_pipeline_for_every_family(tmp_path, family, tiny_text):
     views = run_pipeline(
         DecomposeConfig(model=str(folder), text=tiny_text, samples=4, seq_len=40, **CPU),
         [AllocateConfig(keep=KEEP, method="energy")],
-        TruncateConfig(),
-        EvalConfig(tasks=(tiny_text,), seq_len=48, max_windows=2, **CPU),
+        {"truncate": TruncateConfig(), "eval": EvalConfig(tasks=(tiny_text,), seq_len=48, max_windows=2, **CPU)},
         Run(root),
     )
     assert [view.stage for view in views] == ["decompose", "allocate", "truncate", "eval"]
@@ -387,8 +386,7 @@ def test_whole_pipeline_for_every_method(tmp_path, tiny_settings, tiny_text, met
     views = run_pipeline(
         DecomposeConfig(**{**tiny_settings, "method": method}),
         [AllocateConfig(keep=KEEP, method=allocator)],
-        TruncateConfig(),
-        None,
+        {"truncate": TruncateConfig()},
         Run(tmp_path / "ws"),
     )
     prefix = "" if method == "two-sided" else f"{method}-"
@@ -529,8 +527,7 @@ def test_same_seed_gives_the_same_bytes(finished, tiny_settings, tmp_path):
     run_pipeline(
         DecomposeConfig(**tiny_settings),
         [AllocateConfig(keep=KEEP, method="energy")],
-        TruncateConfig(),
-        None,
+        {"truncate": TruncateConfig()},
         Run(root),
     )
     first = {name: sha for name, sha in contents(finished, "*.safetensors").items()}
@@ -603,8 +600,7 @@ def test_same_settings_do_nothing_again(copied, tiny_settings, tiny_text):
     run_pipeline(
         DecomposeConfig(**tiny_settings),
         [AllocateConfig(keep=KEEP, method="energy")],
-        TruncateConfig(),
-        EvalConfig(tasks=(tiny_text,), seq_len=64, max_windows=4, **CPU),
+        {"truncate": TruncateConfig(), "eval": EvalConfig(tasks=(tiny_text,), seq_len=64, max_windows=4, **CPU)},
         Run(copied),
     )
     after = stamps(copied)
@@ -631,7 +627,9 @@ def test_token_cache_is_used_and_not_trusted_blindly(copied, tiny_settings):
 
 def test_excluded_layers_stay_dense_and_uncounted(tmp_path, tiny_settings):
     config = DecomposeConfig(**tiny_settings, exclude=("*.down_proj", "model.layers.0.*"))
-    run_pipeline(config, [AllocateConfig(keep=KEEP, method="energy")], TruncateConfig(), None, Run(tmp_path / "ws"))
+    run_pipeline(
+        config, [AllocateConfig(keep=KEEP, method="energy")], {"truncate": TruncateConfig()}, Run(tmp_path / "ws")
+    )
     assert listing(tmp_path / "ws" / "decompose" / "two-sided") == {
         "manifest.json",
         "layer-001.safetensors",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from ara.pipeline import STAGES
+from ara.pipeline import steps
 from ara_cli.app import app
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -53,13 +53,13 @@ def test_readme_has_the_stages_in_the_order_of_the_pipeline():
     listed = re.search(r"^  stages/ +(.+)$", readme, re.MULTILINE)
     assert listed is not None
     modules = {"train-masks": "train_masks", "eval": "evaluate"}
-    inside = [modules.get(stage.name, stage.name) for stage in STAGES if stage.name != "export"]
+    inside = [modules.get(stage.name, stage.name) for stage in steps() if stage.name != "export"]
     assert listed.group(1).split(" · ") == [*inside, "compare", "bench", "report"]
     for name in inside:
         assert (REPOSITORY / "ara" / "stages" / f"{name}.py").is_file()
-    shown = [line.split()[1] for line in commands(readme) if line.split()[1] in [stage.name for stage in STAGES]]
+    shown = [line.split()[1] for line in commands(readme) if line.split()[1] in [stage.name for stage in steps()]]
     first_uses = list(dict.fromkeys(shown))[:5]
-    assert first_uses == [stage.name for stage in STAGES if stage.name != "export"]
+    assert first_uses == [stage.name for stage in steps() if stage.name != "export"]
 
 
 def test_readme_tree_names_what_is_there():
