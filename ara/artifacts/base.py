@@ -172,4 +172,4 @@ def _plain(value: Any) -> Any:
 
 @cache
 def _adapter(part: Hashable) -> TypeAdapter[Any]:
-    return TypeAdapter(part)
+    return TypeAdapter(cast(type, part))
