@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ara.artifacts.base import LEFT_OUT, Count, Number, Part, Rank, Results, Settings, Share
-from ara.config import Layout
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 
 PICTURE_FILE = "ranks.svg"
 
@@ -16,7 +16,7 @@ class ComparisonSettings(Settings):
     """What the report reads of a comparison's settings."""
 
     keep: Share
-    layout: Layout = "factors"
+    layout: LayoutName = DEFAULT_LAYOUT
 
 
 @dataclass(frozen=True)

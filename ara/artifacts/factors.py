@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import ConfigDict, Field, Strict
 
 from ara.artifacts.base import Count, Least1, Part, Results, Settings, StoredDtype
-from ara.config import Layout
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.workspace.manifest import Manifest
 from ara.workspace.view import StageView
 
@@ -68,14 +68,14 @@ class FactorsResults(Results):
         """Return what is wrong with settings, results or the table of tensors, or ``None``."""
         return super().problem(manifest) or _layers_problem(manifest, cls.parse(manifest.results))
 
-    def specs(self, layout: Layout = "factors") -> list[LinearSpec]:
+    def specs(self, layout: LayoutName = DEFAULT_LAYOUT) -> list[LinearSpec]:
         """Return the factorised layers, to be stored in ``layout``."""
         from ara.models.weights import LinearSpec
 
         return [LinearSpec(**asdict(layer), layout=layout) for layer in self.modules]
 
 
-def specs_of(decomposition: StageView, layout: Layout = "factors") -> list[LinearSpec]:
+def specs_of(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) -> list[LinearSpec]:
     """Return the factorised layers of a decomposition, to be stored in ``layout``."""
     return FactorsResults.read(decomposition).specs(layout)
 

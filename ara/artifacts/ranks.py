@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, Strict
 
 from ara.artifacts.base import Count, Least1, Number, Part, Results, Settings, Share
-from ara.artifacts.ranks_file import RANKS_FILE, read_ranks
-from ara.config import Layout
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.workspace.view import StageView
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class RanksSettings(Settings):
     min_rank: Least1
     min_keep: Annotated[float, Strict(), Field(ge=0, le=1)]
     exclude: tuple[str, ...]
-    layout: Layout = "factors"
+    layout: LayoutName = DEFAULT_LAYOUT
     keep: Share | None = None
     ranks_sha256: str | None = None
 
@@ -95,13 +94,15 @@ class RanksResults(Results):
     guard: GuardResults | None = None
 
 
-def layout_of(ranks: StageView) -> Layout:
+def layout_of(ranks: StageView) -> LayoutName:
     """Return the layout in which an allocation counts its parameters."""
     return RanksSettings.read(ranks).layout
 
 
 def read_allocation(ranks: StageView, specs: Sequence[LinearSpec]) -> Allocation:
     """Return the ranks of a finished allocation for its layers."""
+    from ara.artifacts.ranks_file import RANKS_FILE, read_ranks
+
     return read_ranks(ranks.path / RANKS_FILE, specs)
 
 

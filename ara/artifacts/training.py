@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, TypeAdapter
 
 from ara.artifacts.base import LEFT_OUT, Count, Least1, Number, Part, Rank, Results, Settings, Share
-from ara.config import Layout
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.workspace.manifest import Manifest
 from ara.workspace.view import StageView
 
@@ -38,7 +38,7 @@ class TrainingSettings(Settings):
     samples: Least1
     held_out: Least1
     keep: tuple[Share, ...]
-    layout: Layout = "factors"
+    layout: LayoutName = DEFAULT_LAYOUT
     loss: str = ""
 
 

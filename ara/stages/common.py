@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ara.config import DecomposeConfig, Layout
+from ara.config import DecomposeConfig
 from ara.environment import reset_peak_memory
 from ara.errors import ModelError, UsageError
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.context import context_length
 from ara.models.memory import available_bytes
 from ara.names import check_name, check_which
@@ -206,15 +207,15 @@ def groups_in_memory(
 
 
 def default_name(
-    factors: str, *parts: str, keep: float | Sequence[float] | None = None, layout: Layout = "factors"
+    factors: str, *parts: str, keep: float | Sequence[float] | None = None, layout: LayoutName = DEFAULT_LAYOUT
 ) -> str:
-    """Return a result's name: decomposition (unless the default), parts, keeps as 0.80, layout (unless factors)."""
+    """Return a result's name: decomposition (unless the default), parts, keeps as 0.80, layout (unless the default)."""
     words = [] if factors == DecomposeConfig.model_fields["method"].default else [factors]
     words += parts
     for one in [] if keep is None else keep if isinstance(keep, Sequence) else [keep]:
         short = f"{one:g}"
         words.append(short if len(short) > 4 else f"{one:.2f}")
-    return "-".join(words if layout == "factors" else [*words, layout])
+    return "-".join(words if layout == DEFAULT_LAYOUT else [*words, layout])
 
 
 def already_done(view: StageView, run: Run) -> StageView:

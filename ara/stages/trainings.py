@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from ara.artifacts.ranks_file import from_table
 from ara.artifacts.training import TABLE_FILE, TrainingResults, TrainingSettings, masks_file, stopped_early
-from ara.config import Layout, TrainMasksConfig, TuningConfig
+from ara.config import TrainMasksConfig, TuningConfig
 from ara.errors import CorruptedError, WorkspaceError
+from ara.layout_names import LayoutName
 from ara.masks.context import TuningContext
 from ara.masks.rank_losses import LearnedLosses
 from ara.models.weights import LinearSpec
@@ -47,7 +48,7 @@ def require_training(workspace: Workspace, decomposition: StageView, name: str |
 def find_training(
     workspace: Workspace,
     decomposition: StageView,
-    layout: Layout,
+    layout: LayoutName,
     keep: float | None,
     report: Reporter,
     name: str | None = None,
@@ -79,7 +80,7 @@ def find_training(
     return _told(workspace.require("training", fitting[-1].key), layout, report) if fitting else None
 
 
-def _told(training: StageView, layout: Layout, report: Reporter) -> StageView:
+def _told(training: StageView, layout: LayoutName, report: Reporter) -> StageView:
     if _layout(training) != layout:
         report.fact(f"{training.key} was made for layout {_layout(training)}; losses of ranks serve {layout}, too")
     return training
@@ -111,11 +112,11 @@ def covering_training(
     return None
 
 
-def _layout(training: StageView) -> Layout:
+def _layout(training: StageView) -> LayoutName:
     return TrainingSettings.read(training).layout
 
 
-def _serves(training: StageView, layout: Layout) -> bool:
+def _serves(training: StageView, layout: LayoutName) -> bool:
     return TrainingSettings.read(training).objective == "priced" or _layout(training) == layout
 
 

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ara.layout_names import DEFAULT_LAYOUT
 from ara.pipeline import Stage, kind_named, next_stage, producers, stages, steps
 from ara.workspace.store import DEFAULT_ROOT, Workspace
 from ara.workspace.view import StageView, parent_of
@@ -100,9 +101,9 @@ def _created(view: StageView) -> str:
 def _budget_words(training: StageView) -> list[str]:
     """Return the options of ``ara allocate`` that go with a training."""
     assert training.manifest is not None
-    layout = training.manifest.config.get("layout", "factors")
+    layout = training.manifest.config.get("layout", DEFAULT_LAYOUT)
     return [
         "--keep",
         f"{training.manifest.config['keep'][0]:g}",
-        *([] if layout == "factors" else ["--layout", layout]),
+        *([] if layout == DEFAULT_LAYOUT else ["--layout", layout]),
     ]

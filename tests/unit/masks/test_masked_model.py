@@ -9,7 +9,7 @@ from ara.artifacts.factors import layer_file
 from ara.errors import NumericalError
 from ara.masks.model import MaskedModel
 from ara.masks.sensitivity_table import sensitivity_tables
-from ara.models.checkpoint import apply_factors
+from ara.models.low_rank import apply_factors
 from ara.models.weights import find_linears
 from tests.tiny import tiny_model
 from tests.toy import toy_problem
