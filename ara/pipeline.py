@@ -238,6 +238,13 @@ def next_stage(name: str) -> Stage | None:
     return next((stage for stage in after if made in stage.consumes and not stage.optional and not stage.aside), None)
 
 
+def naming_words(stage: str, name: str) -> list[str]:
+    """Return the option that names a result on the command line: ``--checkpoint NAME``, or ``--from STAGE/NAME``."""
+    kind = kind_of(stage)
+    assert kind is not None, stage
+    return [kind.option, name] if producers(kind.name)[0] == stage else ["--from", f"{stage}/{name}"]
+
+
 def _load(target: str) -> Any:
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)

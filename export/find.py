@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from shlex import quote
+import shlex
 
 from ara.artifacts.checkpoint import CHECKPOINT
 from ara.artifacts.graph import GraphResults, GraphSettings
 from ara.errors import WorkspaceError
+from ara.pipeline import naming_words
 from ara.stages import bench_models, evaluate
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView, parent_of
@@ -92,7 +93,7 @@ def latest_export(target: Target, workspace: Workspace, truncated: StageView, na
     there = "; ".join(_why_not(view, truncated) for view in views)
     raise WorkspaceError(
         f"{truncated.key} has no export that can be run: {there}" if there else f"{truncated.key} was not exported",
-        f"make one: {target.command} --from {quote(truncated.key)}",
+        f"make one: {target.command} {shlex.join(naming_words(truncated.stage, truncated.name))}",
     )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ara.artifacts.checkpoint import CheckpointResults, CheckpointSettings
 from ara.errors import CorruptedError
-from ara.pipeline import producers
+from ara.pipeline import naming_words
 from ara.reporting.document import Layer, Missing, Report, Work
 from ara.reporting.pareto import Measured, perplexity_fronts, speed_front
 from ara.reporting.results import (
@@ -234,8 +234,7 @@ def _anew(key: str, place: tuple[str, ...]) -> str:
 def _missing(report: Report, checkpoint: Manifest, place: tuple[str, ...]) -> list[Missing]:
     """Return what nobody has measured or made yet, each with its command."""
     found: list[tuple[str, list[str]]] = []
-    usual = checkpoint.stage == producers("checkpoint")[0]
-    this = ["--checkpoint", checkpoint.name] if usual else ["--from", checkpoint.key]
+    this = naming_words(checkpoint.stage, checkpoint.name)
     keep = f"{report.allocation.keep or report.allocation.linear_keep:g}"
     if not any(evaluation.texts for evaluation in report.evaluations):
         found.append(("perplexity", ["eval", "--tasks", "wikitext2", *this]))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ara.layout_names import DEFAULT_LAYOUT
-from ara.pipeline import Stage, kind_named, next_stage, producers, stages, steps
+from ara.pipeline import Stage, naming_words, next_stage, producers, stages, steps
 from ara.workspace.store import DEFAULT_ROOT, Workspace
 from ara.workspace.view import StageView, parent_of
 
@@ -86,8 +86,7 @@ def _naming(view: StageView, views: Sequence[StageView]) -> list[str]:
     whole = [other for other in rivals if other.manifest is not None]
     if len(whole) == len(rivals) and max(whole, key=_created).key == view.key:
         return []
-    namesakes = [other for other in rivals if other.name == view.name]
-    return [kind_named(view.kind).option, view.name] if len(namesakes) == 1 else ["--from", view.key]
+    return naming_words(view.stage, view.name)
 
 
 def _is_child(view: StageView, parent: StageView) -> bool:
