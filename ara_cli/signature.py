@@ -17,7 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
@@ -90,26 +90,25 @@ def command_line(
 
 
 def _part(parameter: inspect.Parameter) -> _Part:
+    """Return the part that the type of a parameter asks for."""
     hint = parameter.annotation
     kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     if get_origin(kind) is Maker:
-        (config,) = get_args(kind)
-        return _config(config, functools.partial, *extras)
+        return _makers(get_args(kind)[0], *extras)
     if inspect.isclass(kind) and issubclass(kind, StageConfig):
-        return _config(kind, lambda make, given: make(given), *extras)
+        makers = _makers(kind, *extras)
+        return replace(makers, value=lambda given: makers.value(given)())
     if is_dataclass(kind):
         return _group(kind, *extras)
     return _Part((parameter,), lambda given: given[parameter.name])
 
 
-def _config(
-    config: type[StageConfig], use: Callable[[Callable[..., Any], Given], Any], only: Only | None = None
-) -> _Part:
-    """Return the options of a config; ``use`` is given what builds it, and what Typer gives."""
+def _makers(config: type[StageConfig], only: Only | None = None) -> _Part:
+    """Return the options of a config; the value is a function that builds it."""
     options = field_options(config, only)
     parameters = tuple(parameter for option in options for parameter in option.parameters())
     may_be_empty = frozenset(option.name for option in options if option.flag.may_be_empty)
-    return _Part(parameters, functools.partial(use, functools.partial(_make, config, options)), may_be_empty)
+    return _Part(parameters, lambda given: functools.partial(_make, config, options, given), may_be_empty)
 
 
 def _make(config: type[StageConfig], options: Iterable[FieldOption], given: Given, /, **more: Any) -> Any:
