@@ -25,7 +25,8 @@ class BenchConfig(PlacementConfig):
     decode: Annotated[tuple[_Tokens, ...], Flag(metavar="LENGTHS", commas="length", may_be_empty=True)] = Field(
         (512,),
         max_length=bounds.MAX_CASES,
-        description="tokens behind which one more is decoded; several with commas, '' for none",
+        description="context lengths (tokens in the KV cache) at which one token is decoded; several with commas, "
+        "'' for none",
     )
     batch: Annotated[tuple[_Rows, ...], Flag(metavar="SIZES", commas="size")] = Field(
         (1, 4), min_length=1, max_length=bounds.MAX_CASES, description="rows at once; several with commas"

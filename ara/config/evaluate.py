@@ -33,7 +33,7 @@ class EvalConfig(PlacementConfig):
     limit: int | None = Field(
         None, ge=1, le=bounds.MAX_COUNT, description="ask only N questions of each task, drawn at random"
     )
-    seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="of that draw")
+    seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="random seed of the questions that --limit draws")
     batch_size: int = Field(1, ge=1, le=bounds.MAX_BATCH, description="windows, or texts of a task, per forward pass")
     include_path: Annotated[tuple[str, ...], Flag(metavar="DIR")] = Field(
         (),
