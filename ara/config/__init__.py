@@ -14,7 +14,7 @@ from ara.config.evaluate import EvalConfig
 from ara.config.generate import GenerateConfig
 from ara.config.train_masks import MaskTrainingOptions, TrainMasksConfig
 from ara.config.truncate import TruncateConfig
-from ara.config.tuning import BudgetConfig, Layout, TuningConfig
+from ara.config.tuning import BudgetConfig, TuningConfig
 
 __all__ = [
     "AllocateConfig",
@@ -24,7 +24,6 @@ __all__ = [
     "DecomposeConfig",
     "EvalConfig",
     "GenerateConfig",
-    "Layout",
     "MaskTrainingOptions",
     "MethodOptions",
     "PlacementConfig",

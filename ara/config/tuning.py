@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from ara import bounds
 from ara.config.base import Exclude, PlacementConfig, StageConfig
-
-Layout = Literal["factors", "pivoted"]
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 
 
 class TuningConfig(PlacementConfig):
@@ -30,8 +27,8 @@ class TuningConfig(PlacementConfig):
 class BudgetConfig(StageConfig):
     """What limits the ranks of every layer, and what a rank costs, beside the budget itself."""
 
-    layout: Layout = Field(
-        "factors",
+    layout: LayoutName = Field(
+        DEFAULT_LAYOUT,
         description="storage of a layer of rank k: factors (A and B, k(m+n) parameters) or pivoted "
         "(k rows of BA, the others as combinations of them, k(m+n-k))",
     )
