@@ -331,7 +331,7 @@ def _comparison_figure(view: StageView) -> str:
 
 
 def _report_figure(view: StageView) -> str:
-    return f"of checkpoint {ReportResults.read(view).checkpoint}, {HTML_FILE}"
+    return f"of {manifest_of(view).parents[0].key}, {HTML_FILE}"
 
 
 # What ``ara status`` shows of a result, by kind.

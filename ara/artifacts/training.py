@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, TypeAdapter
 
@@ -117,8 +117,15 @@ def stopped_early(training: StageView) -> str | None:
     return TrainingResults.read(training).stopped if training.manifest is not None else None
 
 
-def training_cost(training: StageView, keep: float) -> tuple[float, int]:
-    """Return seconds and backward passes of a training up to its budget ``keep``.
+class TrainingCost(NamedTuple):
+    """Seconds and backward passes of a training."""
+
+    seconds: float
+    backward_passes: int
+
+
+def training_cost(training: StageView, keep: float) -> TrainingCost:
+    """Return the cost of a training up to its budget ``keep``.
 
     They cover the sensitivity table and the larger budgets from whose losses this one started.
     """
@@ -131,4 +138,4 @@ def training_cost(training: StageView, keep: float) -> tuple[float, int]:
         seconds, passes = seconds + row.seconds, passes + row.backward_passes
         if (unrecorded if row.start is None else row.start) != LEARNED:
             break
-    return seconds, passes
+    return TrainingCost(seconds, passes)

@@ -140,9 +140,13 @@ def _measure_all(
         try:
             row = _measure(method, config, modules, context, windows)
             if method == "ara" and trained is not None and context.learned:
-                seconds, passes = training_cost(trained, nearest(context.learned, config.keep).keep)
+                spent = training_cost(trained, nearest(context.learned, config.keep).keep)
                 assert row.seconds is not None and row.backward_passes is not None
-                row = replace(row, seconds=row.seconds + seconds, backward_passes=row.backward_passes + passes)
+                row = replace(
+                    row,
+                    seconds=row.seconds + spent.seconds,
+                    backward_passes=row.backward_passes + spent.backward_passes,
+                )
         except NumericalError as error:
             # One method that yields NaN is a result; the others are still of use.
             run.report.warn(f"{method}: {error}")

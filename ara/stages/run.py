@@ -15,6 +15,7 @@ from ara.config import (
     TuningConfig,
 )
 from ara.data.texts import check_text_spec
+from ara.evaluation.task_folders import open_task_folders
 from ara.evaluation.tasks import check_task, expand, is_text
 from ara.models.placement import choose_placement
 from ara.pipeline import Stage, kind_named, steps
@@ -87,12 +88,13 @@ def _training(budgets: Sequence[AllocateConfig], factors: StageView, run: Run) -
 
 def _check_ahead(budgets: Sequence[AllocateConfig], later: Mapping[str, StageConfig], run: Run) -> None:
     """Refuse names that a later stage does not know before the first one has worked for hours."""
-    for config in budgets:
-        if config.method != AUTO:
-            refuse_layout(config.method, config.layout)
-    measured = [config for config in later.values() if isinstance(config, EvalConfig)]
-    for task in (task for config in measured for task in expand(config.tasks)):
-        check_text_spec(task) if is_text(task) else check_task(task, run.report)
+    for budget in budgets:
+        if budget.method != AUTO:
+            refuse_layout(budget.method, budget.layout)
+    for config in (config for config in later.values() if isinstance(config, EvalConfig)):
+        own = open_task_folders(config.include_path)
+        for task in expand(config.tasks, own):
+            check_text_spec(task) if is_text(task) else check_task(task, run.report, own)
 
 
 def training_for(configs: Sequence[AllocateConfig]) -> TrainMasksConfig:

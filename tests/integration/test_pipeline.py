@@ -120,7 +120,7 @@ def test_every_file_of_a_stage_is_in_its_manifest(finished):
         card = {"checkpoint/README.md"} if view.stage == "truncate" else set()
         assert listing(view.path) == {*view.manifest.files, *card, "manifest.json"}
         assert not card & set(view.manifest.files)
-        Workspace.open(finished).require(view.stage, view.name)
+        Workspace.open(finished).require(view.kind, view.name)
 
 
 def test_manifests_tell_how_everything_was_made(finished, tiny_settings, tiny_llama):

@@ -330,8 +330,8 @@ def test_a_later_budget_starts_at_the_better_of_two_places(learned, monkeypatch,
     assert len(places) == 2 and places[0] != places[1]
     assert budgets["0.6"]["start_held_out"] == pytest.approx(places[winner == "learned"], rel=1e-6)
     before = budgets["0.8"]["backward_passes"] if winner == "learned" else 0
-    assert training_cost(view, 0.6)["backward_passes"] == 8 + before + 12
-    assert training_cost(view, 0.8)["backward_passes"] == 8 + 12
+    assert training_cost(view, 0.6).backward_passes == 8 + before + 12
+    assert training_cost(view, 0.8).backward_passes == 8 + 12
 
 
 @pytest.mark.parametrize(("objective", "passes"), [("priced", 8 + 12 + 12), ("paper", 8 + 12)])
@@ -340,7 +340,7 @@ def test_the_cost_of_a_training_that_does_not_say_where_it_started(learned, obje
     view.manifest.config["objective"] = objective
     for row in view.manifest.results["budgets"].values():
         del row["start"]
-    assert training_cost(view, 0.6)["backward_passes"] == passes
+    assert training_cost(view, 0.6).backward_passes == passes
 
 
 def test_compare_counts_what_the_training_has_cost(learned, tiny_text):  # noqa: F811
