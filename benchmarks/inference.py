@@ -30,8 +30,7 @@ from ara.layouts.modeling_ara import CompressedLinear, LowRankLinear, PivotedLin
 from ara.models.checkpoint import apply_factors, load, save_checkpoint
 from ara.models.silence import silence_transformers
 from ara.models.weights import find_linears
-from ara.solver.budget import Budget
-from ara.solver.problem import Module
+from ara.solver.problem import Budget, Module
 from ara.stages.allocate import load_modules
 from ara.stages.common import Run, factor_files, model_of
 from ara.stages.decompose import decompose

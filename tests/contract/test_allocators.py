@@ -18,8 +18,7 @@ from ara.decomposition.base import MethodOptions
 from ara.errors import UsageError
 from ara.masks.context import TuningContext
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
-from ara.solver.problem import Allocation, Module
+from ara.solver.problem import Allocation, Budget, Module
 from tests.toy import toy_problem
 
 NAMES = ALLOCATORS.names()
@@ -103,7 +102,7 @@ def _check(allocation: Allocation, modules: list[Module], budget: Budget) -> Non
     """Hold an allocation against the promises of :meth:`Allocator.allocate`, counted anew."""
     specs = _specs(modules)
     assert list(allocation.ranks) == [spec.name for spec in specs]
-    left = budget.parameters
+    left = budget.limit
     steps = []
     for spec in specs:
         rank = allocation.ranks[spec.name]
@@ -247,9 +246,9 @@ def test_an_impossible_budget_suggests_one_that_works(
         assert f"already cost {least:,}" in message
         suggested = _suggested(error)
         assert suggested <= 1
-        assert Budget.for_keep(specs, suggested, rank_multiple, min_rank).parameters >= least
+        assert Budget.for_keep(specs, suggested, rank_multiple, min_rank).limit >= least
     else:
-        assert least <= budget.parameters <= keep * dense + 1e-6
+        assert least <= budget.limit <= keep * dense + 1e-6
 
 
 def test_an_impossible_budget_is_refused() -> None:
@@ -282,7 +281,7 @@ def test_more_keep_never_costs_less(problems: Problems, name: str, rank_multiple
     assert len(keeps) > 15
     if name in LOOKING:
         keeps = keeps[:: len(keeps) // 5]
-    costs = [_allocate(name, modules, _budget(modules, k, rank_multiple), context).cost(specs) for k in keeps]
+    costs = [_allocate(name, modules, _budget(modules, k, rank_multiple), context).parameters(specs) for k in keeps]
     assert costs == sorted(costs) and costs[0] < costs[-1]
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from ara.errors import UsageError
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget, lower_hull, minimise_loss, spend_rest
-from ara.solver.problem import Allocation, cost
+from ara.solver.greedy import lower_hull, minimise_loss
+from ara.solver.problem import Allocation, Budget, Choice
+from ara.solver.rounding import spend_rest
 from tests.oracles import allocation as oracle
 
 
@@ -41,27 +42,27 @@ def test_choices_are_the_ranks_below_break_even_then_dense(
     m: int, n: int, rank_multiple: int, min_rank: int, ranks: list[int]
 ) -> None:
     choices = Budget(0, rank_multiple, min_rank).choices(_spec(m, n))
-    assert choices == [*((k, k * (m + n)) for k in ranks), (None, m * n)]
+    assert choices == (*(Choice(k, 16, k * (m + n)) for k in ranks), Choice(None, 16, m * n))
 
 
 @pytest.mark.parametrize(("keep", "parameters"), [(0.8, 800_000), (0.7, 700_000), (1 / 3, 333_333), (1.0, 1_000_000)])
 def test_the_limit_is_the_floor_of_the_product_without_rounding_loss(keep: float, parameters: int) -> None:
-    assert Budget.for_keep([_spec(1000, 1000)], keep).parameters == parameters
+    assert Budget.for_keep([_spec(1000, 1000)], keep).limit == parameters
 
 
 def test_the_least_ranks_decide_what_is_impossible() -> None:
     specs = [_spec(30, 20), _spec(41, 17)]
     least = 50 + 58
-    assert Budget.for_keep(specs, (least + 0.5) / (600 + 697)).parameters == least
+    assert Budget.for_keep(specs, (least + 0.5) / (600 + 697)).limit == least
     with pytest.raises(UsageError, match=f"allows {least - 1:,} parameters.*already cost {least:,}"):
         Budget.for_keep(specs, (least - 0.5) / (600 + 697))
 
 
 def test_costs_of_an_allocation() -> None:
     specs = [_spec(30, 20, 0), _spec(41, 17, 1)]
-    allocation = Allocation({"b.0": 4, "b.1": None})
-    assert cost(specs[0], 4) == 200 and cost(specs[1], None) == 697
-    assert allocation.cost(specs) == 897
+    allocation = Allocation.of_ranks(specs, {"b.0": 4, "b.1": None})
+    assert allocation.choices == {"b.0": Choice(4, 16, 200), "b.1": Choice(None, 16, 697)}
+    assert allocation.cost == allocation.parameters(specs) == 897
     assert allocation.keep(specs) == 897 / 1297
     assert allocation.dense_count() == 1
 
@@ -134,7 +135,7 @@ def test_minimise_loss_is_within_one_hull_edge_of_the_bound(
     specs = [_spec(m, n, i) for i, (m, n, _) in enumerate(layers)]
     dense = sum(spec.dense_cost for spec in specs)
     free = Budget(dense, rank_multiple)
-    least = sum(free.choices(spec)[0][1] for spec in specs)
+    least = sum(free.choices(spec)[0].cost for spec in specs)
     budget = Budget(max(int(keep * dense), least), rank_multiple)
     tables, losses = [], []
     for spec, (_, _, seed) in zip(specs, layers, strict=True):
@@ -143,15 +144,15 @@ def test_minimise_loss_is_within_one_hull_edge_of_the_bound(
         drops = torch.rand(len(options), generator=generator, dtype=torch.float64) ** 3
         loss = drops.flip(0).cumsum(0).flip(0) - drops[-1]  # dense loses nothing
         losses.append(loss)
-        tables.append([(cost, value) for (_, cost), value in zip(options, loss.tolist(), strict=True)])
+        tables.append([(choice.cost, value) for choice, value in zip(options, loss.tolist(), strict=True)])
 
     picks = minimise_loss(specs, losses, budget)
 
     spent = sum(table[pick][0] for table, pick in zip(tables, picks, strict=True))
     ours = sum(table[pick][1] for table, pick in zip(tables, picks, strict=True))
-    assert spent <= budget.parameters
-    best = oracle.least_loss(tables, budget.parameters)
-    bound = oracle.lagrangian_bound(tables, budget.parameters)
+    assert spent <= budget.limit
+    best = oracle.least_loss(tables, budget.limit)
+    bound = oracle.lagrangian_bound(tables, budget.limit)
     edge = 0.0
     for table in tables:
         costs, values = [c for c, _ in table], [v for _, v in table]

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from ara.config import Layout
 from ara.models.weights import LinearSpec
-from ara.solver import knapsack
-from ara.solver.budget import Budget, minimise_loss
+from ara.solver import core, knapsack
+from ara.solver.greedy import minimise_loss
 from ara.solver.knapsack import exact_minimise
+from ara.solver.problem import Budget
 from tests.oracles import allocation as oracle
 
 
@@ -24,15 +25,15 @@ def _specs(shapes: Sequence[tuple[int, int]], layout: Layout = "factors") -> lis
 def _budget(specs: Sequence[LinearSpec], keep: float, rank_multiple: int = 1) -> Budget:
     """Return the budget of ``keep``, or the least feasible one."""
     budget = Budget(int(keep * sum(spec.dense_cost for spec in specs)), rank_multiple)
-    least = sum(budget.choices(spec)[0][1] for spec in specs)
-    return Budget(max(budget.parameters, least), rank_multiple)
+    least = sum(budget.choices(spec)[0].cost for spec in specs)
+    return Budget(max(budget.limit, least), rank_multiple)
 
 
 def _tables(
     specs: Sequence[LinearSpec], losses: Sequence[torch.Tensor], budget: Budget
 ) -> list[list[tuple[int, float]]]:
     return [
-        [(cost, value) for (_, cost), value in zip(budget.choices(spec), loss.tolist(), strict=True)]
+        [(choice.cost, value) for choice, value in zip(budget.choices(spec), loss.tolist(), strict=True)]
         for spec, loss in zip(specs, losses, strict=True)
     ]
 
@@ -45,10 +46,10 @@ def _loss(losses: Sequence[torch.Tensor], picks: Sequence[int]) -> float:
 def _check_budget(specs: Sequence[LinearSpec], picks: Sequence[int], budget: Budget) -> None:
     """Hold picks against the promises of ``Allocator.allocate``."""
     assert len(picks) == len(specs)
-    left, steps = budget.parameters, []
+    left, steps = budget.limit, []
     for spec, pick in zip(specs, picks, strict=True):
         assert type(pick) is int and pick >= 0
-        costs = [cost for _, cost in budget.choices(spec)]
+        costs = [choice.cost for choice in budget.choices(spec)]
         left -= costs[pick]
         if pick + 1 < len(costs):
             steps.append(costs[pick + 1] - costs[pick])
@@ -92,7 +93,7 @@ def test_any_whole_losses_are_minimised_exactly(
     picks = exact_minimise(specs, losses, budget)
     _check_budget(specs, picks, budget)
     # Without the rest that must be spent, the loss as given could be reached: it is what brute force finds.
-    assert _loss(losses, picks) == oracle.least_loss(_tables(specs, losses, budget), budget.parameters)
+    assert _loss(losses, picks) == oracle.least_loss(_tables(specs, losses, budget), budget.limit)
 
 
 @settings(max_examples=250, deadline=None, derandomize=True)
@@ -120,7 +121,7 @@ def test_falling_losses_are_minimised_and_never_worse_than_greedy(
     _check_budget(specs, picks, budget)
     loss = sum(float(values[pick]) for values, pick in zip(losses, picks, strict=True))
     tables = _tables(specs, losses, budget)
-    assert loss == pytest.approx(oracle.least_loss(tables, budget.parameters), rel=1e-11)
+    assert loss == pytest.approx(oracle.least_loss(tables, budget.limit), rel=1e-11)
     greedy = minimise_loss(specs, losses, budget)
     assert loss <= sum(float(values[pick]) for values, pick in zip(losses, greedy, strict=True)) * (1 + 1e-12)
 
@@ -148,7 +149,7 @@ def _whole(curve: Callable[[torch.Tensor, torch.Generator], torch.Tensor]) -> Ca
         generator = torch.Generator().manual_seed(seed)
         result = []
         for spec in specs:
-            cost = torch.tensor([cost for _, cost in budget.choices(spec)], dtype=torch.float64)
+            cost = torch.tensor([choice.cost for choice in budget.choices(spec)], dtype=torch.float64)
             size = 10 ** float(2 * torch.rand((), generator=generator))
             result.append((1e5 * size * curve(cost / spec.dense_cost, generator)).round())
         return result
@@ -164,7 +165,7 @@ def _fee(specs: Sequence[LinearSpec], budget: Budget, seed: int) -> list[torch.T
     """Return what is saved of the cost, and a fee unless dense: strongly correlated, the hardest kind."""
     options = [(spec, budget.choices(spec)) for spec in specs]
     return [
-        torch.tensor([spec.dense_cost - cost + 1000 * (rank is not None) for rank, cost in choices]).double()
+        torch.tensor([spec.dense_cost - c.cost + 1000 * (c.rank is not None) for c in choices]).double()
         for spec, choices in options
     ]
 
@@ -194,7 +195,7 @@ def test_the_loss_is_that_of_dynamic_programming_over_every_cost(
     losses = _CURVES[curve](specs, budget, seed=int(100 * keep))
     picks = exact_minimise(specs, losses, budget)
     _check_budget(specs, picks, budget)
-    assert _loss(losses, picks) == _least_loss(_tables(specs, losses, budget), budget.parameters)
+    assert _loss(losses, picks) == _least_loss(_tables(specs, losses, budget), budget.limit)
 
 
 def test_costs_proportional_to_losses_fill_the_budget() -> None:
@@ -203,11 +204,11 @@ def test_costs_proportional_to_losses_fill_the_budget() -> None:
     for parameters in (60_001, 73_210):
         budget = Budget(parameters)
         losses = [
-            torch.tensor([spec.dense_cost - cost for _, cost in budget.choices(spec)], dtype=torch.float64)
+            torch.tensor([spec.dense_cost - choice.cost for choice in budget.choices(spec)], dtype=torch.float64)
             for spec in specs
         ]
         picks = exact_minimise(specs, losses, budget)
-        spent = sum(budget.choices(spec)[pick][1] for spec, pick in zip(specs, picks, strict=True))
+        spent = sum(budget.choices(spec)[pick].cost for spec, pick in zip(specs, picks, strict=True))
         assert spent == parameters
 
 
@@ -223,7 +224,7 @@ def test_seven_billion_parameters(noise: float) -> None:
     generator = torch.Generator().manual_seed(0)
     losses = []
     for spec in specs:
-        x = torch.tensor([cost for _, cost in budget.choices(spec)], dtype=torch.float64) / spec.dense_cost
+        x = torch.tensor([choice.cost for choice in budget.choices(spec)], dtype=torch.float64) / spec.dense_cost
         power, size = (float(value) for value in torch.rand(2, generator=generator))
         losses.append(10**size * (1 - x) ** (1.5 + power) * (1 + noise * _noise(x, generator)))
     falling = [loss.cummin(0).values for loss in losses]
@@ -233,10 +234,10 @@ def test_seven_billion_parameters(noise: float) -> None:
     assert ours < greedy
     # No allocation beats the bound of any price; with so many layers the optimum all but reaches the best one.
     bounds = []
-    costs = [torch.tensor([cost for _, cost in budget.choices(spec)], dtype=torch.float64) for spec in specs]
+    costs = [torch.tensor([choice.cost for choice in budget.choices(spec)], dtype=torch.float64) for spec in specs]
     for price in torch.logspace(-8.5, -6.5, 60, dtype=torch.float64):
         relaxed = sum(float((loss + price * cost).min()) for loss, cost in zip(falling, costs, strict=True))
-        bounds.append(relaxed - float(price) * budget.parameters)
+        bounds.append(relaxed - float(price) * budget.limit)
     assert max(bounds) <= ours <= max(bounds) + 0.01 * abs(ours)
 
 
@@ -293,7 +294,7 @@ def test_too_many_states_are_merged_and_still_never_worse_than_greedy(
     limit: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     specs = _specs(_MIXED * 2)
-    monkeypatch.setattr(knapsack, limit, value)
+    monkeypatch.setattr(core, limit, value)
     above = []
     for keep in (0.2, 0.5, 0.65, 0.8):
         for curve in ("fee", "concave", "stairs", "noise"):
@@ -301,7 +302,7 @@ def test_too_many_states_are_merged_and_still_never_worse_than_greedy(
             losses = _CURVES[curve](specs, budget, seed=4)
             picks = exact_minimise(specs, losses, budget)
             _check_budget(specs, picks, budget)
-            least = _least_loss(_tables(specs, losses, budget), budget.parameters)
+            least = _least_loss(_tables(specs, losses, budget), budget.limit)
             falling = [loss.cummin(0).values for loss in losses]
             assert least <= _loss(losses, picks) <= _loss(losses, minimise_loss(specs, falling, budget))
             above.append(_loss(losses, picks) - least)
@@ -327,7 +328,7 @@ def test_blocks_are_only_for_memory(curve: str, monkeypatch: pytest.MonkeyPatch)
     budget = _budget(specs, 0.6)
     losses = _CURVES[curve](specs, budget, seed=5)
     picks = exact_minimise(specs, losses, budget)
-    monkeypatch.setattr(knapsack, "_BLOCK", 7)
+    monkeypatch.setattr(core, "_BLOCK", 7)
     assert exact_minimise(specs, losses, budget) == picks
 
 
