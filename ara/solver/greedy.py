@@ -30,7 +30,7 @@ def minimise_loss(specs: Sequence[LinearSpec], losses: Sequence[torch.Tensor], b
         lower_hull([choice.cost for choice in options], loss.tolist())
         for options, loss in zip(choices, losses, strict=True)
     ]
-    left = budget.limit - sum(options[hull[0]].cost for options, hull in zip(choices, hulls, strict=True))
+    left = budget.limit - sum(options[0].cost for options in choices)
     return spend_on_steps(specs, losses, climb(choices, losses, hulls, left)[0], budget)
 
 

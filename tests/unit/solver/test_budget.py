@@ -67,6 +67,49 @@ def test_costs_of_an_allocation() -> None:
     assert allocation.dense_count() == 1
 
 
+def test_a_budget_in_bytes_counts_whole_bytes_of_the_bits_of_the_model() -> None:
+    spec = LinearSpec("b.0", 0, "l", 5, 4, bits=3)  # 9 parameters a rank, 20 dense: 27, 54 and 60 bits
+    budget = Budget(7, unit="bytes")
+    assert budget.choices(spec) == (Choice(1, 3, 4), Choice(2, 3, 7), Choice(None, 3, 8))
+    assert budget.dense_cost(spec) == 8
+    assert budget.in_parameters([spec]) == 7 * 20 / 8
+    assert Budget(7).in_parameters([spec]) == 7
+
+
+def test_a_rank_is_not_offered_where_a_larger_one_has_as_many_bytes() -> None:
+    spec = _spec(3, 2)  # 5 parameters at rank 1, 6 dense
+    assert Budget(9, unit="bytes", bits=(1,)).choices(spec) == (Choice(None, 1, 1),)
+    assert Budget(9, unit="bytes", bits=(8,)).choices(spec) == (Choice(1, 8, 5), Choice(None, 8, 6))
+
+
+def test_several_bit_widths_are_listed_by_cost_and_steps_stay_at_one_width() -> None:
+    spec = _spec(7, 5)  # 12 parameters a rank, 35 dense
+    budget = Budget(70, unit="bytes", bits=(16, 8))
+    rows = [(1, 8, 12), (1, 16, 24), (2, 8, 24), (None, 8, 35), (2, 16, 48), (None, 16, 70)]
+    assert [(c.rank, c.bits, c.cost) for c in budget.choices(spec)] == [rows[i] for i in (0, 2, 1, 3, 4, 5)]
+    assert list(budget.rank_steps(spec, 0)) == [0, 1, 3]
+    assert list(budget.rank_steps(spec, 2)) == [2, 4, 5]
+    assert list(Budget(70).rank_steps(spec, 1)) == [1, 2]
+    with pytest.raises(ValueError, match="chooses ranks alone, the budget offers 2 bit widths"):
+        budget.rank_choices(spec)
+    fixed = Budget(70, unit="bytes", bits=(8, 16), dense=frozenset({"b.0"}))
+    assert fixed.choices(spec) == (Choice(None, 8, 35), Choice(None, 16, 70))
+    assert budget.choices(spec)[0].rank == 1, "budgets do not share what they offer"
+
+
+def test_a_budget_is_met_by_ranks_on_offer_that_leave_no_step() -> None:
+    specs = [_spec(30, 20, 0), _spec(41, 17, 1)]  # 50 and 58 a rank
+    for budget, unit in ((Budget(5 * 50 + 2 * 58 + 49), 1), (Budget(2 * (5 * 50 + 2 * 58 + 49), unit="bytes"), 2)):
+        met = budget.met_by(specs, {"b.0": 5, "b.1": 2})
+        assert met is not None and met.choices == {"b.0": Choice(5, 16, unit * 250), "b.1": Choice(2, 16, unit * 116)}
+        assert met == Allocation.of_ranks(specs, met.ranks, budget)
+        assert met.parameters(specs) == 366 and met.keep(specs) == 366 / 1297
+        for ranks in ({"b.0": 4, "b.1": 2}, {"b.0": 6, "b.1": 2}, {"b.0": None, "b.1": None}, {"b.0": 5, "b.1": 13}):
+            assert budget.met_by(specs, ranks) is None
+    assert Budget(10**6).met_by(specs, {"b.0": None, "b.1": None}) is not None
+    assert Budget(5 * 50 + 2 * 58, rank_multiple=2).met_by(specs, {"b.0": 5, "b.1": 2}) is None
+
+
 # -- lower_hull -------------------------------------------------------------------------------------------------
 
 
@@ -94,6 +137,10 @@ def test_lower_hull_equals_brute_force(steps: list[int], drops: list[int]) -> No
 )
 def test_lower_hull_by_hand(losses: list[float], hull: list[int]) -> None:
     assert lower_hull([2, 3, 4, 5][: len(losses)], losses) == hull
+
+
+def test_of_points_of_the_same_cost_the_lowest_is_on_the_hull() -> None:
+    assert lower_hull([2, 2, 3, 3, 4], [9.0, 8.0, 4.0, 3.0, 3.5]) == [1, 3]
 
 
 # -- spend_rest -------------------------------------------------------------------------------------------------
