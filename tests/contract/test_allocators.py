@@ -176,6 +176,30 @@ def test_excluded_layers_stay_dense_and_every_layer_keeps_its_floor(problems: Pr
     assert any(rank is not None for rank in allocation.ranks.values())
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rank_multiple", [1, 8])
+def test_a_budget_in_bytes_is_met_by_the_ranks_of_as_many_parameters(
+    problems: Problems, name: str, rank_multiple: int
+) -> None:
+    modules, context = problems.of(name, MODELS["gqa"])
+    budget = _budget(modules, 0.6, rank_multiple)
+    each = modules[0].spec.bits // 8
+    in_bytes = replace(budget, limit=each * budget.limit, unit="bytes")
+    wanted, found = (_allocate(name, modules, limit, context) for limit in (budget, in_bytes))
+    assert found.ranks == wanted.ranks
+    assert {n: choice.cost for n, choice in found.choices.items()} == {
+        n: each * choice.cost for n, choice in wanted.choices.items()
+    }
+    assert all(choice.bits == modules[0].spec.bits for choice in found.choices.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_that_chooses_ranks_alone_refuses_several_bit_widths(problems: Problems, name: str) -> None:
+    modules, context = problems.of(name, MODELS["one"])
+    with pytest.raises(ValueError, match="chooses ranks alone, the budget offers 2 bit widths"):
+        _allocate(name, modules, Budget(10**6, unit="bytes", bits=(4, 8)), context)
+
+
 _SHAPE = st.tuples(st.integers(1, 90), st.integers(1, 90))
 _any_problem = given(
     shapes=st.lists(_SHAPE, min_size=1, max_size=9),
