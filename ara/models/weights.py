@@ -9,17 +9,16 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ara.config import Layout
 from ara.errors import UnsupportedModelError, UsageError
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
+from ara.layouts import layout_named
+from ara.layouts.base import Number
 from ara.layouts.modeling_ara import CompressedLinear
-
-Number = TypeVar("Number", int, float, torch.Tensor)
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,7 @@ class LinearSpec:
         kind: path inside the block, such as ``self_attn.q_proj``.
         m: out features.
         n: in features.
-        layout: how it would be stored at a lower rank, which decides what a rank costs; see
-            :mod:`ara.layouts.pivoting`.
+        layout: how it is stored at a lower rank, which decides what a rank costs.
         bits: per weight, as the model stores it.
     """
 
@@ -42,7 +40,7 @@ class LinearSpec:
     kind: str
     m: int
     n: int
-    layout: Layout = "factors"
+    layout: LayoutName = DEFAULT_LAYOUT
     bits: int = 16
 
     @property
@@ -56,15 +54,13 @@ class LinearSpec:
         return self.m * self.n
 
     def cost(self, rank: Number) -> Number:
-        """Parameters of rank k: k(m + n) as factors, k(m + n − k) pivoted, which is mn at full rank."""
-        return rank * (self.m + self.n - rank) if self.layout == "pivoted" else rank * (self.m + self.n)
+        """Parameters of rank k; see :meth:`ara.layouts.base.Layout.cost`."""
+        return layout_named(self.layout).cost(self.m, self.n, rank)
 
     @property
     def top_rank(self) -> int:
         """The largest rank that costs less than the dense weight; 0 if there is none."""
-        if self.layout == "pivoted":
-            return self.full_rank - 1
-        return (self.dense_cost - 1) // (self.m + self.n)
+        return layout_named(self.layout).top_rank(self.m, self.n)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
