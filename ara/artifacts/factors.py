@@ -68,16 +68,15 @@ class FactorsResults(Results):
         """Return what is wrong with settings, results or the table of tensors, or ``None``."""
         return super().problem(manifest) or _layers_problem(manifest, cls.parse(manifest.results))
 
-    def specs(self, layout: LayoutName = DEFAULT_LAYOUT) -> list[LinearSpec]:
-        """Return the factorised layers, to be stored in ``layout``."""
-        from ara.models.weights import LinearSpec
-
-        return [LinearSpec(**asdict(layer), layout=layout) for layer in self.modules]
-
 
 def specs_of(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) -> list[LinearSpec]:
-    """Return the factorised layers of a decomposition, to be stored in ``layout``."""
-    return FactorsResults.read(decomposition).specs(layout)
+    """Return the factorised layers of a decomposition, to be stored in ``layout`` in the precision of the factors."""
+    from ara.models.placement import torch_dtype
+    from ara.models.weights import LinearSpec
+
+    bits = 8 * torch_dtype(FactorsSettings.read(decomposition).dtype).itemsize
+    layers = FactorsResults.read(decomposition).modules
+    return [LinearSpec(**asdict(layer), layout=layout, bits=bits) for layer in layers]
 
 
 def layer_file(layer: int) -> str:

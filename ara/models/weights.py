@@ -32,6 +32,7 @@ class LinearSpec:
         m: out features.
         n: in features.
         layout: how it is stored at a lower rank, which decides what a rank costs.
+        bits: per weight, as the model stores it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LinearSpec:
     m: int
     n: int
     layout: LayoutName = DEFAULT_LAYOUT
+    bits: int = 16
 
     @property
     def full_rank(self) -> int:
@@ -96,8 +98,10 @@ def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSp
                     f"{prefix}.{layer}.{kind} is already factorised", "start from the original, dense model"
                 )
             if isinstance(module, (nn.Linear, Conv1D)):
-                m, n = weight_of(module).shape
-                linears.append(LinearSpec(f"{prefix}.{layer}.{kind}", layer, kind, m, n))
+                weight = weight_of(module)
+                m, n = weight.shape
+                bits = 8 * weight.element_size()
+                linears.append(LinearSpec(f"{prefix}.{layer}.{kind}", layer, kind, m, n, bits=bits))
     _refuse_unsupported(model, prefix, blocks, linears)
     return _without(linears, exclude)
 

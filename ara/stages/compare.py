@@ -130,7 +130,7 @@ def _measure_all(
 
     if DENSE not in rows:
         specs = [module.spec for module in modules]
-        dense = Allocation({spec.name: None for spec in specs})
+        dense = Allocation.of_ranks(specs, dict.fromkeys((spec.name for spec in specs), None))
         keep(DENSE, ComparedMethod(ranks={}, **_quality(dense, config, context, windows, DENSE)))
     for method in config.methods:
         if method in rows:
@@ -209,7 +209,7 @@ def _conclude(
 ) -> None:
     """Add what needs all rows, the gap closed, and write the JSON and the picture."""
     specs = [module.spec for module in modules]
-    allocations = {name: from_table(row.ranks) for name, row in rows.items() if name != DENSE and row.ranks is not None}
+    allocations = {name: from_table(row.ranks, specs) for name, row in rows.items() if name != DENSE and row.ranks}
     dense = rows[DENSE].tasks or {}
     uniform = rows["uniform"].tasks if "uniform" in rows else None
     concluded = {

@@ -26,7 +26,7 @@ from ara.models.sources import ModelSource
 from ara.models.vocabulary import token_rows
 from ara.models.weights import matching
 from ara.names import MAX_NAME_BYTES
-from ara.solver.budget import Budget
+from ara.solver.problem import Budget
 from ara.stages.allocate import load_modules
 from ara.stages.common import Run, begin, check_window, model_of, open_task
 from ara.stages.measure import Measurement, Questions, Variant, prompts_of
@@ -203,8 +203,7 @@ def _variants(
         uniform = allocation
     else:
         excluded = matching(specs, made.exclude)
-        spent = allocation.cost(specs)
-        budget = Budget(spent, made.rank_multiple, made.min_rank, made.min_keep, excluded)
+        budget = Budget(allocation.cost, made.rank_multiple, made.min_rank, made.min_keep, excluded)
         uniform = Uniform().allocate(load_modules(decomposition, layout), budget)
 
     def load_dense() -> PreTrainedModel:

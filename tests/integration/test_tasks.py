@@ -191,7 +191,7 @@ def test_the_pipeline_takes_tasks_of_the_user(
         assert result.exit_code == 1 and not workspace.exists(), result.output
     result = CliRunner().invoke(app, [*words, "--tasks", "mine", "--include-path", str(folder)])
     assert result.exit_code == 0, result.output
-    (view,) = Workspace.open(workspace).views("eval")
+    (view,) = Workspace.open(workspace).views("evaluation")
     assert view.manifest is not None and list(view.manifest.results["tasks"]) == ["mine"]
     assert view.manifest.config["include_path"] == [str(folder)]
 
