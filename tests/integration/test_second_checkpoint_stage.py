@@ -103,7 +103,7 @@ def test_every_command_takes_the_checkpoint_of_either_stage(polished: Path, tiny
     assert before["dense"]["nll"] == after["dense"]["nll"] and before["uniform"]["nll"] == after["uniform"]["nll"]
     assert before[name]["nll"] != after[name]["nll"]
     assert second["parents"][0]["key"] == f"polish/{name}"
-    bench = ("bench", "--prefill", 8, "--decode", 8, "--rounds", 2, *CPU)
+    bench = ("bench", "--prefill", 8, "--decode", 8, "--rounds", 6, *CPU)
     assert done(polished, *bench, "--from", f"polish/{name}")["parents"][0]["key"] == f"polish/{name}"
     assert done(polished, "export", "--from", f"polish/{name}")["parents"][0]["key"] == f"polish/{name}"
     report = done(polished, "report", "--from", f"polish/{name}", "--name", "second")
