@@ -25,7 +25,6 @@ from ara.layouts.modeling_ara import (
     LowRankLinear,
     PivotedLinear,
     densify,
-    replace_linear,
 )
 from ara.layouts.pivoting import pivot
 from ara.models.completeness import check_loaded, stored_tensors, weight_files
@@ -33,7 +32,7 @@ from ara.models.loading import why_not_loaded
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.silence import silence_transformers
 from ara.models.tokenizer_check import check_tokenizer
-from ara.models.weights import bias_of
+from ara.models.weights import WeightRef, bias_of
 from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -70,13 +69,14 @@ def apply_factors(
                 for name in (name for name in ranks if files[name] == path):
                     a = file.get_slice(f"{name}.A")[: ranks[name]]
                     b = file.get_slice(f"{name}.B")[:, : ranks[name]]
-                    layer = _low_rank(model, model.get_submodule(name), a, b, layout)
+                    ref = WeightRef.named(name)
+                    layer = _low_rank(model, ref.owner(model), a, b, layout)
                     if not all(bool(parameter.isfinite().all()) for parameter in layer.parameters()):
                         raise NumericalError(
                             f"the factors of {name} exceed the range of {str(model.dtype).removeprefix('torch.')}",
                             "use --dtype bfloat16 or --dtype float32",
                         )
-                    replace_linear(model, name, layer)
+                    ref.replace(model, layer)
                     if bar is not None:
                         bar.advance()
 

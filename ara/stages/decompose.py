@@ -23,7 +23,7 @@ from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
-from ara.models.weights import LinearSpec, find_linears, left_dense, weight_of
+from ara.models.weights import LinearSpec, find_linears, left_dense
 from ara.stages.common import Run, already_done, begin, check_window, layer_file
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
@@ -181,7 +181,7 @@ def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], stage: Sta
         )
     for spec in linears:
         with _naming(spec):
-            refuse_nonfinite(weight_of(model.get_submodule(spec.name)))
+            refuse_nonfinite(spec.weight.read(model))
 
 
 def _overview(
@@ -266,7 +266,7 @@ def _factor(
     statistics: tuple[InputStats | None, GradientStats | None],
 ) -> dict[str, torch.Tensor]:
     """Factor one layer; returns what is stored: A (r, n) and B (m, r) in the model's dtype, the spectrum in float64."""
-    weight = weight_of(model.get_submodule(spec.name))
+    weight = spec.weight.read(model)
     if weight.device.type == "mps":
         # Apple GPUs have no float64.
         weight = weight.cpu()
