@@ -49,7 +49,7 @@ class BlockRunner:
         starts: Mapping[int, int] | None = None,
         report: Reporter = SILENT,
     ) -> None:
-        """Keep nothing yet.
+        """Prepare passes; nothing runs yet.
 
         Args:
             model: a causal language model in eval mode.
