@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ara import bounds
 from ara.errors import ProblemsError
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.prompts import check_prompt
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Layout = Literal["factors", "pivoted"]
 
 
 class Settings(BaseModel):
@@ -89,8 +89,8 @@ class TuningConfig(PlacementConfig):
 class BudgetConfig(StageConfig):
     """What limits the ranks of every layer, and what a rank costs, beside the budget itself."""
 
-    layout: Layout = Field(
-        "factors",
+    layout: LayoutName = Field(
+        DEFAULT_LAYOUT,
         description="storage of a layer of rank k: factors (A and B, k(m+n) parameters) or pivoted "
         "(k rows of BA, the others as combinations of them, k(m+n-k))",
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 from ara.config import DecomposeConfig, TrainMasksConfig
 from ara.errors import AraError
+from ara.layout_names import DEFAULT_LAYOUT, LAYOUT_NAMES
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
 from ara.stages.train_masks import train_masks
@@ -54,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="model to compress")
     parser.add_argument("--keep", type=float, default=0.8, help="budget")
-    parser.add_argument("--layout", default="factors", help="factors or pivoted")
+    parser.add_argument("--layout", default=DEFAULT_LAYOUT, choices=LAYOUT_NAMES, help="of low-rank layers")
     parser.add_argument("--steps", type=int, default=12, help="training steps of 16 windows, or 4 times as many of 4")
     parser.add_argument("--samples", type=int, default=256, help="calibration windows of the factors")
     parser.add_argument(

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ara.layouts.modeling_ara import FORMATS, AraConfig
+from ara.layouts.modeling_ara import LAYERS, AraConfig
 from ara.models.weights import LinearSpec
 from ara_cli.console import Console
 from ara_cli.formatting import bytes_text, seconds_text
@@ -78,7 +78,7 @@ def write_checkpoint(folder: Path, layers: int) -> None:
         max_position_embeddings=4096,
         dtype="float16",
     ).to_dict()
-    config["quantization_config"] = AraConfig(ranks, FORMATS["factors"]).to_dict()
+    config["quantization_config"] = AraConfig(ranks, LAYERS["factors"].since).to_dict()
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
 

@@ -23,11 +23,14 @@ import numpy as np
 import torch
 
 from ara.allocation.uniform import Uniform
-from ara.config import DecomposeConfig, Layout
+from ara.config import DecomposeConfig
 from ara.evaluation.cost import Case
 from ara.evaluation.speed import Runner, TorchRunner, interleaved_seconds
-from ara.layouts.modeling_ara import CompressedLinear, LowRankLinear, PivotedLinear, replace_linear
-from ara.models.checkpoint import apply_factors, load, save_checkpoint
+from ara.layout_names import LAYOUT_NAMES, LayoutName
+from ara.layouts import layout_named
+from ara.layouts.modeling_ara import replace_linear
+from ara.models.checkpoint import load, save_checkpoint
+from ara.models.low_rank import apply_factors
 from ara.models.silence import silence_transformers
 from ara.models.weights import find_linears
 from ara.solver.budget import Budget
@@ -43,7 +46,6 @@ from export.onnx.stored_weights import Checkpoint
 from export.stage import export_folder
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
-LAYOUTS: tuple[Layout, ...] = ("factors", "pivoted")
 
 
 def dense_folder(arguments: argparse.Namespace, run: Run) -> Path:
@@ -70,7 +72,7 @@ def dense_folder(arguments: argparse.Namespace, run: Run) -> Path:
     return folder
 
 
-def compressed_folder(arguments: argparse.Namespace, run: Run, dense: Path, keep: float, layout: Layout) -> Path:
+def compressed_folder(arguments: argparse.Namespace, run: Run, dense: Path, keep: float, layout: LayoutName) -> Path:
     """Return a folder with the model at uniform ranks, made if need be; plain SVD does for a question of speed."""
     folder: Path = arguments.workspace / f"keep-{keep:g}-{layout}"
     if (folder / "config.json").exists():
@@ -89,7 +91,7 @@ def compressed_folder(arguments: argparse.Namespace, run: Run, dense: Path, keep
     return folder
 
 
-def draw_layers(dense: Path, folder: Path, keep: float, layout: Layout) -> None:
+def draw_layers(dense: Path, folder: Path, keep: float, layout: LayoutName) -> None:
     """Write a random model's checkpoint with random low-rank layers: factoring it would take minutes for nothing."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,14 +100,10 @@ def draw_layers(dense: Path, folder: Path, keep: float, layout: Layout) -> None:
     flat = [Module(spec, torch.ones(spec.full_rank, dtype=torch.float64)) for spec in specs]
     ranks = Uniform().allocate(flat, Budget.for_keep(specs, keep)).low_rank()
     for spec in (spec for spec in specs if spec.name in ranks):
-        k = ranks[spec.name]
-        a = torch.randn(k, spec.n) / spec.n**0.5
-        if layout == "factors":
-            layer: CompressedLinear = LowRankLinear.from_factors(a, torch.randn(spec.m, k) / k**0.5)
-        else:
-            layer = PivotedLinear.from_parts(
-                a, torch.randn(spec.m - k, k) / k**0.5, torch.randperm(spec.m, dtype=torch.int32)
-            )
+        # A new layer has random weights; its indices are in order, which would be faster than those of a real one.
+        layer = layout_named(layout).module(spec.n, spec.m, ranks[spec.name], bias=False)
+        for indices in layer.buffers(recurse=False):
+            indices.copy_(torch.randperm(len(indices)))
         replace_linear(model, spec.name, layer)
     save_checkpoint(model, AutoTokenizer.from_pretrained(dense), folder, ranks=ranks, provenance={}, layout=layout)
 
@@ -133,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=["demo", "llama-7b"], default="demo", help="whose shapes")
     parser.add_argument("--keep", type=float, action="append", help="budget; may be repeated [default: 0.8 and 0.6]")
-    parser.add_argument("--layout", choices=LAYOUTS, action="append", help="of low-rank layers [default: both]")
+    parser.add_argument("--layout", choices=LAYOUT_NAMES, action="append", help="of low-rank layers [default: all]")
     parser.add_argument("--prefill", type=int, action="append", help="tokens [default: 128, 512, 2048]; 0: none")
     parser.add_argument("--decode", type=int, action="append", help="context [default: 512, 2048]; 0: none")
     parser.add_argument("--batch", type=int, action="append", help="rows [default: 1 and 4]")
@@ -151,7 +149,7 @@ def main() -> None:
     dense = dense_folder(arguments, run)
     folders = {"dense": dense}
     for keep in arguments.keep or [0.8, 0.6]:
-        for layout in arguments.layout or LAYOUTS:
+        for layout in arguments.layout or LAYOUT_NAMES:
             folders[f"keep {keep:g}, {layout}"] = compressed_folder(arguments, run, dense, keep, layout)
     runners = {f"ONNX fp32, {name}": onnx_runner(path, "fp32", arguments, run) for name, path in folders.items()}
     if arguments.int8:

@@ -31,9 +31,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ara.config import AllocateConfig, DecomposeConfig, Layout, MaskTrainingOptions, TrainMasksConfig
+from ara.config import AllocateConfig, DecomposeConfig, MaskTrainingOptions, TrainMasksConfig
 from ara.environment import machine, now, versions
 from ara.errors import NumericalError
+from ara.layout_names import LAYOUT_NAMES
 from ara_cli.console import Console
 from benchmarks.quality_checks import check_dense, check_stored
 from benchmarks.quality_rows import FORMS, Row, wanted
@@ -276,8 +277,7 @@ def check(bench: Bench, windows: int) -> None:
     keep, seq_len = bench.arguments.keep[0], bench.arguments.seq_len
     dense = dict.fromkeys(spec.name for spec in specs_of(bench.views["whitened"]))
     check_dense(bench.run, bench.views["whitened"], bench.first_losses("dense", "whitened", dense, windows), seq_len)
-    layouts: tuple[Layout, ...] = ("factors", "pivoted")
-    for layout in layouts:
+    for layout in LAYOUT_NAMES:
         row = Row("two-sided", "ara", keep, 0, layout)
         trained = bench.run.open().view(f"train-masks/{bench.training(row)}")
         if "wikitext2_windows" in bench.rows.get(row.key, {}) and trained.manifest is not None:

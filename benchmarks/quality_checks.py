@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ara.config import Layout
+from ara.layout_names import LayoutName
 from ara.solver.problem import Allocation
 from ara.stages.common import Run, factor_files, model_of, specs_of
 from ara.workspace.view import StageView
@@ -54,14 +54,14 @@ def check_dense(run: Run, view: StageView, losses: Sequence[float], seq_len: int
 
 
 def check_stored(
-    run: Run, view: StageView, allocation: Allocation, layout: Layout, losses: Sequence[float], seq_len: int
+    run: Run, view: StageView, allocation: Allocation, layout: LayoutName, losses: Sequence[float], seq_len: int
 ) -> None:
     """Compare losses measured with masks to the layers that a checkpoint holds; more than 1 % off is a failure.
 
     All rows are measured by one masked model that computes with A and B; a checkpoint may hold pivoted layers, whose
     rounding is another one.
     """
-    from ara.models.checkpoint import apply_factors
+    from ara.models.low_rank import apply_factors
 
     model, tokenizer = _model(run, view)
     apply_factors(model, allocation.low_rank(), factor_files(view, specs_of(view)), layout, run.report)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ara.config import Layout
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 
 # Allocators whose result depends on the seed.
 LEARNED = ("ara", "ara-paper", "gumbel", "tanh")
@@ -36,18 +36,18 @@ class Row:
     method: str
     keep: float
     seed: int
-    layout: Layout = "factors"
+    layout: LayoutName = DEFAULT_LAYOUT
 
     @property
     def key(self) -> str:
         """Name in the file of finished rows."""
-        layout = "" if self.layout == "factors" else f", {self.layout}"
+        layout = "" if self.layout == DEFAULT_LAYOUT else f", {self.layout}"
         return f"{self.factors}{layout}/{self.method}/{self.keep:g}/{self.seed}"
 
 
 def wanted(keeps: list[float], seeds: int) -> Iterator[Row]:
     """List what is to be measured, most telling first: one seed of everything, then further seeds."""
-    groups: list[tuple[str, Layout, tuple[str, ...], range]] = [
+    groups: list[tuple[str, LayoutName, tuple[str, ...], range]] = [
         ("whitened", "factors", ("uniform", "sensitivity"), range(1)),
         ("two-sided", "factors", OURS, range(1)),
         ("two-sided", "pivoted", OURS, range(1)),

@@ -24,6 +24,7 @@ from typing import Any
 
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
 from ara.evaluation.tasks import LOCAL, definition, expand, is_text
+from ara.layout_names import DEFAULT_LAYOUT, LAYOUT_NAMES
 from ara.models.placement import torch_dtype
 from ara.stages.allocate import allocate
 from ara.stages.common import Run, model_of
@@ -42,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="model to compress")
     parser.add_argument("--keep", type=float, default=0.8, help="budget")
-    parser.add_argument("--layout", default="factors", help="factors or pivoted")
+    parser.add_argument("--layout", default=DEFAULT_LAYOUT, choices=LAYOUT_NAMES, help="of low-rank layers")
     parser.add_argument("--tasks", default=TASKS, help="with commas")
     parser.add_argument("--limit", type=int, default=400, help="questions per task")
     parser.add_argument("--batch-size", type=int, default=8, help="texts per forward pass")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from ara.config import Layout
+from ara.layout_names import LayoutName
 from ara.progress import Reporter
 from ara.workspace.manifest import FileRecord
 from ara.workspace.view import StageView
@@ -38,7 +38,7 @@ class TargetReport(Protocol):
     def precision(self) -> str: ...  # noqa: D102 – described above
 
     @property
-    def layout(self) -> Layout: ...  # noqa: D102
+    def layout(self) -> LayoutName: ...  # noqa: D102
 
     @property
     def ranks(self) -> Mapping[str, int]: ...  # noqa: D102

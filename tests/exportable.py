@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ara.decomposition.plain import Plain
-from ara.models.checkpoint import apply_factors, save_checkpoint
+from ara.models.checkpoint import save_checkpoint
+from ara.models.low_rank import apply_factors
 from ara.models.silence import silence_transformers
 from ara.models.weights import find_linears
 from tests.tiny import tiny_config, tiny_tokenizer

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from ara.config import Layout
 from ara.decomposition.base import MethodOptions
+from ara.layout_names import LAYOUT_NAMES, LayoutName
 from ara.masks.context import TuningContext
 from ara.solver.budget import Budget
 from ara.solver.problem import Allocation, Module
@@ -18,12 +18,12 @@ class Allocator:
     Class attributes:
         Options: the method's own options.
         needs_model: whether :meth:`allocate` must be given a :class:`TuningContext`.
-        layouts: those whose costs it knows.
+        layouts: names of those that it can allocate ranks for.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     needs_model: ClassVar[bool] = False
-    layouts: ClassVar[tuple[Layout, ...]] = ("factors", "pivoted")
+    layouts: ClassVar[tuple[LayoutName, ...]] = LAYOUT_NAMES
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options = options or self.Options()

@@ -6,11 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from ara import jsonfile
-from ara.config import Layout
 from ara.errors import DataError, ProblemsError, near_matches
+from ara.layout_names import DEFAULT_LAYOUT, LAYOUT_NAMES, LayoutName
 from ara.models.weights import LinearSpec
 from ara.solver.problem import DENSE, Allocation
 
@@ -32,25 +32,25 @@ def from_table(ranks: Mapping[str, Any]) -> Allocation:
     return Allocation({name: None if rank == DENSE else rank for name, rank in ranks.items()})
 
 
-def ranks_document(allocation: Allocation, layout: Layout, about: Mapping[str, Any]) -> str:
+def ranks_document(allocation: Allocation, layout: LayoutName, about: Mapping[str, Any]) -> str:
     """Return the text of ``ranks.json``; ``about`` says where it comes from and is not read back."""
     document = {"format_version": RANKS_FORMAT, "layout": layout, "about": about, "ranks": ranks_table(allocation)}
     return json.dumps(document, indent=1) + "\n"
 
 
-def read_layout(path: Path) -> Layout:
-    """Return the layout that a ranks file names; one that names none means factors.
+def read_layout(path: Path) -> LayoutName:
+    """Return the layout that a ranks file names; ``factors`` if it names none.
 
     Raises:
         DataError: missing, not a ranks file, or an unknown layout.
     """
-    layout = _read(path)[0].get("layout", "factors")
-    if layout not in get_args(Layout):
+    layout = _read(path)[0].get("layout", DEFAULT_LAYOUT)
+    if layout not in LAYOUT_NAMES:
         raise DataError(
-            f"{path} has layout {_shown(layout)}, known are {', '.join(get_args(Layout))}",
+            f"{path} has layout {_shown(layout)}, known are {', '.join(LAYOUT_NAMES)}",
             _COPY,
         )
-    found: Layout = layout
+    found: LayoutName = layout
     return found
 
 

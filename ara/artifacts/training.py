@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from ara.artifacts.ranks import from_table
-from ara.config import Layout, TrainMasksConfig, TuningConfig
+from ara.config import TrainMasksConfig, TuningConfig
 from ara.errors import CorruptedError, WorkspaceError
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.masks.context import TuningContext
 from ara.masks.rank_losses import LearnedLosses
 from ara.models.weights import LinearSpec
@@ -52,7 +53,7 @@ def require_training(workspace: Workspace, decomposition: StageView, name: str |
 def find_training(
     workspace: Workspace,
     decomposition: StageView,
-    layout: Layout,
+    layout: LayoutName,
     keep: float | None,
     report: Reporter,
     name: str | None = None,
@@ -84,7 +85,7 @@ def find_training(
     return _told(workspace.require("train-masks", fitting[-1].name), layout, report) if fitting else None
 
 
-def _told(training: StageView, layout: Layout, report: Reporter) -> StageView:
+def _told(training: StageView, layout: LayoutName, report: Reporter) -> StageView:
     if _layout(training) != layout:
         report.fact(f"{training.key} was made for layout {_layout(training)}; losses of ranks serve {layout}, too")
     return training
@@ -124,10 +125,10 @@ def stopped_early(training: StageView) -> str | None:
 
 def _layout(training: StageView) -> str:
     assert training.manifest is not None
-    return str(training.manifest.config.get("layout", "factors"))
+    return str(training.manifest.config.get("layout", DEFAULT_LAYOUT))
 
 
-def _serves(training: StageView, layout: Layout) -> bool:
+def _serves(training: StageView, layout: LayoutName) -> bool:
     assert training.manifest is not None
     return training.manifest.config["objective"] == "priced" or _layout(training) == layout
 

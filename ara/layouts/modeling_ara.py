@@ -1,19 +1,19 @@
-"""Low-rank linear layers for Hugging Face transformers: the one code file that an ARA checkpoint needs.
+"""Low-rank linear layers for Hugging Face transformers: the only code file that an ARA checkpoint needs.
 
 This file depends on torch and transformers alone. The package ``ara`` imports it, and ``ara truncate`` copies it
-unchanged into every compressed checkpoint, so that the checkpoint also loads where ``ara`` is not installed::
+unchanged into every compressed checkpoint. A checkpoint therefore also loads where ``ara`` is not installed::
 
     import ara; AutoModelForCausalLM.from_pretrained(folder)                   # no remote code
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)       # runs the copy of this file
 
-A checkpoint is an ordinary one of its architecture, with ``quantization_config`` in ``config.json`` saying which
-linear layers are two thin ones, and of which rank. Shapes: ``m`` out features, ``n`` in features, ``k`` rank.
+A checkpoint is an ordinary one of its architecture. ``quantization_config`` in its ``config.json`` names the low-rank
+layers, their ranks and their layout. Shapes: ``m`` out features, ``n`` in features, ``k`` rank.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,22 +23,21 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 QUANT_METHOD = "ara"
-# Version of what ``quantization_config`` describes, by layout of the layers; a newer one is refused, not guessed at.
-FORMATS = {"factors": 1, "pivoted": 2}
-CHECKPOINT_FORMAT = max(FORMATS.values())
 
 
 class CompressedLinear(nn.Module):
-    """What stands for a linear layer in a compressed model: first ``h = A x``, of width k, then what a subclass makes.
+    """A linear layer of rank k: it computes ``h = A x`` of width k, and a subclass computes the output from h.
 
-    Every part with weights is a plain ``nn.Linear``, so that whatever works on linear layers (quantisers, adapters,
-    exporters) works on it.
+    Every part with weights is a plain ``nn.Linear``, so whatever works on linear layers (quantisers, adapters,
+    exporters) works on the parts.
 
     Attributes:
+        since: first version of the checkpoint format that has such layers.
         A: projects the input down; weight (k, n), no bias.
-        transposed: whether it stands for a ``Conv1D``, GPT-2's linear layer with a weight of (n, m).
+        transposed: whether it replaces a ``Conv1D``, GPT-2's linear layer with a weight of (n, m).
     """
 
+    since: ClassVar[int]
     bias: nn.Parameter | None
 
     def __init__(
@@ -57,12 +56,16 @@ class CompressedLinear(nn.Module):
         self._grow(out_features, rank, bias, device, dtype)
 
     def _grow(self, out_features: int, rank: int, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
-        """Make what maps h to the output, with a bias (m) if there is to be one."""
+        """Create the parts that map h to the output, and the bias (m) if ``bias``."""
         raise NotImplementedError
 
     def product(self, dtype: torch.dtype) -> torch.Tensor:
-        """Multiply the dense weight (m, n) out, in ``dtype``."""
+        """Return the dense weight (m, n), computed in ``dtype``."""
         raise NotImplementedError
+
+    def problem(self) -> str | None:
+        """Return what is wrong with the loaded tensors, starting with the name of one; ``None`` if nothing is."""
+        return None
 
     @property
     def in_features(self) -> int:
@@ -81,7 +84,7 @@ class CompressedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight (m, n), multiplied anew at each access: for model code that asks for it."""
+        """The dense weight (m, n), for model code that reads it; it is computed at each access."""
         return self.product(self.A.weight.dtype)
 
     def extra_repr(self) -> str:
@@ -93,23 +96,13 @@ class LowRankLinear(CompressedLinear):
     """A linear layer of rank k: ``y = B (A x) + bias``, in place of ``y = W x + bias``.
 
     Attributes:
-        B: projects up to the output; weight (m, k), with the bias (m) of the original layer, if it had one.
+        B: projects up to the output; weight (m, k), and the bias (m) if the original layer had one.
     """
+
+    since = 1
 
     def _grow(self, out_features: int, rank: int, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         self.B = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
-
-    @classmethod
-    def from_factors(
-        cls, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, transposed: bool = False
-    ) -> LowRankLinear:
-        """Build the layer from ``a`` (k, n), ``b`` (m, k) and ``bias`` (m), which are used as they are, not copied."""
-        layer = cls(a.shape[1], b.shape[0], a.shape[0], bias is not None, transposed, device="meta", dtype=a.dtype)
-        layer.A.weight = nn.Parameter(a, requires_grad=False)
-        layer.B.weight = nn.Parameter(b, requires_grad=False)
-        if bias is not None:
-            layer.B.bias = nn.Parameter(bias, requires_grad=False)
-        return layer
 
     @property
     def out_features(self) -> int:
@@ -122,7 +115,7 @@ class LowRankLinear(CompressedLinear):
         return self.B.bias
 
     def product(self, dtype: torch.dtype) -> torch.Tensor:
-        """Multiply ``B A`` (m, n) out, in ``dtype``."""
+        """Return ``B A`` (m, n), computed in ``dtype``."""
         return self.B.weight.to(dtype) @ self.A.weight.to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -133,14 +126,15 @@ class LowRankLinear(CompressedLinear):
 class PivotedLinear(CompressedLinear):
     """A linear layer of rank k in k(m + n − k) parameters: ``y = P [h; C h] + bias`` with ``h = A x``.
 
-    The rows of A are k rows of the layer's own weight, the pivots; each other row is a combination of them.
+    The rows of A are k rows of the layer's weight, the pivots. Each other row is a combination of the pivots.
 
     Attributes:
-        C: the other rows in terms of the pivots; weight (m − k, k), no bias.
+        C: coefficients of the other rows; weight (m − k, k), no bias.
         order: (m) int32; output i is element ``order[i]`` of [h; C h].
         bias: (m), or ``None``.
     """
 
+    since = 2
     order: torch.Tensor
 
     def _grow(self, out_features: int, rank: int, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
@@ -148,51 +142,48 @@ class PivotedLinear(CompressedLinear):
         self.register_buffer("order", torch.arange(out_features, dtype=torch.int32, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
-    @classmethod
-    def from_parts(
-        cls,
-        a: torch.Tensor,
-        c: torch.Tensor,
-        order: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        transposed: bool = False,
-    ) -> PivotedLinear:
-        """Build the layer from ``a`` (k, n), ``c`` (m − k, k), ``order`` (m) and ``bias`` (m), used as they are."""
-        layer = cls(a.shape[1], len(order), a.shape[0], False, transposed, device="meta", dtype=a.dtype)
-        layer.A.weight = nn.Parameter(a, requires_grad=False)
-        layer.C.weight = nn.Parameter(c, requires_grad=False)
-        layer.order = order
-        if bias is not None:
-            layer.bias = nn.Parameter(bias, requires_grad=False)
-        return layer
-
     @property
     def out_features(self) -> int:
         """Width m of the output."""
         return len(self.order)
 
     def product(self, dtype: torch.dtype) -> torch.Tensor:
-        """Multiply the dense weight (m, n) out, in ``dtype``."""
+        """Return the dense weight (m, n), computed in ``dtype``."""
         a, c = self.A.weight.to(dtype), self.C.weight.to(dtype)
         return torch.cat([a, c @ a]).index_select(0, self.order)
+
+    def problem(self) -> str | None:
+        """Check that the order is a permutation, unless it is on the device without memory and has no values."""
+        if self.order.is_meta:
+            return None
+        expected = torch.arange(len(self.order), dtype=self.order.dtype, device=self.order.device)
+        if torch.equal(self.order.sort().values, expected):
+            return None
+        return f"order is not a permutation of 0 … {len(self.order) - 1}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``x`` (..., n) to (..., m) through k of its own outputs."""
         h = self.A(x)
         rows = torch.cat([h, self.C(h)], -1)
-        # On CPUs several times as fast as index_select, which copies the rows of its output one number at a time.
+        # On CPUs this is several times as fast as index_select, which copies its output one number at a time.
         y = rows.gather(-1, self.order.long().expand_as(rows))
         return y if self.bias is None else y + self.bias
+
+
+# Name of a layout → the module of its layers.
+LAYERS: dict[str, type[CompressedLinear]] = {"factors": LowRankLinear, "pivoted": PivotedLinear}
+# A checkpoint of a newer format is refused.
+CHECKPOINT_FORMAT = max(layer.since for layer in LAYERS.values())
 
 
 class AraConfig(QuantizationConfigMixin):
     """``quantization_config`` of an ARA checkpoint.
 
     Args:
-        ranks: module path → kept rank k, for the factorised modules only; all others are dense.
-        layout: how those are stored: ``factors`` (:class:`LowRankLinear`) or ``pivoted`` (:class:`PivotedLinear`).
-        format_version: of the checkpoint; see ``FORMATS``.
-        provenance: how the checkpoint was made; carried along, never interpreted.
+        ranks: module path → rank k of the low-rank layers; all others are dense.
+        format_version: of the checkpoint; a layer's ``since`` says which version its layout needs.
+        provenance: how the checkpoint was made; stored, never interpreted.
+        layout: how the low-rank layers are stored, a key of ``LAYERS``.
     """
 
     def __init__(
@@ -216,10 +207,11 @@ class AraConfig(QuantizationConfigMixin):
                 f"this checkpoint has ARA format {format_version!r}; this code reads up to {CHECKPOINT_FORMAT}: "
                 "update ara-svd"
             )
-        if not isinstance(layout, str) or FORMATS.get(layout, format_version + 1) > format_version:
+        layouts = [name for name, layer in LAYERS.items() if layer.since <= format_version]
+        if layout not in layouts:
             raise ValueError(
                 f"quantization_config.layout must be one of those of ARA format {format_version} "
-                f"({', '.join(name for name, since in FORMATS.items() if since <= format_version)}), got {layout!r}"
+                f"({', '.join(layouts)}), got {layout!r}"
             )
         for name, rank in self.ranks.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -229,7 +221,7 @@ class AraConfig(QuantizationConfigMixin):
 
 
 class AraQuantizer(HfQuantizer):
-    """Puts compressed layers into the empty model before transformers loads the weights."""
+    """Puts compressed layers into the empty model before transformers loads the weights, and checks them afterwards."""
 
     requires_calibration = True
 
@@ -237,34 +229,32 @@ class AraQuantizer(HfQuantizer):
         ignored = {rf"^{re.escape(key)}$" for key in self._guards()}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         config = self.quantization_config
-        kind = PivotedLinear if config.layout == "pivoted" else LowRankLinear
         for name, rank in config.ranks.items():
-            layer = _empty_like(_linear(model, name), kind, rank)
+            layer = _empty_like(_linear(model, name), LAYERS[config.layout], rank)
             for part in layer.modules():
-                # A family's own way to fill new layers expects the dense ones (a bias, say), and is not wanted here.
+                # Some families initialise new layers by code that expects the dense layer, such as its bias.
                 vars(part)["_is_hf_initialized"] = True
             replace_linear(model, name, layer)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
-            # Without memory there are no numbers to look at.
-            if isinstance(module, PivotedLinear) and not module.order.is_meta and not _is_permutation(module.order):
-                raise ValueError(f"{name}.order is not a permutation of 0 … {len(module.order) - 1}")
-        # The code file does not travel with a later save_pretrained; a reference to it would dangle.
+            if isinstance(module, CompressedLinear) and (problem := module.problem()):
+                raise ValueError(f"{name}.{problem}")
+        # A later save_pretrained does not copy the code file, so the config must not name it.
         if getattr(model.config, "auto_map", None):
             del model.config.auto_map
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Return what ``save_pretrained`` writes: the weights and the guards of :meth:`_guards`."""
+        """Return what ``save_pretrained`` writes: the weights and the tensors of :meth:`_guards`."""
         guards = {key: torch.empty(0, dtype=model.dtype) for key in self._guards()}
         return {**model.state_dict(), **guards}, {}
 
     def _guards(self) -> list[str]:
-        """Name an empty tensor that stands where a reader ignorant of ARA looks for a dense weight.
+        """Name an empty tensor, stored under the name of a dense weight, that stops readers without ARA support.
 
-        Without it such a reader warns, fills the missing weights with random numbers and goes on; with it the shape
-        does not fit, and loading stops.
+        Without it such a reader would warn, fill the missing weights with random numbers and continue. With it the
+        shape does not fit, and loading fails.
         """
         return [f"{name}.weight" for name in sorted(self.quantization_config.ranks)[:1]]
 
@@ -272,26 +262,26 @@ class AraQuantizer(HfQuantizer):
         return densify(model)
 
     def is_serializable(self) -> bool:
-        """A loaded model can be saved again."""
+        """Say that a loaded model can be saved again."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Factors are ordinary parameters."""
+        """Say that layers can be trained: their weights are ordinary parameters."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """Two matrix products compile like one."""
+        """Say that ``torch.compile`` works: layers consist of ordinary matrix products."""
         return True
 
 
 class AraForCausalLM:
-    """What ``auto_map`` names: importing it registers ARA, then the model's own class does the rest."""
+    """The class that ``auto_map`` names; its import registers ARA, and the model's own class loads the checkpoint."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Part of the protocol of remote code; nothing to do."""
+        """Do nothing; the protocol of remote code requires this method."""
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
@@ -305,15 +295,15 @@ class AraForCausalLM:
 
 
 def replace_linear(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put ``layer`` where the module called ``name`` stands in ``model``."""
+    """Replace the module called ``name`` in ``model`` by ``layer``."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Multiply every compressed layer of ``model`` back into an ordinary linear layer, in place.
+    """Replace every compressed layer of ``model`` by an ordinary linear layer with the same weight, in place.
 
-    The product is taken in float32 and rounded once, to the dtype of the factors.
+    The weight is computed in float32 and rounded once, to the dtype of the factors.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, CompressedLinear):
@@ -322,7 +312,7 @@ def densify(model: nn.Module) -> nn.Module:
 
 
 def register() -> None:
-    """Tell transformers about ``quant_method: ara``; harmless when done before."""
+    """Register ``quant_method: ara`` with transformers; a second call changes nothing."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, AraConfig)
     AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, AraQuantizer)
 
@@ -342,10 +332,6 @@ def _linear(model: nn.Module, name: str) -> Any:
         found = "nothing" if module is None else type(module).__name__
         raise ValueError(f"the checkpoint factorises {name!r}, but {type(model).__name__} has {found} there")
     return module
-
-
-def _is_permutation(order: torch.Tensor) -> bool:
-    return torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device))
 
 
 def _dense_layer(module: CompressedLinear) -> nn.Module:

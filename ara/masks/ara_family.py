@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ara.config import Layout, MaskTrainingOptions
+from ara.config import MaskTrainingOptions
 from ara.errors import UsageError
+from ara.layout_names import LayoutName
 from ara.masks.context import TuningContext
 from ara.masks.newton import NewtonMasks
 from ara.masks.paper import PaperStaircase, shares_of, start_at
@@ -25,16 +26,16 @@ Tables = Mapping[str, torch.Tensor]
 AraFamily = NewtonMasks | PricedStaircase | PaperStaircase
 
 
-def check_layout(options: MaskTrainingOptions, layout: Layout) -> None:
-    """Refuse the paper's form for pivoted layers.
+def check_layout(options: MaskTrainingOptions, layout: LayoutName) -> None:
+    """Refuse a layout that the paper's form does not know.
 
     Raises:
-        UsageError: its gain function has a jump at k(m + n) = mn, which pivoted layers have not.
+        UsageError: the paper's gain function jumps at k(m + n) = mn, and the gain in this layout does not.
     """
-    if options.objective == "paper" and layout != "factors":
+    if options.objective == "paper" and layout not in PaperStaircase.layouts:
         raise UsageError(
             f"--objective paper and --layout {layout} are both given: the paper's form counts k(m + n) parameters",
-            "use --objective priced, or --layout factors",
+            f"use --objective priced, or --layout {PaperStaircase.layouts[0]}",
         )
 
 

@@ -33,9 +33,11 @@ rescaling, which makes the layers of smallest R low-rank again if the dense ones
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
+from ara.layout_names import LayoutName
 from ara.masks.mask_family import Cut, MaskFamily
 from ara.masks.staircase import Atoms
 from ara.models.weights import LinearSpec
@@ -51,7 +53,13 @@ _OFF_EDGE = 1e-3
 
 
 class PaperStaircase(MaskFamily):
-    """θ over ranks 1 … r, a budget penalty, a guidance loss, and a proportional rescaling at the end."""
+    """θ over ranks 1 … r, a budget penalty, a guidance loss, and a proportional rescaling at the end.
+
+    Class attributes:
+        layouts: names of those in which a rank costs k(m + n), as the formulas above say.
+    """
+
+    layouts: ClassVar[tuple[LayoutName, ...]] = ("factors",)
 
     def __init__(
         self,

@@ -1,39 +1,24 @@
-"""Compressed checkpoints: factors into a model, a model onto the disk, and back."""
+"""Compressed checkpoints: written to a folder, loaded from it, and what their configs say."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 
-from ara.config import Layout
-from ara.errors import ModelError, NumericalError, first_line, is_out_of_memory
+from ara.errors import ModelError, first_line, is_out_of_memory
 from ara.jsonfile import read_object
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import modeling_ara
-from ara.layouts.modeling_ara import (
-    FORMATS,
-    QUANT_METHOD,
-    AraConfig,
-    AraQuantizer,
-    CompressedLinear,
-    Conv1D,
-    LowRankLinear,
-    PivotedLinear,
-    densify,
-)
-from ara.layouts.pivoting import pivot
+from ara.layouts.modeling_ara import LAYERS, QUANT_METHOD, AraConfig, AraQuantizer, densify
 from ara.models.completeness import check_loaded, stored_tensors, weight_files
 from ara.models.loading import why_not_loaded
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.silence import silence_transformers
 from ara.models.tokenizer_check import check_tokenizer
-from ara.models.weights import WeightRef, bias_of
-from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,61 +28,6 @@ _AGAIN = "write it again: ara truncate --force"
 CODE_FILE = "modeling_ara.py"
 
 
-def apply_factors(
-    model: PreTrainedModel,
-    ranks: Mapping[str, int],
-    files: Mapping[str, Path],
-    layout: Layout = "factors",
-    report: Reporter = SILENT,
-) -> None:
-    """Replace linear layers of ``model`` by low-rank ones, in place.
-
-    Args:
-        model: dense; its biases are kept.
-        ranks: module path → kept rank k.
-        files: module path → safetensors file with its full factors ``<path>.A`` (r, n) and ``<path>.B`` (m, r); only
-            the kept components are read.
-        layout: how the new layers hold the product.
-        report: progress of pivoting, which takes a while.
-
-    Raises:
-        NumericalError: factors become infinite in the dtype of the model.
-    """
-    with report.bar("Pivoting layers", len(ranks)) if layout == "pivoted" else nullcontext() as bar:
-        for path in dict.fromkeys(files[name] for name in ranks):
-            with safe_open(path, "pt") as file:
-                for name in (name for name in ranks if files[name] == path):
-                    a = file.get_slice(f"{name}.A")[: ranks[name]]
-                    b = file.get_slice(f"{name}.B")[:, : ranks[name]]
-                    ref = WeightRef.named(name)
-                    layer = _low_rank(model, ref.owner(model), a, b, layout)
-                    if not all(bool(parameter.isfinite().all()) for parameter in layer.parameters()):
-                        raise NumericalError(
-                            f"the factors of {name} exceed the range of {str(model.dtype).removeprefix('torch.')}",
-                            "use --dtype bfloat16 or --dtype float32",
-                        )
-                    ref.replace(model, layer)
-                    if bar is not None:
-                        bar.advance()
-
-
-def _low_rank(
-    model: PreTrainedModel, module: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, layout: Layout
-) -> CompressedLinear:
-    """Return what takes the place of ``module``: the product of ``b`` (m, k) and ``a`` (k, n), and its bias."""
-    bias, transposed = bias_of(module), isinstance(module, Conv1D)
-
-    def placed(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(model.dtype).to(model.device).contiguous()
-
-    if layout == "factors":
-        return LowRankLinear.from_factors(placed(a), placed(b), bias, transposed)
-    # Apple's GPUs have no float64.
-    worker = "cpu" if model.device.type == "mps" else model.device
-    parts = pivot(a.to(worker), b.to(worker))
-    return PivotedLinear.from_parts(placed(parts.a), placed(parts.c), parts.order.to(model.device), bias, transposed)
-
-
 def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -105,7 +35,7 @@ def save_checkpoint(
     *,
     ranks: Mapping[str, int],
     provenance: dict[str, Any],
-    layout: Layout = "factors",
+    layout: LayoutName = DEFAULT_LAYOUT,
     dense: bool = False,
     max_shard_size: str = "5GB",
 ) -> None:
@@ -125,7 +55,7 @@ def save_checkpoint(
     if dense:
         densify(model)
     elif ranks:
-        config = AraConfig(dict(ranks), FORMATS[layout], provenance, layout)
+        config = AraConfig(dict(ranks), LAYERS[layout].since, provenance, layout)
         model.config.quantization_config = config
         model.config.auto_map = {"AutoModelForCausalLM": f"{Path(CODE_FILE).stem}.AraForCausalLM"}
         model.hf_quantizer = AraQuantizer(config)
@@ -262,8 +192,3 @@ def is_compressed(folder: Path) -> bool:
 def checkpoint_bytes(folder: Path) -> int:
     """Return the bytes of the weight files of a checkpoint."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def low_rank_layers(model: torch.nn.Module) -> dict[str, int]:
-    """Return module path → rank of the low-rank layers of a model."""
-    return {name: module.rank for name, module in model.named_modules() if isinstance(module, CompressedLinear)}

@@ -13,18 +13,17 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from ara.config import Layout
 from ara.errors import UnsupportedModelError, UsageError
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
+from ara.layouts import layout_named
+from ara.layouts.base import Number
 from ara.layouts.modeling_ara import CompressedLinear, replace_linear
-
-Number = TypeVar("Number", int, float, torch.Tensor)
 
 # The name of a matrix that is not the ``weight`` of a linear module: ``experts.down_proj[3]``, ``experts.up[3].T``.
 _PART = re.compile(r"(?P<module>.+)\.(?P<parameter>\w+)\[(?P<expert>\d+|:)\](?P<transposed>\.T)?")
@@ -121,8 +120,7 @@ class LinearSpec:
         kind: path inside the block, such as ``self_attn.q_proj``.
         m: out features.
         n: in features.
-        layout: how it would be stored at a lower rank, which decides what a rank costs; see
-            :mod:`ara.layouts.pivoting`.
+        layout: how it is stored at a lower rank, which decides what a rank costs.
     """
 
     name: str
@@ -130,7 +128,7 @@ class LinearSpec:
     kind: str
     m: int
     n: int
-    layout: Layout = "factors"
+    layout: LayoutName = DEFAULT_LAYOUT
 
     @property
     def weight(self) -> WeightRef:
@@ -148,15 +146,13 @@ class LinearSpec:
         return self.m * self.n
 
     def cost(self, rank: Number) -> Number:
-        """Parameters of rank k: k(m + n) as factors, k(m + n − k) pivoted, which is mn at full rank."""
-        return rank * (self.m + self.n - rank) if self.layout == "pivoted" else rank * (self.m + self.n)
+        """Parameters of rank k; see :meth:`ara.layouts.base.Layout.cost`."""
+        return layout_named(self.layout).cost(self.m, self.n, rank)
 
     @property
     def top_rank(self) -> int:
         """The largest rank that costs less than the dense weight; 0 if there is none."""
-        if self.layout == "pivoted":
-            return self.full_rank - 1
-        return (self.dense_cost - 1) // (self.m + self.n)
+        return layout_named(self.layout).top_rank(self.m, self.n)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

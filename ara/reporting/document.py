@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict
 
-from ara.config import Layout
+from ara.layout_names import LayoutName
 from ara.workspace.tensors import Size
 
 REPORT_FORMAT: Literal[3] = 3
@@ -78,7 +78,7 @@ class Allocated(Part):
     name: str
     method: str
     keep: float | None
-    layout: Layout
+    layout: LayoutName
     linear_parameters_dense: int
     linear_parameters: int
     linear_keep: float
@@ -358,7 +358,7 @@ class Compared(Part):
 
     name: str
     keep: float
-    layout: Layout
+    layout: LayoutName
     tasks: tuple[str, ...]
     methods: Mapping[str, AllocatorRow]
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ara.layouts import LAYOUTS
 from ara.printable import printable
 from ara.reporting.document import Evaluated, Report
 from ara.reporting.gather import basic_report
@@ -133,8 +134,7 @@ def _what(report: Report, measured: bool) -> str:
     text = (
         f"{factors.windows[0]} × {factors.windows[1]} tokens of {_escaped(factors.text)}" if factors.windows else "none"
     )
-    pivoted = "stored as some of their rows, the others as combinations of those"
-    shape = {"factors": "stored as two thin matrices each", "pivoted": pivoted}[ranks.layout]
+    shape = f"stored as {LAYOUTS.entry(ranks.layout).title}"
     shape = "multiplied back to dense weights" if stored.densified else shape
     lines = [
         f"{stored.low_rank_layers} linear layers of {_code(report.base.name)} were factorised by SVD and are {shape}; "

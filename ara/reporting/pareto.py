@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ara.layout_names import DEFAULT_LAYOUT
 from ara.reporting.document import (
     Allocated,
     BenchCase,
@@ -49,7 +50,7 @@ class Measured:
     def series(self, method: str) -> str:
         """Return which line a model of this checkpoint belongs to."""
         words = [method]
-        if self.allocation.layout != "factors":
+        if self.allocation.layout != DEFAULT_LAYOUT:
             words.append(self.allocation.layout)
         if self.checkpoint.densified:
             words.append("densified")

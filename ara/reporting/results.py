@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ara.data.texts import FILE_PREFIX
+from ara.layout_names import DEFAULT_LAYOUT
 from ara.reporting.document import (
     Allocated,
     AllocatorRow,
@@ -85,7 +86,7 @@ def read_allocation(manifest: Manifest) -> Allocated:
         name=manifest.name,
         method="from a file" if config.get("ranks_sha256") else config["method"],
         keep=config.get("keep"),
-        layout=config.get("layout", "factors"),
+        layout=config.get("layout", DEFAULT_LAYOUT),
         kinds=tuple(
             Kind(kind=kind, **{key: row[key] for key in Kind.model_fields if key != "kind"})
             for kind, row in results["kinds"].items()
@@ -318,7 +319,7 @@ def read_comparison(manifest: Manifest) -> Compared:
     return Compared(
         name=manifest.name,
         keep=manifest.config["keep"],
-        layout=manifest.config.get("layout", "factors"),
+        layout=manifest.config.get("layout", DEFAULT_LAYOUT),
         tasks=tuple(names[task] for task in tasks),
         methods={
             method: AllocatorRow(

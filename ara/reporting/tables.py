@@ -11,6 +11,7 @@ from textwrap import shorten
 
 from ara.evaluation.paired import NOISE
 from ara.evaluation.tasks import mean_label
+from ara.layout_names import DEFAULT_LAYOUT
 from ara.reporting.document import (
     Allocated,
     Benched,
@@ -272,7 +273,7 @@ def comparison_table(comparison: Compared, allocation: Allocated) -> Table:
     for task in comparison.tasks:
         columns += [f"perplexity, {task}", "gap closed"]
     columns += ["dense layers", "seconds", "backward passes"]
-    layout = "" if comparison.layout == "factors" else f", {comparison.layout}"
+    layout = "" if comparison.layout == DEFAULT_LAYOUT else f", {comparison.layout}"
     caption = f"{comparison.name}: keep {comparison.keep:g}{layout}"
     same = (comparison.keep, comparison.layout) == (allocation.keep, allocation.layout)
     return Table(caption, tuple(columns), tuple(rows), marked=_index(order, allocation.method if same else None))

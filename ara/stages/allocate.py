@@ -15,8 +15,9 @@ from ara.allocation.guard import Verdict, compare_candidates
 from ara.allocation.uniform import Uniform
 from ara.artifacts.ranks import RANKS_FILE, ranks_document, read_layout, read_ranks
 from ara.artifacts.training import find_training, require_training, with_text_of, with_training
-from ara.config import AllocateConfig, BudgetConfig, Layout, TuningConfig, method_options
+from ara.config import AllocateConfig, BudgetConfig, TuningConfig, method_options
 from ara.errors import UsageError, WorkspaceError
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.weights import LinearSpec, matching
 from ara.solver.budget import Budget
 from ara.solver.problem import Allocation, Module, cost
@@ -113,11 +114,11 @@ def _decided(
     return config.model_copy(update={"method": method}), trained
 
 
-def refuse_layout(method: str, layout: Layout) -> None:
-    """Refuse a layout whose costs an allocator does not know.
+def refuse_layout(method: str, layout: LayoutName) -> None:
+    """Refuse a layout that an allocator cannot allocate ranks for.
 
     Raises:
-        UsageError: it does not know them, or there is no such allocator.
+        UsageError: the allocator does not name the layout, or there is no such allocator.
     """
     known = ALLOCATORS.load(method).layouts
     if layout not in known:
@@ -161,7 +162,7 @@ def _training(
         )
     found = find_training(workspace, decomposition, config.layout, config.keep, run.report, masks)
     if found is None and not workspace.views("train-masks"):
-        layout = "" if config.layout == "factors" else f" --layout {config.layout}"
+        layout = "" if config.layout == DEFAULT_LAYOUT else f" --layout {config.layout}"
         raise WorkspaceError(
             f"{workspace.root} has no trained masks", f"run first: ara train-masks --keep {config.keep:g}{layout}"
         )
@@ -180,7 +181,7 @@ def _name(config: AllocateConfig, factors: str, ranks: Path | None) -> str:
     return "-".join([default_name(factors, config.method, keep=config.keep, layout=config.layout), *multiple])
 
 
-def load_modules(decomposition: StageView, layout: Layout = "factors") -> list[Module]:
+def load_modules(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) -> list[Module]:
     """Read the spectra of a decomposition, and nothing else of its factors."""
     modules, specs = [], specs_of(decomposition, layout)
     for layer in dict.fromkeys(spec.layer for spec in specs):
@@ -219,10 +220,10 @@ def summary(allocation: Allocation, specs: list[LinearSpec], model_parameters: i
     }
 
 
-def layout_of(allocation: StageView) -> Layout:
-    """Return the layout that an allocation counts its parameters in; manifests that name none mean factors."""
+def layout_of(allocation: StageView) -> LayoutName:
+    """Return the layout in which an allocation counts its parameters."""
     assert allocation.manifest is not None
-    layout: Layout = allocation.manifest.config.get("layout", "factors")
+    layout: LayoutName = allocation.manifest.config.get("layout", DEFAULT_LAYOUT)
     return layout
 
 
@@ -302,10 +303,10 @@ def _from_file(config: AllocateConfig, path: Path, specs: list[LinearSpec]) -> A
     return allocation
 
 
-def _layout_in(path: Path, asked: Layout) -> Layout:
+def _layout_in(path: Path, asked: LayoutName) -> LayoutName:
     """Return the layout that a ranks file names, which is that of its costs."""
     layout = read_layout(path)
-    if asked not in ("factors", layout):
+    if asked not in (DEFAULT_LAYOUT, layout):
         raise UsageError(f"{path} names the layout {layout}, --layout {asked} is given", "leave --layout out")
     return layout
 

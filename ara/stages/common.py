@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ara.config import DecomposeConfig, Layout
+from ara.config import DecomposeConfig
 from ara.environment import reset_peak_memory
 from ara.errors import ModelError, UsageError
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.context import context_length
 from ara.models.memory import available_bytes
 from ara.models.weights import LinearSpec
@@ -89,7 +90,7 @@ def model_of(view: StageView, run: Run) -> ModelSource:
     return source
 
 
-def specs_of(decomposition: StageView, layout: Layout = "factors") -> list[LinearSpec]:
+def specs_of(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) -> list[LinearSpec]:
     """Return the factorised layers that the manifest of a decomposition lists, to be stored in ``layout``."""
     assert decomposition.manifest is not None
     return [LinearSpec(**{**module, "layout": layout}) for module in decomposition.manifest.results["modules"]]
@@ -141,15 +142,15 @@ def groups_in_memory(
 
 
 def default_name(
-    factors: str, *parts: str, keep: float | Sequence[float] | None = None, layout: Layout = "factors"
+    factors: str, *parts: str, keep: float | Sequence[float] | None = None, layout: LayoutName = DEFAULT_LAYOUT
 ) -> str:
-    """Return a result's name: decomposition (unless the default), parts, keeps as 0.80, layout (unless factors)."""
+    """Return a result's name: decomposition (unless the default), parts, keeps as 0.80, layout (unless the default)."""
     words = [] if factors == DecomposeConfig.model_fields["method"].default else [factors]
     words += parts
     for one in [] if keep is None else keep if isinstance(keep, Sequence) else [keep]:
         short = f"{one:g}"
         words.append(short if len(short) > 4 else f"{one:.2f}")
-    return "-".join(words if layout == "factors" else [*words, layout])
+    return "-".join(words if layout == DEFAULT_LAYOUT else [*words, layout])
 
 
 def layer_file(layer: int) -> str:

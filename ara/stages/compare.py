@@ -11,11 +11,12 @@ from ara.allocation import ALLOCATORS
 from ara.allocation.base import Allocator
 from ara.artifacts.ranks import from_table, ranks_table
 from ara.artifacts.training import find_training, training_cost, with_text_of, with_training
-from ara.config import CompareConfig, Layout, method_options
+from ara.config import CompareConfig, method_options
 from ara.data.texts import check_text_spec, load_documents
 from ara.data.tokens import TokenWindows, evaluation_windows
 from ara.errors import NumericalError
 from ara.jsonfile import dump
+from ara.layout_names import LayoutName
 from ara.masks.context import TuningContext
 from ara.masks.rank_losses import nearest
 from ara.models.vocabulary import token_rows
@@ -111,7 +112,7 @@ def gap_closed(loss: float, uniform: float, dense: float) -> float | None:
     return (uniform - loss) / (uniform - dense) if uniform > dense else None
 
 
-def methods_for(layout: Layout) -> tuple[str, ...]:
+def methods_for(layout: LayoutName) -> tuple[str, ...]:
     """Return the allocators that know ``layout``."""
     return tuple(name for name in ALLOCATORS.names() if layout in ALLOCATORS.load(name).layouts)
 

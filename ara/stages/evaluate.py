@@ -15,8 +15,9 @@ from ara.evaluation.generation import prompt_ids
 from ara.evaluation.task_folders import open_task_folders
 from ara.evaluation.tasks import check_task, expand, is_text, load_tasks
 from ara.jsonfile import dump
-from ara.models.checkpoint import apply_factors, load
+from ara.models.checkpoint import load
 from ara.models.context import check_room, context_length
+from ara.models.low_rank import apply_factors
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
 from ara.models.vocabulary import token_rows

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ara.config import Layout, TruncateConfig
+from ara.config import TruncateConfig
+from ara.layout_names import LayoutName
 from ara.models.accounting import weight_bytes
-from ara.models.checkpoint import apply_factors, check_loads, checkpoint_bytes, save_checkpoint
+from ara.models.checkpoint import check_loads, checkpoint_bytes, save_checkpoint
+from ara.models.low_rank import apply_factors
 from ara.models.placement import torch_dtype
 from ara.reporting.model_card import model_card
 from ara.reporting.sharing import display_name
@@ -56,8 +58,8 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
         source = model_of(decomposition, run)
         model = source.load_model(torch_dtype(dtype), "cpu")
         dense_bytes = weight_bytes(model)
-        # What is multiplied back at once needs no pivots, and is more exact without.
-        built: Layout = "factors" if config.densify else layout
+        # Layers that are multiplied back to dense weights at once are most exact as the factors themselves.
+        built: LayoutName = "factors" if config.densify else layout
         apply_factors(model, ranks, factor_files(decomposition, specs), built, run.report)
         with workspace.writer("truncate", name, facts, command=run.command, started=started) as stage:
             folder = stage.folder / CHECKPOINT

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ara.layout_names import DEFAULT_LAYOUT
 from ara.workspace.store import DEFAULT_ROOT, Workspace
 from ara.workspace.view import StageView, parent_of
 
@@ -98,6 +99,6 @@ def _created(view: StageView) -> str:
 def _budget_words(training: StageView) -> list[str]:
     """Return the options of ``ara allocate`` that go with a training."""
     assert training.manifest is not None
-    layout = training.manifest.config.get("layout", "factors")
+    layout = training.manifest.config.get("layout", DEFAULT_LAYOUT)
     budget = next(iter(training.manifest.results["budgets"]))
-    return ["--keep", budget, *([] if layout == "factors" else ["--layout", layout])]
+    return ["--keep", budget, *([] if layout == DEFAULT_LAYOUT else ["--layout", layout])]

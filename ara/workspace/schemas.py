@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ara.config import Layout
 from ara.jsonfile import first_problem
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.workspace.manifest import Manifest
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -63,7 +63,7 @@ class _DecomposeFigures(_Part):
 
 class _TrainingSettings(_Part):
     objective: Literal["priced", "paper"]
-    layout: Layout = "factors"
+    layout: LayoutName = DEFAULT_LAYOUT
     samples: Least1
     held_out: Least1
     keep: list[Share]
@@ -90,7 +90,7 @@ class _TrainingFigures(_Part):
 
 class _AllocationSettings(_Part):
     method: str
-    layout: Layout = "factors"
+    layout: LayoutName = DEFAULT_LAYOUT
     keep: Share | None = None
     rank_multiple: Least1
     min_rank: Least1

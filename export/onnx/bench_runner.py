@@ -12,6 +12,7 @@ import numpy as np
 
 from ara.evaluation.cost import Case, Cost, cost_of
 from ara.evaluation.speed import Prepared
+from ara.layouts import layout_named
 from ara.models.silence import silence_transformers
 from ara.stages.bench_models import BenchModel
 from ara.stages.common import Run
@@ -112,8 +113,9 @@ def count_checkpoint(checkpoint: Checkpoint, about: ExportReport) -> Cost:
 
 
 def parameters_of(checkpoint: Checkpoint) -> int:
-    """Return the number of parameters of a checkpoint, without the order of pivoted rows."""
-    return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names() if not name.endswith(".order"))
+    """Return the number of parameters of a checkpoint; the indices that a layout stores are none."""
+    indices = tuple(f".{name}" for name in layout_named(checkpoint.layout).indices)
+    return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names() if not name.endswith(indices))
 
 
 def _bench_model(name: str, folder: Path, about: ExportReport, source: Path, threads: int) -> BenchModel:

@@ -8,9 +8,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ara.config import Layout
 from ara.errors import ModelError
 from ara.jsonfile import dump, read_object
+from ara.layout_names import LayoutName
 from ara.workspace.manifest import FileRecord, file_record
 from ara.workspace.tensors import SHA256_PATTERN
 from export.base import REPORT_FILE
@@ -70,7 +70,7 @@ class ExportReport(_Part):
     merge_shared_inputs: bool
     last_logits: bool
     rewritten: bool
-    layout: Layout
+    layout: LayoutName
     ranks: Mapping[str, int]
     decoder: DecoderFacts
     files: Mapping[str, FileRecord]

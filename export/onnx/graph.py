@@ -1,9 +1,8 @@
 """Builds the decoder graph: one ONNX graph for prefill and decode, with ONNX Runtime's fused operators.
 
-Inputs and outputs have the names that ONNX Runtime GenAI expects. A dense linear layer is one MatMul. A factorised one
-is MatMul A → MatMul B. A pivoted one is MatMul A → MatMul C → Concat → Gather, which copies blocks or rows on CPUs
-(:mod:`export.onnx.pivots`). Nodes and weights are named after their modules. Each weight is read, converted and
-written on its own when the model is saved.
+Inputs and outputs have the names that ONNX Runtime GenAI expects. A dense linear layer is one MatMul. A low-rank one is
+MatMul A and what its layout adds (:mod:`export.onnx.low_rank`). Nodes and weights are named after their modules. Each
+weight is read, converted and written on its own when the model is saved.
 
 Shapes: b batch, s new tokens, p past tokens, t = p + s.
 """

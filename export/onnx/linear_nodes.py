@@ -1,4 +1,4 @@
-"""Linear layers of the graph: dense, two factors or pivoted, with weights in float32, float16 or 8 bits."""
+"""Linear layers of the graph, dense or low-rank, with weights in float32, float16 or 8 bits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from ara.errors import NumericalError
 from export.onnx.export_report import Precision, Provider
-from export.onnx.nodes import CONTRIB, GraphNodes
-from export.onnx.pivots import BlockPivots, ordering
+from export.onnx.low_rank import NODES, LowRankGraph
+from export.onnx.nodes import CONTRIB
 from export.onnx.quantize import BITS, BLOCK, quantize, scales_of
 from export.onnx.stored_weights import Checkpoint, LinearLayer
 
@@ -40,7 +40,7 @@ class GraphOptions:
     last_logits: bool = False
 
 
-class LinearNodes(GraphNodes):
+class LinearNodes(LowRankGraph):
     """A graph with the linear layers and other weights of a checkpoint.
 
     Args:
@@ -50,13 +50,12 @@ class LinearNodes(GraphNodes):
 
     def __init__(self, checkpoint: Checkpoint, options: GraphOptions) -> None:
         super().__init__()
-        self.checkpoint: Checkpoint | BlockPivots = checkpoint
-        # More pivots magnify rounding errors: hardly in float32, far too much in 8 bits.
-        if checkpoint.pivoted and options.precision == "fp32":
-            self.checkpoint = BlockPivots(checkpoint)
+        self.checkpoint = NODES[checkpoint.layout].view(checkpoint, options.precision)
         self.options = options
+        self.provider = options.provider
+        self.axes = 3  # batch, tokens, width
         self.float = _FLOATS[options.activations]
-        self.used: set[str] = set()
+        self.used = set()
 
     def _layer(self, path: str, m: int, n: int) -> LinearLayer:
         """Return how the checkpoint stores a linear layer of m outputs and n inputs."""
@@ -77,31 +76,15 @@ class LinearNodes(GraphNodes):
         return [self._rest(h, layer) for h, layer in zip(inner, layers, strict=True)]
 
     def _rest(self, h: ir.Value, layer: LinearLayer) -> ir.Value:
-        """Return the output (…, m) of a layer from h, the product with its first matrix: second matrix, order, bias."""
-        y = h
-        if layer.rank is not None and not layer.pivoted:
-            y = self._matmul(h, f"{layer.path}.B", f"{layer.path}.B.weight")
-        elif layer.rank is not None:
-            others = self._matmul(h, f"{layer.path}.C", f"{layer.path}.C.weight")
-            y = self.op("Concat", [h, others], f"{layer.path}.rows", {"axis": -1})
-            order = self._order(layer)
-            if layer.block > 1:
-                apart, whole = self.ints([0, 0, layer.m // layer.block, layer.block], [0, 0, layer.m])
-                blocks = self.op("Reshape", [y, apart], f"{layer.path}.blocks")
-                ordered = self.op("Gather", [blocks, order], f"{layer.path}.ordered", {"axis": 2})
-                y = self.op("Reshape", [ordered, whole], f"{layer.path}.whole")
-            else:
-                for kind, name, attributes in ordering(3, self.options.provider):
-                    y = self.op(kind, [y, order] if kind == "Gather" else [y], f"{layer.path}.{name}", attributes)
+        """Return the output (…, m) of a layer from h, the product with its first matrix."""
+        y = h if layer.layout is None else NODES[layer.layout].output(self, h, layer)
         if layer.bias is not None:
             y = self.op("Add", [y, self.weight(layer.bias)], f"{layer.path}.biased")
         return y
 
-    def _order(self, layer: LinearLayer) -> ir.Value:
-        name = f"{layer.path}.order"
-        self.used.add(name)
-        kind = ir.DataType.INT32 if layer.block == 1 else ir.DataType.INT64
-        return self.lazy(name, kind, (layer.m // layer.block,), lambda: self.checkpoint.tensor(name).numpy())
+    def multiply(self, x: ir.Value, path: str) -> ir.Value:
+        """Multiply by the matrix that the checkpoint stores as ``<path>.weight``."""
+        return self._matmul(x, path, f"{path}.weight")
 
     def _matmul(self, x: ir.Value, path: str, *names: str) -> ir.Value:
         """Multiply by weights of the checkpoint, each (out, in), stacked along the outputs."""

@@ -13,10 +13,15 @@ CONTRIB = "com.microsoft"
 
 
 class GraphNodes:
-    """An ONNX graph to which inputs, nodes and tensors are added one by one."""
+    """An ONNX graph to which inputs, nodes and tensors are added one by one.
 
-    def __init__(self) -> None:
-        self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, CONTRIB: 1}, name="decoder")
+    Args:
+        graph: the graph; by default an empty one.
+    """
+
+    def __init__(self, graph: ir.Graph | None = None) -> None:
+        empty = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, CONTRIB: 1}, name="decoder")
+        self.graph = empty if graph is None else graph
 
     def input(self, name: str, kind: ir.DataType, shape: list[Any]) -> ir.Value:
         """Append an input of the graph."""
@@ -57,8 +62,12 @@ class GraphNodes:
         node = ir.node(kind, inputs, attributes, domain=domain, num_outputs=outputs, name=f"{path}/{kind}")
         for i, value in enumerate(node.outputs):
             value.name = f"{path}/{kind}/output_{i}"
-        self.graph.append(node)
+        self.append(node)
         return list(node.outputs)
+
+    def append(self, node: ir.Node) -> None:
+        """Append a node to the graph."""
+        self.graph.append(node)
 
     def split(self, x: ir.Value, sizes: Sequence[int], path: str) -> list[ir.Value]:
         """Split the last axis."""

@@ -3,7 +3,7 @@
 In ONNX Runtime on a CPU, copying single numbers takes longer than the multiplications that pivots save. Two remedies:
 
 - **Blocks**, in float32 graphs. The pivots of a matrix of rank k may be any k rows that span it
-  (:mod:`ara.layouts.pivoting`). The pivots are therefore chosen again, as blocks of 16 neighbouring rows. The matrix
+  (:mod:`ara.layouts.pivoted`). The pivots are therefore chosen again, as blocks of 16 neighbouring rows. The matrix
   stays the same, with at most 15 more pivots than its rank, and its order copies whole blocks. The coefficients become
   larger, and so do rounding errors of the pivots' outputs, which only float32 tolerates. :func:`choose_blocks` limits
   both by keeping the volume of the pivot rows large.
@@ -53,7 +53,7 @@ class BlockPivots:
         A layer stays unchanged if a block does not divide its outputs, or if all of them would become pivots.
         """
         layer = self.checkpoint.linear(path, m, n)
-        if not layer.pivoted or layer.rank is None or m % BLOCK:
+        if layer.rank is None or m % BLOCK:
             return layer
         pivots = -(-layer.rank // BLOCK) * BLOCK
         if pivots >= m:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import torch
 
 from ara.errors import AraError, ModelError, first_line
 from ara.files import open_regular
+from ara.layouts import layout_named
 from export.onnx.export_report import Provider
-from export.onnx.pivots import ordering
+from export.onnx.low_rank import NODES, LowRankGraph
 from export.onnx.stored_weights import Checkpoint, LinearLayer
 
 _FLOATS = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
@@ -195,37 +196,54 @@ def _replace(graph: ir.Graph, node: ir.Node, checkpoint: Checkpoint, path: str, 
     dense = torch.tensor(weight.const_value.numpy()).double()
     _check(dense if swapped else dense.T, checkpoint, layer)
 
-    def factor(name: str) -> ir.Value:
-        m, n = checkpoint.shape(name)
-        made = ir.LazyTensor(
-            lambda: ir.tensor(checkpoint.tensor(name).T.to(_FLOATS[stored]).contiguous().numpy(), name=name),
-            dtype=stored,
-            shape=ir.Shape((n, m)),
-            name=name,
-        )
-        value = ir.val(name, const_value=made)
-        graph.register_initializer(value)
-        return value
-
-    new = [ir.node("MatMul", [node.inputs[0], factor(f"{path}.A.weight")], name=f"{path}.A/MatMul")]
-    h = new[0].outputs[0]
-    if layer.pivoted:
-        new.append(ir.node("MatMul", [h, factor(f"{path}.C.weight")], name=f"{path}.C/MatMul"))
-        new.append(ir.node("Concat", [h, new[-1].outputs[0]], {"axis": -1}, name=f"{path}.rows/Concat"))
-        order = ir.val(f"{path}.order", const_value=ir.tensor(_order(checkpoint, path), name=f"{path}.order"))
-        graph.register_initializer(order)
-        for kind, name, attributes in ordering(_axes(node), provider):
-            inputs = [new[-1].outputs[0], order] if kind == "Gather" else [new[-1].outputs[0]]
-            new.append(ir.node(kind, inputs, attributes, name=f"{path}.{name}/{kind}"))
-    else:
-        new.append(ir.node("MatMul", [h, factor(f"{path}.B.weight")], name=f"{path}.B/MatMul"))
+    new = _Replacement(graph, checkpoint, stored, _axes(node), provider)
+    assert node.inputs[0] is not None and layer.layout is not None
+    y = NODES[layer.layout].output(new, new.multiply(node.inputs[0], f"{path}.A"), layer)
     bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
     if bias is not None:
-        new.append(ir.node("Add", [new[-1].outputs[0], bias], name=f"{path}.biased/Add"))
-    for made in new:
-        for i, output in enumerate(made.outputs):
-            output.name = f"{made.name}/output_{i}"
-    _take_place(graph, node, new)
+        y = new.op("Add", [y, bias], f"{path}.biased")
+    old = node.outputs[0]
+    y.type, y.shape, y.name = old.type, old.shape, old.name
+    ir.convenience.replace_nodes_and_values(graph, node, [node], new.nodes, [old], [y])
+
+
+class _Replacement(LowRankGraph):
+    """The nodes that are to replace one linear layer of another exporter's graph; the graph gets their weights at once.
+
+    Args:
+        graph: of the other exporter.
+        checkpoint: holds the factors.
+        dtype: of the replaced weight.
+        axes: number of axes of the layer's input; ``None`` if unknown.
+        provider: where the graph will run.
+    """
+
+    def __init__(
+        self, graph: ir.Graph, checkpoint: Checkpoint, dtype: ir.DataType, axes: int | None, provider: Provider
+    ) -> None:
+        super().__init__(graph)
+        self.checkpoint, self.dtype, self.axes, self.provider = checkpoint, dtype, axes, provider
+        self.used = set()
+        self.nodes: list[ir.Node] = []
+
+    def append(self, node: ir.Node) -> None:
+        """Collect a node."""
+        self.nodes.append(node)
+
+    def lazy(self, name: str, kind: ir.DataType, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> ir.Value:
+        """Return a new tensor; see :meth:`GraphNodes.lazy`."""
+        if name in self.graph.initializers:
+            raise ModelError(f"the graph has a weight {name} of its own", _DENSE)
+        return super().lazy(name, kind, shape, make)
+
+    def multiply(self, x: ir.Value, path: str) -> ir.Value:
+        """Multiply by the matrix that the checkpoint stores as ``<path>.weight``."""
+        name, kind = f"{path}.weight", _FLOATS[self.dtype]
+        m, n = self.checkpoint.shape(name)
+        weight = self.lazy(
+            name, self.dtype, (n, m), lambda: self.checkpoint.tensor(name).T.to(kind).contiguous().numpy()
+        )
+        return self.op("MatMul", [x, weight], path)
 
 
 def _axes(node: ir.Node) -> int | None:
@@ -236,29 +254,17 @@ def _axes(node: ir.Node) -> int | None:
     return next((len(shape) for shape in shapes if shape is not None), None)
 
 
-def _take_place(graph: ir.Graph, node: ir.Node, new: Sequence[ir.Node]) -> None:
-    old, last = node.outputs[0], new[-1].outputs[0]
-    last.type, last.shape, last.name = old.type, old.shape, old.name
-    ir.convenience.replace_nodes_and_values(graph, node, [node], list(new), [old], [last])
-
-
-def _order(checkpoint: Checkpoint, path: str) -> np.ndarray:
-    found: np.ndarray = checkpoint.tensor(f"{path}.order").numpy()
-    return found
-
-
 def _check(dense: torch.Tensor, checkpoint: Checkpoint, layer: LinearLayer) -> None:
     """Check that the factors approximate this weight, (m, n) float64.
 
     Raises:
         ModelError: they approximate another one.
     """
-    a = checkpoint.tensor(f"{layer.path}.A.weight").double()
-    if layer.pivoted:
-        c = checkpoint.tensor(f"{layer.path}.C.weight").double()
-        product = torch.cat([a, c @ a])[torch.from_numpy(_order(checkpoint, layer.path)).long()]
-    else:
-        product = checkpoint.tensor(f"{layer.path}.B.weight").double() @ a
+    assert layer.layout is not None and layer.rank is not None
+    layout = layout_named(layer.layout)
+    names = layout.store(layer.m, layer.n, layer.rank)
+    tensors = {name: checkpoint.tensor(f"{layer.path}.{name}") for name in names}
+    product = layout.multiply(tensors, layer.m, torch.float64)
     cosine = float((dense * product).sum() / (dense.norm() * product.norm()).clamp_min(1e-300))
     if not cosine >= _LEAST_COSINE:
         raise ModelError(

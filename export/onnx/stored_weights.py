@@ -6,11 +6,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ara.errors import ModelError
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
+from ara.layouts import layout_named
 from ara.layouts.modeling_ara import QUANT_METHOD, AraConfig
 from ara.models.checkpoint import quantization_of, read_config
 from ara.models.folder import INDEX, SINGLE, read_index, read_shapes
@@ -27,7 +30,7 @@ class LinearLayer:
         m: out features.
         n: in features.
         rank: k; ``None`` for a dense layer.
-        pivoted: whether a low-rank layer is stored as pivot rows and coefficients.
+        layout: of a low-rank layer; ``None`` for a dense one.
         bias: name of the bias (m), or ``None``.
         block: outputs that a pivoted layer's order permutes as one unit.
     """
@@ -36,16 +39,9 @@ class LinearLayer:
     m: int
     n: int
     rank: int | None
-    pivoted: bool
+    layout: LayoutName | None
     bias: str | None
     block: int = 1
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters, without the bias."""
-        if self.rank is None:
-            return self.m * self.n
-        return self.rank * (self.m + self.n - (self.rank if self.pivoted else 0))
 
 
 class Checkpoint:
@@ -53,6 +49,10 @@ class Checkpoint:
 
     Args:
         folder: contains ``config.json`` and safetensors files.
+
+    Attributes:
+        ranks: module path → rank of the low-rank layers.
+        layout: of these layers.
 
     Raises:
         ModelError: the folder is no checkpoint, a shard is missing or damaged, or an ARA format that is too new.
@@ -69,13 +69,13 @@ class Checkpoint:
                 "export the checkpoint of ara truncate",
             )
         self.ranks: dict[str, int] = {}
-        self.pivoted = False
+        self.layout = DEFAULT_LAYOUT
         if method == QUANT_METHOD:
             try:
                 ara = AraConfig(**{key: value for key, value in quantization.items() if key != "quant_method"})
             except (ValueError, TypeError) as error:
                 raise ModelError(f"{folder} cannot be read: {error}", "write it again: ara truncate --force") from None
-            self.ranks, self.pivoted = ara.ranks, ara.layout == "pivoted"
+            self.ranks, self.layout = ara.ranks, cast(LayoutName, ara.layout)
         self._files = _files(folder)
         self._shapes = _shapes(self._files)
         unknown = [path for path in self.ranks if f"{path}.A.weight" not in self._shapes]
@@ -144,18 +144,16 @@ class Checkpoint:
             ModelError: a tensor is missing or has another shape.
         """
         rank = self.ranks.get(path)
+        tensors: Mapping[str, tuple[int, ...]]
         if rank is None:
-            self.expect(f"{path}.weight", m, n)
+            tensors, bias = {"weight": (m, n)}, f"{path}.bias"
         else:
-            self.expect(f"{path}.A.weight", rank, n)
-            if self.pivoted:
-                self.expect(f"{path}.C.weight", m - rank, rank)
-                self.expect(f"{path}.order", m)
-            else:
-                self.expect(f"{path}.B.weight", m, rank)
-        names = [name for name in (f"{path}.bias", f"{path}.B.bias") if self.has(name)]
-        bias = self.expect(names[0], m) if names else None
-        return LinearLayer(path, m, n, rank, self.pivoted and rank is not None, bias)
+            layout = layout_named(self.layout)
+            tensors, bias = layout.store(m, n, rank), f"{path}.{layout.bias}"
+        for name, shape in tensors.items():
+            self.expect(f"{path}.{name}", *shape)
+        stored = self.expect(bias, m) if self.has(bias) else None
+        return LinearLayer(path, m, n, rank, None if rank is None else self.layout, stored)
 
 
 def _files(folder: Path) -> Mapping[str, Path]:

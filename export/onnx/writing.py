@@ -118,7 +118,7 @@ def _about(
         merge_shared_inputs=config.merge_shared_inputs,
         last_logits=config.last_logits,
         rewritten=config.rewrite is not None,
-        layout="pivoted" if checkpoint.pivoted else "factors",
+        layout=checkpoint.layout,
         ranks=checkpoint.ranks,
         decoder=facts.model_copy(update={"shared_caches": _shares_caches(model)}),
         files=graph_files(folder),

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
 from ara.data.texts import load_documents
 from ara.data.tokens import evaluation_windows
-from ara.models.checkpoint import load, low_rank_layers
+from ara.models.checkpoint import load
+from ara.models.low_rank import low_rank_layers
 from ara.progress import SilentReporter
 from ara.stages.allocate import allocate
 from ara.stages.common import Run

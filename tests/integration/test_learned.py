@@ -28,7 +28,7 @@ from ara.errors import DataError, ProblemsError, UsageError, WorkspaceError
 from ara.layouts.modeling_ara import PivotedLinear
 from ara.masks.ara_family import ara_family
 from ara.models.accounting import parameter_count
-from ara.models.checkpoint import apply_factors
+from ara.models.low_rank import apply_factors
 from ara.models.weights import LinearSpec
 from ara.solver.budget import Budget
 from ara.solver.problem import Module

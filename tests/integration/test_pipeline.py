@@ -16,7 +16,8 @@ from ara.data.texts import load_documents
 from ara.data.tokens import evaluation_windows
 from ara.decomposition import DECOMPOSITIONS
 from ara.errors import ProblemsError, UsageError, WorkspaceError
-from ara.models.checkpoint import is_compressed, low_rank_layers
+from ara.models.checkpoint import is_compressed
+from ara.models.low_rank import low_rank_layers
 from ara.models.weights import WeightRef, find_linears
 from ara.progress import SilentReporter
 from ara.solver.problem import cost

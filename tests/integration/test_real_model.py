@@ -15,7 +15,7 @@ import ara
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
 from ara.errors import ModelError
 from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens
-from ara.models.checkpoint import low_rank_layers
+from ara.models.low_rank import low_rank_layers
 from ara.models.sources import resolve
 from ara.stages.common import Run
 from ara.stages.evaluate import evaluate

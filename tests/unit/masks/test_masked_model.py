@@ -8,7 +8,7 @@ import torch
 from ara.errors import NumericalError
 from ara.masks.model import MaskedModel
 from ara.masks.sensitivity_table import sensitivity_tables
-from ara.models.checkpoint import apply_factors
+from ara.models.low_rank import apply_factors
 from ara.models.weights import find_linears
 from ara.stages.common import layer_file
 from tests.tiny import tiny_model

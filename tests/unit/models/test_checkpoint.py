@@ -25,15 +25,14 @@ from ara.errors import ModelError, NumericalError
 from ara.layouts.modeling_ara import AraConfig, CompressedLinear, LowRankLinear, PivotedLinear, replace_linear
 from ara.models.accounting import parameter_count, weight_bytes
 from ara.models.checkpoint import (
-    apply_factors,
     check_loads,
     checkpoint_bytes,
     is_compressed,
     load,
-    low_rank_layers,
     read_config,
     save_checkpoint,
 )
+from ara.models.low_rank import apply_factors, low_rank_layers
 from ara.models.weights import LinearSpec, WeightRef, bias_of, find_linears
 from tests.tiny import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -174,34 +173,6 @@ def test_full_rank_gives_the_dense_logits(family: str, tmp_path: Path) -> None:
     files = _factor_file(model, linears, tmp_path / "factors.safetensors")
     apply_factors(model, {spec.name: spec.full_rank for spec in linears}, files)
     torch.testing.assert_close(_logits(model), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_the_layer_itself() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b, bias, x = (torch.randn(*shape, generator=generator) for shape in ((5, 31), (23, 5), (23,), (2, 7, 31)))
-    layer = LowRankLinear.from_factors(a, b, bias)
-    assert (layer.in_features, layer.out_features, layer.rank) == (31, 23, 5)
-    assert torch.equal(layer.weight, b @ a)
-    torch.testing.assert_close(layer(x), x @ (b @ a).T + bias, rtol=1e-4, atol=1e-4)
-    assert layer.A.weight.data_ptr() == a.data_ptr()
-    assert {name for name, _ in layer.named_parameters()} == {"A.weight", "B.weight", "B.bias"}
-    assert "rank=5" in repr(layer)
-    assert LowRankLinear.from_factors(a, b).bias is None
-
-
-def test_the_pivoted_layer_itself() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, c, bias, x = (torch.randn(*shape, generator=generator) for shape in ((5, 31), (18, 5), (23,), (2, 7, 31)))
-    order = torch.randperm(23, generator=generator).int()
-    layer = PivotedLinear.from_parts(a, c, order, bias)
-    assert (layer.in_features, layer.out_features, layer.rank) == (31, 23, 5)
-    weight = torch.cat([a, c @ a])[order.long()]
-    torch.testing.assert_close(layer.weight, weight)
-    torch.testing.assert_close(layer(x), x @ weight.T + bias, rtol=1e-4, atol=1e-4)
-    assert layer.A.weight.data_ptr() == a.data_ptr()
-    assert {name for name, _ in layer.named_parameters()} == {"A.weight", "C.weight", "bias"}
-    assert "rank=5" in repr(layer)
-    assert PivotedLinear.from_parts(a, c, order).bias is None
 
 
 @pytest.mark.parametrize("family", [name for name in VARIANTS if name not in FAMILIES])

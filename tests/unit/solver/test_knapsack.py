@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ara.config import Layout
+from ara.layout_names import LayoutName
 from ara.models.weights import LinearSpec
 from ara.solver import knapsack
 from ara.solver.budget import Budget, minimise_loss
@@ -17,7 +17,7 @@ from ara.solver.knapsack import exact_minimise
 from tests.oracles import allocation as oracle
 
 
-def _specs(shapes: Sequence[tuple[int, int]], layout: Layout = "factors") -> list[LinearSpec]:
+def _specs(shapes: Sequence[tuple[int, int]], layout: LayoutName = "factors") -> list[LinearSpec]:
     return [LinearSpec(f"b.{i}", i, "l", m, n, layout) for i, (m, n) in enumerate(shapes)]
 
 
@@ -105,7 +105,7 @@ def test_any_whole_losses_are_minimised_exactly(
     layout=st.sampled_from(["factors", "pivoted"]),
 )
 def test_falling_losses_are_minimised_and_never_worse_than_greedy(
-    layers: list[tuple[int, int, int]], keep: float, rank_multiple: int, power: float, unlike: float, layout: Layout
+    layers: list[tuple[int, int, int]], keep: float, rank_multiple: int, power: float, unlike: float, layout: LayoutName
 ) -> None:
     specs = _specs([(m, n) for m, n, _ in layers], layout)
     budget = _budget(specs, keep, rank_multiple)
@@ -187,7 +187,7 @@ _CURVES = {
 @pytest.mark.parametrize("rank_multiple", [1, 4])
 @pytest.mark.parametrize("layout", ["factors", "pivoted"])
 def test_the_loss_is_that_of_dynamic_programming_over_every_cost(
-    curve: str, keep: float, rank_multiple: int, layout: Layout
+    curve: str, keep: float, rank_multiple: int, layout: LayoutName
 ) -> None:
     specs = _specs(_MIXED * 2, layout)
     budget = _budget(specs, keep, rank_multiple)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from ara.layouts.pivoting import pivot
+from ara.layouts.pivoted import pivot
 from ara.progress import SILENT
 from export.config import ExportConfig
 from export.onnx.export_report import Provider

@@ -83,7 +83,7 @@ class _Stored(Checkpoint):
     """Factors in memory."""
 
     def __init__(self, small: _Small, ranks: dict[str, int]) -> None:
-        self.folder, self.ranks, self.pivoted, self._tensors = Path("memory"), ranks, False, {}
+        self.folder, self.ranks, self.layout, self._tensors = Path("memory"), ranks, "factors", {}
         for path, rank in ranks.items():
             factors = Plain().decompose(small.up if path.endswith("up") else small.down, None)
             self._tensors[f"{path}.A.weight"] = factors.a[:rank].float()
@@ -116,6 +116,11 @@ def test_names_of_other_exporters_and_gemm_nodes(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     small = _Small()
     names = ("/model/layers.0/mlp/up/MatMul", "/model/layers.0/mlp/down/Gemm")
+    taken = small_graph(small, names)
+    weight = ir.tensor(small.up.numpy(), name="model.layers.0.mlp.up.A.weight")
+    taken.graph.register_initializer(ir.val(weight.name, const_value=weight))
+    with pytest.raises(ModelError, match=r"the graph has a weight model\.layers\.0\.mlp\.up\.A\.weight of its own"):
+        rewrite(taken, _Stored(small, {"model.layers.0.mlp.up": 3}))
     with pytest.raises(ModelError, match=r"no MatMul or Gemm of its own for 1 of 1 layers, model\.layers\.1\.mlp\.up"):
         rewrite(small_graph(small, names), _Stored(small, {"model.layers.1.mlp.up": 3}))
     twice = ("/model/layers.0/mlp/up/MatMul", "/model/layers.0/mlp/up/Gemm")

@@ -1,12 +1,11 @@
-"""Pivoted storage: the same matrix, fewer numbers, small coefficients."""
+"""The pivoted layout: the same matrix, fewer numbers, small coefficients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from ara.layouts.pivoting import Pivoted, dominant_rows, pivot
-from ara.models.weights import LinearSpec
+from ara.layouts.pivoted import PivotedLayout, Pivots, dominant_rows, pivot
 
 SHAPES = [(37, 41, 1), (37, 41, 20), (41, 37, 36), (20, 60, 20), (60, 20, 20), (90, 30, 17), (1, 5, 1), (64, 64, 63)]
 
@@ -18,7 +17,7 @@ def _factors(m: int, n: int, k: int, seed: int = 0) -> tuple[torch.Tensor, torch
     return torch.randn(k, n, generator=generator, dtype=torch.float64), b
 
 
-def _product(parts: Pivoted) -> torch.Tensor:
+def _product(parts: Pivots) -> torch.Tensor:
     return torch.cat([parts.a, parts.c @ parts.a])[parts.order.long()]
 
 
@@ -27,7 +26,7 @@ def test_the_product_is_the_same_and_the_numbers_are_fewer(m: int, n: int, k: in
     a, b = _factors(m, n, k)
     parts = pivot(a, b)
     torch.testing.assert_close(_product(parts), b @ a, rtol=0, atol=1e-10)
-    assert parts.a.numel() + parts.c.numel() == k * (m + n - k) == LinearSpec("x", 0, "x", m, n, "pivoted").cost(k)
+    assert parts.a.numel() + parts.c.numel() == k * (m + n - k) == PivotedLayout().cost(m, n, k)
     assert parts.order.dtype == torch.int32 and sorted(parts.order.tolist()) == list(range(m))
     assert parts.c.numel() == 0 or parts.c.abs().max() <= 1.05 + 1e-9
     # The pivots are rows of the product itself.

@@ -1,0 +1,101 @@
+"""What a layout is: what a rank costs, how a layer is built from factors, what is stored, how it multiplies."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Mapping
+from typing import ClassVar, TypeVar
+
+import torch
+
+from ara.layouts.modeling_ara import CompressedLinear
+
+Number = TypeVar("Number", int, float, torch.Tensor)
+
+
+class Layout(ABC):
+    """One way to store a linear layer of rank k, with the weight W = B A of factors A (k, n) and B (m, k).
+
+    A layer is stored as named tensors, such as ``A.weight``. In a checkpoint the path of the module precedes a name.
+
+    Class attributes:
+        module: the module that holds these tensors; its forward pass multiplies by W. Checkpoints carry its code, so
+            it is a class of :mod:`ara.layouts.modeling_ara`, in the table ``LAYERS``.
+        bias: name of the bias (m), for a layer that has one.
+        indices: names of the stored tensors that are integer indices; they do not count as parameters.
+        progress: label of the progress bar while layers are built; ``None`` if building takes no time.
+    """
+
+    module: ClassVar[type[CompressedLinear]]
+    bias: ClassVar[str] = "bias"
+    indices: ClassVar[tuple[str, ...]] = ()
+    progress: ClassVar[str | None] = None
+
+    @abstractmethod
+    def cost(self, m: int, n: int, k: Number) -> Number:
+        """Return the parameters of rank k without the bias; at rank 0 none, and each further rank costs more.
+
+        Args:
+            m: out features.
+            n: in features.
+            k: a rank, a fraction between ranks, or a tensor of ranks.
+        """
+
+    @abstractmethod
+    def store(self, m: int, n: int, k: int) -> dict[str, tuple[int, ...]]:
+        """Return name → shape of the stored tensors of a layer of rank k, without the bias."""
+
+    @abstractmethod
+    def split(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the stored tensors of the layer with the weight ``b`` (m, k) times ``a`` (k, n), without the bias."""
+
+    def top_rank(self, m: int, n: int) -> int:
+        """Return the largest rank that costs less than the dense weight, mn; 0 if there is none."""
+        return bisect_left(range(1, min(m, n) + 1), m * n, key=lambda k: self.cost(m, n, k))
+
+    def build(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        transposed: bool = False,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> CompressedLinear:
+        """Return the module with the weight ``b`` (m, k) times ``a`` (k, n).
+
+        Args:
+            a: any floating dtype.
+            b: any floating dtype.
+            bias: (m), used as it is, not copied.
+            transposed: whether the module replaces a ``Conv1D``.
+            device: where the module is to be, and the work is done.
+            dtype: of the module; tensors are rounded to it once.
+        """
+        # Apple's GPUs have no float64.
+        worker = "cpu" if torch.device(device).type == "mps" else device
+        tensors = self.split(a.to(worker), b.to(worker))
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(tensor.dtype if name in self.indices else dtype).to(device).contiguous()
+        if bias is not None:
+            tensors[self.bias] = bias
+        return self.hold(tensors, len(b), transposed)
+
+    def hold(self, tensors: Mapping[str, torch.Tensor], m: int, transposed: bool = False) -> CompressedLinear:
+        """Return the module with these stored tensors, which are not copied.
+
+        Args:
+            tensors: those that :meth:`store` names, and the bias if there is one.
+            m: out features.
+            transposed: whether the module replaces a ``Conv1D``.
+        """
+        k, n = tensors["A.weight"].shape
+        layer = self.module(n, m, k, self.bias in tensors, transposed, device="meta")
+        layer.load_state_dict(dict(tensors), assign=True)
+        return layer.requires_grad_(False)
+
+    def multiply(self, tensors: Mapping[str, torch.Tensor], m: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the dense weight (m, n) of a layer with these stored tensors, computed in ``dtype``."""
+        return self.hold(tensors, m).product(dtype)

@@ -1,0 +1,68 @@
+"""Low-rank layers in a model: built from factors, and found again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ara.errors import NumericalError
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
+from ara.layouts import layout_named
+from ara.layouts.modeling_ara import CompressedLinear
+from ara.models.weights import WeightRef, bias_of
+from ara.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def apply_factors(
+    model: PreTrainedModel,
+    ranks: Mapping[str, int],
+    files: Mapping[str, Path],
+    layout: LayoutName = DEFAULT_LAYOUT,
+    report: Reporter = SILENT,
+) -> None:
+    """Replace linear layers of ``model`` by low-rank ones, in place.
+
+    Args:
+        model: dense; its biases are kept.
+        ranks: module path → kept rank k.
+        files: module path → safetensors file with its full factors ``<path>.A`` (r, n) and ``<path>.B`` (m, r); only
+            the kept components are read.
+        layout: how the new layers are stored.
+        report: shows a progress bar for a layout whose layers take time to build.
+
+    Raises:
+        NumericalError: factors become infinite in the dtype of the model.
+    """
+    form = layout_named(layout)
+    with report.bar(form.progress, len(ranks)) if form.progress else nullcontext() as bar:
+        for path in dict.fromkeys(files[name] for name in ranks):
+            with safe_open(path, "pt") as file:
+                for name in (name for name in ranks if files[name] == path):
+                    a = file.get_slice(f"{name}.A")[: ranks[name]]
+                    b = file.get_slice(f"{name}.B")[:, : ranks[name]]
+                    ref = WeightRef.named(name)
+                    module = ref.owner(model)
+                    transposed = isinstance(module, Conv1D)
+                    layer = form.build(a, b, bias_of(module), transposed, device=model.device, dtype=model.dtype)
+                    if not all(bool(parameter.isfinite().all()) for parameter in layer.parameters()):
+                        raise NumericalError(
+                            f"the factors of {name} exceed the range of {str(model.dtype).removeprefix('torch.')}",
+                            "use --dtype bfloat16 or --dtype float32",
+                        )
+                    ref.replace(model, layer)
+                    if bar is not None:
+                        bar.advance()
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, int]:
+    """Return module path → rank of the low-rank layers of a model."""
+    return {name: module.rank for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
