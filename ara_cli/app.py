@@ -50,8 +50,7 @@ class _LazyGroup(TyperGroup):
         module, _, function = COMMANDS[cmd_name][0].partition(":")
         single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
         body = getattr(importlib.import_module(f"ara_cli.commands.{module}"), function)
-        refusing_empty = importlib.import_module("ara_cli.options").refusing_empty
-        single.command(cmd_name, context_settings=_SETTINGS)(refusing_empty(body))
+        single.command(cmd_name, context_settings=_SETTINGS)(body)
         return typer.main.get_command(single)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> Any:

@@ -23,7 +23,7 @@ def find_for_eval(backend: str, export: str | None = None) -> evaluate.FindExpor
     Raises:
         AraError: as :func:`export.targets.target_of`. The returned function raises as :func:`latest_export`.
     """
-    target = target_of(backend, export)
+    target = target_of(backend)
     if target is None:
         return None
 
@@ -51,7 +51,7 @@ def find_for_bench(backend: str, export: str | None = None) -> bench_models.Find
     Raises:
         AraError: as :func:`export.targets.target_of`. The returned function raises as :func:`latest_export`.
     """
-    target = target_of(backend, export)
+    target = target_of(backend)
     if target is None:
         return None
     return lambda workspace, truncated: target.for_bench(latest_export(target, workspace, truncated, export))

@@ -16,6 +16,7 @@ from ara.config import (
     TuningConfig,
 )
 from ara.data.texts import check_text_spec
+from ara.evaluation.task_folders import open_task_folders
 from ara.evaluation.tasks import check_task, expand, is_text
 from ara.models.placement import choose_placement
 from ara.stages.allocate import AUTO, allocate, refuse_layout
@@ -75,8 +76,10 @@ def _check_ahead(allocate_configs: Sequence[AllocateConfig], eval_config: EvalCo
     for config in allocate_configs:
         if config.method != AUTO:
             refuse_layout(config.method, config.layout)
-    for task in expand(eval_config.tasks) if eval_config else ():
-        check_text_spec(task) if is_text(task) else check_task(task, run.report)
+    if eval_config is not None:
+        own = open_task_folders(eval_config.include_path)
+        for task in expand(eval_config.tasks, own):
+            check_text_spec(task) if is_text(task) else check_task(task, run.report, own)
 
 
 def training_for(configs: Sequence[AllocateConfig]) -> TrainMasksConfig:

@@ -98,8 +98,6 @@ def test_unknown_names_are_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(AraError, match=f"backend: input should be 'torch'.* or '{NAMES[-1]}', got 'no'"):
         target_of("no")
     assert target_of("torch") is None
-    with pytest.raises(UsageError, match="--export mine is given, and --backend is torch"):
-        target_of("torch", "mine")
 
 
 # -- writing --------------------------------------------------------------------------------------------------------
