@@ -33,8 +33,7 @@ from ara.models.checkpoint import load, save_checkpoint
 from ara.models.low_rank import apply_factors
 from ara.models.silence import silence_transformers
 from ara.models.weights import find_linears
-from ara.solver.budget import Budget
-from ara.solver.problem import Module
+from ara.solver.problem import Budget, Module
 from ara.stages.allocate import load_modules
 from ara.stages.common import Run, factor_files, model_of
 from ara.stages.decompose import decompose

@@ -24,7 +24,7 @@ from ara.allocation.uniform import Uniform
 from ara.config import AllocateConfig
 from ara.masks.model import LossKind
 from ara.models.losses import token_losses
-from ara.solver.budget import Budget
+from ara.solver.problem import Budget
 from ara.stages.allocate import load_modules
 from ara.stages.common import Run, model_of, specs_of
 from ara.stages.tuning import open_tuning_context, placed

@@ -193,8 +193,8 @@ class Bench:
         from ara.allocation.sensitivity import Sensitivity, sensitivity_of
         from ara.allocation.single_layer_probes import Probed
         from ara.config import method_options
-        from ara.solver.budget import Budget
-        from ara.solver.optimum import best_ranks
+        from ara.solver.knapsack import best_ranks
+        from ara.solver.problem import Budget
         from ara.stages.allocate import load_modules
 
         if row.method in FORMS:
@@ -236,6 +236,7 @@ class Bench:
         """Train as ``ara train-masks`` does, at all budgets in one go."""
         from ara.artifacts.ranks import from_table
         from ara.artifacts.training import training_cost
+        from ara.stages.common import specs_of
         from ara.stages.train_masks import train_masks
 
         settings = self._settings(row)
@@ -256,7 +257,7 @@ class Bench:
             "won_on_held_out": result["start_held_out"] - result["held_out"],
             "curve": [[entry["step"], entry["held_out"]] for entry in log if entry["held_out"] is not None],
         }
-        return from_table(result["ranks"]), facts
+        return from_table(result["ranks"], specs_of(self.views[row.factors], row.layout)), facts
 
 
 def _commit() -> str | None:
@@ -281,7 +282,8 @@ def check(bench: Bench, windows: int) -> None:
         row = Row("two-sided", "ara", keep, 0, layout)
         trained = bench.run.open().view(f"train-masks/{bench.training(row)}")
         if "wikitext2_windows" in bench.rows.get(row.key, {}) and trained.manifest is not None:
-            ranks = from_table(trained.manifest.results["budgets"][f"{keep:g}"]["ranks"])
+            table = trained.manifest.results["budgets"][f"{keep:g}"]["ranks"]
+            ranks = from_table(table, specs_of(bench.views["two-sided"], layout))
             losses = bench.first_losses(row.key, "two-sided", ranks.ranks, windows)
             check_stored(bench.run, bench.views["two-sided"], ranks, layout, losses, seq_len)
 

@@ -73,7 +73,7 @@ def modules() -> list[Module]:
 
 def ranks() -> Allocation:
     """Return ranks with dense layers among them."""
-    return Allocation({spec.name: None if i % 4 == 1 else 5 + i for i, spec in enumerate(SPECS)})
+    return Allocation.of_ranks(SPECS, {spec.name: None if i % 4 == 1 else 5 + i for i, spec in enumerate(SPECS)})
 
 
 def decomposition() -> Manifest:

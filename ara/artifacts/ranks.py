@@ -23,13 +23,18 @@ _SHOWN = 100
 
 
 def ranks_table(allocation: Allocation) -> dict[str, int | str]:
-    """Return an allocation as JSON data: module path → rank or ``"dense"``."""
+    """Return an allocation as JSON data: module path → rank or ``"dense"``; bits are those of the model."""
     return {name: DENSE if rank is None else rank for name, rank in allocation.ranks.items()}
 
 
-def from_table(ranks: Mapping[str, Any]) -> Allocation:
-    """Return the allocation that :func:`ranks_table` describes; what a person may have edited is checked before."""
-    return Allocation({name: None if rank == DENSE else rank for name, rank in ranks.items()})
+def from_table(ranks: Mapping[str, Any], specs: Sequence[LinearSpec]) -> Allocation:
+    """Return the allocation that :func:`ranks_table` describes, with costs in parameters and the bits of the model.
+
+    Args:
+        ranks: one entry for each of ``specs``; what a person may have edited is checked before.
+        specs: the layers.
+    """
+    return Allocation.of_ranks(specs, {name: None if rank == DENSE else rank for name, rank in ranks.items()})
 
 
 def ranks_document(allocation: Allocation, layout: LayoutName, about: Mapping[str, Any]) -> str:
@@ -76,8 +81,7 @@ def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
         if more > 0:
             problems[_SHOWN_PROBLEMS:] = [f"and {more:,} more"]
         raise ProblemsError(f"{path} does not fit this model", problems)
-    ranks = document["ranks"]
-    return from_table({spec.name: ranks[spec.name] for spec in specs})
+    return from_table(document["ranks"], specs)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -17,6 +17,7 @@ from ara.masks.context import TuningContext
 from ara.masks.rank_losses import LearnedLosses
 from ara.models.weights import LinearSpec
 from ara.progress import Reporter
+from ara.solver.problem import DENSE
 from ara.workspace.manifest import essence, remake
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView, parent_of
@@ -171,12 +172,10 @@ def with_training(context: TuningContext, trained: StageView | None) -> TuningCo
     assert trained.manifest is not None
     if stopped := stopped_early(trained):
         context.report.warn(f"{trained.key} is not complete: {stopped}")
-    learned = read_learned(trained)
+    learned = read_learned(trained, context.model.specs)
     table = load_file(trained.path / TABLE_FILE) if TABLE_FILE in trained.manifest.files else None
     for tables in (table, *(losses.tables for losses in learned)):
         _check_tables(trained, tables, context.model.specs)
-    for losses in learned:
-        _check_ranks(trained, losses, context.model.specs)
     return replace(context, learned=learned, table=table)
 
 
@@ -187,9 +186,10 @@ def _check_tables(trained: StageView, tables: Mapping[str, torch.Tensor] | None,
         raise CorruptedError(f"{trained.key} holds losses of other layers than the factors have", _again(trained))
 
 
-def _check_ranks(trained: StageView, losses: LearnedLosses, specs: Sequence[LinearSpec]) -> None:
-    ranks = losses.ranks.ranks
-    if set(ranks) != {spec.name for spec in specs} or any((ranks[s.name] or 0) > s.full_rank for s in specs):
+def _check_ranks(trained: StageView, ranks: Mapping[str, int | str], specs: Sequence[LinearSpec]) -> None:
+    """Refuse ranks that are not those of these layers."""
+    full = {spec.name: spec.full_rank for spec in specs}
+    if set(ranks) != set(full) or any(rank != DENSE and int(rank) > full[name] for name, rank in ranks.items()):
         raise CorruptedError(f"{trained.key} holds ranks of other layers than the factors have", _again(trained))
 
 
@@ -198,8 +198,8 @@ def _again(trained: StageView) -> str:
     return remake(trained.manifest, True)
 
 
-def read_learned(view: StageView) -> list[LearnedLosses]:
-    """Read what a finished training has learned, one entry per budget."""
+def read_learned(view: StageView, specs: Sequence[LinearSpec]) -> list[LearnedLosses]:
+    """Read what a finished training has learned about the layers ``specs``, one entry per budget."""
     assert view.manifest is not None
     learned, priced = [], view.manifest.config["objective"] == "priced"
     for keep, result in view.manifest.results["budgets"].items():
@@ -207,5 +207,6 @@ def read_learned(view: StageView) -> list[LearnedLosses]:
         if priced and name not in view.manifest.files:
             raise CorruptedError(f"{view.key} has a budget {keep} and no {name}", _again(view))
         tables = load_file(view.path / name) if priced else None
-        learned.append(LearnedLosses(float(keep), tables, from_table(result["ranks"])))
+        _check_ranks(view, result["ranks"], specs)
+        learned.append(LearnedLosses(float(keep), tables, from_table(result["ranks"], specs)))
     return learned

@@ -27,7 +27,7 @@ from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
     from ara.masks.context import TuningContext
-    from ara.solver.budget import Budget
+    from ara.solver.problem import Budget
 
 Measure = Literal["kl", "nll"]
 
@@ -123,10 +123,11 @@ def probe_choices(
 
 def _points(spec: LinearSpec, budget: Budget, ratios: int) -> dict[int, int]:
     """Return the choices to probe, as index → rank; empty for a layer that no rank makes cheaper."""
-    low_rank = [(rank, cost) for rank, cost in budget.choices(spec) if rank is not None]
-    costs = [cost for _, cost in low_rank]
-    fits = (bisect_right(costs, spec.dense_cost * i / ratios) for i in range(ratios))
-    return {at: low_rank[at][0] for at in sorted({max(count - 1, 0) for count in fits})} if low_rank else {}
+    choices = budget.rank_choices(spec)
+    ranks = [choice.rank for choice in choices if choice.rank is not None]
+    costs = [choice.cost for choice in choices[: len(ranks)]]
+    fits = (bisect_right(costs, choices[-1].cost * i / ratios) for i in range(ratios))
+    return {at: ranks[at] for at in sorted({max(count - 1, 0) for count in fits})} if ranks else {}
 
 
 def _loss(model: MaskedModel, windows: torch.Tensor, teacher: torch.Tensor | None, what: str) -> float:

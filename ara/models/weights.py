@@ -121,6 +121,7 @@ class LinearSpec:
         m: out features.
         n: in features.
         layout: how it is stored at a lower rank, which decides what a rank costs.
+        bits: per weight, as the model stores it.
     """
 
     name: str
@@ -129,6 +130,7 @@ class LinearSpec:
     m: int
     n: int
     layout: LayoutName = DEFAULT_LAYOUT
+    bits: int = 16
 
     @property
     def weight(self) -> WeightRef:
@@ -191,7 +193,9 @@ def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSp
                 )
             if isinstance(module, (nn.Linear, Conv1D)):
                 ref = WeightRef(f"{prefix}.{layer}.{kind}")
-                linears.append(LinearSpec(ref.name, layer, kind, *ref.read(model).shape))
+                weight = ref.read(model)
+                m, n = weight.shape
+                linears.append(LinearSpec(ref.name, layer, kind, m, n, bits=8 * weight.element_size()))
     _refuse_unsupported(model, prefix, blocks, linears)
     return _without(linears, exclude)
 

@@ -28,7 +28,7 @@ from ara.reporting.results import (
     read_work,
 )
 from ara.reporting.summary import title, verdict
-from ara.solver.problem import Allocation, Module, cost
+from ara.solver.problem import Allocation, Choice, Module
 from ara.workspace.manifest import Manifest, remake
 
 # Components of a spectrum that the report lists: so many evenly spread, so many in geometric progression, and the cut.
@@ -63,7 +63,7 @@ class Sources:
         current: the checkpoint of the report.
         others: further checkpoints of the same factors, for the fronts.
         modules: factorised layers with their spectra, in the layout of the checkpoint.
-        ranks: of these layers.
+        ranks: of these layers, with costs in parameters.
         training: that the ranks come from.
         comparisons: of allocators on the same factors.
         exports: of the checkpoint.
@@ -157,11 +157,11 @@ def basic_report(decomposition: Manifest, allocation: Manifest, results: Mapping
 
 def layers(modules: Sequence[Module], ranks: Allocation) -> tuple[Layer, ...]:
     """Return every factorised layer with its rank and an excerpt of its spectrum."""
-    return tuple(_layer(module, ranks.ranks[module.spec.name]) for module in modules)
+    return tuple(_layer(module, ranks.choices[module.spec.name]) for module in modules)
 
 
-def _layer(module: Module, rank: int | None) -> Layer:
-    spec, spectrum = module.spec, module.spectrum.double()
+def _layer(module: Module, choice: Choice) -> Layer:
+    spec, spectrum, rank = module.spec, module.spectrum.double(), choice.rank
     total = float(spectrum.sum()) or 1.0
     full = len(spectrum)
     evenly = torch.linspace(1, full, _EVENLY, dtype=torch.float64)
@@ -171,7 +171,7 @@ def _layer(module: Module, rank: int | None) -> Layer:
     return Layer(
         **{key: getattr(spec, key) for key in ("name", "layer", "kind", "m", "n")},
         rank=rank,
-        keep=cost(spec, rank) / spec.dense_cost,
+        keep=choice.cost / spec.dense_cost,
         left=0.0 if rank is None else float(spectrum[rank:].sum()) / total,
         components=listed,
         spectrum=tuple(float(f"{float(spectrum[i - 1]) / total:.{_DRAWN_DIGITS}g}") for i in listed),

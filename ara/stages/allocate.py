@@ -19,8 +19,7 @@ from ara.config import AllocateConfig, BudgetConfig, TuningConfig, method_option
 from ara.errors import UsageError, WorkspaceError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.weights import LinearSpec, matching
-from ara.solver.budget import Budget
-from ara.solver.problem import Allocation, Module, cost
+from ara.solver.problem import Allocation, Budget, Module
 from ara.stages.common import Run, already_done, begin, default_name, layer_file, specs_of
 from ara.stages.tuning import open_tuning_context, placed
 from ara.workspace.manifest import file_sha256
@@ -194,7 +193,7 @@ def load_modules(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) 
 def summary(allocation: Allocation, specs: list[LinearSpec], model_parameters: int) -> dict[str, Any]:
     """Return the figures of an allocation: what is kept of the linear layers and of the whole model, and by kind."""
     linear_parameters = sum(spec.dense_cost for spec in specs)
-    parameters = allocation.cost(specs)
+    parameters = allocation.parameters(specs)
     kinds = {}
     for kind in dict.fromkeys(spec.kind for spec in specs):
         members = [spec for spec in specs if spec.kind == kind]
@@ -206,7 +205,7 @@ def summary(allocation: Allocation, specs: list[LinearSpec], model_parameters: i
             "rank_min": min(ranks, default=None),
             "rank_mean": sum(ranks) / len(ranks) if ranks else None,
             "rank_max": max(ranks, default=None),
-            "keep": sum(cost(s, allocation.ranks[s.name]) for s in members) / sum(s.dense_cost for s in members),
+            "keep": allocation.keep(members),
         }
     return {
         "linear_parameters_dense": linear_parameters,
@@ -253,7 +252,7 @@ def _by_method(
     if allocator.needs_model:
         context = with_training(open_tuning_context(decomposition, specs, config, workspace, run), trained)
     allocation = allocator.allocate(modules, budget, context)
-    assert allocation.cost(specs) <= budget.parameters, f"{config.method} went over the budget"
+    assert allocation.cost <= budget.limit, f"{config.method} went over the budget"
     if context is None or not config.guard:
         return allocation, None
     candidates = {config.method: allocation, **allocator.starts(modules, budget, context)}
@@ -293,8 +292,7 @@ def _refuse_method_settings(config: AllocateConfig) -> None:
 def _from_file(config: AllocateConfig, path: Path, specs: list[LinearSpec]) -> Allocation:
     allocation = read_ranks(path, specs)
     if config.keep is not None:
-        limit = Budget.for_keep(specs, config.keep).parameters
-        spent = allocation.cost(specs)
+        limit, spent = Budget.for_keep(specs, config.keep).limit, allocation.cost
         if spent > limit:
             raise UsageError(
                 f"the ranks in {path} cost {spent:,} parameters; keep {config.keep:g} allows {limit:,}",

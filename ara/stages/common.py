@@ -14,6 +14,7 @@ from ara.errors import ModelError, UsageError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.context import context_length
 from ara.models.memory import available_bytes
+from ara.models.placement import torch_dtype
 from ara.models.weights import LinearSpec
 from ara.names import check_name
 from ara.progress import SILENT, Reporter
@@ -93,7 +94,9 @@ def model_of(view: StageView, run: Run) -> ModelSource:
 def specs_of(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) -> list[LinearSpec]:
     """Return the factorised layers that the manifest of a decomposition lists, to be stored in ``layout``."""
     assert decomposition.manifest is not None
-    return [LinearSpec(**{**module, "layout": layout}) for module in decomposition.manifest.results["modules"]]
+    bits = 8 * torch_dtype(decomposition.manifest.config["dtype"]).itemsize
+    modules = decomposition.manifest.results["modules"]
+    return [LinearSpec(**{**module, "layout": layout, "bits": bits}) for module in modules]
 
 
 def check_window(seq_len: int, model_config: Any, flag: str = "--seq-len") -> int | None:

@@ -130,7 +130,7 @@ def _measure_all(
     rows: dict[str, Any] = stage.results.setdefault("methods", {})
     if DENSE not in rows:
         specs = [module.spec for module in modules]
-        dense = Allocation({spec.name: None for spec in specs})
+        dense = Allocation.of_ranks(specs, dict.fromkeys((spec.name for spec in specs), None))
         rows[DENSE] = {"ranks": {}, **_quality(dense, config, context, windows, DENSE)}
         stage.text(f"{DENSE}.json", dump(rows[DENSE], DENSE))
     for method in config.methods:
@@ -209,7 +209,9 @@ def _conclude(
             figures["gap_closed"] = (
                 gap_closed(figures["nll"], uniform[task]["nll"], rows[DENSE]["tasks"][task]["nll"]) if uniform else None
             )
-    allocations = {name: from_table(row["ranks"]) for name, row in rows.items() if name != DENSE and "ranks" in row}
+    allocations = {
+        name: from_table(row["ranks"], specs) for name, row in rows.items() if name != DENSE and "ranks" in row
+    }
     for name, allocation in allocations.items():
         rows[name]["model_keep"] = summary(allocation, specs, model_parameters)["model_keep"]
     stage.results["training"] = trained.name if trained else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -191,7 +190,7 @@ def _overview(
     from ara.models.accounting import parameter_count
 
     return {
-        "modules": [{key: value for key, value in asdict(spec).items() if key != "layout"} for spec in linears],
+        "modules": [{key: getattr(spec, key) for key in ("name", "layer", "kind", "m", "n")} for spec in linears],
         "model_parameters": parameter_count(model),
         "linear_parameters": sum(spec.dense_cost for spec in linears),
         "text": origin,

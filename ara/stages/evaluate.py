@@ -23,7 +23,7 @@ from ara.models.sources import ModelSource
 from ara.models.vocabulary import token_rows
 from ara.models.weights import matching
 from ara.names import MAX_NAME_BYTES
-from ara.solver.budget import Budget
+from ara.solver.problem import Budget
 from ara.stages.allocate import layout_of, load_modules, read_allocation
 from ara.stages.common import Run, already_done, begin, check_window, factor_files, label_of, model_of, specs_of
 from ara.stages.measure import DENSE, Measurement, Questions, Variant, prompts_of
@@ -209,8 +209,7 @@ def _variants(
         uniform = allocation
     else:
         excluded = matching(specs, made["exclude"])
-        spent = allocation.cost(specs)
-        budget = Budget(spent, made["rank_multiple"], made["min_rank"], made["min_keep"], excluded)
+        budget = Budget(allocation.cost, made["rank_multiple"], made["min_rank"], made["min_keep"], excluded)
         uniform = Uniform().allocate(load_modules(decomposition, layout), budget)
 
     def load_dense() -> PreTrainedModel:

@@ -154,7 +154,7 @@ class _Training:
         for keep in self.config.keep:
             if masks_file(keep) in self.finished:
                 tables = load_file(self.stage.folder / masks_file(keep)) if self.config.objective == "priced" else None
-                learned = LearnedLosses(keep, tables, from_table(results["budgets"][f"{keep:g}"]["ranks"]))
+                learned = LearnedLosses(keep, tables, from_table(results["budgets"][f"{keep:g}"]["ranks"], self.specs))
             else:
                 try:
                     learned = self._one_budget(keep, table, learned)
@@ -224,7 +224,8 @@ class _Training:
             report=report,
             label=f"Training at keep {keep:g}",
         )
-        tables, ranks = learned_tables(family, state.best_tensors), Allocation(state.best)
+        tables = learned_tables(family, state.best_tensors)
+        ranks = Allocation.of_ranks(self.specs, state.best, budget)
         before = state.log[0].held_out
         assert before is not None
         report.fact(

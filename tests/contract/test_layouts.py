@@ -25,8 +25,7 @@ from ara.models.checkpoint import load, save_checkpoint
 from ara.models.low_rank import apply_factors, low_rank_layers
 from ara.models.weights import LinearSpec, find_linears
 from ara.registry import Entry, Registry
-from ara.solver.budget import Budget
-from ara.solver.problem import Module
+from ara.solver.problem import Budget, Module
 from export.onnx.low_rank import NODES
 from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -261,7 +260,7 @@ def test_a_new_layout_needs_nothing_but_its_class_and_its_lines_in_the_tables(sc
     modules = [Module(spec, torch.linspace(1, 0.1, spec.full_rank, dtype=torch.float64)) for spec in specs]
     budget = Budget.for_keep(specs, 0.5)
     allocation = Uniform().allocate(modules, budget)
-    assert budget.parameters - 79 < allocation.cost(specs) <= budget.parameters
+    assert budget.limit - 79 < allocation.cost <= budget.limit
     for spec in specs:
         a, b, _ = factors(spec.m, spec.n, allocation.low_rank()[spec.name])
         layer = layout_named(scaled).build(a, b, dtype=torch.float64)

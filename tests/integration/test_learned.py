@@ -30,8 +30,7 @@ from ara.masks.ara_family import ara_family
 from ara.models.accounting import parameter_count
 from ara.models.low_rank import apply_factors
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
-from ara.solver.problem import Module
+from ara.solver.problem import Budget, Module
 from ara.stages.allocate import allocate
 from ara.stages.common import Run, factor_files, specs_of
 from ara.stages.compare import compare, methods_for
@@ -113,7 +112,8 @@ def test_the_guard_hands_out_what_is_best_on_held_out_text(learned, monkeypatch)
     from ara.solver.problem import Allocation
 
     def bad(self, modules, budget, context=None):
-        return Allocation({module.spec.name: 1 for module in modules})
+        specs = [module.spec for module in modules]
+        return Allocation.of_ranks(specs, dict.fromkeys((spec.name for spec in specs), 1))
 
     monkeypatch.setattr(Ara, "allocate", bad)
     view = allocate(AllocateConfig(keep=0.8, method="ara", **TUNING), Run(learned))

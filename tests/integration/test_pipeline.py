@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import ara
 import ara.stages.measure as measure
+from ara.artifacts.ranks import from_table
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
 from ara.data.texts import load_documents
 from ara.data.tokens import evaluation_windows
@@ -20,7 +21,6 @@ from ara.models.checkpoint import is_compressed
 from ara.models.low_rank import low_rank_layers
 from ara.models.weights import WeightRef, find_linears
 from ara.progress import SilentReporter
-from ara.solver.problem import cost
 from ara.stages.allocate import allocate, read_allocation
 from ara.stages.common import Run, specs_of
 from ara.stages.decompose import decompose
@@ -369,7 +369,7 @@ def test_whole_pipeline_for_every_family(tmp_path, family, tiny_text):
     assert len({spec.layer for spec in specs}) == tiny_config(family).num_hidden_layers == 3
     ranks = ranks_of(root)
     assert set(ranks) == {spec.name for spec in specs}
-    spent = sum(cost(spec, None if ranks[spec.name] == "dense" else ranks[spec.name]) for spec in specs)
+    spent = from_table(ranks, specs).parameters(specs)
     assert 0.68 < spent / sum(spec.dense_cost for spec in specs) <= KEEP
     model = ara.load(views[2].path / "checkpoint", "cpu")
     removed = sum(spec.dense_cost for spec in specs) - spent

@@ -35,7 +35,9 @@ def _write(path: Path, ranks: Any = None, **changes: Any) -> Path:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    allocation = Allocation({spec.name: rank for spec, rank in zip(SPECS, (34, 1, None, None), strict=True)})
+    allocation = Allocation.of_ranks(
+        SPECS, {spec.name: rank for spec, rank in zip(SPECS, (34, 1, None, None), strict=True)}
+    )
     path = tmp_path / "ranks.json"
     path.write_text(ranks_document(allocation, "factors", {"method": "energy"}), encoding="utf-8")
     assert read_ranks(path, SPECS) == allocation

@@ -20,7 +20,7 @@ from ara.masks.model import MaskedModel
 from ara.masks.probing import ProbeOptions, probe, probe_choices
 from ara.models.weights import LinearSpec, find_blocks, find_linears
 from ara.progress import SilentReporter
-from ara.solver.budget import Budget
+from ara.solver.problem import Budget
 from tests.tiny import FAMILIES, VOCABULARY, gemma_with_shared_keys, tiny_model
 from tests.toy import LAYERS_PER_BLOCK, ToyModel, toy_problem
 
@@ -205,7 +205,7 @@ def test_probed_ranks_are_evenly_spaced_choices(
     budget = Budget(10**6, rank_multiple, min_rank)
     first, second = probe_choices(context, specs, budget, ProbeOptions(ratios=5, windows=2), "kl")
     choices = budget.choices(specs[0])
-    assert [choices[at][0] for at in first] == expected
+    assert [choices[at].rank for at in first] == expected
     assert second == {}
     assert list(first.values()) == _by_whole_passes(
         context.model, context.train[:2], {specs[0].name: expected}, "kl"
