@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ara.artifacts.factors import FactorisedLayer, FactorsResults, layer_file
-from ara.calibration.gradients import GradientStats, collect_gradients
-from ara.calibration.moments import InputAccumulator, InputStats, collect_moments, shared_inputs
+from ara.calibration.chunks import ChunkReader, GradientReading, split_into_chunks
+from ara.calibration.gradients import GradientStats
+from ara.calibration.moments import InputStats, shared_inputs
 from ara.config import DecomposeConfig, method_options
 from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition, refuse_nonfinite
@@ -23,7 +24,7 @@ from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
-from ara.models.weights import LinearSpec, find_linears, left_dense, weight_of
+from ara.models.weights import LinearSpec, find_linears, left_dense
 from ara.stages.common import Run, begin, check_window, open_task
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
@@ -170,7 +171,7 @@ def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], stage: Sta
         )
     for spec in linears:
         with _naming(spec):
-            refuse_nonfinite(weight_of(model.get_submodule(spec.name)))
+            refuse_nonfinite(spec.weight.read(model))
 
 
 def _overview(
@@ -205,17 +206,19 @@ def _factor_layers(
     owners: dict[str, str] = {}
     if windows is not None and todo:
         owners = shared_inputs(model, linears, windows.ids[:1].to(model.device))
-    for chunk in _chunks(todo, owners, method.needs_gradients, _moment_bytes(config, model)):
-        stats: dict[str, InputStats] = {}
-        gradients: dict[str, GradientStats] = {}
-        if windows is not None:
-            stats = collect_moments(model, chunk, owners, windows.ids, config.batch_size, run.report)
-            if method.needs_gradients:
-                gradients = _gradients(model, chunk, method, windows.ids, config, run)
+    chunks = split_into_chunks(todo, owners, method.needs_gradients, _moment_bytes(config, model))
+    reader = None
+    if windows is not None and todo:
+        gradients = _gradient_reading(method, len(windows.ids), config.seed)
+        if gradients is not None:
+            model.requires_grad_(False)
+        reader = ChunkReader(model, chunks, owners, windows.ids, config.batch_size, gradients, run.report)
+    for chunk in chunks:
+        inputs, outputs = reader.read(chunk) if reader is not None else ({}, {})
         with run.report.bar(f"Factoring blocks {chunk[0].layer + 1} to {chunk[-1].layer + 1}", len(chunk)) as bar:
             for layer in dict.fromkeys(spec.layer for spec in chunk):
                 work = [
-                    (spec, (stats.get(owners.get(spec.name, "")), gradients.get(spec.name)))
+                    (spec, (inputs.get(owners.get(spec.name, "")), outputs.get(spec.name)))
                     for spec in chunk
                     if spec.layer == layer
                 ]
@@ -226,26 +229,12 @@ def _factor_layers(
                 stage.tensors(layer_file(layer), tensors)
 
 
-def _gradients(
-    model: PreTrainedModel,
-    chunk: Sequence[LinearSpec],
-    method: Decomposition,
-    windows: torch.Tensor,
-    config: DecomposeConfig,
-    run: Run,
-) -> dict[str, GradientStats]:
-    """Read the method's share of the windows backward as well."""
+def _gradient_reading(method: Decomposition, windows: int, seed: int) -> GradientReading | None:
+    """Return which share of the windows the method reads backward, and how; ``None`` for none."""
+    if not method.needs_gradients:
+        return None
     assert isinstance(method.options, TwoSidedOptions)
-    count = max(1, round(method.options.gradient_share * len(windows)))
-    return collect_gradients(
-        model.requires_grad_(False),
-        chunk,
-        windows[:count],
-        config.batch_size,
-        targets=method.options.targets,
-        seed=config.seed,
-        report=run.report,
-    )
+    return GradientReading(max(1, round(method.options.gradient_share * windows)), method.options.targets, seed)
 
 
 def _factor(
@@ -255,7 +244,7 @@ def _factor(
     statistics: tuple[InputStats | None, GradientStats | None],
 ) -> dict[str, torch.Tensor]:
     """Factor one layer; returns what is stored: A (r, n) and B (m, r) in the model's dtype, the spectrum in float64."""
-    weight = weight_of(model.get_submodule(spec.name))
+    weight = spec.weight.read(model)
     if weight.device.type == "mps":
         # Apple GPUs have no float64.
         weight = weight.cpu()
@@ -289,23 +278,3 @@ def _moment_bytes(config: DecomposeConfig, model: PreTrainedModel) -> int:
     if config.moment_memory is not None:
         return int(config.moment_memory * 2**30)
     return available_bytes(model.device) // 4
-
-
-def _chunks(
-    linears: Sequence[LinearSpec], owners: dict[str, str], gradients: bool, limit: int
-) -> Iterator[list[LinearSpec]]:
-    """Split layers into runs of whole blocks whose second moments fit into ``limit`` bytes; at least one block each."""
-    chunk: list[LinearSpec] = []
-    used = 0
-    for layer in dict.fromkeys(spec.layer for spec in linears):
-        block = [spec for spec in linears if spec.layer == layer]
-        leaders = {owners.get(spec.name): spec.n for spec in block if owners}
-        widths = [*leaders.values(), *(spec.m for spec in block if gradients)]
-        needed = sum(InputAccumulator.bytes_for(width) for width in widths)
-        if chunk and used + needed > limit:
-            yield chunk
-            chunk, used = [], 0
-        chunk += block
-        used += needed
-    if chunk:
-        yield chunk

@@ -23,7 +23,7 @@ from ara.layouts.base import Layout, Number
 from ara.layouts.modeling_ara import CHECKPOINT_FORMAT, LAYERS, CompressedLinear
 from ara.models.checkpoint import load, save_checkpoint
 from ara.models.low_rank import apply_factors, low_rank_layers
-from ara.models.weights import LinearSpec, find_linears, weight_of
+from ara.models.weights import LinearSpec, find_linears
 from ara.registry import Entry, Registry
 from ara.solver.problem import Budget, Module
 from export.onnx.low_rank import NODES
@@ -160,7 +160,7 @@ def test_tensors_are_rounded_to_the_dtype_once(layout: Layout, dtype: torch.dtyp
 def factor_file(model: PreTrainedModel, linears: list[LinearSpec], path: Path) -> dict[str, Path]:
     tensors = {}
     for spec in linears:
-        made = Plain().decompose(weight_of(model.get_submodule(spec.name)), None)
+        made = Plain().decompose(spec.weight.read(model), None)
         tensors[f"{spec.name}.A"] = made.a.float().contiguous()
         tensors[f"{spec.name}.B"] = made.b.float().contiguous()
     save_file(tensors, path)

@@ -21,7 +21,7 @@ from ara.decomposition import DECOMPOSITIONS
 from ara.errors import ProblemsError, UsageError, WorkspaceError
 from ara.models.checkpoint import is_compressed
 from ara.models.low_rank import low_rank_layers
-from ara.models.weights import find_linears, weight_of
+from ara.models.weights import WeightRef, find_linears
 from ara.progress import SilentReporter
 from ara.stages.allocate import allocate
 from ara.stages.common import Run
@@ -72,7 +72,7 @@ def rebuilt(model, ranks, tensors):
     for name, rank in ranks.items():
         if rank != "dense":
             product = tensors[f"{name}.B"][:, :rank] @ tensors[f"{name}.A"][:rank]
-            weight_of(model.get_submodule(name)).copy_(product)
+            WeightRef(name).replace(model, product)
     return model
 
 
@@ -183,7 +183,7 @@ def test_full_factors_give_the_weights_back(finished, tiny_settings, tmp_path, n
     model = tiny_model("llama")
     tensors = factors(root, name)
     for spec in find_linears(model):
-        weight = weight_of(model.get_submodule(spec.name))
+        weight = spec.weight.read(model)
         product = tensors[f"{spec.name}.B"] @ tensors[f"{spec.name}.A"]
         torch.testing.assert_close(product, weight, atol=1e-5, rtol=0)
 
@@ -413,7 +413,7 @@ def test_whitened_factors_lose_less_of_the_output_than_plain_ones(copied, tiny_s
     with torch.inference_mode():
         model(input_ids=load_file(cache)["ids"].long())
     handle.remove()
-    x, weight = inputs[0].flatten(0, 1), weight_of(model.get_submodule(name))
+    x, weight = inputs[0].flatten(0, 1), WeightRef(name).read(model)
     errors = {}
     for method in ("whitened", "plain"):
         tensors = factors(copied, method)
