@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ara.errors import UsageError
+from ara.pipeline import stage_named
 
 # File systems take 255 bytes; ``.NAME.partial`` and its like need some of them.
 MAX_NAME_BYTES = 200
@@ -23,6 +24,17 @@ def check_name(name: str) -> str:
             "results have plain folder names, as in --name ara-0.80 (`ara status` lists those that are there)",
         )
     return name
+
+
+def check_which(which: str) -> str:
+    """Return ``which`` if it is a name as :func:`check_name` has it, or one after ``STAGE/``.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    stage, slash, name = which.partition("/")
+    check_name(name if slash and stage_named(stage) is not None else which)
+    return which
 
 
 def name_problem(name: str) -> str | None:

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from ara.errors import UsageError
-from ara.pipeline import STAGES
+from ara.pipeline import stages
 from ara.version import __version__
 from ara_cli.streams import replace_closed
 
@@ -24,13 +24,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
 # Command → (module:function, one line for the help).
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run:command", "All stages for one model, resuming what is done"),
-    **{
-        stage.name: (f"{stage.name.replace('-', '_')}:command", f"{stage.title}: {stage.reads} → {stage.writes}")
-        for stage in STAGES
-    },
-    "compare": ("compare:command", "All allocators side by side: loss, perplexity, cost, a picture of their ranks"),
-    "bench": ("bench:command", "Speed, memory and size of the dense and the compressed model, in turn in one run"),
-    "report": ("report:command", "One page about a checkpoint: sizes, quality, speed, ranks; and a model card"),
+    **{stage.name: (f"{stage.name.replace('-', '_')}:command", stage.help) for stage in stages()},
     "generate": ("generate:command", "Answer a prompt with the compressed model, in torch or ONNX Runtime"),
     "status": ("status:command", "What the workspace holds, what is stale or missing, the next command"),
     "models": ("info:models", "Names for models"),
@@ -50,8 +44,7 @@ class _LazyGroup(TyperGroup):
         module, _, function = COMMANDS[cmd_name][0].partition(":")
         single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
         body = getattr(importlib.import_module(f"ara_cli.commands.{module}"), function)
-        refusing_empty = importlib.import_module("ara_cli.options").refusing_empty
-        single.command(cmd_name, context_settings=_SETTINGS)(refusing_empty(body))
+        single.command(cmd_name, context_settings=_SETTINGS)(body)
         return typer.main.get_command(single)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> Any:

@@ -1,65 +1,25 @@
-"""Options shared by the commands; their words come from the configs in :mod:`ara.config`."""
+"""Options that commands share and that set no field of a config."""
 
 from __future__ import annotations
 
-import errno
-import functools
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ara.bounds import shown
-from ara.config import StageConfig
 from ara.errors import UsageError
-from ara.files import expand_user
+from ara.names import check_name
+from ara.pipeline import producers, stage_named
 from ara.workspace.store import DEFAULT_ROOT
-
-
-def field(config: type[StageConfig], name: str, *flags: str, metavar: str | None = None) -> Any:
-    """Return a Typer option for one field of a config, with the field's own description as help.
-
-    Args:
-        config: the config class.
-        name: of the field.
-        flags: option names; ``--field-name`` by default.
-        metavar: what stands for the value in the help.
-    """
-    help_text = config.model_fields[name].description
-    return typer.Option(*(flags or (f"--{name.replace('_', '-')}",)), help=help_text, metavar=metavar)
-
-
-def default(config: type[StageConfig], name: str) -> Any:
-    """Return the default of one field of a config."""
-    return config.model_fields[name].get_default(call_default_factory=True)
-
-
-def joined(values: tuple[int, ...]) -> str:
-    """Return numbers as an option takes them: ``1,4``."""
-    return ",".join(str(value) for value in values)
+from ara_cli.values import existing_or_new_path
+from export.targets import TARGETS, TORCH
 
 
 def path_option(*flags: str, help: str, metavar: str, envvar: str | None = None) -> Any:
     """Return a Typer option for a path, in which ``~`` is written out; one that cannot be a path is a usage error."""
-    return typer.Option(*flags, help=help, metavar=metavar, envvar=envvar, parser=_path)
-
-
-def _path(text: str | Path) -> Path:
-    if not str(text):
-        raise typer.BadParameter("it is empty, expected a path")
-    try:
-        path = expand_user(text, "path")
-        path.resolve()
-        path.exists()
-    except UsageError as error:
-        raise typer.BadParameter(f"{error}; {error.hint}") from None
-    except RuntimeError:  # of pathlib
-        raise typer.BadParameter(f"{str(text)!r} is a link that leads back to itself") from None
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise typer.BadParameter(f"{shown(text)}: {error.strerror}") from None
-    return path
+    return typer.Option(*flags, help=help, metavar=metavar, envvar=envvar, parser=existing_or_new_path)
 
 
 WorkspaceOption = Annotated[
@@ -76,85 +36,75 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing bu
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
 ForceOption = Annotated[bool, typer.Option("--force", help="do it again even if the same result is there")]
 NameOption = Annotated[str | None, typer.Option("--name", help="name of the result [default: says method and keep]")]
+FactorsOption = Annotated[str | None, typer.Option(help="decomposition to cut [default: the latest]")]
+RemoveOption = Annotated[float | None, typer.Option(help="fraction to remove instead: --remove 0.2 is --keep 0.8")]
 
 WORKSPACE = Path(DEFAULT_ROOT)
-# Options for which nothing is an answer, as their help says.
-_MAY_BE_EMPTY = ("prefill", "decode")
 
 
-def refusing_empty(command: Callable[..., None]) -> Callable[..., None]:
-    """Return ``command``, with every text that is given but empty refused: none of them means anything.
+@dataclass(frozen=True)
+class SessionOptions:
+    """Where a command works and how it speaks; the last options of every command."""
 
-    A script with an unset variable would otherwise get what it did not ask for: ``--name "$NAME"`` the default name.
-    """
-
-    @functools.wraps(command)
-    def call(**given: Any) -> None:
-        for name, value in given.items():
-            if name not in _MAY_BE_EMPTY and (value == "" or (isinstance(value, list | tuple) and "" in value)):
-                raise typer.BadParameter("it is empty", param_hint=f"--{name.replace('_', '-')}")
-        command(**given)
-
-    return call
+    workspace: WorkspaceOption = WORKSPACE
+    force: ForceOption = False
+    quiet: QuietOption = False
+    as_json: JsonOption = False
 
 
-def pairs(values: list[str] | None) -> dict[str, str]:
-    """Read ``NAME=VALUE`` options.
+@dataclass(frozen=True)
+class WhichCheckpoint:
+    """Names the checkpoint of a command, which says what it is for: ``Annotated[WhichCheckpoint, "to measure"]``."""
 
-    Raises:
-        UsageError: one has no ``=`` or no name.
-    """
-    result = {}
-    for value in values or []:
-        name, equals, text = value.partition("=")
-        if not equals or not name:
-            raise UsageError(f"got -O {value!r}, expected NAME=VALUE", "for example -O alpha=0.5")
-        result[name] = text
-    return result
+    checkpoint: Annotated[str | None, typer.Option(help="result of ara truncate {use} [default: the latest]")] = None
+    origin: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE/NAME", help="the same by stage and name, whichever stage wrote it"),
+    ] = None
 
+    @property
+    def given(self) -> dict[str, str | None]:
+        """Flag → value of both ways to name a checkpoint."""
+        return {"--checkpoint": self.checkpoint, "--from": self.origin}
 
-def keep_of(keep: float | None, remove: float | None, fallback: float | None) -> float | None:
-    """Return the fraction to keep from ``--keep`` or ``--remove``.
+    @property
+    def asked(self) -> str | None:
+        """NAME or STAGE/NAME of the checkpoint; ``None`` for the latest.
 
-    Raises:
-        UsageError: both are given, or one is outside its range.
-    """
-    if keep is not None and remove is not None:
-        raise UsageError(
-            f"--keep {keep:g} and --remove {remove:g} are both given", "give one: --keep 0.8 is --remove 0.2"
-        )
-    if remove is not None:
-        if not 0 <= remove < 1:
+        Raises:
+            UsageError: it is named in both ways, or ``--from`` names no stage.
+        """
+        if self.origin is None:
+            return self.checkpoint
+        if self.checkpoint is not None:
             raise UsageError(
-                f"--remove must be in [0, 1), got {remove:g}", "--remove 0.2 leaves 80 % of the parameters"
+                f"--checkpoint {self.checkpoint} and --from {self.origin} are both given", "give one of them"
             )
-        return round(1 - remove, 12)
-    if keep is not None and not 0 < keep <= 1:
-        raise UsageError(f"--keep must be in (0, 1], got {keep:g}", "--keep 0.8 leaves 80 % of the parameters")
-    return keep if keep is not None else fallback
+        stage, slash, _ = self.origin.partition("/")
+        if not slash or stage_named(stage) is None:
+            names = ", ".join(f"{name}/NAME" for name in producers("checkpoint"))
+            raise UsageError(f"--from {shown(self.origin)}: expected STAGE/NAME", f"checkpoints are called {names}")
+        return self.origin
 
 
-def task_names(tasks: str, flag: str = "--tasks", what: str = "task", example: str = "wikitext2") -> tuple[str, ...]:
-    """Split ``a,b`` into names, each once, in their order; the path of a ``file:`` may hold commas.
+@dataclass(frozen=True)
+class WhichExport:
+    """Names the export that ``--backend`` runs; the command says its verb: ``Annotated[WhichExport, "measures"]``."""
 
-    Raises:
-        UsageError: there is none.
-    """
-    from ara.data.filespecs import split_names
+    export: Annotated[str | None, typer.Option(help="export that --backend onnx {use} [default: the latest]")] = None
 
-    names = tuple(split_names(tasks))
-    if not names:
-        raise UsageError(f"{flag} {tasks!r} names no {what}", f"for example {flag} {example}")
-    return names
+    def asked(self, backend: str) -> str | None:
+        """Return the name of the export; ``None`` for the latest.
 
+        Args:
+            backend: what runs the model.
 
-def whole_numbers(text: str, flag: str) -> tuple[int, ...]:
-    """Split ``1,4`` into numbers, each once, in their order; an empty text gives none.
-
-    Raises:
-        UsageError: a part is no whole number.
-    """
-    try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
-    except ValueError:
-        raise UsageError(f"{flag} {text!r}: expected whole numbers", f"several with commas: {flag} 1,4") from None
+        Raises:
+            UsageError: an export is named, and the backend is torch or no result can have that name.
+        """
+        if self.export is not None and backend == TORCH:
+            others = " or ".join(f"--backend {name}" for name in TARGETS.names())
+            raise UsageError(f"--export {self.export} is given, and --backend is torch", f"add {others}")
+        if self.export is not None and backend in TARGETS:
+            check_name(self.export)
+        return self.export

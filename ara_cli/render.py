@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ara.artifacts.base import manifest_of
+from ara.artifacts.checkpoint import CheckpointResults
+from ara.artifacts.comparison import ComparedMethod, ComparedText, ComparisonResults
+from ara.artifacts.evaluation import DENSE, EvaluationResults
+from ara.artifacts.factors import FactorisedLayer, FactorsResults
+from ara.artifacts.graph import GraphResults
+from ara.artifacts.ranks import GuardResults, RanksResults
+from ara.artifacts.report import HTML_FILE, ReportResults
+from ara.artifacts.training import TrainingResults
 from ara.errors import CorruptedError
-from ara.pipeline import STAGES
+from ara.pipeline import steps
 from ara.workspace.following import next_command
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 from ara_cli.console import Column, Console
 from ara_cli.formatting import bytes_text, count_text, percent, seconds_text
-from ara_cli.render_bench import figure
+from ara_cli.render_bench import bench_figure
 from ara_cli.render_eval import show_evaluation
 from ara_cli.shown import shown, shows_results
 
@@ -22,15 +32,15 @@ _LEFT: Literal["left"] = "left"
 
 def show_decomposition(console: Console, view: StageView) -> None:
     """Show the factored layers by kind."""
-    results = _manifest(view)["results"]
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for module in results["modules"]:
-        kinds.setdefault(module["kind"], []).append(module)
+    results = FactorsResults.read(view)
+    kinds: dict[str, list[FactorisedLayer]] = {}
+    for layer in results.modules:
+        kinds.setdefault(layer.kind, []).append(layer)
     rows = []
-    for kind, modules in kinds.items():
-        m, n = modules[0]["m"], modules[0]["n"]
+    for kind, layers in kinds.items():
+        m, n = layers[0].m, layers[0].n
         rows.append(
-            (kind, len(modules), f"{m} × {n}", min(m, n), (m * n - 1) // (m + n), count_text(len(modules) * m * n))
+            (kind, len(layers), f"{m} × {n}", min(m, n), (m * n - 1) // (m + n), count_text(len(layers) * m * n))
         )
     columns = [
         Column("layers", _LEFT),
@@ -40,20 +50,20 @@ def show_decomposition(console: Console, view: StageView) -> None:
         Column("highest paying rank (factors)"),
         Column("parameters"),
     ]
-    linear, model = count_text(results["linear_parameters"]), count_text(results["model_parameters"])
-    count = len(results["modules"])
+    linear, model = count_text(results.linear_parameters), count_text(results.model_parameters)
+    count = len(results.modules)
     console.table(f"Factored {count} layers, {linear} of the model's {model} parameters", columns, rows)
 
 
 @shows_results
 def show_allocation(console: Console, view: StageView) -> None:
     """Show kept ranks by kind, and what is kept of linear layers and of the whole model."""
-    results = _manifest(view)["results"]
+    results = RanksResults.read(view)
     rows = []
-    for kind, row in results["kinds"].items():
-        ranks = "–" if row["rank_mean"] is None else f"{row['rank_min']} / {row['rank_mean']:.0f} / {row['rank_max']}"
-        m, n = row["shape"]
-        rows.append((kind, f"{m} × {n}", f"{row['dense']} of {row['layers']}", ranks, percent(row["keep"])))
+    for kind, row in results.kinds.items():
+        ranks = "–" if row.rank_mean is None else f"{row.rank_min} / {row.rank_mean:.0f} / {row.rank_max}"
+        m, n = row.shape
+        rows.append((kind, f"{m} × {n}", f"{row.dense} of {row.layers}", ranks, percent(row.keep)))
     columns = [
         Column("layers", _LEFT),
         Column("shape (out × in)"),
@@ -62,21 +72,25 @@ def show_allocation(console: Console, view: StageView) -> None:
         Column("kept"),
     ]
     title = (
-        f"{view.name}: {percent(results['linear_keep'], 2)} of the linear layers' parameters kept, "
-        f"{percent(results['model_keep'], 2)} of the whole model's"
+        f"{view.name}: {percent(results.linear_keep, 2)} of the linear layers' parameters kept, "
+        f"{percent(results.model_keep, 2)} of the whole model's"
     )
     console.table(title, columns, rows)
-    guard = results.get("guard")
-    if guard is not None:
-        losses, winner = guard["held_out"], guard["winner"]
-        # What JSON cannot say, NaN and infinity, is stored as null.
-        told = {name: "not finite" if loss is None else f"{loss:.4f}" for name, loss in losses.items()}
-        for name, stderr in guard["stderr"].items():
-            if name != winner and losses[name] is not None:
-                told[name] += f" (+{losses[name] - losses[winner]:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
-                told[name] += ")"
-        each = ", ".join(f"{name} {told[name]}" for name in losses if name != "dense")
-        console.text(f"guard, held-out loss in nats per token (dense {told['dense']}): {each}; {winner} won")
+    if results.guard is not None:
+        console.text(_guard_text(results.guard))
+
+
+def _guard_text(guard: GuardResults) -> str:
+    losses, winner = guard.held_out, guard.winner
+    best = losses[winner]
+    # What JSON cannot say, NaN and infinity, is stored as null.
+    told = {name: "not finite" if loss is None else f"{loss:.4f}" for name, loss in losses.items()}
+    for name, stderr in guard.stderr.items():
+        loss = losses[name]
+        if name != winner and loss is not None and best is not None:
+            told[name] += f" (+{loss - best:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}") + ")"
+    each = ", ".join(f"{name} {told[name]}" for name in losses if name != DENSE)
+    return f"guard, held-out loss in nats per token (dense {told[DENSE]}): {each}; {winner} won"
 
 
 def show_training(console: Console, view: StageView) -> None:
@@ -84,15 +98,15 @@ def show_training(console: Console, view: StageView) -> None:
     rows = [
         (
             keep,
-            f"{row['start_held_out']:.4f}",
-            f"{row['held_out']:.4f}",
-            f"{row['start_held_out'] - row['held_out']:.4f}",
-            f"{row['best_step']} of {row['steps']}",
-            sum(rank == "dense" for rank in row["ranks"].values()),
-            row["backward_passes"],
-            seconds_text(row["seconds"]),
+            f"{row.start_held_out:.4f}",
+            f"{row.held_out:.4f}",
+            f"{row.won:.4f}",
+            f"{row.best_step} of {row.steps}",
+            sum(rank == "dense" for rank in row.ranks.values()),
+            row.backward_passes,
+            seconds_text(row.seconds),
         )
-        for keep, row in _manifest(view)["results"]["budgets"].items()
+        for keep, row in TrainingResults.read(view).budgets.items()
     ]
     columns = [
         Column("keep", _LEFT),
@@ -110,24 +124,22 @@ def show_training(console: Console, view: StageView) -> None:
 @shows_results
 def show_comparison(console: Console, view: StageView) -> None:
     """Show all allocators, best held-out loss first, the dense model on top."""
-    rows_by_name = _manifest(view)["results"]["methods"]
-    dense = rows_by_name["dense"]
-    tasks = list(dense["tasks"])
-    measured = {name: row for name, row in rows_by_name.items() if "tasks" in row}
-    order = ["dense", *sorted((n for n in measured if n != "dense"), key=lambda name: measured[name]["held_out"])]
+    methods = ComparisonResults.read(view).methods
+    tasks = list(methods[DENSE].tasks or {})
+    order = [DENSE, *sorted((n for n, row in methods.items() if n != DENSE and row.tasks), key=_held_out(methods))]
     rows = [
         (
             name,
-            f"{row['held_out']:.4f}",
-            *(_perplexity(row["tasks"][task]) for task in tasks),
-            percent(row.get("linear_keep", 1.0), 2),
-            percent(row.get("model_keep", 1.0), 2),
-            row.get("dense_layers"),
-            None if name == "dense" else seconds_text(row["seconds"]),
-            row.get("backward_passes"),
+            f"{row.held_out:.4f}",
+            *(_perplexity((row.tasks or {})[task]) for task in tasks),
+            percent(1.0 if row.linear_keep is None else row.linear_keep, 2),
+            percent(1.0 if row.model_keep is None else row.model_keep, 2),
+            row.dense_layers,
+            None if row.seconds is None else seconds_text(row.seconds),
+            row.backward_passes,
         )
         for name in order
-        for row in (measured[name],)
+        for row in (methods[name],)
     ]
     columns = [
         Column("allocator", _LEFT),
@@ -140,47 +152,51 @@ def show_comparison(console: Console, view: StageView) -> None:
         Column("backward passes"),
     ]
     console.table(f"{view.name}: gap closed = (ln uniform − ln x) / (ln uniform − ln dense)", columns, rows)
-    for name, row in rows_by_name.items():
-        if "error" in row:
-            console.text(f"{name} failed: {row['error']}")
+    for name, row in methods.items():
+        if row.error is not None:
+            console.text(f"{name} failed: {row.error}")
 
 
-def _perplexity(figures: dict[str, Any]) -> str:
-    closed = figures.get("gap_closed")
-    return f"{figures['perplexity']:,.2f}" + ("" if closed is None else f" ({closed:.0%})")
+def _held_out(methods: Mapping[str, ComparedMethod]) -> Callable[[str], float]:
+    """Return a function that gives a method's held-out loss; one without comes last."""
+    return lambda name: math.inf if (loss := methods[name].held_out) is None else loss
+
+
+def _perplexity(figures: ComparedText) -> str:
+    closed = figures.gap_closed
+    return f"{figures.perplexity:,.2f}" + ("" if closed is None else f" ({closed:.0%})")
 
 
 def show_checkpoint(console: Console, view: StageView) -> None:
     """Show the size of a checkpoint beside the dense one."""
-    results = _manifest(view)["results"]
-    dense, disk = results["dense_weight_bytes"], results["disk_bytes"]
+    results = CheckpointResults.read(view)
+    dense, disk = results.dense_weight_bytes, results.disk_bytes
     rows = [
-        ("linear layers kept", percent(results["linear_keep"], 2)),
-        ("whole model kept", percent(results["model_keep"], 2)),
-        ("parameters", count_text(results["parameters"])),
-        ("low-rank / dense layers", f"{results['low_rank_layers']} / {results['dense_layers']}"),
+        ("linear layers kept", percent(results.linear_keep, 2)),
+        ("whole model kept", percent(results.model_keep, 2)),
+        ("parameters", count_text(results.parameters)),
+        ("low-rank / dense layers", f"{results.low_rank_layers} / {results.dense_layers}"),
         ("weights on disk", f"{bytes_text(disk)} (dense {bytes_text(dense)}, {percent(disk / dense)})"),
     ]
     console.table(f"{view.name}", [Column("", _LEFT), Column("")], rows)
 
 
-def show_export(console: Console, about: dict[str, Any]) -> None:
+def show_export(console: Console, results: GraphResults) -> None:
     """Show how far the graph is from the checkpoint."""
-    if about["parity"] is None:
+    if results.parity is None:
         console.warn("the graph was not compared with the checkpoint (--no-parity)")
         return
-    cases = about["parity"]["cases"]
     rows = [
         (
-            case["case"],
-            case["tokens"],
-            f"{case['difference']:.2g}",
-            percent(case["agreement"], 2),
-            f"{case['kl']:.2g}",
-            f"{case['nll_torch']:.4f}",
-            f"{case['nll_onnx']:.4f}",
+            case.case,
+            case.tokens,
+            f"{case.difference:.2g}",
+            percent(case.agreement, 2),
+            f"{case.kl:.2g}",
+            f"{case.nll_torch:.4f}",
+            f"{case.nll_onnx:.4f}",
         )
-        for case in cases
+        for case in results.parity.cases
     ]
     columns = [
         Column("run as", _LEFT),
@@ -191,17 +207,17 @@ def show_export(console: Console, about: dict[str, Any]) -> None:
         Column("NLL torch"),
         Column("NLL ONNX"),
     ]
-    console.table(f"{about['precision']} graph in ONNX Runtime against torch", columns, rows)
+    console.table(f"{results.precision} graph in ONNX Runtime against torch", columns, rows)
 
 
 @shows_results
 def show_report(console: Console, view: StageView, root: Path, copies: Sequence[Path]) -> None:
     """Show the sentence of a report, what it lacks, and where it is."""
-    results = _manifest(view)["results"]
-    console.text(results["verdict"])
-    for item in results["missing"]:
-        console.fact(f"without {item['what']}: {item['command']}")
-    console.saved(view.path / "report.html")
+    results = ReportResults.read(view)
+    console.text(results.verdict)
+    for item in results.missing:
+        console.fact(f"without {item.what}: {item.command}")
+    console.saved(view.path / HTML_FILE)
     for path in copies:
         console.saved(path)
     console.next_command(next_command(Workspace.open(root)))
@@ -219,13 +235,10 @@ def show_end(console: Console, view: StageView, root: Path) -> None:
 
 def show_pipeline(console: Console, views: Sequence[StageView], root: Path) -> None:
     """Show the figures of a whole run."""
+    shown_kinds = {"training": show_training, "ranks": show_allocation, "evaluation": show_evaluation}
     for view in views:
-        if view.stage == "train-masks":
-            show_training(console, view)
-        elif view.stage == "allocate":
-            show_allocation(console, view)
-        elif view.stage == "eval":
-            show_evaluation(console, view)
+        if view.kind in shown_kinds:
+            shown_kinds[view.kind](console, view)
     for view in views:
         manifest = _manifest(view)
         console.fact(
@@ -240,12 +253,12 @@ def show_status(console: Console, workspace: Workspace) -> None:
     """Show every result of a workspace with its state, the missing stages, and the next command."""
     views = workspace.views()
     rows: list[tuple[str, ...]] = []
-    for stage in STAGES:
+    for stage in steps():
         found = [view for view in views if view.stage == stage.name]
         rows += [_status_row(view) for view in found]
         if not found:
             rows.append((stage.name, "–", "optional" if stage.optional else "missing", "", "", stage.title))
-    known = {stage.name for stage in STAGES}
+    known = {stage.name for stage in steps()}
     rows += [_status_row(view) for view in views if view.stage not in known]
     model = (workspace.model or {}).get("requested", "no model yet")
     titles = ("stage", "name", "state", "made", "took", "what")
@@ -259,7 +272,7 @@ def show_status(console: Console, workspace: Workspace) -> None:
             "stages": [
                 {"stage": v.stage, "name": v.name, "state": v.state, "why": v.why, "remedy": v.remedy} for v in views
             ],
-            "missing": [s.name for s in STAGES if not any(v.stage == s.name for v in views)],
+            "missing": [s.name for s in steps() if not any(v.stage == s.name for v in views)],
             "next": following,
         }
     )
@@ -275,47 +288,67 @@ def _status_row(view: StageView) -> tuple[str, ...]:
 
 def _figure_if_any(view: StageView) -> str:
     """Return what a result's figures say in one line; one of another form is named, and does not end the list."""
+    figure = _FIGURES.get(view.kind)
+    if view.manifest is None or figure is None:
+        return ""
     try:
         with shown(view):
-            return _figure(view)
+            return figure(view)
     except CorruptedError as error:
         return f"written in another form ({error.hint})"
 
 
-def _figure(view: StageView) -> str:
-    if view.manifest is None:
-        return ""
-    results = view.manifest.results
-    if view.stage == "decompose":
-        return f"{len(results['modules'])} layers, {count_text(results['linear_parameters'])} parameters"
-    if view.stage == "train-masks":
-        won = (f"keep {k}: {b['start_held_out'] - b['held_out']:.4f} nats won" for k, b in results["budgets"].items())
-        return ", ".join(won)
-    if view.stage == "compare":
-        losses = {name: row["held_out"] for name, row in results["methods"].items() if "held_out" in row}
-        return "best on held-out text: " + min((n for n in losses if n != "dense"), key=losses.__getitem__, default="–")
-    if view.stage == "allocate":
-        return f"linear kept {percent(results['linear_keep'], 2)}, {results['dense_layers']} dense"
-    if view.stage == "truncate":
-        return f"{count_text(results['parameters'])} parameters, {bytes_text(results['disk_bytes'])}"
-    if view.stage == "report":
-        return f"of truncate/{results['checkpoint']}, report.html"
-    if view.stage == "eval":
-        chosen = results["chosen"]
-        return ", ".join(
-            f"{name} {row['perplexity']:,.2f}" if task["kind"] == "text" else f"{name} {row['value']:.3g}"
-            for name, task in results["tasks"].items()
-            for row in [task["models"][chosen]]
-        )
-    if view.stage == "bench":
-        return figure(results)
-    return ""
+def _factors_figure(view: StageView) -> str:
+    results = FactorsResults.read(view)
+    return f"{len(results.modules)} layers, {count_text(results.linear_parameters)} parameters"
+
+
+def _training_figure(view: StageView) -> str:
+    return ", ".join(f"keep {keep}: {row.won:.4f} nats won" for keep, row in TrainingResults.read(view).budgets.items())
+
+
+def _ranks_figure(view: StageView) -> str:
+    results = RanksResults.read(view)
+    return f"linear kept {percent(results.linear_keep, 2)}, {results.dense_layers} dense"
+
+
+def _checkpoint_figure(view: StageView) -> str:
+    results = CheckpointResults.read(view)
+    return f"{count_text(results.parameters)} parameters, {bytes_text(results.disk_bytes)}"
+
+
+def _evaluation_figure(view: StageView) -> str:
+    results = EvaluationResults.read(view)
+    texts = [f"{name} {task.models[results.chosen].perplexity:,.2f}" for name, task in results.texts.items()]
+    tasks = [f"{name} {task.models[results.chosen].value:.3g}" for name, task in results.harness.items()]
+    return ", ".join([*texts, *tasks])
+
+
+def _comparison_figure(view: StageView) -> str:
+    methods = ComparisonResults.read(view).methods
+    measured = (name for name, row in methods.items() if name != DENSE and row.held_out is not None)
+    return "best on held-out text: " + min(measured, key=_held_out(methods), default="–")
+
+
+def _report_figure(view: StageView) -> str:
+    return f"of {manifest_of(view).parents[0].key}, {HTML_FILE}"
+
+
+# What ``ara status`` shows of a result, by kind.
+_FIGURES: dict[str, Callable[[StageView], str]] = {
+    "factors": _factors_figure,
+    "training": _training_figure,
+    "ranks": _ranks_figure,
+    "checkpoint": _checkpoint_figure,
+    "evaluation": _evaluation_figure,
+    "comparison": _comparison_figure,
+    "benchmark": bench_figure,
+    "report": _report_figure,
+}
 
 
 def _manifest(view: StageView) -> dict[str, Any]:
-    if view.manifest is None:  # what it was made from is not what it seemed
-        raise CorruptedError(view.why, view.remedy or None)
-    return view.manifest.model_dump(mode="json")
+    return manifest_of(view).model_dump(mode="json")
 
 
 def _document(view: StageView) -> dict[str, Any]:

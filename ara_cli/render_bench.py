@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from ara.artifacts.benchmark import BenchmarkResults, BenchmarkSettings, CaseResults
 from ara.workspace.view import StageView
 from ara_cli.console import Column, Console
 from ara_cli.formatting import count_text
@@ -13,13 +12,12 @@ from ara_cli.shown import shows_results
 @shows_results
 def show_bench(console: Console, view: StageView) -> None:
     """Show how large the models are, and how fast beside the dense one and beside what the arithmetic predicts."""
-    assert view.manifest is not None
-    results = view.manifest.results
-    threads = f"{results['threads']} thread{'s' if results['threads'] > 1 else ''}"
-    where = f"{results['backend']}, {results['device']}, {results['precision']}, {threads}"
+    results = BenchmarkResults.read(view)
+    threads = f"{results.threads} thread{'s' if results.threads > 1 else ''}"
+    where = f"{results.backend}, {results.device}, {results.precision}, {threads}"
     rows = [
-        (name, count_text(row["parameters"]), *(_mib(row[f"{key}_bytes"]) for key in ("weight", "disk", "peak_memory")))
-        for name, row in results["models"].items()
+        (name, count_text(row.parameters), _mib(row.weight_bytes), _mib(row.disk_bytes), _mib(row.peak_memory_bytes))
+        for name, row in results.models.items()
     ]
     sizes = [Column("model", "left"), Column("parameters")]
     sizes += [Column(f"{what} (MiB)") for what in ("weights", "on disk", "peak memory")]
@@ -33,41 +31,41 @@ def show_bench(console: Console, view: StageView) -> None:
         Column("predicted"),
         Column("off by"),
     ]
-    order = "in turn" if results["interleaved"] else "one after the other"
-    title = f"Speed: models {order}, medians of {view.manifest.config['rounds']} rounds"
+    order = "in turn" if results.interleaved else "one after the other"
     console.table(
-        title,
+        f"Speed: models {order}, medians of {BenchmarkSettings.read(view).rounds} rounds",
         columns,
-        [_row(case, name, results["interleaved"]) for case in results["cases"] for name in results["models"]],
+        [_row(case, name) for case in results.cases for name in results.models],
     )
 
 
-def figure(results: dict[str, Any]) -> str:
+def bench_figure(view: StageView) -> str:
     """Return the least and the largest ratio to dense, where models ran in turn, for one line of a table."""
-    if not results["interleaved"]:
-        return f"speeds that cannot be compared with dense ({results['backend']})"
-    ratios = [case["models"][results["chosen"]]["ratio"]["median"] for case in results["cases"]]
-    return f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as dense ({results['backend']})"
+    results = BenchmarkResults.read(view)
+    ratios = [ratio.median for case in results.cases if (ratio := case.models[results.chosen].ratio)]
+    if not ratios:
+        return f"speeds that cannot be compared with dense ({results.backend})"
+    return f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as dense ({results.backend})"
 
 
-def _row(case: dict[str, Any], name: str, in_turn: bool) -> tuple[str | None, ...]:
-    row = case["models"][name]
-    what = f"decode behind {case['past']}" if case["kind"] == "decode" else f"prefill {case['new']}"
-    speed, ratio = row["tokens_per_second"], row["ratio"]
+def _row(case: CaseResults, name: str) -> tuple[str | None, ...]:
+    row = case.models[name]
+    what = f"decode behind {case.past}" if case.kind == "decode" else f"prefill {case.new}"
+    speed, ratio = row.tokens_per_second, row.ratio
     compared: tuple[str | None, ...] = (None, None, None)
-    if name != next(iter(case["models"])):
-        compared = (None, f"{row['predicted']:.2f}", None)
-        if in_turn:
+    if name != next(iter(case.models)):
+        compared = (None, f"{row.predicted:.2f}", None)
+        if ratio is not None:
             compared = (
-                f"{ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})",
-                f"{row['predicted']:.2f}",
-                f"{ratio['median'] / row['predicted'] - 1:+.0%}",
+                f"{ratio.median:.2f} ({ratio.low:.2f} – {ratio.high:.2f})",
+                f"{row.predicted:.2f}",
+                f"{ratio.median / row.predicted - 1:+.0%}",
             )
     return (
-        f"{what}, batch {case['batch']}",
+        f"{what}, batch {case.batch}",
         name,
-        f"{1000 * row['seconds']['median']:,.1f}",
-        f"{speed['median']:,.0f} ({speed['p10']:,.0f} – {speed['p90']:,.0f})",
+        f"{1000 * row.seconds.median:,.1f}",
+        f"{speed.median:,.0f} ({speed.p10:,.0f} – {speed.p90:,.0f})",
         *compared,
     )
 

@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ara.artifacts.evaluation import (
+    DENSE,
+    UNIFORM,
+    EvaluationResults,
+    MeanFigures,
+    PairedDifference,
+    TaskFigures,
+)
 from ara.evaluation.paired import NOISE
 from ara.evaluation.tasks import mean_label
 from ara.workspace.view import StageView
@@ -12,7 +20,6 @@ from ara_cli.console import Column, Console
 from ara_cli.formatting import count_text, percent
 from ara_cli.shown import shows_results
 
-DENSE = "dense"
 # Metrics that are shares of questions or of words, beside all that begin with acc.
 _SHARES = {"exact_match", "em", "f1", "contains", "precision", "recall", "mc1", "mc2", "pass@1"}
 
@@ -20,75 +27,80 @@ _SHARES = {"exact_match", "em", "f1", "contains", "precision", "recall", "mc1", 
 @shows_results
 def show_evaluation(console: Console, view: StageView) -> None:
     """Show all models of an evaluation side by side."""
-    assert view.manifest is not None
-    results = view.manifest.results
-    texts = {name: task for name, task in results["tasks"].items() if task["kind"] == "text"}
-    tasks = {name: task for name, task in results["tasks"].items() if task["kind"] == "harness"}
-    _show_texts(console, results, texts)
-    if tasks:
-        _show_tasks(console, results, tasks)
-    for continued in results["continuations"]:
-        console.text(f"“{continued['prompt']} …”")
-        for name, text in continued["models"].items():
+    results = EvaluationResults.read(view)
+    _show_texts(console, results)
+    if results.harness:
+        _show_tasks(console, results)
+    for continued in results.continuations:
+        console.text(f"“{continued.prompt} …”")
+        for name, text in continued.models.items():
             console.text(f"  {name}: … {_one_line(text)}")
 
 
-def _show_texts(console: Console, results: Mapping[str, Any], texts: Mapping[str, Any]) -> None:
+def _show_texts(console: Console, results: EvaluationResults) -> None:
+    texts = results.texts
     columns = [Column("model", "left")]
     for name, text in texts.items():
-        columns.append(Column(f"{name} perplexity ({text['windows']} × {text['seq_len']} tokens)"))
+        columns.append(Column(f"{name} perplexity ({text.windows} × {text.seq_len} tokens)"))
         columns += [Column("KL from dense, nats"), Column("same token")]
     columns += [Column("parameters"), Column("linear kept"), Column("model kept"), Column("weights (MiB)")]
-    busiest = max(texts.values(), key=lambda text: text["windows"] * text["seq_len"]) if texts else None
+    busiest = max(texts.values(), key=lambda text: text.windows * text.seq_len) if texts else None
     if busiest:
         columns.append(Column("tokens/s (p10 – p90)"))
     rows = []
-    for name, figures in results["variants"].items():
+    for name, figures in results.variants.items():
         cells: list[Any] = [name]
         for text in texts.values():
-            row = text["models"][name]
-            distance = row["divergence"]
-            cells.append(f"{row['perplexity']:,.2f}")
-            cells += [f"{distance['kl']:.3f}", percent(distance["agreement"])] if distance else ["–", "–"]
+            row = text.models[name]
+            distance = row.divergence
+            cells.append(f"{row.perplexity:,.2f}")
+            cells += [f"{distance.kl:.3f}", percent(distance.agreement)] if distance else ["–", "–"]
         cells += [
-            count_text(figures["parameters"]),
-            percent(figures["linear_keep"]),
-            percent(figures["model_keep"]),
-            f"{figures['weight_bytes'] / 2**20:,.1f}",
+            count_text(figures.parameters),
+            percent(figures.linear_keep),
+            percent(figures.model_keep),
+            f"{figures.weight_bytes / 2**20:,.1f}",
         ]
         if busiest:
-            speed = busiest["models"][name]["tokens_per_second"]
-            cells.append(f"{speed['median']:,.0f} ({speed['low']:,.0f} – {speed['high']:,.0f})")
+            speed = busiest.models[name].tokens_per_second
+            cells.append(f"{speed.median:,.0f} ({speed.low:,.0f} – {speed.high:,.0f})")
         rows.append(cells)
-    order = ", on the same windows in turn" if results["interleaved"] else ", one after the other"
+    order = ", on the same windows in turn" if results.interleaved else ", one after the other"
     console.table(f"Dense, uniform and chosen{order if texts else ''}", columns, rows)
 
 
-def _show_tasks(console: Console, results: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
+def _show_tasks(console: Console, results: EvaluationResults) -> None:
     """Show every model's figure ± standard error; a difference that may be chance is marked."""
-    models, chosen = list(results["variants"]), results["chosen"]
-    rivals = [name for name in (DENSE, "uniform") if name in models and name != chosen]
+    models, chosen = list(results.variants), results.chosen
+    rivals = [name for name in (DENSE, UNIFORM) if name in models and name != chosen]
     columns = [Column("task", "left"), Column("metric", "left"), Column("questions")]
     for model in models:
         columns += [Column(model), *([Column("kept of dense")] if model != DENSE else [])]
     columns += [Column(f"Δ {rival} (p)") for rival in rivals]
 
-    def cells(rows: Mapping[str, Any], key: str, metric: str, compared: Mapping[str, Any]) -> list[str]:
-        share = _is_share(metric, [row[key] for row in rows.values()])
+    def cells(
+        rows: Mapping[str, TaskFigures] | Mapping[str, MeanFigures],
+        values: Mapping[str, float],
+        metric: str,
+        compared: Mapping[str, PairedDifference],
+    ) -> list[str]:
+        share = _is_share(metric, values.values())
         found = []
         for model in models:
-            found.append(_score(rows[model][key], rows[model]["stderr"], share))
-            found += [_retained(rows[model]["retained"])] if model != DENSE else []
+            found.append(_score(values[model], rows[model].stderr, share))
+            found += [_retained(rows[model].retained)] if model != DENSE else []
         return [*found, *(_difference(compared.get(rival), share) for rival in rivals)]
 
     rows = []
-    for name, task in tasks.items():
-        first = [name, task["metric"], f"{task['examples']:,} of {task['of']:,}"]
-        rows.append([*first, *cells(task["models"], "value", task["metric"], task["compared"])])
-    mean = results["zero_shot"]
+    for name, task in results.harness.items():
+        first = [name, task.metric, f"{task.examples:,} of {task.of:,}"]
+        values = {model: row.value for model, row in task.models.items()}
+        rows.append([*first, *cells(task.models, values, task.metric, task.compared)])
+    mean = results.zero_shot
     if mean:
-        first = [mean_label(mean["tasks"]), "acc", ""]
-        rows.append([*first, *cells(mean["models"], "mean", "acc", mean["compared"])])
+        first = [mean_label(mean.tasks), "acc", ""]
+        values = {model: row.mean for model, row in mean.models.items()}
+        rows.append([*first, *cells(mean.models, values, "acc", mean.compared)])
     console.table("Tasks of lm-eval", columns, rows)
     if rivals:
         console.text(
@@ -111,12 +123,12 @@ def _retained(share: float | None) -> str:
     return "–" if share is None else percent(share)
 
 
-def _difference(found: Mapping[str, Any] | None, share: bool) -> str:
+def _difference(found: PairedDifference | None, share: bool) -> str:
     if found is None:
         return "–"
-    mark = "≈ " if found["p"] > NOISE else ""
-    difference = f"{100 * found['difference']:+.1f}" if share else f"{found['difference']:+.2f}"
-    p = f"{found['p']:.2g}" if found["p"] >= 0.001 else f"{found['p']:.0e}"
+    mark = "≈ " if found.p > NOISE else ""
+    difference = f"{100 * found.difference:+.1f}" if share else f"{found.difference:+.2f}"
+    p = f"{found.p:.2g}" if found.p >= 0.001 else f"{found.p:.0e}"
     return f"{mark}{difference} ({p})"
 
 

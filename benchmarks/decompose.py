@@ -39,7 +39,7 @@ from ara.decomposition.parallel import map_layers
 from ara.decomposition.subspace import weighted_factors
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import resolve
-from ara.models.weights import LinearSpec, find_linears, weight_of
+from ara.models.weights import LinearSpec, find_linears
 
 
 def textbook(weight: torch.Tensor, gram: torch.Tensor) -> Factors:
@@ -70,7 +70,7 @@ def matrices(blocks: int, samples: int) -> dict[str, torch.Tensor]:
     stats = collect_moments(model, linears, owners, windows.ids, batch_size=4)
     found = {}
     for spec in linears:
-        found[f"{spec.name}.weight"] = weight_of(model.get_submodule(spec.name)).double().contiguous()
+        found[f"{spec.name}.weight"] = spec.weight.read(model).double().contiguous()
         found[f"{spec.name}.gram"] = stats[owners[spec.name]].second_moment.double().clone()
     return found
 

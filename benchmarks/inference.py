@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from ara.allocation.uniform import Uniform
+from ara.artifacts.factors import factor_files
 from ara.config import DecomposeConfig
 from ara.evaluation.cost import Case
 from ara.evaluation.speed import Runner, TorchRunner, interleaved_seconds
@@ -33,10 +34,9 @@ from ara.models.checkpoint import load, save_checkpoint
 from ara.models.low_rank import apply_factors
 from ara.models.silence import silence_transformers
 from ara.models.weights import find_linears
-from ara.solver.budget import Budget
-from ara.solver.problem import Module
+from ara.solver.problem import Budget, Module
 from ara.stages.allocate import load_modules
-from ara.stages.common import Run, factor_files, model_of
+from ara.stages.common import Run, model_of
 from ara.stages.decompose import decompose
 from ara_cli.console import Column, Console
 from export.config import ExportConfig

@@ -21,12 +21,13 @@ import torch
 
 from ara.allocation.energy import Energy
 from ara.allocation.uniform import Uniform
+from ara.artifacts.factors import specs_of
 from ara.config import AllocateConfig
 from ara.masks.model import LossKind
 from ara.models.losses import token_losses
-from ara.solver.budget import Budget
+from ara.solver.problem import Budget
 from ara.stages.allocate import load_modules
-from ara.stages.common import Run, model_of, specs_of
+from ara.stages.common import Run, model_of
 from ara.stages.tuning import open_tuning_context, placed
 from ara_cli.console import Column, Console
 
@@ -43,7 +44,7 @@ def main() -> None:
     console = Console()
     run = Run(arguments.workspace, "python benchmarks/masks.py", console)
     workspace = run.open()
-    view = workspace.require("decompose", arguments.factors)
+    view = workspace.require("factors", arguments.factors)
     config = placed(AllocateConfig(), run)
     context = open_tuning_context(view, specs_of(view), config, workspace, run)
     modules, model = load_modules(view), context.model

@@ -112,9 +112,10 @@ class Bench:
 
     def load(self, factors: str) -> None:
         """Bring a model with these factors, and the texts, into memory."""
+        from ara.artifacts.factors import specs_of
         from ara.data.texts import load_documents
         from ara.data.tokens import evaluation_windows
-        from ara.stages.common import model_of, specs_of
+        from ara.stages.common import model_of
         from ara.stages.tuning import open_tuning_context, placed
 
         if self.loaded == factors:
@@ -150,7 +151,7 @@ class Bench:
 
     def measure(self, row: Row) -> None:
         """Allocate and measure one row, unless it is there already."""
-        from ara.stages.common import specs_of
+        from ara.artifacts.factors import specs_of
 
         if row.key in self.rows:
             return
@@ -193,8 +194,8 @@ class Bench:
         from ara.allocation.sensitivity import Sensitivity, sensitivity_of
         from ara.allocation.single_layer_probes import Probed
         from ara.config import method_options
-        from ara.solver.budget import Budget
-        from ara.solver.optimum import best_ranks
+        from ara.solver.knapsack import best_ranks
+        from ara.solver.problem import Budget
         from ara.stages.allocate import load_modules
 
         if row.method in FORMS:
@@ -234,7 +235,8 @@ class Bench:
 
     def _trained(self, row: Row) -> tuple[Allocation, dict[str, Any]]:
         """Train as ``ara train-masks`` does, at all budgets in one go."""
-        from ara.artifacts.ranks import from_table
+        from ara.artifacts.factors import specs_of
+        from ara.artifacts.ranks_file import from_table
         from ara.artifacts.training import training_cost
         from ara.stages.train_masks import train_masks
 
@@ -256,7 +258,7 @@ class Bench:
             "won_on_held_out": result["start_held_out"] - result["held_out"],
             "curve": [[entry["step"], entry["held_out"]] for entry in log if entry["held_out"] is not None],
         }
-        return from_table(result["ranks"]), facts
+        return from_table(result["ranks"], specs_of(self.views[row.factors], row.layout)), facts
 
 
 def _commit() -> str | None:
@@ -271,8 +273,8 @@ def _commit() -> str | None:
 
 def check(bench: Bench, windows: int) -> None:
     """Compare the dense row, and that of ara at the largest budget in each layout, with independent computations."""
-    from ara.artifacts.ranks import from_table
-    from ara.stages.common import specs_of
+    from ara.artifacts.factors import specs_of
+    from ara.artifacts.ranks_file import from_table
 
     keep, seq_len = bench.arguments.keep[0], bench.arguments.seq_len
     dense = dict.fromkeys(spec.name for spec in specs_of(bench.views["whitened"]))
@@ -281,7 +283,8 @@ def check(bench: Bench, windows: int) -> None:
         row = Row("two-sided", "ara", keep, 0, layout)
         trained = bench.run.open().view(f"train-masks/{bench.training(row)}")
         if "wikitext2_windows" in bench.rows.get(row.key, {}) and trained.manifest is not None:
-            ranks = from_table(trained.manifest.results["budgets"][f"{keep:g}"]["ranks"])
+            table = trained.manifest.results["budgets"][f"{keep:g}"]["ranks"]
+            ranks = from_table(table, specs_of(bench.views["two-sided"], layout))
             losses = bench.first_losses(row.key, "two-sided", ranks.ranks, windows)
             check_stored(bench.run, bench.views["two-sided"], ranks, layout, losses, seq_len)
 

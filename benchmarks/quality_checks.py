@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ara.artifacts.factors import factor_files, specs_of
 from ara.layout_names import LayoutName
 from ara.solver.problem import Allocation
-from ara.stages.common import Run, factor_files, model_of, specs_of
+from ara.stages.common import Run, model_of
 from ara.workspace.view import StageView
 
 

@@ -66,10 +66,10 @@ def commands() -> str:
 
 def stages() -> str:
     """Return the page of the pipeline's stages, in their order."""
-    from ara.pipeline import STAGES
+    from ara.pipeline import stages
 
     intro = "One command makes one stage. `ara run` goes through all stages that are not optional, in this order."
-    return _page("Stages", [intro, _records(STAGES, leave_out=("run",))])
+    return _page("Stages", [intro, _records(stages(), leave_out=("run", "flow"))])
 
 
 def registries() -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ara import bounds
 from ara.config import StageConfig
+from ara.config.flags import Flag
 
 
 class ExportConfig(StageConfig):
@@ -17,7 +18,7 @@ class ExportConfig(StageConfig):
     """
 
     target: str = Field("onnx", description="runtime to write for")
-    precision: Literal["fp32", "fp16", "int8", "int4"] | None = Field(
+    precision: Annotated[Literal["fp32", "fp16", "int8", "int4"] | None, Flag(choices=False)] = Field(
         None, description="precision of the weights: fp32, fp16, int8 [default: fp32 on CPU, fp16 on CUDA]"
     )
     execution_provider: Literal["auto", "cpu", "cuda"] = Field(
@@ -26,7 +27,7 @@ class ExportConfig(StageConfig):
     merge_shared_inputs: bool = Field(
         False, description="multiply by the first factors of q, k, v in one product, and of gate, up in another"
     )
-    rewrite: str | None = Field(
+    rewrite: Annotated[str | None, Flag(metavar="DENSE.onnx", user_path=True)] = Field(
         None, description="put the factors into this ONNX graph of the dense model instead of building one"
     )
     last_logits: bool = Field(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from shlex import quote
+import shlex
 
+from ara.artifacts.checkpoint import CHECKPOINT
+from ara.artifacts.graph import GraphResults, GraphSettings
 from ara.errors import WorkspaceError
+from ara.pipeline import naming_words
 from ara.stages import bench_models, evaluate
-from ara.stages.truncate import CHECKPOINT
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView, parent_of
 from export.base import Target
@@ -23,14 +25,13 @@ def find_for_eval(backend: str, export: str | None = None) -> evaluate.FindExpor
     Raises:
         AraError: as :func:`export.targets.target_of`. The returned function raises as :func:`latest_export`.
     """
-    target = target_of(backend, export)
+    target = target_of(backend)
     if target is None:
         return None
 
     def find(workspace: Workspace, truncated: StageView) -> evaluate.RunnableExport:
         view = latest_export(target, workspace, truncated, export)
-        assert view.manifest is not None
-        if view.manifest.results["last_logits"]:
+        if GraphResults.read(view).last_logits:
             raise WorkspaceError(
                 f"{view.key} gives the logits of the last position only", "export without --last-logits to evaluate"
             )
@@ -51,7 +52,7 @@ def find_for_bench(backend: str, export: str | None = None) -> bench_models.Find
     Raises:
         AraError: as :func:`export.targets.target_of`. The returned function raises as :func:`latest_export`.
     """
-    target = target_of(backend, export)
+    target = target_of(backend)
     if target is None:
         return None
     return lambda workspace, truncated: target.for_bench(latest_export(target, workspace, truncated, export))
@@ -64,7 +65,7 @@ def latest_export(target: Target, workspace: Workspace, truncated: StageView, na
         WorkspaceError: there is none, it belongs to another checkpoint or target, or one cannot be read.
     """
     if name is not None:
-        view = workspace.require("export", name)
+        view = workspace.require("graph", name)
         if view.manifest is None or parent_of(truncated) not in view.manifest.parents:
             raise WorkspaceError(
                 f"{view.key} is not an export of {truncated.key}", "name its checkpoint with --checkpoint"
@@ -74,11 +75,11 @@ def latest_export(target: Target, workspace: Workspace, truncated: StageView, na
                 f"{view.key} was not made for --backend {target.name}", f"make another export: {target.command}"
             )
         return view
-    views = workspace.views("export")
+    views = workspace.views("graph")
     for view in views:
         if view.state == "damaged":
             # Its manifest cannot be read, so it may be the latest one: this raises what is wrong with it.
-            workspace.require("export", view.name)
+            workspace.require("graph", view.key)
     fitting = [
         view
         for view in views
@@ -88,16 +89,16 @@ def latest_export(target: Target, workspace: Workspace, truncated: StageView, na
         and _is_for(target, view)
     ]
     if fitting:
-        return workspace.require("export", fitting[-1].name)
+        return workspace.require("graph", fitting[-1].key)
     there = "; ".join(_why_not(view, truncated) for view in views)
     raise WorkspaceError(
         f"{truncated.key} has no export that can be run: {there}" if there else f"{truncated.key} was not exported",
-        f"make one: {target.command} --checkpoint {quote(truncated.name)}",
+        f"make one: {target.command} {shlex.join(naming_words(truncated.stage, truncated.name))}",
     )
 
 
 def _is_for(target: Target, view: StageView) -> bool:
-    return view.manifest is not None and view.manifest.config.get("target") == target.name
+    return view.manifest is not None and GraphSettings.read(view).target == target.name
 
 
 def _why_not(view: StageView, truncated: StageView) -> str:
@@ -105,6 +106,5 @@ def _why_not(view: StageView, truncated: StageView) -> str:
     if view.state != "done" or view.manifest is None:
         return f"{view.key} is {view.state}{f' ({view.why})' if view.why else ''}"
     if parent_of(truncated) in view.manifest.parents:
-        return f"{view.key} is for {view.manifest.config.get('target')}"
-    parents = (parent.key for parent in view.manifest.parents if parent.key.startswith("truncate/"))
-    return f"{view.key} is one of {next(parents, 'something else')}"
+        return f"{view.key} is for {GraphSettings.read(view).target}"
+    return f"{view.key} is one of {view.manifest.parents[0].key if view.manifest.parents else 'something else'}"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 
+from ara.artifacts.checkpoint import CHECKPOINT
 from ara.config import GenerateConfig
 from ara.errors import ModelError
 from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens, text_pieces
@@ -14,10 +15,9 @@ from ara.models.checkpoint import load, load_tokenizer, read_config
 from ara.models.context import check_room, context_length
 from ara.models.silence import silence_transformers
 from ara.models.vocabulary import check_tokens, token_rows
-from ara.names import check_name
+from ara.names import check_which
 from ara.prompts import check_prompt
 from ara.stages.common import Run
-from ara.stages.truncate import CHECKPOINT
 from export.base import REPORT_FILE, Target
 from export.find import latest_export
 from export.targets import TARGETS, target_of
@@ -40,7 +40,7 @@ def answer(
         config: backend, length, chat template, placement.
         run: workspace and reporter.
         prompt: text of the user.
-        checkpoint: result of ``ara truncate``; the latest by default.
+        checkpoint: which one, as NAME or STAGE/NAME; the latest by default.
         source: a checkpoint folder or an exported folder to run instead of a result of the workspace.
         export: which export of the checkpoint; the latest by default.
 
@@ -78,11 +78,11 @@ def _in_torch(config: GenerateConfig, folder: Path, prompt: str) -> Iterator[str
 
 def _folder(target: Target | None, run: Run, checkpoint: str | None, export: str | None) -> Path:
     """Return the folder of the workspace that is run."""
-    for name in (checkpoint, export):
-        if name is not None:
-            check_name(name)
+    for which in (checkpoint, export):
+        if which is not None:
+            check_which(which)
     workspace = run.open()
-    truncated = workspace.require("truncate", checkpoint)
+    truncated = workspace.require("checkpoint", checkpoint)
     if target is None:
         return truncated.path / CHECKPOINT
     return latest_export(target, workspace, truncated, export).path

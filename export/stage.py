@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ara.artifacts.checkpoint import CHECKPOINT
+from ara.artifacts.graph import write_report
 from ara.errors import OutputError, disk_errors
 from ara.files import remove
 from ara.models.checkpoint import read_config
-from ara.stages.common import Run, already_done, begin
-from ara.stages.truncate import CHECKPOINT
+from ara.stages.common import Run, begin, open_task
 from ara.workspace.locking import LOCK_FILE, OWNER_FILE, exclusive
 from ara.workspace.manifest import file_sha256
-from ara.workspace.view import StageView, parent_of
+from ara.workspace.view import StageView
 from export.base import REPORT_FILE, TargetReport
 from export.config import ExportConfig
 from export.targets import load_target
@@ -33,35 +34,28 @@ def export(config: ExportConfig, run: Run, *, checkpoint: str | None = None, nam
     Args:
         config: target, precision, provider, form of the graph.
         run: workspace and reporter.
-        checkpoint: result of ``ara truncate``; the latest by default.
+        checkpoint: which one, as NAME or STAGE/NAME; the latest by default.
         name: name of the result; checkpoint and precision by default.
 
     Raises:
         AraError: no checkpoint, a model or precision that the target cannot write, an export that differs from torch.
     """
-    started = begin(checkpoint, name)
+    started = begin(name, checkpoint)
     target = load_target(config.target)
     resolved = target.resolve(config)
     target.inputs(resolved)  # a missing file is an error before any work
-    workspace = run.open()
-    with workspace.lock(run.command):
-        truncated = workspace.require("truncate", checkpoint)
+    with open_task("export", run, started) as task:
+        truncated = task.workspace.require("checkpoint", checkpoint)
         assert truncated.manifest is not None
         run.report.step(f"Exporting {truncated.key} to {target.title}")
-        facts = {
-            "config": target.recorded(resolved),
-            "model": truncated.manifest.model,
-            "parents": (parent_of(truncated),),
-        }
-        name = name or target.result_name(truncated.name, resolved)
-        done = workspace.finished("export", name, facts, run.report)
-        if done is not None and not run.force:
-            return already_done(done, run)
-        with workspace.writer("export", name, facts, command=run.command, started=started) as stage:
+        settings = target.recorded(resolved)
+        task.describe(name or target.result_name(truncated.name, resolved), settings, (truncated,))
+        if (done := task.done()) is not None:
+            return done
+        with task.writer() as stage:
             source, origin = truncated.path / CHECKPOINT, truncated.manifest.id
-            about = target.write(source, stage.folder, resolved, origin, run.report)
-            stage.results.update(about.model_dump(mode="json"))
-        return workspace.view(f"export/{name}")
+            write_report(target.write(source, stage.folder, resolved, origin, run.report), stage)
+        return task.view()
 
 
 def export_folder(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ara.bounds import shown
-from ara.errors import ProblemsError, UsageError
-from ara.names import check_name
+from ara.errors import ProblemsError
 from ara.registry import Entry, Registry
 
 if TYPE_CHECKING:
@@ -36,26 +35,16 @@ def backends() -> list[str]:
     return [TORCH, *TARGETS.names()]
 
 
-def target_of(backend: str, export: str | None = None) -> Target | None:
+def target_of(backend: str) -> Target | None:
     """Return the export target that ``--backend`` names; ``None`` for torch.
-
-    Args:
-        backend: torch, or the name of a target.
-        export: what ``--export`` names.
 
     Raises:
         ProblemsError: an unknown backend.
-        UsageError: an export is named, and the backend is torch or no result can have that name.
     """
     if backend == TORCH:
-        if export is not None:
-            others = " or ".join(f"--backend {name}" for name in TARGETS.names())
-            raise UsageError(f"--export {export} is given, and --backend is torch", f"add {others}")
         return None
     if backend not in TARGETS:
         *most, last = (repr(name) for name in backends())
         problem = f"backend: input should be {', '.join(most)} or {last}, got {shown(backend)}"
         raise ProblemsError("these settings cannot be used", [problem])
-    if export is not None:
-        check_name(export)
     return load_target(backend)

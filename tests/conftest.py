@@ -69,8 +69,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[str, 
     run_pipeline(
         DecomposeConfig(**tiny_settings),
         [AllocateConfig(keep=0.7, method="energy")],
-        TruncateConfig(),
-        EvalConfig(tasks=(tiny_text,), seq_len=64, max_windows=4, device="cpu", dtype="float32"),
+        {
+            "truncate": TruncateConfig(),
+            "eval": EvalConfig(tasks=(tiny_text,), seq_len=64, max_windows=4, device="cpu", dtype="float32"),
+        },
         Run(root),
     )
     return root

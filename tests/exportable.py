@@ -14,7 +14,7 @@ from ara.decomposition.plain import Plain
 from ara.models.checkpoint import save_checkpoint
 from ara.models.low_rank import apply_factors
 from ara.models.silence import silence_transformers
-from ara.models.weights import find_linears, weight_of
+from ara.models.weights import find_linears
 from tests.tiny import tiny_config, tiny_tokenizer
 
 SIZES: dict[str, Any] = {"hidden_size": 102, "head_dim": 16, "max_position_embeddings": 200}
@@ -53,7 +53,7 @@ def make_checkpoint(root: Path, family: str, layout: Any, **changes: Any) -> Mad
             linears = find_linears(model)
             tensors = {}
             for spec in linears:
-                factors = Plain().decompose(weight_of(model.get_submodule(spec.name)), None)
+                factors = Plain().decompose(spec.weight.read(model), None)
                 tensors[f"{spec.name}.A"] = factors.a.float().contiguous()
                 tensors[f"{spec.name}.B"] = factors.b.float().contiguous()
             save_file(tensors, root / "factors.safetensors")

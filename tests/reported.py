@@ -73,12 +73,15 @@ def modules() -> list[Module]:
 
 def ranks() -> Allocation:
     """Return ranks with dense layers among them."""
-    return Allocation({spec.name: None if i % 4 == 1 else 5 + i for i, spec in enumerate(SPECS)})
+    return Allocation.of_ranks(SPECS, {spec.name: None if i % 4 == 1 else 5 + i for i, spec in enumerate(SPECS)})
 
 
 def decomposition() -> Manifest:
     config = {"method": "two-sided", "text": "c4", "dtype": "bfloat16", "device": "cpu"}
-    results = {"windows": [256, 512], "text": "file /home/me/data/c4_rp1.jsonl"}
+    config |= {"samples": 256, "seq_len": 512, "seed": 0}
+    layers = [{"name": s.name, "layer": s.layer, "kind": s.kind, "m": s.m, "n": s.n} for s in SPECS]
+    results = {"modules": layers, "model_parameters": 123_457, "linear_parameters": 100_000}
+    results |= {"windows": [256, 512], "text": "file /home/me/data/c4_rp1.jsonl"}
     return manifest("decompose", "two-sided", results, config=config, seed=0)
 
 
@@ -101,11 +104,16 @@ def allocation(name: str = NAME, method: str = "ara", keep: float = 0.8, **confi
             "stderr": {"ara": 0.0, "uniform": 0.02},
         },
     }
-    return manifest("allocate", name, results, config={"method": method, "keep": keep, **config})
+    settings = {"method": method, "keep": keep, "rank_multiple": 1, "min_rank": 1, "min_keep": 0.0, "exclude": []}
+    return manifest("allocate", name, results, config={**settings, **config})
 
 
 def truncated(name: str = NAME, **results: Any) -> Manifest:
     figures = {
+        "linear_keep": 0.8,
+        "model_keep": 0.84,
+        "parameters": 103_457,
+        "weight_bytes": 200 << 20,
         "low_rank_layers": 15,
         "dense_layers": 5,
         "dense_weight_bytes": 250 << 20,
@@ -125,13 +133,15 @@ def text_rows(chosen: str, level: float = 3.4, divergence: bool = True) -> dict[
         rows[name] = {
             "nll": nll,
             "perplexity": math.exp(nll),
+            "windows": WINDOWS,
+            "tokens": WINDOWS * 2047,
+            "seq_len": 2048,
             "nll_stderr": 0.025,
             "window_nlls": windows,
             "tokens_per_second": {"median": 700.0 + 10 * number, "low": 650.0, "high": 740.0 + number},
         }
-        if divergence:
-            distance = {"kl": 0.11 * number, "kl_stderr": 0.01, "agreement": 1 - 0.2 * number}
-            rows[name]["divergence"] = distance if name != "dense" else None
+        distance = {"kl": 0.11 * number, "kl_stderr": 0.01, "agreement": 1 - 0.2 * number}
+        rows[name]["divergence"] = distance if divergence and name != "dense" else None
     return rows
 
 
@@ -139,12 +149,15 @@ def evaluation(chosen: str = NAME, keep: float = 0.8, level: float = 3.4) -> Man
     """Return an evaluation with all that one can have."""
     keeps = {"dense": 1.0, "uniform": keep - 0.001, chosen: keep}
     values = {"dense": 0.61, "uniform": 0.48, chosen: 0.57}
-    harness = {name: {"value": v, "stderr": 0.02, "retained": v / 0.61, "metrics": {}} for name, v in values.items()}
+    harness = {
+        name: {"value": v, "stderr": 0.02, "retained": v / 0.61, "metrics": {}, "stderrs": {}}
+        for name, v in values.items()
+    }
     against = {
         "dense": {"difference": -0.04, "p": 0.012, "test": "McNemar"},
         "uniform": {"difference": 0.09, "p": 1e-4, "test": "McNemar"},
     }
-    task = {"kind": "harness", "metric": "acc", "examples": 400, "of": 2376, "seed": 0}
+    task = {"kind": "harness", "text": "piqa.jsonl", "metric": "acc", "examples": 400, "of": 2376, "seed": 0}
     text = {"kind": "text", "text": "file /home/me/data/test.jsonl", "windows": WINDOWS, "seq_len": 2048}
     results = {
         "chosen": chosen,
@@ -162,7 +175,7 @@ def evaluation(chosen: str = NAME, keep: float = 0.8, level: float = 3.4) -> Man
             "wikitext2": {**text, "models": text_rows(chosen, level)},
             "file:/home/me/secret/story.jsonl": {**text, "models": text_rows(chosen, level + 0.2, False)},
             "piqa": {**task, "models": harness, "compared": against},
-            "arc_easy": {**task, "models": harness},
+            "arc_easy": {**task, "models": harness, "compared": {}},
         },
         "zero_shot": {
             "tasks": ["piqa", "arc_easy"],
@@ -208,23 +221,26 @@ def bench(chosen: str = NAME, ratio: float = 1.15) -> Manifest:
         "models": dict.fromkeys(speeds, size),
         "cases": cases,
         "interleaved": True,
+        "last_logits": False,
         "threads": 2,
         "machine": {"system": "Linux x86_64", "processor": "A & B", "cores": 2, "memory_bytes": 24 << 30, "gpus": []},
     }
-    return manifest("bench", chosen, results, config={"device": "cpu", "dtype": "bfloat16"})
+    return manifest("bench", chosen, results, config={"device": "cpu", "dtype": "bfloat16", "rounds": 20})
 
 
 def training() -> Manifest:
-    """Return a training at two budgets; one step has no loss, one was NaN."""
+    """Return a training at two budgets; two steps have no loss."""
     log = [
-        {"step": step, "loss": None if step == 0 else math.nan if step == 3 else 0.4 / step, "keep": 0.8, "dense": 9}
+        {"step": step, "loss": None if step in (0, 3) else 0.4 / step, "keep": 0.8, "dense": 9}
         | {"seconds": 2.0 * step, "held_out": 3.9 - 0.02 * step if step % 2 == 0 else None}
         for step in range(7)
     ]
     figures = {"start_held_out": 3.9, "held_out": 3.78, "best_step": 6, "steps": 6, "seconds": 61.0}
     budget = {**figures, "backward_passes": 96, "ranks": {}}
     results = {"budgets": {"0.8": budget, "0.6": {**budget, "held_out": 3.8}}, "log": {"0.8": log, "0.6": log[:5]}}
-    return manifest("train-masks", "priced", results, config={"objective": "priced", "loss": "kl"}, seed=0)
+    results |= {"table_seconds": 2.0, "table_windows": 4}
+    config = {"objective": "priced", "loss": "kl", "samples": 128, "held_out": 32, "keep": [0.8, 0.6]}
+    return manifest("train-masks", "priced", results, config=config, seed=0)
 
 
 def comparison() -> Manifest:
@@ -242,7 +258,7 @@ def export() -> Manifest:
     case |= {"nll_torch": 3.4011, "nll_onnx": 3.4012}
     proof = {"text": "help", "tolerance": {}, "cases": [{"case": name, **case} for name in ("prefill", "decode")]}
     files = {"model.onnx": {"bytes": 1 << 20, "sha256": "0" * 64}}
-    results = {"precision": "fp32", "execution_provider": "cpu", "files": files, "parity": proof}
+    results = {"precision": "fp32", "execution_provider": "cpu", "last_logits": False, "files": files, "parity": proof}
     return manifest("export", f"{NAME}-fp32", results)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GemmaConfig,
     GPT2Config,
@@ -118,6 +119,25 @@ def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
             if name.endswith(".bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
+
+
+def gemma_with_shared_keys(kind: str) -> PreTrainedModel:
+    """Return a random model of 4 blocks, of which the last two reuse the keys and values of the first two.
+
+    Args:
+        kind: ``gemma3n_text`` or ``gemma4_text``.
+    """
+    sizes = {"hidden_size": 60, "intermediate_size": 92, "head_dim": 14, "num_hidden_layers": 4, "vocab_size": 50}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "num_kv_shared_layers": 2, "sliding_window": 5}
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    inputs = {"hidden_size_per_layer_input": 9, "vocab_size_per_layer_input": 50}
+    own: dict[str, Any] = {"global_head_dim": 14}
+    if kind == "gemma3n_text":
+        own = {"laurel_rank": 7, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4}
+        own["intermediate_size"] = [92] * 4
+    return random_model(
+        AutoConfig.for_model(kind, **{**sizes, **heads, **layers, **inputs, "initializer_range": 0.1, **own})
+    )
 
 
 def save_tiny(path: Path, family: str, seed: int = 0) -> Path:

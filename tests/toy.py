@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ara.artifacts.factors import layer_file
 from ara.decomposition.subspace import weighted_factors
 from ara.masks.context import TuningContext
 from ara.masks.model import MaskedModel
 from ara.models.weights import find_linears
 from ara.solver.problem import Module
-from ara.stages.common import layer_file
 
 VOCABULARY = 19
 WIDTH = 22

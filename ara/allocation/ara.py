@@ -14,9 +14,8 @@ from ara.masks.ara_family import ara_family, needs_table, sensitivity_table
 from ara.masks.context import TuningContext
 from ara.masks.loop import trained_allocation
 from ara.masks.rank_losses import nearest
-from ara.solver.budget import Budget
-from ara.solver.optimum import best_ranks
-from ara.solver.problem import Allocation, Module
+from ara.solver.knapsack import best_ranks
+from ara.solver.problem import Allocation, Budget, Module
 
 
 class Ara(Allocator):
@@ -30,10 +29,10 @@ class Ara(Allocator):
         assert context is not None and isinstance(self.options, MaskTrainingOptions)
         if context.learned:
             specs = [module.spec for module in modules]
-            total = sum(spec.dense_cost for spec in specs)
-            keep = budget.parameters / total
+            total = sum(budget.dense_cost(spec) for spec in specs)
+            keep = budget.limit / total
             used = nearest(context.learned, keep)
-            # Budgets are whole parameters.
+            # Budgets are whole numbers of parameters, or of bytes.
             if abs(used.keep - keep) * total > 1:
                 context.report.fact(f"keep {keep:.4g} was not trained: going by what was learned at {used.keep:g}")
             return used.allocation(specs, budget)

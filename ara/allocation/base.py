@@ -8,8 +8,7 @@ from typing import ClassVar
 from ara.decomposition.base import MethodOptions
 from ara.layout_names import LAYOUT_NAMES, LayoutName
 from ara.masks.context import TuningContext
-from ara.solver.budget import Budget
-from ara.solver.problem import Allocation, Module
+from ara.solver.problem import Allocation, Budget, Module
 
 
 class Allocator:
@@ -33,11 +32,14 @@ class Allocator:
 
         Args:
             modules: the factorised layers.
-            budget: the limit.
+            budget: the limit, in parameters or bytes.
             context: the model and calibration text; ``None`` only when ``needs_model`` is false.
 
-        The result never costs more than ``budget.parameters`` and leaves less than the cheapest rank step unspent;
-        every rank is a positive multiple of ``budget.rank_multiple`` that costs less than mn.
+        The result never costs more than ``budget.limit`` and leaves less than the cheapest rank step unspent. Every
+        rank is a positive multiple of ``budget.rank_multiple`` that costs less than the dense layer.
+
+        Raises:
+            ValueError: the budget offers several bit widths, and the method chooses ranks alone.
         """
         raise NotImplementedError
 

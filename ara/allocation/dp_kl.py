@@ -21,9 +21,8 @@ import torch
 
 from ara.allocation.single_layer_probes import Probed
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
 from ara.solver.knapsack import exact_minimise
-from ara.solver.problem import Allocation
+from ara.solver.problem import Allocation, Budget
 
 
 class DpKl(Probed):
@@ -47,11 +46,11 @@ def interpolate(spec: LinearSpec, curve: Mapping[int, float], budget: Budget) ->
         spec: the layer.
         curve: index into ``budget.choices(spec)`` → KL divergence, from the cheapest choice up. A value above that of a
             smaller rank is noise and lowered to it.
-        budget: offers the choices.
+        budget: offers the choices; of one bit width.
 
     Returns:
         (choices) float64, non-increasing, nats per predicted token; 0 for dense.
     """
-    ranks = [spec.full_rank if rank is None else rank for rank, _ in budget.choices(spec)]
+    ranks = [spec.full_rank if choice.rank is None else choice.rank for choice in budget.rank_choices(spec)]
     falling = np.minimum.accumulate([max(loss, 0.0) for loss in curve.values()] + [0.0])
     return torch.from_numpy(np.interp(ranks, [*(ranks[at] for at in curve), spec.full_rank], falling))

@@ -15,8 +15,8 @@ import torch
 
 from ara.allocation.base import Allocator
 from ara.masks.context import TuningContext
-from ara.solver.budget import Budget, minimise_loss
-from ara.solver.problem import Allocation, Module
+from ara.solver.greedy import minimise_loss
+from ara.solver.problem import Allocation, Budget, Module
 
 
 class Energy(Allocator):
@@ -25,9 +25,9 @@ class Energy(Allocator):
     def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
         """Minimise the summed relative energy loss, weighted by parameters, under the budget."""
         specs = [module.spec for module in modules]
-        choices = [budget.choices(spec) for spec in specs]
+        choices = [budget.rank_choices(spec) for spec in specs]
         losses = [
-            module.spec.dense_cost * relative_loss(module.spectrum, [rank for rank, _ in options])
+            module.spec.dense_cost * relative_loss(module.spectrum, [choice.rank for choice in options])
             for module, options in zip(modules, choices, strict=True)
         ]
         picks = minimise_loss(specs, losses, budget)

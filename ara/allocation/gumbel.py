@@ -36,8 +36,7 @@ from ara.decomposition.base import MethodOptions
 from ara.masks.context import TuningContext
 from ara.masks.loop import trained_allocation
 from ara.masks.mask_family import Cut, MaskFamily
-from ara.solver.budget import Budget
-from ara.solver.problem import Allocation, Module
+from ara.solver.problem import Allocation, Budget, Module
 from ara.solver.rounding import proportional, without_choice
 
 # Noise stays finite: the smallest and the largest uniform number, as distances from 0 and 1.
@@ -121,7 +120,7 @@ class GumbelMasks(MaskFamily):
             torch.tensor(float(spec.dense_cost)) if fixed else spec.cost(mask.sum())
             for spec, mask, fixed in zip(self.specs, self.drawn, self.fixed, strict=True)
         ]
-        over = (torch.stack(costs).sum() / self.budget.parameters).clamp_min(1).log()
+        over = (torch.stack(costs).sum() / self.budget.in_parameters(self.specs)).clamp_min(1).log()
         align = torch.stack(
             [
                 ((mask - _prefix(mask)).square() * energy).sum()

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from ara.allocation.base import Allocator
 from ara.masks.context import TuningContext
 from ara.masks.sensitivity_table import SensitivityOptions, sensitivity_of
-from ara.solver.budget import Budget
-from ara.solver.optimum import best_ranks
-from ara.solver.problem import Allocation, Module
+from ara.solver.knapsack import best_ranks
+from ara.solver.problem import Allocation, Budget, Module
 
 
 class Sensitivity(Allocator):

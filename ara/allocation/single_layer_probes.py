@@ -9,8 +9,7 @@ from ara.allocation.base import Allocator
 from ara.masks.context import TuningContext
 from ara.masks.probing import Measure, ProbeOptions, probe_choices
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
-from ara.solver.problem import Allocation, Module
+from ara.solver.problem import Allocation, Budget, Module
 
 
 class Probed(Allocator):

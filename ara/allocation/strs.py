@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 
 from ara.allocation.single_layer_probes import Probed
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget, spend_rest
-from ara.solver.problem import Allocation
+from ara.solver.problem import Allocation, Budget
+from ara.solver.rounding import spend_rest
 
 
 class Strs(Probed):
@@ -46,7 +46,7 @@ def search(specs: Sequence[LinearSpec], curves: Sequence[Mapping[int, float]], b
             the cheapest choice unless the layer can only be dense.
         budget: the limit; the cheapest choices together must fit.
     """
-    choices = [budget.choices(spec) for spec in specs]
+    choices = [budget.rank_choices(spec) for spec in specs]
 
     def below(threshold: float) -> list[int]:
         return [
@@ -56,7 +56,7 @@ def search(specs: Sequence[LinearSpec], curves: Sequence[Mapping[int, float]], b
 
     def fits(threshold: float) -> bool:
         picks = below(threshold)
-        return sum(options[pick][1] for options, pick in zip(choices, picks, strict=True)) <= budget.parameters
+        return sum(options[pick].cost for options, pick in zip(choices, picks, strict=True)) <= budget.limit
 
     # Below the first threshold everything stays dense.
     thresholds = [-math.inf, *sorted({nll for curve in curves for nll in curve.values()})]

@@ -31,8 +31,7 @@ from ara.decomposition.base import MethodOptions
 from ara.masks.context import TuningContext
 from ara.masks.loop import trained_allocation
 from ara.masks.mask_family import Cut, MaskFamily
-from ara.solver.budget import Budget
-from ara.solver.problem import Allocation, Module
+from ara.solver.problem import Allocation, Budget, Module
 from ara.solver.rounding import proportional, without_choice
 
 
@@ -92,7 +91,7 @@ class TanhMasks(MaskFamily):
         # R of rank 1, and of full rank.
         self.least = torch.tensor([(spec.m + spec.n) / spec.dense_cost for spec in self.specs], dtype=torch.float64)
         self.most = self.least * torch.tensor([spec.full_rank for spec in self.specs])
-        self.keep = budget.parameters / float(self.dense_costs.sum())
+        self.keep = budget.in_parameters(self.specs) / float(self.dense_costs.sum())
         self.parameters = {"shares": torch.full_like(self.least, self.keep).requires_grad_()}
 
     def cut(self, progress: float, generator: torch.Generator) -> Cut:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from ara.allocation.base import Allocator
 from ara.masks.context import TuningContext
-from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget, spend_rest
-from ara.solver.problem import Allocation, Module
+from ara.solver.problem import Allocation, Budget, Module
+from ara.solver.rounding import spend_rest
 
 
 class Uniform(Allocator):
@@ -17,28 +16,33 @@ class Uniform(Allocator):
     def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
         """Give every module the same fraction of its parameters, save those that must have more."""
         specs = [module.spec for module in modules]
-        choices = [budget.choices(spec) for spec in specs]
-        share = _common_share(specs, [options[0][1] for options in choices], budget)
+        choices = [budget.rank_choices(spec) for spec in specs]
+        share = _common_share([(options[0].cost, options[-1].cost) for options in choices], budget.limit)
         picks = []
-        for spec, options in zip(specs, choices, strict=True):
-            affordable = [i for i, (_, cost) in enumerate(options) if cost <= share * spec.dense_cost + 1e-6]
+        for options in choices:
+            affordable = [i for i, choice in enumerate(options) if choice.cost <= share * options[-1].cost + 1e-6]
             picks.append(affordable[-1] if affordable else 0)
         lost = [
-            (share * spec.dense_cost - options[pick][1]) / (spec.m + spec.n)
+            (share * options[-1].cost - options[pick].cost) / (spec.m + spec.n)
             for spec, options, pick in zip(specs, choices, picks, strict=True)
         ]
         spend_rest(specs, picks, budget, lost)
         return Allocation.from_picks(specs, picks, budget)
 
 
-def _common_share(specs: Sequence[LinearSpec], least: Sequence[int], budget: Budget) -> float:
-    """Return the share that is left for all layers when those whose ``least`` cost is above it have that."""
-    free = list(range(len(specs)))
+def _common_share(costs: Sequence[tuple[int, int]], limit: int) -> float:
+    """Return the share of their dense costs that all layers get, save those whose least cost is more.
+
+    Args:
+        costs: least and dense cost of each layer.
+        limit: on the summed cost.
+    """
+    free = list(costs)
     while free:
-        held = sum(least) - sum(least[i] for i in free)
-        share = (budget.parameters - held) / sum(specs[i].dense_cost for i in free)
-        above = {i for i in free if least[i] > share * specs[i].dense_cost + 1e-6}
-        if not above:
+        held = sum(least for least, _ in costs) - sum(least for least, _ in free)
+        share = (limit - held) / sum(dense for _, dense in free)
+        fitting = [(least, dense) for least, dense in free if least <= share * dense + 1e-6]
+        if len(fitting) == len(free):
             return share
-        free = [i for i in free if i not in above]
+        free = fitting
     return 0.0

@@ -1,136 +1,110 @@
-"""What ``ara train-masks`` leaves in the workspace: names of its files, and the way back into memory."""
+"""The kind ``training``: what ``ara train-masks`` has learned about the ranks of every layer."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, NamedTuple
 
-import torch
-from safetensors.torch import load_file
+from pydantic import AfterValidator, TypeAdapter
 
-from ara.artifacts.ranks import from_table
-from ara.config import TrainMasksConfig, TuningConfig
-from ara.errors import CorruptedError, WorkspaceError
+from ara.artifacts.base import LEFT_OUT, Count, Least1, Number, Part, Rank, Results, Settings, Share
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
-from ara.masks.context import TuningContext
-from ara.masks.rank_losses import LearnedLosses
-from ara.models.weights import LinearSpec
-from ara.progress import Reporter
-from ara.workspace.manifest import essence, remake
-from ara.workspace.store import Workspace
-from ara.workspace.view import StageView, parent_of
-
-C = TypeVar("C", bound=TuningConfig)
+from ara.workspace.manifest import Manifest
+from ara.workspace.view import StageView
 
 TABLE_FILE = "sensitivity.safetensors"
-# A place to start from: what the training at the budget before has learned.
-LEARNED = "learned"
 LOG_FILE = "log.csv"
 EVENTS_FOLDER = "tensorboard"
+# A start of a training: what the training at the budget before has learned.
+LEARNED = "learned"
 
 
-def fits(training: StageView, decomposition: StageView) -> bool:
-    """Tell whether a training was made on these factors."""
-    return training.manifest is not None and parent_of(decomposition) in training.manifest.parents
+def _keep(budget: str) -> str:
+    """Refuse a budget that is no number in (0, 1]."""
+    TypeAdapter(Share).validate_python(float(budget), strict=True)
+    return budget
 
 
-def require_training(workspace: Workspace, decomposition: StageView, name: str | None) -> StageView:
-    """Return a finished training on these factors, the latest one unless ``name`` says which.
+# A budget as files and tables name it, such as ``0.8``.
+Keep = Annotated[str, AfterValidator(_keep)]
 
-    Raises:
-        WorkspaceError: there is none, or it was made on other factors.
+
+@dataclass(frozen=True)
+class TrainingSettings(Settings):
+    """What later stages read of a training's settings; see :class:`ara.config.TrainMasksConfig`."""
+
+    objective: Literal["priced", "paper"]
+    samples: Least1
+    held_out: Least1
+    keep: tuple[Share, ...]
+    layout: LayoutName = DEFAULT_LAYOUT
+    loss: str = ""
+
+
+@dataclass(frozen=True)
+class LoggedStep(Part):
+    """One logged step; see :class:`ara.masks.state.LogRow`. Losses in nats per token, ``seconds`` since the start."""
+
+    step: Count
+    loss: Number | None
+    keep: Number
+    dense: Count
+    seconds: Number
+    held_out: Number | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedBudget(Part):
+    """The result of a training at one budget; losses in nats per token on held-out calibration text.
+
+    Attributes:
+        ranks: module path → rank or ``"dense"``, of the best step.
+        start: what the training started from; trainings from before it was recorded have none.
+        start_held_out: loss of the first allocation.
+        held_out: loss of the best one.
+        best_step, steps: step of the best allocation, and steps in all.
+        seconds, backward_passes: spent at this budget.
     """
-    view = workspace.require("train-masks", name)
-    if not fits(view, decomposition):
-        raise WorkspaceError(
-            f"{view.key} was trained on other factors than {decomposition.key}",
-            "name the right ones with --masks and --factors, or run ara train-masks again",
-        )
-    return view
+
+    ranks: Mapping[str, Rank]
+    start: str | None = field(default=None, metadata=LEFT_OUT)
+    start_held_out: Number
+    held_out: Number
+    best_step: Count
+    steps: Count
+    seconds: Number
+    backward_passes: Count
+
+    @property
+    def won(self) -> float:
+        """By how much training has lowered the held-out loss, nats per token."""
+        return self.start_held_out - self.held_out
 
 
-def find_training(
-    workspace: Workspace,
-    decomposition: StageView,
-    layout: LayoutName,
-    keep: float | None,
-    report: Reporter,
-    name: str | None = None,
-) -> StageView | None:
-    """Return the training called ``name``, or the finished one that serves best, or ``None``.
+@dataclass(frozen=True)
+class TrainingResults(Results):
+    """Results of ``ara train-masks``.
 
-    It must have been made on these factors. One of the same layout is preferred, then one at a budget near to ``keep``,
-    then a complete one, then the latest. Losses of ranks serve any layout, which ``report`` is told when it is another
-    one; but what a training of the paper's form leaves, shares of k(m + n), serves only its own.
-
-    Raises:
-        WorkspaceError: there is none of that name, or it was made on other factors, or does not serve the layout.
+    Attributes:
+        budgets: keep → result.
+        log: keep → logged steps, as :class:`LoggedStep` has them.
+        table_seconds, table_windows: spent on the sensitivity table.
+        stopped: why the training ended early; ``None`` if it is complete.
     """
-    if name is not None:
-        view = require_training(workspace, decomposition, name)
-        if not _serves(view, layout):
-            raise WorkspaceError(
-                f"{view.key} was trained by the paper's form, which does not know what layout {layout} costs",
-                f"train with --objective priced, or allocate with --layout {_layout(view)}",
-            )
-        return _told(view, layout, report)
-    fitting = [
-        view
-        for view in workspace.views("train-masks")
-        if view.state == "done" and fits(view, decomposition) and _serves(view, layout)
-    ]
-    # Stable: of equally good ones the latest comes last.
-    fitting.sort(key=lambda view: (_layout(view) == layout, -_distance(view, keep), not stopped_early(view)))
-    return _told(workspace.require("train-masks", fitting[-1].name), layout, report) if fitting else None
 
+    Settings = TrainingSettings
+    budgets: Mapping[Keep, TrainedBudget] = field(default_factory=dict)
+    log: Mapping[Keep, tuple[LoggedStep, ...]] = field(default_factory=dict)
+    table_seconds: Number = 0.0
+    table_windows: Count = 0
+    stopped: str | None = None
 
-def _told(training: StageView, layout: LayoutName, report: Reporter) -> StageView:
-    if _layout(training) != layout:
-        report.fact(f"{training.key} was made for layout {_layout(training)}; losses of ranks serve {layout}, too")
-    return training
-
-
-def _distance(training: StageView, keep: float | None) -> float:
-    """Return how far the nearest budget of a training is from ``keep``."""
-    assert training.manifest is not None
-    budgets = [float(budget) for budget in training.manifest.results["budgets"]]
-    return 0.0 if keep is None else round(min(abs(budget - keep) for budget in budgets), 4)
-
-
-def covering_training(
-    workspace: Workspace, decomposition: StageView, config: TrainMasksConfig, ignoring: Collection[str] = ()
-) -> StageView | None:
-    """Return the latest complete training on these factors that has all budgets of ``config`` among its own.
-
-    Its other settings are the same, but for those called ``ignoring`` and those that do not change the result.
-    """
-    assert decomposition.manifest is not None
-    decisive = essence("train-masks", config, decomposition.manifest.model, ())["config"]
-    wanted = {name: value for name, value in decisive.items() if name not in {"keep", *ignoring}}
-    for view in reversed(workspace.views("train-masks")):
-        if view.state != "done" or not fits(view, decomposition) or stopped_early(view):
-            continue
-        assert view.manifest is not None
-        made = view.manifest.config
-        if set(config.keep) <= set(made["keep"]) and all(made.get(name) == value for name, value in wanted.items()):
-            return workspace.require("train-masks", view.name)
-    return None
-
-
-def stopped_early(training: StageView) -> str | None:
-    """Return why a training ended before it was complete; ``None`` if it did not."""
-    return training.manifest.results.get("stopped") if training.manifest is not None else None
-
-
-def _layout(training: StageView) -> str:
-    assert training.manifest is not None
-    return str(training.manifest.config.get("layout", DEFAULT_LAYOUT))
-
-
-def _serves(training: StageView, layout: LayoutName) -> bool:
-    assert training.manifest is not None
-    return training.manifest.config["objective"] == "priced" or _layout(training) == layout
+    @classmethod
+    def problem(cls, manifest: Manifest) -> str | None:
+        """Return what is wrong with settings and results, or ``None``."""
+        problem = super().problem(manifest)
+        return problem or (None if manifest.results.get("budgets") else "results: budgets: it has none")
 
 
 def masks_file(keep: float) -> str:
@@ -138,74 +112,30 @@ def masks_file(keep: float) -> str:
     return f"masks-{keep:g}.safetensors"
 
 
-def with_text_of(config: C, trained: StageView | None, report: Reporter) -> C:
-    """Return ``config`` with the calibration windows of a training: what it learned from must not be held out here."""
-    if trained is None:
-        return config
-    assert trained.manifest is not None
-    made = {name: trained.manifest.config[name] for name in ("samples", "held_out")}
-    if made != {name: getattr(config, name) for name in made}:
-        report.fact(f"{made['samples']} windows to learn from, {made['held_out']} held out, as in {trained.key}")
-    return config.model_copy(update=made)
+def stopped_early(training: StageView) -> str | None:
+    """Return why a training ended before it was complete; ``None`` if it did not."""
+    return TrainingResults.read(training).stopped if training.manifest is not None else None
 
 
-def training_cost(trained: StageView, keep: float) -> dict[str, float]:
-    """Return seconds and backward passes that a training took to its budget ``keep``: table, budgets that led there."""
-    assert trained.manifest is not None
-    results = trained.manifest.results
-    # Of trainings from before this was noted.
-    unsaid = LEARNED if trained.manifest.config["objective"] == "priced" else ""
-    spent = {"seconds": results["table_seconds"], "backward_passes": results["table_windows"]}
-    for budget in sorted((budget for budget in results["budgets"] if float(budget) >= keep), key=float):
-        row = results["budgets"][budget]
-        spent = {name: value + row[name] for name, value in spent.items()}
-        if row.get("start", unsaid) != LEARNED:
+class TrainingCost(NamedTuple):
+    """Seconds and backward passes of a training."""
+
+    seconds: float
+    backward_passes: int
+
+
+def training_cost(training: StageView, keep: float) -> TrainingCost:
+    """Return the cost of a training up to its budget ``keep``.
+
+    They cover the sensitivity table and the larger budgets from whose losses this one started.
+    """
+    results = TrainingResults.read(training)
+    # Trainings from before the start was recorded used what they had learned, unless they learned ranks only.
+    unrecorded = LEARNED if TrainingSettings.read(training).objective == "priced" else ""
+    seconds, passes = results.table_seconds, results.table_windows
+    for budget in sorted((budget for budget in results.budgets if float(budget) >= keep), key=float):
+        row = results.budgets[budget]
+        seconds, passes = seconds + row.seconds, passes + row.backward_passes
+        if (unrecorded if row.start is None else row.start) != LEARNED:
             break
-    return spent
-
-
-def with_training(context: TuningContext, trained: StageView | None) -> TuningContext:
-    """Return ``context`` with what a finished training has learned, and the table that it began with."""
-    if trained is None:
-        return context
-    assert trained.manifest is not None
-    if stopped := stopped_early(trained):
-        context.report.warn(f"{trained.key} is not complete: {stopped}")
-    learned = read_learned(trained)
-    table = load_file(trained.path / TABLE_FILE) if TABLE_FILE in trained.manifest.files else None
-    for tables in (table, *(losses.tables for losses in learned)):
-        _check_tables(trained, tables, context.model.specs)
-    for losses in learned:
-        _check_ranks(trained, losses, context.model.specs)
-    return replace(context, learned=learned, table=table)
-
-
-def _check_tables(trained: StageView, tables: Mapping[str, torch.Tensor] | None, specs: Sequence[LinearSpec]) -> None:
-    """Refuse losses that are not those of these layers, from no component to all of them."""
-    found = None if tables is None else {name: tuple(table.shape) for name, table in tables.items()}
-    if found is not None and found != {spec.name: (spec.full_rank + 1,) for spec in specs}:
-        raise CorruptedError(f"{trained.key} holds losses of other layers than the factors have", _again(trained))
-
-
-def _check_ranks(trained: StageView, losses: LearnedLosses, specs: Sequence[LinearSpec]) -> None:
-    ranks = losses.ranks.ranks
-    if set(ranks) != {spec.name for spec in specs} or any((ranks[s.name] or 0) > s.full_rank for s in specs):
-        raise CorruptedError(f"{trained.key} holds ranks of other layers than the factors have", _again(trained))
-
-
-def _again(trained: StageView) -> str:
-    assert trained.manifest is not None
-    return remake(trained.manifest, True)
-
-
-def read_learned(view: StageView) -> list[LearnedLosses]:
-    """Read what a finished training has learned, one entry per budget."""
-    assert view.manifest is not None
-    learned, priced = [], view.manifest.config["objective"] == "priced"
-    for keep, result in view.manifest.results["budgets"].items():
-        name = masks_file(float(keep))
-        if priced and name not in view.manifest.files:
-            raise CorruptedError(f"{view.key} has a budget {keep} and no {name}", _again(view))
-        tables = load_file(view.path / name) if priced else None
-        learned.append(LearnedLosses(float(keep), tables, from_table(result["ranks"])))
-    return learned
+    return TrainingCost(seconds, passes)

@@ -6,16 +6,18 @@ first forward pass, not listed per architecture. Accumulation is in float32 from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from ara.errors import NumericalError, UnsupportedModelError
+from ara.models.blocks import BlockRunner
 from ara.models.loading import forward_errors
-from ara.models.weights import LinearSpec, find_blocks
+from ara.models.weights import LinearSpec, WeightRef
 from ara.progress import SILENT, Reporter
 
 # Columns of one block of the symmetric product; blocks below the diagonal are mirrored, not computed.
@@ -73,10 +75,6 @@ class InputAccumulator:
         return InputStats(gram, self.abs_sum / max(self.tokens, 1), self.tokens)
 
 
-class _LastBlockDone(Exception):
-    """Ends a forward pass after the last decoder block that is wanted."""
-
-
 def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tensor) -> dict[str, str]:
     """Map every layer to the first layer that receives the same input tensor, seen in one forward pass.
 
@@ -99,7 +97,9 @@ def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Te
         if leader == name:
             seen.append((name, x))
 
-    with _hooks(model, [spec.name for spec in linears], watch), torch.inference_mode(), forward_errors(model):
+    with ExitStack() as hooks, torch.inference_mode(), forward_errors(model):
+        for spec in linears:
+            hooks.enter_context(spec.weight.on_input(model, partial(watch, spec.name)))
         model(input_ids=ids, use_cache=False)
     missing = [spec.name for spec in linears if spec.name not in owners]
     if missing:
@@ -111,23 +111,16 @@ def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Te
 
 
 def collect_moments(
-    model: nn.Module,
-    linears: Sequence[LinearSpec],
-    owners: dict[str, str],
-    windows: torch.Tensor,
-    batch_size: int,
-    report: Reporter = SILENT,
+    runner: BlockRunner, linears: Sequence[LinearSpec], owners: Mapping[str, str], report: Reporter = SILENT
 ) -> dict[str, InputStats]:
-    """Stream calibration text through ``model`` and return the input statistics of the ``linears``.
+    """Stream calibration text through some blocks and return the input statistics of the ``linears`` in them.
 
-    The forward pass ends after the last block that holds one of them, and never reaches the head.
+    Passes end after the last block that holds one of them, and never reach the head.
 
     Args:
-        model: a causal language model in eval mode.
+        runner: has the model and the windows.
         linears: the layers wanted.
         owners: result of :func:`shared_inputs`.
-        windows: token ids (samples, seq_len) int64.
-        batch_size: windows per forward pass.
         report: progress.
 
     Returns:
@@ -136,47 +129,30 @@ def collect_moments(
     Raises:
         NumericalError: an activation is NaN or infinite.
     """
-    device = next(model.parameters()).device
-    widths = {owners[spec.name]: spec.n for spec in linears}
-    sums = {name: InputAccumulator(width, device) for name, width in widths.items()}
-    last = max(spec.layer for spec in linears)
-    blocks = find_blocks(model)[1]
+    sums = {owners[spec.name]: InputAccumulator(spec.n, runner.device) for spec in linears}
+    first, last = min(spec.layer for spec in linears), max(spec.layer for spec in linears)
+    with ExitStack() as hooks:
+        for name, accumulator in sums.items():
+            hooks.enter_context(WeightRef.named(name).on_input(runner.model, accumulator.add))
+        with report.bar(f"Reading inputs of blocks {first + 1} to {last + 1}", runner.windows) as bar:
+            runner.forward(first, last, bar.advance)
+    return averages(sums, "inputs of")
 
-    def stop(module: nn.Module, args: object, output: object) -> None:
-        raise _LastBlockDone
 
-    end = blocks[last].register_forward_hook(stop)
-    try:
-        with (
-            _hooks(model, list(sums), lambda name, x: sums[name].add(x)),
-            torch.inference_mode(),
-            report.bar(f"Reading inputs of blocks {linears[0].layer + 1} to {last + 1}", windows.shape[0]) as bar,
-        ):
-            for batch in windows.split(batch_size):
-                with suppress(_LastBlockDone):
-                    model(input_ids=batch.to(device), use_cache=False)
-                bar.advance(batch.shape[0])
-    finally:
-        end.remove()
+def averages(sums: dict[str, InputAccumulator], what: str) -> dict[str, InputStats]:
+    """Return the results of all accumulators, which are given up one by one.
+
+    Args:
+        sums: by layer; empty afterwards.
+        what: of these layers was summed, for the error, such as ``inputs of``.
+
+    Raises:
+        NumericalError: a sum is NaN or infinite.
+    """
     for name, accumulator in sums.items():
         if not accumulator.is_finite:
             raise NumericalError(
-                f"the inputs of {name} hold NaN or infinity",
+                f"the {what} {name} hold NaN or infinity",
                 "try --dtype float32; if it stays, the model itself is broken",
             )
     return {name: sums.pop(name).result() for name in list(sums)}
-
-
-@contextmanager
-def _hooks(model: nn.Module, names: Iterable[str], call: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Call ``call(name, input)`` whenever one of the named modules is about to run."""
-
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        return lambda module, args: call(name, args[0])
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -12,7 +12,7 @@ import copy
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -20,7 +20,6 @@ import torch
 
 from ara.errors import UnsupportedModelError
 from ara.evaluation.cost import Case, Cost, count_model
-from ara.evaluation.perplexity import spread
 from ara.models.accounting import parameter_count, weight_bytes
 
 if TYPE_CHECKING:
@@ -181,34 +180,3 @@ def ratio(base: Sequence[float], other: Sequence[float]) -> Ratio:
     draws = np.random.default_rng(0).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2])
     return Ratio(float(np.median(ratios)), float(low), float(high))
-
-
-def summarise(
-    case: Case, seconds: Mapping[str, Sequence[float]], costs: Mapping[str, Cost], *, in_turn: bool = True
-) -> dict[str, Any]:
-    """Return a case's figures as plain data; the first model is the one that all are compared with.
-
-    Args:
-        case: what was measured.
-        seconds: per model and round.
-        costs: per model.
-        in_turn: whether the models shared their rounds; rounds of different times make no ratio: it is ``None``.
-    """
-    base = next(iter(seconds))
-    rows = {
-        name: {
-            "seconds": _percentiles(values),
-            "tokens_per_second": _percentiles([case.tokens / value for value in values]),
-            "ratio": asdict(ratio(seconds[base], values)) if in_turn else None,
-            "predicted": costs[name].predicted_ratio(costs[base], case),
-            "macs": costs[name].macs(case),
-            "bytes_read": costs[name].bytes_read(case),
-        }
-        for name, values in seconds.items()
-    }
-    return {"kind": case.kind, "batch": case.batch, "past": case.past, "new": case.new, "models": rows}
-
-
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
-    found = spread(values)
-    return {"median": found.median, "p10": found.low, "p90": found.high}

@@ -18,9 +18,8 @@ from ara.masks.sensitivity_table import SensitivityOptions, sensitivity_of
 from ara.masks.staircase import paper_atoms, priced_atoms
 from ara.masks.table_cache import SensitivityTable
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
-from ara.solver.optimum import best_ranks
-from ara.solver.problem import Module
+from ara.solver.knapsack import best_ranks
+from ara.solver.problem import Budget, Module
 
 Tables = Mapping[str, torch.Tensor]
 AraFamily = NewtonMasks | PricedStaircase | PaperStaircase

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ara.models.weights import bias_of, weight_of
+from ara.models.weights import bias_of
 
 # Called in the backward pass with h ⊙ q, (tokens, r): the first-order effect of each component at each token.
 Observer = Callable[[torch.Tensor], None]
@@ -38,10 +38,10 @@ class MaskedLinear(nn.Module):
         observer: see :data:`Observer`; ``None`` when nobody listens.
     """
 
-    def __init__(self, original: nn.Module, a: torch.Tensor, b: torch.Tensor) -> None:
+    def __init__(self, original: nn.Module, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         super().__init__()
         self.original = original
-        self.weight, self.bias = weight_of(original), bias_of(original)
+        self.weight, self.bias = weight, bias_of(original)
         self.a, self.b = a, b
         self.rank: int | None = None
         self.mask: torch.Tensor | None = None

@@ -125,7 +125,7 @@ class _Loop:
                 f"the allocation to start from gives a held-out loss of {value}",
                 "the model computes NaN or infinity: try --dtype float32 or a higher --keep",
             )
-        self.state.log.append(self._row(None, Allocation(self.state.best), value))
+        self.state.log.append(self._row(None, self.best(), value))
 
     def step(self) -> LogRow:
         """Take one step; returns its row of the log."""
@@ -165,6 +165,10 @@ class _Loop:
             state.best_tensors = parameters
         return value
 
+    def best(self) -> Allocation:
+        """Return the best allocation on held-out text so far."""
+        return Allocation.of_ranks(self.family.specs, self.state.best, self.family.budget)
+
     def _row(self, loss: float | None, allocation: Allocation, held_out: float | None) -> LogRow:
         keep, seconds = allocation.keep(self.model.specs), time.monotonic() - self.clock
         return LogRow(self.state.step, loss, keep, allocation.dense_count(), seconds, held_out)
@@ -174,7 +178,7 @@ def trained_allocation(family: MaskFamily, context: TuningContext, options: Meth
     """Train ``family`` as ``options`` say on the windows of ``context``; returns its best on the held-out ones."""
     settings = TrainingSettings.of(options, context.batch_size, context.seed)
     state = train(family, context.model, context.train, context.held_out, settings, report=context.report, label=label)
-    return Allocation(state.best)
+    return Allocation.of_ranks(family.specs, state.best, family.budget)
 
 
 def _told(row: LogRow, steps: int, best: float) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from ara.masks.model import MaskGradients
-from ara.solver.problem import Allocation
+from ara.models.weights import LinearSpec
+from ara.solver.problem import Allocation, Budget
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +34,14 @@ class MaskFamily:
         own_step: the family moves its parameters itself (:meth:`update`) instead of leaving that to Adam.
 
     Attributes:
+        specs: the layers.
+        budget: the limit, and the choices of the layers; of one bit width.
         parameters: name → tensor, saved in checkpoints; leaves that require a gradient unless ``own_step``.
     """
 
     own_step: ClassVar[bool] = False
+    specs: Sequence[LinearSpec]
+    budget: Budget
     parameters: dict[str, torch.Tensor]
 
     def cut(self, progress: float, generator: torch.Generator) -> Cut:
@@ -62,5 +67,5 @@ class MaskFamily:
         return None
 
     def allocation(self) -> Allocation:
-        """Return integer ranks within the budget, from the parameters as they are now."""
+        """Return choices within the budget, less than one rank step unspent, from the parameters as they are now."""
         raise NotImplementedError

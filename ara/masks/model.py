@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 
 from ara.errors import NumericalError
-from ara.layouts.modeling_ara import replace_linear
 from ara.masks.linear import MaskedLinear
 from ara.models.likelihood import window_nll
 from ara.models.losses import sampled_targets, token_losses
@@ -68,8 +67,8 @@ class MaskedModel:
                 for spec in (spec for spec in self.specs if files[spec.name] == path):
                     a = file.get_tensor(f"{spec.name}.A").to(model.device, model.dtype)
                     b = file.get_tensor(f"{spec.name}.B").to(model.device, model.dtype)
-                    layer = MaskedLinear(model.get_submodule(spec.name), a, b)
-                    replace_linear(model, spec.name, layer)
+                    layer = MaskedLinear(spec.weight.owner(model), spec.weight.read(model), a, b)
+                    spec.weight.replace(model, layer)
                     self.layers[spec.name] = layer
 
     @property

@@ -36,9 +36,8 @@ from ara.masks.mask_family import Cut, MaskFamily
 from ara.masks.model import MaskGradients
 from ara.masks.trust_region import above_floors, floors_below
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
-from ara.solver.optimum import best_ranks
-from ara.solver.problem import Allocation, cost
+from ara.solver.knapsack import best_ranks
+from ara.solver.problem import Allocation, Budget
 
 # A step was bad when the next batch's loss is this many times the one before, and more by this many standard errors.
 _BAD = 1.3
@@ -192,11 +191,11 @@ class NewtonMasks(MaskFamily):
         return mixed(_largest(self.rate, lambda rate: self._moved(mixed(rate), floors) <= limit))
 
     def _moved(self, tables: Mapping[str, torch.Tensor], floors: torch.Tensor) -> float:
-        """Return the share of all parameters that the optimum for these losses takes and gives, from the latest cut."""
+        """Return the share of the dense cost that the optimum for these losses takes and gives, from the latest cut."""
         assert self.latest is not None
-        ranks, latest = self._optimum(tables, floors).ranks, self.latest.ranks
-        each = (abs(cost(spec, ranks[spec.name]) - cost(spec, latest[spec.name])) for spec in self.specs)
-        return sum(each) / sum(spec.dense_cost for spec in self.specs)
+        found, latest = self._optimum(tables, floors).choices, self.latest.choices
+        each = (abs(found[spec.name].cost - latest[spec.name].cost) for spec in self.specs)
+        return sum(each) / sum(self.budget.dense_cost(spec) for spec in self.specs)
 
     def _optimum(self, tables: Mapping[str, torch.Tensor], floors: torch.Tensor) -> Allocation:
         return best_ranks(self.specs, above_floors(self.specs, tables, floors), self.budget)

@@ -41,8 +41,7 @@ from ara.layout_names import LayoutName
 from ara.masks.mask_family import Cut, MaskFamily
 from ara.masks.staircase import Atoms
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
-from ara.solver.problem import Allocation
+from ara.solver.problem import Allocation, Budget
 from ara.solver.rounding import proportional, without_choice
 
 _BISECTIONS = 100
@@ -81,7 +80,7 @@ class PaperStaircase(MaskFamily):
             guidance_weight: λ2, nats per share of all layers' spectral energy; 0 is off. The paper's own weights are
                 not known to us.
         """
-        self.atoms, self.budget = atoms, budget
+        self.specs, self.atoms, self.budget = atoms.specs, atoms, budget
         self.budget_weight, self.guidance_weight = budget_weight, guidance_weight
         self.parameters = {"theta": start.clone().requires_grad_()}
         self.dense_costs = torch.tensor([spec.dense_cost for spec in atoms.specs], dtype=torch.float64)
@@ -101,7 +100,7 @@ class PaperStaircase(MaskFamily):
         dense = self.fixed | (self.expected.detach() >= self.break_even)
         capped = torch.where(dense, self.break_even, self.expected)
         spent = (capped / self.break_even * self.dense_costs).sum()
-        budget = (spent / self.budget.parameters - 1).square()
+        budget = (spent / self.budget.in_parameters(self.specs) - 1).square()
         return self.budget_weight * budget + self.guidance_weight * self.guidance(capped)
 
     def allocation(self) -> Allocation:
@@ -110,10 +109,10 @@ class PaperStaircase(MaskFamily):
             expected = self._expected(self.atoms.alpha(self.parameters["theta"]))
         ranks = self._ranks(expected)
         shares = []
-        for spec, value in zip(self.atoms.specs, (expected / self.break_even).tolist(), strict=True):
+        for spec, value in zip(self.specs, (expected / self.break_even).tolist(), strict=True):
             rank = ranks[spec.name]
             shares.append(value if rank is None else rank / _break_even(spec))
-        return proportional(self.atoms.specs, shares, self.budget, keep_dense=True)
+        return proportional(self.specs, shares, self.budget, keep_dense=True)
 
     def _expected(self, alpha: torch.Tensor) -> torch.Tensor:
         return (alpha * self.atoms.ranks).sum(1)
@@ -121,7 +120,7 @@ class PaperStaircase(MaskFamily):
     def _ranks(self, expected: torch.Tensor) -> dict[str, int | None]:
         """Return the hard rank of every layer; below break-even no rounding reaches it."""
         ranks: dict[str, int | None] = {}
-        for spec, value, fixed in zip(self.atoms.specs, expected.tolist(), self.fixed.tolist(), strict=True):
+        for spec, value, fixed in zip(self.specs, expected.tolist(), self.fixed.tolist(), strict=True):
             highest = spec.top_rank
             dense = fixed or value >= _break_even(spec)
             ranks[spec.name] = None if dense else max(1, min(round(value), highest))

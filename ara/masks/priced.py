@@ -2,7 +2,7 @@
 
     α_i(d) ∝ exp((θ_id − μ c_id) / τ)        hard choice d_i = argmax_d θ_id − μ c_id
 
-with c the cost of an atom in parameters and μ found by bisection so that Σ_i c_i(d_i) just fits the budget: the
+with c the cost of an atom and μ found by bisection so that Σ_i c_i(d_i) just fits the budget: the
 multiple-choice knapsack's Lagrangian, where −θ stands for the loss of every rank. There is no budget penalty, no
 rescaling afterwards, and what is trained is what is deployed. Atoms between break-even and full rank do not exist, so
 the jump of the gain at R = 1, for which the paper's form needs a guidance loss, is not in the search space.
@@ -24,9 +24,8 @@ import torch
 
 from ara.masks.mask_family import Cut, MaskFamily
 from ara.masks.staircase import Atoms
-from ara.solver.budget import Budget
-from ara.solver.optimum import best_ranks
-from ara.solver.problem import Allocation
+from ara.solver.knapsack import best_ranks
+from ara.solver.problem import Allocation, Budget
 
 _BISECTIONS = 100
 
@@ -35,7 +34,7 @@ class PricedStaircase(MaskFamily):
     """θ over atoms with one price.
 
     Attributes:
-        price: μ of the latest :meth:`cut`, in units of θ per parameter.
+        price: μ of the latest :meth:`cut`, in units of θ per unit of cost.
         unit: the loss that one unit of θ stands for, in the unit of the tables at the start.
     """
 
@@ -51,17 +50,18 @@ class PricedStaircase(MaskFamily):
             temperature: τ. θ is −loss in units of the price of 1 % of the mean layer at the start, so at τ = 1 the
                 atoms are mixed that this price hardly tells apart.
         """
-        self.atoms, self.budget, self.temperature = atoms, budget, temperature
+        self.specs, self.atoms, self.budget, self.temperature = atoms.specs, atoms, budget, temperature
         theta = -atoms.expand(tables)
-        price = hard_price(theta, atoms, budget.parameters)[0]
-        self.unit = max(price, 1e-30) * 0.01 * sum(spec.dense_cost for spec in atoms.specs) / len(atoms.specs)
+        price = hard_price(theta, atoms, budget.limit)[0]
+        dense_cost = sum(budget.dense_cost(spec) for spec in atoms.specs)
+        self.unit = max(price, 1e-30) * 0.01 * dense_cost / len(atoms.specs)
         self.parameters = {"theta": (theta / self.unit).requires_grad_()}
         self.price = 0.0
 
     def cut(self, progress: float, generator: torch.Generator) -> Cut:
         """Return the priced masks and the hard ranks that meet the budget."""
         theta = self.parameters["theta"]
-        self.price, picks = hard_price(theta.detach(), self.atoms, self.budget.parameters)
+        self.price, picks = hard_price(theta.detach(), self.atoms, self.budget.limit)
         scores = _at_fixed_cost(theta, self.atoms, self.price, self.temperature)
         return Cut(self.atoms.masks(self.atoms.alpha(scores)), self.atoms.hard_ranks(picks))
 
@@ -72,14 +72,14 @@ class PricedStaircase(MaskFamily):
             Module path → (r + 1) float64.
         """
         theta, result = self.parameters["theta"].detach() if theta is None else theta, {}
-        for i, spec in enumerate(self.atoms.specs):
+        for i, spec in enumerate(self.specs):
             real = self.atoms.real[i]
             result[spec.name] = _interpolated(self.atoms.ranks[i][real], -theta[i][real] * self.unit, spec.full_rank)
         return result
 
     def allocation(self) -> Allocation:
         """Return the exact knapsack optimum for the losses −θ."""
-        return best_ranks(self.atoms.specs, self.tables(), self.budget)
+        return best_ranks(self.specs, self.tables(), self.budget)
 
 
 def hard_price(theta: torch.Tensor, atoms: Atoms, limit: int) -> tuple[float, torch.Tensor]:
@@ -88,7 +88,7 @@ def hard_price(theta: torch.Tensor, atoms: Atoms, limit: int) -> tuple[float, to
     Args:
         theta: (L, D) float64.
         atoms: their costs.
-        limit: parameters; the cheapest atoms together must fit.
+        limit: on the summed cost; the cheapest atoms together must fit.
     """
 
     def choose(price: float) -> tuple[torch.Tensor, float]:

@@ -1,7 +1,7 @@
 """Probes: the loss with a single layer cut and all others dense.
 
-The dense model runs once and the output of every block is kept. While a layer of block l is probed, the blocks before l
-hand on what block l − 1 gave the dense model and compute nothing: a probe runs half of the blocks on average.
+The dense model runs once and the output of every block is kept. A probe of a layer of block l starts at block l, from
+what block l − 1 gave the dense model (:mod:`ara.models.blocks`): it runs half of the blocks on average.
 That asks of a block that it sees nothing of the blocks before but the output of the last. Where it sees more (the keys
 and values of an earlier block, in Gemma 3n and 4), the whole model runs: a dense run tells, block by block.
 """
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,15 +18,16 @@ from pydantic import Field
 from torch import nn
 
 from ara.config import MethodOptions
-from ara.errors import NumericalError
+from ara.errors import NumericalError, is_out_of_memory
 from ara.masks.model import MaskedModel
+from ara.models.blocks import keeping_outputs, starting_at
 from ara.models.likelihood import window_nll
 from ara.models.weights import LinearSpec, find_blocks
 from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
     from ara.masks.context import TuningContext
-    from ara.solver.budget import Budget
+    from ara.solver.problem import Budget
 
 Measure = Literal["kl", "nll"]
 
@@ -66,7 +66,7 @@ def probe(
     losses: dict[str, list[float]] = {name: [] for name in ranks}
     model.use_dense()
     try:
-        with _kept_outputs(blocks) as outputs:
+        with keeping_outputs(blocks) as outputs:
             dense = model.logits(windows)
         teacher = dense if measure == "kl" else None
         expected = 0.0 if measure == "kl" else window_nll(dense, windows.to(dense.device)).mean().item()
@@ -75,11 +75,11 @@ def probe(
         whole = 0
         with report.bar("Probing layers", sum(len(wanted) for wanted in ranks.values())) as bar:
             for index, before in enumerate(befores):
-                skipped = blocks[:index] if before is not None else []
-                if skipped and not _same_when_handed_on(model, windows, teacher, skipped, before, expected):
-                    skipped = []
+                start = index if before is not None else 0
+                if start and not _same_from(start, before, blocks, model, windows, teacher, expected):
+                    start = 0
                     whole += 1
-                with _handing_on(skipped, before):
+                with starting_at(blocks, start, before):
                     for name in (name for name in ranks if layer_of[name] == index):
                         for rank in ranks[name]:
                             model.use({name: rank})
@@ -123,10 +123,11 @@ def probe_choices(
 
 def _points(spec: LinearSpec, budget: Budget, ratios: int) -> dict[int, int]:
     """Return the choices to probe, as index → rank; empty for a layer that no rank makes cheaper."""
-    low_rank = [(rank, cost) for rank, cost in budget.choices(spec) if rank is not None]
-    costs = [cost for _, cost in low_rank]
-    fits = (bisect_right(costs, spec.dense_cost * i / ratios) for i in range(ratios))
-    return {at: low_rank[at][0] for at in sorted({max(count - 1, 0) for count in fits})} if low_rank else {}
+    choices = budget.rank_choices(spec)
+    ranks = [choice.rank for choice in choices if choice.rank is not None]
+    costs = [choice.cost for choice in choices[: len(ranks)]]
+    fits = (bisect_right(costs, choices[-1].cost * i / ratios) for i in range(ratios))
+    return {at: ranks[at] for at in sorted({max(count - 1, 0) for count in fits})} if ranks else {}
 
 
 def _loss(model: MaskedModel, windows: torch.Tensor, teacher: torch.Tensor | None, what: str) -> float:
@@ -140,48 +141,21 @@ def _loss(model: MaskedModel, windows: torch.Tensor, teacher: torch.Tensor | Non
     return value
 
 
-def _same_when_handed_on(
+def _same_from(
+    start: int,
+    output: Any,
+    blocks: Sequence[nn.Module],
     model: MaskedModel,
     windows: torch.Tensor,
     teacher: torch.Tensor | None,
-    blocks: Sequence[nn.Module],
-    output: Any,
     expected: float,
 ) -> bool:
-    """Tell whether the dense model still gives the loss ``expected`` when ``blocks`` hand on ``output``."""
+    """Tell whether the dense model still gives the loss ``expected`` when passes start at block ``start``."""
     try:
-        with _handing_on(blocks, output):
+        with starting_at(blocks, start, output):
             found = _loss(model, windows, teacher, "no layer")
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:  # whatever a block says that does not find what it looks for
+    except Exception as error:  # whatever a block says that does not find what it looks for
+        if is_out_of_memory(error):
+            raise
         return False
     return abs(found - expected) <= _SAME
-
-
-@contextmanager
-def _kept_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """Collect what ``blocks`` return, in the order in which they run."""
-    outputs: list[Any] = []
-    hooks = [block.register_forward_hook(lambda *call: outputs.append(call[-1])) for block in blocks]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _handing_on(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Let ``blocks`` return ``output``, whatever they are given."""
-    # A block may have a forward of its own already: accelerate's hooks work that way.
-    before = [vars(block).get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            vars(block)["forward"] = lambda *args, **kwargs: output
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del vars(block)["forward"]
-            if forward is not None:
-                vars(block)["forward"] = forward

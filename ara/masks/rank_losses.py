@@ -10,9 +10,8 @@ import torch
 from ara.masks.paper import shares_of
 from ara.masks.trust_region import above_floors, floors_below
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
-from ara.solver.optimum import best_ranks
-from ara.solver.problem import Allocation
+from ara.solver.knapsack import best_ranks
+from ara.solver.problem import Allocation, Budget
 from ara.solver.rounding import proportional
 
 
@@ -38,8 +37,9 @@ class LearnedLosses:
         within their reach (:mod:`ara.masks.trust_region`); without losses, the ranks are rescaled.
         """
         if self.tables is not None:
-            if budget.is_met_by(specs, self.ranks.ranks):
-                return self.ranks
+            met = budget.met_by(specs, self.ranks.ranks)
+            if met is not None:
+                return met
             return best_ranks(specs, above_floors(specs, self.tables, floors_below(specs, self.ranks)), budget)
         shares = shares_of(specs, self.ranks.ranks)
         return proportional(specs, [shares[spec.name] for spec in specs], budget, keep_dense=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
+from ara.solver.problem import Budget, Choice
 
 # log of the weight of atoms that only fill the matrix up.
 _NEVER = -1e30
@@ -28,7 +28,7 @@ class Atoms:
     Attributes:
         specs: the layers (L).
         ranks: (L, D) int64, components kept; the full rank for the dense atom, 0 where the row is shorter.
-        costs: (L, D) float64, parameters.
+        costs: (L, D) float64, in the unit of the budget; parameters for the paper's atoms.
         real: (L, D) bool, False where the matrix is only filled up.
         dense: (L, D) bool, True for the dense atom, each row's last real one if it has one.
     """
@@ -72,10 +72,10 @@ def priced_atoms(specs: Sequence[LinearSpec], budget: Budget, count: int) -> Ato
     """
     rows = []
     for spec in specs:
-        low = [(rank, cost, False) for rank, cost in budget.choices(spec) if rank is not None]
+        *low, dense = budget.rank_choices(spec)
         steps = min(count, len(low))
         picks = sorted({round(i * (len(low) - 1) / max(1, steps - 1)) for i in range(steps)})
-        rows.append([*(low[i] for i in picks), (spec.full_rank, spec.dense_cost, True)])
+        rows.append([*(low[i] for i in picks), dense])
     return _stack(specs, rows)
 
 
@@ -85,17 +85,18 @@ def paper_atoms(specs: Sequence[LinearSpec], count: int) -> Atoms:
     for spec in specs:
         steps = min(count, spec.full_rank)
         ranks = sorted({max(1, round((i + 1) * spec.full_rank / steps)) for i in range(steps)})
-        rows.append([(rank, rank * (spec.m + spec.n), False) for rank in ranks])
+        rows.append([Choice(rank, spec.bits, rank * (spec.m + spec.n)) for rank in ranks])
     return _stack(specs, rows)
 
 
-def _stack(specs: Sequence[LinearSpec], rows: list[list[tuple[int, int, bool]]]) -> Atoms:
+def _stack(specs: Sequence[LinearSpec], rows: Sequence[Sequence[Choice]]) -> Atoms:
     width = max(len(row) for row in rows)
     ranks = torch.zeros(len(rows), width, dtype=torch.int64)
     costs = torch.zeros(len(rows), width, dtype=torch.float64)
     real = torch.zeros(len(rows), width, dtype=torch.bool)
     dense = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
-        for d, (rank, cost, whole) in enumerate(row):
-            ranks[i, d], costs[i, d], real[i, d], dense[i, d] = rank, cost, True, whole
+        for d, choice in enumerate(row):
+            ranks[i, d] = specs[i].full_rank if choice.rank is None else choice.rank
+            costs[i, d], real[i, d], dense[i, d] = choice.cost, True, choice.rank is None
     return Atoms(tuple(specs), ranks, costs, real, dense)

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from ara.errors import NumericalError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import layout_named
-from ara.layouts.modeling_ara import CompressedLinear, replace_linear
-from ara.models.weights import bias_of
+from ara.layouts.modeling_ara import CompressedLinear
+from ara.models.weights import WeightRef, bias_of
 from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def apply_factors(
                 for name in (name for name in ranks if files[name] == path):
                     a = file.get_slice(f"{name}.A")[: ranks[name]]
                     b = file.get_slice(f"{name}.B")[:, : ranks[name]]
-                    module = model.get_submodule(name)
+                    ref = WeightRef.named(name)
+                    module = ref.owner(model)
                     transposed = isinstance(module, Conv1D)
                     layer = form.build(a, b, bias_of(module), transposed, device=model.device, dtype=model.dtype)
                     if not all(bool(parameter.isfinite().all()) for parameter in layer.parameters()):
@@ -57,7 +58,7 @@ def apply_factors(
                             f"the factors of {name} exceed the range of {str(model.dtype).removeprefix('torch.')}",
                             "use --dtype bfloat16 or --dtype float32",
                         )
-                    replace_linear(model, name, layer)
+                    ref.replace(model, layer)
                     if bar is not None:
                         bar.advance()
 

@@ -1,24 +1,113 @@
-"""Finds the linear layers that can be factorised; found from the model, never listed per architecture.
+"""Names the weights of a model, and finds the linear layers that can be factorised.
 
-The decoder blocks are the ``nn.ModuleList`` that holds most parameters; every ``nn.Linear`` (or GPT-2's ``Conv1D``,
-its transposed twin) inside is a candidate. Embeddings and the head lie outside the blocks and stay as they are.
+Layers are found in the model, never listed per architecture. The decoder blocks are the ``nn.ModuleList`` that holds
+most parameters; every ``nn.Linear`` (or GPT-2's ``Conv1D``, its transposed twin) inside is a candidate. Embeddings and
+the head lie outside the blocks and stay as they are.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from ara.errors import UnsupportedModelError, UsageError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import layout_named
 from ara.layouts.base import Number
-from ara.layouts.modeling_ara import CompressedLinear
+from ara.layouts.modeling_ara import CompressedLinear, replace_linear
+
+# The name of a matrix that is not the ``weight`` of a linear module: ``experts.down_proj[3]``, ``experts.up[3].T``.
+_PART = re.compile(r"(?P<module>.+)\.(?P<parameter>\w+)\[(?P<expert>\d+|:)\](?P<transposed>\.T)?")
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """One matrix (m, n) of a model: the weight of a linear module, or a slice of a fused parameter (E, …).
+
+    Attributes:
+        module: path of the module that holds the parameter.
+        parameter: its name in the module.
+        expert: index of the slice; ``None`` for a parameter that is one matrix.
+        transposed: whether the parameter stores the matrix as (n, m). The weight of a ``Conv1D`` is transposed in any
+            case: the class of the module says so.
+    """
+
+    module: str
+    parameter: str = "weight"
+    expert: int | None = None
+    transposed: bool = False
+
+    @classmethod
+    def named(cls, name: str) -> WeightRef:
+        """Return the matrix of this :attr:`name`."""
+        part = _PART.fullmatch(name)
+        if part is None:
+            return cls(name)
+        expert = None if part["expert"] == ":" else int(part["expert"])
+        return cls(part["module"], part["parameter"], expert, part["transposed"] is not None)
+
+    @property
+    def name(self) -> str:
+        """A linear module's path; else ``module.parameter[expert]`` (``[:]`` without), and ``.T`` if transposed."""
+        if self == WeightRef(self.module):
+            return self.module
+        index = ":" if self.expert is None else self.expert
+        return f"{self.module}.{self.parameter}[{index}]{'.T' * self.transposed}"
+
+    def owner(self, model: nn.Module) -> nn.Module:
+        """Return the module that holds the parameter."""
+        return model.get_submodule(self.module)
+
+    def read(self, model: nn.Module) -> torch.Tensor:
+        """Return the matrix as (m, n) = (out, in), without gradient; a view, never a copy."""
+        owner = self.owner(model)
+        stored = getattr(owner, self.parameter)
+        assert isinstance(stored, torch.Tensor)
+        matrix = stored.detach() if self.expert is None else stored.detach()[self.expert]
+        return matrix.T if self.transposed or isinstance(owner, Conv1D) else matrix
+
+    def replace(self, model: nn.Module, new: nn.Module | torch.Tensor) -> None:
+        """Put a module in the place of the linear module, or copy a matrix (m, n) over this one, bit by bit.
+
+        Raises:
+            UnsupportedModelError: a module for a matrix that has no module of its own.
+        """
+        if isinstance(new, torch.Tensor):
+            self.read(model).copy_(new)
+        else:
+            self._need_linear("replaced by a module")
+            replace_linear(model, self.module, new)
+
+    def on_input(self, model: nn.Module, call: Callable[[torch.Tensor], None]) -> RemovableHandle:
+        """Call ``call`` with the input (..., n) whenever the layer is about to run, until the handle is removed.
+
+        Raises:
+            UnsupportedModelError: the matrix has no module of its own.
+        """
+        self._need_linear("observed")
+        return self.owner(model).register_forward_pre_hook(lambda module, args: call(args[0]))
+
+    def on_output(self, model: nn.Module, call: Callable[[torch.Tensor], None]) -> RemovableHandle:
+        """Call ``call`` with the output (..., m) whenever the layer has run; see :meth:`on_input`."""
+        self._need_linear("observed")
+        return self.owner(model).register_forward_hook(lambda module, args, output: call(output))
+
+    def _need_linear(self, what: str) -> None:
+        if self.name != self.module:
+            raise UnsupportedModelError(
+                f"{self.name} is part of the fused parameter {self.parameter} of {self.module}, "
+                f"which cannot be {what}; expected the weight of a linear module",
+                "leave it out with --exclude",
+            )
 
 
 @dataclass(frozen=True)
@@ -26,12 +115,13 @@ class LinearSpec:
     """One linear layer of a decoder block.
 
     Attributes:
-        name: path of the module in the model.
+        name: of its weight; see :attr:`WeightRef.name`. A linear module's is its path in the model.
         layer: index of its decoder block.
         kind: path inside the block, such as ``self_attn.q_proj``.
         m: out features.
         n: in features.
         layout: how it is stored at a lower rank, which decides what a rank costs.
+        bits: per weight, as the model stores it.
     """
 
     name: str
@@ -40,6 +130,12 @@ class LinearSpec:
     m: int
     n: int
     layout: LayoutName = DEFAULT_LAYOUT
+    bits: int = 16
+
+    @property
+    def weight(self) -> WeightRef:
+        """The matrix (m, n) in the model."""
+        return WeightRef.named(self.name)
 
     @property
     def full_rank(self) -> int:
@@ -96,17 +192,12 @@ def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSp
                     f"{prefix}.{layer}.{kind} is already factorised", "start from the original, dense model"
                 )
             if isinstance(module, (nn.Linear, Conv1D)):
-                m, n = weight_of(module).shape
-                linears.append(LinearSpec(f"{prefix}.{layer}.{kind}", layer, kind, m, n))
+                ref = WeightRef(f"{prefix}.{layer}.{kind}")
+                weight = ref.read(model)
+                m, n = weight.shape
+                linears.append(LinearSpec(ref.name, layer, kind, m, n, bits=8 * weight.element_size()))
     _refuse_unsupported(model, prefix, blocks, linears)
     return _without(linears, exclude)
-
-
-def weight_of(module: nn.Module) -> torch.Tensor:
-    """Return the weight of a linear module as (m, n) = (out, in); a view, never a copy."""
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:
@@ -132,7 +223,7 @@ def _refuse_unsupported(model: nn.Module, prefix: str, blocks: nn.ModuleList, li
         )
     seen: dict[int, str] = {}
     for spec in linears:
-        weight = model.get_submodule(spec.name).weight
+        weight = spec.weight.owner(model).weight
         assert isinstance(weight, torch.Tensor)
         if not weight.is_floating_point():
             raise UnsupportedModelError(
@@ -160,16 +251,14 @@ def left_dense(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tenso
         Paths of those ``linears`` that the forward pass does not call, and of matrices that belong to no linear layer.
     """
     called: set[str] = set()
-    hooks = [
-        model.get_submodule(spec.name).register_forward_pre_hook(lambda *call, name=spec.name: called.add(name))
-        for spec in linears
-    ]
-    try:
-        with torch.inference_mode():
-            model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def note(name: str, x: torch.Tensor) -> None:
+        called.add(name)
+
+    with ExitStack() as hooks, torch.inference_mode():
+        for spec in linears:
+            hooks.enter_context(spec.weight.on_input(model, partial(note, spec.name)))
+        model(input_ids=ids, use_cache=False)
     prefix, blocks = find_blocks(model)
     others = [f"{prefix}.{name}" for name, _ in _weights_without_layer(blocks)]
     return [spec.name for spec in linears if spec.name not in called], others

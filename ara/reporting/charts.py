@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from ara.artifacts.evaluation import DENSE, UNIFORM
 from ara.reporting.document import Front, Layer, SpeedFront, Trained
 from ara.reporting.figures import draw
-from ara.reporting.results import DENSE, UNIFORM
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

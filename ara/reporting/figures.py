@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ara.models.weights import LinearSpec
 from ara.printable import printable
-from ara.solver.problem import Allocation, cost
+from ara.solver.problem import Allocation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
     Colour is the share of a layer's parameters that stays; dense layers carry a dot.
 
     Args:
-        allocations: by name, at least one.
+        allocations: by name, at least one; costs in parameters.
         specs: the factorised layers.
         title: above all.
     """
@@ -69,9 +69,9 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
             shares = numpy.full((len(layers), len(kinds)), numpy.nan)
             for spec in specs:
                 place = layers.index(spec.layer), kinds.index(spec.kind)
-                rank = allocation.ranks[spec.name]
-                shares[place] = cost(spec, rank) / spec.dense_cost
-                if rank is None:
+                choice = allocation.choices[spec.name]
+                shares[place] = choice.cost / spec.dense_cost
+                if choice.rank is None:
                     axis.plot(place[1], place[0], ".", color="black", markersize=3)
             image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
             axis.set_title(name, fontsize=9)

@@ -5,13 +5,15 @@ measured, and what could be added is said with its command.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
+from ara.artifacts.checkpoint import CheckpointResults, CheckpointSettings
 from ara.errors import CorruptedError
+from ara.pipeline import naming_words
 from ara.reporting.document import Layer, Missing, Report, Work
 from ara.reporting.pareto import Measured, perplexity_fronts, speed_front
 from ara.reporting.results import (
@@ -28,7 +30,7 @@ from ara.reporting.results import (
     read_work,
 )
 from ara.reporting.summary import title, verdict
-from ara.solver.problem import Allocation, Module, cost
+from ara.solver.problem import Allocation, Choice, Module
 from ara.workspace.manifest import Manifest, remake
 
 # Components of a spectrum that the report lists: so many evenly spread, so many in geometric progression, and the cut.
@@ -40,8 +42,6 @@ _DRAWN_DIGITS = 5
 _ZERO_SHOT = "zero-shot"
 
 _Part = TypeVar("_Part")
-# How reading a result fails that has another form: a part is missing, or of another type.
-_OTHER_FORM = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Sources:
         current: the checkpoint of the report.
         others: further checkpoints of the same factors, for the fronts.
         modules: factorised layers with their spectra, in the layout of the checkpoint.
-        ranks: of these layers.
+        ranks: of these layers, with costs in parameters.
         training: that the ranks come from.
         comparisons: of allocators on the same factors.
         exports: of the checkpoint.
@@ -88,8 +88,7 @@ class Sources:
 def gather(sources: Sources) -> Report:
     """Return the report of a checkpoint."""
     missing: list[Missing] = [
-        Missing(what=f"{old.stage}/{old.name} is stale and left out", command=_again(old, sources.place))
-        for old in sources.stale
+        Missing(what=f"{old.key} is stale and left out", command=_again(old, sources.place)) for old in sources.stale
     ]
     missing += [
         Missing(what=f"{key} is damaged and left out", command=_anew(key, sources.place)) for key in sources.damaged
@@ -106,7 +105,7 @@ def gather(sources: Sources) -> Report:
         title=title(base, current.allocation, current.checkpoint),
         verdict=verdict(base, current.allocation, current.checkpoint, current.evaluations, current.benches),
         base=base,
-        decomposition=_needed(read_decomposition, decomposition),
+        decomposition=read_decomposition(decomposition),
         allocation=current.allocation,
         checkpoint=current.checkpoint,
         layers=layers(sources.modules, sources.ranks) if sources.ranks else (),
@@ -129,25 +128,25 @@ def gather(sources: Sources) -> Report:
         ),
         versions=versions(decomposition, *trained, made.allocation, made.truncated, *made.evaluations, *made.benches),
     )
-    return report.model_copy(update={"missing": (*missing, *_missing(report, sources.place))})
+    return report.model_copy(update={"missing": (*missing, *_missing(report, made.truncated, sources.place))})
 
 
-def basic_report(decomposition: Manifest, allocation: Manifest, results: Mapping[str, Any], dtype: str) -> Report:
+def basic_report(decomposition: Manifest, allocation: Manifest, results: CheckpointResults, dtype: str) -> Report:
     """Return what is known as soon as a checkpoint is written.
 
     Args:
         decomposition: manifest of the factors.
         allocation: manifest of the ranks.
-        results: figures of the truncation.
+        results: sizes of the checkpoint.
         dtype: precision of the stored weights.
     """
-    base, allocated = read_base(decomposition.model), _needed(read_allocation, allocation)
+    base, allocated = read_base(decomposition.model), read_allocation(allocation)
     stored = read_stored(allocation.name, results, dtype)
     return Report(
         title=title(base, allocated, stored),
         verdict=verdict(base, allocated, stored, (), ()),
         base=base,
-        decomposition=_needed(read_decomposition, decomposition),
+        decomposition=read_decomposition(decomposition),
         allocation=allocated,
         checkpoint=stored,
         work=work(decomposition, allocation),
@@ -157,11 +156,11 @@ def basic_report(decomposition: Manifest, allocation: Manifest, results: Mapping
 
 def layers(modules: Sequence[Module], ranks: Allocation) -> tuple[Layer, ...]:
     """Return every factorised layer with its rank and an excerpt of its spectrum."""
-    return tuple(_layer(module, ranks.ranks[module.spec.name]) for module in modules)
+    return tuple(_layer(module, ranks.choices[module.spec.name]) for module in modules)
 
 
-def _layer(module: Module, rank: int | None) -> Layer:
-    spec, spectrum = module.spec, module.spectrum.double()
+def _layer(module: Module, choice: Choice) -> Layer:
+    spec, spectrum, rank = module.spec, module.spectrum.double(), choice.rank
     total = float(spectrum.sum()) or 1.0
     full = len(spectrum)
     evenly = torch.linspace(1, full, _EVENLY, dtype=torch.float64)
@@ -171,7 +170,7 @@ def _layer(module: Module, rank: int | None) -> Layer:
     return Layer(
         **{key: getattr(spec, key) for key in ("name", "layer", "kind", "m", "n")},
         rank=rank,
-        keep=cost(spec, rank) / spec.dense_cost,
+        keep=choice.cost / spec.dense_cost,
         left=0.0 if rank is None else float(spectrum[rank:].sum()) / total,
         components=listed,
         spectrum=tuple(float(f"{float(spectrum[i - 1]) / total:.{_DRAWN_DIGITS}g}") for i in listed),
@@ -180,7 +179,7 @@ def _layer(module: Module, rank: int | None) -> Layer:
 
 def work(*manifests: Manifest) -> tuple[Work, ...]:
     """Return what was done to make these results, in this order."""
-    return tuple(_needed(read_work, manifest) for manifest in manifests)
+    return tuple(read_work(manifest) for manifest in manifests)
 
 
 def versions(*manifests: Manifest) -> dict[str, tuple[str, ...]]:
@@ -195,27 +194,14 @@ def versions(*manifests: Manifest) -> dict[str, tuple[str, ...]]:
 def _measured(made: Made, current: bool, missing: list[Missing], place: tuple[str, ...]) -> Measured:
     truncated = made.truncated
     return Measured(
-        allocation=_needed(read_allocation, made.allocation),
-        checkpoint=_needed(lambda made: read_stored(made.name, made.results, made.config["dtype"]), truncated),
+        allocation=read_allocation(made.allocation),
+        checkpoint=read_stored(
+            truncated.name, CheckpointResults.read(truncated), CheckpointSettings.read(truncated).dtype
+        ),
         evaluations=_read_all(read_evaluation, made.evaluations, missing, place),
         benches=_read_all(read_bench, made.benches, missing, place),
         current=current,
     )
-
-
-def _needed(read: Callable[[Manifest], _Part], manifest: Manifest) -> _Part:
-    """Read a result that the report cannot do without.
-
-    Raises:
-        CorruptedError: it was written in another form.
-    """
-    try:
-        return read(manifest)
-    except _OTHER_FORM:
-        raise CorruptedError(
-            f"{manifest.stage}/{manifest.name} was written in another form and cannot be reported on",
-            remake(manifest, True),
-        ) from None
 
 
 def _read_all(
@@ -226,8 +212,8 @@ def _read_all(
     for manifest in manifests:
         try:
             parts.append(read(manifest))
-        except _OTHER_FORM:
-            what = f"{manifest.stage}/{manifest.name} was written in another form and is left out"
+        except (CorruptedError, LookupError, ValueError, ArithmeticError):
+            what = f"{manifest.key} was written in another form and is left out"
             missing.append(Missing(what=what, command=_again(manifest, place, force=True)))
     return tuple(parts)
 
@@ -242,14 +228,13 @@ def _again(manifest: Manifest, place: tuple[str, ...], force: bool = False) -> s
 def _anew(key: str, place: tuple[str, ...]) -> str:
     """Return the command that puts a new result in the place of one whose manifest says nothing that can be trusted."""
     stage, _, name = key.partition("/")
-    target = ["--onnx"] if stage == "export" else []
-    return shlex.join(["ara", stage, *target, "--name", name, *place])
+    return shlex.join(["ara", stage, "--name", name, *place])
 
 
-def _missing(report: Report, place: tuple[str, ...]) -> list[Missing]:
+def _missing(report: Report, checkpoint: Manifest, place: tuple[str, ...]) -> list[Missing]:
     """Return what nobody has measured or made yet, each with its command."""
     found: list[tuple[str, list[str]]] = []
-    this = ["--checkpoint", report.checkpoint.name]
+    this = naming_words(checkpoint.stage, checkpoint.name)
     keep = f"{report.allocation.keep or report.allocation.linear_keep:g}"
     if not any(evaluation.texts for evaluation in report.evaluations):
         found.append(("perplexity", ["eval", "--tasks", "wikitext2", *this]))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
+from ara.artifacts.checkpoint import CheckpointResults
 from ara.layouts import LAYOUTS
 from ara.printable import printable
 from ara.reporting.document import Evaluated, Report
@@ -37,13 +37,13 @@ _DATASETS = {
 }
 
 
-def model_card(decomposition: Manifest, allocation: Manifest, results: Mapping[str, Any], dtype: str) -> str:
+def model_card(decomposition: Manifest, allocation: Manifest, results: CheckpointResults, dtype: str) -> str:
     """Return the card of a checkpoint that was just written, as Markdown with the front matter that model hubs read.
 
     Args:
         decomposition: manifest of the factors.
         allocation: manifest of the ranks.
-        results: figures of the truncation: parameters, bytes, layers.
+        results: sizes of the checkpoint.
         dtype: precision of the stored weights.
     """
     return card(basic_report(decomposition, allocation, results, dtype))

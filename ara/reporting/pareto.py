@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ara.artifacts.evaluation import DENSE, UNIFORM
 from ara.layout_names import DEFAULT_LAYOUT
 from ara.reporting.document import (
     Allocated,
@@ -20,7 +21,6 @@ from ara.reporting.document import (
     Stored,
     TextResult,
 )
-from ara.reporting.results import DENSE, UNIFORM
 from ara.reporting.summary import (
     case_name,
     in_runtime,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ara.artifacts.evaluation import DENSE, UNIFORM
 from ara.evaluation.paired import NOISE
 from ara.reporting.document import (
     Allocated,
@@ -18,7 +19,6 @@ from ara.reporting.document import (
     TextResult,
     ZeroShot,
 )
-from ara.reporting.results import DENSE, UNIFORM
 
 # A mean difference counts as one from this many standard errors on, over at least so many windows: with few windows
 # the standard error itself is uncertain.

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 
+from ara.artifacts.evaluation import DENSE, UNIFORM
 from ara.evaluation.paired import NOISE
 from ara.evaluation.tasks import mean_label
 from ara.layout_names import DEFAULT_LAYOUT
@@ -29,7 +30,6 @@ from ara.reporting.document import (
     Work,
     ZeroShot,
 )
-from ara.reporting.results import DENSE, UNIFORM
 from ara.reporting.summary import case_name, share_text
 
 _NONE = "–"

@@ -1,17 +1,29 @@
-"""The ranks of all layers, and what they cost."""
+"""What the solver decides: one choice per layer, the budget that limits them, and the allocation that they make.
+
+A layer's choices are the ranks 1·s, 2·s, … (s the rank multiple) that cost less than the dense weight, and dense. A
+rank that costs as much as the dense weight W is not offered, because W itself is then the better layer (ARA, arXiv
+2510.19389, Eq. 8). The parameters of a rank depend on how it is stored, see
+:meth:`ara.models.weights.LinearSpec.cost`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Literal
 
 import torch
 
+from ara.errors import UsageError
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
 
 # What a rank is called when the layer stays dense.
 DENSE = "dense"
+
+Unit = Literal["parameters", "bytes"]
 
 
 @dataclass(frozen=True)
@@ -27,34 +39,208 @@ class Module:
     spectrum: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How one layer is stored.
+
+    Attributes:
+        rank: kept rank; ``None`` for the dense weight.
+        bits: per stored weight.
+        cost: in the unit of the budget.
+    """
+
+    rank: int | None
+    bits: int
+    cost: int
+
+    @classmethod
+    def of(cls, spec: LinearSpec, rank: int | None, unit: Unit = "parameters", bits: int | None = None) -> Choice:
+        """Return the choice of ``rank`` for a layer, with its cost.
+
+        Args:
+            spec: the layer.
+            rank: ``None`` for dense.
+            unit: of the cost. Bytes are rounded up to whole ones.
+            bits: per weight; those of the model by default.
+        """
+        bits = spec.bits if bits is None else bits
+        parameters = spec.dense_cost if rank is None else spec.cost(rank)
+        return cls(rank, bits, parameters if unit == "parameters" else -(-bits * parameters // 8))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the factorised layers may cost together, and the choices that each of them has.
+
+    Attributes:
+        limit: largest summed cost.
+        rank_multiple: every kept rank is a multiple of this.
+        min_rank: least rank of a layer; rounded up to the multiple.
+        min_keep: least share of a layer's dense parameters, in [0, 1].
+        dense: module paths that stay dense whatever it costs.
+        unit: of the limit and of all costs.
+        bits: bit widths on offer for every layer; ``None`` for the model's own.
+    """
+
+    limit: int
+    rank_multiple: int = 1
+    min_rank: int = 1
+    min_keep: float = 0.0
+    dense: frozenset[str] = frozenset()
+    unit: Unit = "parameters"
+    bits: tuple[int, ...] | None = None
+    # Layers of the same shape share their choices; solvers ask for them many times.
+    _offered: dict[Hashable, tuple[Choice, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def for_keep(
+        cls,
+        specs: Sequence[LinearSpec],
+        keep: float,
+        rank_multiple: int = 1,
+        min_rank: int = 1,
+        min_keep: float = 0.0,
+        dense: frozenset[str] = frozenset(),
+    ) -> Budget:
+        """Return the budget in parameters that keeps the fraction ``keep`` of the dense parameters of ``specs``.
+
+        Raises:
+            UsageError: even the least ranks cost more.
+        """
+        # The small addend forgives the rounding of a product such as 0.8 · 1 000 000.
+        limit = int(keep * sum(spec.dense_cost for spec in specs) + 1e-6)
+        budget = cls(limit, rank_multiple, min_rank, min_keep, dense)
+        least = sum(budget.choices(spec)[0].cost for spec in specs)
+        if least > budget.limit:
+            total = sum(spec.dense_cost for spec in specs)
+            floors = [f"at least {min_rank}", f"multiples of {rank_multiple}"]
+            floors += [f"{min_keep:.0%} of each layer"] if min_keep else []
+            floors += [f"{len(dense)} layers dense"] if dense else []
+            raise UsageError(
+                f"keep {keep:g} allows {budget.limit:,} parameters, but the least ranks "
+                f"({', '.join(floors)}) already cost {least:,}",
+                f"use --keep {least / total + 0.005:.2f} or more, or a smaller --min-rank or --rank-multiple",
+            )
+        return budget
+
+    def choices(self, spec: LinearSpec) -> tuple[Choice, ...]:
+        """Return all choices of a layer, cheapest first; the last one is dense at the largest bit width.
+
+        At one bit width, costs increase strictly with the rank.
+        """
+        key = (spec.m, spec.n, spec.layout, spec.bits, spec.name in self.dense)
+        if key not in self._offered:
+            self._offered[key] = self._list(spec)
+        return self._offered[key]
+
+    def _list(self, spec: LinearSpec) -> tuple[Choice, ...]:
+        ranks: Sequence[int] = ()
+        if spec.name not in self.dense:
+            step = self.rank_multiple
+            # The small number forgives the rounding of a product such as 0.3 · 1 000 000.
+            floor = self.min_keep * spec.dense_cost - 1e-6
+            least = max(self.min_rank, 1 + bisect_left(range(1, spec.top_rank + 1), floor, key=spec.cost))
+            ranks = range(max(step, -(-least // step) * step), spec.top_rank + 1, step)
+        found: list[Choice] = []
+        for bits in self.bits or (spec.bits,):
+            rising = [Choice.of(spec, rank, self.unit, bits) for rank in (*ranks, None)]
+            # Two ranks may need the same number of whole bytes: then the larger one is offered.
+            found += [choice for choice, after in pairwise(rising) if choice.cost < after.cost] + rising[-1:]
+        return tuple(sorted(found, key=lambda choice: (choice.cost, choice.bits)))
+
+    def rank_choices(self, spec: LinearSpec) -> tuple[Choice, ...]:
+        """Return :meth:`choices` for a method that knows losses of ranks alone, so that bit widths must not differ.
+
+        Raises:
+            ValueError: the budget offers several bit widths.
+        """
+        if self.bits is not None and len(self.bits) != 1:
+            raise ValueError(f"this method chooses ranks alone, the budget offers {len(self.bits)} bit widths")
+        return self.choices(spec)
+
+    def rank_steps(self, spec: LinearSpec, pick: int) -> Sequence[int]:
+        """Return the choices of the bit width of ``pick``, from ``pick`` up; all are indices into :meth:`choices`."""
+        choices = self.choices(spec)
+        later = range(pick, len(choices))
+        one_width = self.bits is None or len(self.bits) == 1
+        return later if one_width else [at for at in later if choices[at].bits == choices[pick].bits]
+
+    def dense_cost(self, spec: LinearSpec) -> int:
+        """Return the cost of a layer that stays dense, at the largest bit width."""
+        return self.choices(spec)[-1].cost
+
+    def in_parameters(self, specs: Sequence[LinearSpec]) -> float:
+        """Return how many parameters the limit is worth: the limit times dense parameters per dense cost."""
+        if self.unit == "parameters":
+            return self.limit
+        return self.limit * sum(spec.dense_cost for spec in specs) / sum(self.dense_cost(spec) for spec in specs)
+
+    def met_by(self, specs: Sequence[LinearSpec], ranks: Mapping[str, int | None]) -> Allocation | None:
+        """Return the allocation of ``ranks`` if it meets the budget exactly, else ``None``.
+
+        It does if every rank is on offer, all fit, and what is left is too little for one more step of any layer.
+        """
+        picks, steps = [], []
+        for spec in specs:
+            choices = self.rank_choices(spec)
+            at = next((i for i, choice in enumerate(choices) if choice.rank == ranks[spec.name]), None)
+            if at is None:
+                return None
+            picks.append(at)
+            steps += [after.cost - choices[at].cost for after in choices[at + 1 : at + 2]]
+        allocation = Allocation.from_picks(specs, picks, self)
+        left = self.limit - allocation.cost
+        return allocation if 0 <= left < min(steps, default=left + 1) else None
+
+
 @dataclass(frozen=True)
 class Allocation:
-    """Kept rank of every layer, by module path; ``None`` means dense."""
+    """The choice of every layer, by module path."""
 
-    ranks: Mapping[str, int | None]
+    choices: Mapping[str, Choice]
 
     @classmethod
     def from_picks(cls, specs: Sequence[LinearSpec], picks: Sequence[int], budget: Budget) -> Allocation:
-        """Return the allocation that ``picks``, an index into ``budget.choices(spec)`` per layer, stands for."""
-        return cls({spec.name: budget.choices(spec)[pick][0] for spec, pick in zip(specs, picks, strict=True)})
+        """Return the allocation of ``picks``, an index into ``budget.choices(spec)`` per layer."""
+        return cls({spec.name: budget.choices(spec)[pick] for spec, pick in zip(specs, picks, strict=True)})
 
-    def cost(self, specs: Sequence[LinearSpec]) -> int:
-        """Return the parameters of all ``specs`` under this allocation."""
-        return sum(cost(spec, self.ranks[spec.name]) for spec in specs)
+    @classmethod
+    def of_ranks(
+        cls, specs: Sequence[LinearSpec], ranks: Mapping[str, int | None], budget: Budget | None = None
+    ) -> Allocation:
+        """Return the allocation of ``ranks``, whether they are on offer or not.
+
+        Args:
+            specs: the layers.
+            ranks: module path → rank, or ``None`` for dense.
+            budget: says the unit of costs and the one bit width; without it, costs are parameters and bits the model's.
+        """
+        unit: Unit = "parameters" if budget is None else budget.unit
+        bits = None if budget is None or budget.bits is None else budget.bits[0]
+        return cls({spec.name: Choice.of(spec, ranks[spec.name], unit, bits) for spec in specs})
+
+    @cached_property
+    def ranks(self) -> dict[str, int | None]:
+        """Module path → kept rank; ``None`` means dense."""
+        return {name: choice.rank for name, choice in self.choices.items()}
+
+    @property
+    def cost(self) -> int:
+        """Summed cost, in the unit of the budget."""
+        return sum(choice.cost for choice in self.choices.values())
+
+    def parameters(self, specs: Sequence[LinearSpec]) -> int:
+        """Return the parameters of all ``specs`` under this allocation, whatever their bits."""
+        return sum(Choice.of(spec, self.choices[spec.name].rank).cost for spec in specs)
 
     def keep(self, specs: Sequence[LinearSpec]) -> float:
         """Return the fraction of the layers' dense parameters that stays."""
-        return self.cost(specs) / sum(spec.dense_cost for spec in specs)
+        return self.parameters(specs) / sum(spec.dense_cost for spec in specs)
 
     def low_rank(self) -> dict[str, int]:
         """Return module path → rank of the layers that do not stay dense."""
-        return {name: rank for name, rank in self.ranks.items() if rank is not None}
+        return {name: choice.rank for name, choice in self.choices.items() if choice.rank is not None}
 
     def dense_count(self) -> int:
         """Return how many layers stay dense."""
-        return sum(rank is None for rank in self.ranks.values())
-
-
-def cost(spec: LinearSpec, rank: int | None) -> int:
-    """Parameters of one layer: those of its rank, or mn when it stays dense (``rank`` is ``None``)."""
-    return spec.dense_cost if rank is None else spec.cost(rank)
+        return sum(choice.rank is None for choice in self.choices.values())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,20 @@ from ara.allocation import ALLOCATORS
 from ara.allocation.base import Allocator
 from ara.allocation.guard import Verdict, compare_candidates
 from ara.allocation.uniform import Uniform
-from ara.artifacts.ranks import RANKS_FILE, ranks_document, read_layout, read_ranks
-from ara.artifacts.training import find_training, require_training, with_text_of, with_training
+from ara.artifacts.factors import FactorsResults, layer_file, specs_of
+from ara.artifacts.ranks import GuardResults, KindRanks, RanksResults
+from ara.artifacts.ranks_file import RANKS_FILE, ranks_document, read_layout, read_ranks
 from ara.config import AllocateConfig, BudgetConfig, TuningConfig, method_options
 from ara.errors import UsageError, WorkspaceError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.weights import LinearSpec, matching
-from ara.solver.budget import Budget
-from ara.solver.problem import Allocation, Module, cost
-from ara.stages.common import Run, already_done, begin, default_name, layer_file, specs_of
+from ara.solver.problem import Allocation, Budget, Module
+from ara.stages.common import Run, begin, default_name, open_task
+from ara.stages.trainings import find_training, require_training, with_text_of, with_training
 from ara.stages.tuning import open_tuning_context, placed
 from ara.workspace.manifest import file_sha256
 from ara.workspace.store import Workspace
-from ara.workspace.view import StageView, parent_of
+from ara.workspace.view import StageView
 
 # The method that stands for the best one that needs no further command.
 AUTO = "auto"
@@ -49,19 +49,19 @@ def allocate(
         name: of the result; says method and keep by default.
         ranks: take the ranks from this file instead of a method; with ``config.keep`` they are held to that budget.
         masks: name of the training that ``--method ara`` uses; by default the one that fits best, see
-            :func:`ara.artifacts.training.find_training`.
+            :func:`ara.stages.trainings.find_training`.
 
     Raises:
         AraError: no decomposition, a budget that cannot be met, a ranks file that does not fit.
     """
-    started = begin(factors, name, masks)
+    started = begin(name, factors, masks)
     if ranks is not None and masks is not None:
         raise UsageError(
             f"--ranks FILE and --masks {masks} are both given", "the file says every rank: use one of them"
         )
-    workspace = run.open()
-    with workspace.lock(run.command):
-        decomposition = workspace.require("decompose", factors)
+    with open_task("allocate", run, started) as task:
+        workspace = task.workspace
+        decomposition = workspace.require("factors", factors)
         if ranks is not None:
             config = config.model_copy(update={"layout": _layout_in(ranks, config.layout)})
         specs = specs_of(decomposition, config.layout)
@@ -76,28 +76,26 @@ def allocate(
             run.report.step(f"Reading ranks from {ranks}")
             _refuse_method_settings(config)
             trained = None
-        name = name or _name(config, decomposition.name, ranks)
         resolved = _resolved(config, ranks, run)
-        assert decomposition.manifest is not None
-        facts = {
-            "config": _decisive(resolved, ranks),
-            "model": decomposition.manifest.model,
-            "parents": tuple(parent_of(view) for view in (decomposition, trained) if view),
-        }
-        done = workspace.finished("allocate", name, facts, run.report)
-        if done is not None and not run.force:
-            return already_done(done, run)
+        parents = [view for view in (decomposition, trained) if view]
+        task.describe(name or _name(config, decomposition.name, ranks), _decisive(resolved, ranks), parents)
+        if (done := task.done()) is not None:
+            return done
         verdict = None
         if ranks:
             allocation = _from_file(config, ranks, specs)
         else:
             allocation, verdict = _by_method(resolved, decomposition, trained, workspace, run)
-        results = summary(allocation, specs, decomposition.manifest.results["model_parameters"])
-        with workspace.writer("allocate", name, facts, command=run.command, started=started) as stage:
-            about = {"method": "file" if ranks else config.method, **{k: v for k, v in results.items() if k != "kinds"}}
+        results = summary(allocation, specs, FactorsResults.read(decomposition).model_parameters)
+        with task.writer() as stage:
+            figures = results.plain()
+            left_out = ("kinds", "guard")
+            about = {"method": "file" if ranks else config.method}
+            about.update({name: value for name, value in figures.items() if name not in left_out})
             (stage.folder / RANKS_FILE).write_text(ranks_document(allocation, config.layout, about), encoding="utf-8")
-            stage.results.update({**results, "guard": _guard_results(verdict) if verdict else None})
-        return workspace.view(f"allocate/{name}")
+            guard = GuardResults.of(verdict.winner, verdict.held_out, verdict.stderr) if verdict else None
+            replace(results, guard=guard).write(stage)
+        return task.view()
 
 
 def _decided(
@@ -161,7 +159,7 @@ def _training(
             f"--method ara takes no option here, got {next(iter(config.options))}", "give it to ara train-masks"
         )
     found = find_training(workspace, decomposition, config.layout, config.keep, run.report, masks)
-    if found is None and not workspace.views("train-masks"):
+    if found is None and not workspace.views("training"):
         layout = "" if config.layout == DEFAULT_LAYOUT else f" --layout {config.layout}"
         raise WorkspaceError(
             f"{workspace.root} has no trained masks", f"run first: ara train-masks --keep {config.keep:g}{layout}"
@@ -191,45 +189,34 @@ def load_modules(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) 
     return modules
 
 
-def summary(allocation: Allocation, specs: list[LinearSpec], model_parameters: int) -> dict[str, Any]:
-    """Return the figures of an allocation: what is kept of the linear layers and of the whole model, and by kind."""
+def summary(allocation: Allocation, specs: list[LinearSpec], model_parameters: int) -> RanksResults:
+    """Return what an allocation keeps of the linear layers and of the whole model, and by kind of layer."""
     linear_parameters = sum(spec.dense_cost for spec in specs)
-    parameters = allocation.cost(specs)
+    parameters = allocation.parameters(specs)
+    kept = model_parameters - linear_parameters + parameters
     kinds = {}
     for kind in dict.fromkeys(spec.kind for spec in specs):
         members = [spec for spec in specs if spec.kind == kind]
         ranks = [rank for spec in members if (rank := allocation.ranks[spec.name]) is not None]
-        kinds[kind] = {
-            "layers": len(members),
-            "shape": [members[0].m, members[0].n],
-            "dense": len(members) - len(ranks),
-            "rank_min": min(ranks, default=None),
-            "rank_mean": sum(ranks) / len(ranks) if ranks else None,
-            "rank_max": max(ranks, default=None),
-            "keep": sum(cost(s, allocation.ranks[s.name]) for s in members) / sum(s.dense_cost for s in members),
-        }
-    return {
-        "linear_parameters_dense": linear_parameters,
-        "linear_parameters": parameters,
-        "linear_keep": parameters / linear_parameters,
-        "model_parameters_dense": model_parameters,
-        "model_parameters": model_parameters - linear_parameters + parameters,
-        "model_keep": (model_parameters - linear_parameters + parameters) / model_parameters,
-        "dense_layers": allocation.dense_count(),
-        "kinds": kinds,
-    }
-
-
-def layout_of(allocation: StageView) -> LayoutName:
-    """Return the layout in which an allocation counts its parameters."""
-    assert allocation.manifest is not None
-    layout: LayoutName = allocation.manifest.config.get("layout", DEFAULT_LAYOUT)
-    return layout
-
-
-def read_allocation(view: StageView, specs: list[LinearSpec]) -> Allocation:
-    """Read the ranks of a finished allocation."""
-    return read_ranks(view.path / RANKS_FILE, specs)
+        kinds[kind] = KindRanks(
+            layers=len(members),
+            shape=(members[0].m, members[0].n),
+            dense=len(members) - len(ranks),
+            rank_min=min(ranks, default=None),
+            rank_mean=sum(ranks) / len(ranks) if ranks else None,
+            rank_max=max(ranks, default=None),
+            keep=allocation.keep(members),
+        )
+    return RanksResults(
+        linear_parameters_dense=linear_parameters,
+        linear_parameters=parameters,
+        linear_keep=parameters / linear_parameters,
+        model_parameters_dense=model_parameters,
+        model_parameters=kept,
+        model_keep=kept / model_parameters,
+        dense_layers=allocation.dense_count(),
+        kinds=kinds,
+    )
 
 
 def budget_of(config: BudgetConfig, specs: list[LinearSpec], keep: float) -> Budget:
@@ -253,7 +240,7 @@ def _by_method(
     if allocator.needs_model:
         context = with_training(open_tuning_context(decomposition, specs, config, workspace, run), trained)
     allocation = allocator.allocate(modules, budget, context)
-    assert allocation.cost(specs) <= budget.parameters, f"{config.method} went over the budget"
+    assert allocation.cost <= budget.limit, f"{config.method} went over the budget"
     if context is None or not config.guard:
         return allocation, None
     candidates = {config.method: allocation, **allocator.starts(modules, budget, context)}
@@ -266,15 +253,6 @@ def _by_method(
             f"{verdict.winner} is better than {config.method} on held-out text and is handed out instead (--no-guard)"
         )
     return candidates[verdict.winner], verdict
-
-
-def _guard_results(verdict: Verdict) -> dict[str, Any]:
-    """Return a verdict as JSON data: a candidate that gave NaN or infinity, and so lost, has ``None``."""
-
-    def finite(figures: Mapping[str, float | None]) -> dict[str, float | None]:
-        return {name: x if x is not None and math.isfinite(x) else None for name, x in figures.items()}
-
-    return {"winner": verdict.winner, "held_out": finite(verdict.held_out), "stderr": finite(verdict.stderr)}
 
 
 def _refuse_method_settings(config: AllocateConfig) -> None:
@@ -293,8 +271,7 @@ def _refuse_method_settings(config: AllocateConfig) -> None:
 def _from_file(config: AllocateConfig, path: Path, specs: list[LinearSpec]) -> Allocation:
     allocation = read_ranks(path, specs)
     if config.keep is not None:
-        limit = Budget.for_keep(specs, config.keep).parameters
-        spent = allocation.cost(specs)
+        limit, spent = Budget.for_keep(specs, config.keep).limit, allocation.cost
         if spent > limit:
             raise UsageError(
                 f"the ranks in {path} cost {spent:,} parameters; keep {config.keep:g} allows {limit:,}",

@@ -5,34 +5,27 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
 
 import torch
 
+from ara.artifacts.benchmark import BenchmarkResults, CaseFigures, CaseResults, ModelCost, Percentiles, RatioFigures
+from ara.artifacts.evaluation import DENSE
 from ara.config import BenchConfig
 from ara.environment import machine
 from ara.errors import UnavailableError, UsageError
 from ara.evaluation.cost import Case, Cost
 from ara.evaluation.footprint import peak_memory
-from ara.evaluation.speed import interleaved_seconds, summarise
-from ara.jsonfile import dump
+from ara.evaluation.perplexity import spread
+from ara.evaluation.speed import interleaved_seconds, ratio
 from ara.models.placement import choose_placement
 from ara.models.sources import ModelSource
-from ara.stages.bench_models import DENSE, BenchModel, BenchModels, FindExport, in_other, in_torch
-from ara.stages.common import (
-    Run,
-    already_done,
-    begin,
-    check_window,
-    groups_in_memory,
-    model_of,
-)
-from ara.workspace.store import Workspace
-from ara.workspace.view import StageView, parent_name, parent_of
+from ara.stages.bench_models import BenchModel, BenchModels, FindExport, in_other, in_torch
+from ara.stages.common import Run, begin, check_window, groups_in_memory, model_of, open_task
+from ara.workspace.view import StageView
 
-RESULTS_FILE = "results.json"
 # Folder for what is exported for the time of the measurement.
 _ASIDE = "aside"
 
@@ -50,22 +43,23 @@ def bench(
     Args:
         config: cases, rounds, threads, device.
         run: workspace and reporter.
-        checkpoint: which result of ``ara truncate``; the latest by default.
+        checkpoint: which one, as NAME or STAGE/NAME; the latest by default.
         name: of the result; says checkpoint, or export, and backend by default.
         find_export: needed for ``config.backend`` other than torch.
 
     Raises:
         AraError: a stage is missing or stale, a length is beyond the model, a device is not there.
     """
-    started = begin(checkpoint, name)
+    started = begin(name, checkpoint)
     cases = _cases(config)
     resolved = _resolved(config, run)
-    workspace = run.open()
-    with workspace.lock(run.command):
-        truncated = workspace.require("truncate", checkpoint)
-        assert truncated.manifest is not None and resolved.threads is not None
+    with open_task("bench", run, started) as task:
+        workspace = task.workspace
+        truncated = workspace.require("checkpoint", checkpoint)
+        assert resolved.threads is not None
         run.report.step(f"Measuring {truncated.key} against the dense model")
-        decomposition = _decomposition_of(workspace, truncated)
+        # For the model that it names; its factors are not read.
+        decomposition = workspace.ancestor(truncated, "factors", verify=False)
         source = model_of(decomposition, run)
         _check_lengths(config, source)
         exported, parents = None, [truncated, decomposition]
@@ -73,25 +67,19 @@ def bench(
             assert find_export is not None
             exported = find_export(workspace, truncated)
             parents.append(exported.view)
-        facts = {
-            "config": resolved,
-            "model": truncated.manifest.model,
-            "parents": tuple(parent_of(view) for view in parents),
-        }
-        name = name or f"{truncated.name if exported is None else exported.view.name}-{config.backend}"
-        done = workspace.finished("bench", name, facts, run.report)
-        if done is not None and not run.force:
-            return already_done(done, run)
-        with workspace.writer("bench", name, facts, command=run.command, started=started) as stage:
+        measured = truncated.name if exported is None else exported.view.name
+        task.describe(name or f"{measured}-{config.backend}", resolved, parents)
+        if (done := task.done()) is not None:
+            return done
+        with task.writer() as stage:
             if exported is None:
                 compared = in_torch(truncated, decomposition, source, resolved)
             else:
                 compared = in_other(truncated, source, exported, stage.folder / _ASIDE, resolved.threads, run)
-            stage.results.update(_measure(compared, cases, resolved, run))
+            results = _measure(compared, cases, resolved, run)
             shutil.rmtree(stage.folder / _ASIDE, ignore_errors=True)
-            text = dump(stage.results, RESULTS_FILE, indent=1)
-            (stage.folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
-        return workspace.view(f"bench/{name}")
+            results.write_file(stage)
+        return task.view()
 
 
 def _cases(config: BenchConfig) -> list[Case]:
@@ -139,11 +127,6 @@ def _check_lengths(config: BenchConfig, source: ModelSource) -> None:
         )
 
 
-def _decomposition_of(workspace: Workspace, truncated: StageView) -> StageView:
-    """Return the decomposition of a checkpoint, for the model that it names; its factors are not read."""
-    return workspace.require("decompose", parent_name(truncated, "decompose"), verify=False)
-
-
 def largest(cases: Sequence[Case]) -> list[Case]:
     """Return the cases that need most memory: most positions, b · (p + s), and most tokens at once, b · s.
 
@@ -154,14 +137,14 @@ def largest(cases: Sequence[Case]) -> list[Case]:
     return list(dict.fromkeys((tokens, positions)))
 
 
-def _measure(compared: BenchModels, cases: list[Case], config: BenchConfig, run: Run) -> dict[str, Any]:
+def _measure(compared: BenchModels, cases: list[Case], config: BenchConfig, run: Run) -> BenchmarkResults:
     """Return all results."""
     variants = compared.models
     assert config.threads is not None
     # Before any model is in the memory of this process.
     peaks = _peaks(variants, largest(cases), run)
     groups = groups_in_memory(variants, compared.each_bytes, compared.device, run.report)
-    models: dict[str, dict[str, Any]] = {}
+    models: dict[str, ModelCost] = {}
     costs: dict[str, Cost] = {}
     seconds: dict[Case, dict[str, list[float]]] = {case: {} for case in cases}
     passes = len(variants) * len(cases) * (config.rounds + 1)
@@ -172,28 +155,56 @@ def _measure(compared: BenchModels, cases: list[Case], config: BenchConfig, run:
             for model in group:
                 runner = runners[model.name]
                 costs[model.name] = runner.cost
-                models[model.name] = {
-                    "parameters": runner.parameters,
-                    "weight_bytes": runner.weight_bytes,
-                    "disk_bytes": model.disk_bytes,
-                    "peak_memory_bytes": peaks[model.name],
-                }
+                models[model.name] = ModelCost(
+                    runner.parameters, runner.weight_bytes, model.disk_bytes, peaks[model.name]
+                )
             for case in cases:
                 seconds[case] |= interleaved_seconds(runners, case, config.rounds, advance=bar.advance)
             del runner, runners
             gc.collect()
-    return {
-        "chosen": variants[-1].name,
-        "backend": config.backend,
-        "device": compared.device,
-        "machine": machine(),
-        "precision": compared.precision,
-        "threads": config.threads,
-        "interleaved": len(groups) == 1,
-        "models": models,
-        "last_logits": costs[DENSE].last_logits,
-        "cases": [summarise(case, seconds[case], costs, in_turn=len(groups) == 1) for case in cases],
+    return BenchmarkResults(
+        chosen=variants[-1].name,
+        backend=config.backend,
+        device=compared.device,
+        machine=machine(),
+        precision=compared.precision,
+        threads=config.threads,
+        interleaved=len(groups) == 1,
+        models=models,
+        last_logits=costs[DENSE].last_logits,
+        cases=tuple(case_results(case, seconds[case], costs, in_turn=len(groups) == 1) for case in cases),
+    )
+
+
+def case_results(
+    case: Case, seconds: Mapping[str, Sequence[float]], costs: Mapping[str, Cost], *, in_turn: bool
+) -> CaseResults:
+    """Return a case's figures; the first model is the one that all are compared with.
+
+    Args:
+        case: what was measured.
+        seconds: per model and round.
+        costs: per model.
+        in_turn: whether the models shared their rounds; rounds of different times make no ratio.
+    """
+    base = next(iter(seconds))
+    rows = {
+        name: CaseFigures(
+            seconds=_percentiles(values),
+            tokens_per_second=_percentiles([case.tokens / value for value in values]),
+            ratio=RatioFigures(**asdict(ratio(seconds[base], values))) if in_turn else None,
+            predicted=costs[name].predicted_ratio(costs[base], case),
+            macs=costs[name].macs(case),
+            bytes_read=costs[name].bytes_read(case),
+        )
+        for name, values in seconds.items()
     }
+    return CaseResults(case.kind, case.batch, case.past, case.new, rows)
+
+
+def _percentiles(values: Sequence[float]) -> Percentiles:
+    found = spread(values)
+    return Percentiles(median=found.median, p10=found.low, p90=found.high)
 
 
 def _peaks(models: Sequence[BenchModel], cases: Sequence[Case], run: Run) -> dict[str, int | None]:

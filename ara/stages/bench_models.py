@@ -9,18 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults, CheckpointSettings, label_of
+from ara.artifacts.evaluation import DENSE
+from ara.artifacts.factors import FactorsResults
 from ara.config import BenchConfig
 from ara.evaluation.speed import Runner, TorchRunner
 from ara.models.checkpoint import load
 from ara.models.placement import torch_dtype
 from ara.models.silence import silence_transformers
 from ara.models.sources import ModelSource
-from ara.stages.common import Run, label_of
-from ara.stages.truncate import CHECKPOINT
+from ara.stages.common import Run
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
-
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,14 @@ FindExport = Callable[[Workspace, StageView], Exported]
 
 def in_torch(truncated: StageView, decomposition: StageView, source: ModelSource, config: BenchConfig) -> BenchModels:
     """Return dense model and checkpoint in torch; on the disk the dense one has the checkpoint's dtype."""
-    assert truncated.manifest is not None and decomposition.manifest is not None
-    results, dtype = truncated.manifest.results, torch_dtype(config.dtype)
+    results, dtype = CheckpointResults.read(truncated), torch_dtype(config.dtype)
     dense = partial(_load_dense, source.for_another_process(dtype), config.device, config.dtype)
     chosen = partial(_load_chosen, truncated.path / CHECKPOINT, config.device, config.dtype)
     models = [
-        BenchModel(DENSE, dense, results["dense_weight_bytes"]),
-        BenchModel(label_of(truncated), chosen, results["disk_bytes"]),
+        BenchModel(DENSE, dense, results.dense_weight_bytes),
+        BenchModel(label_of(truncated), chosen, results.disk_bytes),
     ]
-    parameters: int = decomposition.manifest.results["model_parameters"]
+    parameters = FactorsResults.read(decomposition).model_parameters
     return BenchModels(models, config.device, config.dtype, parameters * dtype.itemsize)
 
 
@@ -108,12 +107,11 @@ def in_other(
     truncated: StageView, source: ModelSource, exported: Exported, aside: Path, threads: int, run: Run
 ) -> BenchModels:
     """Return dense model and checkpoint in another runtime, the dense one exported into ``aside``."""
-    assert truncated.manifest is not None
     run.report.fact(f"exporting the dense model as {exported.view.key} was, for the time of the measurement")
     folder = aside / CHECKPOINT
     with silence_transformers():
         # In the checkpoint's own dtype: both graphs are then made from weights that were rounded alike.
-        source.load_model(torch_dtype(truncated.manifest.config["dtype"])).save_pretrained(folder)
+        source.load_model(torch_dtype(CheckpointSettings.read(truncated).dtype)).save_pretrained(folder)
     dense = exported.dense(DENSE, folder, aside / "export", threads)
     shutil.rmtree(folder)
     chosen = exported.chosen(label_of(truncated), truncated.path / CHECKPOINT, threads)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,11 +15,11 @@ from ara.errors import ModelError, UsageError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.context import context_length
 from ara.models.memory import available_bytes
-from ara.models.weights import LinearSpec
-from ara.names import check_name
+from ara.names import check_name, check_which
 from ara.progress import SILENT, Reporter
 from ara.workspace.store import Workspace
-from ara.workspace.view import StageView
+from ara.workspace.view import StageView, parent_of
+from ara.workspace.writer import StageWriter
 
 if TYPE_CHECKING:
     from ara.models.sources import ModelSource
@@ -48,20 +49,95 @@ class Run:
         return Workspace.open(self.root, create)
 
 
-def begin(*names: str | None) -> float:
+def begin(name: str | None = None, *consumed: str | None) -> float:
     """Start a stage's clock and its memory's high-water mark; returns ``time.monotonic()``.
 
     Args:
-        names: of results, as somebody gave them; refused here, before any work, when nothing can be called that.
+        name: of the result that is to be made.
+        consumed: results that it is made from, as NAME or STAGE/NAME. Like ``name`` they are checked here, before any
+            work.
 
     Raises:
-        UsageError: such a name.
+        UsageError: no result can be called that.
     """
-    for name in names:
-        if name is not None:
-            check_name(name)
+    if name is not None:
+        check_name(name)
+    for which in consumed:
+        if which is not None:
+            check_which(which)
     reset_peak_memory()
     return time.monotonic()
+
+
+class Task:
+    """One stage at work in a locked workspace: finds what it consumes, and writes what it produces.
+
+    Attributes:
+        workspace: locked while the task is open.
+        name: of the result; set by :meth:`describe`.
+    """
+
+    def __init__(self, stage: str, run: Run, workspace: Workspace, started: float) -> None:
+        self.stage, self.run, self.workspace = stage, run, workspace
+        self.name = ""
+        self._started = started
+        self._facts: dict[str, Any] = {}
+
+    def describe(
+        self, name: str, config: Any, parents: Sequence[StageView], model: Mapping[str, Any] | None = None
+    ) -> None:
+        """Say what is to be made.
+
+        Args:
+            name: of the result.
+            config: resolved settings, as data or as a config.
+            parents: the results that it is made from, the first of the same model.
+            model: identity of the model, for a result without parents.
+        """
+        if model is None:
+            assert parents[0].manifest is not None
+            model = parents[0].manifest.model
+        self.name = name
+        self._facts = {"config": config, "model": model, "parents": tuple(parent_of(view) for view in parents)}
+
+    def finished(self, report: Reporter | None = None) -> StageView | None:
+        """Return the result if it is there, made from the same settings and parents."""
+        report = self.run.report if report is None else report
+        return self.workspace.finished(self.stage, self.name, self._facts, report)
+
+    def done(self) -> StageView | None:
+        """Return the result if it is there and need not be made again, and say so."""
+        view = self.finished()
+        return None if view is None or self.run.force else already_done(view, self.run)
+
+    def unfinished(self) -> bool:
+        """Tell whether a run of this very work has left something to go on from."""
+        return self.workspace.unfinished(self.stage, self.name, self._facts)
+
+    def writer(self, **options: Any) -> StageWriter:
+        """Return the writer of the result; ``options`` as of :meth:`ara.workspace.store.Workspace.writer`."""
+        return self.workspace.writer(
+            self.stage, self.name, self._facts, command=self.run.command, started=self._started, **options
+        )
+
+    def view(self) -> StageView:
+        """Return the state of the result."""
+        return self.workspace.view(f"{self.stage}/{self.name}")
+
+
+@contextmanager
+def open_task(stage: str, run: Run, started: float, create: bool = False) -> Iterator[Task]:
+    """Open and lock the workspace for one stage.
+
+    Args:
+        stage: name of the stage.
+        run: workspace and reporter.
+        started: what :func:`begin` has returned.
+        create: whether a workspace that is not there is created.
+    """
+    workspace = run.open(create)
+    with workspace.lock(run.command):
+        yield Task(stage, run, workspace, started)
 
 
 def model_of(view: StageView, run: Run) -> ModelSource:
@@ -90,12 +166,6 @@ def model_of(view: StageView, run: Run) -> ModelSource:
     return source
 
 
-def specs_of(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) -> list[LinearSpec]:
-    """Return the factorised layers that the manifest of a decomposition lists, to be stored in ``layout``."""
-    assert decomposition.manifest is not None
-    return [LinearSpec(**{**module, "layout": layout}) for module in decomposition.manifest.results["modules"]]
-
-
 def check_window(seq_len: int, model_config: Any, flag: str = "--seq-len") -> int | None:
     """Return how many positions the model has, or ``None`` if it does not say.
 
@@ -111,11 +181,6 @@ def check_window(seq_len: int, model_config: Any, flag: str = "--seq-len") -> in
     if limit is not None and seq_len > limit:
         raise UsageError(f"{flag} {seq_len} is more than the {limit} positions of the model", f"use at most {limit}")
     return limit
-
-
-def label_of(truncated: StageView) -> str:
-    """Return what a checkpoint is called in a table; never the name of another row."""
-    return truncated.key if truncated.name in ("dense", "uniform") else truncated.name
 
 
 def groups_in_memory(
@@ -151,16 +216,6 @@ def default_name(
         short = f"{one:g}"
         words.append(short if len(short) > 4 else f"{one:.2f}")
     return "-".join(words if layout == DEFAULT_LAYOUT else [*words, layout])
-
-
-def layer_file(layer: int) -> str:
-    """Name of the file with the factors of one decoder block."""
-    return f"layer-{layer:03d}.safetensors"
-
-
-def factor_files(decomposition: StageView, specs: Sequence[LinearSpec]) -> dict[str, Path]:
-    """Return module path → file with its factors."""
-    return {spec.name: decomposition.path / layer_file(spec.layer) for spec in specs}
 
 
 def already_done(view: StageView, run: Run) -> StageView:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ara.allocation import ALLOCATORS
 from ara.allocation.base import Allocator
-from ara.artifacts.ranks import from_table, ranks_table
-from ara.artifacts.training import find_training, training_cost, with_text_of, with_training
+from ara.artifacts.comparison import PICTURE_FILE, ComparedMethod, ComparedText, ComparisonResults
+from ara.artifacts.factors import FactorsResults
+from ara.artifacts.ranks_file import from_table, ranks_table
+from ara.artifacts.training import training_cost
 from ara.config import CompareConfig, method_options
 from ara.data.texts import check_text_spec, load_documents
 from ara.data.tokens import TokenWindows, evaluation_windows
@@ -23,14 +26,12 @@ from ara.models.vocabulary import token_rows
 from ara.reporting.figures import rank_heat_maps
 from ara.solver.problem import DENSE, Allocation, Module
 from ara.stages.allocate import budget_of, load_modules, refuse_layout, summary
-from ara.stages.common import Run, already_done, begin, default_name, model_of
+from ara.stages.common import Run, begin, default_name, model_of, open_task
 from ara.stages.evaluate import window_length
+from ara.stages.trainings import find_training, with_text_of, with_training
 from ara.stages.tuning import open_tuning_context, placed
-from ara.workspace.view import StageView, parent_of
+from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
-
-RESULTS_FILE = "results.json"
-PICTURE_FILE = "ranks.svg"
 
 
 def compare(
@@ -45,22 +46,21 @@ def compare(
         run: workspace and reporter.
         factors: name of the decomposition; the latest by default.
         masks: name of the training that ``ara`` uses; by default the one that fits best, see
-            :func:`ara.artifacts.training.find_training`. Where there is none, ``ara`` trains here with default options.
+            :func:`ara.stages.trainings.find_training`. Where there is none, ``ara`` trains here with default options.
         name: of the result; says decomposition (unless it is the default one) and keep by default.
 
     Raises:
         AraError: no decomposition, an unknown method, a budget that cannot be met, a missing text.
     """
-    started = begin(factors, masks, name)
+    started = begin(name, factors, masks)
     methods = config.methods or methods_for(config.layout)
     for method in methods:
         refuse_layout(method, config.layout)
     for task in config.tasks:
         check_text_spec(task)
-    workspace = run.open()
-    with workspace.lock(run.command):
-        decomposition = workspace.require("decompose", factors)
-        assert decomposition.manifest is not None
+    with open_task("compare", run, started) as work:
+        workspace = work.workspace
+        decomposition = workspace.require("factors", factors)
         run.report.step(f"Comparing {len(methods)} allocators at keep {config.keep:g}")
         trained = find_training(workspace, decomposition, config.layout, config.keep, run.report, masks)
         resolved = placed(with_text_of(config, trained, run.report), run)
@@ -69,18 +69,14 @@ def compare(
             update={"methods": methods, "eval_seq_len": window_length(config.eval_seq_len, source.config)}
         )
         texts = {task: load_documents(task, "evaluation", report=run.report) for task in config.tasks}
-        facts = {
-            "config": {
-                **resolved.model_dump(mode="json"),
-                "text_sha256": {task: documents.digest for task, documents in texts.items()},
-            },
-            "model": decomposition.manifest.model,
-            "parents": tuple(parent_of(view) for view in (decomposition, trained) if view),
+        settings = {
+            **resolved.model_dump(mode="json"),
+            "text_sha256": {task: documents.digest for task, documents in texts.items()},
         }
         name = name or default_name(decomposition.name, keep=config.keep, layout=config.layout)
-        done = workspace.finished("compare", name, facts, run.report)
-        if done is not None and not run.force:
-            return already_done(done, run)
+        work.describe(name, settings, [view for view in (decomposition, trained) if view])
+        if (done := work.done()) is not None:
+            return done
         modules = load_modules(decomposition, config.layout)
         specs = [module.spec for module in modules]
         budget_of(resolved, specs, resolved.keep)
@@ -95,16 +91,14 @@ def compare(
             )
             for task, documents in texts.items()
         }
-        with workspace.writer(
-            "compare", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
-        ) as stage:
+        with work.writer(seed=config.seed, resumable=True) as stage:
             # Every method pays for what it measures: no table of another command.
-            lab = replace(open_tuning_context(decomposition, specs, resolved, workspace, run), table_cache=None)
-            context = with_training(lab, trained)
-            _measure_all(resolved, modules, context, windows, trained, stage, run)
-            parameters = decomposition.manifest.results["model_parameters"]
-            _conclude(resolved, modules, parameters, stage, trained)
-        return workspace.view(f"compare/{name}")
+            tuning = open_tuning_context(decomposition, specs, resolved, workspace, run)
+            context = with_training(replace(tuning, table_cache=None), trained)
+            rows = _measure_all(resolved, modules, context, windows, trained, stage, run)
+            parameters = FactorsResults.read(decomposition).model_parameters
+            _conclude(resolved, modules, parameters, rows, stage, trained)
+        return work.view()
 
 
 def gap_closed(loss: float, uniform: float, dense: float) -> float | None:
@@ -125,35 +119,45 @@ def _measure_all(
     trained: StageView | None,
     stage: StageWriter,
     run: Run,
-) -> None:
-    """Measure dense and every method that an interrupted run has not measured."""
-    rows: dict[str, Any] = stage.results.setdefault("methods", {})
+) -> dict[str, ComparedMethod]:
+    """Measure dense and every method that an interrupted run has not measured; returns all rows."""
+    rows = dict(ComparisonResults.parse(stage.results).methods)
+
+    def keep(name: str, row: ComparedMethod) -> None:
+        rows[name] = row
+        ComparisonResults(rows).write(stage)
+        stage.text(f"{name}.json", dump(row.plain(), name))
+
     if DENSE not in rows:
         specs = [module.spec for module in modules]
-        dense = Allocation({spec.name: None for spec in specs})
-        rows[DENSE] = {"ranks": {}, **_quality(dense, config, context, windows, DENSE)}
-        stage.text(f"{DENSE}.json", dump(rows[DENSE], DENSE))
+        dense = Allocation.of_ranks(specs, dict.fromkeys((spec.name for spec in specs), None))
+        keep(DENSE, ComparedMethod(ranks={}, **_quality(dense, config, context, windows, DENSE)))
     for method in config.methods:
         if method in rows:
             run.report.fact(f"{method} was measured before the interruption")
             continue
         run.report.step(f"Allocating by {method}")
         try:
-            rows[method] = _measure(method, config, modules, context, windows)
+            row = _measure(method, config, modules, context, windows)
             if method == "ara" and trained is not None and context.learned:
-                used = nearest(context.learned, config.keep)
-                for name, value in training_cost(trained, used.keep).items():
-                    rows[method][name] += value
+                spent = training_cost(trained, nearest(context.learned, config.keep).keep)
+                assert row.seconds is not None and row.backward_passes is not None
+                row = replace(
+                    row,
+                    seconds=row.seconds + spent.seconds,
+                    backward_passes=row.backward_passes + spent.backward_passes,
+                )
         except NumericalError as error:
             # One method that yields NaN is a result; the others are still of use.
             run.report.warn(f"{method}: {error}")
-            rows[method] = {"error": str(error)}
-        stage.text(f"{method}.json", dump(rows[method], method))
+            row = ComparedMethod(error=str(error))
+        keep(method, row)
+    return rows
 
 
 def _measure(
     method: str, config: CompareConfig, modules: list[Module], context: TuningContext, windows: dict[str, TokenWindows]
-) -> dict[str, Any]:
+) -> ComparedMethod:
     kind = ALLOCATORS.load(method)
     allocator: Allocator = kind(method_options(kind.Options, {}))
     specs = [module.spec for module in modules]
@@ -161,20 +165,20 @@ def _measure(
     passes, begun = context.model.backward_passes, time.monotonic()
     allocation = allocator.allocate(modules, budget, context if allocator.needs_model else None)
     seconds = time.monotonic() - begun
-    return {
-        "ranks": ranks_table(allocation),
-        "linear_keep": allocation.keep(specs),
-        "dense_layers": allocation.dense_count(),
-        "seconds": seconds,
-        "backward_passes": context.model.backward_passes - passes,
+    return ComparedMethod(
+        ranks=ranks_table(allocation),
+        linear_keep=allocation.keep(specs),
+        dense_layers=allocation.dense_count(),
+        seconds=seconds,
+        backward_passes=context.model.backward_passes - passes,
         **_quality(allocation, config, context, windows, method),
-    }
+    )
 
 
 def _quality(
     allocation: Allocation, config: CompareConfig, context: TuningContext, windows: dict[str, TokenWindows], name: str
 ) -> dict[str, Any]:
-    """Return held-out loss and perplexities of an allocation."""
+    """Return held-out loss and texts of an allocation, as :class:`ComparedMethod` takes them."""
     context.model.use(allocation.ranks)
     held_out = float(
         context.model.nll(context.held_out, context.batch_size, context.report, f"Reading held-out text: {name}").mean()
@@ -185,7 +189,7 @@ def _quality(
         losses = context.model.nll(text.ids, config.eval_batch_size, context.report, f"Reading {task}: {name}")
         loss = float(losses.mean())
         _refuse_infinite(loss, name, task)
-        tasks[task] = {"nll": loss, "perplexity": math.exp(loss), "window_nlls": losses.tolist()}
+        tasks[task] = ComparedText(loss, math.exp(loss), tuple(losses.tolist()))
     context.model.use_dense()
     return {"held_out": held_out, "tasks": tasks}
 
@@ -196,23 +200,37 @@ def _refuse_infinite(loss: float, name: str, text: str) -> None:
 
 
 def _conclude(
-    config: CompareConfig, modules: list[Module], model_parameters: int, stage: StageWriter, trained: StageView | None
+    config: CompareConfig,
+    modules: list[Module],
+    model_parameters: int,
+    rows: dict[str, ComparedMethod],
+    stage: StageWriter,
+    trained: StageView | None,
 ) -> None:
-    """Add what needs all rows: gap closed; write the JSON and the picture."""
-    rows = stage.results["methods"]
+    """Add what needs all rows, the gap closed, and write the JSON and the picture."""
     specs = [module.spec for module in modules]
-    for row in rows.values():
-        if "tasks" not in row:
-            continue
-        for task, figures in row["tasks"].items():
-            uniform = rows.get("uniform", {}).get("tasks")
-            figures["gap_closed"] = (
-                gap_closed(figures["nll"], uniform[task]["nll"], rows[DENSE]["tasks"][task]["nll"]) if uniform else None
-            )
-    allocations = {name: from_table(row["ranks"]) for name, row in rows.items() if name != DENSE and "ranks" in row}
-    for name, allocation in allocations.items():
-        rows[name]["model_keep"] = summary(allocation, specs, model_parameters)["model_keep"]
-    stage.results["training"] = trained.name if trained else None
+    allocations = {name: from_table(row.ranks, specs) for name, row in rows.items() if name != DENSE and row.ranks}
+    dense = rows[DENSE].tasks or {}
+    uniform = rows["uniform"].tasks if "uniform" in rows else None
+    concluded = {
+        name: replace(
+            row,
+            tasks=None if row.tasks is None else _gaps(row.tasks, uniform, dense),
+            model_keep=summary(allocations[name], specs, model_parameters).model_keep if name in allocations else None,
+        )
+        for name, row in rows.items()
+    }
     (stage.folder / PICTURE_FILE).write_bytes(rank_heat_maps(allocations, specs, f"Share kept at keep {config.keep:g}"))
-    text = dump(stage.results, RESULTS_FILE, indent=1)
-    (stage.folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    ComparisonResults(concluded, trained.name if trained else None).write_file(stage)
+
+
+def _gaps(
+    tasks: Mapping[str, ComparedText], uniform: Mapping[str, ComparedText] | None, dense: Mapping[str, ComparedText]
+) -> dict[str, ComparedText]:
+    """Return the figures of one allocation with the gap that it closes."""
+    if not uniform:
+        return dict(tasks)
+    return {
+        task: replace(text, gap_closed=gap_closed(text.nll, uniform[task].nll, dense[task].nll))
+        for task, text in tasks.items()
+    }

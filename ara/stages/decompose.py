@@ -5,14 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ara.calibration.gradients import GradientStats, collect_gradients
-from ara.calibration.moments import InputAccumulator, InputStats, collect_moments, shared_inputs
+from ara.artifacts.factors import FactorisedLayer, FactorsResults, layer_file
+from ara.calibration.chunks import ChunkReader, GradientReading, split_into_chunks
+from ara.calibration.gradients import GradientStats
+from ara.calibration.moments import InputStats, shared_inputs
 from ara.config import DecomposeConfig, method_options
 from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition, refuse_nonfinite
@@ -23,8 +24,8 @@ from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
-from ara.models.weights import LinearSpec, find_linears, left_dense, weight_of
-from ara.stages.common import Run, already_done, begin, check_window, layer_file
+from ara.models.weights import LinearSpec, find_linears, left_dense
+from ara.stages.common import Run, begin, check_window, open_task
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
@@ -60,35 +61,24 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
     source = resolve(config.model, revision=config.revision, report=run.report)
     run.report.fact(placement.why)
     documents = _documents(config, method, run)
-    workspace = run.open(create=True)
-    with workspace.lock(run.command):
-        workspace.bind(source.identity.as_dict())
+    with open_task("decompose", run, started, create=True) as task:
+        task.workspace.bind(source.identity.as_dict())
         resolved = config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
-        facts = {
-            "config": {
-                **resolved.model_dump(mode="json"),
-                "text_sha256": documents.digest if documents else None,
-            },
-            "model": source.identity.as_dict(),
-            "parents": (),
-        }
-        name = name or config.method
-        done = workspace.finished("decompose", name, facts, run.report)
-        if done is not None and not run.force:
-            return already_done(done, run)
-        windows = _windows(config, source, documents, workspace, run)
+        settings = {**resolved.model_dump(mode="json"), "text_sha256": documents.digest if documents else None}
+        task.describe(name or config.method, settings, (), source.identity.as_dict())
+        if (done := task.done()) is not None:
+            return done
+        windows = _windows(config, source, documents, task.workspace, run)
         run.report.fact("loading the model")
         model = source.load_model(torch_dtype(placement.dtype), placement.device)
         linears = _factorisable(model, find_linears(model, config.exclude), windows, run)
         if windows is not None:
             _warn_if_few(windows, linears, run)
-        with workspace.writer(
-            "decompose", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
-        ) as stage:
+        with task.writer(seed=config.seed, resumable=True) as stage:
             _preflight(model, linears, stage, run)
-            stage.results.update(_overview(model, linears, windows, documents.origin if documents else None))
+            _overview(model, linears, windows, documents.origin if documents else None).write(stage)
             _factor_layers(model, linears, method, windows, config, stage, run)
-        return workspace.view(f"decompose/{name}")
+        return task.view()
 
 
 def _documents(config: DecomposeConfig, method: Decomposition, run: Run) -> Any:
@@ -181,22 +171,22 @@ def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], stage: Sta
         )
     for spec in linears:
         with _naming(spec):
-            refuse_nonfinite(weight_of(model.get_submodule(spec.name)))
+            refuse_nonfinite(spec.weight.read(model))
 
 
 def _overview(
     model: PreTrainedModel, linears: Sequence[LinearSpec], windows: TokenWindows | None, origin: str | None
-) -> dict[str, Any]:
+) -> FactorsResults:
     from ara.models.accounting import parameter_count
 
-    return {
-        "modules": [{key: value for key, value in asdict(spec).items() if key != "layout"} for spec in linears],
-        "model_parameters": parameter_count(model),
-        "linear_parameters": sum(spec.dense_cost for spec in linears),
-        "text": origin,
-        "windows": list(windows.ids.shape) if windows is not None else None,
-        "windows_sha256": windows.digest if windows is not None else None,
-    }
+    return FactorsResults(
+        modules=tuple(FactorisedLayer(spec.name, spec.layer, spec.kind, spec.m, spec.n) for spec in linears),
+        model_parameters=parameter_count(model),
+        linear_parameters=sum(spec.dense_cost for spec in linears),
+        text=origin,
+        windows=tuple(windows.ids.shape) if windows is not None else None,
+        windows_sha256=windows.digest if windows is not None else None,
+    )
 
 
 def _factor_layers(
@@ -216,17 +206,19 @@ def _factor_layers(
     owners: dict[str, str] = {}
     if windows is not None and todo:
         owners = shared_inputs(model, linears, windows.ids[:1].to(model.device))
-    for chunk in _chunks(todo, owners, method.needs_gradients, _moment_bytes(config, model)):
-        stats: dict[str, InputStats] = {}
-        gradients: dict[str, GradientStats] = {}
-        if windows is not None:
-            stats = collect_moments(model, chunk, owners, windows.ids, config.batch_size, run.report)
-            if method.needs_gradients:
-                gradients = _gradients(model, chunk, method, windows.ids, config, run)
+    chunks = split_into_chunks(todo, owners, method.needs_gradients, _moment_bytes(config, model))
+    reader = None
+    if windows is not None and todo:
+        gradients = _gradient_reading(method, len(windows.ids), config.seed)
+        if gradients is not None:
+            model.requires_grad_(False)
+        reader = ChunkReader(model, chunks, owners, windows.ids, config.batch_size, gradients, run.report)
+    for chunk in chunks:
+        inputs, outputs = reader.read(chunk) if reader is not None else ({}, {})
         with run.report.bar(f"Factoring blocks {chunk[0].layer + 1} to {chunk[-1].layer + 1}", len(chunk)) as bar:
             for layer in dict.fromkeys(spec.layer for spec in chunk):
                 work = [
-                    (spec, (stats.get(owners.get(spec.name, "")), gradients.get(spec.name)))
+                    (spec, (inputs.get(owners.get(spec.name, "")), outputs.get(spec.name)))
                     for spec in chunk
                     if spec.layer == layer
                 ]
@@ -237,26 +229,12 @@ def _factor_layers(
                 stage.tensors(layer_file(layer), tensors)
 
 
-def _gradients(
-    model: PreTrainedModel,
-    chunk: Sequence[LinearSpec],
-    method: Decomposition,
-    windows: torch.Tensor,
-    config: DecomposeConfig,
-    run: Run,
-) -> dict[str, GradientStats]:
-    """Read the method's share of the windows backward as well."""
+def _gradient_reading(method: Decomposition, windows: int, seed: int) -> GradientReading | None:
+    """Return which share of the windows the method reads backward, and how; ``None`` for none."""
+    if not method.needs_gradients:
+        return None
     assert isinstance(method.options, TwoSidedOptions)
-    count = max(1, round(method.options.gradient_share * len(windows)))
-    return collect_gradients(
-        model.requires_grad_(False),
-        chunk,
-        windows[:count],
-        config.batch_size,
-        targets=method.options.targets,
-        seed=config.seed,
-        report=run.report,
-    )
+    return GradientReading(max(1, round(method.options.gradient_share * windows)), method.options.targets, seed)
 
 
 def _factor(
@@ -266,7 +244,7 @@ def _factor(
     statistics: tuple[InputStats | None, GradientStats | None],
 ) -> dict[str, torch.Tensor]:
     """Factor one layer; returns what is stored: A (r, n) and B (m, r) in the model's dtype, the spectrum in float64."""
-    weight = weight_of(model.get_submodule(spec.name))
+    weight = spec.weight.read(model)
     if weight.device.type == "mps":
         # Apple GPUs have no float64.
         weight = weight.cpu()
@@ -300,23 +278,3 @@ def _moment_bytes(config: DecomposeConfig, model: PreTrainedModel) -> int:
     if config.moment_memory is not None:
         return int(config.moment_memory * 2**30)
     return available_bytes(model.device) // 4
-
-
-def _chunks(
-    linears: Sequence[LinearSpec], owners: dict[str, str], gradients: bool, limit: int
-) -> Iterator[list[LinearSpec]]:
-    """Split layers into runs of whole blocks whose second moments fit into ``limit`` bytes; at least one block each."""
-    chunk: list[LinearSpec] = []
-    used = 0
-    for layer in dict.fromkeys(spec.layer for spec in linears):
-        block = [spec for spec in linears if spec.layer == layer]
-        leaders = {owners.get(spec.name): spec.n for spec in block if owners}
-        widths = [*leaders.values(), *(spec.m for spec in block if gradients)]
-        needed = sum(InputAccumulator.bytes_for(width) for width in widths)
-        if chunk and used + needed > limit:
-            yield chunk
-            chunk, used = [], 0
-        chunk += block
-        used += needed
-    if chunk:
-        yield chunk

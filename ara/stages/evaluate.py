@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ara.allocation.uniform import Uniform
+from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults, label_of
+from ara.artifacts.evaluation import DENSE
+from ara.artifacts.factors import factor_files, specs_of
+from ara.artifacts.ranks import RanksSettings, read_allocation
 from ara.config import EvalConfig
 from ara.data.texts import Documents, load_documents
 from ara.evaluation.generation import prompt_ids
 from ara.evaluation.task_folders import open_task_folders
-from ara.evaluation.tasks import check_task, expand, is_text, load_tasks
-from ara.jsonfile import dump
+from ara.evaluation.tasks import Task, check_task, expand, is_text, load_tasks
 from ara.models.checkpoint import load
 from ara.models.context import check_room, context_length
 from ara.models.low_rank import apply_factors
@@ -23,19 +26,17 @@ from ara.models.sources import ModelSource
 from ara.models.vocabulary import token_rows
 from ara.models.weights import matching
 from ara.names import MAX_NAME_BYTES
-from ara.solver.budget import Budget
-from ara.stages.allocate import layout_of, load_modules, read_allocation
-from ara.stages.common import Run, already_done, begin, check_window, factor_files, label_of, model_of, specs_of
-from ara.stages.measure import DENSE, Measurement, Questions, Variant, prompts_of
-from ara.stages.truncate import CHECKPOINT, decomposition_of
+from ara.solver.problem import Budget
+from ara.stages.allocate import load_modules
+from ara.stages.common import Run, begin, check_window, model_of, open_task
+from ara.stages.measure import Measurement, Questions, Variant, prompts_of
 from ara.workspace.manifest import digest
 from ara.workspace.store import Workspace
-from ara.workspace.view import StageView, parent_name, parent_of
+from ara.workspace.view import StageView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RESULTS_FILE = "results.json"
 # Windows of the compression papers' evaluation.
 _DEFAULT_SEQ_LEN = 2048
 # Bytes that the name of an export may add to that of a result.
@@ -75,14 +76,14 @@ def evaluate(
     Args:
         config: tasks, windows, device.
         run: workspace and reporter.
-        checkpoint: which result of ``ara truncate``; the latest by default.
+        checkpoint: which one, as NAME or STAGE/NAME; the latest by default.
         name: of the result; says checkpoint, tasks and limit by default.
         find_export: needed for ``config.backend`` other than torch.
 
     Raises:
         AraError: a stage is missing or stale, a text is missing, a model yields NaN.
     """
-    started = begin(checkpoint, name)
+    started = begin(name, checkpoint)
     own = open_task_folders(config.include_path)
     names = expand(config.tasks, own)
     for task in names:
@@ -90,14 +91,13 @@ def evaluate(
     if own is not None and not any(task in own for task in names):
         run.report.warn(f"no task in {', '.join(config.include_path)} is among --tasks {','.join(config.tasks)}")
     placement = choose_placement(config.device, config.dtype)
-    workspace = run.open()
-    with workspace.lock(run.command):
-        truncated = workspace.require("truncate", checkpoint)
-        assert truncated.manifest is not None
+    with open_task("eval", run, started) as work:
+        workspace = work.workspace
+        truncated = workspace.require("checkpoint", checkpoint)
         run.report.step(f"Evaluating {truncated.key} on {', '.join(config.tasks)}")
         run.report.fact(placement.why)
-        chosen = workspace.require("allocate", parent_name(truncated, "allocate"))
-        decomposition = decomposition_of(workspace, chosen)
+        chosen = workspace.ancestor(truncated, "ranks")
+        decomposition = workspace.ancestor(chosen, "factors")
         source = model_of(decomposition, run)
         resolved = config.model_copy(
             update={
@@ -113,54 +113,48 @@ def evaluate(
             parents.append(exported.view)
         texts = {task: load_documents(task, "evaluation", report=run.report) for task in names if is_text(task)}
         tasks = [task for name in names if not is_text(name) for task in load_tasks(name, run.report, own)]
-        facts = {
-            "config": {
-                **resolved.model_dump(mode="json"),
-                "text_sha256": {
-                    **{task: documents.digest for task, documents in texts.items()},
-                    **{task.name: task.digest for task in tasks},
-                },
-                **({} if own is None else {"task_files_sha256": own.digest}),
+        settings = {
+            **resolved.model_dump(mode="json"),
+            "text_sha256": {
+                **{task: documents.digest for task, documents in texts.items()},
+                **{task.name: task.digest for task in tasks},
             },
-            "model": truncated.manifest.model,
-            "parents": tuple(parent_of(view) for view in parents),
+            **({} if own is None else {"task_files_sha256": own.digest}),
         }
         if name is None:
             name = result_name(truncated.name, config.tasks, texts, config.limit if tasks else None)
             name += f"-{exported.view.name}" if exported else ""
-        done = workspace.finished("eval", name, facts, run.report)
-        if done is not None and not run.force:
-            return already_done(done, run)
+        work.describe(name, settings, parents)
+        if (done := work.done()) is not None:
+            return done
         variants = _variants(truncated, chosen, decomposition, source, resolved, run)
         if exported is not None:
             variants.append(_exported(truncated, exported))
-        tokenizer, context = source.load_tokenizer(), context_length(source.config)
-        room = None if context is None else context - config.max_new_tokens
-        if config.prompt is None:
-            prompts = prompts_of(texts, config.continuations, tokenizer, room)
-        else:
-            prompts = [config.prompt]
-            check_room(len(prompt_ids(tokenizer, config.prompt, chat=False)), config.max_new_tokens, context)
-        questions = Questions(tokenizer, texts, tasks, prompts, token_rows(source.config))
-        with workspace.writer(
-            "eval", name, facts, command=run.command, resumable=True, keep_after_nan=True, started=started
-        ) as stage:
+        questions = _questions(source, texts, tasks, config)
+        with work.writer(resumable=True, keep_after_nan=True) as stage:
             measurement = Measurement(variants, label_of(truncated), questions, resolved, stage, run.report)
-            interleaved = measurement.run(truncated.manifest.results["dense_weight_bytes"])
-            stage.results.update(_complete(measurement.results(), truncated), interleaved=interleaved)
-            text = dump(stage.results, RESULTS_FILE, indent=1)
-            (stage.folder / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
-        return workspace.view(f"eval/{name}")
+            sizes = CheckpointResults.read(truncated)
+            interleaved = measurement.run(sizes.dense_weight_bytes)
+            measurement.results(interleaved, sizes.disk_bytes).write_file(stage)
+        return work.view()
 
 
-def _complete(results: dict[str, Any], truncated: StageView) -> dict[str, Any]:
-    """Add what follows from all rows together."""
-    assert truncated.manifest is not None
-    dense = results["variants"][DENSE]["parameters"]
-    for row in results["variants"].values():
-        row["model_keep"] = row["parameters"] / dense
-    results["variants"][label_of(truncated)]["disk_bytes"] = truncated.manifest.results["disk_bytes"]
-    return {"chosen": label_of(truncated), **results}
+def _questions(
+    source: ModelSource, texts: Mapping[str, Documents], tasks: Sequence[Task], config: EvalConfig
+) -> Questions:
+    """Return what all models are asked; the prompts come from the first text, or from the user.
+
+    Raises:
+        UsageError: the user's prompt leaves no room for its continuation.
+    """
+    tokenizer, context = source.load_tokenizer(), context_length(source.config)
+    if config.prompt is None:
+        room = None if context is None else context - config.max_new_tokens
+        prompts = prompts_of(texts, config.continuations, tokenizer, room)
+    else:
+        prompts = [config.prompt]
+        check_room(len(prompt_ids(tokenizer, config.prompt, chat=False)), config.max_new_tokens, context)
+    return Questions(tokenizer, texts, tasks, prompts, token_rows(source.config))
 
 
 def result_name(checkpoint: str, tasks: Sequence[str], texts: Mapping[str, Documents], limit: int | None) -> str:
@@ -200,17 +194,16 @@ def _variants(
     run: Run,
 ) -> list[Variant]:
     """List dense, uniform at the same budget, and the chosen checkpoint (which may itself be the uniform one)."""
-    assert chosen.manifest is not None
-    layout = layout_of(chosen)
+    made = RanksSettings.read(chosen)
+    layout = made.layout
     specs = specs_of(decomposition, layout)
     dtype, files = torch_dtype(config.dtype), factor_files(decomposition, specs)
-    made, allocation = chosen.manifest.config, read_allocation(chosen, specs)
-    if made["method"] == "uniform" and made["ranks_sha256"] is None:
+    allocation = read_allocation(chosen, specs)
+    if made.method == "uniform" and made.ranks_sha256 is None:
         uniform = allocation
     else:
-        excluded = matching(specs, made["exclude"])
-        spent = allocation.cost(specs)
-        budget = Budget(spent, made["rank_multiple"], made["min_rank"], made["min_keep"], excluded)
+        excluded = matching(specs, made.exclude)
+        budget = Budget(allocation.cost, made.rank_multiple, made.min_rank, made.min_keep, excluded)
         uniform = Uniform().allocate(load_modules(decomposition, layout), budget)
 
     def load_dense() -> PreTrainedModel:
@@ -233,7 +226,6 @@ def _variants(
 
 def _exported(truncated: StageView, exported: RunnableExport) -> Variant:
     """Return the row of an export."""
-    assert truncated.manifest is not None
-    results = truncated.manifest.results
-    figures = {"parameters": results["parameters"], "weight_bytes": exported.weight_bytes}
-    return Variant(exported.view.key, exported.load, results["linear_keep"], figures)
+    results = CheckpointResults.read(truncated)
+    figures = {"parameters": results.parameters, "weight_bytes": exported.weight_bytes}
+    return Variant(exported.view.key, exported.load, results.linear_keep, figures)

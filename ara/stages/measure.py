@@ -13,20 +13,38 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ValidationError
 
+from ara.artifacts.base import Part
+from ara.artifacts.evaluation import (
+    DENSE,
+    ContinuedPrompt,
+    DivergenceFigures,
+    EvaluationResults,
+    MeanFigures,
+    MeanResults,
+    ModelFigures,
+    ModelPiece,
+    PairedDifference,
+    SpreadFigures,
+    TaskFigures,
+    TaskPiece,
+    TaskResults,
+    TextFigures,
+    TextResults,
+)
 from ara.config import EvalConfig
 from ara.data.texts import Documents
 from ara.data.tokens import evaluation_windows
 from ara.errors import CorruptedError
 from ara.evaluation.generation import greedy_continuation
 from ara.evaluation.harness import ask
-from ara.evaluation.paired import bootstrap_pairs, compare_pairs
+from ara.evaluation.paired import Difference, bootstrap_pairs, compare_pairs
 from ara.evaluation.perplexity import VariantRun, interleaved_perplexity
 from ara.evaluation.tasks import ZERO_SHOT, Task, chosen_documents
-from ara.jsonfile import dump, read_object, validated
+from ara.jsonfile import dump, first_problem, read_object
 from ara.models.accounting import parameter_count, weight_bytes
 from ara.progress import Reporter
 from ara.stages.common import groups_in_memory
@@ -35,7 +53,7 @@ from ara.workspace.writer import StageWriter
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DENSE = "dense"
+P = TypeVar("P", bound=Part)
 # Words of a prompt, at most half of its document, and of the shortest document that gives one.
 _PROMPT_WORDS = 24
 _LEAST_WORDS = 8
@@ -43,34 +61,6 @@ _LEAST_WORDS = 8
 _FILE_WORDS = 40
 # What must not stand in the name of a file.
 _NOT_PLAIN = re.compile(r"[^\w.-]")
-
-
-class _Piece(BaseModel):
-    model_config = ConfigDict(strict=True, defer_build=True)
-
-
-class _ModelPiece(_Piece):
-    parameters: int
-    weight_bytes: int
-    linear_keep: float
-    continuations: list[str]
-
-
-class _TextPiece(_Piece):
-    nll: float
-    perplexity: float
-    window_nlls: list[float]
-
-
-class _Answer(_Piece):
-    metrics: dict[str, Any]
-
-
-class _TaskPiece(_Piece):
-    headline: str
-    metrics: dict[str, float]
-    stderrs: dict[str, float | None]
-    answers: list[_Answer]
 
 
 @dataclass(frozen=True)
@@ -165,33 +155,45 @@ class Measurement:
                 gc.collect()
         return len(groups) == 1
 
-    def results(self) -> dict[str, Any]:
-        """Return the figures of all models and tasks, from the finished pieces."""
-        models = {variant.name: self._read("model", variant, _ModelPiece) for variant in self.variants}
-        if any(len(row["continuations"]) != len(self.questions.prompts) for row in models.values()):
+    def results(self, interleaved: bool, disk_bytes: int) -> EvaluationResults:
+        """Return the figures of all models, texts and tasks, from the finished pieces.
+
+        Args:
+            interleaved: whether the models took turns.
+            disk_bytes: of the chosen checkpoint.
+
+        Raises:
+            CorruptedError: a piece is not what this version writes for these questions.
+        """
+        models = {variant.name: self._read("model", variant, ModelPiece) for variant in self.variants}
+        if any(len(row.continuations) != len(self.questions.prompts) for row in models.values()):
             raise CorruptedError(f"{self.stage.folder} holds continuations of other prompts", self._again)
-        texts = {
-            name: {
-                "kind": "text",
-                "text": self.questions.texts[name].origin,
-                "windows": windows.windows,
-                "seq_len": windows.seq_len,
-                "models": {variant.name: self._read(name, variant, _TextPiece) for variant in self.variants},
-            }
-            for name, windows in self.windows.items()
-        }
+        dense = models[DENSE].parameters
         answers = {task.name: self._answers(task) for task in self.questions.tasks}
-        tasks = {task.name: self._task(task, answers[task.name]) for task in self.questions.tasks}
-        found = {
-            "variants": {name: {k: v for k, v in row.items() if k != "continuations"} for name, row in models.items()},
-            "tasks": {**texts, **tasks},
-            "continuations": [
-                {"prompt": prompt, "models": {name: row["continuations"][number] for name, row in models.items()}}
-                for number, prompt in enumerate(self.questions.prompts)
-            ],
+        tasks = {
+            task.name: task_results(task, answers[task.name], self.chosen, self.config.seed)
+            for task in self.questions.tasks
         }
-        rows = [variant.name for variant in self.variants]
-        return {**found, "zero_shot": mean_accuracy(tasks, answers, rows, self.chosen)}
+        return EvaluationResults(
+            chosen=self.chosen,
+            variants={
+                name: ModelFigures(
+                    parameters=row.parameters,
+                    weight_bytes=row.weight_bytes,
+                    linear_keep=row.linear_keep,
+                    model_keep=row.parameters / dense,
+                    disk_bytes=disk_bytes if name == self.chosen else None,
+                )
+                for name, row in models.items()
+            },
+            tasks={**{name: self._text(name) for name in self.windows}, **tasks},
+            continuations=tuple(
+                ContinuedPrompt(prompt, {name: row.continuations[number] for name, row in models.items()})
+                for number, prompt in enumerate(self.questions.prompts)
+            ),
+            zero_shot=mean_accuracy(tasks, answers, list(models), self.chosen),
+            interleaved=interleaved,
+        )
 
     # -- pieces -------------------------------------------------------------------------------------------------
 
@@ -213,7 +215,7 @@ class Measurement:
     def _again(self) -> str:
         return f"delete {self.stage.folder} and run the same command again"
 
-    def _read(self, piece: str, variant: Variant, schema: type[BaseModel]) -> dict[str, Any]:
+    def _read(self, piece: str, variant: Variant, form: type[P]) -> P:
         """Return a finished piece, which an earlier run may have written, or somebody else.
 
         Raises:
@@ -221,10 +223,12 @@ class Measurement:
         """
         path = self.stage.folder / self._file(piece, variant)
         found = read_object(path, self._again, CorruptedError, finite=True)
-        validated(found, path, schema, self._again, CorruptedError)
-        return found
+        try:
+            return form.parse(found)
+        except ValidationError as error:
+            raise CorruptedError(f"{path}: {first_problem(error)}", self._again) from None
 
-    def _keep(self, piece: str, variant: Variant, row: Mapping[str, Any]) -> None:
+    def _keep(self, piece: str, variant: Variant, row: Any) -> None:
         self.stage.text(self._file(piece, variant), dump(row, self._file(piece, variant)) + "\n")
 
     # -- measuring ----------------------------------------------------------------------------------------------
@@ -235,7 +239,7 @@ class Measurement:
         models = {variant.name: variant.load() for variant in group}
         for variant in group:
             if not self._done("model", variant):
-                self._keep("model", variant, self._figures(variant, models[variant.name]))
+                self._keep("model", variant, self._figures(variant, models[variant.name]).plain())
         for name, windows in self.windows.items():
             if all(self._done(name, variant) for variant in group):
                 continue
@@ -248,7 +252,7 @@ class Measurement:
                 label=f"Reading {name}",
             )
             for variant in group:
-                self._keep(name, variant, _text_row(found[variant.name]))
+                self._keep(name, variant, _text_figures(found[variant.name]).plain())
         for task in self.questions.tasks:
             for variant in group:
                 if not self._done(task.name, variant):
@@ -263,81 +267,92 @@ class Measurement:
                     )
                     self._keep(task.name, variant, asdict(score))
 
-    def _figures(self, variant: Variant, model: PreTrainedModel) -> dict[str, Any]:
+    def _figures(self, variant: Variant, model: PreTrainedModel) -> ModelPiece:
         counted = variant.figures or {"parameters": parameter_count(model), "weight_bytes": weight_bytes(model)}
         tokenizer, length = self.questions.tokenizer, self.config.max_new_tokens
-        continued = [
+        continued = tuple(
             greedy_continuation(model, tokenizer, prompt, length, f"{variant.name} behind “{shorten(prompt, 40)}”")
             for prompt in self.questions.prompts
-        ]
-        return {**counted, "linear_keep": variant.linear_keep, "continuations": continued}
+        )
+        return ModelPiece(**counted, linear_keep=variant.linear_keep, continuations=continued)
 
     # -- results ------------------------------------------------------------------------------------------------
 
-    def _answers(self, task: Task) -> dict[str, dict[str, Any]]:
-        rows = {variant.name: self._read(task.name, variant, _TaskPiece) for variant in self.variants}
+    def _text(self, name: str) -> TextResults:
+        """Return the figures of one text."""
+        windows = self.windows[name]
+        models = {variant.name: self._read(name, variant, TextFigures) for variant in self.variants}
+        return TextResults("text", self.questions.texts[name].origin, windows.windows, windows.seq_len, models)
+
+    def _answers(self, task: Task) -> dict[str, TaskPiece]:
+        rows = {variant.name: self._read(task.name, variant, TaskPiece) for variant in self.variants}
         first = next(iter(rows.values()))
-        if not all(_fits(row, first["headline"], len(first["answers"])) for row in rows.values()):
+        if not all(row.fits(first.headline, len(first.answers)) for row in rows.values()):
             raise CorruptedError(f"{self.stage.folder} holds answers to other questions of {task.name}", self._again)
         return rows
 
-    def _task(self, task: Task, rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        """Return one task's figures, and how the chosen model compares with all others."""
-        metric = next(iter(rows.values()))["headline"]
-        higher = task.definition.higher_is_better().get(metric) is not False
-        dense = rows[DENSE]["metrics"][metric] if DENSE in rows and higher else None
-        models = {
-            name: {
-                "value": row["metrics"][metric],
-                "stderr": row["stderrs"][metric],
-                # Of a mean of questions only, and where more is better: a share of a perplexity or error says nothing.
-                "retained": row["metrics"][metric] / dense if dense and row["stderrs"][metric] is not None else None,
-                "metrics": row["metrics"],
-                "stderrs": row["stderrs"],
-            }
-            for name, row in rows.items()
+
+def task_results(task: Task, rows: Mapping[str, TaskPiece], chosen: str, seed: int) -> TaskResults:
+    """Return one task's figures, and how the chosen model compares with all others.
+
+    Args:
+        task: of lm-eval.
+        rows: model → its answers.
+        chosen: name of the compressed model.
+        seed: by which the questions were drawn.
+    """
+    metric = next(iter(rows.values())).headline
+    higher = task.definition.higher_is_better().get(metric) is not False
+    dense = rows[DENSE].metrics[metric] if DENSE in rows and higher else None
+    models = {
+        name: TaskFigures(
+            value=row.metrics[metric],
+            stderr=row.stderrs[metric],
+            # Of a mean of questions only, and where more is better: a share of a perplexity or error says nothing.
+            retained=row.metrics[metric] / dense if dense and row.stderrs[metric] is not None else None,
+            metrics=row.metrics,
+            stderrs=row.stderrs,
+        )
+        for name, row in rows.items()
+    }
+    compared = {}
+    if all(row.stderrs[metric] is not None for row in rows.values()):
+        ours = rows[chosen].values(metric)
+        compared = {
+            name: _difference(compare_pairs(ours, row.values(metric))) for name, row in rows.items() if name != chosen
         }
-        compared = {}
-        if all(row["stderrs"][metric] is not None for row in rows.values()):
-            ours = _values(rows[self.chosen], metric)
-            compared = {
-                name: asdict(compare_pairs(ours, _values(row, metric)))
-                for name, row in rows.items()
-                if name != self.chosen
-            }
-        return {
-            "kind": "harness",
-            "text": task.origin,
-            "metric": metric,
-            "examples": len(rows[self.chosen]["answers"]),
-            "of": task.documents,
-            "seed": self.config.seed,
-            "models": models,
-            "compared": compared,
-        }
+    return TaskResults(
+        kind="harness",
+        text=task.origin,
+        metric=metric,
+        examples=len(rows[chosen].answers),
+        of=task.documents,
+        seed=seed,
+        models=models,
+        compared=compared,
+    )
 
 
 def mean_accuracy(
-    tasks: Mapping[str, Mapping[str, Any]],
-    answers: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    tasks: Mapping[str, TaskResults],
+    answers: Mapping[str, Mapping[str, TaskPiece]],
     models: Sequence[str],
     chosen: str,
-) -> dict[str, Any] | None:
+) -> MeanResults | None:
     """Return the mean accuracy over tasks, each counting the same, or ``None`` if fewer than two have one.
 
-    With all of :data:`ZERO_SHOT` among the tasks it is taken over these alone, whatever else was asked: so it is the
-    mean of the papers.
+    With all of :data:`ZERO_SHOT` among the tasks it is taken over these alone, as in the papers.
 
     Args:
-        tasks: task → its figures, as the result has them.
-        answers: task → model → what the model's file of that task holds.
+        tasks: task → its figures.
+        answers: task → model → its answers.
         models: names of the rows.
         chosen: the one that is compared with all others.
     """
     names = [
         name
         for name, task in tasks.items()
-        if task["metric"] == "acc" and all(row["stderr"] is not None for row in task["models"].values())
+        if task.metric == "acc" and all(row.stderr is not None for row in task.models.values())
     ]
     if set(ZERO_SHOT) <= set(names):
         names = list(ZERO_SHOT)
@@ -345,26 +360,26 @@ def mean_accuracy(
         return None
 
     def mean(model: str) -> float:
-        return sum(tasks[name]["models"][model]["value"] for name in names) / len(names)
+        return sum(tasks[name].models[model].value for name in names) / len(names)
 
     def stderr(model: str) -> float:
-        return math.hypot(*(tasks[name]["models"][model]["stderr"] for name in names)) / len(names)
+        return math.hypot(*(tasks[name].models[model].stderr or 0.0 for name in names)) / len(names)
 
     def pairs(other: str) -> dict[str, tuple[list[float], list[float]]]:
-        return {name: (_values(answers[name][chosen], "acc"), _values(answers[name][other], "acc")) for name in names}
+        return {name: (answers[name][chosen].values("acc"), answers[name][other].values("acc")) for name in names}
 
-    return {
-        "tasks": names,
-        "models": {
-            model: {
-                "mean": mean(model),
-                "stderr": stderr(model),
-                "retained": mean(model) / mean(DENSE) if DENSE in models and mean(DENSE) else None,
-            }
+    return MeanResults(
+        tasks=tuple(names),
+        models={
+            model: MeanFigures(
+                mean=mean(model),
+                stderr=stderr(model),
+                retained=mean(model) / mean(DENSE) if DENSE in models and mean(DENSE) else None,
+            )
             for model in models
         },
-        "compared": {other: asdict(bootstrap_pairs(pairs(other))) for other in models if other != chosen},
-    }
+        compared={other: _difference(bootstrap_pairs(pairs(other))) for other in models if other != chosen},
+    )
 
 
 def prompts_of(
@@ -389,23 +404,13 @@ def prompts_of(
     return prompts
 
 
-def _fits(row: Mapping[str, Any], metric: str, questions: int) -> bool:
-    """Tell whether a task's answers are of as many questions and have this metric: numbers, where it is a mean."""
-    if metric not in row["metrics"] or metric not in row["stderrs"] or len(row["answers"]) != questions:
-        return False
-    values = [answer["metrics"].get(metric) for answer in row["answers"]]
-    return row["stderrs"][metric] is None or all(isinstance(value, int | float) for value in values)
+def _difference(found: Difference) -> PairedDifference:
+    return PairedDifference(**asdict(found))
 
 
-def _values(row: Mapping[str, Any], metric: str) -> list[float]:
-    return [float(answer["metrics"][metric]) for answer in row["answers"]]
-
-
-def _text_row(run: VariantRun) -> dict[str, Any]:
-    row = asdict(run.result)
-    row["window_nlls"] = list(row["window_nlls"])
-    return {
-        **row,
-        "tokens_per_second": asdict(run.tokens_per_second),
-        "divergence": asdict(run.divergence) if run.divergence else None,
-    }
+def _text_figures(run: VariantRun) -> TextFigures:
+    return TextFigures(
+        **asdict(run.result),
+        tokens_per_second=SpreadFigures(**asdict(run.tokens_per_second)),
+        divergence=DivergenceFigures(**asdict(run.divergence)) if run.divergence else None,
+    )

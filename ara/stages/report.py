@@ -7,32 +7,34 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from ara.artifacts.ranks import RANKS_FILE
+from ara.artifacts.base import manifest_of
+from ara.artifacts.checkpoint import CARD
+from ara.artifacts.factors import layer_file, specs_of
+from ara.artifacts.ranks import layout_of, read_allocation
+from ara.artifacts.ranks_file import RANKS_FILE
+from ara.artifacts.report import HTML_FILE, JSON_FILE, MissingPart, ReportResults
 from ara.errors import CorruptedError, OutputError, disk_errors, first_line
 from ara.files import is_plain_file, open_regular, read_text, write_text
 from ara.jsonfile import read
 from ara.models.identity import ModelIdentity
 from ara.models.weights import LinearSpec
+from ara.progress import SILENT
 from ara.reporting.document import REPORT_FORMAT, Report
 from ara.reporting.gather import Made, Sources, gather
 from ara.reporting.html import MARK, page
 from ara.reporting.model_card import card
 from ara.solver.problem import Module
-from ara.stages.allocate import layout_of, read_allocation
-from ara.stages.common import Run, already_done, begin, layer_file, specs_of
-from ara.stages.truncate import CARD
+from ara.stages.common import Run, already_done, begin, open_task
 from ara.version import __version__
-from ara.workspace.manifest import Manifest, remake, verify_files
+from ara.workspace.manifest import remake, verify_files
 from ara.workspace.store import DEFAULT_ROOT, Workspace
 from ara.workspace.tensors import tensor_digests, written_aside
-from ara.workspace.view import StageView, parent_name, parent_of
+from ara.workspace.view import StageView, ancestor_key, parent_of
 
-HTML_FILE = "report.html"
-JSON_FILE = "report.json"
 # Bytes at the front of a page in which its mark stands.
 _FRONT = 2000
 # What a report lists beside the results that it stands on.
-_MEASURED = ("eval", "bench", "compare", "export")
+_MEASURED = ("evaluation", "benchmark", "comparison", "graph")
 
 
 def report(
@@ -47,7 +49,7 @@ def report(
 
     Args:
         run: workspace and reporter; ``force`` also replaces what is in ``output`` and ``model_card``.
-        checkpoint: which result of ``ara truncate``; the latest by default.
+        checkpoint: which one, as NAME or STAGE/NAME; the latest by default.
         name: of the result; the checkpoint's name by default.
         output: also put the page here; an earlier report is replaced.
         model_card: also write the full model card here.
@@ -55,42 +57,36 @@ def report(
     Raises:
         AraError: no checkpoint, a result that it is made from is damaged, a file that must not be replaced.
     """
-    started = begin(checkpoint, name)
+    started = begin(name, checkpoint)
     workspace = run.open()
     _refuse(output, "--output", workspace, run.force, replaces_reports=True)
     _refuse(model_card, "--model-card", workspace, run.force)
-    with workspace.lock(run.command):
-        truncated = workspace.require("truncate", checkpoint, verify=False)
+    with open_task("report", run, started) as task:
+        truncated = task.workspace.require("checkpoint", checkpoint, verify=False)
         run.report.step(f"Reporting on {truncated.key}")
-        sources, parents = _sources(workspace, truncated)
-        name = name or truncated.name
-        facts = {
-            # The same parents may be told otherwise by another version.
-            "config": {
-                "report_format": REPORT_FORMAT,
-                "ara": __version__,
-                **({"damaged": list(sources.damaged)} if sources.damaged else {}),
-            },
-            "model": truncated.manifest.model if truncated.manifest else None,
-            "parents": tuple(parent_of(view) for view in parents),
+        sources, parents = _sources(task.workspace, truncated)
+        # The same parents may be told otherwise by another version.
+        settings = {
+            "report_format": REPORT_FORMAT,
+            "ara": __version__,
+            **({"damaged": list(sources.damaged)} if sources.damaged else {}),
         }
+        task.describe(name or truncated.name, settings, parents)
         # Nothing is made from a report: that it is replaced is no news.
-        done = workspace.finished("report", name, facts)
+        done = task.finished(SILENT)
         if done is not None and not run.force:
             view = already_done(done, run)
-            verify_files(view.path, _manifest(view))
+            verify_files(view.path, manifest_of(view))
         else:
             document = gather(sources)
             # Before there is a folder to be left half-written: drawing wants files of its own.
             drawn = page(document)
-            with workspace.writer("report", name, facts, command=run.command, started=started) as stage:
+            with task.writer() as stage:
                 write_text(stage.folder / JSON_FILE, document.model_dump_json(indent=1) + "\n")
                 write_text(stage.folder / HTML_FILE, drawn)
-                stage.results.update(
-                    {"title": document.title, "verdict": document.verdict, "checkpoint": truncated.name}
-                )
-                stage.results["missing"] = [item.model_dump() for item in document.missing]
-            view = workspace.view(f"report/{name}")
+                missing = tuple(MissingPart(item.what, item.command) for item in document.missing)
+                ReportResults(document.title, document.verdict, truncated.name, missing).write(stage)
+            view = task.view()
         _put_card(truncated, _card(view), run)
         if output is not None:
             _put(output, read_text(view.path / HTML_FILE), run)
@@ -110,14 +106,14 @@ def _card(view: StageView) -> str:
         document = Report.model_validate(read(path))
     except (OSError, ValueError) as error:
         raise CorruptedError(
-            f"{path} cannot be read ({first_line(error)})", remake(_manifest(view), force=True)
+            f"{path} cannot be read ({first_line(error)})", remake(manifest_of(view), force=True)
         ) from None
     return card(document)
 
 
 def _put_card(truncated: StageView, text: str, run: Run) -> None:
     """Write the card into the checkpoint, unless that was written by a version which took a checksum of it."""
-    if CARD in _manifest(truncated).files:
+    if CARD in manifest_of(truncated).files:
         run.report.fact(
             f"{truncated.key}/{CARD} stays as it is: an earlier version has put it under the checkpoint's checksums "
             "(--model-card FILE writes the card elsewhere)"
@@ -125,7 +121,7 @@ def _put_card(truncated: StageView, text: str, run: Run) -> None:
         return
     path = truncated.path / CARD
     if path.parent.is_symlink():
-        raise CorruptedError(f"{path.parent} is a link, expected a folder", remake(_manifest(truncated), force=True))
+        raise CorruptedError(f"{path.parent} is a link, expected a folder", remake(manifest_of(truncated), force=True))
     # A link in its place is replaced: what it points to is somebody else's.
     written = text.encode()
     if not is_plain_file(path) or path.stat().st_size != len(written) or path.read_bytes() != written:
@@ -138,39 +134,48 @@ def _put_card(truncated: StageView, text: str, run: Run) -> None:
 def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[StageView]]:
     """Return what the report is made from, and the results that this was read from."""
     everything = workspace.views()
-    chosen, decomposition = _above(everything, truncated, "allocate"), _above(everything, truncated, "decompose")
-    ModelIdentity.from_dict(_manifest(decomposition).model)  # raises what does not fit
-    trained = [view for view in _parents(everything, chosen) if view.stage == "train-masks"]
+    # Unfinished work may lie beside a result of the same key.
+    whole = {view.key: view for view in everything if view.manifest is not None}
+
+    def above(child: StageView, kind: str) -> StageView:
+        return whole[ancestor_key(child, kind, workspace.view)]
+
+    def measured(kind: str, of: StageView) -> list[StageView]:
+        """Return the finished results of a kind that were made from ``of``, oldest first."""
+        return [view for view in everything if view.kind == kind and view.state == "done" and _is_made_from(view, of)]
+
+    chosen, decomposition = above(truncated, "ranks"), above(truncated, "factors")
+    ModelIdentity.from_dict(manifest_of(decomposition).model)  # raises what does not fit
+    parents_of_ranks = [parent.key for parent in manifest_of(chosen).parents]
+    trained = [whole[key] for key in parents_of_ranks if key in whole and whole[key].kind == "training"]
     layout = layout_of(chosen)
     specs = specs_of(decomposition, layout)
-    verify_files(chosen.path, _manifest(chosen), [RANKS_FILE])
-
-    def measured(stage: str, of: StageView) -> list[StageView]:
-        return [view for view in _children(everything, of) if view.stage == stage]
-
-    evaluations, benches = measured("eval", truncated), measured("bench", truncated)
-    comparisons, exports = measured("compare", decomposition), measured("export", truncated)
+    verify_files(chosen.path, manifest_of(chosen), [RANKS_FILE])
+    evaluations, benches = measured("evaluation", truncated), measured("benchmark", truncated)
+    comparisons, exports = measured("comparison", decomposition), measured("graph", truncated)
     parents = [truncated, chosen, decomposition, *trained, *evaluations, *benches, *comparisons, *exports]
     others = []
-    for other in measured("truncate", decomposition):
-        if other.key != truncated.key:
-            found = measured("eval", other), measured("bench", other)
-            others.append(_made(other, _above(everything, other, "allocate"), *found))
-            parents += [other, _above(everything, other, "allocate"), *found[0], *found[1]]
-    stale = [view for view in everything if view.state == "stale" and _was_made_from(view, truncated)]
+    for other in everything:
+        if other.kind != "checkpoint" or other.state != "done" or other.key == truncated.key:
+            continue
+        if above(other, "factors").key == decomposition.key:
+            found = measured("evaluation", other), measured("benchmark", other)
+            others.append(_made(other, above(other, "ranks"), *found))
+            parents += [other, above(other, "ranks"), *found[0], *found[1]]
+    stale = [view for view in everything if view.state == "stale" and _names(view, truncated)]
     # Nobody can tell what these were made from.
-    damaged = [view for view in everything if view.state == "damaged" and view.stage in _MEASURED]
+    damaged = [view for view in everything if view.state == "damaged" and view.kind in _MEASURED]
     place = () if workspace.root == Path(DEFAULT_ROOT) else ("-w", str(workspace.root))
     sources = Sources(
-        decomposition=_manifest(decomposition),
+        decomposition=manifest_of(decomposition),
         current=_made(truncated, chosen, evaluations, benches),
         others=tuple(others),
         modules=_modules(decomposition, specs),
         ranks=read_allocation(chosen, specs),
-        training=_manifest(trained[0]) if trained else None,
-        comparisons=tuple(_manifest(view) for view in comparisons),
-        exports=tuple(_manifest(view) for view in exports),
-        stale=tuple(_manifest(view) for view in stale if view.stage != "report"),
+        training=manifest_of(trained[0]) if trained else None,
+        comparisons=tuple(map(manifest_of, comparisons)),
+        exports=tuple(map(manifest_of, exports)),
+        stale=tuple(manifest_of(view) for view in stale if view.kind != "report"),
         damaged=tuple(view.key for view in damaged),
         place=place,
     )
@@ -181,42 +186,20 @@ def _made(
     truncated: StageView, chosen: StageView, evaluations: Sequence[StageView], benches: Sequence[StageView]
 ) -> Made:
     return Made(
-        _manifest(truncated),
-        _manifest(chosen),
-        tuple(_manifest(view) for view in evaluations),
-        tuple(_manifest(view) for view in benches),
+        manifest_of(truncated),
+        manifest_of(chosen),
+        tuple(map(manifest_of, evaluations)),
+        tuple(map(manifest_of, benches)),
     )
 
 
-def _manifest(view: StageView) -> Manifest:
-    assert view.manifest is not None
-    return view.manifest
+def _is_made_from(view: StageView, parent: StageView) -> bool:
+    return parent_of(parent) in manifest_of(view).parents
 
 
-def _parents(views: Sequence[StageView], child: StageView) -> list[StageView]:
-    keys = [parent.key for parent in _manifest(child).parents]
-    # Work to go on with may lie beside a result of the same key.
-    return [view for view in views if view.key in keys and view.manifest is not None]
-
-
-def _above(views: Sequence[StageView], child: StageView, stage: str) -> StageView:
-    """Return the parent of a result that is not stale, so it is there.
-
-    Raises:
-        CorruptedError: the result says that it was made from none of this stage.
-    """
-    key = f"{stage}/{parent_name(child, stage)}"
-    return next(view for view in _parents(views, child) if view.key == key)
-
-
-def _children(views: Sequence[StageView], parent: StageView) -> list[StageView]:
-    """Return the finished results that were made from ``parent``, oldest first."""
-    reference = parent_of(parent)
-    return [view for view in views if view.state == "done" and reference in _manifest(view).parents]
-
-
-def _was_made_from(view: StageView, parent: StageView) -> bool:
-    return any(found.key == parent.key for found in _manifest(view).parents)
+def _names(view: StageView, parent: StageView) -> bool:
+    """Tell whether ``view`` was made from a result of this key, as it was then."""
+    return any(found.key == parent.key for found in manifest_of(view).parents)
 
 
 def _modules(decomposition: StageView, specs: Sequence[LinearSpec]) -> list[Module]:
@@ -225,7 +208,7 @@ def _modules(decomposition: StageView, specs: Sequence[LinearSpec]) -> list[Modu
     Raises:
         CorruptedError: a spectrum is not what the manifest says.
     """
-    made, modules = _manifest(decomposition), []
+    made, modules = manifest_of(decomposition), []
     for layer in dict.fromkeys(spec.layer for spec in specs):
         path = decomposition.path / layer_file(layer)
         names = {f"{spec.name}.spectrum": spec for spec in specs if spec.layer == layer}

@@ -1,82 +1,100 @@
-"""``ara run``: decompose once, then train, allocate, truncate and evaluate for every budget."""
+"""``ara run``: the steps of the pipeline in their order, once per model or once per budget."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from ara.artifacts.training import covering_training
 from ara.config import (
     AllocateConfig,
     BudgetConfig,
     DecomposeConfig,
     EvalConfig,
     MaskTrainingOptions,
+    StageConfig,
     TrainMasksConfig,
-    TruncateConfig,
     TuningConfig,
 )
 from ara.data.texts import check_text_spec
+from ara.evaluation.task_folders import open_task_folders
 from ara.evaluation.tasks import check_task, expand, is_text
 from ara.models.placement import choose_placement
+from ara.pipeline import Stage, kind_named, steps
 from ara.stages.allocate import AUTO, allocate, refuse_layout
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
-from ara.stages.evaluate import evaluate
 from ara.stages.train_masks import train_masks
-from ara.stages.truncate import truncate
+from ara.stages.trainings import covering_training
 from ara.workspace.view import StageView
 
 
 def run_pipeline(
     decompose_config: DecomposeConfig,
-    allocate_configs: Sequence[AllocateConfig],
-    truncate_config: TruncateConfig,
-    eval_config: EvalConfig | None,
+    budgets: Sequence[AllocateConfig],
+    later: Mapping[str, StageConfig],
     run: Run,
 ) -> list[StageView]:
-    """Run decompose, then allocate, truncate and eval for each budget; what is done already is not done again.
+    """Factor the model once, then take every budget through the steps that follow; what is done is not done again.
 
-    For budgets that the method ``ara`` shall meet, masks are trained in between, all in one training, unless there is
-    one that has them: also one that was trained longer, or by another form.
+    One training covers all budgets of the method ``ara``. A training that has them is reused, also one that was trained
+    longer, or by another form.
+
+    Args:
+        decompose_config: of the factors.
+        budgets: one allocation each.
+        later: configs of the steps after the allocation, by the name of the stage; the others are left out.
+        run: workspace and reporter.
 
     Returns:
         All results in the order in which they were reached.
     """
-
-    _check_ahead(allocate_configs, eval_config, run)
+    _check_ahead(budgets, later, run)
     factors = decompose(decompose_config, run)
-    views = [factors]
-    learned = [config for config in allocate_configs if config.method == "ara"]
-    training = None
-    if learned:
-        wanted = training_for(learned)
-        dtype = choose_placement(wanted.device, wanted.dtype).dtype
-        # Those that ara run has no option for, and where it was trained.
-        free = {*MaskTrainingOptions.model_fields, "batch_size", "device"}
-        asked = wanted.model_copy(update={"dtype": dtype})
-        found = None if run.force else covering_training(run.open(), factors, asked, ignoring=free)
-        if found:
-            run.report.fact(f"{found.key} has these budgets and is used, however it was trained")
-        training = found or train_masks(wanted, run, factors=factors.name)
-        views.append(training)
-    for config in allocate_configs:
-        masks = training.name if training and config.method == "ara" else None
-        ranks = allocate(config, run, factors=factors.name, masks=masks)
-        checkpoint = truncate(truncate_config, run, allocation=ranks.name)
-        views += [ranks, checkpoint]
-        if eval_config is not None:
-            views.append(evaluate(eval_config, run, checkpoint=checkpoint.name))
+    training = _training(budgets, factors, run)
+    views = [factors, *([training] if training else [])]
+    for config in budgets:
+        masks = training.key if training and config.method == "ara" else None
+        ranks = allocate(config, run, factors=factors.key, masks=masks)
+        made = {ranks.kind: ranks}
+        views.append(ranks)
+        for stage in steps():
+            if stage.name in later:
+                made[stage.produces] = _run(stage, later[stage.name], made, run)
+                views.append(made[stage.produces])
     return views
 
 
-def _check_ahead(allocate_configs: Sequence[AllocateConfig], eval_config: EvalConfig | None, run: Run) -> None:
-    """Refuse names that a later stage does not know before the first one has worked for hours."""
+def _run(stage: Stage, config: StageConfig, made: Mapping[str, StageView], run: Run) -> StageView:
+    """Run one step on the latest result of the kind that it builds on."""
+    kind = kind_named(stage.consumes[0])
+    view: StageView = stage.load()(config, run, **{kind.argument: made[kind.name].key})
+    return view
 
-    for config in allocate_configs:
-        if config.method != AUTO:
-            refuse_layout(config.method, config.layout)
-    for task in expand(eval_config.tasks) if eval_config else ():
-        check_text_spec(task) if is_text(task) else check_task(task, run.report)
+
+def _training(budgets: Sequence[AllocateConfig], factors: StageView, run: Run) -> StageView | None:
+    """Return the training of all budgets that the method ``ara`` shall meet: one that is there, or a new one."""
+    learned = [config for config in budgets if config.method == "ara"]
+    if not learned:
+        return None
+    wanted = training_for(learned)
+    dtype = choose_placement(wanted.device, wanted.dtype).dtype
+    # Those that ara run has no option for, and where it was trained.
+    free = {*MaskTrainingOptions.model_fields, "batch_size", "device"}
+    asked = wanted.model_copy(update={"dtype": dtype})
+    found = None if run.force else covering_training(run.open(), factors, asked, ignoring=free)
+    if found:
+        run.report.fact(f"{found.key} has these budgets and is used, however it was trained")
+    return found or train_masks(wanted, run, factors=factors.key)
+
+
+def _check_ahead(budgets: Sequence[AllocateConfig], later: Mapping[str, StageConfig], run: Run) -> None:
+    """Refuse names that a later stage does not know before the first one has worked for hours."""
+    for budget in budgets:
+        if budget.method != AUTO:
+            refuse_layout(budget.method, budget.layout)
+    for config in (config for config in later.values() if isinstance(config, EvalConfig)):
+        own = open_task_folders(config.include_path)
+        for task in expand(config.tasks, own):
+            check_text_spec(task) if is_text(task) else check_task(task, run.report, own)
 
 
 def training_for(configs: Sequence[AllocateConfig]) -> TrainMasksConfig:

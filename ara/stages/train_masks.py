@@ -8,19 +8,22 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from ara.artifacts.ranks import from_table, ranks_table
+from ara.artifacts.ranks_file import from_table, ranks_table
 from ara.artifacts.training import (
     EVENTS_FOLDER,
     LEARNED,
     LOG_FILE,
     TABLE_FILE,
-    covering_training,
+    LoggedStep,
+    TrainedBudget,
+    TrainingResults,
     masks_file,
     stopped_early,
 )
@@ -30,13 +33,14 @@ from ara.masks.ara_family import AraFamily, ara_family, check_layout, learned_ta
 from ara.masks.context import TuningContext
 from ara.masks.loop import train
 from ara.masks.rank_losses import LearnedLosses
-from ara.masks.state import LogRow, TrainingSettings, TrainingState
+from ara.masks.state import TrainingSettings, TrainingState
 from ara.solver.problem import Allocation, Module
 from ara.stages.allocate import budget_of, load_modules
-from ara.stages.common import Run, already_done, begin, default_name
+from ara.stages.common import Run, already_done, begin, default_name, open_task
+from ara.stages.trainings import covering_training
 from ara.stages.tuning import open_tuning_context, placed
 from ara.workspace.store import Workspace
-from ara.workspace.view import StageView, parent_of
+from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
 
 
@@ -63,11 +67,9 @@ def train_masks(
     Raises:
         AraError: no decomposition, a budget that cannot be met, a loss that is NaN or diverges.
     """
-    started = begin(factors, name)
-    workspace = run.open()
-    with workspace.lock(run.command):
-        decomposition = workspace.require("decompose", factors)
-        assert decomposition.manifest is not None
+    started = begin(name, factors)
+    with open_task("train-masks", run, started) as task:
+        decomposition = task.workspace.require("factors", factors)
         run.report.step(f"Training masks at keep {', '.join(f'{keep:g}' for keep in config.keep)}")
         check_layout(_options(config), config.layout)
         if config.tensorboard:
@@ -77,29 +79,23 @@ def train_masks(
         for keep in config.keep:
             budget_of(config, specs, keep)
         resolved = placed(config, run)
-        facts = {
-            "config": resolved,
-            "model": decomposition.manifest.model,
-            "parents": (parent_of(decomposition),),
-        }
         if name is None:
-            covering = None if run.force else covering_training(workspace, decomposition, resolved)
+            covering = None if run.force else covering_training(task.workspace, decomposition, resolved)
             if covering is not None:
                 return already_done(covering, run)
             name = default_name(decomposition.name, config.objective, keep=config.keep, layout=config.layout)
-        done = workspace.finished("train-masks", name, facts, run.report)
-        if done is not None and not run.force and not workspace.unfinished("train-masks", name, facts):
+        task.describe(name, resolved, (decomposition,))
+        done = task.finished()
+        if done is not None and not run.force and not task.unfinished():
             if stopped := stopped_early(done):
                 run.report.warn(f"{done.key} is not complete: {stopped}; to train again: --force")
             return already_done(done, run)
-        standing = workspace.view(f"train-masks/{name}")
+        standing = task.view()
         complete = standing.state == "done" and not stopped_early(standing)
-        with workspace.writer(
-            "train-masks", name, facts, command=run.command, seed=config.seed, resumable=True, started=started
-        ) as stage:
+        with task.writer(seed=config.seed, resumable=True) as stage:
             keeps = keep_on_interrupt and not complete
-            _Training(resolved, modules, decomposition, workspace, stage, run, keeps).all_budgets()
-        return workspace.view(f"train-masks/{name}")
+            _Training(resolved, modules, decomposition, task.workspace, stage, run, keeps).all_budgets()
+        return task.view()
 
 
 def _options(config: TrainMasksConfig) -> MaskTrainingOptions:
@@ -125,20 +121,27 @@ class _Training:
         self.specs = [module.spec for module in modules]
         self.context: TuningContext = open_tuning_context(decomposition, self.specs, config, workspace, run)
         self.options = _options(config)
-        stage.results.setdefault("budgets", {})
-        stage.results.setdefault("log", {})
-        stage.results.setdefault("table_seconds", 0.0)
-        stage.results.setdefault("table_windows", 0)
         self.finished = set(stage.finished)
-        again = run.force and stage.results.get("stopped")
+        results = TrainingResults.parse(stage.results)
+        again = run.force and results.stopped
         if again:
             self.checkpoint = None
-        for keep, row in list(stage.results["budgets"].items()):
-            # What was stored after Ctrl+C is trained to its end.
-            if again or row["steps"] < config.steps:
-                self.finished.discard(masks_file(float(keep)))
-                del stage.results["budgets"][keep], stage.results["log"][keep]
-        stage.results["stopped"] = None
+        # What was stored after Ctrl+C is trained to its end.
+        short = [keep for keep, row in results.budgets.items() if again or row.steps < config.steps]
+        self.finished -= {masks_file(float(keep)) for keep in short}
+        self._note(
+            replace(
+                results,
+                budgets={keep: row for keep, row in results.budgets.items() if keep not in short},
+                log={keep: rows for keep, rows in results.log.items() if keep not in short},
+                stopped=None,
+            )
+        )
+
+    def _note(self, results: TrainingResults) -> None:
+        """Make ``results`` those of the stage."""
+        self.results = results
+        results.write(self.stage)
 
     def all_budgets(self) -> None:
         """Train at each budget, largest first; each may start from the losses that the one before has learned.
@@ -149,31 +152,32 @@ class _Training:
             NumericalError: NaN or divergence at the first budget; at a later one, those before are kept.
             KeyboardInterrupt: Ctrl+C, where the best so far is not to be kept, or there is none.
         """
-        table, results = self._table(), self.stage.results
+        table = self._table()
         learned: LearnedLosses | None = None
         for keep in self.config.keep:
             if masks_file(keep) in self.finished:
                 tables = load_file(self.stage.folder / masks_file(keep)) if self.config.objective == "priced" else None
-                learned = LearnedLosses(keep, tables, from_table(results["budgets"][f"{keep:g}"]["ranks"]))
+                learned = LearnedLosses(keep, tables, from_table(self.results.budgets[f"{keep:g}"].ranks, self.specs))
             else:
                 try:
                     learned = self._one_budget(keep, table, learned)
                 except NumericalError as error:
-                    if not results["budgets"]:
+                    if not self.results.budgets:
                         raise
-                    results["stopped"] = f"at keep {keep:g} {error}"
+                    self._note(replace(self.results, stopped=f"at keep {keep:g} {error}"))
                     self.run.report.warn(f"keep {keep:g} is left out: {error} ({error.hint}); to train again: --force")
                     break
                 except KeyboardInterrupt:
-                    if not self.keep_on_interrupt or not results["budgets"]:
+                    if not self.keep_on_interrupt or not self.results.budgets:
                         raise
-                    results["stopped"] = results["stopped"] or f"interrupted at keep {keep:g}"
-            if f"{keep:g}" in results["log"]:
+                    stopped = self.results.stopped or f"interrupted at keep {keep:g}"
+                    self._note(replace(self.results, stopped=stopped))
+            if f"{keep:g}" in self.results.log:
                 self._write_log(keep, None)
-            if results["stopped"]:
+            if self.results.stopped:
                 self.stage.to_go_on = True
                 same = "the same command" + (" without --force" if self.run.force else "")
-                self.run.report.warn(f"{results['stopped']}: the best so far is kept, and {same} goes on")
+                self.run.report.warn(f"{self.results.stopped}: the best so far is kept, and {same} goes on")
                 break
 
     def _table(self) -> dict[str, torch.Tensor] | None:
@@ -182,8 +186,9 @@ class _Training:
             return None
         if TABLE_FILE not in self.finished:
             table = sensitivity_table(self.context)
-            facts = {"table_seconds": table.seconds, "table_windows": len(self.context.train)}
-            self.stage.tensors(TABLE_FILE, table.losses, facts)
+            results = replace(self.results, table_seconds=table.seconds, table_windows=len(self.context.train))
+            self.stage.tensors(TABLE_FILE, table.losses, results.plain())
+            self.results = results
         return load_file(self.stage.folder / TABLE_FILE)
 
     def _one_budget(
@@ -224,34 +229,36 @@ class _Training:
             report=report,
             label=f"Training at keep {keep:g}",
         )
-        tables, ranks = learned_tables(family, state.best_tensors), Allocation(state.best)
+        tables = learned_tables(family, state.best_tensors)
+        ranks = Allocation.of_ranks(self.specs, state.best, budget)
         before = state.log[0].held_out
         assert before is not None
         report.fact(
             f"keep {keep:g}: best after step {state.best_step}, held-out loss {state.best_held_out:.4f} nats/token, "
             f"{before - state.best_held_out:.4f} less than the start's"
         )
-        result = {
-            "ranks": ranks_table(ranks),
-            "start": start,
-            "start_held_out": before,
-            "held_out": state.best_held_out,
-            "best_step": state.best_step,
-            "steps": state.step,
-            "seconds": state.seconds,
-            "backward_passes": state.backward_passes,
-        }
+        stopped = self.results.stopped
         if state.interrupted:
-            self.stage.results["stopped"] = f"interrupted after step {state.step} of {config.steps} at keep {keep:g}"
-        # Named only when the file is there, whatever comes in between.
-        self.stage.tensors(
-            masks_file(keep),
-            tables or state.best_tensors,
-            {
-                "log": {**self.stage.results["log"], f"{keep:g}": state.plain()["log"]},
-                "budgets": {**self.stage.results["budgets"], f"{keep:g}": result},
-            },
+            stopped = f"interrupted after step {state.step} of {config.steps} at keep {keep:g}"
+            self._note(replace(self.results, stopped=stopped))
+        result = TrainedBudget(
+            ranks=ranks_table(ranks),
+            start=start,
+            start_held_out=before,
+            held_out=state.best_held_out,
+            best_step=state.best_step,
+            steps=state.step,
+            seconds=state.seconds,
+            backward_passes=state.backward_passes,
         )
+        results = replace(
+            self.results,
+            budgets={**self.results.budgets, f"{keep:g}": result},
+            log={**self.results.log, f"{keep:g}": _logged(state)},
+        )
+        # Named only when the file is there, whatever comes in between.
+        self.stage.tensors(masks_file(keep), tables or state.best_tensors, results.plain())
+        self.results = results
         return LearnedLosses(keep, tables, ranks)
 
     def _resumed(self, keep: float) -> tuple[TrainingState, str | None] | None:
@@ -283,21 +290,25 @@ class _Training:
 
     def _write_log(self, keep: float, state: TrainingState | None) -> None:
         """Write the log of all budgets so far, anew: a resumed run continues it without a gap or a repeated row."""
-        logs = {**self.stage.results["log"]}
+        logs = dict(self.results.log)
         if state is not None:
-            logs[f"{keep:g}"] = state.plain()["log"]
+            logs[f"{keep:g}"] = _logged(state)
         text = io.StringIO()
-        columns = list(LogRow.__dataclass_fields__)
+        columns = [column.name for column in fields(LoggedStep)]
         writer = csv.DictWriter(text, ["budget", *columns], lineterminator="\n")
         writer.writeheader()
         for name, rows in logs.items():
-            writer.writerows({"budget": name, **row} for row in rows)
+            writer.writerows({"budget": name, **row.plain()} for row in rows)
         (self.stage.folder / LOG_FILE).write_text(text.getvalue(), encoding="utf-8")
         # Logs tell times, which differ between runs of the same content.
         self.stage.loose(LOG_FILE)
         if self.config.tensorboard:
             for path in _write_events(self.stage.folder / EVENTS_FOLDER / f"keep-{keep:g}", logs[f"{keep:g}"]):
                 self.stage.loose(path.relative_to(self.stage.folder).as_posix())
+
+
+def _logged(state: TrainingState) -> tuple[LoggedStep, ...]:
+    return tuple(LoggedStep(**asdict(row)) for row in state.log)
 
 
 def _event_writer_class() -> Any:
@@ -311,12 +322,13 @@ def _event_writer_class() -> Any:
     return SummaryWriter
 
 
-def _write_events(folder: Path, rows: Sequence[dict[str, Any]]) -> list[Path]:
+def _write_events(folder: Path, rows: Sequence[LoggedStep]) -> list[Path]:
     """Write the TensorBoard run of a budget in the place of what ``folder`` had of it before; returns its files."""
     shutil.rmtree(folder, ignore_errors=True)
     with _event_writer_class()(folder) as events:
         for row in rows:
             for name in ("loss", "keep", "dense", "held_out"):
-                if row[name] is not None and row[name] == row[name]:
-                    events.add_scalar(name, row[name], row["step"])
+                value = getattr(row, name)
+                if value is not None and not math.isnan(value):
+                    events.add_scalar(name, value, row.step)
     return list(folder.iterdir())

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ara.artifacts.checkpoint import CARD, CHECKPOINT, CheckpointResults
+from ara.artifacts.factors import FactorsSettings, factor_files, specs_of
+from ara.artifacts.ranks import RanksResults, layout_of, read_allocation
 from ara.config import TruncateConfig
 from ara.layout_names import LayoutName
 from ara.models.accounting import weight_bytes
@@ -12,15 +15,9 @@ from ara.models.low_rank import apply_factors
 from ara.models.placement import torch_dtype
 from ara.reporting.model_card import model_card
 from ara.reporting.sharing import display_name
-from ara.stages.allocate import layout_of, read_allocation
-from ara.stages.common import Run, already_done, begin, factor_files, model_of, specs_of
+from ara.stages.common import Run, begin, model_of, open_task
 from ara.workspace.manifest import Manifest
-from ara.workspace.store import Workspace
-from ara.workspace.view import StageView, parent_name, parent_of
-
-CHECKPOINT = "checkpoint"
-# The model card within the result; ``ara report`` writes it again with what was measured.
-CARD = f"{CHECKPOINT}/README.md"
+from ara.workspace.view import StageView
 
 
 def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None, name: str | None = None) -> StageView:
@@ -29,30 +26,27 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
     Args:
         config: dtype, densify.
         run: workspace and reporter.
-        allocation: which one; the latest by default.
+        allocation: which ranks; the latest by default.
         name: of the result; the allocation's name by default, with ``-dense`` when densified.
 
     Raises:
         AraError: a stage is missing or stale, the model has changed, the disk is full, what was written does not load.
     """
-    started = begin(allocation, name)
-    workspace = run.open()
-    with workspace.lock(run.command):
-        chosen = workspace.require("allocate", allocation)
-        decomposition = decomposition_of(workspace, chosen)
+    started = begin(name, allocation)
+    with open_task("truncate", run, started) as task:
+        chosen = task.workspace.require("ranks", allocation)
+        decomposition = task.workspace.ancestor(chosen, "factors")
         assert chosen.manifest is not None and decomposition.manifest is not None
         run.report.step(f"Truncating to {chosen.key}")
-        dtype = decomposition.manifest.config["dtype"] if config.dtype == "auto" else config.dtype
-        name = name or chosen.name + ("-dense" if config.densify else "")
-        facts = {
-            "config": config.model_copy(update={"dtype": dtype}),
-            "model": chosen.manifest.model,
-            "parents": (parent_of(chosen), parent_of(decomposition)),
-        }
-        done = workspace.finished("truncate", name, facts, run.report)
-        if done is not None and not run.force:
-            return already_done(done, run)
-        layout = layout_of(chosen)
+        dtype = FactorsSettings.read(decomposition).dtype if config.dtype == "auto" else config.dtype
+        task.describe(
+            name or chosen.name + ("-dense" if config.densify else ""),
+            config.model_copy(update={"dtype": dtype}),
+            (chosen, decomposition),
+        )
+        if (done := task.done()) is not None:
+            return done
+        figures, layout = RanksResults.read(chosen), layout_of(chosen)
         specs = specs_of(decomposition, layout)
         ranks = read_allocation(chosen, specs).low_rank()
         source = model_of(decomposition, run)
@@ -61,21 +55,8 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
         # Layers that are multiplied back to dense weights at once are most exact as the factors themselves.
         built: LayoutName = "factors" if config.densify else layout
         apply_factors(model, ranks, factor_files(decomposition, specs), built, run.report)
-        with workspace.writer("truncate", name, facts, command=run.command, started=started) as stage:
-            folder = stage.folder / CHECKPOINT
-            stored = weight_bytes(model)
-            stage.results.update(
-                {
-                    "linear_keep": chosen.manifest.results["linear_keep"],
-                    "model_keep": chosen.manifest.results["model_keep"],
-                    "low_rank_layers": len(ranks),
-                    "dense_layers": len(specs) - len(ranks),
-                    "parameters": chosen.manifest.results["model_parameters"],
-                    "weight_bytes": stored,
-                    "dense_weight_bytes": dense_bytes,
-                    "densified": config.densify,
-                }
-            )
+        with task.writer() as stage:
+            folder, stored = stage.folder / CHECKPOINT, weight_bytes(model)
             save_checkpoint(
                 model,
                 source.load_tokenizer(),
@@ -88,20 +69,27 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
             )
             run.report.fact("checking that the checkpoint loads")
             check_loads(folder)
-            stage.results["disk_bytes"] = checkpoint_bytes(folder)
-            card = model_card(decomposition.manifest, chosen.manifest, stage.results, dtype)
+            results = CheckpointResults(
+                linear_keep=figures.linear_keep,
+                model_keep=figures.model_keep,
+                low_rank_layers=len(ranks),
+                dense_layers=len(specs) - len(ranks),
+                parameters=figures.model_parameters,
+                weight_bytes=stored,
+                dense_weight_bytes=dense_bytes,
+                densified=config.densify,
+                disk_bytes=checkpoint_bytes(folder),
+            )
+            results.write(stage)
+            card = model_card(decomposition.manifest, chosen.manifest, results, dtype)
             (stage.folder / CARD).write_text(card, encoding="utf-8")
             stage.loose(CARD)
-        return workspace.view(f"truncate/{name}")
-
-
-def decomposition_of(workspace: Workspace, allocation: StageView) -> StageView:
-    """Return the decomposition that an allocation was made for, verified."""
-    return workspace.require("decompose", parent_name(allocation, "decompose"))
+        return task.view()
 
 
 def provenance(decomposition: Manifest, allocation: Manifest) -> dict[str, Any]:
     """Return what ``config.json`` says of how the checkpoint was made."""
+    figures = RanksResults.read(allocation)
     return {
         "ara_version": allocation.versions["ara"],
         "base_model": display_name(decomposition.model),
@@ -110,6 +98,6 @@ def provenance(decomposition: Manifest, allocation: Manifest) -> dict[str, Any]:
         "decomposition_id": decomposition.id,
         "allocation": allocation.name,
         "allocation_id": allocation.id,
-        "linear_keep": allocation.results["linear_keep"],
-        "model_keep": allocation.results["model_keep"],
+        "linear_keep": figures.linear_keep,
+        "model_keep": figures.model_keep,
     }

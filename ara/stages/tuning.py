@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+from ara.artifacts.factors import FactorsSettings, factor_files
 from ara.config import TuningConfig
 from ara.environment import keep_freed_memory
 from ara.masks.context import TuningContext
@@ -13,7 +14,7 @@ from ara.masks.table_cache import TableCache
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec
-from ara.stages.common import Run, factor_files, model_of
+from ara.stages.common import Run, model_of
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 
@@ -53,23 +54,23 @@ def open_tuning_context(
     from ara.errors import DataError
 
     assert decomposition.manifest is not None
-    made = decomposition.manifest.config
+    made = FactorsSettings.read(decomposition)
     source = model_of(decomposition, run)
-    documents = load_documents(made["text"], "calibration", report=run.report)
-    wanted = made["samples"] + config.samples + 1 + config.held_out
+    documents = load_documents(made.text, "calibration", report=run.report)
+    wanted = made.samples + config.samples + 1 + config.held_out
     windows = cached_calibration_windows(
         workspace.cache / "tokens",
         source.load_tokenizer(),
         documents,
         samples=wanted,
-        seq_len=made["seq_len"],
-        seed=made["seed"],
+        seq_len=made.seq_len,
+        seed=made.seed,
         rows=token_rows(source.config),
         report=run.report,
     ).ids
     if len(windows) < 3:
         raise DataError(
-            f"the text {made['text']} holds {len(windows)} windows of {made['seq_len']} tokens, at least 3 are needed",
+            f"the text {made.text} holds {len(windows)} windows of {made.seq_len} tokens, at least 3 are needed",
             "decompose with a longer text or a smaller --seq-len",
         )
     held = config.held_out
@@ -78,15 +79,13 @@ def open_tuning_context(
     train = windows[: len(windows) - held - 1][-config.samples :]
     if len(windows) < wanted:
         told = f"{held} are held out"
-        if made["samples"] > len(windows) - held - 1 - len(train):
+        if made.samples > len(windows) - held - 1 - len(train):
             told += ", and ranks are learned in part from windows that the factors were fitted to"
-        if made["samples"] > len(windows) - held:
+        if made.samples > len(windows) - held:
             told += f"; so are those held out (decompose with --samples {len(windows) - held} to avoid it)"
-        run.report.warn(
-            f"the text holds {len(windows)} windows of {made['seq_len']} tokens, {wanted} were wanted: {told}"
-        )
+        run.report.warn(f"the text holds {len(windows)} windows of {made.seq_len} tokens, {wanted} were wanted: {told}")
     run.report.fact(
-        f"{len(train)} windows of {made['seq_len']} tokens to learn from, {held} held out ({documents.origin})"
+        f"{len(train)} windows of {made.seq_len} tokens to learn from, {held} held out ({documents.origin})"
     )
     if config.device == "cpu":
         keep_freed_memory()

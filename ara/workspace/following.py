@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ara.layout_names import DEFAULT_LAYOUT
+from ara.pipeline import Stage, naming_words, next_stage, producers, stages, steps
 from ara.workspace.store import DEFAULT_ROOT, Workspace
 from ara.workspace.view import StageView, parent_of
 
-# The stages that a result of one of them leads to.
-_FURTHER = {"decompose": "allocate", "train-masks": "allocate", "allocate": "truncate", "truncate": "eval"}
 # Budgets to try when all is done, the first that is not there.
 _OTHER_BUDGETS = (0.6, 0.8, 0.7, 0.5, 0.9, 0.4)
 
@@ -33,59 +32,61 @@ def _next_words(workspace: Workspace, after: StageView | None) -> list[str]:
     views = workspace.views()
     done = [view for view in views if view.state == "done" and view.manifest is not None]
     current = next((view for view in done if after is not None and view.key == after.key), None)
-    if current is None or current.stage not in (*_FURTHER, "eval"):
-        steps = [view for view in done if view.stage in (*_FURTHER, "eval")]
-        current = max(steps, key=_created, default=None)
+    if current is None or not _is_step(current):
+        current = max(filter(_is_step, done), key=_created, default=None)
     if current is None:
-        return ["ara", "decompose", (workspace.model or {}).get("requested", "MODEL")]
-    while current.stage in _FURTHER:
-        further = _FURTHER[current.stage]
-        made = [view for view in done if view.stage == further and _is_child(view, current)]
+        return ["ara", stages()[0].name, (workspace.model or {}).get("requested", "MODEL")]
+    while (further := next_stage(current.stage)) is not None:
+        made = [view for view in done if view.kind == further.produces and _is_child(view, current)]
         if not made:
-            return ["ara", further, *_given(further, current, views)]
+            return ["ara", further.name, *_given(further, current, views)]
         current = max(made, key=_created)
     return _another_budget(current, done, views)
 
 
-def _given(stage: str, parent: StageView, views: Sequence[StageView]) -> list[str]:
-    """Return the options by which ``stage`` takes up ``parent``, a result of the stage before."""
-    if stage == "truncate":
-        return _naming("--allocation", parent, views)
-    if stage == "eval":
-        return ["--tasks", "wikitext2", *_naming("--checkpoint", parent, views)]
-    if parent.stage == "train-masks":
-        return [*_budget_words(parent), *_naming("--masks", parent, views), *_factors(parent, views)]
-    trained = [view for view in views if view.stage == "train-masks" and view.state == "done"]
-    trained = [view for view in trained if _is_child(view, parent)]
-    budget = _budget_words(trained[-1]) if trained else ["--keep", "0.8"]
-    return [*budget, *_naming("--factors", parent, views)]
+def _is_step(view: StageView) -> bool:
+    """Tell whether a result is one of those that the pipeline goes through."""
+    return any(view.stage == stage.name and (not stage.optional or next_stage(stage.name)) for stage in steps())
+
+
+def _given(stage: Stage, parent: StageView, views: Sequence[StageView]) -> list[str]:
+    """Return the options by which ``stage`` takes up ``parent``."""
+    if stage.produces == "ranks":
+        return [*_budget(parent, views), *_naming(parent, views), *_factors(parent, views)]
+    return [*(["--tasks", "wikitext2"] if stage.produces == "evaluation" else []), *_naming(parent, views)]
+
+
+def _budget(parent: StageView, views: Sequence[StageView]) -> list[str]:
+    """Return the budget of a training, of the latest one on these factors, or one to begin with."""
+    if parent.kind == "training":
+        return _budget_words(parent)
+    trained = [view for view in views if view.kind == "training" and view.state == "done" and _is_child(view, parent)]
+    return _budget_words(trained[-1]) if trained else ["--keep", "0.8"]
 
 
 def _another_budget(measured: StageView, done: Sequence[StageView], views: Sequence[StageView]) -> list[str]:
     """Return what gives another budget from the same factors, when one is measured."""
-    keeps = {view.manifest.config.get("keep") for view in done if view.stage == "allocate" and view.manifest}
+    keeps = {view.manifest.config.get("keep") for view in done if view.kind == "ranks" and view.manifest}
     keep = next((budget for budget in _OTHER_BUDGETS if budget not in keeps), _OTHER_BUDGETS[0])
-    return ["ara", "allocate", "--keep", f"{keep:g}", *_factors(measured, views)]
+    allocate = producers("ranks")[0]
+    return ["ara", allocate, "--keep", f"{keep:g}", *_factors(measured, views)]
 
 
 def _factors(view: StageView, views: Sequence[StageView]) -> list[str]:
     """Return the option that names the decomposition of a result, where it says which and that is not the latest."""
     assert view.manifest is not None
     keys = [parent.key for parent in view.manifest.parents]
-    return next(
-        (_naming("--factors", parent, views) for parent in views if parent.key in keys and _is_factors(parent)), []
-    )
+    factors = (one for one in views if one.key in keys and one.kind == "factors" and one.manifest is not None)
+    return next((_naming(one, views) for one in factors), [])
 
 
-def _is_factors(view: StageView) -> bool:
-    return view.stage == "decompose" and view.manifest is not None
-
-
-def _naming(flag: str, view: StageView, views: Sequence[StageView]) -> list[str]:
+def _naming(view: StageView, views: Sequence[StageView]) -> list[str]:
     """Return the option that names a result, unless it is taken without: the latest, and none beside it damaged."""
-    rivals = [other for other in views if other.stage == view.stage and other.state in ("done", "stale", "damaged")]
+    rivals = [other for other in views if other.kind == view.kind and other.state in ("done", "stale", "damaged")]
     whole = [other for other in rivals if other.manifest is not None]
-    return [] if len(whole) == len(rivals) and max(whole, key=_created).key == view.key else [flag, view.name]
+    if len(whole) == len(rivals) and max(whole, key=_created).key == view.key:
+        return []
+    return naming_words(view.stage, view.name)
 
 
 def _is_child(view: StageView, parent: StageView) -> bool:
@@ -100,5 +101,8 @@ def _budget_words(training: StageView) -> list[str]:
     """Return the options of ``ara allocate`` that go with a training."""
     assert training.manifest is not None
     layout = training.manifest.config.get("layout", DEFAULT_LAYOUT)
-    budget = next(iter(training.manifest.results["budgets"]))
-    return ["--keep", budget, *([] if layout == DEFAULT_LAYOUT else ["--layout", layout])]
+    return [
+        "--keep",
+        f"{training.manifest.config['keep'][0]:g}",
+        *([] if layout == DEFAULT_LAYOUT else ["--layout", layout]),
+    ]

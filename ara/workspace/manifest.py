@@ -108,6 +108,11 @@ class Manifest(BaseModel):
             check_relative(name)
         return files
 
+    @property
+    def key(self) -> str:
+        """``stage/name``."""
+        return f"{self.stage}/{self.name}"
+
     def sealed(self) -> Manifest:
         """Return the manifest with ``id`` and ``checksum`` filled in."""
         identified = self.model_copy(update={"id": self._content_id()})

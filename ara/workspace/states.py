@@ -6,11 +6,13 @@ from pathlib import Path
 
 from ara.errors import CorruptedError, WorkspaceError
 from ara.names import name_problem
-from ara.pipeline import MADE_FROM
+from ara.pipeline import kind_of, may_be_made_from
 from ara.workspace.manifest import MANIFEST, Manifest, Parent, read_manifest, remake
-from ara.workspace.schemas import manifest_problem
 from ara.workspace.view import StageView
 from ara.workspace.writer import PARTIAL
+
+# Results made from each other in a row; ours have a handful.
+_MAX_DEPTH = 100
 
 
 class States:
@@ -19,11 +21,19 @@ class States:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._known: dict[str, StageView] = {}
+        # Those whose parents are being looked at.
+        self._open: list[str] = []
 
     def view(self, key: str) -> StageView:
         """Return the state of one result; its files are not read."""
         if key not in self._known:
+            if len(self._open) == _MAX_DEPTH or key in self._open:
+                path = self.root / key
+                why = f"{key} says that it was made from {'itself' if key in self._open else 'too long a chain'}"
+                return StageView(key, path, "damaged", why, remedy=f"delete {path}")
+            self._open.append(key)
             self._known[key] = self._look(key)
+            self._open.pop()
         return self._known[key]
 
     def manifest(self, key: str) -> Manifest:
@@ -39,13 +49,12 @@ class States:
                 "put the folder itself there, or remove the link",
             )
         manifest = read_manifest(folder)
-        own = f"{manifest.stage}/{manifest.name}"
-        if own != key:
+        if manifest.key != key:
             raise CorruptedError(
-                f"{folder / MANIFEST} says that it is {own!r}: the folder was renamed or copied",
+                f"{folder / MANIFEST} says that it is {manifest.key!r}: the folder was renamed or copied",
                 f"give the folder its name back, or delete {folder}",
             )
-        problem = _wrong_parent(manifest) or manifest_problem(manifest)
+        problem = _wrong_parent(manifest) or results_problem(manifest)
         if problem is not None:
             raise CorruptedError(f"{folder / MANIFEST}: {problem}", remake(manifest, True))
         return manifest
@@ -60,7 +69,6 @@ class States:
         except WorkspaceError as error:
             return StageView(key, path, "damaged", str(error), remedy=error.hint or "")
         for parent in manifest.parents:
-            # Deeper by one stage each time, see _wrong_parent: this ends.
             why, remedy = self._why_stale(manifest, parent)
             if why:
                 return StageView(key, path, "stale", why, manifest, remedy)
@@ -79,10 +87,16 @@ class States:
         return view.why, view.remedy
 
 
+def results_problem(manifest: Manifest) -> str | None:
+    """Return in one line why the results of a stage are none of its kind, or ``None``."""
+    kind = kind_of(manifest.stage)
+    return f"there is no stage {manifest.stage!r}" if kind is None else kind.load().problem(manifest)
+
+
 def _wrong_parent(manifest: Manifest) -> str | None:
     """Return how the parents of a result contradict the order of the stages, or ``None``."""
     for parent in manifest.parents:
         stage, _, name = parent.key.partition("/")
-        if stage not in MADE_FROM.get(manifest.stage, ()) or name_problem(name) is not None:
+        if not may_be_made_from(manifest.stage, stage) or name_problem(name) is not None:
             return f"it says that it was made from {parent.key!r}, which no result of ara {manifest.stage} is"
     return None

@@ -28,13 +28,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ara.errors import WorkspaceError, disk_errors, near_matches
 from ara.files import remove, write_text
 from ara.jsonfile import first_problem, read
-from ara.names import check_name
-from ara.pipeline import MADE_FROM
+from ara.names import check_name, check_which
+from ara.pipeline import producers, stages
 from ara.progress import SILENT, Reporter
 from ara.workspace.locking import LOCK_FILE, OWNER_FILE, exclusive
 from ara.workspace.manifest import FORMAT_VERSION, ModelEntry, digest, essence, verify_files
 from ara.workspace.states import States
-from ara.workspace.view import StageView
+from ara.workspace.view import StageView, ancestor_key
 from ara.workspace.writer import CHECKPOINT, COPY, JOURNAL, PARTIAL, StageWriter, left_behind
 
 INDEX = "workspace.json"
@@ -131,9 +131,10 @@ class Workspace:
                     self._discard()
                 raise
 
-    def views(self, stage: str | None = None) -> list[StageView]:
-        """Return all stage results, oldest first within a stage, partial ones last."""
-        folders = [self.root / name for name in sorted(MADE_FROM) if stage in (None, name)]
+    def views(self, kind: str | None = None) -> list[StageView]:
+        """Return all results, or those of one kind: by stage, the oldest first, partial ones last."""
+        names = _stage_folders() if kind is None else producers(kind)
+        folders = [self.root / name for name in sorted(names)]
         keys = [
             f"{folder.name}/{child.name}"
             for folder in folders
@@ -149,42 +150,24 @@ class Workspace:
         """Return the state of one stage result (its files are not read)."""
         return States(self.root).view(key)
 
-    def latest(self, stage: str) -> StageView | None:
+    def latest(self, kind: str) -> StageView | None:
         """Return the result that :meth:`require` takes when no name is given; it may be stale."""
-        found = [view for view in self.views(stage) if view.manifest is not None]
+        found = [view for view in self.views(kind) if view.manifest is not None]
         return max(found, key=_created) if found else None
 
-    def require(self, stage: str, name: str | None = None, verify: bool = True) -> StageView:
-        """Return a finished, current stage result, the latest one unless ``name`` says which.
+    def require(self, kind: str, which: str | None = None, verify: bool = True) -> StageView:
+        """Return a finished, current result of a kind, the latest one unless ``which`` says which.
 
         Args:
-            stage: stage name.
-            name: result within the stage.
+            kind: of the result, such as ``checkpoint``.
+            which: name of the result, or ``stage/name`` where several stages make this kind.
             verify: also compare every file with its checksum.
 
         Raises:
-            WorkspaceError: missing, stale, partial or damaged; says which command makes it.
+            UsageError: ``which`` cannot be the name of a result.
+            WorkspaceError: missing, ambiguous, stale, partial or damaged; says which command makes it.
         """
-        make = f"ara {stage}"
-        if name is None:
-            for view in self.views(stage):
-                if view.state == "damaged":
-                    # It may be the latest one, nobody can tell: raises what is wrong with it.
-                    States(self.root).manifest(view.key)
-            latest = self.latest(stage)
-            if latest is None:
-                raise WorkspaceError(f"{self.root} has no result of {make} yet", f"run {make} first")
-            view = latest
-        else:
-            check_name(name)
-            known = [view.name for view in self.views(stage)]
-            if not (self.root / stage / name).is_dir():
-                raise WorkspaceError(
-                    f"{self.root} has no {stage}/{name}: {near_matches(name, known)}there is "
-                    f"{', '.join(known) or 'none'}",
-                    f"make it with {make}, or name another one",
-                )
-            view = self.view(f"{stage}/{name}")
+        view = self._latest_readable(kind) if which is None else self._named(kind, which)
         if view.state == "stale":
             raise WorkspaceError(f"{view.key} is stale: {view.why}", view.remedy)
         if view.manifest is None:
@@ -194,6 +177,49 @@ class Workspace:
         if verify:
             verify_files(view.path, view.manifest)
         return view
+
+    def ancestor(self, view: StageView, kind: str, verify: bool = True) -> StageView:
+        """Return the nearest result of a kind that ``view`` was made from, itself or through its parents.
+
+        Raises:
+            CorruptedError: no parent leads to one.
+            WorkspaceError: as :meth:`require`.
+        """
+        return self.require(kind, ancestor_key(view, kind, self.view), verify)
+
+    def _latest_readable(self, kind: str) -> StageView:
+        for view in self.views(kind):
+            if view.state == "damaged":
+                # It may be the latest one, nobody can tell: raises what is wrong with it.
+                States(self.root).manifest(view.key)
+        latest = self.latest(kind)
+        if latest is None:
+            make = " or ".join(f"ara {stage}" for stage in producers(kind))
+            raise WorkspaceError(f"{self.root} has no result of {make} yet", f"run {make} first")
+        return latest
+
+    def _named(self, kind: str, which: str) -> StageView:
+        check_which(which)
+        names = producers(kind)
+        stage, _, name = which.rpartition("/")
+        if stage and stage not in names:
+            raise WorkspaceError(
+                f"{which} is no {kind}", f"results of this kind are made by {' or '.join(f'ara {s}' for s in names)}"
+            )
+        keys = [which] if stage else [f"{maker}/{name}" for maker in names]
+        there = [key for key in keys if (self.root / key).is_dir()]
+        if len(there) > 1:
+            raise WorkspaceError(
+                f"{self.root} has {' and '.join(there)}", f"say which one: --from {' or --from '.join(there)}"
+            )
+        if not there:
+            first = stage or names[0]
+            known = [view.name for view in self.views(kind) if view.stage == first or not stage]
+            raise WorkspaceError(
+                f"{self.root} has no {first}/{name}: {near_matches(name, known)}there is {', '.join(known) or 'none'}",
+                f"make it with ara {first}, or name another one",
+            )
+        return self.view(there[0])
 
     def writer(
         self,
@@ -290,7 +316,7 @@ class Workspace:
 
         The workspace's own folder may be a link, and so may its cache, whose files have names that nobody else uses.
         """
-        places = (INDEX, LOCK_FILE, *MADE_FROM, "cache/tokens", "cache/tables")
+        places = (INDEX, LOCK_FILE, *_stage_folders(), "cache/tokens", "cache/tables")
         for place in (self.root / name for name in places):
             if place.is_symlink():
                 raise WorkspaceError(
@@ -310,7 +336,7 @@ class Workspace:
 
     def _recover(self) -> None:
         """Finish or undo a replacement that was interrupted between its two renames; remove what kills have left."""
-        for folder in (self.root / stage for stage in MADE_FROM):
+        for folder in (self.root / stage for stage in _stage_folders()):
             for old in folder.glob(f".*{_OLD}"):
                 final = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
                 if os.path.lexists(final):
@@ -327,6 +353,10 @@ class Workspace:
             # In a cache that is shared, by a link, others may be at work.
             if left.is_file() and not self.cache.is_symlink() and not left.parent.is_symlink():
                 left.unlink()
+
+
+def _stage_folders() -> list[str]:
+    return [stage.name for stage in stages()]
 
 
 def _created(view: StageView) -> str:

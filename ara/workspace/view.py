@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ara.errors import CorruptedError
+from ara.pipeline import kind_of, producers
 from ara.workspace.manifest import MANIFEST, Manifest, Parent, remake
 
 
@@ -34,6 +36,13 @@ class StageView:
         return self.key.partition("/")[0]
 
     @property
+    def kind(self) -> str:
+        """The kind of the result, such as ``factors``."""
+        kind = kind_of(self.stage)
+        assert kind is not None, self.stage
+        return kind.name
+
+    @property
     def name(self) -> str:
         """The name of the result within the stage."""
         return self.key.partition("/")[2]
@@ -45,17 +54,29 @@ def parent_of(view: StageView) -> Parent:
     return Parent(key=view.key, id=view.manifest.id)
 
 
-def parent_name(view: StageView, stage: str) -> str:
-    """Return the name of the result of ``stage`` that ``view`` was made from.
+def ancestor_key(view: StageView, kind: str, look: Callable[[str], StageView]) -> str:
+    """Return ``stage/name`` of the nearest result of a kind that ``view`` was made from.
+
+    Args:
+        view: the result to start from.
+        kind: of the result that is looked for.
+        look: returns the result of a key.
 
     Raises:
-        CorruptedError: its manifest names none.
+        CorruptedError: no parent leads to one.
     """
     assert view.manifest is not None
-    for parent in view.manifest.parents:
-        found, _, name = parent.key.partition("/")
-        if found == stage:
-            return name
+    makers = producers(kind)
+    generation, seen = list(view.manifest.parents), {view.key}
+    while generation:
+        for parent in generation:
+            if parent.key.partition("/")[0] in makers:
+                return parent.key
+        fresh = [parent.key for parent in generation if parent.key not in seen]
+        seen.update(fresh)
+        manifests = [look(key).manifest for key in fresh]
+        generation = [parent for manifest in manifests if manifest is not None for parent in manifest.parents]
+    made_by = " or ".join(f"ara {stage}" for stage in makers)
     raise CorruptedError(
-        f"{view.path / MANIFEST} names no result of ara {stage} that it was made from", remake(view.manifest, True)
+        f"{view.path / MANIFEST} names no result of {made_by} that it was made from", remake(view.manifest, True)
     )

@@ -18,6 +18,7 @@ from ara.environment import now, peak_memory_bytes, versions
 from ara.errors import CorruptedError, NumericalError, disk_errors, disk_full_error
 from ara.files import is_plain_file, remove, write_text
 from ara.jsonfile import parse, read
+from ara.pipeline import TypedResults, kind_of
 from ara.workspace.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -29,7 +30,6 @@ from ara.workspace.manifest import (
     is_inside,
     plain,
 )
-from ara.workspace.schemas import manifest_problem, unfinished_problem
 from ara.workspace.tensors import TensorRecord, save_tensors, tensor_digests, tensor_records
 
 if TYPE_CHECKING:
@@ -184,15 +184,21 @@ class StageWriter:
             self._tensors.update(tensor_records(path, name))
 
     def loose(self, name: str) -> None:
-        """Leave the file ``name`` out of the manifest: written again, it makes the result no other one."""
+        """Leave the file ``name`` out of the manifest: rewriting it leaves the content hash unchanged."""
         self._loose.add(name)
+
+    @property
+    def _kind(self) -> TypedResults:
+        kind = kind_of(self._stage)
+        assert kind is not None, self._stage
+        return kind.load()
 
     def _resume(self) -> bool:
         # No journal, or one that cannot be trusted: start over, which is always right.
         journal = None if self.folder.is_symlink() else _read_journal(self.folder)
         if journal is None or journal.fingerprint != self._fingerprint:
             return False
-        if unfinished_problem(self._stage, journal.results) is not None:
+        if self._kind.unfinished_problem(journal.results) is not None:
             return False
         tensors: dict[str, TensorRecord] = {}
         try:
@@ -250,7 +256,7 @@ class StageWriter:
             results=plain(self.results),
             **{**self._facts, "config": plain(self._facts["config"])},
         ).sealed()
-        if self._resumed and (problem := manifest_problem(manifest)) is not None:
+        if self._resumed and (problem := self._kind.problem(manifest)) is not None:
             remove(self.folder)
             raise CorruptedError(
                 f"what an interrupted run has left in {self.folder} makes no result ({problem}): it is thrown away",

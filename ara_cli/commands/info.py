@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 from ara_cli.console import Column
-from ara_cli.options import WORKSPACE, JsonOption, QuietOption
-from ara_cli.session import session
+from ara_cli.session import Session
+from ara_cli.signature import command_line
+
+_NO_WORKSPACE = ("workspace", "force")
 
 
-def models(quiet: QuietOption = False, as_json: JsonOption = False) -> None:
+@command_line(without=_NO_WORKSPACE)
+def models(*, s: Session) -> None:
     """List the aliases of models; any hub id, folder or GGUF file works as well."""
     from ara.models.aliases import ALIASES
 
-    with session(WORKSPACE, quiet, as_json) as s:
-        rows = [(alias.name, alias.repository, alias.parameters, alias.note) for alias in ALIASES.values()]
-        columns = [Column(title, "left") for title in ("alias", "repository", "parameters", "note")]
-        s.console.table("Aliases (any hub id, local folder or GGUF file works as well)", columns, rows)
-        s.console.result(
-            {"models": [dict(zip(("alias", "repository", "parameters", "note"), r, strict=True)) for r in rows]}
-        )
+    rows = [(alias.name, alias.repository, alias.parameters, alias.note) for alias in ALIASES.values()]
+    columns = [Column(title, "left") for title in ("alias", "repository", "parameters", "note")]
+    s.console.table("Aliases (any hub id, local folder or GGUF file works as well)", columns, rows)
+    s.console.result(
+        {"models": [dict(zip(("alias", "repository", "parameters", "note"), r, strict=True)) for r in rows]}
+    )
 
 
-def methods(quiet: QuietOption = False, as_json: JsonOption = False) -> None:
+@command_line(without=_NO_WORKSPACE)
+def methods(*, s: Session) -> None:
     """List decompositions and allocators with their options (-O NAME=VALUE)."""
     from ara.allocation import ALLOCATORS
     from ara.decomposition import DECOMPOSITIONS
 
-    with session(WORKSPACE, quiet, as_json) as s:
-        found = {}
-        for registry in (DECOMPOSITIONS, ALLOCATORS):
-            rows, entries = [], []
-            for entry in registry:
-                fields = entry.load().Options.model_fields
-                options = "; ".join(f"{name}={f.default}: {f.description}" for name, f in fields.items())
-                rows.append((entry.name, entry.title, options or "none", entry.paper))
-                entries.append(
-                    {"name": entry.name, "title": entry.title, "paper": entry.paper, "options": list(fields)}
-                )
-            columns = [Column(title, "left") for title in (registry.kind, "what it does", "options", "from")]
-            s.console.table(f"{registry.kind.capitalize()}s", columns, rows)
-            found[f"{registry.kind}s"] = entries
-        s.console.result(found)
+    found = {}
+    for registry in (DECOMPOSITIONS, ALLOCATORS):
+        rows, entries = [], []
+        for entry in registry:
+            fields = entry.load().Options.model_fields
+            options = "; ".join(f"{name}={f.default}: {f.description}" for name, f in fields.items())
+            rows.append((entry.name, entry.title, options or "none", entry.paper))
+            entries.append({"name": entry.name, "title": entry.title, "paper": entry.paper, "options": list(fields)})
+        columns = [Column(title, "left") for title in (registry.kind, "what it does", "options", "from")]
+        s.console.table(f"{registry.kind.capitalize()}s", columns, rows)
+        found[f"{registry.kind}s"] = entries
+    s.console.result(found)

@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from ara_cli.options import WORKSPACE, ForceOption, JsonOption, QuietOption, WorkspaceOption, path_option
-from ara_cli.session import session
+from ara_cli.options import WhichCheckpoint, path_option
+from ara_cli.session import Session
+from ara_cli.signature import command_line
 
 
+@command_line()
 def command(
-    checkpoint: Annotated[
-        str | None, typer.Option(help="result of ara truncate to report on [default: the latest]")
-    ] = None,
+    *,
+    which: Annotated[WhichCheckpoint, "to report on"],
     output: Annotated[
         Path | None,
         path_option("--output", help="also put the page here; an earlier report is replaced", metavar="FILE.html"),
@@ -24,15 +25,11 @@ def command(
         path_option("--model-card", help="also write the model card, with all that was measured", metavar="FILE.md"),
     ] = None,
     name: Annotated[str | None, typer.Option(help="name of the result [default: that of the checkpoint]")] = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    force: ForceOption = False,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
+    s: Session,
 ) -> None:
     """Put everything that is known of a checkpoint on one page that needs no network, and into report.json."""
-    with session(workspace, quiet, as_json, force) as s:
-        from ara.stages.report import report
-        from ara_cli.render import show_report
+    from ara.stages.report import report
+    from ara_cli.render import show_report
 
-        view = report(s.run(), checkpoint=checkpoint, name=name, output=output, model_card=model_card)
-        show_report(s.console, view, workspace, [path for path in (output, model_card) if path])
+    view = report(s.run(), checkpoint=which.asked, name=name, output=output, model_card=model_card)
+    show_report(s.console, view, s.root, [path for path in (output, model_card) if path])

@@ -13,21 +13,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ara.config import (
-    AllocateConfig,
-    BenchConfig,
-    CompareConfig,
-    DecomposeConfig,
-    EvalConfig,
-    GenerateConfig,
-    TrainMasksConfig,
-    TruncateConfig,
-)
 from ara.models.sources import ModelSource
-from ara.pipeline import STAGES
+from ara.pipeline import steps
 from ara.version import __version__
 from ara_cli.app import app
-from export.config import ExportConfig
 from tests.damage import contents, stamps
 from tests.tiny import story
 
@@ -35,36 +24,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 GROUP = typer.main.get_command(app)
 COMMANDS = {name: GROUP.get_command(None, name) for name in GROUP.list_commands(None)}
 NAME = "energy-0.70"
-# Seconds of CPU (user and system) that `ara --help` may take.
-
-CONFIGS = {
-    "decompose": DecomposeConfig,
-    "train-masks": TrainMasksConfig,
-    "allocate": AllocateConfig,
-    "truncate": TruncateConfig,
-    "eval": EvalConfig,
-    "export": ExportConfig,
-    "compare": CompareConfig,
-    "bench": BenchConfig,
-    "generate": GenerateConfig,
-}
-# Options that are called otherwise than the config field.
-OPTION_OF = {"options": "option"}
-# A field that no option sets: worked out from --ranks.
-UNSET = {("allocate", "ranks_sha256")}
-RUN_OPTIONS = {
-    "keep": (AllocateConfig, "keep"),
-    "method": (AllocateConfig, "method"),
-    "decomposition": (DecomposeConfig, "method"),
-    "layout": (AllocateConfig, "layout"),
-    "rank_multiple": (AllocateConfig, "rank_multiple"),
-    "rank_samples": (AllocateConfig, "samples"),
-    "held_out": (AllocateConfig, "held_out"),
-    **{name: (DecomposeConfig, name) for name in ("model", "text", "samples", "seq_len", "seed", "device", "dtype")},
-    **{name: (DecomposeConfig, name) for name in ("revision",)},
-    **{name: (EvalConfig, name) for name in ("tasks", "max_windows", "limit", "prompt")},
-    "eval_seq_len": (EvalConfig, "seq_len"),
-}
 
 
 def ara(*arguments, env=None):
@@ -107,9 +66,9 @@ def test_help_lists_the_commands_in_the_order_of_the_pipeline():
     text = done("--help").stdout
     listed = re.findall(r"^  ([a-z-]+) ", text[text.index("Commands:") :], re.MULTILINE)
     others = ["compare", "bench", "report", "generate", "status", "models", "methods"]
-    assert listed == ["run", *(stage.name for stage in STAGES), *others]
+    assert listed == ["run", *(stage.name for stage in steps()), *others]
     assert listed == list(COMMANDS)
-    for stage in STAGES:
+    for stage in steps():
         assert f"  {stage.name} " in text
         assert stage.title in text
 
@@ -168,37 +127,6 @@ def test_every_command_speaks_json_and_can_be_quiet(name):
     assert {"--json", "--quiet", "-q"} <= flags
     if name not in ("models", "methods"):
         assert {"--workspace", "-w"} <= flags
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_field_of_a_config_is_an_option_with_the_same_words(name):
-    options = {parameter.name: parameter for parameter in COMMANDS[name].params}
-    for field, info in CONFIGS[name].model_fields.items():
-        if (name, field) in UNSET:
-            assert field not in options
-            continue
-        assert options[OPTION_OF.get(field, field)].help == info.description, field
-
-
-def test_options_of_run_have_the_words_of_their_stages():
-    options = {parameter.name: parameter for parameter in COMMANDS["run"].params}
-    own = {"remove", "no_eval", "workspace", "force", "quiet", "as_json", "help"}
-    assert set(options) - own == set(RUN_OPTIONS)
-    for name, (config, field) in RUN_OPTIONS.items():
-        assert options[name].help == config.model_fields[field].description, name
-
-
-def test_defaults_of_the_options_are_those_of_the_configs():
-    for name, config in CONFIGS.items():
-        for parameter in COMMANDS[name].params:
-            field = config.model_fields.get(parameter.name)
-            # What is None on the command line is filled in from the config, or has no default.
-            if field is None or field.is_required() or parameter.default in (None, ()):
-                continue
-            value = field.get_default(call_default_factory=True)
-            expected = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            assert parameter.default == expected, parameter.name
-    assert AllocateConfig().keep == 0.8
 
 
 def test_json_is_exactly_one_document_for_every_command(each):
@@ -268,8 +196,9 @@ def test_status_shows_every_stage_and_state(copied):
     assert document["missing"] == ["train-masks", "export"]
     assert document["next"] == f"ara eval --tasks wikitext2 -w {copied}"
     text = done("status", "-w", copied).stdout
-    rows = [line.split()[0] for line in text.splitlines() if line.strip() and line.split()[0] in CONFIGS]
-    assert list(dict.fromkeys(rows)) == [stage.name for stage in STAGES]
+    stages = [stage.name for stage in steps()]
+    rows = [line.split()[0] for line in text.splitlines() if line.strip() and line.split()[0] in stages]
+    assert list(dict.fromkeys(rows)) == stages
 
 
 def test_status_changes_nothing(copied):

@@ -24,10 +24,15 @@ def task(metric: str = "acc", values: tuple[float, ...] = (0.5, 0.4, 0.45), stde
     rows = zip(MODELS, values, kept, strict=True)
     return {
         "kind": "harness",
+        "text": "made up",
         "metric": metric,
         "examples": 400,
         "of": 2376,
-        "models": {name: {"value": value, "stderr": stderr, "retained": share} for name, value, share in rows},
+        "seed": 0,
+        "models": {
+            name: {"value": value, "stderr": stderr, "retained": share, "metrics": {}, "stderrs": {}}
+            for name, value, share in rows
+        },
         "compared": {
             "dense": {"difference": values[2] - values[0], "p": 0.3, "test": ""},
             "uniform": {"difference": values[2] - values[1], "p": 3.2e-7, "test": ""},

@@ -18,8 +18,7 @@ from ara.decomposition.base import MethodOptions
 from ara.errors import UsageError
 from ara.masks.context import TuningContext
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
-from ara.solver.problem import Allocation, Module
+from ara.solver.problem import Allocation, Budget, Module
 from tests.toy import toy_problem
 
 NAMES = ALLOCATORS.names()
@@ -103,7 +102,7 @@ def _check(allocation: Allocation, modules: list[Module], budget: Budget) -> Non
     """Hold an allocation against the promises of :meth:`Allocator.allocate`, counted anew."""
     specs = _specs(modules)
     assert list(allocation.ranks) == [spec.name for spec in specs]
-    left = budget.parameters
+    left = budget.limit
     steps = []
     for spec in specs:
         rank = allocation.ranks[spec.name]
@@ -177,6 +176,30 @@ def test_excluded_layers_stay_dense_and_every_layer_keeps_its_floor(problems: Pr
     assert any(rank is not None for rank in allocation.ranks.values())
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rank_multiple", [1, 8])
+def test_a_budget_in_bytes_is_met_by_the_ranks_of_as_many_parameters(
+    problems: Problems, name: str, rank_multiple: int
+) -> None:
+    modules, context = problems.of(name, MODELS["gqa"])
+    budget = _budget(modules, 0.6, rank_multiple)
+    each = modules[0].spec.bits // 8
+    in_bytes = replace(budget, limit=each * budget.limit, unit="bytes")
+    wanted, found = (_allocate(name, modules, limit, context) for limit in (budget, in_bytes))
+    assert found.ranks == wanted.ranks
+    assert {n: choice.cost for n, choice in found.choices.items()} == {
+        n: each * choice.cost for n, choice in wanted.choices.items()
+    }
+    assert all(choice.bits == modules[0].spec.bits for choice in found.choices.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_that_chooses_ranks_alone_refuses_several_bit_widths(problems: Problems, name: str) -> None:
+    modules, context = problems.of(name, MODELS["one"])
+    with pytest.raises(ValueError, match="chooses ranks alone, the budget offers 2 bit widths"):
+        _allocate(name, modules, Budget(10**6, unit="bytes", bits=(4, 8)), context)
+
+
 _SHAPE = st.tuples(st.integers(1, 90), st.integers(1, 90))
 _any_problem = given(
     shapes=st.lists(_SHAPE, min_size=1, max_size=9),
@@ -247,9 +270,9 @@ def test_an_impossible_budget_suggests_one_that_works(
         assert f"already cost {least:,}" in message
         suggested = _suggested(error)
         assert suggested <= 1
-        assert Budget.for_keep(specs, suggested, rank_multiple, min_rank).parameters >= least
+        assert Budget.for_keep(specs, suggested, rank_multiple, min_rank).limit >= least
     else:
-        assert least <= budget.parameters <= keep * dense + 1e-6
+        assert least <= budget.limit <= keep * dense + 1e-6
 
 
 def test_an_impossible_budget_is_refused() -> None:
@@ -282,7 +305,7 @@ def test_more_keep_never_costs_less(problems: Problems, name: str, rank_multiple
     assert len(keeps) > 15
     if name in LOOKING:
         keeps = keeps[:: len(keeps) // 5]
-    costs = [_allocate(name, modules, _budget(modules, k, rank_multiple), context).cost(specs) for k in keeps]
+    costs = [_allocate(name, modules, _budget(modules, k, rank_multiple), context).parameters(specs) for k in keeps]
     assert costs == sorted(costs) and costs[0] < costs[-1]
 
 

@@ -23,10 +23,9 @@ from ara.layouts.base import Layout, Number
 from ara.layouts.modeling_ara import CHECKPOINT_FORMAT, LAYERS, CompressedLinear
 from ara.models.checkpoint import load, save_checkpoint
 from ara.models.low_rank import apply_factors, low_rank_layers
-from ara.models.weights import LinearSpec, find_linears, weight_of
+from ara.models.weights import LinearSpec, find_linears
 from ara.registry import Entry, Registry
-from ara.solver.budget import Budget
-from ara.solver.problem import Module
+from ara.solver.problem import Budget, Module
 from export.onnx.low_rank import NODES
 from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -161,7 +160,7 @@ def test_tensors_are_rounded_to_the_dtype_once(layout: Layout, dtype: torch.dtyp
 def factor_file(model: PreTrainedModel, linears: list[LinearSpec], path: Path) -> dict[str, Path]:
     tensors = {}
     for spec in linears:
-        made = Plain().decompose(weight_of(model.get_submodule(spec.name)), None)
+        made = Plain().decompose(spec.weight.read(model), None)
         tensors[f"{spec.name}.A"] = made.a.float().contiguous()
         tensors[f"{spec.name}.B"] = made.b.float().contiguous()
     save_file(tensors, path)
@@ -261,7 +260,7 @@ def test_a_new_layout_needs_nothing_but_its_class_and_its_lines_in_the_tables(sc
     modules = [Module(spec, torch.linspace(1, 0.1, spec.full_rank, dtype=torch.float64)) for spec in specs]
     budget = Budget.for_keep(specs, 0.5)
     allocation = Uniform().allocate(modules, budget)
-    assert budget.parameters - 79 < allocation.cost(specs) <= budget.parameters
+    assert budget.limit - 79 < allocation.cost <= budget.limit
     for spec in specs:
         a, b, _ = factors(spec.m, spec.n, allocation.low_rank()[spec.name])
         layer = layout_named(scaled).build(a, b, dtype=torch.float64)

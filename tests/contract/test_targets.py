@@ -66,8 +66,7 @@ def workspace(
     run_pipeline(
         DecomposeConfig(model=str(checkpoint("llama", None).folder), **settings),
         [AllocateConfig(keep=keep, method="uniform") for keep in (0.7, 0.6)],
-        TruncateConfig(),
-        None,
+        {"truncate": TruncateConfig()},
         Run(root),
     )
     view = export(config_of(target.name), Run(root), checkpoint="uniform-0.70")
@@ -98,8 +97,6 @@ def test_unknown_names_are_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(AraError, match=f"backend: input should be 'torch'.* or '{NAMES[-1]}', got 'no'"):
         target_of("no")
     assert target_of("torch") is None
-    with pytest.raises(UsageError, match="--export mine is given, and --backend is torch"):
-        target_of("torch", "mine")
 
 
 # -- writing --------------------------------------------------------------------------------------------------------

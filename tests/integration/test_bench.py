@@ -74,8 +74,7 @@ def exported_base(checkpoint: Callable[..., Any], tiny_text: str, tmp_path_facto
     run_pipeline(
         DecomposeConfig(model=str(checkpoint("llama", None).folder), **settings),
         [AllocateConfig(keep=0.7, method="energy", layout="pivoted")],
-        TruncateConfig(),
-        None,
+        {"truncate": TruncateConfig()},
         Run(root),
     )
     done("export", "--execution-provider", "cpu", "--no-parity", "-w", root, "-q")

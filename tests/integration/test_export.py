@@ -40,8 +40,7 @@ def finished_base(checkpoint: Callable[..., Any], tiny_text: str, tmp_path_facto
     run_pipeline(
         DecomposeConfig(model=str(checkpoint("llama", None).folder), **settings),
         [AllocateConfig(keep=0.7, method="energy", layout="pivoted")],
-        TruncateConfig(),
-        None,
+        {"truncate": TruncateConfig()},
         Run(root),
     )
     return root

@@ -77,11 +77,19 @@ def test_parts_that_stay_dense(
     place = {"device": "cpu", "dtype": "float32"}
     report = _Facts()
     run = Run(tmp_path / "ws", report=report)
-    decompose(
-        DecomposeConfig(model=str(tmp_path / kind), method=method, text=tiny_text, samples=6, seq_len=32, **place), run
-    )
+    decomposed = {
+        "model": str(tmp_path / kind),
+        "method": method,
+        "text": tiny_text,
+        "samples": 6,
+        "seq_len": 32,
+        **place,
+    }
+    made = decompose(DecomposeConfig(**decomposed), run)
     (told,) = [fact for fact in report.facts if fact.startswith("left dense: ")]
     assert said in told
+    chunks = decompose(DecomposeConfig(**decomposed, moment_memory=1e-6), Run(tmp_path / "chunks"))
+    assert chunks.manifest.files == made.manifest.files  # type: ignore[union-attr]
     allocate(AllocateConfig(keep=0.6, method="uniform"), run)
     view = truncate(TruncateConfig(), run)
     loaded = load(view.path / "checkpoint", "cpu")

@@ -141,7 +141,7 @@ def test_figures_of_another_form_do_not_end_a_table(copied: Path, tiny_text: str
     forge(copied, EVALUATION, results={"tasks": 3, "chosen": None})
     assert "written in another form" in ara("status", "-w", copied).stdout
     words = ("--tasks", tiny_text, "--seq-len", 64, "--max-windows", 4, "--device", "cpu", "--dtype", "float32")
-    told(ara("eval", *words, "-w", copied, "-q"), f"{EVALUATION} cannot be shown", "--force")
+    told(ara("eval", *words, "-w", copied, "-q"), f"{EVALUATION} was written in another form", "--force")
     result = ara("report", "-w", copied)
     assert result.exit_code == 0 and f"{EVALUATION} was written in another form" in result.stderr
 
@@ -286,7 +286,7 @@ def test_no_files_are_read_through_links(copied: Path, tmp_path: Path) -> None:
     checkpoint.rename(tmp_path / "checkpoint")
     checkpoint.symlink_to(tmp_path / "checkpoint")
     with pytest.raises(CorruptedError, match="not a plain file"):
-        Workspace.open(copied).require("truncate")
+        Workspace.open(copied).require("checkpoint")
 
 
 def test_a_tensor_file_that_safetensors_itself_refuses(copied: Path) -> None:

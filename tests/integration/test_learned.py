@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import ara
 import ara.masks.sensitivity_table as sensitivity
 from ara.allocation import ALLOCATORS
+from ara.artifacts.factors import factor_files, specs_of
 from ara.config import (
     AllocateConfig,
     CompareConfig,
@@ -30,10 +31,9 @@ from ara.masks.ara_family import ara_family
 from ara.models.accounting import parameter_count
 from ara.models.low_rank import apply_factors
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
-from ara.solver.problem import Module
+from ara.solver.problem import Budget, Module
 from ara.stages.allocate import allocate
-from ara.stages.common import Run, factor_files, specs_of
+from ara.stages.common import Run
 from ara.stages.compare import compare, methods_for
 from ara.stages.decompose import decompose
 from ara.stages.evaluate import evaluate
@@ -77,7 +77,7 @@ def invoke(*arguments):
 
 
 def test_training_stores_losses_ranks_and_a_log(learned):
-    view = Run(learned).open().require("train-masks")
+    view = Run(learned).open().require("training")
     budgets = view.manifest.results["budgets"]
     assert view.name == NAME and list(budgets) == ["0.8", "0.6"]
     assert all(row["held_out"] <= row["start_held_out"] for row in budgets.values())
@@ -103,7 +103,7 @@ def test_any_budget_is_met_with_one_training(learned, keep):
 
 
 def test_the_trained_budget_gives_the_trained_ranks(learned):
-    trained = Run(learned).open().require("train-masks").manifest.results["budgets"]["0.6"]["ranks"]
+    trained = Run(learned).open().require("training").manifest.results["budgets"]["0.6"]["ranks"]
     view = allocate(AllocateConfig(keep=0.6, method="ara", guard=False, **TUNING), Run(learned))
     assert json.loads((view.path / "ranks.json").read_text())["ranks"] == trained
 
@@ -113,7 +113,8 @@ def test_the_guard_hands_out_what_is_best_on_held_out_text(learned, monkeypatch)
     from ara.solver.problem import Allocation
 
     def bad(self, modules, budget, context=None):
-        return Allocation({module.spec.name: 1 for module in modules})
+        specs = [module.spec for module in modules]
+        return Allocation.of_ranks(specs, dict.fromkeys((spec.name for spec in specs), 1))
 
     monkeypatch.setattr(Ara, "allocate", bad)
     view = allocate(AllocateConfig(keep=0.8, method="ara", **TUNING), Run(learned))
@@ -146,8 +147,8 @@ def test_run_trains_for_all_its_budgets_at_once(tmp_path, tiny_settings):
     budgets = ["--method", "ara", "--keep", "0.6", "--keep", "0.8", "--no-eval"]
     result = invoke("run", tiny_settings["model"], *words, *budgets, "-w", root)
     assert result.exit_code == 0, result.output
-    assert list(Run(root).open().require("train-masks").manifest.results["budgets"]) == ["0.8", "0.6"]
-    assert {view.name for view in Run(root).open().views("truncate")} == {"ara-0.60", "ara-0.80"}
+    assert list(Run(root).open().require("training").manifest.results["budgets"]) == ["0.8", "0.6"]
+    assert {view.name for view in Run(root).open().views("checkpoint")} == {"ara-0.60", "ara-0.80"}
 
 
 def test_ara_without_a_training_says_how_to_get_one(finished):
@@ -191,7 +192,7 @@ def test_a_budget_that_was_not_trained_is_told(learned):
 def test_excluded_layers_stay_dense_and_floors_hold(learned):
     config = AllocateConfig(keep=0.8, method="energy", exclude=("*.down_proj",), min_keep=0.3)
     ranks = json.loads((allocate(config, Run(learned)).path / "ranks.json").read_text())["ranks"]
-    modules = Run(learned).open().require("decompose").manifest.results["modules"]
+    modules = Run(learned).open().require("factors").manifest.results["modules"]
     assert all(rank == "dense" for name, rank in ranks.items() if name.endswith("down_proj"))
     for module in modules:
         rank = ranks[module["name"]]
@@ -357,7 +358,7 @@ def test_text_that_is_too_short_is_shared_out(learned, samples):
     config = AllocateConfig(keep=0.8, method="sensitivity", **{**TUNING, "samples": samples, "held_out": 4000})
     allocate(config, Run(learned, report=heard))
     told = next(text for text in heard.facts if "were wanted" in text)
-    made = Run(learned).open().require("decompose").manifest.config["samples"]
+    made = Run(learned).open().require("factors").manifest.config["samples"]
     total, held = (int(word) for word in re.match(r"the text holds (\d+) .* wanted: (\d+) are", told).groups())
     assert ("so are those held out" in told) == (made > total - held)
     assert ("windows that the factors were fitted to" in told) == (made > max(0, total - held - 1 - samples))
@@ -385,7 +386,7 @@ def test_pivoted_layers_through_all_stages(learned, tiny_text):
     # The same ranks as two factors are the same function, and more parameters.
     kept = {name: rank for name, rank in json.loads((ranks.path / "ranks.json").read_text())["ranks"].items()}
     other = AutoModelForCausalLM.from_pretrained(read_manifest(ranks.path).model["location"], dtype=torch.float32)
-    decomposition = Run(learned).open().require("decompose")
+    decomposition = Run(learned).open().require("factors")
     files = factor_files(decomposition, specs_of(decomposition))
     apply_factors(other, {name: rank for name, rank in kept.items() if rank != "dense"}, files)
     ids = torch.arange(3, 3 + 2 * 37).view(2, 37)
@@ -470,7 +471,7 @@ def test_run_trains_and_allocates_in_the_layout_asked_for(tmp_path, tiny_setting
         asked = ["--method", "ara", "--keep", "0.8", "--layout", layout, "--no-eval"]
         result = invoke("run", tiny_settings["model"], *words, *asked, "-w", root)
         assert result.exit_code == 0, result.output
-    parents = {view.name: [p.key for p in view.manifest.parents] for view in Run(root).open().views("allocate")}
+    parents = {view.name: [p.key for p in view.manifest.parents] for view in Run(root).open().views("ranks")}
     assert "train-masks/priced-0.80-pivoted" in parents["ara-0.80-pivoted"]
     assert "train-masks/priced-0.80" in parents["ara-0.80"]
     assert "replacing" not in result.stderr

@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 
 import ara
 import ara.stages.measure as measure
+from ara.artifacts.factors import specs_of
+from ara.artifacts.ranks import read_allocation
+from ara.artifacts.ranks_file import from_table
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
 from ara.data.texts import load_documents
 from ara.data.tokens import evaluation_windows
@@ -18,11 +21,10 @@ from ara.decomposition import DECOMPOSITIONS
 from ara.errors import ProblemsError, UsageError, WorkspaceError
 from ara.models.checkpoint import is_compressed
 from ara.models.low_rank import low_rank_layers
-from ara.models.weights import find_linears, weight_of
+from ara.models.weights import WeightRef, find_linears
 from ara.progress import SilentReporter
-from ara.solver.problem import cost
-from ara.stages.allocate import allocate, read_allocation
-from ara.stages.common import Run, specs_of
+from ara.stages.allocate import allocate
+from ara.stages.common import Run
 from ara.stages.decompose import decompose
 from ara.stages.evaluate import evaluate
 from ara.stages.run import run_pipeline
@@ -70,7 +72,7 @@ def rebuilt(model, ranks, tensors):
     for name, rank in ranks.items():
         if rank != "dense":
             product = tensors[f"{name}.B"][:, :rank] @ tensors[f"{name}.A"][:rank]
-            weight_of(model.get_submodule(name)).copy_(product)
+            WeightRef(name).replace(model, product)
     return model
 
 
@@ -118,7 +120,7 @@ def test_every_file_of_a_stage_is_in_its_manifest(finished):
         card = {"checkpoint/README.md"} if view.stage == "truncate" else set()
         assert listing(view.path) == {*view.manifest.files, *card, "manifest.json"}
         assert not card & set(view.manifest.files)
-        Workspace.open(finished).require(view.stage, view.name)
+        Workspace.open(finished).require(view.kind, view.name)
 
 
 def test_manifests_tell_how_everything_was_made(finished, tiny_settings, tiny_llama):
@@ -181,7 +183,7 @@ def test_full_factors_give_the_weights_back(finished, tiny_settings, tmp_path, n
     model = tiny_model("llama")
     tensors = factors(root, name)
     for spec in find_linears(model):
-        weight = weight_of(model.get_submodule(spec.name))
+        weight = spec.weight.read(model)
         product = tensors[f"{spec.name}.B"] @ tensors[f"{spec.name}.A"]
         torch.testing.assert_close(product, weight, atol=1e-5, rtol=0)
 
@@ -359,8 +361,7 @@ def test_whole_pipeline_for_every_family(tmp_path, family, tiny_text):
     views = run_pipeline(
         DecomposeConfig(model=str(folder), text=tiny_text, samples=4, seq_len=40, **CPU),
         [AllocateConfig(keep=KEEP, method="energy")],
-        TruncateConfig(),
-        EvalConfig(tasks=(tiny_text,), seq_len=48, max_windows=2, **CPU),
+        {"truncate": TruncateConfig(), "eval": EvalConfig(tasks=(tiny_text,), seq_len=48, max_windows=2, **CPU)},
         Run(root),
     )
     assert [view.stage for view in views] == ["decompose", "allocate", "truncate", "eval"]
@@ -369,7 +370,7 @@ def test_whole_pipeline_for_every_family(tmp_path, family, tiny_text):
     assert len({spec.layer for spec in specs}) == tiny_config(family).num_hidden_layers == 3
     ranks = ranks_of(root)
     assert set(ranks) == {spec.name for spec in specs}
-    spent = sum(cost(spec, None if ranks[spec.name] == "dense" else ranks[spec.name]) for spec in specs)
+    spent = from_table(ranks, specs).parameters(specs)
     assert 0.68 < spent / sum(spec.dense_cost for spec in specs) <= KEEP
     model = ara.load(views[2].path / "checkpoint", "cpu")
     removed = sum(spec.dense_cost for spec in specs) - spent
@@ -386,8 +387,7 @@ def test_whole_pipeline_for_every_method(tmp_path, tiny_settings, tiny_text, met
     views = run_pipeline(
         DecomposeConfig(**{**tiny_settings, "method": method}),
         [AllocateConfig(keep=KEEP, method=allocator)],
-        TruncateConfig(),
-        None,
+        {"truncate": TruncateConfig()},
         Run(tmp_path / "ws"),
     )
     prefix = "" if method == "two-sided" else f"{method}-"
@@ -413,7 +413,7 @@ def test_whitened_factors_lose_less_of_the_output_than_plain_ones(copied, tiny_s
     with torch.inference_mode():
         model(input_ids=load_file(cache)["ids"].long())
     handle.remove()
-    x, weight = inputs[0].flatten(0, 1), weight_of(model.get_submodule(name))
+    x, weight = inputs[0].flatten(0, 1), WeightRef(name).read(model)
     errors = {}
     for method in ("whitened", "plain"):
         tensors = factors(copied, method)
@@ -434,7 +434,7 @@ def test_many_allocations_leave_the_factors_alone(copied):
             truncate(TruncateConfig(), Run(copied))
     assert stamps(copied / "decompose") == before
     assert contents(copied / "decompose") == bytes_before
-    assert {view.name for view in Workspace.open(copied).views("allocate")} == {NAME, *names}
+    assert {view.name for view in Workspace.open(copied).views("ranks")} == {NAME, *names}
     assert {view.state for view in Workspace.open(copied).views()} == {"done"}
     sizes = [manifest(copied, f"truncate/energy-{keep}").results["disk_bytes"] for keep in ("0.30", "0.50", "0.80")]
     assert sizes == sorted(set(sizes))
@@ -528,8 +528,7 @@ def test_same_seed_gives_the_same_bytes(finished, tiny_settings, tmp_path):
     run_pipeline(
         DecomposeConfig(**tiny_settings),
         [AllocateConfig(keep=KEEP, method="energy")],
-        TruncateConfig(),
-        None,
+        {"truncate": TruncateConfig()},
         Run(root),
     )
     first = {name: sha for name, sha in contents(finished, "*.safetensors").items()}
@@ -602,8 +601,7 @@ def test_same_settings_do_nothing_again(copied, tiny_settings, tiny_text):
     run_pipeline(
         DecomposeConfig(**tiny_settings),
         [AllocateConfig(keep=KEEP, method="energy")],
-        TruncateConfig(),
-        EvalConfig(tasks=(tiny_text,), seq_len=64, max_windows=4, **CPU),
+        {"truncate": TruncateConfig(), "eval": EvalConfig(tasks=(tiny_text,), seq_len=64, max_windows=4, **CPU)},
         Run(copied),
     )
     after = stamps(copied)
@@ -630,7 +628,9 @@ def test_token_cache_is_used_and_not_trusted_blindly(copied, tiny_settings):
 
 def test_excluded_layers_stay_dense_and_uncounted(tmp_path, tiny_settings):
     config = DecomposeConfig(**tiny_settings, exclude=("*.down_proj", "model.layers.0.*"))
-    run_pipeline(config, [AllocateConfig(keep=KEEP, method="energy")], TruncateConfig(), None, Run(tmp_path / "ws"))
+    run_pipeline(
+        config, [AllocateConfig(keep=KEEP, method="energy")], {"truncate": TruncateConfig()}, Run(tmp_path / "ws")
+    )
     assert listing(tmp_path / "ws" / "decompose" / "two-sided") == {
         "manifest.json",
         "layer-001.safetensors",

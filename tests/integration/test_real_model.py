@@ -49,7 +49,9 @@ def made(source, tmp_path_factory):
     measured = EvalConfig(
         tasks=("python-docs",), seq_len=SEQ_LEN, max_windows=WINDOWS, dtype="float32", device="cpu", prompt="A list is"
     )
-    views = run_pipeline(decompose, [AllocateConfig(keep=KEEP, method="energy")], TruncateConfig(), measured, run)
+    views = run_pipeline(
+        decompose, [AllocateConfig(keep=KEEP, method="energy")], {"truncate": TruncateConfig(), "eval": measured}, run
+    )
     return {view.stage: view for view in views}
 
 

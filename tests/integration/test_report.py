@@ -214,7 +214,7 @@ def test_the_card_in_the_checkpoint_makes_nothing_stale_and_nothing_damaged(copi
     full = card.read_bytes()
     assert full != first and source_hash(folder) == exported
     assert {view.state for view in Workspace.open(copied).views()} == {"done"}
-    Workspace.open(copied).require("truncate", NAME)  # all checksums fit
+    Workspace.open(copied).require("checkpoint", NAME)  # all checksums fit
     # What somebody has written over it, or removed, comes back; nothing is left beside it.
     for damage in (lambda: card.write_text("mine"), card.unlink):
         damage()
@@ -232,7 +232,7 @@ def test_a_card_under_checksums_stays_as_it_is(copied):
     before = contents(path)
     assert "stays as it is" in done("report", "-w", copied).stderr
     assert contents(path) == before
-    Workspace.open(copied).require("truncate", NAME)
+    Workspace.open(copied).require("checkpoint", NAME)
 
 
 def test_the_card_of_an_earlier_report(copied, tmp_path):

@@ -248,7 +248,7 @@ def test_killed_truncate_and_eval_leave_a_part_that_the_next_run_replaces(
     assert listing(view.path) == {*view.manifest.files, *card, "manifest.json"}
     assert "stray" not in view.manifest.files
     assert {name: sha for name, sha in contents(view.path).items() if name in first} == first
-    assert Workspace.open(copied).require(stage).key == f"{stage}/{result}"
+    assert Workspace.open(copied).require(view.kind).key == f"{stage}/{result}"
 
 
 def test_killed_between_the_renames_keeps_the_older_result(killed, copied):
@@ -259,4 +259,4 @@ def test_killed_between_the_renames_keeps_the_older_result(killed, copied):
     allocate(AllocateConfig(keep=0.5, method="energy"), Run(copied))  # any command that writes puts things right
     assert contents(copied / "allocate" / NAME) == before
     assert not list((copied / "allocate").glob(".*.old"))
-    assert Workspace.open(copied).require("allocate", NAME).state == "done"
+    assert Workspace.open(copied).require("ranks", NAME).state == "done"

@@ -157,7 +157,7 @@ def test_tasks_of_the_user_and_files_with_commas(copied: Path, tiny_text: str, t
         return result
 
     first = measured(folder)
-    (view,) = [found for found in Workspace.open(copied).views("eval") if found.manifest.config["include_path"]]
+    (view,) = [found for found in Workspace.open(copied).views("evaluation") if found.manifest.config["include_path"]]
     found = view.manifest.results["tasks"]
     assert list(found) == [f"file:{text}#content", "mine"]
     assert found["mine"]["models"]["dense"]["metrics"].keys() == {"acc"} and found["mine"]["examples"] == 6
@@ -170,6 +170,30 @@ def test_tasks_of_the_user_and_files_with_commas(copied: Path, tiny_text: str, t
     assert broken.exit_code == 1 and "none does not exist" in broken.output
     compared = CliRunner().invoke(app, ["compare", "--tasks", f"file:{text}", "-w", str(copied), "-q"])
     assert compared.exit_code == 1 and "file:PATH#content" in compared.output
+
+
+def test_the_pipeline_takes_tasks_of_the_user(
+    tiny_llama: Path, tiny_text: str, tmp_path: Path, questions: Path
+) -> None:
+    """A task that the folder does not define is refused before the first stage."""
+    folder, workspace = tmp_path / "own", tmp_path / "ws"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(_OWN.format(data=questions))
+    (folder / "code.py").write_text("def prompt(doc):\n    return doc['goal']\n")
+    words = ["run", str(tiny_llama), "--text", tiny_text, "--samples", "4", "--seq-len", "48", "--method", "energy"]
+    words += ["--limit", "4", "--device", "cpu", "--dtype", "float32", "-w", str(workspace), "-q"]
+    for refused in (
+        ["mine"],
+        ["yours", "--include-path", str(folder)],
+        ["mine", "--include-path", str(tmp_path / "no")],
+    ):
+        result = CliRunner().invoke(app, [*words, "--tasks", *refused])
+        assert result.exit_code == 1 and not workspace.exists(), result.output
+    result = CliRunner().invoke(app, [*words, "--tasks", "mine", "--include-path", str(folder)])
+    assert result.exit_code == 0, result.output
+    (view,) = Workspace.open(workspace).views("evaluation")
+    assert view.manifest is not None and list(view.manifest.results["tasks"]) == ["mine"]
+    assert view.manifest.config["include_path"] == [str(folder)]
 
 
 def test_names_of_many_tasks_stay_short() -> None:

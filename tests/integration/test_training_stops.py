@@ -294,7 +294,7 @@ def test_run_takes_a_training_that_was_made_otherwise(tmp_path, tiny_settings, m
     )
     monkeypatch.setattr(MaskedModel, "gradients", raising(AssertionError))
     assert invoke(*words).exit_code == 0
-    (ranks,) = Run(tmp_path).open().views("allocate")
+    (ranks,) = Run(tmp_path).open().views("ranks")
     assert longer.key in [parent.key for parent in ranks.manifest.parents]
 
 
@@ -330,21 +330,21 @@ def test_a_later_budget_starts_at_the_better_of_two_places(learned, monkeypatch,
     assert len(places) == 2 and places[0] != places[1]
     assert budgets["0.6"]["start_held_out"] == pytest.approx(places[winner == "learned"], rel=1e-6)
     before = budgets["0.8"]["backward_passes"] if winner == "learned" else 0
-    assert training_cost(view, 0.6)["backward_passes"] == 8 + before + 12
-    assert training_cost(view, 0.8)["backward_passes"] == 8 + 12
+    assert training_cost(view, 0.6).backward_passes == 8 + before + 12
+    assert training_cost(view, 0.8).backward_passes == 8 + 12
 
 
 @pytest.mark.parametrize(("objective", "passes"), [("priced", 8 + 12 + 12), ("paper", 8 + 12)])
 def test_the_cost_of_a_training_that_does_not_say_where_it_started(learned, objective, passes):  # noqa: F811
-    view = Run(learned).open().require("train-masks")
+    view = Run(learned).open().require("training")
     view.manifest.config["objective"] = objective
     for row in view.manifest.results["budgets"].values():
         del row["start"]
-    assert training_cost(view, 0.6)["backward_passes"] == passes
+    assert training_cost(view, 0.6).backward_passes == passes
 
 
 def test_compare_counts_what_the_training_has_cost(learned, tiny_text):  # noqa: F811
-    trained = Run(learned).open().require("train-masks").manifest.results
+    trained = Run(learned).open().require("training").manifest.results
     config = CompareConfig(keep=0.61, methods=("ara",), tasks=(tiny_text,), eval_seq_len=64, max_windows=1, **TUNING)
     row = compare(config, Run(learned)).manifest.results["methods"]["ara"]
     # That of 0.8 counts where the training at 0.6 has gone on from it.

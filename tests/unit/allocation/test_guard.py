@@ -20,8 +20,11 @@ def context(tmp_path: Path) -> TuningContext:
 
 
 def _candidates(context: TuningContext) -> dict[str, Allocation]:
-    names = [spec.name for spec in context.model.specs]
-    return {"ara": Allocation(dict.fromkeys(names, 3)), "uniform": Allocation(dict.fromkeys(names, 6))}
+    specs = context.model.specs
+    return {
+        name: Allocation.of_ranks(specs, dict.fromkeys((spec.name for spec in specs), rank))
+        for name, rank in (("ara", 3), ("uniform", 6))
+    }
 
 
 def test_nan_never_wins(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,7 @@ import torch
 from ara.allocation.energy import Energy, relative_loss
 from ara.allocation.uniform import Uniform
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
-from ara.solver.problem import Allocation, Module
+from ara.solver.problem import Allocation, Budget, Module
 
 GQA = [(84, 60), (28, 60), (28, 60), (60, 84), (92, 60), (92, 60), (60, 92)]
 
@@ -45,7 +44,7 @@ def test_uniform_gives_one_share_to_all_layers_beside_those_that_stay_dense(keep
             assert rank is None
         else:
             assert rank is not None and spec.cost(rank) / spec.dense_cost == pytest.approx(share, abs=0.01)
-    assert 0 <= budget.parameters - allocation.cost(specs) < 1500
+    assert 0 <= budget.limit - allocation.parameters(specs) < 1500
 
 
 def test_uniform_takes_floors_out_of_the_common_share() -> None:

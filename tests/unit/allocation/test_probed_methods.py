@@ -13,7 +13,7 @@ from ara.allocation.strs import Strs, search
 from ara.masks.context import TuningContext
 from ara.masks.probing import ProbeOptions
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
+from ara.solver.problem import Budget, Choice
 from tests.oracles.allocation import least_loss
 from tests.toy import toy_problem
 
@@ -50,13 +50,13 @@ def test_strs_takes_the_smallest_threshold_that_meets_the_budget(seed: int) -> N
             ranks, cost = [], 0
             for spec, curve in zip(specs, curves, strict=True):
                 below = [budget.choices(spec)[at] for at, value in curve.items() if value <= threshold]
-                rank, price = min(below, key=lambda choice: choice[1], default=(None, spec.m * spec.n))
-                ranks.append(rank)
-                cost += price
+                chosen = min(below, key=lambda choice: choice.cost, default=Choice(None, 16, spec.m * spec.n))
+                ranks.append(chosen.rank)
+                cost += chosen.cost
             if cost <= int(keep * dense + 1e-6):
                 break
         found = search(specs, curves, budget)
-        assert [budget.choices(spec)[at][0] for spec, at in zip(specs, found, strict=True)] == ranks
+        assert [budget.choices(spec)[at].rank for spec, at in zip(specs, found, strict=True)] == ranks
 
 
 def test_strs_spends_what_is_left_on_the_most_sensitive_layer(tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_dp_kl_finds_the_least_summed_kl_of_all_allocations(small: tuple, keep: 
     budget = Budget.for_keep(specs, keep)
     # With more ratios than ranks every rank is probed and nothing interpolated.
     allocation = DpKl(ProbeOptions(ratios=64, windows=6)).allocate(modules, budget, context)
-    layers = [[(cost, _kl(context, spec, rank)) for rank, cost in budget.choices(spec)] for spec in specs]
+    layers = [[(choice.cost, _kl(context, spec, choice.rank)) for choice in budget.choices(spec)] for spec in specs]
     found = sum(_kl(context, spec, allocation.ranks[spec.name]) for spec in specs)
-    assert math.isclose(found, least_loss(layers, budget.parameters), rel_tol=1e-5)
+    assert math.isclose(found, least_loss(layers, budget.limit), rel_tol=1e-5)
 
 
 def _kl(context: TuningContext, spec: LinearSpec, rank: int | None) -> float:

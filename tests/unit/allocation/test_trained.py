@@ -15,8 +15,7 @@ from ara.allocation.tanh import Tanh, TanhMasks, TanhOptions
 from ara.errors import UsageError
 from ara.masks.context import TuningContext
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
-from ara.solver.problem import Allocation, Module
+from ara.solver.problem import Allocation, Budget, Module
 from ara.solver.rounding import proportional
 from tests.toy import _drawn_text, toy_problem
 
@@ -38,12 +37,12 @@ def modules_of(shapes: Sequence[tuple[int, int]]) -> list[Module]:
 
 def check(allocation: Allocation, specs: Sequence[LinearSpec], budget: Budget) -> None:
     """Hold an allocation against the budget: not over it, and less than one step unspent."""
-    left = budget.parameters - allocation.cost(specs)
+    left = budget.limit - allocation.parameters(specs)
     assert left >= 0
     for spec in specs:
         choices = budget.choices(spec)
-        at = [rank for rank, _ in choices].index(allocation.ranks[spec.name])
-        assert at + 1 == len(choices) or choices[at + 1][1] - choices[at][1] > left
+        at = [choice.rank for choice in choices].index(allocation.ranks[spec.name])
+        assert at + 1 == len(choices) or choices[at + 1].cost - choices[at].cost > left
 
 
 _LAYER = st.tuples(st.integers(1, 90), st.integers(1, 90), st.floats(1e-6, 3.0))
@@ -70,7 +69,7 @@ def test_shares_become_ranks_that_meet_the_budget(
     check(allocation, specs, budget)
     dense = [spec for spec, share in zip(specs, shares, strict=True) if share >= 1]
     least = sum(spec.m * spec.n if spec in dense else budget_of(spec, rank_multiple, min_rank) for spec in specs)
-    if keep_dense and least <= budget.parameters:
+    if keep_dense and least <= budget.limit:
         assert all(allocation.ranks[spec.name] is None for spec in dense)
 
 
@@ -152,7 +151,7 @@ def test_the_penalty_counts_the_cost_over_the_budget_and_the_energy_out_of_order
     masks.cut(0.0, torch.Generator())
     masks.drawn = [torch.ones(spec.full_rank) for spec in masks.specs]
     cost = sum(spec.full_rank * (spec.m + spec.n) for spec in masks.specs)
-    wanted = 16 * torch.tensor(cost / masks.budget.parameters).log()
+    wanted = 16 * torch.tensor(cost / masks.budget.limit).log()
     torch.testing.assert_close(masks.penalty(), wanted)
     masks.drawn = [torch.zeros(spec.full_rank) for spec in masks.specs]
     assert masks.penalty() == 0
@@ -224,7 +223,7 @@ def test_layers_that_must_stay_dense_are_so_while_others_learn(family: type[Gumb
         sizes = [spec.m * spec.n for spec in specs]
         least = [spec.m + spec.n for spec in specs]
         kept = (sum(least[i] for i in (0, 1, 3, 4)) + sizes[2] + sizes[5]) / sum(sizes)
-        assert masks.penalty().item() == pytest.approx(20 * abs(kept - budget.parameters / sum(sizes)))
+        assert masks.penalty().item() == pytest.approx(20 * abs(kept - budget.limit / sum(sizes)))
     allocation = masks.allocation()
     assert allocation.ranks[specs[2].name] is None
     check(allocation, specs, budget)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ara.calibration.moments import InputAccumulator, InputStats, collect_moments, shared_inputs
 from ara.errors import NumericalError, UnsupportedModelError
+from ara.models.blocks import BlockRunner
 from ara.models.weights import LinearSpec, find_blocks, find_linears
 from tests.oracles import moments as oracle
 from tests.tiny import FAMILIES, VOCABULARY, tiny_model
@@ -103,7 +104,7 @@ def test_no_hook_is_left_behind() -> None:
     model = tiny_model("llama")
     linears = find_linears(model)
     windows = _windows(2)
-    collect_moments(model, linears, shared_inputs(model, linears, windows[:1]), windows, 1)
+    _collect(model, linears, windows, 1)
     for name, module in model.named_modules():
         assert not module._forward_pre_hooks and not module._forward_hooks, name
 
@@ -124,7 +125,7 @@ def test_a_layer_that_is_never_called_is_named() -> None:
 def _collect(
     model: nn.Module, linears: Sequence[LinearSpec], windows: torch.Tensor, batch_size: int = 2
 ) -> dict[str, InputStats]:
-    return collect_moments(model, linears, shared_inputs(model, linears, windows[:1]), windows, batch_size)
+    return collect_moments(BlockRunner(model, windows, batch_size), linears, shared_inputs(model, linears, windows[:1]))
 
 
 def _inputs_seen(model: nn.Module, names: Sequence[str], windows: torch.Tensor) -> dict[str, np.ndarray]:
@@ -150,7 +151,7 @@ def test_moments_of_every_layer_equal_those_of_its_recorded_inputs(family: str) 
     linears = find_linears(model)
     windows = _windows(5)
     owners = shared_inputs(model, linears, windows[:1])
-    stats = collect_moments(model, linears, owners, windows, 2)
+    stats = collect_moments(BlockRunner(model, windows, 2), linears, owners)
     seen = _inputs_seen(model, [spec.name for spec in linears], windows)
     assert set(stats) == set(owners.values())
     for spec in linears:
@@ -174,7 +175,7 @@ def test_the_forward_pass_ends_before_the_head_and_later_blocks(family: str) -> 
 
     model.get_output_embeddings().register_forward_pre_hook(refuse)
     find_blocks(model)[1][2].register_forward_pre_hook(refuse)
-    assert len(collect_moments(model, linears, owners, windows, 2)) == len(set(owners.values()))
+    assert len(collect_moments(BlockRunner(model, windows, 2), linears, owners)) == len(set(owners.values()))
 
 
 def test_collecting_in_chunks_equals_collecting_at_once() -> None:
@@ -182,10 +183,10 @@ def test_collecting_in_chunks_equals_collecting_at_once() -> None:
     linears = find_linears(model)
     windows = _windows(5)
     owners = shared_inputs(model, linears, windows[:1])
-    whole = collect_moments(model, linears, owners, windows, 2)
+    whole = collect_moments(BlockRunner(model, windows, 2), linears, owners)
     parts: dict[str, InputStats] = {}
     for layers in ((0,), (1, 2)):
-        part = collect_moments(model, [s for s in linears if s.layer in layers], owners, windows, 2)
+        part = collect_moments(BlockRunner(model, windows, 2), [s for s in linears if s.layer in layers], owners)
         assert not set(part) & set(parts)
         parts |= part
     assert set(parts) == set(whole)
@@ -232,7 +233,7 @@ def test_broken_activations_are_refused_with_the_first_layer_that_sees_them(valu
     with torch.no_grad():
         find_blocks(model)[1][1].self_attn.o_proj.weight[3, 5] = value
     with pytest.raises(NumericalError, match=r"the inputs of model\.layers\.1\.mlp\.gate_proj hold NaN") as caught:
-        collect_moments(model, linears, owners, _windows(2), 2)
+        collect_moments(BlockRunner(model, _windows(2), 2), linears, owners)
     assert "float32" in (caught.value.hint or "")
 
 
@@ -252,5 +253,5 @@ def test_progress_counts_the_windows() -> None:
             yield Bar()
 
     windows = _windows(5)
-    collect_moments(model, linears, shared_inputs(model, linears, windows[:1]), windows, 2, Report())  # type: ignore[arg-type]
+    collect_moments(BlockRunner(model, windows, 2), linears, shared_inputs(model, linears, windows[:1]), Report())  # type: ignore[arg-type]
     assert steps == [2, 2, 1]

@@ -6,6 +6,7 @@ import torch
 from ara.calibration.gradients import GradientStats, collect_gradients
 from ara.calibration.moments import InputStats
 from ara.decomposition.two_sided import TwoSided, TwoSidedOptions
+from ara.models.blocks import BlockRunner
 from ara.models.weights import find_linears
 from tests.tiny import tiny_model
 
@@ -57,7 +58,7 @@ def test_gradients_are_those_of_autograd(family):
     model = tiny_model(family).requires_grad_(False)
     linears = find_linears(model)
     windows = torch.randint(4, 200, (3, 11), generator=torch.Generator().manual_seed(1))
-    found = collect_gradients(model, linears, windows, 2, targets="text")
+    found = collect_gradients(BlockRunner(model, windows, 2), linears, targets="text")
     expected = {spec.name: torch.zeros(spec.m, spec.m) for spec in linears}
     kept = {}
     handles = [
@@ -85,9 +86,9 @@ def test_a_later_block_alone_gives_the_same_gradients():
     model = tiny_model("llama").requires_grad_(False)
     linears = find_linears(model)
     windows = torch.randint(4, 200, (3, 11), generator=torch.Generator().manual_seed(1))
-    whole = collect_gradients(model, linears, windows, 2, targets="text")
+    whole = collect_gradients(BlockRunner(model, windows, 2), linears, targets="text")
     late = [spec for spec in linears if spec.layer == 2]
-    for name, stats in collect_gradients(model, late, windows, 2, targets="text").items():
+    for name, stats in collect_gradients(BlockRunner(model, windows, 2), late, targets="text").items():
         torch.testing.assert_close(stats.second_moment, whole[name].second_moment, rtol=1e-4, atol=1e-8)
 
 
@@ -95,7 +96,7 @@ def test_drawn_targets_are_the_same_for_the_same_seed():
     model = tiny_model("llama").requires_grad_(False)
     linears = find_linears(model)[:2]
     windows = torch.randint(4, 200, (3, 11), generator=torch.Generator().manual_seed(1))
-    first, again, other = (collect_gradients(model, linears, windows, 2, seed=seed) for seed in (3, 3, 4))
+    first, again, other = (collect_gradients(BlockRunner(model, windows, 2), linears, seed=seed) for seed in (3, 3, 4))
     name = linears[0].name
     assert torch.equal(first[name].second_moment, again[name].second_moment)
     assert not torch.equal(first[name].second_moment, other[name].second_moment)

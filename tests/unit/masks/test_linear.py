@@ -14,7 +14,7 @@ def layer():
         torch.manual_seed(3)
         linear = nn.Linear(7, 9).double().requires_grad_(False)
         u, s, v = torch.linalg.svd(linear.weight, full_matrices=False)
-        return MaskedLinear(linear, s[:, None] * v, u)
+        return MaskedLinear(linear, linear.weight, s[:, None] * v, u)
 
 
 def _inputs():

@@ -10,7 +10,7 @@ from ara.errors import NumericalError
 from ara.masks.ara_family import ara_family, needs_table, sensitivity_table
 from ara.masks.loop import batch_indices, train
 from ara.masks.state import TrainingSettings, TrainingState
-from ara.solver.budget import Budget
+from ara.solver.problem import Budget
 from tests.toy import toy_problem
 
 SHAPES = [(20, 14), (9, 20), (16, 16), (20, 14)]
@@ -48,7 +48,7 @@ def test_the_best_is_within_budget_and_never_worse_than_the_start(toy, form):
     state, _, budget = _run(toy, form)
     specs = toy[1].model.specs
     spent = sum(s.dense_cost if state.best[s.name] is None else s.cost(state.best[s.name]) for s in specs)
-    assert spent <= budget.parameters
+    assert spent <= budget.limit
     assert state.best_held_out <= state.log[0].held_out
     assert [row.step for row in state.log] == list(range(7))
     assert [row.step for row in state.log if row.held_out is not None] == [0, 2, 4, 6]
@@ -133,8 +133,8 @@ def _checks_give(monkeypatch, values):
     given, real, count = iter(values), PricedStaircase.allocation, iter(range(1000))
 
     def another(self):
-        ranks = dict(real(self).ranks)
-        return Allocation({**ranks, next(iter(ranks)): 1 + next(count)})
+        ranks = real(self).ranks
+        return Allocation.of_ranks(self.specs, {**ranks, next(iter(ranks)): 1 + next(count)})
 
     monkeypatch.setattr(PricedStaircase, "allocation", another)
     monkeypatch.setattr(MaskedModel, "nll", lambda self, *args, **kwargs: torch.tensor([next(given)]))

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from ara.artifacts.factors import layer_file
 from ara.errors import NumericalError
 from ara.masks.model import MaskedModel
 from ara.masks.sensitivity_table import sensitivity_tables
 from ara.models.low_rank import apply_factors
 from ara.models.weights import find_linears
-from ara.stages.common import layer_file
 from tests.tiny import tiny_model
 from tests.toy import toy_problem
 
@@ -31,7 +31,6 @@ def test_a_cut_is_what_a_checkpoint_computes(family, tmp_path):
     from safetensors.torch import save_file
 
     from ara.decomposition.subspace import weighted_factors
-    from ara.models.weights import weight_of
 
     model = tiny_model(family)
     specs = find_linears(model)
@@ -39,7 +38,7 @@ def test_a_cut_is_what_a_checkpoint_computes(family, tmp_path):
     for path in set(files.values()):
         tensors = {}
         for spec in (spec for spec in specs if files[spec.name] == path):
-            factors = weighted_factors(weight_of(model.get_submodule(spec.name)).double(), None)
+            factors = weighted_factors(spec.weight.read(model).double(), None)
             tensors[f"{spec.name}.A"] = factors.a.float().contiguous()
             tensors[f"{spec.name}.B"] = factors.b.float().contiguous()
         save_file(tensors, path)

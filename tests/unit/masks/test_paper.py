@@ -14,8 +14,7 @@ from ara.masks.paper import Guidance, PaperStaircase, shares_of, start_at
 from ara.masks.staircase import Atoms, paper_atoms
 from ara.masks.state import TrainingSettings
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
-from ara.solver.problem import Allocation
+from ara.solver.problem import Allocation, Budget
 from tests.toy import toy_problem
 
 SHAPES = [(84, 60), (28, 60), (37, 41), (40, 40), (92, 60), (77, 6)]
@@ -131,7 +130,7 @@ def test_the_gradient_of_the_penalty_is_that_of_its_value(weights: tuple[float, 
 def test_the_budget_term_charges_dense_layers_their_weight() -> None:
     family = family_at(MIXED, weights=(7, 0))
     charged = sum(min(share, 1) * spec.m * spec.n for share, spec in zip(MIXED, family.atoms.specs, strict=True))
-    wanted = 7 * (charged / family.budget.parameters - 1) ** 2
+    wanted = 7 * (charged / family.budget.limit - 1) ** 2
     assert family.penalty().item() == pytest.approx(wanted, rel=1e-6)
 
 
@@ -152,7 +151,7 @@ def test_a_layer_that_must_stay_dense_is_so_whatever_its_scores() -> None:
     assert [rank is None for rank in cut(family).values()] == [i == 2 for i in range(6)]
     charged = sum((1 if i == 2 else 0.4) * spec.m * spec.n for i, spec in enumerate(specs))
     guidance = family.guidance(torch.where(torch.arange(6) == 2, family.break_even, family.expected)).item()
-    wanted = 7 * (charged / limit.parameters - 1) ** 2 + 3 * guidance
+    wanted = 7 * (charged / limit.limit - 1) ** 2 + 3 * guidance
     assert family.penalty().item() == pytest.approx(wanted, rel=1e-4)
     (gradient,) = torch.autograd.grad(family.penalty(), family.parameters["theta"])
     assert gradient[2].eq(0).all() and gradient[3].abs().max() > 0
@@ -296,10 +295,10 @@ def steps_left(allocation: Allocation, budget: Budget) -> tuple[int, list[int]]:
     costs = [budget.choices(spec) for spec in specs]
     steps = []
     for spec, options in zip(specs, costs, strict=True):
-        at = [rank for rank, _ in options].index(allocation.ranks[spec.name])
+        at = [choice.rank for choice in options].index(allocation.ranks[spec.name])
         if at + 1 < len(options):
-            steps.append(options[at + 1][1] - options[at][1])
-    return budget.parameters - allocation.cost(specs), steps
+            steps.append(options[at + 1].cost - options[at].cost)
+    return budget.limit - allocation.parameters(specs), steps
 
 
 @pytest.mark.parametrize("keep", [0.45, 0.6, 0.75, 0.9])
@@ -317,7 +316,7 @@ def test_the_rescaled_ranks_meet_the_budget_and_keep_their_proportions(
     factors = []
     for spec in family.atoms.specs:
         rank, before = ranks[spec.name], trained[spec.name]
-        highest = max((k for k, _ in family.budget.choices(spec) if k is not None), default=0)
+        highest = max((choice.rank or 0 for choice in family.budget.choices(spec)), default=0)
         if rank is not None and before is not None and multiple < rank < highest:
             factors.append(((rank - multiple) / before, (rank + multiple) / before))
     assert max(low for low, _ in factors) <= min(high for _, high in factors), "one factor for all"
@@ -338,7 +337,7 @@ def test_dense_layers_without_room_become_low_rank_the_least_sure_first() -> Non
         # One more dense layer would not have left the least ranks of the others.
         last = by_share[first_dense - 1]
         others = sum(dense[i] for i in range(6) if i not in low)
-        assert others + dense[last] + least - sum(SHAPES[last]) > family.budget.parameters
+        assert others + dense[last] + least - sum(SHAPES[last]) > family.budget.limit
 
 
 def test_the_form_trains(tmp_path: Path) -> None:
@@ -351,5 +350,5 @@ def test_the_form_trains(tmp_path: Path) -> None:
     state = train(family, context.model, context.train, context.held_out, settings)
     assert len(state.log) == 5 and state.log[-1].held_out is not None
     assert not torch.equal(family.parameters["theta"].detach(), start)
-    assert Allocation(state.best).cost(specs) <= budget.parameters
+    assert Allocation.of_ranks(specs, state.best).cost <= budget.limit
     assert state.best_held_out <= state.log[0].held_out

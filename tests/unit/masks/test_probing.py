@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ara.decomposition.subspace import weighted_factors
 from ara.errors import NumericalError
@@ -21,8 +20,8 @@ from ara.masks.model import MaskedModel
 from ara.masks.probing import ProbeOptions, probe, probe_choices
 from ara.models.weights import LinearSpec, find_blocks, find_linears
 from ara.progress import SilentReporter
-from ara.solver.budget import Budget
-from tests.tiny import FAMILIES, VOCABULARY, tiny_model
+from ara.solver.problem import Budget
+from tests.tiny import FAMILIES, VOCABULARY, gemma_with_shared_keys, tiny_model
 from tests.toy import LAYERS_PER_BLOCK, ToyModel, toy_problem
 
 SHAPES = [(31, 20), (20, 31), (13, 45), (27, 27), (20, 20), (45, 13), (33, 21), (31, 31), (9, 40), (25, 14)]
@@ -83,18 +82,7 @@ def test_probes_are_those_of_whole_passes_in_every_family(family: str, tmp_path:
 def test_blocks_that_reuse_keys_and_values_of_earlier_ones_are_probed_by_whole_passes(
     kind: str, measure: str, tmp_path: Path
 ) -> None:
-    sizes = {"hidden_size": 60, "intermediate_size": 92, "head_dim": 14, "num_hidden_layers": 4, "vocab_size": 50}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "num_kv_shared_layers": 2, "sliding_window": 5}
-    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2}
-    inputs = {"hidden_size_per_layer_input": 9, "vocab_size_per_layer_input": 50}
-    own: dict[str, Any] = {"global_head_dim": 14}
-    if kind == "gemma3n_text":
-        own = {"laurel_rank": 7, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4}
-        own["intermediate_size"] = [92] * 4
-    config = AutoConfig.for_model(kind, **{**sizes, **heads, **layers, **inputs, "initializer_range": 0.1, **own})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = _masked(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), tmp_path)
+    model = _masked(gemma_with_shared_keys(kind), tmp_path)
     windows = torch.randint(50, (2, 11), generator=torch.Generator().manual_seed(0))
     # A layer of every block, not all of each: these families have many.
     ranks = {spec.name: [spec.full_rank // 3] for spec in model.specs if spec.kind.endswith(("q_proj", "down_proj"))}
@@ -217,7 +205,7 @@ def test_probed_ranks_are_evenly_spaced_choices(
     budget = Budget(10**6, rank_multiple, min_rank)
     first, second = probe_choices(context, specs, budget, ProbeOptions(ratios=5, windows=2), "kl")
     choices = budget.choices(specs[0])
-    assert [choices[at][0] for at in first] == expected
+    assert [choices[at].rank for at in first] == expected
     assert second == {}
     assert list(first.values()) == _by_whole_passes(
         context.model, context.train[:2], {specs[0].name: expected}, "kl"

@@ -12,9 +12,8 @@ from ara.masks.priced import PricedStaircase, hard_price
 from ara.masks.staircase import paper_atoms, priced_atoms
 from ara.masks.trust_region import floors_below
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
-from ara.solver.optimum import best_ranks
-from ara.solver.problem import Allocation, cost
+from ara.solver.knapsack import best_ranks
+from ara.solver.problem import Budget
 
 SHAPES = [(20, 14), (9, 20), (16, 16), (30, 5), (1, 3)]
 SPECS = [LinearSpec(f"blocks.{i}.l", i, "l", m, n) for i, (m, n) in enumerate(SHAPES)]
@@ -55,7 +54,7 @@ def test_priced_atoms_have_no_rank_that_does_not_pay():
     budget = Budget(10**6, rank_multiple=2)
     atoms = priced_atoms(SPECS, budget, 5)
     for i, spec in enumerate(SPECS):
-        offered = dict(budget.choices(spec))
+        offered = {choice.rank: choice.cost for choice in budget.choices(spec)}
         real = atoms.real[i]
         for rank, price, dense in zip(atoms.ranks[i][real], atoms.costs[i][real], atoms.dense[i][real], strict=True):
             assert offered[None if dense else int(rank)] == int(price)
@@ -67,11 +66,11 @@ def test_the_price_keeps_the_hard_choice_on_budget(keep):
     budget = Budget.for_keep(SPECS, keep)
     atoms = priced_atoms(SPECS, budget, 8)
     theta = -atoms.expand(_tables())
-    price, picks = hard_price(theta, atoms, budget.parameters)
+    price, picks = hard_price(theta, atoms, budget.limit)
     spent = _cost(atoms.hard_ranks(picks))
-    assert spent <= budget.parameters
+    assert spent <= budget.limit
     cheaper = (theta - 0.98 * price * atoms.costs - 1e-9).masked_fill(~atoms.real, -torch.inf).argmax(1)
-    assert keep == 1 or _cost(atoms.hard_ranks(cheaper)) > budget.parameters
+    assert keep == 1 or _cost(atoms.hard_ranks(cheaper)) > budget.limit
 
 
 def test_the_gradient_holds_the_expected_cost():
@@ -266,13 +265,14 @@ def test_floors_of_a_far_larger_budget_fall_no_faster_than_a_step_may_move(trust
     still = {spec.name: tables[spec.name].diff()[:30] for spec in specs}
     moved = []
     for _ in range(8):
-        before = family.cut(0.0, GENERATOR).ranks
+        before = family.allocation()
+        assert family.cut(0.0, GENERATOR).ranks == before.ranks
         family.update(_found(still), 0.0)
-        after = family.allocation().ranks
-        each = [abs(cost(spec, before[spec.name]) - cost(spec, after[spec.name])) for spec in specs]
+        after = family.allocation()
+        each = [abs(before.choices[spec.name].cost - after.choices[spec.name].cost) for spec in specs]
         moved.append(sum(each) / sum(spec.dense_cost for spec in specs))
-        for spec, half in zip(specs, floors_below(specs, Allocation(before)).tolist(), strict=True):
-            assert after[spec.name] is None or after[spec.name] >= half
+        for spec, half in zip(specs, floors_below(specs, before).tolist(), strict=True):
+            assert after.ranks[spec.name] is None or after.ranks[spec.name] >= half
     assert max(moved) <= trust
     assert sum(moved) > 0
 

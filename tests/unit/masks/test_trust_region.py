@@ -5,9 +5,8 @@ import torch
 from ara.masks.rank_losses import LearnedLosses, nearest
 from ara.masks.trust_region import above_floors, floors_below
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget
-from ara.solver.optimum import best_ranks
-from ara.solver.problem import Allocation
+from ara.solver.knapsack import best_ranks
+from ara.solver.problem import Allocation, Budget
 
 SQUARE, WIDE = LinearSpec("square", 0, "l", 30, 30), LinearSpec("wide", 0, "l", 20, 60)
 SPECS = [SQUARE, WIDE]
@@ -18,17 +17,17 @@ TABLES = {
 
 
 def _learned(keep, ranks):
-    return LearnedLosses(keep, TABLES, Allocation(ranks))
+    return LearnedLosses(keep, TABLES, Allocation.of_ranks(SPECS, ranks) if ranks else Allocation({}))
 
 
 def test_floors_are_half_of_the_rank_and_dense_is_the_highest_rank_that_pays():
-    assert floors_below(SPECS, Allocation({"square": 9, "wide": None})).tolist() == [5, 7]
-    assert floors_below(SPECS, Allocation({"square": None, "wide": 1})).tolist() == [7, 1]
+    assert floors_below(SPECS, Allocation.of_ranks(SPECS, {"square": 9, "wide": None})).tolist() == [5, 7]
+    assert floors_below(SPECS, Allocation.of_ranks(SPECS, {"square": None, "wide": 1})).tolist() == [7, 1]
 
 
 def test_in_a_layout_without_break_even_dense_is_one_more_than_the_highest_rank():
     spec = LinearSpec("square", 0, "l", 30, 30, layout="pivoted")
-    assert floors_below([spec], Allocation({"square": None})).tolist() == [15]
+    assert floors_below([spec], Allocation.of_ranks([spec], {"square": None})).tolist() == [15]
 
 
 def test_the_barrier_stands_in_front_of_the_floor_alone():
@@ -48,7 +47,7 @@ def test_a_table_that_falls_below_the_floor_is_filled_up():
 def test_at_its_own_budget_a_training_hands_out_its_best_ranks():
     budget = Budget.for_keep(SPECS, 0.6)
     ranks = {"square": 5, "wide": 12}
-    assert budget.is_met_by(SPECS, ranks) and best_ranks(SPECS, TABLES, budget).ranks != ranks
+    assert budget.met_by(SPECS, ranks) and best_ranks(SPECS, TABLES, budget).ranks != ranks
     assert _learned(0.6, ranks).allocation(SPECS, budget).ranks == ranks
 
 

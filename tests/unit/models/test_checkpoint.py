@@ -33,7 +33,7 @@ from ara.models.checkpoint import (
     save_checkpoint,
 )
 from ara.models.low_rank import apply_factors, low_rank_layers
-from ara.models.weights import LinearSpec, bias_of, find_linears, weight_of
+from ara.models.weights import LinearSpec, WeightRef, bias_of, find_linears
 from tests.tiny import FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 
 _REPOSITORY = Path(__file__).resolve().parents[3]
@@ -73,7 +73,7 @@ def _logits(model: nn.Module) -> torch.Tensor:
 def _factor_file(model: PreTrainedModel, linears: list[LinearSpec], path: Path) -> dict[str, Path]:
     tensors = {}
     for spec in linears:
-        factors = Plain().decompose(weight_of(model.get_submodule(spec.name)), None)
+        factors = Plain().decompose(spec.weight.read(model), None)
         tensors[f"{spec.name}.A"] = factors.a.float().contiguous()
         tensors[f"{spec.name}.B"] = factors.b.float().contiguous()
     save_file(tensors, path)
@@ -147,13 +147,13 @@ def test_apply_factors_puts_the_first_components_in_place(family: str, tmp_path:
     assert low_rank_layers(model) == ranks
     with safe_open(tmp_path / f"{family}.factors.safetensors", "pt") as file:
         for name, rank in ranks.items():
-            layer, original = model.get_submodule(name), dense.get_submodule(name)
+            layer, original, weight = model.get_submodule(name), dense.get_submodule(name), WeightRef(name).read(dense)
             assert isinstance(layer, LowRankLinear)
             assert layer.rank == rank
-            assert (layer.out_features, layer.in_features) == weight_of(original).shape
+            assert (layer.out_features, layer.in_features) == weight.shape
             assert torch.equal(layer.A.weight, file.get_tensor(f"{name}.A")[:rank])
             assert torch.equal(layer.B.weight, file.get_tensor(f"{name}.B")[:, :rank])
-            u, s, vt = torch.linalg.svd(weight_of(original).double(), full_matrices=False)
+            u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
             torch.testing.assert_close(layer.weight.double(), (u * s)[:, :rank] @ vt[:rank], rtol=0, atol=1e-5)
             if bias_of(original) is None:
                 assert layer.bias is None
@@ -338,7 +338,7 @@ def test_dequantize_gives_an_ordinary_dense_model(family: str, checkpoints: Path
     for name, product in products.items():
         layer = dense.get_submodule(name)
         assert isinstance(layer, kind)
-        torch.testing.assert_close(weight_of(layer), product)
+        torch.testing.assert_close(WeightRef(name).read(dense), product)
     expected = load_file(checkpoints / "expected.safetensors")[family]
     torch.testing.assert_close(_logits(dense), expected, rtol=1e-3, atol=1e-3)
     dense.save_pretrained(tmp_path / "dense")

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ara.errors import UnsupportedModelError, UsageError
 from ara.layouts.modeling_ara import LowRankLinear, replace_linear
-from ara.models.weights import LinearSpec, bias_of, find_blocks, find_linears, weight_of
+from ara.models.weights import LinearSpec, WeightRef, bias_of, find_blocks, find_linears
 from tests.tiny import FAMILIES, tiny_model
 
 _WIDE = [
@@ -96,7 +96,7 @@ def test_weights_are_out_by_in_and_biases_kept(family: str) -> None:
     model = tiny_model(family)
     for spec in find_linears(model):
         module = model.get_submodule(spec.name)
-        weight, bias = weight_of(module), bias_of(module)
+        weight, bias = spec.weight.read(model), bias_of(module)
         assert weight.shape == (spec.m, spec.n) and not weight.requires_grad
         assert weight.data_ptr() == module.weight.data_ptr()  # a view
         x = torch.randn(4, spec.n, generator=torch.Generator().manual_seed(0))
@@ -134,6 +134,92 @@ def test_sizes_and_costs() -> None:
     assert (spec.full_rank, spec.dense_cost, spec.cost(3), spec.top_rank) == (60, 5040, 432, 34)
     pivoted = LinearSpec("x", 0, "x", 84, 60, "pivoted")
     assert (pivoted.cost(3), pivoted.cost(60), pivoted.top_rank) == (423, 5040, 59)
+
+
+# -- names of weights -------------------------------------------------------------------------------------------
+
+
+class _Fused(nn.Module):
+    """Three experts, (31, 12) each, in one parameter; and the same ones stored transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        values = torch.randn(3, 31, 12, generator=torch.Generator().manual_seed(0))
+        self.up = nn.Parameter(values.clone())
+        self.turned = nn.Parameter(values.mT.contiguous())
+        self.packed = nn.Parameter(values[0].clone())
+
+
+_PARTS = [WeightRef("fused", "up", 1), WeightRef("fused", "turned", 1, transposed=True)]
+
+
+@pytest.mark.parametrize(
+    ("ref", "name"),
+    [
+        (WeightRef("model.layers.0.mlp.up_proj"), "model.layers.0.mlp.up_proj"),
+        (WeightRef("experts.1"), "experts.1"),  # a list of modules
+        (WeightRef("mlp.experts", "gate_up_proj", 12), "mlp.experts.gate_up_proj[12]"),
+        (WeightRef("mlp.experts", "down_proj", 0, transposed=True), "mlp.experts.down_proj[0].T"),
+        (WeightRef("mlp", "kernel"), "mlp.kernel[:]"),
+        (WeightRef("mlp", transposed=True), "mlp.weight[:].T"),
+    ],
+)
+def test_a_name_names_one_weight(ref: WeightRef, name: str) -> None:
+    assert ref.name == name
+    assert WeightRef.named(name) == ref
+    assert LinearSpec(name, 0, "x", 3, 2).weight == ref
+
+
+@pytest.mark.parametrize("ref", _PARTS, ids=lambda ref: ref.name)
+def test_a_slice_of_a_fused_parameter_is_read_and_replaced(ref: WeightRef) -> None:
+    model = nn.ModuleDict({"fused": _Fused()})
+    before = {name: value.clone() for name, value in model.fused.named_parameters()}
+    matrix = ref.read(model)
+    assert torch.equal(matrix, before["up"][1]) and not matrix.requires_grad
+    assert matrix.untyped_storage().data_ptr() == getattr(model.fused, ref.parameter).untyped_storage().data_ptr()
+    new = torch.randn(31, 12, generator=torch.Generator().manual_seed(1))
+    ref.replace(model, new)
+    assert torch.equal(ref.read(model), new)
+    stored = getattr(model.fused, ref.parameter)
+    assert torch.equal(stored[1], new.T if ref.transposed else new)
+    assert all(torch.equal(stored[expert], before[ref.parameter][expert]) for expert in (0, 2))
+    others = set(before) - {ref.parameter}
+    assert all(torch.equal(getattr(model.fused, name), before[name]) for name in others)
+
+
+def test_a_parameter_that_is_one_matrix_is_read() -> None:
+    model = nn.ModuleDict({"fused": _Fused()})
+    assert torch.equal(WeightRef("fused", "packed").read(model), model.fused.up[0])
+
+
+@pytest.mark.parametrize("ref", _PARTS, ids=lambda ref: ref.name)
+def test_a_slice_of_a_fused_parameter_has_no_module(ref: WeightRef) -> None:
+    model = nn.ModuleDict({"fused": _Fused()})
+    for attempt in (
+        lambda: ref.replace(model, nn.Linear(12, 31)),
+        lambda: ref.on_input(model, print),
+        lambda: ref.on_output(model, print),
+    ):
+        with pytest.raises(UnsupportedModelError, match=rf"^fused\.{ref.parameter}\[1\].* of fused") as caught:
+            attempt()
+        assert "--exclude" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(12, 31), Conv1D(31, 12)], ids=["Linear", "Conv1D"])
+def test_a_linear_layer_is_replaced_and_observed(layer: nn.Module) -> None:
+    model, ref = _Model(_block(a=layer)), WeightRef("blocks.0.a")
+    seen: list[tuple[int, ...]] = []
+    x = torch.zeros(2, 5, 12)
+    with ref.on_input(model, lambda x: seen.append(x.shape)), ref.on_output(model, lambda y: seen.append(y.shape)):
+        model.blocks[0]["a"](x)
+    model.blocks[0]["a"](x)
+    assert seen == [(2, 5, 12), (2, 5, 31)]
+    new = torch.randn(31, 12, generator=torch.Generator().manual_seed(1))
+    ref.replace(model, new)
+    torch.testing.assert_close(layer(x + 1) - layer(x), (x + 1) @ new.T)
+    other = nn.Linear(12, 31)
+    ref.replace(model, other)
+    assert model.blocks[0]["a"] is other
 
 
 # -- exclude ----------------------------------------------------------------------------------------------------
@@ -244,7 +330,7 @@ def test_quantised_weights() -> None:
 def test_conv1d_outside_transformers_models_is_transposed_too() -> None:
     layer = Conv1D(31, 12)  # out, in
     assert layer.weight.shape == (12, 31)
-    assert weight_of(layer).shape == (31, 12)
     model = _Model(_block(a=layer))
+    assert WeightRef("blocks.0.a").read(model).shape == (31, 12)
     assert [(s.kind, s.m, s.n) for s in find_linears(model)] == [("a", 31, 12)]
     assert bias_of(SimpleNamespace(bias=None)) is None  # type: ignore[arg-type]

@@ -18,16 +18,17 @@ def _words(picture):
 @pytest.mark.parametrize("count", [1, 4, 5])
 def test_heat_maps(count):
     allocations = {
-        f"method {n}": Allocation({spec.name: None if i == n else 1 + i for i, spec in enumerate(SPECS)})
+        f"method {n}": Allocation.of_ranks(
+            SPECS, {spec.name: None if i == n else 1 + i for i, spec in enumerate(SPECS)}
+        )
         for n in range(count)
     }
     picture = rank_heat_maps(allocations, SPECS, "Share kept")
     words = _words(picture)
     assert {"Share kept", "q", "up", "layer", *allocations} <= words
     assert picture == rank_heat_maps(allocations, SPECS, "Share kept")
-    assert picture != rank_heat_maps(
-        {**allocations, "method 0": Allocation({spec.name: 2 for spec in SPECS})}, SPECS, "Share kept"
-    )
+    even = Allocation.of_ranks(SPECS, dict.fromkeys((spec.name for spec in SPECS), 2))
+    assert picture != rank_heat_maps({**allocations, "method 0": even}, SPECS, "Share kept")
 
 
 @pytest.mark.filterwarnings("error")

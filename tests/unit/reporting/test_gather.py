@@ -222,7 +222,7 @@ def test_verdict_of_nothing():
     ],
 )
 def test_verdict_tells_noise_and_a_loss_to_uniform_ranks(level, words):
-    task = {"text": "", "windows": WINDOWS, "seq_len": 64, "models": text_rows(NAME, level)}
+    task = {"kind": "text", "text": "", "windows": WINDOWS, "seq_len": 64, "models": text_rows(NAME, level)}
     noisy = [value + (0.01 if i % 2 else -0.01) for i, value in enumerate(task["models"]["uniform"]["window_nlls"])]
     task["models"]["uniform"]["window_nlls"] = noisy
     assert words in gather(with_evaluation(tasks={"c4": task})).verdict
@@ -422,7 +422,7 @@ def test_ranges_may_be_written_either_way():
 
 def test_an_evaluation_of_one_window_has_no_errors():
     rows = {name: {**row, "nll_stderr": None, "window_nlls": [row["nll"]]} for name, row in text_rows(NAME).items()}
-    task = {"text": "", "windows": 1, "seq_len": 64, "models": rows}
+    task = {"kind": "text", "text": "", "windows": 1, "seq_len": 64, "models": rows}
     (found,) = gather(with_evaluation(tasks={"c4": task}, zero_shot=None)).evaluations
     assert found.texts[0].over_uniform.stderr is None
     assert "(uniform ranks: 45.05)" in gather(with_evaluation(tasks={"c4": task}, zero_shot=None)).verdict
@@ -430,7 +430,7 @@ def test_an_evaluation_of_one_window_has_no_errors():
 
 def test_without_uniform_ranks_nothing_is_said_of_them():
     rows = {name: row for name, row in text_rows(NAME).items() if name != "uniform"}
-    task = {"text": "", "windows": WINDOWS, "seq_len": 64, "models": rows}
+    task = {"kind": "text", "text": "", "windows": WINDOWS, "seq_len": 64, "models": rows}
     report = gather(with_evaluation(tasks={"c4": task}, zero_shot=None))
     assert "uniform" not in report.verdict and report.evaluations[0].texts[0].over_uniform is None
 
@@ -438,15 +438,6 @@ def test_without_uniform_ranks_nothing_is_said_of_them():
 def test_versions_that_differ_are_all_named():
     other = training().model_copy(update={"versions": {"ara": "0.2.0", "torch": "2.13.0"}})
     assert gather(sources(training=other)).versions == {"ara": ("0.1.0", "0.2.0"), "torch": ("2.13.0",)}
-
-
-def test_prompts_of_either_form_are_read():
-    variants = evaluation().results["variants"]
-    told = {name: {**row, "continuation": f"of {name}"} for name, row in variants.items()}
-    (found,) = gather(with_evaluation(variants=told, continuations=None, prompt="1 < 2 &")).evaluations
-    assert found.continuations[0].prompt == "1 < 2 &"
-    assert found.continuations[0].models == {name: f"of {name}" for name in variants}
-    assert gather(with_evaluation(continuations=None, prompt=None)).evaluations[0].continuations == ()
 
 
 def test_the_fixture_is_what_the_stages_write(finished):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ara.artifacts.checkpoint import CheckpointResults
 from ara.data.texts import load_documents
 from ara.reporting.gather import Made, gather
 from ara.reporting.model_card import card, model_card, shared_command
@@ -26,6 +27,8 @@ _RESULTS = {
     "low_rank_layers": 13,
     "dense_layers": 1,
     "densified": False,
+    "parameters": 90,
+    "weight_bytes": 4 << 20,
     "dense_weight_bytes": 5 << 20,
     "disk_bytes": 4 << 20,
 }
@@ -38,7 +41,7 @@ def _manifest(stage: str, **changes: Any) -> Manifest:
         "name": "energy-0.70",
         "created": "2026-01-02T03:04:05+00:00",
         "command": "ara (library call)",
-        "config": {"method": "whitened", "text": "c4"},
+        "config": {"method": "whitened", "rank_multiple": 1, "min_rank": 1, "min_keep": 0.0, "exclude": []},
         "model": _FOLDER,
         "seed": 3,
         "versions": {"ara": "0.1.0"},
@@ -50,12 +53,12 @@ def _manifest(stage: str, **changes: Any) -> Manifest:
 
 
 def _card(command: str, text: str, origin: str, model: dict[str, str] = _FOLDER) -> str:
-    windows = {"windows": [7, 31], "text": origin}
+    windows = {"windows": [7, 31], "text": origin, "modules": [], "model_parameters": 120, "linear_parameters": 100}
     decomposition = _manifest(
         "decompose",
         model=model,
         command=command,
-        config={"method": "whitened", "text": text},
+        config={"method": "whitened", "text": text, "samples": 7, "seq_len": 31, "seed": 3, "dtype": "float32"},
         results=windows,
     )
     figures: dict[str, Any] = {
@@ -65,7 +68,8 @@ def _card(command: str, text: str, origin: str, model: dict[str, str] = _FOLDER)
         "model_parameters": 90,
         "kinds": {},
     }
-    return model_card(decomposition, _manifest("allocate", results={**figures, **_RESULTS}), _RESULTS, "float32")
+    allocation = _manifest("allocate", results={**figures, **_RESULTS})
+    return model_card(decomposition, allocation, CheckpointResults.parse(_RESULTS), "float32")
 
 
 def test_no_folder_of_this_machine_is_in_the_card() -> None:

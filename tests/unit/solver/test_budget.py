@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from ara.errors import UsageError
 from ara.models.weights import LinearSpec
-from ara.solver.budget import Budget, lower_hull, minimise_loss, spend_rest
-from ara.solver.problem import Allocation, cost
+from ara.solver.greedy import lower_hull, minimise_loss
+from ara.solver.problem import Allocation, Budget, Choice
+from ara.solver.rounding import spend_rest
 from tests.oracles import allocation as oracle
 
 
@@ -41,29 +42,72 @@ def test_choices_are_the_ranks_below_break_even_then_dense(
     m: int, n: int, rank_multiple: int, min_rank: int, ranks: list[int]
 ) -> None:
     choices = Budget(0, rank_multiple, min_rank).choices(_spec(m, n))
-    assert choices == [*((k, k * (m + n)) for k in ranks), (None, m * n)]
+    assert choices == (*(Choice(k, 16, k * (m + n)) for k in ranks), Choice(None, 16, m * n))
 
 
 @pytest.mark.parametrize(("keep", "parameters"), [(0.8, 800_000), (0.7, 700_000), (1 / 3, 333_333), (1.0, 1_000_000)])
 def test_the_limit_is_the_floor_of_the_product_without_rounding_loss(keep: float, parameters: int) -> None:
-    assert Budget.for_keep([_spec(1000, 1000)], keep).parameters == parameters
+    assert Budget.for_keep([_spec(1000, 1000)], keep).limit == parameters
 
 
 def test_the_least_ranks_decide_what_is_impossible() -> None:
     specs = [_spec(30, 20), _spec(41, 17)]
     least = 50 + 58
-    assert Budget.for_keep(specs, (least + 0.5) / (600 + 697)).parameters == least
+    assert Budget.for_keep(specs, (least + 0.5) / (600 + 697)).limit == least
     with pytest.raises(UsageError, match=f"allows {least - 1:,} parameters.*already cost {least:,}"):
         Budget.for_keep(specs, (least - 0.5) / (600 + 697))
 
 
 def test_costs_of_an_allocation() -> None:
     specs = [_spec(30, 20, 0), _spec(41, 17, 1)]
-    allocation = Allocation({"b.0": 4, "b.1": None})
-    assert cost(specs[0], 4) == 200 and cost(specs[1], None) == 697
-    assert allocation.cost(specs) == 897
+    allocation = Allocation.of_ranks(specs, {"b.0": 4, "b.1": None})
+    assert allocation.choices == {"b.0": Choice(4, 16, 200), "b.1": Choice(None, 16, 697)}
+    assert allocation.cost == allocation.parameters(specs) == 897
     assert allocation.keep(specs) == 897 / 1297
     assert allocation.dense_count() == 1
+
+
+def test_a_budget_in_bytes_counts_whole_bytes_of_the_bits_of_the_model() -> None:
+    spec = LinearSpec("b.0", 0, "l", 5, 4, bits=3)  # 9 parameters a rank, 20 dense: 27, 54 and 60 bits
+    budget = Budget(7, unit="bytes")
+    assert budget.choices(spec) == (Choice(1, 3, 4), Choice(2, 3, 7), Choice(None, 3, 8))
+    assert budget.dense_cost(spec) == 8
+    assert budget.in_parameters([spec]) == 7 * 20 / 8
+    assert Budget(7).in_parameters([spec]) == 7
+
+
+def test_a_rank_is_not_offered_where_a_larger_one_has_as_many_bytes() -> None:
+    spec = _spec(3, 2)  # 5 parameters at rank 1, 6 dense
+    assert Budget(9, unit="bytes", bits=(1,)).choices(spec) == (Choice(None, 1, 1),)
+    assert Budget(9, unit="bytes", bits=(8,)).choices(spec) == (Choice(1, 8, 5), Choice(None, 8, 6))
+
+
+def test_several_bit_widths_are_listed_by_cost_and_steps_stay_at_one_width() -> None:
+    spec = _spec(7, 5)  # 12 parameters a rank, 35 dense
+    budget = Budget(70, unit="bytes", bits=(16, 8))
+    rows = [(1, 8, 12), (1, 16, 24), (2, 8, 24), (None, 8, 35), (2, 16, 48), (None, 16, 70)]
+    assert [(c.rank, c.bits, c.cost) for c in budget.choices(spec)] == [rows[i] for i in (0, 2, 1, 3, 4, 5)]
+    assert list(budget.rank_steps(spec, 0)) == [0, 1, 3]
+    assert list(budget.rank_steps(spec, 2)) == [2, 4, 5]
+    assert list(Budget(70).rank_steps(spec, 1)) == [1, 2]
+    with pytest.raises(ValueError, match="chooses ranks alone, the budget offers 2 bit widths"):
+        budget.rank_choices(spec)
+    fixed = Budget(70, unit="bytes", bits=(8, 16), dense=frozenset({"b.0"}))
+    assert fixed.choices(spec) == (Choice(None, 8, 35), Choice(None, 16, 70))
+    assert budget.choices(spec)[0].rank == 1, "budgets do not share what they offer"
+
+
+def test_a_budget_is_met_by_ranks_on_offer_that_leave_no_step() -> None:
+    specs = [_spec(30, 20, 0), _spec(41, 17, 1)]  # 50 and 58 a rank
+    for budget, unit in ((Budget(5 * 50 + 2 * 58 + 49), 1), (Budget(2 * (5 * 50 + 2 * 58 + 49), unit="bytes"), 2)):
+        met = budget.met_by(specs, {"b.0": 5, "b.1": 2})
+        assert met is not None and met.choices == {"b.0": Choice(5, 16, unit * 250), "b.1": Choice(2, 16, unit * 116)}
+        assert met == Allocation.of_ranks(specs, met.ranks, budget)
+        assert met.parameters(specs) == 366 and met.keep(specs) == 366 / 1297
+        for ranks in ({"b.0": 4, "b.1": 2}, {"b.0": 6, "b.1": 2}, {"b.0": None, "b.1": None}, {"b.0": 5, "b.1": 13}):
+            assert budget.met_by(specs, ranks) is None
+    assert Budget(10**6).met_by(specs, {"b.0": None, "b.1": None}) is not None
+    assert Budget(5 * 50 + 2 * 58, rank_multiple=2).met_by(specs, {"b.0": 5, "b.1": 2}) is None
 
 
 # -- lower_hull -------------------------------------------------------------------------------------------------
@@ -93,6 +137,10 @@ def test_lower_hull_equals_brute_force(steps: list[int], drops: list[int]) -> No
 )
 def test_lower_hull_by_hand(losses: list[float], hull: list[int]) -> None:
     assert lower_hull([2, 3, 4, 5][: len(losses)], losses) == hull
+
+
+def test_of_points_of_the_same_cost_the_lowest_is_on_the_hull() -> None:
+    assert lower_hull([2, 2, 3, 3, 4], [9.0, 8.0, 4.0, 3.0, 3.5]) == [1, 3]
 
 
 # -- spend_rest -------------------------------------------------------------------------------------------------
@@ -134,7 +182,7 @@ def test_minimise_loss_is_within_one_hull_edge_of_the_bound(
     specs = [_spec(m, n, i) for i, (m, n, _) in enumerate(layers)]
     dense = sum(spec.dense_cost for spec in specs)
     free = Budget(dense, rank_multiple)
-    least = sum(free.choices(spec)[0][1] for spec in specs)
+    least = sum(free.choices(spec)[0].cost for spec in specs)
     budget = Budget(max(int(keep * dense), least), rank_multiple)
     tables, losses = [], []
     for spec, (_, _, seed) in zip(specs, layers, strict=True):
@@ -143,15 +191,15 @@ def test_minimise_loss_is_within_one_hull_edge_of_the_bound(
         drops = torch.rand(len(options), generator=generator, dtype=torch.float64) ** 3
         loss = drops.flip(0).cumsum(0).flip(0) - drops[-1]  # dense loses nothing
         losses.append(loss)
-        tables.append([(cost, value) for (_, cost), value in zip(options, loss.tolist(), strict=True)])
+        tables.append([(choice.cost, value) for choice, value in zip(options, loss.tolist(), strict=True)])
 
     picks = minimise_loss(specs, losses, budget)
 
     spent = sum(table[pick][0] for table, pick in zip(tables, picks, strict=True))
     ours = sum(table[pick][1] for table, pick in zip(tables, picks, strict=True))
-    assert spent <= budget.parameters
-    best = oracle.least_loss(tables, budget.parameters)
-    bound = oracle.lagrangian_bound(tables, budget.parameters)
+    assert spent <= budget.limit
+    best = oracle.least_loss(tables, budget.limit)
+    bound = oracle.lagrangian_bound(tables, budget.limit)
     edge = 0.0
     for table in tables:
         costs, values = [c for c, _ in table], [v for _, v in table]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -11,9 +13,11 @@ from hypothesis import strategies as st
 
 from ara.layout_names import LayoutName
 from ara.models.weights import LinearSpec
-from ara.solver import knapsack
-from ara.solver.budget import Budget, minimise_loss
+from ara.solver import core, knapsack
+from ara.solver.greedy import minimise_loss
 from ara.solver.knapsack import exact_minimise
+from ara.solver.problem import Allocation, Budget
+from ara.solver.relaxation import front_of
 from tests.oracles import allocation as oracle
 
 
@@ -24,15 +28,15 @@ def _specs(shapes: Sequence[tuple[int, int]], layout: LayoutName = "factors") ->
 def _budget(specs: Sequence[LinearSpec], keep: float, rank_multiple: int = 1) -> Budget:
     """Return the budget of ``keep``, or the least feasible one."""
     budget = Budget(int(keep * sum(spec.dense_cost for spec in specs)), rank_multiple)
-    least = sum(budget.choices(spec)[0][1] for spec in specs)
-    return Budget(max(budget.parameters, least), rank_multiple)
+    least = sum(budget.choices(spec)[0].cost for spec in specs)
+    return Budget(max(budget.limit, least), rank_multiple)
 
 
 def _tables(
     specs: Sequence[LinearSpec], losses: Sequence[torch.Tensor], budget: Budget
 ) -> list[list[tuple[int, float]]]:
     return [
-        [(cost, value) for (_, cost), value in zip(budget.choices(spec), loss.tolist(), strict=True)]
+        [(choice.cost, value) for choice, value in zip(budget.choices(spec), loss.tolist(), strict=True)]
         for spec, loss in zip(specs, losses, strict=True)
     ]
 
@@ -45,10 +49,10 @@ def _loss(losses: Sequence[torch.Tensor], picks: Sequence[int]) -> float:
 def _check_budget(specs: Sequence[LinearSpec], picks: Sequence[int], budget: Budget) -> None:
     """Hold picks against the promises of ``Allocator.allocate``."""
     assert len(picks) == len(specs)
-    left, steps = budget.parameters, []
+    left, steps = budget.limit, []
     for spec, pick in zip(specs, picks, strict=True):
         assert type(pick) is int and pick >= 0
-        costs = [cost for _, cost in budget.choices(spec)]
+        costs = [choice.cost for choice in budget.choices(spec)]
         left -= costs[pick]
         if pick + 1 < len(costs):
             steps.append(costs[pick + 1] - costs[pick])
@@ -92,7 +96,7 @@ def test_any_whole_losses_are_minimised_exactly(
     picks = exact_minimise(specs, losses, budget)
     _check_budget(specs, picks, budget)
     # Without the rest that must be spent, the loss as given could be reached: it is what brute force finds.
-    assert _loss(losses, picks) == oracle.least_loss(_tables(specs, losses, budget), budget.parameters)
+    assert _loss(losses, picks) == oracle.least_loss(_tables(specs, losses, budget), budget.limit)
 
 
 @settings(max_examples=250, deadline=None, derandomize=True)
@@ -120,9 +124,109 @@ def test_falling_losses_are_minimised_and_never_worse_than_greedy(
     _check_budget(specs, picks, budget)
     loss = sum(float(values[pick]) for values, pick in zip(losses, picks, strict=True))
     tables = _tables(specs, losses, budget)
-    assert loss == pytest.approx(oracle.least_loss(tables, budget.parameters), rel=1e-11)
+    assert loss == pytest.approx(oracle.least_loss(tables, budget.limit), rel=1e-11)
     greedy = minimise_loss(specs, losses, budget)
     assert loss <= sum(float(values[pick]) for values, pick in zip(losses, greedy, strict=True)) * (1 + 1e-12)
+
+
+def _bytes(spec: LinearSpec, rank: int | None, bits: int) -> int:
+    """Return what a choice costs in bytes, counted anew."""
+    return math.ceil(bits * (spec.m * spec.n if rank is None else rank * (spec.m + spec.n)) / 8)
+
+
+def _losses_of_ranks_and_bits(
+    spec: LinearSpec, rank_multiple: int, bits: tuple[int, ...], top: int, seed: int
+) -> dict[tuple[int | None, int], float]:
+    """Return a loss for all ranks and dense at all bit widths: more rank loses no more, more bits may."""
+    generator = torch.Generator().manual_seed(seed)
+    falling = torch.randint(0, top + 1, (len(bits), spec.m * spec.n + 1), generator=generator).cummin(1).values
+    low = [k for k in range(rank_multiple, spec.full_rank, rank_multiple) if k * (spec.m + spec.n) < spec.m * spec.n]
+    return {
+        (k, b): float(row[-1 if k is None else k]) for b, row in zip(bits, falling, strict=True) for k in (*low, None)
+    }
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(
+    layers=_LAYERS,
+    keep=_KEEP,
+    rank_multiple=st.sampled_from([2, 2, 3]),
+    bits=st.sampled_from([(16,), (4,), (16, 8), (8, 3), (1, 2)]),
+    top=st.sampled_from([1, 3, 10**6]),
+)
+def test_ranks_and_bits_are_chosen_together_within_bytes(
+    layers: list[tuple[int, int, int]], keep: float, rank_multiple: int, bits: tuple[int, ...], top: int
+) -> None:
+    specs = _specs([(m, n) for m, n, _ in layers])
+    tables = [
+        _losses_of_ranks_and_bits(spec, rank_multiple, bits, top, seed)
+        for spec, (_, _, seed) in zip(specs, layers, strict=True)
+    ]
+    counted = [
+        [(_bytes(spec, *key), loss) for key, loss in table.items()] for spec, table in zip(specs, tables, strict=True)
+    ]
+    least = sum(min(cost for cost, _ in choices) for choices in counted)
+    limit = max(int(keep * sum(max(cost for cost, _ in choices) for choices in counted)), least)
+    budget = Budget(limit, rank_multiple, unit="bytes", bits=bits)
+    losses = [
+        torch.tensor([table[choice.rank, choice.bits] for choice in budget.choices(spec)], dtype=torch.float64)
+        for spec, table in zip(specs, tables, strict=True)
+    ]
+    exact, greedy = exact_minimise(specs, losses, budget), minimise_loss(specs, losses, budget)
+    assert sum(float(loss[pick]) for loss, pick in zip(losses, exact, strict=True)) == oracle.least_loss(counted, limit)
+    for picks in (exact, greedy):
+        allocation = Allocation.from_picks(specs, picks, budget)
+        spent = [_bytes(spec, allocation.ranks[spec.name], allocation.choices[spec.name].bits) for spec in specs]
+        assert sum(spent) == allocation.cost <= limit
+        for spec in specs:
+            at = allocation.choices[spec.name]
+            higher = [
+                choice.cost for choice in budget.choices(spec) if choice.bits == at.bits and choice.cost > at.cost
+            ]
+            assert not higher or limit - allocation.cost < min(higher) - at.cost, "a rank step was left unspent"
+
+
+@pytest.mark.parametrize("bits", [(16,), (8, 4)])
+def test_bit_widths_with_too_many_states_are_still_no_worse_than_greedy(
+    bits: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs = _specs(_MIXED)
+    monkeypatch.setattr(core, "MAX_STATES", 1)
+    for share in (0.3, 0.6):
+        budget = Budget(int(share * sum(2 * spec.dense_cost for spec in specs)), unit="bytes", bits=bits)
+        losses = [
+            torch.tensor([(1 - c.cost / budget.dense_cost(spec)) ** 2 + 1 / c.bits for c in budget.choices(spec)])
+            for spec in specs
+        ]
+        picks = exact_minimise(specs, losses, budget)
+        greedy = minimise_loss(specs, losses, budget)
+        total, other = (sum(float(loss[p]) for loss, p in zip(losses, found, strict=True)) for found in (picks, greedy))
+        assert total <= other * (1 + 1e-6)
+        assert Allocation.from_picks(specs, picks, budget).cost <= budget.limit
+
+
+def test_of_choices_that_cost_the_same_only_the_best_is_looked_at() -> None:
+    (spec,) = _specs([(30, 20)])
+    choices = Budget(0, 4, unit="bytes", bits=(4, 8)).choices(spec)  # (4, 4), (8, 4) and (4, 8), (dense, 4), (8, 8) …
+    front = front_of(spec, choices, np.arange(len(choices), 0, -1.0))
+    assert [(choices[at].rank, choices[at].bits) for at in front.choice] == [
+        (4, 4),
+        (4, 8),
+        (None, 4),
+        (8, 8),
+        (None, 8),
+    ]
+    assert front.cost.tolist() == [100, 200, 300, 400, 600] and front.loss.tolist() == [5, 3, 2, 1, 0]
+
+
+def test_bytes_of_one_width_are_parameters_in_another_unit() -> None:
+    specs = _specs(_MIXED)
+    budget = _budget(specs, 0.55)
+    losses = _CURVES["convex"](specs, budget, seed=6)
+    twice = Budget(2 * budget.limit + 1, unit="bytes")
+    assert exact_minimise(specs, losses, twice) == exact_minimise(specs, losses, budget)
+    with pytest.raises(ValueError, match=r"cost [0-9,]+ bytes, more than the budget of 1"):
+        exact_minimise(specs, losses, Budget(1, unit="bytes"))
 
 
 def test_it_finds_what_greedy_misses() -> None:
@@ -148,7 +252,7 @@ def _whole(curve: Callable[[torch.Tensor, torch.Generator], torch.Tensor]) -> Ca
         generator = torch.Generator().manual_seed(seed)
         result = []
         for spec in specs:
-            cost = torch.tensor([cost for _, cost in budget.choices(spec)], dtype=torch.float64)
+            cost = torch.tensor([choice.cost for choice in budget.choices(spec)], dtype=torch.float64)
             size = 10 ** float(2 * torch.rand((), generator=generator))
             result.append((1e5 * size * curve(cost / spec.dense_cost, generator)).round())
         return result
@@ -164,7 +268,7 @@ def _fee(specs: Sequence[LinearSpec], budget: Budget, seed: int) -> list[torch.T
     """Return what is saved of the cost, and a fee unless dense: strongly correlated, the hardest kind."""
     options = [(spec, budget.choices(spec)) for spec in specs]
     return [
-        torch.tensor([spec.dense_cost - cost + 1000 * (rank is not None) for rank, cost in choices]).double()
+        torch.tensor([spec.dense_cost - c.cost + 1000 * (c.rank is not None) for c in choices]).double()
         for spec, choices in options
     ]
 
@@ -194,7 +298,7 @@ def test_the_loss_is_that_of_dynamic_programming_over_every_cost(
     losses = _CURVES[curve](specs, budget, seed=int(100 * keep))
     picks = exact_minimise(specs, losses, budget)
     _check_budget(specs, picks, budget)
-    assert _loss(losses, picks) == _least_loss(_tables(specs, losses, budget), budget.parameters)
+    assert _loss(losses, picks) == _least_loss(_tables(specs, losses, budget), budget.limit)
 
 
 def test_costs_proportional_to_losses_fill_the_budget() -> None:
@@ -203,11 +307,11 @@ def test_costs_proportional_to_losses_fill_the_budget() -> None:
     for parameters in (60_001, 73_210):
         budget = Budget(parameters)
         losses = [
-            torch.tensor([spec.dense_cost - cost for _, cost in budget.choices(spec)], dtype=torch.float64)
+            torch.tensor([spec.dense_cost - choice.cost for choice in budget.choices(spec)], dtype=torch.float64)
             for spec in specs
         ]
         picks = exact_minimise(specs, losses, budget)
-        spent = sum(budget.choices(spec)[pick][1] for spec, pick in zip(specs, picks, strict=True))
+        spent = sum(budget.choices(spec)[pick].cost for spec, pick in zip(specs, picks, strict=True))
         assert spent == parameters
 
 
@@ -223,7 +327,7 @@ def test_seven_billion_parameters(noise: float) -> None:
     generator = torch.Generator().manual_seed(0)
     losses = []
     for spec in specs:
-        x = torch.tensor([cost for _, cost in budget.choices(spec)], dtype=torch.float64) / spec.dense_cost
+        x = torch.tensor([choice.cost for choice in budget.choices(spec)], dtype=torch.float64) / spec.dense_cost
         power, size = (float(value) for value in torch.rand(2, generator=generator))
         losses.append(10**size * (1 - x) ** (1.5 + power) * (1 + noise * _noise(x, generator)))
     falling = [loss.cummin(0).values for loss in losses]
@@ -233,10 +337,10 @@ def test_seven_billion_parameters(noise: float) -> None:
     assert ours < greedy
     # No allocation beats the bound of any price; with so many layers the optimum all but reaches the best one.
     bounds = []
-    costs = [torch.tensor([cost for _, cost in budget.choices(spec)], dtype=torch.float64) for spec in specs]
+    costs = [torch.tensor([choice.cost for choice in budget.choices(spec)], dtype=torch.float64) for spec in specs]
     for price in torch.logspace(-8.5, -6.5, 60, dtype=torch.float64):
         relaxed = sum(float((loss + price * cost).min()) for loss, cost in zip(falling, costs, strict=True))
-        bounds.append(relaxed - float(price) * budget.parameters)
+        bounds.append(relaxed - float(price) * budget.limit)
     assert max(bounds) <= ours <= max(bounds) + 0.01 * abs(ours)
 
 
@@ -293,7 +397,7 @@ def test_too_many_states_are_merged_and_still_never_worse_than_greedy(
     limit: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     specs = _specs(_MIXED * 2)
-    monkeypatch.setattr(knapsack, limit, value)
+    monkeypatch.setattr(core, limit, value)
     above = []
     for keep in (0.2, 0.5, 0.65, 0.8):
         for curve in ("fee", "concave", "stairs", "noise"):
@@ -301,7 +405,7 @@ def test_too_many_states_are_merged_and_still_never_worse_than_greedy(
             losses = _CURVES[curve](specs, budget, seed=4)
             picks = exact_minimise(specs, losses, budget)
             _check_budget(specs, picks, budget)
-            least = _least_loss(_tables(specs, losses, budget), budget.parameters)
+            least = _least_loss(_tables(specs, losses, budget), budget.limit)
             falling = [loss.cummin(0).values for loss in losses]
             assert least <= _loss(losses, picks) <= _loss(losses, minimise_loss(specs, falling, budget))
             above.append(_loss(losses, picks) - least)
@@ -315,6 +419,10 @@ def test_greedy_is_taken_where_merging_has_lost_to_it(monkeypatch: pytest.Monkey
     for certain, picks in ((True, [5, 0]), (False, [0, 5])):  # single steps would climb the first layer in vain
         monkeypatch.setattr(knapsack, "_solve", lambda *_, certain=certain: ([0, 0], certain))
         assert exact_minimise(specs, losses, budget) == picks
+    # What single steps lose again does not count against greedy: a larger rank loses no more than a smaller one.
+    rising = [torch.tensor(begin + [begin[-1]] * (12 - len(begin))) for begin in ([5.0, 200.0, 1.0, 9.0], [0.0, 100.0])]
+    monkeypatch.setattr(knapsack, "_solve", lambda *_: ([0, 0], False))
+    assert exact_minimise(specs, rising, Budget(100 + 200)) == [4, 0]
     monkeypatch.undo()
     monkeypatch.setattr(knapsack, "minimise_loss", lambda *_: [0, 0])
     monkeypatch.setattr(knapsack, "_solve", lambda *_: ([0, 1], False))
@@ -327,7 +435,7 @@ def test_blocks_are_only_for_memory(curve: str, monkeypatch: pytest.MonkeyPatch)
     budget = _budget(specs, 0.6)
     losses = _CURVES[curve](specs, budget, seed=5)
     picks = exact_minimise(specs, losses, budget)
-    monkeypatch.setattr(knapsack, "_BLOCK", 7)
+    monkeypatch.setattr(core, "_BLOCK", 7)
     assert exact_minimise(specs, losses, budget) == picks
 
 

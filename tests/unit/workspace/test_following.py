@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 
 import pytest
 
-from ara.pipeline import MADE_FROM, STAGES
+from ara.pipeline import KINDS, kind_named, producers, stages
 from ara.workspace.following import next_command
 from tests.stored import FIGURES
 from tests.unit.workspace.test_store import store, workspace  # noqa: F401
@@ -18,14 +19,18 @@ def following(workspace, key=None):  # noqa: F811
     return " ".join(words[1:-2])
 
 
-def test_nothing_is_made_from_itself():
-    """States are found by going from child to parent: this must end."""
-    assert set(MADE_FROM) >= {stage.name for stage in STAGES} and set(MADE_FROM) == set(FIGURES)
-    settled: set[str] = set()
-    for stage, parents in MADE_FROM.items():
-        # Report comes last, and every stage behind those that it is made from.
-        assert set(parents) <= settled, stage
-        settled.add(stage)
+def test_the_table_of_stages_fits_together():
+    """Every kind has stages that make it, one argument that names it, and a class for its results."""
+    kinds = [kind.name for kind in KINDS]
+    assert len(set(kinds)) == len(kinds) == len({kind.argument for kind in KINDS})
+    for stage in stages():
+        assert stage.produces in kinds and set(stage.consumes) <= set(kinds) - {stage.produces}, stage
+        function = inspect.signature(stage.load())
+        if stage.consumes and stage.name != "report":
+            assert kind_named(stage.consumes[0]).argument in function.parameters, stage
+        assert kind_named(stage.produces).load().problem is not None
+    assert all(producers(kind) for kind in kinds)
+    assert {stage.name for stage in stages()} == set(FIGURES)
 
 
 def test_two_budgets_step_by_step(workspace):  # noqa: F811

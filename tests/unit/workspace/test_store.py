@@ -164,9 +164,9 @@ def test_stored_results_are_done_and_sorted_by_age(workspace):
     assert states(workspace) == dict.fromkeys(
         ["allocate/energy-0.80", "allocate/energy-0.60", "decompose/plain", "truncate/energy-0.80"], "done"
     )
-    assert [view.name for view in workspace.views("allocate")] == ["energy-0.80", "energy-0.60"]
-    assert workspace.require("allocate").name == "energy-0.60"
-    assert workspace.require("allocate", "energy-0.80").key == "allocate/energy-0.80"
+    assert [view.name for view in workspace.views("ranks")] == ["energy-0.80", "energy-0.60"]
+    assert workspace.require("ranks").name == "energy-0.60"
+    assert workspace.require("ranks", "energy-0.80").key == "allocate/energy-0.80"
     assert (workspace.view("decompose/plain").stage, workspace.view("decompose/plain").name) == ("decompose", "plain")
 
 
@@ -181,7 +181,7 @@ def test_changed_parent_makes_children_and_grandchildren_stale(workspace):
     }
     assert workspace.view("allocate/energy-0.80").why == "decompose/plain has changed since"
     with pytest.raises(WorkspaceError, match=r"truncate/energy-0\.80 is stale") as caught:
-        workspace.require("truncate")
+        workspace.require("checkpoint")
     assert caught.value.hint == "make it again: ara test"
 
 
@@ -242,22 +242,22 @@ def test_finished_is_the_same_work_only(workspace):
 
 def test_require_names_what_is_there(workspace):
     with pytest.raises(WorkspaceError, match="has no result of ara allocate yet") as caught:
-        workspace.require("allocate")
+        workspace.require("ranks")
     assert caught.value.hint == "run ara allocate first"
     family(workspace)
     with pytest.raises(WorkspaceError, match=r"has no allocate/energy-0\.8: did you mean energy-0\.80") as caught:
-        workspace.require("allocate", "energy-0.8")
+        workspace.require("ranks", "energy-0.8")
 
 
 def test_require_reads_the_files(workspace):
     family(workspace)
     flip(workspace.root / "decompose" / "plain" / "x.txt", 0)
     with pytest.raises(CorruptedError, match=r"decompose/plain/x\.txt"):
-        workspace.require("decompose")
-    assert workspace.require("decompose", verify=False).state == "done"
+        workspace.require("factors")
+    assert workspace.require("factors", verify=False).state == "done"
     flip(workspace.root / "decompose" / "plain" / MANIFEST, 60)
     with pytest.raises(CorruptedError, match=r"manifest\.json"):
-        workspace.require("decompose", "plain")
+        workspace.require("factors", "plain")
 
 
 def test_damaged_result_is_not_passed_over_in_silence(workspace):
@@ -265,8 +265,8 @@ def test_damaged_result_is_not_passed_over_in_silence(workspace):
     family(workspace)
     flip(workspace.root / "allocate" / "energy-0.60" / MANIFEST, 60)
     with pytest.raises(CorruptedError, match=r"energy-0\.60/manifest\.json"):
-        workspace.require("allocate")
-    assert workspace.require("allocate", "energy-0.80").state == "done"
+        workspace.require("ranks")
+    assert workspace.require("ranks", "energy-0.80").state == "done"
 
 
 def test_partial_and_replaced_folders_in_the_list(workspace):
@@ -274,12 +274,12 @@ def test_partial_and_replaced_folders_in_the_list(workspace):
     (workspace.root / "truncate" / ".energy-0.60.partial").mkdir()
     (workspace.root / "truncate" / ".energy-0.80.old").mkdir()
     (workspace.root / "cache" / "tokens").mkdir(parents=True)
-    views = workspace.views("truncate")
+    views = workspace.views("checkpoint")
     assert [(view.name, view.state) for view in views] == [("energy-0.80", "done"), ("energy-0.60", "partial")]
     assert views[1].manifest is None
     assert not any(view.stage == "cache" for view in workspace.views())
     with pytest.raises(WorkspaceError, match=r"has no truncate/energy-0\.60"):
-        workspace.require("truncate", "energy-0.60")
+        workspace.require("checkpoint", "energy-0.60")
 
 
 def test_replacement_killed_between_two_renames_is_undone_or_finished(workspace):

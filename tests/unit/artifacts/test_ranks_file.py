@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ara.artifacts.ranks import RANKS_FORMAT, ranks_document, read_layout, read_ranks
+from ara.artifacts.ranks_file import RANKS_FORMAT, ranks_document, read_layout, read_ranks
 from ara.errors import DataError, ProblemsError
 from ara.models.weights import LinearSpec
 from ara.solver.problem import Allocation
@@ -35,7 +35,9 @@ def _write(path: Path, ranks: Any = None, **changes: Any) -> Path:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    allocation = Allocation({spec.name: rank for spec, rank in zip(SPECS, (34, 1, None, None), strict=True)})
+    allocation = Allocation.of_ranks(
+        SPECS, {spec.name: rank for spec, rank in zip(SPECS, (34, 1, None, None), strict=True)}
+    )
     path = tmp_path / "ranks.json"
     path.write_text(ranks_document(allocation, "factors", {"method": "energy"}), encoding="utf-8")
     assert read_ranks(path, SPECS) == allocation

@@ -1,0 +1,103 @@
+"""The kind ``benchmark``: speed, memory and size of the dense and the compressed model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ara.artifacts.base import Count, Flag, Least1, Number, Part, Results, Settings
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings(Settings):
+    """What tables read of a benchmark's settings."""
+
+    rounds: Least1
+
+
+@dataclass(frozen=True)
+class ModelCost(Part):
+    """Sizes of one model; bytes of its weights, on the disk, and of the process that ran it at its peak."""
+
+    parameters: Count
+    weight_bytes: Count
+    disk_bytes: Count
+    peak_memory_bytes: Count | None
+
+
+@dataclass(frozen=True)
+class Percentiles(Part):
+    """Median, 10th and 90th percentile over rounds."""
+
+    median: Number
+    p10: Number
+    p90: Number
+
+
+@dataclass(frozen=True)
+class RatioFigures(Part):
+    """How many times as fast as dense; see :class:`ara.evaluation.speed.Ratio`."""
+
+    median: Number
+    low: Number
+    high: Number
+
+
+@dataclass(frozen=True)
+class CaseFigures(Part):
+    """One model in one case.
+
+    Attributes:
+        seconds, tokens_per_second: of a pass.
+        ratio: how many times as fast as dense; ``None`` where the models did not take turns.
+        predicted: the ratio that arithmetic predicts.
+        macs: multiply-accumulates of a pass.
+        bytes_read: weights and past keys and values that a pass reads.
+    """
+
+    seconds: Percentiles
+    tokens_per_second: Percentiles
+    ratio: RatioFigures | None
+    predicted: Number
+    macs: Count
+    bytes_read: Number
+
+
+@dataclass(frozen=True)
+class CaseResults(Part):
+    """All models in one case: ``batch`` rows of ``new`` tokens after ``past`` ones."""
+
+    kind: Literal["prefill", "decode"]
+    batch: Least1
+    past: Count
+    new: Least1
+    models: Mapping[str, CaseFigures]
+
+
+@dataclass(frozen=True)
+class BenchmarkResults(Results):
+    """Results of ``ara bench``.
+
+    Attributes:
+        chosen: name of the compressed model.
+        backend, device, precision, threads: how the models were run.
+        machine: see :func:`ara.environment.machine`.
+        interleaved: whether the models took turns.
+        models: the dense one first.
+        last_logits: whether a pass computes the logits of the last position only.
+        cases: one per batch size and length.
+    """
+
+    Settings = BenchmarkSettings
+    vital = False
+    chosen: str
+    backend: str
+    device: str
+    machine: Mapping[str, Any]
+    precision: str
+    threads: Least1
+    interleaved: Flag
+    models: Mapping[str, ModelCost]
+    last_logits: Flag
+    cases: tuple[CaseResults, ...]

@@ -1,0 +1,50 @@
+"""The kind ``checkpoint``: a compressed model as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ara.artifacts.base import Count, Flag, Least1, Number, Results, Settings, StoredDtype
+from ara.workspace.view import StageView
+
+CHECKPOINT = "checkpoint"
+# The model card within the result; ``ara report`` writes it again with what was measured.
+CARD = f"{CHECKPOINT}/README.md"
+
+
+@dataclass(frozen=True)
+class CheckpointSettings(Settings):
+    """What later stages read of the settings: the precision of the stored weights."""
+
+    dtype: StoredDtype
+
+
+@dataclass(frozen=True)
+class CheckpointResults(Results):
+    """Results of every stage that writes a checkpoint.
+
+    Attributes:
+        linear_keep, model_keep: share of the dense parameters that stays, of the factorised layers and of the model.
+        low_rank_layers, dense_layers: factorised layers of each sort.
+        parameters: of the whole model.
+        weight_bytes: of the weights in memory.
+        dense_weight_bytes: of the dense model's, in the same precision.
+        densified: whether the factors were multiplied back.
+        disk_bytes: of the weight files.
+    """
+
+    Settings = CheckpointSettings
+    linear_keep: Number
+    model_keep: Number
+    low_rank_layers: Count
+    dense_layers: Count
+    parameters: Count
+    weight_bytes: Count
+    dense_weight_bytes: Least1
+    densified: Flag
+    disk_bytes: Count
+
+
+def label_of(checkpoint: StageView) -> str:
+    """Return what a checkpoint is called in a table; never the name of another row."""
+    return checkpoint.key if checkpoint.name in ("dense", "uniform") else checkpoint.name

@@ -1,0 +1,217 @@
+"""The kind ``evaluation``: dense, uniform and chosen model side by side, on texts and on tasks of lm-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ara.artifacts.base import LEFT_OUT, Count, Flag, Number, Part, Results, Settings
+
+DENSE, UNIFORM = "dense", "uniform"
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(Settings):
+    """What the report reads of an evaluation's settings."""
+
+    device: str | None = None
+    dtype: str | None = None
+    text_sha256: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class ModelFigures(Part):
+    """Sizes of one model; ``disk_bytes`` is known of the chosen checkpoint only."""
+
+    parameters: Count
+    weight_bytes: Count
+    linear_keep: Number
+    model_keep: Number
+    disk_bytes: Count | None = field(default=None, metadata=LEFT_OUT)
+
+
+@dataclass(frozen=True)
+class SpreadFigures(Part):
+    """Median, 10th and 90th percentile."""
+
+    median: Number
+    low: Number
+    high: Number
+
+
+@dataclass(frozen=True)
+class DivergenceFigures(Part):
+    """Distance from the dense model; see :class:`ara.evaluation.divergence.Divergence`."""
+
+    kl: Number
+    kl_stderr: Number | None
+    agreement: Number
+
+
+@dataclass(frozen=True)
+class TextFigures(Part):
+    """One model on one text; see :class:`ara.evaluation.perplexity.VariantRun`."""
+
+    nll: Number
+    perplexity: Number
+    windows: Count
+    tokens: Count
+    seq_len: Count
+    nll_stderr: Number | None
+    window_nlls: tuple[Number, ...]
+    tokens_per_second: SpreadFigures
+    divergence: DivergenceFigures | None
+
+
+@dataclass(frozen=True)
+class TextResults(Part):
+    """All models on one text; ``text`` says where it came from."""
+
+    kind: Literal["text"]
+    text: str
+    windows: Count
+    seq_len: Count
+    models: Mapping[str, TextFigures]
+
+
+@dataclass(frozen=True)
+class TaskFigures(Part):
+    """One model on one task.
+
+    Attributes:
+        value, stderr: the task's own metric; no standard error where the metric is no mean.
+        retained: ``value`` as a share of the dense model's.
+        metrics, stderrs: all metrics.
+    """
+
+    value: Number
+    stderr: Number | None
+    retained: Number | None
+    metrics: Mapping[str, Number]
+    stderrs: Mapping[str, Number | None]
+
+
+@dataclass(frozen=True)
+class PairedDifference(Part):
+    """The chosen model less another one on the same questions; see :class:`ara.evaluation.paired.Difference`."""
+
+    difference: Number
+    p: Number
+    test: str
+
+
+@dataclass(frozen=True)
+class TaskResults(Part):
+    """All models on one task of lm-eval: ``examples`` of ``of`` questions, drawn with ``seed``."""
+
+    kind: Literal["harness"]
+    text: str
+    metric: str
+    examples: Count
+    of: Count
+    seed: Count
+    models: Mapping[str, TaskFigures]
+    compared: Mapping[str, PairedDifference]
+
+
+@dataclass(frozen=True)
+class MeanFigures(Part):
+    """One model's mean accuracy over several tasks, each counting the same."""
+
+    mean: Number
+    stderr: Number
+    retained: Number | None
+
+
+@dataclass(frozen=True)
+class MeanResults(Part):
+    """Mean accuracy over ``tasks``."""
+
+    tasks: tuple[str, ...]
+    models: Mapping[str, MeanFigures]
+    compared: Mapping[str, PairedDifference]
+
+
+@dataclass(frozen=True)
+class ContinuedPrompt(Part):
+    """What every model made of a prompt."""
+
+    prompt: str
+    models: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class EvaluationResults(Results):
+    """Results of ``ara eval``.
+
+    Attributes:
+        chosen: name of the compressed model.
+        variants: sizes of all models, the dense one first.
+        tasks: texts and tasks, by name.
+        continuations: one per prompt.
+        zero_shot: mean accuracy; ``None`` where fewer than two tasks have one.
+        interleaved: whether the models took turns.
+    """
+
+    Settings = EvaluationSettings
+    vital = False
+    chosen: str
+    variants: Mapping[str, ModelFigures]
+    tasks: Mapping[str, Annotated[TextResults | TaskResults, Field(discriminator="kind")]]
+    continuations: tuple[ContinuedPrompt, ...]
+    zero_shot: MeanResults | None
+    interleaved: Flag
+
+    @property
+    def texts(self) -> dict[str, TextResults]:
+        """The texts alone."""
+        return {name: task for name, task in self.tasks.items() if isinstance(task, TextResults)}
+
+    @property
+    def harness(self) -> dict[str, TaskResults]:
+        """The tasks of lm-eval alone."""
+        return {name: task for name, task in self.tasks.items() if isinstance(task, TaskResults)}
+
+
+# What a stage keeps of one finished text or task of one model, while the others are not measured yet.
+
+
+@dataclass(frozen=True)
+class ModelPiece(Part):
+    """Sizes and continuations of one model."""
+
+    parameters: Count
+    weight_bytes: Count
+    linear_keep: Number
+    continuations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AnswerPiece(Part):
+    """One answer to a question; see :class:`ara.evaluation.harness.Answer`."""
+
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskPiece(Part):
+    """One model's answers to all questions of a task; see :class:`ara.evaluation.harness.TaskScore`."""
+
+    metrics: Mapping[str, Number]
+    stderrs: Mapping[str, Number | None]
+    headline: str
+    answers: tuple[AnswerPiece, ...]
+
+    def fits(self, metric: str, questions: int) -> bool:
+        """Tell whether there are so many answers with this metric: numbers, where the metric is a mean."""
+        if metric not in self.metrics or metric not in self.stderrs or len(self.answers) != questions:
+            return False
+        values = [answer.metrics.get(metric) for answer in self.answers]
+        return self.stderrs[metric] is None or all(isinstance(value, int | float) for value in values)
+
+    def values(self, metric: str) -> list[float]:
+        """Return the metric of every question, in their order."""
+        return [float(answer.metrics[metric]) for answer in self.answers]

@@ -1,0 +1,106 @@
+"""The kind ``factors``: full-rank factors of every factorised layer, one safetensors file per decoder block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import ConfigDict, Field, Strict
+
+from ara.artifacts.base import Count, Least1, Part, Results, Settings, StoredDtype
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
+from ara.workspace.manifest import Manifest
+from ara.workspace.view import StageView
+
+if TYPE_CHECKING:
+    from ara.models.weights import LinearSpec
+
+
+@dataclass(frozen=True)
+class FactorsSettings(Settings):
+    """What later stages read of a decomposition's settings; see :class:`ara.config.DecomposeConfig`."""
+
+    method: str
+    text: str
+    samples: Least1
+    seq_len: Annotated[int, Strict(), Field(ge=2, lt=2**63)]
+    seed: Count
+    dtype: StoredDtype
+
+
+@dataclass(frozen=True)
+class FactorisedLayer(Part):
+    """One factorised layer; see :class:`ara.models.weights.LinearSpec`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    name: str
+    layer: Count
+    kind: str
+    m: Least1
+    n: Least1
+
+
+@dataclass(frozen=True)
+class FactorsResults(Results):
+    """Results of ``ara decompose``.
+
+    Attributes:
+        modules: the factorised layers, in the order of the model.
+        model_parameters: of the whole dense model.
+        linear_parameters: of the factorised layers, while they are dense.
+        text: where the calibration text came from; ``None`` for a method that reads none.
+        windows: (count, tokens) of the calibration windows.
+        windows_sha256: checksum of their tokens.
+    """
+
+    Settings = FactorsSettings
+    modules: tuple[FactorisedLayer, ...]
+    model_parameters: Count
+    linear_parameters: Count
+    text: str | None = None
+    windows: tuple[Count, ...] | None = None
+    windows_sha256: str | None = None
+
+    @classmethod
+    def problem(cls, manifest: Manifest) -> str | None:
+        """Return what is wrong with settings, results or the table of tensors, or ``None``."""
+        return super().problem(manifest) or _layers_problem(manifest, cls.parse(manifest.results))
+
+
+def specs_of(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) -> list[LinearSpec]:
+    """Return the factorised layers of a decomposition, to be stored in ``layout`` in the precision of the factors."""
+    from ara.models.placement import torch_dtype
+    from ara.models.weights import LinearSpec
+
+    bits = 8 * torch_dtype(FactorsSettings.read(decomposition).dtype).itemsize
+    layers = FactorsResults.read(decomposition).modules
+    return [LinearSpec(**asdict(layer), layout=layout, bits=bits) for layer in layers]
+
+
+def layer_file(layer: int) -> str:
+    """Name of the file with the factors of one decoder block."""
+    return f"layer-{layer:03d}.safetensors"
+
+
+def factor_files(decomposition: StageView, specs: Sequence[LinearSpec]) -> dict[str, Path]:
+    """Return module path → file with its factors."""
+    return {spec.name: decomposition.path / layer_file(spec.layer) for spec in specs}
+
+
+def _layers_problem(manifest: Manifest, results: FactorsResults) -> str | None:
+    """Compare every layer with the table of tensors: A (r, n), B (m, r), spectrum (r), in the file of its block."""
+    seen: set[str] = set()
+    for layer in results.modules:
+        if layer.name in seen:
+            return f"results: layer {layer.name!r} is listed twice"
+        seen.add(layer.name)
+        r = min(layer.m, layer.n)
+        shapes: dict[str, tuple[int, ...]] = {"A": (r, layer.n), "B": (layer.m, r), "spectrum": (r,)}
+        for part, shape in shapes.items():
+            record: Any = manifest.tensors.get(f"{layer.name}.{part}")
+            if record is None or record.shape != shape or record.file != layer_file(layer.layer):
+                found = "there is none" if record is None else f"it has {list(record.shape)} in {record.file}"
+                return f"results: layer {layer.name!r} needs a tensor {part} of shape {list(shape)}, {found}"
+    return None

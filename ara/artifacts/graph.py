@@ -1,0 +1,76 @@
+"""The kind ``graph``: a checkpoint written for another runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ara.artifacts.base import Count, Flag, Number, Part, Results, Settings
+from ara.workspace.writer import StageWriter
+
+
+@dataclass(frozen=True)
+class GraphSettings(Settings):
+    """What later stages read of an export's settings."""
+
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class FileSize(Part):
+    """One file that the runtime reads."""
+
+    bytes: Count
+
+
+@dataclass(frozen=True)
+class ParityCase(Part):
+    """The export beside torch in one case; see :class:`export.onnx.tolerance.Parity`."""
+
+    case: str
+    tokens: Count
+    difference: Number
+    agreement: Number
+    kl: Number
+    nll_torch: Number
+    nll_onnx: Number
+
+
+@dataclass(frozen=True)
+class ParityResults(Part):
+    """The comparison of an export with torch."""
+
+    cases: tuple[ParityCase, ...]
+
+
+@dataclass(frozen=True)
+class GraphResults(Results):
+    """What later stages read of ``ara_export.json``, which an export target writes and ``ara export`` repeats.
+
+    Attributes:
+        precision: of the weights.
+        last_logits: whether the export gives the logits of the last position only.
+        execution_provider: where it runs.
+        files: name → size of the files that the runtime reads.
+        parity: ``None`` where the export was not compared with torch.
+    """
+
+    Settings = GraphSettings
+    precision: str
+    last_logits: Flag
+    execution_provider: str | None = None
+    files: Mapping[str, FileSize] | None = None
+    parity: ParityResults | None = None
+
+
+class ExportReport(Protocol):
+    """What an export target says about an export: a pydantic model of its own."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """Return the report as data; ``mode="json"`` gives what JSON can hold."""
+
+
+def write_report(report: ExportReport, stage: StageWriter) -> None:
+    """Put the whole report of an export target into the manifest of a stage."""
+    stage.results.update(report.model_dump(mode="json"))

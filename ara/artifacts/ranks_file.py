@@ -1,0 +1,142 @@
+"""``ranks.json``: an allocation as plain JSON that a person can read, edit and feed back with ``--ranks``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ara import jsonfile
+from ara.artifacts.base import Rank
+from ara.errors import DataError, ProblemsError, near_matches
+from ara.layout_names import DEFAULT_LAYOUT, LAYOUT_NAMES, LayoutName
+from ara.models.weights import LinearSpec
+from ara.solver.problem import DENSE, Allocation
+
+RANKS_FORMAT = 1
+RANKS_FILE = "ranks.json"
+_COPY = "copy an allocation's ranks.json and edit its numbers"
+# What an error lists of a file that does not fit at all: problems, and characters of a name or value.
+_SHOWN_PROBLEMS = 20
+_SHOWN = 100
+
+
+def ranks_table(allocation: Allocation) -> dict[str, Rank]:
+    """Return an allocation as JSON data: module path → rank or ``"dense"``; bits are those of the model."""
+    return {name: "dense" if rank is None else rank for name, rank in allocation.ranks.items()}
+
+
+def from_table(ranks: Mapping[str, Any], specs: Sequence[LinearSpec]) -> Allocation:
+    """Return the allocation that :func:`ranks_table` describes, with costs in parameters and the bits of the model.
+
+    Args:
+        ranks: one entry for each of ``specs``; what a person may have edited is checked before.
+        specs: the layers.
+    """
+    return Allocation.of_ranks(specs, {name: None if rank == DENSE else rank for name, rank in ranks.items()})
+
+
+def ranks_document(allocation: Allocation, layout: LayoutName, about: Mapping[str, Any]) -> str:
+    """Return the text of ``ranks.json``; ``about`` says where it comes from and is not read back."""
+    document = {"format_version": RANKS_FORMAT, "layout": layout, "about": about, "ranks": ranks_table(allocation)}
+    return json.dumps(document, indent=1) + "\n"
+
+
+def read_layout(path: Path) -> LayoutName:
+    """Return the layout that a ranks file names; ``factors`` if it names none.
+
+    Raises:
+        DataError: missing, not a ranks file, or an unknown layout.
+    """
+    layout = _read(path)[0].get("layout", DEFAULT_LAYOUT)
+    if layout not in LAYOUT_NAMES:
+        raise DataError(
+            f"{path} has layout {_shown(layout)}, known are {', '.join(LAYOUT_NAMES)}",
+            _COPY,
+        )
+    found: LayoutName = layout
+    return found
+
+
+def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
+    """Read and validate a ranks file.
+
+    Args:
+        path: JSON with ``format_version`` and ``ranks``: module path → whole number or ``"dense"``.
+        specs: the factorised layers, in the file's layout; each must be named, and no other.
+
+    Raises:
+        DataError: missing or not such JSON.
+        ProblemsError: lists every unknown or missing module and every rank that cannot be.
+    """
+    document, repeated = _read(path)
+    problems = [
+        f"unknown key {_shown(key)}" for key in document if key not in ("format_version", "layout", "about", "ranks")
+    ]
+    problems += [f"{_plain(name)}: named more than once" for name in repeated]
+    problems += _problems(document["ranks"], specs)
+    if problems:
+        more = len(problems) - _SHOWN_PROBLEMS
+        if more > 0:
+            problems[_SHOWN_PROBLEMS:] = [f"and {more:,} more"]
+        raise ProblemsError(f"{path} does not fit this model", problems)
+    return from_table(document["ranks"], specs)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the document of a ranks file, and the names that stand in it more than once."""
+    repeated: list[str] = []
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # JSON keeps the last of two equal names; whoever edited the first would not notice.
+        counts = Counter(name for name, _ in pairs)
+        repeated.extend(name for name, count in counts.items() if count > 1)
+        return dict(pairs)
+
+    try:
+        document = jsonfile.read(path, pairs=table)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})", "--ranks wants a ranks.json file") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error})", "--ranks wants a ranks.json file") from None
+    if not isinstance(document, dict) or not isinstance(document.get("ranks"), dict):
+        raise DataError(f'{path} has no "ranks" table', _COPY)
+    version = document.get("format_version")
+    if type(version) is not int or version != RANKS_FORMAT:
+        raise DataError(f"{path} has format_version {_shown(version)}, expected {RANKS_FORMAT}", _COPY)
+    return document, repeated
+
+
+def _problems(ranks: dict[str, Any], specs: Sequence[LinearSpec]) -> list[str]:
+    known = {spec.name: spec for spec in specs}
+    unknown = [name for name in ranks if name not in known]
+    problems = [
+        # Looking for near ones takes long.
+        f"{_plain(name)}: not a factorised layer; {near_matches(name[:_SHOWN], known)}".rstrip("; ")
+        for name in unknown[:_SHOWN_PROBLEMS]
+    ]
+    problems += [f"{_plain(name)}: not a factorised layer" for name in unknown[_SHOWN_PROBLEMS:]]
+    problems += [f"{name}: missing" for name in known if name not in ranks]
+    for name, spec in known.items():
+        rank = ranks.get(name, DENSE)
+        if rank == DENSE:
+            continue
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            problems.append(f'{name}: {_shown(rank)} is neither a whole number of at least 1 nor "dense"')
+        elif rank > spec.top_rank:
+            less = f" or at most {spec.top_rank}" if spec.top_rank else ""
+            problems.append(f'{name}: rank {_shown(rank)} costs as much as the dense weight; write "dense"{less}')
+    return problems
+
+
+def _shown(value: Any) -> str:
+    """Return a value of the file as an error shows it: in one line, shortened."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _plain(name: str) -> str:
+    """Return a name of the file as an error shows it: as it is, unless it is long or holds what does not show."""
+    return name if name.isprintable() and len(name) <= _SHOWN else _shown(name)

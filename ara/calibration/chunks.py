@@ -1,0 +1,107 @@
+"""Statistics of chunks of blocks: as many blocks as memory holds; each chunk starts where the last one ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ara.calibration.gradients import GradientStats, Targets, collect_gradients
+from ara.calibration.moments import InputAccumulator, InputStats, collect_moments
+from ara.models.blocks import BlockRunner, independent_starts
+from ara.models.weights import LinearSpec
+from ara.progress import SILENT, Reporter
+
+
+@dataclass(frozen=True)
+class GradientReading:
+    """How gradients are read.
+
+    Attributes:
+        windows: calibration windows that are read backward, from the front.
+        targets: see :func:`ara.calibration.gradients.collect_gradients`.
+        seed: of the drawing of targets.
+    """
+
+    windows: int
+    targets: Targets
+    seed: int
+
+
+class ChunkReader:
+    """Reads the statistics of one chunk after the other, in the order of the model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        chunks: Sequence[Sequence[LinearSpec]],
+        owners: Mapping[str, str],
+        windows: torch.Tensor,
+        batch_size: int,
+        gradients: GradientReading | None = None,
+        report: Reporter = SILENT,
+    ) -> None:
+        """Find out where passes may start.
+
+        Args:
+            model: a causal language model in eval mode; with ``gradients``, its parameters shall require none.
+            chunks: result of :func:`split_into_chunks`.
+            owners: result of :func:`ara.calibration.moments.shared_inputs`.
+            windows: token ids (w, t) int64.
+            batch_size: windows per pass.
+            gradients: ``None`` where inputs alone are wanted.
+            report: progress; told when passes cannot start at a chunk.
+        """
+        self._owners, self._gradients, self._report = owners, gradients, report
+        ends = [chunk[-1].layer + 1 for chunk in chunks[:-1]]
+        starts = independent_starts(model, windows[:1], ends)
+        if len(starts) < len(ends):
+            report.fact(
+                "every chunk of blocks is read from the embeddings, which takes longer: later blocks reuse what "
+                "earlier ones compute"
+            )
+        self._inputs = BlockRunner(model, windows, batch_size, starts, report)
+        if gradients is not None:
+            self._outputs = BlockRunner(model, windows[: gradients.windows], batch_size, starts, report)
+
+    def read(self, chunk: Sequence[LinearSpec]) -> tuple[dict[str, InputStats], dict[str, GradientStats]]:
+        """Return input statistics by leading layer, and gradient statistics by layer (empty where none are wanted).
+
+        Raises:
+            NumericalError: an input, output or gradient is NaN or infinite.
+        """
+        inputs, wanted = collect_moments(self._inputs, chunk, self._owners, self._report), self._gradients
+        if wanted is None:
+            return inputs, {}
+        gradients = collect_gradients(
+            self._outputs, chunk, targets=wanted.targets, seed=wanted.seed, report=self._report
+        )
+        return inputs, gradients
+
+
+def split_into_chunks(
+    linears: Sequence[LinearSpec], owners: Mapping[str, str], gradients: bool, limit: int
+) -> list[list[LinearSpec]]:
+    """Split layers into runs of whole blocks whose second moments fit into ``limit`` bytes; at least one block each.
+
+    Args:
+        linears: in the order of the model.
+        owners: result of :func:`ara.calibration.moments.shared_inputs`; empty where no inputs are read.
+        gradients: whether second moments of gradients are kept as well.
+        limit: bytes.
+    """
+    chunks: list[list[LinearSpec]] = []
+    used = 0
+    for layer in dict.fromkeys(spec.layer for spec in linears):
+        block = [spec for spec in linears if spec.layer == layer]
+        leaders = {owners.get(spec.name): spec.n for spec in block if owners}
+        widths = [*leaders.values(), *(spec.m for spec in block if gradients)]
+        needed = sum(InputAccumulator.bytes_for(width) for width in widths)
+        if not chunks or used + needed > limit:
+            chunks.append([])
+            used = 0
+        chunks[-1] += block
+        used += needed
+    return chunks

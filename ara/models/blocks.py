@@ -1,0 +1,303 @@
+"""Passes through some of the decoder blocks of a model, forward and backward, over all windows.
+
+A pass is the model's own forward pass, so that masks, positions and whatever else a family gives its blocks are right.
+It starts at block ``start`` when the blocks before return the kept output of block ``start`` − 1 and compute nothing,
+and it ends after block ``last`` with an exception. The backward pass through some blocks is a forward pass through them
+with a graph (recomputation), from the kept output of the block before, and the kept gradient at the output of the last.
+
+Both are exact where a block sees nothing of earlier blocks but the output of the last one. Some families break that
+(Gemma 3n and 4 reuse keys and values of earlier blocks): :func:`independent_starts` tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from ara.errors import is_out_of_memory
+from ara.models.memory import available_bytes
+from ara.models.weights import find_blocks
+from ara.progress import SILENT, Reporter
+
+# Part of the free memory that kept outputs and gradients of blocks may take.
+_SHARE = 4
+
+Advance = Callable[[int], None]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class BlockRunner:
+    """Runs consecutive blocks over all windows, and keeps what the next ones start from, in the CPU's memory.
+
+    Attributes:
+        model: a causal language model in eval mode.
+        device: where it is.
+        windows: how many windows there are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: torch.Tensor,
+        batch_size: int,
+        starts: Mapping[int, int] | None = None,
+        report: Reporter = SILENT,
+    ) -> None:
+        """Prepare passes; nothing runs yet.
+
+        Args:
+            model: a causal language model in eval mode.
+            windows: token ids (w, t) int64.
+            batch_size: windows per pass.
+            starts: blocks that later passes start at; result of :func:`independent_starts`. Without, every pass starts
+                at the embeddings.
+            report: told when not everything fits into memory.
+        """
+        self.model, self.device = model, next(model.parameters()).device
+        self.windows = len(windows)
+        self._blocks = list(find_blocks(model)[1])
+        self._batches = windows.split(batch_size)
+        self._bytes = {start: size * len(windows) for start, size in (starts or {}).items()}
+        self._report, self._told = report, False
+        # Start → per batch, the output of the block before.
+        self._outputs: dict[int, list[Any]] = {}
+        # Start → per batch, the output of the block before, and the gradient at it.
+        self._cuts: dict[int, list[tuple[Any, torch.Tensor]]] = {}
+
+    @torch.inference_mode()
+    def forward(self, first: int, last: int, advance: Advance) -> None:
+        """Run blocks ``first`` to ``last`` over all windows, and those before ``first`` that nothing is kept of.
+
+        Args:
+            first: index of the first block that has to run.
+            last: index of the last one.
+            advance: called with the number of windows after every batch.
+        """
+        start = max((at for at in self._outputs if at <= first), default=0)
+        outputs = self._outputs.pop(start, [None] * len(self._batches))
+        self._outputs.clear()
+        keep = bool(self._affordable([last + 1], 1))
+        for index, ids in enumerate(self._batches):
+            output = self._run(ids, start, outputs[index], last)
+            outputs[index] = _mapped(output, _kept) if keep else None
+            advance(len(ids))
+        if keep:
+            self._outputs[last + 1] = outputs
+
+    def backward(self, first: int, last: int, loss: Loss, advance: Advance) -> None:
+        """Run blocks ``first`` to ``last`` over all windows, forward and backward.
+
+        The graph begins at the input of block ``first``. The first call runs the whole model. It keeps the outputs of
+        the blocks where later passes start, and the gradients at them, so that the later calls recompute their own
+        blocks alone.
+
+        Args:
+            first: index of the first block wanted. Later calls want later blocks.
+            last: index of the last one.
+            loss: logits (b, t, v) and token ids (b, t) → scalar. Called for all batches in order, or for none.
+            advance: called with the number of windows after every batch.
+        """
+        begin = max((at for at in self._cuts if at <= first), default=0)
+        end = min((at for at in self._cuts if at > last), default=None)
+        new = [] if self._cuts else self._affordable([at for at in sorted(self._bytes) if at > last], 2)
+        made: dict[int, list[tuple[Any, torch.Tensor]]] = {at: [] for at in new}
+        for index, ids in enumerate(self._batches):
+            before = self._cuts[begin][index][0] if begin in self._cuts else None
+            with torch.enable_grad(), ExitStack() as hooks:
+                hooks.enter_context(self._blocks[first].register_forward_pre_hook(_begin_graph, with_kwargs=True))
+                if end is not None:
+                    output = self._run(ids, begin, before, end - 1)
+                    torch.autograd.backward(_differentiable(output), [self._cuts[end][index][1].to(self.device)])
+                else:
+                    for at, pairs in made.items():
+                        hooks.enter_context(self._blocks[at - 1].register_forward_hook(partial(_cut, pairs)))
+                    with starting_at(self._blocks, begin, self._placed(before)):
+                        ids = ids.to(self.device)
+                        value = loss(self.model(input_ids=ids, use_cache=False).logits, ids)
+                    value.backward()
+            advance(len(ids))
+        self._cuts = {at: pairs for at, pairs in self._cuts.items() if at >= begin}
+        self._cuts |= {at: pairs for at, pairs in made.items() if len(pairs) == len(self._batches)}
+
+    def _run(self, ids: torch.Tensor, start: int, before: Any, last: int) -> Any:
+        """Run blocks ``start`` to ``last`` on one batch; returns the output of the last one."""
+        with (
+            starting_at(self._blocks, start, self._placed(before)),
+            _ending_after(self._blocks[last]) as outputs,
+        ):
+            self.model(input_ids=ids.to(self.device), use_cache=False)
+        return outputs[0] if outputs else None
+
+    def _placed(self, output: Any) -> Any:
+        return _mapped(output, lambda tensor: tensor.to(self.device))
+
+    def _affordable(self, starts: Sequence[int], each: int) -> list[int]:
+        """Return those of ``starts`` that a pass may start at, as many as fit into memory, evenly spaced.
+
+        Args:
+            starts: in order.
+            each: tensors to be kept per start, each the size of a block's output.
+        """
+        wanted = [at for at in starts if at in self._bytes]
+        if not wanted:
+            return []
+        size = each * max(self._bytes[at] for at in wanted)
+        fitting = available_bytes("cpu") // _SHARE // size
+        if fitting >= len(wanted):
+            return wanted
+        if not self._told:
+            self._told = True
+            self._report.fact(
+                f"{len(wanted)} × {size / 2**20:,.0f} MiB of block outputs do not fit into memory beside the model: "
+                f"{fitting} {'is' if fitting == 1 else 'are'} kept, and blocks run more often"
+            )
+        return wanted[:: -(-len(wanted) // fitting)] if fitting else []
+
+
+@torch.inference_mode()
+def independent_starts(model: nn.Module, ids: torch.Tensor, starts: Sequence[int]) -> dict[int, int]:
+    """Find out whether passes may start at the blocks ``starts``, by running ``ids`` with and without.
+
+    Args:
+        model: a causal language model in eval mode.
+        ids: token ids (1, t) int64, one whole window: some models treat long ones in another way.
+        starts: indices of blocks, in order. Each pass is to end before the next start.
+
+    Returns:
+        Start → bytes that the output of the block before takes per window; empty when a single pass does not give the
+        output of the plain one bit for bit.
+    """
+    if not starts:
+        return {}
+    runner = BlockRunner(model, ids, 1)
+    blocks = list(find_blocks(model)[1])
+    stops = [*starts, len(blocks)]
+    order: list[int] = []
+    outputs: dict[int, Any] = {}
+
+    def note(index: int, module: nn.Module, args: object, output: Any) -> None:
+        order.append(index)
+        if index + 1 in stops:
+            outputs[index + 1] = _mapped(output, _kept)
+
+    ids = ids.to(runner.device)
+    with ExitStack() as hooks:
+        for index, block in enumerate(blocks):
+            hooks.enter_context(block.register_forward_hook(partial(note, index)))
+        model(input_ids=ids, use_cache=False)
+    if order != list(range(len(blocks))):
+        return {}
+    # What a block leaves in its module must not be right by chance: it is now that of another text, and the last
+    # blocks come first, since they alone leave nothing that the others read.
+    model(input_ids=ids.flip(1), use_cache=False)
+    for start, stop in reversed(list(pairwise(stops))):
+        try:
+            output = runner._run(ids, start, outputs[start], stop - 1)
+        except Exception as error:  # whatever a block says that does not find what it looks for
+            if is_out_of_memory(error):
+                raise
+            return {}
+        if not _equal(_mapped(output, _kept), outputs[stop]):
+            return {}
+    return {start: _size(outputs[start]) for start in starts}
+
+
+@contextmanager
+def starting_at(blocks: Sequence[nn.Module], start: int, output: Any) -> Iterator[None]:
+    """Let passes start at block ``start``: all before it return ``output``, whatever they are given."""
+    # A block may have a forward of its own already: accelerate's hooks work that way.
+    before = [vars(block).get("forward") for block in blocks[:start]]
+    try:
+        for block in blocks[:start]:
+            vars(block)["forward"] = lambda *args, **kwargs: output
+        yield
+    finally:
+        for block, forward in zip(blocks[:start], before, strict=True):
+            del vars(block)["forward"]
+            if forward is not None:
+                vars(block)["forward"] = forward
+
+
+@contextmanager
+def keeping_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """Collect what ``blocks`` return, in the order in which they run."""
+    outputs: list[Any] = []
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(lambda *call: outputs.append(call[-1])))
+        yield outputs
+
+
+class _PassEnded(Exception):
+    """Ends a forward pass after the last block that is wanted."""
+
+
+@contextmanager
+def _ending_after(block: nn.Module) -> Iterator[list[Any]]:
+    """End a pass after ``block``; yields a list that then holds what it returned."""
+    outputs: list[Any] = []
+
+    def end(module: nn.Module, args: object, output: Any) -> None:
+        outputs.append(output)
+        raise _PassEnded
+
+    with block.register_forward_hook(end), suppress(_PassEnded):
+        yield outputs
+
+
+def _begin_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Before a block runs: the graph begins at its input."""
+    if args:
+        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+
+
+def _cut(pairs: list[tuple[Any, torch.Tensor]], module: nn.Module, args: object, output: Any) -> None:
+    """After a block has run: note its output, and the gradient at it once that is known."""
+    tensors = _differentiable(output)
+    if len(tensors) == 1:
+        kept = _mapped(output, _kept)
+        tensors[0].register_hook(lambda gradient: pairs.append((kept, _kept(gradient))))
+
+
+def _differentiable(output: Any) -> list[torch.Tensor]:
+    """Return the tensors in the output of a block through which gradients flow."""
+    found: list[torch.Tensor] = []
+    _mapped(output, lambda tensor: found.append(tensor) if tensor.requires_grad else None)
+    return found
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy on the CPU, which nothing changes in place."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _mapped(output: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """Return what a block returned with ``function`` applied to its tensors."""
+    if isinstance(output, torch.Tensor):
+        return function(output)
+    if type(output) in (tuple, list):
+        return type(output)(_mapped(item, function) for item in output)
+    return output
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Tell whether two outputs hold the same bits; not so if they hold anything that cannot be compared."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if type(one) in (tuple, list) and type(one) is type(other) and len(one) == len(other):
+        return all(map(_equal, one, other))
+    return one is None and other is None
+
+
+def _size(output: Any) -> int:
+    """Return the bytes of the tensors in an output."""
+    sizes: list[int] = []
+    _mapped(output, lambda tensor: sizes.append(tensor.numel() * tensor.element_size()))
+    return sum(sizes)

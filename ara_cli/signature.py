@@ -1,0 +1,172 @@
+"""Makes the options of a command from what its function takes: configs, groups of options, single options.
+
+A command is a function of keyword-only parameters, one of them ``s: Session``. :func:`command_line` reads their types:
+
+- a config (``config: EvalConfig``): every field is an option, and the function gets the config, built and checked;
+- ``Maker[EvalConfig]``: the same, but the function builds the config itself, as often as it wants;
+- a frozen dataclass of options (``which: WhichCheckpoint``): the function gets an instance;
+- ``Session``: the options of every command, the last ones in the help; the function runs within the session;
+- anything else is an option, as Typer has it.
+
+An option that several configs share stands in the help once, as the first of them describes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Annotated, Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
+
+import typer
+
+from ara.config import StageConfig, build
+from ara_cli.fields import FieldOption, Only, field_options, long_flag, parameter_of
+from ara_cli.options import SessionOptions
+from ara_cli.session import Session, session
+
+C = TypeVar("C", bound=StageConfig, covariant=True)
+# What Typer gives: parameter → value.
+Given = Mapping[str, Any]
+
+
+class Maker(Protocol[C]):
+    """Builds a config from the options."""
+
+    def __call__(self, **more: Any) -> C:
+        """Return the config; ``more`` are fields without an option of their own, ``None`` stands for the default."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One parameter of a command's function.
+
+    Attributes:
+        parameters: what Typer makes its options from.
+        value: returns what the function gets.
+        may_be_empty: options for which an empty text is a value.
+    """
+
+    parameters: tuple[inspect.Parameter, ...]
+    value: Callable[[Given], Any]
+    may_be_empty: frozenset[str] = frozenset()
+
+
+def command_line(
+    after: Mapping[str, tuple[str, ...]] | None = None, without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that gives a command's function its options.
+
+    Args:
+        after: option → options that follow it in the help; the others stand in the order of the parameters.
+        without: those of :class:`ara_cli.options.SessionOptions` that the command does not have.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        parts = {
+            name: _part(parameter.replace(annotation=hints[name]))
+            for name, parameter in inspect.signature(function).parameters.items()
+            if hints[name] is not Session
+        }
+        of_session = _group(SessionOptions, without=without)
+        parameters = _in_order([*parts.values(), of_session], after or {})
+        may_be_empty = {name for part in parts.values() for name in part.may_be_empty}
+
+        @functools.wraps(function)
+        def call(**given: Any) -> None:
+            _refuse_empty(given, [parameter for parameter in parameters if parameter.name not in may_be_empty])
+            options = of_session.value(given)
+            with session(options.workspace, options.quiet, options.as_json, options.force) as s:
+                function(s=s, **{name: part.value(given) for name, part in parts.items()})
+
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return call
+
+    return decorate
+
+
+def _part(parameter: inspect.Parameter) -> _Part:
+    """Return the part that the type of a parameter asks for."""
+    hint = parameter.annotation
+    kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    if get_origin(kind) is Maker:
+        return _makers(get_args(kind)[0], *extras)
+    if inspect.isclass(kind) and issubclass(kind, StageConfig):
+        makers = _makers(kind, *extras)
+        return replace(makers, value=lambda given: makers.value(given)())
+    if is_dataclass(kind):
+        return _group(kind, *extras)
+    return _Part((parameter,), lambda given: given[parameter.name])
+
+
+def _makers(config: type[StageConfig], only: Only | None = None) -> _Part:
+    """Return the options of a config; the value is a function that builds it."""
+    options = field_options(config, only)
+    parameters = tuple(parameter for option in options for parameter in option.parameters())
+    may_be_empty = frozenset(option.name for option in options if option.flag.may_be_empty)
+    return _Part(parameters, lambda given: functools.partial(_make, config, options, given), may_be_empty)
+
+
+def _make(config: type[StageConfig], options: Iterable[FieldOption], given: Given, /, **more: Any) -> Any:
+    """Build a config from what Typer gives and ``more`` fields; ``None`` stands for the default.
+
+    Raises:
+        UsageError: the text of an option cannot be read.
+        ProblemsError: a value is out of range or has the wrong type.
+    """
+    values = {**{option.field: option.value(given) for option in options}, **more}
+    return build(config, **{field: value for field, value in values.items() if value is not None})
+
+
+def _group(kind: Any, use: str = "", without: Collection[str] = ()) -> _Part:
+    """Return the options of a frozen dataclass; ``use`` is put into their help texts."""
+    hints = get_type_hints(kind, include_extras=True)
+    parameters = []
+    for field in fields(kind):
+        if field.name not in without:
+            plain, about = get_args(hints[field.name])
+            about = copy(about)
+            about.help = " ".join(about.help.format(use=use).split())
+            parameters.append(parameter_of(field.name, plain, about, field.default))
+    names = [parameter.name for parameter in parameters]
+    return _Part(tuple(parameters), lambda given: kind(**{name: given[name] for name in names}))
+
+
+def _in_order(parts: Iterable[_Part], after: Mapping[str, tuple[str, ...]]) -> list[inspect.Parameter]:
+    """Return the parameters of all parts in the order of the help; of those with one name, the first."""
+    found: dict[str, inspect.Parameter] = {}
+    for part in parts:
+        for parameter in part.parameters:
+            found.setdefault(parameter.name, parameter)
+    moved = {name for group in after.values() for name in group}
+    names = [name for name in found if name not in moved]
+    for anchor, group in after.items():
+        place = names.index(anchor) + 1
+        names[place:place] = group
+    return [found[name] for name in names]
+
+
+def _refuse_empty(given: Given, parameters: Iterable[inspect.Parameter]) -> None:
+    """Refuse texts that are given but empty: none of them means anything.
+
+    A script with an unset variable would otherwise get what it did not ask for: ``--name "$NAME"`` the default name.
+
+    Raises:
+        BadParameter: names the option.
+    """
+    for parameter in parameters:
+        value = given[parameter.name]
+        if value == "" or (isinstance(value, list | tuple) and "" in value):
+            raise typer.BadParameter("it is empty", param_hint=_as_typed(parameter))
+
+
+def _as_typed(parameter: inspect.Parameter) -> str:
+    """Return ``--from`` for a parameter with that flag, else ``--seq-len`` for ``seq_len``."""
+    _, about, *_ = get_args(parameter.annotation)
+    # Typer keeps the first flag of an annotation where the default of a bare option would be.
+    flags = [flag for flag in (about.default, *(about.param_decls or ())) if isinstance(flag, str)]
+    return next((flag for flag in flags if flag.startswith("--")), long_flag(parameter.name))
