@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ara.artifacts.training import TrainingResults
 from ara.config import DecomposeConfig, TrainMasksConfig
 from ara.errors import AraError
 from ara.layout_names import DEFAULT_LAYOUT, LAYOUT_NAMES
@@ -81,12 +82,10 @@ def main() -> None:
         except AraError as error:
             rows.append((label, "", "", "", "", str(error)))
             continue
-        assert view.manifest is not None
-        found = view.manifest.results["budgets"][f"{arguments.keep:g}"]
-        dense = sum(rank == "dense" for rank in found["ranks"].values())
-        won = found["start_held_out"] - found["held_out"]
-        at = f"{found['best_step']} of {found['steps']}"
-        rows.append((label, f"{found['held_out']:.4f}", f"{won:+.4f}", at, dense, seconds_text(found["seconds"])))
+        found = TrainingResults.read(view).budgets[f"{arguments.keep:g}"]
+        dense = sum(rank == "dense" for rank in found.ranks.values())
+        at = f"{found.best_step} of {found.steps}"
+        rows.append((label, f"{found.held_out:.4f}", f"{found.won:+.4f}", at, dense, seconds_text(found.seconds)))
     columns = [
         Column("variant", "left"),
         Column("held-out loss"),

@@ -237,28 +237,27 @@ class Bench:
         """Train as ``ara train-masks`` does, at all budgets in one go."""
         from ara.artifacts.factors import specs_of
         from ara.artifacts.ranks_file import from_table
-        from ara.artifacts.training import training_cost
+        from ara.artifacts.training import TrainingResults, training_cost
         from ara.stages.train_masks import train_masks
 
         settings = self._settings(row)
         keeps = tuple(self.arguments.keep)
         config = TrainMasksConfig(keep=keeps, seed=row.seed, layout=row.layout, **settings["options"])
         view = train_masks(config, self.run, factors=row.factors, name=self.training(row))
-        assert view.manifest is not None
-        results = view.manifest.results
-        if f"{row.keep:g}" not in results["budgets"]:
-            raise NumericalError(f"not trained: {results['stopped']}")
-        if "start" not in results["budgets"][f"{row.keep:g}"]:
+        results = TrainingResults.read(view)
+        if f"{row.keep:g}" not in results.budgets:
+            raise NumericalError(f"not trained: {results.stopped}")
+        result, log = results.budgets[f"{row.keep:g}"], results.log[f"{row.keep:g}"]
+        if result.start is None:
             sys.exit(f"error: {view.key} was trained by an earlier version of ara\nhint: remove {view.path}")
-        result, log = results["budgets"][f"{row.keep:g}"], results["log"][f"{row.keep:g}"]
         facts = {
-            **training_cost(view, row.keep),
+            **training_cost(view, row.keep)._asdict(),
             **settings,
-            "start": result["start"],
-            "won_on_held_out": result["start_held_out"] - result["held_out"],
-            "curve": [[entry["step"], entry["held_out"]] for entry in log if entry["held_out"] is not None],
+            "start": result.start,
+            "won_on_held_out": result.won,
+            "curve": [[entry.step, entry.held_out] for entry in log if entry.held_out is not None],
         }
-        return from_table(result["ranks"], specs_of(self.views[row.factors], row.layout)), facts
+        return from_table(result.ranks, specs_of(self.views[row.factors], row.layout)), facts
 
 
 def _commit() -> str | None:
@@ -275,6 +274,7 @@ def check(bench: Bench, windows: int) -> None:
     """Compare the dense row, and that of ara at the largest budget in each layout, with independent computations."""
     from ara.artifacts.factors import specs_of
     from ara.artifacts.ranks_file import from_table
+    from ara.artifacts.training import TrainingResults
 
     keep, seq_len = bench.arguments.keep[0], bench.arguments.seq_len
     dense = dict.fromkeys(spec.name for spec in specs_of(bench.views["whitened"]))
@@ -283,7 +283,7 @@ def check(bench: Bench, windows: int) -> None:
         row = Row("two-sided", "ara", keep, 0, layout)
         trained = bench.run.open().view(f"train-masks/{bench.training(row)}")
         if "wikitext2_windows" in bench.rows.get(row.key, {}) and trained.manifest is not None:
-            table = trained.manifest.results["budgets"][f"{keep:g}"]["ranks"]
+            table = TrainingResults.read(trained).budgets[f"{keep:g}"].ranks
             ranks = from_table(table, specs_of(bench.views["two-sided"], layout))
             losses = bench.first_losses(row.key, "two-sided", ranks.ranks, windows)
             check_stored(bench.run, bench.views["two-sided"], ranks, layout, losses, seq_len)

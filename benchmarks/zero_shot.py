@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ara.artifacts.evaluation import EvaluationResults
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
 from ara.evaluation.tasks import LOCAL, definition, expand, is_text
 from ara.layout_names import DEFAULT_LAYOUT, LAYOUT_NAMES
@@ -93,14 +94,14 @@ def check(view: StageView, factors: StageView, run: Run, console: Console) -> No
         logged = {name: samples(folder, name) for name in tasks}
     rows, off = [], []
     for name in tasks:
-        task = view.manifest.results["tasks"][name]
-        row, metric = task["models"]["dense"], task["metric"]
+        task = EvaluationResults.read(view).harness[name]
+        row, metric = task.models["dense"], task.metric
         other = theirs[name][f"{metric},none"]
-        distance = abs(row["value"] - other)
+        distance = abs(row.value - other)
         # Perplexities have no standard error here: they are held to 1 %.
-        allowed = row["stderr"] if row["stderr"] is not None else 0.01 * other
+        allowed = row.stderr if row.stderr is not None else 0.01 * other
         off += [name] if distance > allowed else []
-        figures = (f"{row['value']:.4f}", f"{other:.4f}", f"{distance:.4f}", f"{allowed:.4f}")
+        figures = (f"{row.value:.4f}", f"{other:.4f}", f"{distance:.4f}", f"{allowed:.4f}")
         ours = answers(view, name)
         rows.append((name, metric, *figures, f"{agreeing(ours, logged[name], metric, name)} of {len(ours)}"))
     columns = [Column("task", "left"), Column("metric", "left"), Column("ara"), Column("lm-eval's command")]
