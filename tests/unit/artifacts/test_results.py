@@ -53,7 +53,7 @@ def test_another_form_is_named_with_the_place(stage: str) -> None:
 def test_a_text_is_no_number(wrong: object) -> None:
     made = training()
     budgets = {"0.8": {**made.results["budgets"]["0.8"], "held_out": wrong}}
-    with pytest.raises(CorruptedError, match="budgets.0.8.held_out"):
+    with pytest.raises(CorruptedError, match=r"budgets\.0\.8\.held_out"):
         TrainingResults.read(made.model_copy(update={"results": {**made.results, "budgets": budgets}}))
 
 
