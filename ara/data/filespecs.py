@@ -1,4 +1,4 @@
-"""``file:PATH`` and ``file:PATH#FIELD``: how a text of one's own is named, also among others with commas between."""
+"""``file:PATH`` and ``file:PATH#FIELD`` name a user's own text, also in a list with commas."""
 
 from __future__ import annotations
 
@@ -10,30 +10,25 @@ from ara.errors import DataError, UsageError
 from ara.files import check_regular, expand_user
 
 FILE_PREFIX = "file:"
-# The longest path that Linux takes, in bytes; a longer one names no file.
+# The longest path of Linux, in bytes.
 _MAX_PATH = 4096
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """What ``file:PATH#FIELD`` names.
-
-    Attributes:
-        path: of the file; ``~`` is replaced.
-        field: name of the field that holds the text, or ``None`` where the spec names none.
-    """
+    """What ``file:PATH#FIELD`` names: a path, and the field that holds the text (``None`` without ``#FIELD``)."""
 
     path: Path
     field: str | None
 
 
 def text_file(spec: str) -> TextFile:
-    """Return what ``spec``, which starts with ``file:``, names.
+    """Parse ``file:PATH`` or ``file:PATH#FIELD``.
 
-    What follows the last ``#`` is the field if there is a file of the name before it, and none of the whole name.
+    The part after the last ``#`` is a field if the part before it names a file and the whole does not.
 
     Raises:
-        UsageError: it names no file, or the home folder of a user that is not known.
+        UsageError: the path is empty, or the home folder in it is unknown.
     """
     name = spec.removeprefix(FILE_PREFIX)
     if not name:
@@ -69,9 +64,9 @@ def check_text_file(spec: str) -> None:
 
 
 def split_names(text: str) -> list[str]:
-    """Split ``c4,file:PATH,piqa`` at its commas, each name once, in their order.
+    """Split ``c4,file:PATH,piqa`` at its commas into distinct names.
 
-    The path of a ``file:`` may hold commas: it reaches as far as there is a file of that name.
+    The path of a ``file:`` may contain commas: the longest one that exists is taken.
     """
     parts, names, start = text.split(","), list[str](), 0
     while start < len(parts):
@@ -82,19 +77,19 @@ def split_names(text: str) -> list[str]:
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> DataError:
-    """Return the error for a file that the operating system does not give out."""
-    if isinstance(error, FileNotFoundError | ValueError):  # the latter: a name that no file can have
+    """Return the error for a file that cannot be opened or read."""
+    if isinstance(error, FileNotFoundError | ValueError):  # ValueError: an impossible file name
         return DataError(
             f"text file {path} does not exist", "check the path; relative ones start at the current folder"
         )
-    pipe = "write what comes out of it to a file first" if error.filename and "regular file" in str(error) else None
+    pipe = "write its output to a file first" if error.filename and "regular file" in str(error) else None
     return DataError(
         f"text file {path} cannot be read: {error.strerror or error}", pipe or "check the path and its permissions"
     )
 
 
 def _end_of_file(parts: list[str], start: int) -> int:
-    """Return behind which part the ``file:`` that starts at ``start`` ends: the longest that is there."""
+    """Return the index after the last part of the ``file:`` that starts at ``start``: the longest existing path."""
     end, spec = start + 1, ""
     for stop in range(start + 1, len(parts) + 1):
         spec = ",".join(parts[start:stop]).strip()
@@ -102,7 +97,7 @@ def _end_of_file(parts: list[str], start: int) -> int:
             break
         try:
             file = text_file(spec)
-        except UsageError:  # told when the text is looked up
+        except UsageError:  # reported when the text is looked up
             break
         if _is_there(file.path) and not file.path.is_dir() and "," not in (file.field or ""):
             end = stop
@@ -110,8 +105,8 @@ def _end_of_file(parts: list[str], start: int) -> int:
 
 
 def _is_there(path: Path) -> bool:
-    """Tell whether there is something called ``path``."""
+    """Tell whether ``path`` exists."""
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name that is too long, a folder that must not be looked into
+    except (OSError, ValueError):  # the name is too long, or a folder is not accessible
         return False

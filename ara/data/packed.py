@@ -1,7 +1,4 @@
-"""Text files as streams of bytes: gzip and zstd are unpacked on the way, and nothing is read beyond a limit.
-
-zstd comes with pyarrow, which ``datasets`` needs anyway.
-"""
+"""Text files as byte streams: gzip and zstd are unpacked while reading, up to a size limit."""
 
 from __future__ import annotations
 
@@ -18,9 +15,9 @@ from ara.data.filespecs import unreadable
 from ara.errors import AraError, DataError
 from ara.files import open_regular
 
-# Of a text, packed and unpacked, in bytes: a shard of C4 has 0.8 GiB. Reading takes about four times that in memory.
+# Bytes of a text, packed and unpacked. A shard of C4 has 0.8 GiB. Reading needs about four times as much memory.
 MAX_TEXT_BYTES = 2**30
-# Of one line of JSON, in bytes.
+# Bytes of one line of JSON.
 MAX_LINE_BYTES = 2**26
 _CHUNK = 2**20
 
@@ -30,12 +27,12 @@ _SUFFIXES = {".gz": _GZIP, ".gzip": _GZIP, ".zst": _ZSTD, ".zstd": _ZSTD}
 
 
 class TextStream:
-    """The unpacked bytes of a text file, which count what was read.
+    """The unpacked bytes of a text file.
 
     Attributes:
-        path: of the file.
-        suffix: lower-case ending of its name that says the format, ``.jsonl`` of ``x.jsonl.gz``.
-        head: its first bytes; they are read again by :meth:`rest` and :meth:`lines`.
+        path: the file, for errors.
+        suffix: lower-case ending of the name without the packing, such as ``.jsonl`` for ``x.jsonl.gz``.
+        head: the first bytes, which :meth:`rest` and :meth:`lines` return again.
     """
 
     def __init__(self, path: Path, suffix: str, file: Any, head_bytes: int) -> None:
@@ -46,7 +43,7 @@ class TextStream:
         """Return all bytes.
 
         Raises:
-            DataError: there are more than :data:`MAX_TEXT_BYTES`.
+            DataError: more than :data:`MAX_TEXT_BYTES`.
         """
         found = bytearray(self.head)
         while chunk := self._file.read(_CHUNK):
@@ -55,14 +52,12 @@ class TextStream:
         return bytes(found)
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yield number and bytes of every line, which only a line feed ends.
+        """Yield number and bytes of every line; only a line feed ends a line.
 
         Raises:
-            DataError: there are more bytes than :data:`MAX_TEXT_BYTES`, or than :data:`MAX_LINE_BYTES` in a line.
+            DataError: more than :data:`MAX_TEXT_BYTES` in all, or :data:`MAX_LINE_BYTES` in a line.
         """
-        total = 0
-        head = io.BytesIO(self.head)
-        number = 0
+        total, number, head = 0, 0, io.BytesIO(self.head)
         while True:
             line = head.readline()
             if not line.endswith(b"\n"):
@@ -86,21 +81,21 @@ class TextStream:
 def too_large(path: Path, verb: str) -> DataError:
     """Return the error for a text above the limit."""
     return DataError(
-        f"{path} {verb} more than {MAX_TEXT_BYTES // 2**30} GiB, the most that is read of a text",
-        "make a smaller file, for instance of its first 100,000 lines or rows",
+        f"{path} {verb} more than {MAX_TEXT_BYTES // 2**30} GiB, the limit for a text",
+        "use a smaller file, for instance its first 100,000 lines or rows",
     )
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a text file; whatever goes wrong while it is open is told as an error of that file.
+    """Open a text file and report errors inside the block as errors of this file.
 
     Raises:
-        DataError: it is missing, no regular file, larger than :data:`MAX_TEXT_BYTES`, or damaged.
+        DataError: the file is missing, not regular, larger than :data:`MAX_TEXT_BYTES`, or damaged.
     """
     try:
         opening = open_regular(path)
-    except (OSError, ValueError) as error:  # the latter: a NUL in its name
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
         raise unreadable(path, error) from error
     try:
         with opening as file:
@@ -109,25 +104,24 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             yield file
     except AraError:
         raise
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be unpacked: {error}", "is it complete? Pack it again") from error
-    except OSError as error:
-        if error.errno is None:  # pyarrow's
-            raise DataError(f"{path} cannot be unpacked: {error}", "is it complete? Pack it again") from error
-        raise unreadable(path, error) from error
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from error
+        # Errors of gzip and pyarrow have no errno.
+        raise DataError(f"{path} cannot be unpacked: {error}", "the file may be incomplete: pack it again") from error
 
 
 def unpacked(path: Path, file: BinaryIO, head_bytes: int) -> TextStream:
-    """Return the stream of an open file, unpacked if its first bytes say that it is packed.
+    """Return the stream of an open file, unpacked if its first bytes are those of gzip or zstd.
 
     Args:
-        path: its name says the format.
-        file: at its start.
+        path: its name gives the format.
+        file: positioned at the start.
         head_bytes: how many bytes to read ahead.
 
     Raises:
-        DataError: the name says that it is packed, and it is not, or by something else.
-        OSError, EOFError, zlib.error: it is damaged.
+        DataError: the name says gzip or zstd and the content does not.
+        OSError, EOFError, zlib.error: the file is damaged.
     """
     magic = file.read(4)
     file.seek(0)
@@ -136,13 +130,13 @@ def unpacked(path: Path, file: BinaryIO, head_bytes: int) -> TextStream:
     if named is not None and named != packing:
         raise DataError(
             f"{path} is called {path.suffix}, but is not packed by {named}",
-            "give it the name of what it is: .txt, .jsonl, .jsonl.gz, .jsonl.zst",
+            "rename it to match its content: .txt, .jsonl, .jsonl.gz, .jsonl.zst",
         )
     stream: Any = file
     if packing == _GZIP:
         stream = gzip.GzipFile(fileobj=file)
     elif packing == _ZSTD:
-        import pyarrow
+        import pyarrow  # a requirement of datasets
 
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
     inner = path.with_suffix("") if named else path

@@ -1,7 +1,7 @@
-"""Reading text files strictly: whatever is missing or malformed is told with its path and line.
+"""Reads text files strictly: an error names the path and the line.
 
-Plain text, JSON lines and Parquet are read, the first two also packed by gzip or zstd. Everything else is refused by
-what it is: brackets, commas or bytes of another format would be calibrated on like text.
+Plain text, JSON lines and Parquet are read; the first two may be packed with gzip or zstd. Other formats are refused,
+because their brackets, commas or bytes would be read as text.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from ara import jsonfile
 from ara.data.packed import TextStream, opened, unpacked
 from ara.data.parquetfiles import PARQUET_MAGIC, PARQUET_SUFFIXES, read_parquet
 from ara.data.textkinds import (
+    ARRAY_HINT,
     HEAD_BYTES,
     JSON_LINES,
     UTF8_MARK,
@@ -23,12 +24,12 @@ from ara.data.textkinds import (
 )
 from ara.errors import DataError, UsageError
 
-# Field of JSON lines, and column of Parquet, that holds the text.
+# Default name of the JSON field or Parquet column that holds the text.
 DEFAULT_FIELD = "text"
 _TABLES = {".csv": "comma-separated values", ".tsv": "tab-separated values"}
 _EXPECTED = 'expected lines such as {"text": "…"}'
 _JSON_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
-# Names of fields that an error lists.
+# Most fields that an error lists.
 _SHOWN = 12
 
 
@@ -36,14 +37,13 @@ def read_file(path: Path, field: str | None = None) -> list[str]:
     """Return the documents of ``path``: one per JSON line or Parquet row, or one plain text.
 
     Args:
-        path: ``.jsonl`` and ``.ndjson`` hold JSON lines, ``.json`` if it holds one object per line; ``.gz`` or
-            ``.zst`` may follow. Parquet is known by its first bytes. Everything else is one plain text.
-        field: that holds the text; :data:`DEFAULT_FIELD` by default.
+        path: ``.jsonl`` and ``.ndjson`` hold JSON lines, as does ``.json`` with one object per line. ``.gz`` or
+            ``.zst`` may follow. The first bytes identify Parquet. Anything else is plain text.
+        field: holds the text; :data:`DEFAULT_FIELD` by default.
 
     Raises:
-        DataError: the file is missing, unreadable, larger than
-            :data:`ara.data.packed.MAX_TEXT_BYTES`, malformed, or something else than text.
-        UsageError: a field of plain text.
+        DataError: the file is missing, unreadable, too large, malformed, or not text.
+        UsageError: ``field`` is given for plain text.
     """
     with opened(path) as file:
         if file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC:
@@ -53,11 +53,11 @@ def read_file(path: Path, field: str | None = None) -> list[str]:
         stream = unpacked(path, file, HEAD_BYTES)
         refuse_other_kinds(path, stream.head)
         if stream.suffix in PARQUET_SUFFIXES:
-            raise DataError(f"{path} is called {stream.suffix}, but is no Parquet file", "is it complete?")
+            raise DataError(f"{path} is called {stream.suffix}, but is no Parquet file", "it may be incomplete")
         if stream.suffix in _TABLES:
             raise DataError(
-                f"{path} holds {_TABLES[stream.suffix]} by its name, expected text",
-                'write its column of text as JSON lines, one {"text": "…"} per line; plain text is called .txt',
+                f"{path} holds {_TABLES[stream.suffix]} according to its name, expected text",
+                'write its text column as JSON lines, one {"text": "…"} per line; or rename plain text to .txt',
             )
         if stream.suffix == ".json":
             json_lines_or_refuse(path, stream.head)
@@ -72,13 +72,12 @@ def read_file(path: Path, field: str | None = None) -> list[str]:
 
 
 def read_jsonl(path: Path, field: str = DEFAULT_FIELD) -> list[str]:
-    """Return the string ``field`` of every line of ``path``, in order; lines without characters are skipped.
+    """Return the string ``field`` of every non-blank line of ``path``, in order.
 
     Only a line feed ends a line: ``str.splitlines`` would also cut at U+2028, which JSON allows within a string.
 
     Raises:
-        DataError: the file is missing or unreadable, or a line is not UTF-8, not JSON or has no such field with a
-            string; the message names path and line.
+        DataError: the file cannot be read, or a line is not UTF-8, not JSON or has no such string; names the line.
     """
     with opened(path) as file:
         return _json_lines(unpacked(path, file, HEAD_BYTES), field)
@@ -109,7 +108,7 @@ def _json_lines(stream: TextStream, field: str) -> list[str]:
 
 
 def _text_field(path: Path, number: int, line: bytes, field: str) -> str:
-    """Return one field of one JSON line."""
+    """Return the field ``field`` of one JSON line."""
     where = f"{path}, line {number}"
     try:
         record = jsonfile.parse(line.decode("utf-8"), finite=False)
@@ -117,11 +116,11 @@ def _text_field(path: Path, number: int, line: bytes, field: str) -> str:
         raise _not_utf8(path, number, error) from error
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: a string holds half a surrogate pair, which is no character", "leave that line out"
+            f"{where}: a string holds half a surrogate pair, which is not a character", "remove that line"
         ) from error
     except ValueError as error:
         if number == 1 and line.strip() in (b"[", b"[{", b"{"):
-            raise DataError(f"{path} is one JSON document, expected JSON lines", _array_hint()) from error
+            raise DataError(f"{path} is one JSON document, expected JSON lines", ARRAY_HINT) from error
         raise DataError(f"{where}: not JSON ({error})", _EXPECTED) from error
     if isinstance(record, dict) and isinstance(record.get(field), str):
         text: str = record[field]
@@ -130,22 +129,18 @@ def _text_field(path: Path, number: int, line: bytes, field: str) -> str:
 
 
 def _no_text(where: str, record: Any, field: str) -> DataError:
-    """Return the error for a line without a text; it names the fields that could be meant."""
+    """Return the error for a line without text; it lists the fields of the line."""
     if not isinstance(record, dict):
-        hint = _array_hint() if isinstance(record, list) and record and isinstance(record[0], dict) else _EXPECTED
+        hint = ARRAY_HINT if isinstance(record, list) and record and isinstance(record[0], dict) else _EXPECTED
         got = type(record).__name__
         return DataError(f"{where}: got {got}, expected an object with a string field {field!r}", hint)
     if field in record:
         kind = _JSON_KINDS.get(type(record[field]), "an object")
-        return DataError(f"{where}: field {field!r} is {kind}, expected a string", "leave that line out, or mend it")
+        return DataError(f"{where}: field {field!r} is {kind}, expected a string", "remove or correct that line")
     names = ", ".join(name if name.isprintable() else repr(name) for name in list(record)[:_SHOWN]) or "no field"
     strings = [name for name, value in record.items() if isinstance(value, str) and name.isprintable()]
     hint = f"name the field that holds the text: file:PATH#{strings[0]}" if strings else _EXPECTED
     return DataError(f"{where}: got an object with {names}, expected a string field {field!r}", hint)
-
-
-def _array_hint() -> str:
-    return "turn it into JSON lines: jq -c '.[]' FILE > FILE.jsonl"
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:

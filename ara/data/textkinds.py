@@ -1,4 +1,4 @@
-"""What a file is, told from its first bytes: plain text is read, anything else is refused by its name."""
+"""Recognises the format of a file by its first bytes; only plain text and JSON lines pass."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from ara import jsonfile
 from ara.errors import DataError
 
-# Bytes from the front by which a file is recognised.
+# Bytes at the start of a file that identify its format.
 HEAD_BYTES = 2**16
 UTF8_MARK = b"\xef\xbb\xbf"
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 
-_UNPACK = "unpack it, and name the text inside"
+_UNPACK = "unpack it, and name the text file inside"
 _EXTRACT = "save its text as UTF-8 (.txt), or as JSON lines (.jsonl)"
-_IMAGE = "name a text; pictures are not read"
-# (offset, magic bytes, what it is, what to do).
+_IMAGE = "name a text file; pictures are not read"
+# (offset, magic bytes, format, hint).
 _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
-    (0, b"PAR1", "a Parquet file inside another packing", _UNPACK),
+    (0, b"PAR1", "a packed Parquet file", _UNPACK),
     (0, b"PARE", "an encrypted Parquet file", "store it without encryption"),
     (0, b"\x1f\x8b", "packed by gzip twice", _UNPACK),
     (0, b"\x28\xb5\x2f\xfd", "packed by zstd twice", _UNPACK),
@@ -37,7 +37,7 @@ _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"%!PS", "a PostScript document", _EXTRACT),
     (0, b"{\\rtf", "an RTF document", _EXTRACT),
     (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document", _EXTRACT),
-    (0, b"\x7fELF", "a program (ELF)", "name a text"),
+    (0, b"\x7fELF", "a program (ELF)", "name a text file"),
     (0, b"\x89PNG\r\n\x1a\n", "a picture (PNG)", _IMAGE),
     (0, b"\xff\xd8\xff", "a picture (JPEG)", _IMAGE),
     (0, b"GIF87a", "a picture (GIF)", _IMAGE),
@@ -45,40 +45,40 @@ _KINDS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"II*\x00", "a picture (TIFF)", _IMAGE),
     (0, b"MM\x00*", "a picture (TIFF)", _IMAGE),
     (8, b"WEBP", "a picture (WebP)", _IMAGE),
-    (8, b"WAVE", "sound (WAV)", "name a text"),
-    (0, b"OggS", "sound or video (Ogg)", "name a text"),
+    (8, b"WAVE", "sound (WAV)", "name a text file"),
+    (0, b"OggS", "sound or video (Ogg)", "name a text file"),
     (0, b"SQLite format 3\x00", "a SQLite database", _EXTRACT),
     (0, b"ARROW1\x00\x00", "an Arrow file", "store it as Parquet or JSON lines"),
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file", _EXTRACT),
     (0, b"\x93NUMPY", "an array of NumPy", _EXTRACT),
-    (0, b"GGUF", "a model (GGUF)", "name a text; the model is the first argument"),
+    (0, b"GGUF", "a model (GGUF)", "name a text file; the model is the first argument"),
     (0, b"version https://git-lfs.github.com/spec/", "a Git LFS pointer, not the file itself", "git lfs pull"),
 )
-_MARKS = (  # longest first: that of UTF-32 starts with that of UTF-16
+_MARKS = (  # longest first: the mark of UTF-32 starts with that of UTF-16
     (b"\xff\xfe\x00\x00", "UTF-32"),
     (b"\x00\x00\xfe\xff", "UTF-32"),
     (b"\xff\xfe", "UTF-16"),
     (b"\xfe\xff", "UTF-16"),
 )
-# Least share of NUL bytes at every second place that tells UTF-16, and most share at the others.
+# UTF-16: at least the first share of every second byte is NUL, and at most the second share of the other bytes.
 _MANY, _FEW = 0.3, 0.02
-# JSON in a text file is parsed as a whole to be sure, unless it has more characters than this.
+# Most characters of a text file that are parsed as JSON as a whole; larger files are judged by their ends.
 _PARSED = 2**26
-_ARRAY_HINT = "turn it into JSON lines: jq -c '.[]' FILE > FILE.jsonl"
+ARRAY_HINT = "turn it into JSON lines: jq -c '.[]' FILE > FILE.jsonl"
 _TABLE_ROWS, _TABLE_COLUMNS = 10, 3
-# No blank at its ends: prose has one behind each comma.
+# No blank at its ends: prose has one after each comma.
 _COLUMN_NAME = re.compile(r"[\w#](?:[\w .#/()-]{0,38}[\w)])?")
 
 
 def refuse_other_kinds(path: Path, head: bytes) -> None:
-    """Refuse what is no text, by its first bytes.
+    """Refuse a file whose first bytes are not those of UTF-8 text.
 
     Args:
-        path: named in the error.
-        head: the first :data:`HEAD_BYTES` of the (unpacked) file.
+        path: the file, for the error.
+        head: the first :data:`HEAD_BYTES` of the unpacked file.
 
     Raises:
-        DataError: says what it is, and what to do.
+        DataError: names the format found.
     """
     for offset, magic, what, hint in _KINDS:
         if head[offset : offset + len(magic)] == magic:
@@ -92,57 +92,55 @@ def refuse_other_kinds(path: Path, head: bytes) -> None:
 
 
 def refuse_nul(path: Path, data: bytes) -> None:
-    """Refuse bytes that hold a NUL, which no text does.
+    """Refuse text that contains a NUL byte.
 
     Raises:
-        DataError: names the place.
+        DataError: names the position.
     """
     place = data.find(b"\0")
     if place >= 0:
         raise DataError(
-            f"{path} is not text: byte {place + 1:,} is NUL", "name a file of UTF-8 text; binary files are not read"
+            f"{path} is not text: byte {place + 1:,} is NUL", "name a UTF-8 text file; binary files are not read"
         )
 
 
 def refuse_structured(path: Path, text: str) -> None:
-    """Refuse JSON and tables under a name that says plain text: their brackets and commas would be calibrated on.
+    """Refuse JSON and tables in a file that is named as plain text: their brackets and commas would be read as text.
 
     Raises:
-        DataError: says what it is, and what to do.
+        DataError: names the format found.
     """
     start = text[:HEAD_BYTES].lstrip()[:1]
     if start and start in "{[":
         _refuse_json(path, text)
-    else:
-        delimiter = _table_delimiter(text)
-        if delimiter:
-            raise DataError(
-                f"{path} holds a table (columns separated by {delimiter!r}), expected text",
-                'write its column of text as JSON lines: one {"text": "…"} per line',
-            )
+    elif delimiter := _table_delimiter(text):
+        raise DataError(
+            f"{path} holds a table (columns separated by {delimiter!r}), expected text",
+            'write its text column as JSON lines: one {"text": "…"} per line',
+        )
 
 
 def json_lines_or_refuse(path: Path, head: bytes) -> None:
-    """Return if a ``.json`` file holds one object per line, as the shards of C4 do.
+    """Refuse a ``.json`` file, unless it holds one object per line, as the shards of C4 do.
 
     Args:
-        path: named in the error.
-        head: the first :data:`HEAD_BYTES` of the (unpacked) file.
+        path: the file, for the error.
+        head: the first :data:`HEAD_BYTES` of the unpacked file.
 
     Raises:
-        DataError: it holds one array, or one document.
+        DataError: it holds an array or a single document.
     """
     first, line_feed, _ = head.removeprefix(UTF8_MARK).lstrip().partition(b"\n")
     if first.startswith(b"["):
-        raise DataError(f"{path} is a JSON array, expected JSON lines", _ARRAY_HINT)
+        raise DataError(f"{path} is a JSON array, expected JSON lines", ARRAY_HINT)
     whole = line_feed or len(head) < HEAD_BYTES
-    # A first line longer than the head is taken for an object; whether it is one shows when it is read.
+    # A first line longer than the head is checked when it is read.
     if whole and not isinstance(_json(first.decode("utf-8", "replace")), dict):
         raise DataError(f"{path} is one JSON document, expected JSON lines", 'write one {"text": "…"} per line')
 
 
 def _wide(head: bytes) -> str | None:
-    """Return the encoding of text in units of two or four bytes without a mark, or ``None``."""
+    """Return ``UTF-16LE`` or ``UTF-16BE`` for such text without a byte order mark, else ``None``."""
     half = len(head) // 2
     if half < 2:
         return None
@@ -157,7 +155,7 @@ def _wide(head: bytes) -> str | None:
 def _refuse_json(path: Path, text: str) -> None:
     front = [_json(line[0]) for line in islice(re.finditer(r"[^\n]*\S[^\n]*", text), 3)]
     if front and all(isinstance(value, dict) for value in front):
-        raise DataError(f"{path} holds JSON lines, but is not called so", "rename it to end with .jsonl")
+        raise DataError(f"{path} holds JSON lines, but its name does not say so", "rename it to end with .jsonl")
     if len(text) > _PARSED:
         likely = re.match(r'\s*(\[\s*[\[{"]|\{\s*")', text) and text.rstrip()[-1:] in ("]", "}")
         found: Any = [] if likely else None
@@ -165,11 +163,11 @@ def _refuse_json(path: Path, text: str) -> None:
         found = _json(text)
     if isinstance(found, list | dict):
         what = "array" if text.lstrip().startswith("[") else "object"
-        raise DataError(f"{path} is a JSON {what}, expected text", _ARRAY_HINT)
+        raise DataError(f"{path} is a JSON {what}, expected text", ARRAY_HINT)
 
 
 def _json(text: str) -> Any:
-    """Return what ``text`` holds, or ``None`` if it is not JSON."""
+    """Return the JSON value of ``text``, or ``None`` if it is not JSON."""
     try:
         return jsonfile.parse(text, finite=False)
     except ValueError:
@@ -177,10 +175,10 @@ def _json(text: str) -> Any:
 
 
 def _table_delimiter(text: str) -> str | None:
-    """Return what separates the columns of a table with a line of names, or ``None``.
+    """Return the column delimiter of a table with a header line, or ``None``.
 
-    Only what no prose looks like: every one of the first lines has the same number of columns, three or more, and the
-    names in the first line are short and all different.
+    A table has the same number of columns in each of its first lines, at least three. Its column names are short and
+    distinct. Prose does not look like this.
     """
     lines = text[:HEAD_BYTES].split("\n", _TABLE_ROWS)[:_TABLE_ROWS]
     if len(lines) < _TABLE_ROWS:

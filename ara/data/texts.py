@@ -1,8 +1,7 @@
-"""Text sources behind one interface: a name (or ``file:PATH``) and a purpose in, documents out.
+"""Calibration and evaluation texts, by name or ``file:PATH``.
 
-``c4`` and ``wikitext2`` are read below ``$ARA_DATA_DIR`` when that is set, else from the Hugging Face hub;
-``python-docs`` comes with every Python. No source ever falls back to another one in silence, because
-numbers from different texts cannot be compared.
+``c4`` and ``wikitext2`` are read from ``$ARA_DATA_DIR`` if it is set, else from the Hugging Face hub. ``python-docs``
+comes with Python. A source is never replaced by another one: results on different texts cannot be compared.
 """
 
 from __future__ import annotations
@@ -28,14 +27,11 @@ from ara.registry import Entry, Registry
 Purpose = Literal["calibration", "evaluation"]
 
 DATA_DIR_VARIABLE = "ARA_DATA_DIR"
-
-# The joint that GPTQ's evaluation puts between WikiText-2 rows, and SVD-LLM's and others after it.
+# GPTQ's evaluation, and those of SVD-LLM and others, join the rows of WikiText-2 with it.
 SEPARATOR = "\n\n"
-
-# Share of the characters of python-docs that is calibrated on; the rest is held out.
+# Share of the characters of python-docs used for calibration; the rest is for evaluation.
 _PYTHON_DOCS_CALIBRATION = 0.85
-
-# " = Robert Boulter = \n": the first line of a WikiText article (" = = Life = = \n" is one of its sections).
+# The first line of a WikiText article is " = Robert Boulter = \n"; that of a section is " = = Life = = \n".
 _ARTICLE_HEADING = re.compile(r" = [^=].*[^=] = \n?")
 
 TEXTS = Registry(
@@ -53,12 +49,12 @@ class Documents:
     """A loaded text.
 
     Attributes:
-        name: the spec that was asked for.
-        purpose: what it was loaded for.
-        documents: the texts, in the order of the source; for evaluation of wikitext2 its rows, empty ones included.
-        separator: what stands between two documents when they are joined.
-        origin: where they came from, for people.
-        digest: sha256 (hex) over the documents, with their lengths.
+        name: the name or ``file:PATH`` that was asked for.
+        purpose: calibration or evaluation.
+        documents: the texts, in the order of the source; for evaluation of wikitext2 its rows, with the empty ones.
+        separator: joins two documents.
+        origin: where they come from, in words.
+        digest: sha256 (hex) over the documents and their lengths.
     """
 
     name: str
@@ -71,15 +67,15 @@ class Documents:
 
 @dataclass(frozen=True)
 class _Part:
-    """Where one purpose of a named data set lives.
+    """Where to find one part of a data set.
 
     Attributes:
         local: file below ``$ARA_DATA_DIR``.
         hub: data set id on the Hugging Face hub.
         config: its configuration, or ``None``.
-        data_file: the one shard to read, or ``None`` for all; a shard is streamed.
+        data_file: the one shard to stream, or ``None`` for all.
         split: its split.
-        limit: how many documents to take from the front, or ``None`` for all.
+        limit: number of documents taken from the front, or ``None`` for all.
     """
 
     local: str
@@ -90,9 +86,9 @@ class _Part:
     limit: int | None
 
 
-# C4: for calibration the shard that GPTQ and SVD-LLM take; 10,000 of its 356,317 documents hold about 5 million tokens,
-# far more than any calibration asks for. For evaluation GPTQ's 1100 validation documents: the same documents, joined
-# differently (GPTQ joins by spaces and stops after 256 windows), so figures are comparable among ARA's own rows only.
+# C4: GPTQ and SVD-LLM calibrate on this shard; 10,000 of its 356,317 documents hold about 5 million tokens, which is
+# more than enough. The 1,100 validation documents are those of GPTQ, which joins them by spaces and stops after 256
+# windows. So perplexities on C4 are only comparable with other results of ARA.
 _C4: dict[Purpose, _Part] = {
     "calibration": _Part(
         "c4_sample/c4_rp1.jsonl", "allenai/c4", None, "en/c4-train.00000-of-01024.json.gz", "train", 10_000
@@ -110,11 +106,11 @@ _WIKITEXT2: dict[Purpose, _Part] = {
 
 
 def check_text_spec(spec: str) -> None:
-    """Check the name of a text, and that a ``file:PATH`` is there, without loading anything.
+    """Check the name of a text, or that the file of ``file:PATH`` exists, without loading it.
 
     Raises:
         UsageError: the name is unknown or the path is empty.
-        DataError: the file is missing or no regular file.
+        DataError: the file is missing or not regular.
     """
     if spec.startswith(FILE_PREFIX):
         check_text_file(spec)
@@ -122,17 +118,15 @@ def check_text_spec(spec: str) -> None:
         try:
             TEXTS.entry(spec)
         except UsageError as error:
-            hint = "for a text of your own write file:PATH (.txt: one document; .jsonl, .parquet: a field 'text')"
+            hint = "for your own text write file:PATH (.txt: one document; .jsonl, .parquet: a field 'text')"
             raise UsageError(str(error), hint) from None
 
 
 def load_documents(spec: str, purpose: Purpose, *, report: Reporter = SILENT) -> Documents:
     """Load the text ``spec`` for ``purpose``.
 
-    The two purposes of a named text never share a document. A ``file:PATH`` is the same for both: calibrating
-    and evaluating on one file is the caller's choice (equal ``digest``). A ``.txt`` file is one document: there is no
-    order to shuffle, so calibration reads it from its front whatever the seed; JSON lines have one per line, Parquet
-    one per row.
+    The calibration and evaluation parts of a named text share no document. ``file:PATH`` gives the same documents for
+    both: one per JSON line or Parquet row; a ``.txt`` file is one document, so ``seed`` does not change its windows.
 
     Raises:
         UsageError: unknown name.
@@ -148,10 +142,10 @@ def load_documents(spec: str, purpose: Purpose, *, report: Reporter = SILENT) ->
 
 
 def load_c4(purpose: Purpose, report: Reporter = SILENT) -> Documents:
-    """Load C4; locally, documents that also occur in the calibration part are left out of the evaluation."""
+    """Load C4; of local files, the evaluation omits documents that are also in the calibration part."""
     texts, origin = _read_part("c4", purpose, _C4[purpose], report)
     if purpose == "evaluation" and data_dir() is not None:
-        # The hub's validation split is disjoint by construction; two samples on a disk need not be.
+        # The splits on the hub are disjoint by construction; two local files may overlap.
         seen = {text.strip() for text in _read_part("c4", "calibration", _C4["calibration"], report)[0]}
         kept = [text for text in texts if text.strip() not in seen]
         if len(kept) < len(texts):
@@ -165,13 +159,13 @@ def load_c4(purpose: Purpose, report: Reporter = SILENT) -> Documents:
 
 
 def load_wikitext2(purpose: Purpose, report: Reporter = SILENT) -> Documents:
-    """Load WikiText-2: whole articles for calibration, the untouched rows of the test split for evaluation."""
+    """Load WikiText-2: whole articles of the training split, or the unchanged rows of the test split."""
     rows, origin = _read_part("wikitext2", purpose, _WIKITEXT2[purpose], report)
     return _documents("wikitext2", purpose, rows if purpose == "evaluation" else _articles(rows), origin)
 
 
 def load_python_docs(purpose: Purpose, report: Reporter = SILENT) -> Documents:
-    """Load Python's help topics, sorted by name: the front for calibration, the rest for evaluation.
+    """Load Python's help topics, sorted by name: the first ones for calibration, the rest for evaluation.
 
     Raises:
         DataError: this Python was built without ``pydoc_data``.
@@ -193,7 +187,7 @@ def load_python_docs(purpose: Purpose, report: Reporter = SILENT) -> Documents:
 
 
 def _articles(rows: Iterable[str]) -> list[str]:
-    """Join WikiText rows to articles, so that shuffling moves whole articles and not single paragraphs."""
+    """Join WikiText rows to articles, so that whole articles are shuffled instead of paragraphs."""
     articles: list[list[str]] = []
     for row in rows:
         if not articles or _ARTICLE_HEADING.fullmatch(row):
@@ -203,7 +197,7 @@ def _articles(rows: Iterable[str]) -> list[str]:
 
 
 def _documents(name: str, purpose: Purpose, texts: list[str], origin: str) -> Documents:
-    """Wrap ``texts``; blank ones are dropped for calibration and kept for evaluation, where the join must be exact."""
+    """Wrap ``texts``; calibration drops blank ones, evaluation keeps them to join the rows as published."""
     if purpose == "calibration":
         texts = [text for text in texts if text.strip()]
     if not any(text.strip() for text in texts):
@@ -220,14 +214,14 @@ def data_dir() -> Path | None:
     """Return the folder that ``$ARA_DATA_DIR`` names, or ``None``.
 
     Raises:
-        UsageError: it starts with ``~`` and the name of nobody.
+        UsageError: the home folder in it is unknown.
     """
     folder = os.environ.get(DATA_DIR_VARIABLE)
     return expand_user(folder, DATA_DIR_VARIABLE) if folder else None
 
 
 def _read_part(name: str, purpose: Purpose, part: _Part, report: Reporter) -> tuple[list[str], str]:
-    """Return the documents of ``part`` and the sentence of where they came from."""
+    """Return the documents of ``part`` and where they come from, in words."""
     folder = data_dir()
     if folder is None:
         return _read_hub(name, part, report)
@@ -259,7 +253,7 @@ def _read_hub(name: str, part: _Part, report: Reporter) -> tuple[list[str], str]
             for row in itertools.islice(rows, part.limit):
                 texts.append(row["text"])
                 bar.advance()
-    except Exception as error:  # datasets, huggingface_hub, httpx, aiohttp and fsspec each raise their own families
+    except Exception as error:  # the errors of datasets, huggingface_hub, httpx, aiohttp and fsspec share no base
         raise DataError(
             f"text {name!r}: {where} cannot be fetched from the Hugging Face hub ({type(error).__name__}: {error})",
             f"set {DATA_DIR_VARIABLE} to a folder with {part.local}, "
@@ -270,7 +264,7 @@ def _read_hub(name: str, part: _Part, report: Reporter) -> tuple[list[str], str]
 
 @contextmanager
 def silence_datasets() -> Iterator[None]:
-    """Hide the progress bars of datasets and the hub inside the block: all printing is the console's."""
+    """Hide the progress bars of datasets and the hub inside the block; only the console prints."""
     import datasets
     from huggingface_hub import utils as hub
 

@@ -1,4 +1,4 @@
-"""From documents to token windows, the same bytes for the same seed, and a cache that checks itself."""
+"""Cuts documents into token windows, reproducibly for a seed, and caches them with a checksum."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from ara.workspace.tensors import written_aside
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Part of every cache key: raise it when the same inputs would give other windows.
+# Part of every cache key. Increase it when the same inputs would give other windows.
 CACHE_FORMAT = 1
 
-# Documents, and characters, per tokenizer call: enough to use all cores, few enough to stop soon after the last needed
-# token.
+# Most documents and characters per tokenizer call: enough to use all cores, few enough to stop soon after the last
+# token that is needed.
 _BATCH = 64
 _BATCH_CHARACTERS = 2**20
-# Of a document with more characters than this only as much is tokenised as is needed, see :func:`_front`. No document
-# of C4, WikiText-2 or python-docs is as long.
+# A document with more characters is tokenised only as far as needed, see :func:`_front`. All documents of C4,
+# WikiText-2 and python-docs are shorter.
 _LONG = 2**18
-# Characters that are tokenised per token needed: twice what one has in English with a vocabulary of 100,000.
+# Characters to tokenise per token needed: twice the average of English with a vocabulary of 100,000.
 _CHARACTERS = 10
-# Tokens before a cut that are not used, as the cut could have changed them.
+# Tokens just before a cut that are discarded, because the cut may have changed them.
 _MARGIN = 1024
 
 
@@ -46,8 +46,8 @@ class TokenWindows:
 
     Attributes:
         ids: (windows, seq_len) int64 token ids, on the CPU.
-        asked: how many windows were asked for; for an evaluation without a limit, how many there are.
-        seed: the seed of the document order; ``None`` when the order is that of the text.
+        asked: number of windows requested; without a limit, the number of windows.
+        seed: of the document order; ``None`` for the order of the text.
         digest: sha256 (hex) over shape and ids.
     """
 
@@ -81,16 +81,15 @@ def calibration_windows(
     seed: int,
     rows: int | None = None,
 ) -> TokenWindows:
-    """Shuffle the documents, tokenise until there is enough, and cut into windows.
+    """Shuffle the documents, tokenise as many as needed, and cut the tokens into windows.
 
-    Each document gets the tokenizer's default special tokens, and its end-of-sequence token stands between two
-    documents (the documents' ``separator`` where the tokenizer has none, or the model no row for it). A text that is
-    too short gives fewer windows than ``asked``.
+    The tokenizer adds its default special tokens to each document. Its end-of-sequence token separates documents. If it
+    has none, or the embedding has no row for it, ``documents.separator`` does. A short text gives fewer windows.
 
     Args:
         documents: the text.
-        tokenizer: the model's own.
-        samples: windows asked for, at least 1.
+        tokenizer: of the model.
+        samples: number of windows, at least 1.
         seq_len: tokens per window, at least 2.
         seed: of the document order.
         rows: of the model's embedding, if known.
@@ -100,7 +99,7 @@ def calibration_windows(
 
     Raises:
         UsageError: ``samples`` or ``seq_len`` is too small.
-        DataError: the text does not fill one window, or holds a token without a row.
+        DataError: the text is shorter than one window, or has a token without an embedding row.
     """
     _check_sizes(samples, seq_len)
     texts = list(documents.documents)
@@ -109,15 +108,13 @@ def calibration_windows(
     stream: list[int] = []
     eos = tokenizer.eos_token_id if has_row(tokenizer.eos_token_id, rows) else None
     for ids in _token_ids(tokenizer, texts, "" if eos is not None else documents.separator, needed):
-        # A tokenizer may put eos at the end itself, or start with it (GPT-2 and OPT use it as bos): never two in a row.
+        # No two eos in a row: some tokenizers add one at the end, or at the start (GPT-2 and OPT use it as bos).
         if stream and ids and eos is not None and eos not in (stream[-1], ids[0]):
             stream.append(eos)
         stream.extend(ids)
         if len(stream) >= needed:
             break
-    windows = _cut(stream, documents, seq_len, samples, seed)
-    check_tokens(windows.ids, rows, tokenizer, _place(documents))
-    return windows
+    return _checked(_cut(stream, documents, seq_len, samples, seed), documents, tokenizer, rows)
 
 
 def evaluation_windows(
@@ -128,17 +125,16 @@ def evaluation_windows(
     max_windows: int | None = None,
     rows: int | None = None,
 ) -> TokenWindows:
-    """Join the documents, tokenise once, and cut into non-overlapping windows; the remainder is dropped.
+    """Join the documents, tokenise them, and cut the tokens into consecutive windows; the remainder is dropped.
 
-    This is what GPTQ's and SVD-LLM's evaluation does: ``tokenizer("\\n\\n".join(rows))`` with the tokenizer's
-    default special tokens, thus at most one beginning-of-sequence token, in the first window. With ``max_windows`` the
-    same tokens come from the front of a long text, see :func:`_front`.
+    As in the evaluations of GPTQ and SVD-LLM: ``tokenizer("\\n\\n".join(rows))`` with the default special tokens, so
+    only the first window can have a beginning-of-sequence token.
 
     Args:
         documents: the text.
-        tokenizer: the model's own.
+        tokenizer: of the model.
         seq_len: tokens per window, at least 2.
-        max_windows: take only so many from the front; ``None`` for all.
+        max_windows: number of windows from the front; ``None`` for all.
         rows: of the model's embedding, if known.
 
     Returns:
@@ -146,14 +142,12 @@ def evaluation_windows(
 
     Raises:
         UsageError: ``max_windows`` or ``seq_len`` is too small.
-        DataError: the text does not fill one window, or holds a token without a row.
+        DataError: the text is shorter than one window, or has a token without an embedding row.
     """
     _check_sizes(1 if max_windows is None else max_windows, seq_len)
     joined = documents.separator.join(documents.documents)
     (stream,) = _token_ids(tokenizer, [joined], "", None if max_windows is None else max_windows * seq_len)
-    windows = _cut(stream, documents, seq_len, max_windows, None)
-    check_tokens(windows.ids, rows, tokenizer, _place(documents))
-    return windows
+    return _checked(_cut(stream, documents, seq_len, max_windows, None), documents, tokenizer, rows)
 
 
 def cached_calibration_windows(
@@ -167,11 +161,9 @@ def cached_calibration_windows(
     rows: int | None = None,
     report: Reporter = SILENT,
 ) -> TokenWindows:
-    """Do what :func:`calibration_windows` does, or read its result from ``<cache_dir>/<key>.safetensors``.
+    """Return the windows of :func:`calibration_windows`, from ``<cache_dir>/<key>.safetensors`` if it exists.
 
-    The key covers text, tokenizer, ``samples``, ``seq_len``, ``seed`` and :data:`CACHE_FORMAT`. The file holds
-    int32 ids (half the size; no vocabulary comes near 2³¹) and their digest, which is checked on reading: a damaged
-    file is reported, thrown away and written anew.
+    The file holds int32 ids and their digest. A damaged file is reported and replaced.
 
     Raises:
         UsageError, DataError: as :func:`calibration_windows`.
@@ -181,7 +173,7 @@ def cached_calibration_windows(
     if tokenizer.eos_token_id is not None and not has_row(tokenizer.eos_token_id, rows):
         report.warn(
             f"the model's embedding has {rows:,} rows, none for {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), "
-            "which would stand between documents: they are joined without it"
+            "the separator of documents: they are joined without it"
         )
     key = cache_key(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, rows=rows)
     path = cache_dir / f"{key}.safetensors"
@@ -192,8 +184,7 @@ def cached_calibration_windows(
             report.warn(f"discarding the damaged token cache {path} ({error})")
         else:
             report.fact(f"{windows.windows} windows of {seq_len} tokens read from {path}")
-            check_tokens(windows.ids, rows, tokenizer, _place(documents))
-            return windows
+            return _checked(windows, documents, tokenizer, rows)
     windows = calibration_windows(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, rows=rows)
     _write_cache(path, windows)
     return windows
@@ -216,11 +207,10 @@ def cache_key(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a sha256 (hex) that differs between tokenizers that could give different ids.
+    """Return a sha256 (hex) that differs between tokenizers that may give different ids.
 
-    A fast tokenizer is known by its whole serialised pipeline, without the padding and truncation settings, which
-    each call overwrites; a slow one by its class and sorted vocabulary, the best that all of them offer. The ids of
-    bos, eos and unk are added: eos stands between documents.
+    It covers the serialised pipeline of a fast tokenizer, without the padding and truncation settings, which each call
+    overwrites. Of a slow one it covers class and vocabulary. The ids of bos, eos and unk are included.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -235,14 +225,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def _token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], suffix: str, needed: int | None
 ) -> Iterator[list[int]]:
-    """Yield the ids of each text + ``suffix``; of a long text only the first ones, ``needed`` or more.
-
-    Args:
-        tokenizer: the model's own.
-        texts: in their order.
-        suffix: put behind each.
-        needed: most ids that the caller uses of a text; ``None`` for all.
-    """
+    """Yield the ids of each text with ``suffix``; of a long text at least the first ``needed`` (``None``: all)."""
     batch: list[str] = []
     for text in texts:
         if needed is not None and len(text) > max(_LONG, needed * _CHARACTERS):
@@ -258,11 +241,11 @@ def _token_ids(
 
 
 def _front(tokenizer: PreTrainedTokenizerBase, text: str, needed: int) -> list[int]:
-    """Return the first ``needed`` ids of a long text, or all, without tokenising much more than these.
+    """Return the first ``needed`` ids of a long text, or all, without tokenising much more.
 
-    What comes later in a text changes the ids before it only nearby: within a word, a run of blanks, or some merges.
-    So the text is cut, and ids near the cut are not used. This is not taken on trust: a second cut, half as far again,
-    must give the same ids up to the last one used, else the whole text is tokenised.
+    Later text can only change ids near a cut: within a word, a run of blanks, or some merges. So the text is cut and
+    the ids near the cut are discarded. A second cut at 1.5 times the length must give the same first ``needed`` ids;
+    otherwise the whole text is tokenised.
     """
     size = max(_LONG, needed * _CHARACTERS)
     while size < len(text):
@@ -277,19 +260,18 @@ def _front(tokenizer: PreTrainedTokenizerBase, text: str, needed: int) -> list[i
 
 
 def _cut_at(text: str, size: int) -> int:
-    """Return where to cut ``text``: at the last end of a line, or blank, in the second half of ``size`` characters."""
+    """Return where to cut ``text``: at the last line end or blank in the second half of ``size`` characters."""
     if size >= len(text):
         return len(text)
     return max(text.rfind("\n", size // 2, size), 0) or max(text.rfind(" ", size // 2, size), 0) or size
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Return the ids of each text; quietly, for texts longer than the model's limit are meant."""
+    """Return the ids of each text, without the warning about texts longer than the model's context."""
     if not texts:
         return []
-    found: list[list[int]] = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)[
-        "input_ids"
-    ]
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    found: list[list[int]] = tokenizer(texts, **options)["input_ids"]
     return found
 
 
@@ -308,8 +290,12 @@ def _cut(stream: list[int], documents: Documents, seq_len: int, asked: int | Non
     return TokenWindows(ids, windows if asked is None else asked, seed, _digest(ids))
 
 
-def _place(documents: Documents) -> str:
-    return f"text {documents.name!r} ({documents.purpose})"
+def _checked(
+    windows: TokenWindows, documents: Documents, tokenizer: PreTrainedTokenizerBase, rows: int | None
+) -> TokenWindows:
+    """Return ``windows``; a token without a row in the embedding is refused."""
+    check_tokens(windows.ids, rows, tokenizer, f"text {documents.name!r} ({documents.purpose})")
+    return windows
 
 
 def _check_sizes(windows: int, seq_len: int) -> None:
@@ -327,9 +313,9 @@ def _digest(ids: torch.Tensor) -> str:
 
 
 def _read_cache(path: Path, asked: int, seq_len: int, seed: int) -> TokenWindows:
-    """Read a cache file; any sign of damage is a ValueError or comes from safetensors."""
-    if not is_plain_file(path):  # opening a pipe would never end
-        raise ValueError("it is no plain file")
+    """Read a cache file; raises a ValueError or an error of safetensors if it is damaged."""
+    if not is_plain_file(path):  # opening a pipe would block
+        raise ValueError("it is not a regular file")
     with safe_open(path, framework="pt") as file:
         expected = (file.metadata() or {})["digest"]
         ids = file.get_tensor("ids").to(torch.int64)

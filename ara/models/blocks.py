@@ -127,10 +127,7 @@ class BlockRunner:
 
     def _run(self, ids: torch.Tensor, start: int, before: Any, last: int) -> Any:
         """Run blocks ``start`` to ``last`` on one batch; returns the output of the last one."""
-        with (
-            starting_at(self._blocks, start, self._placed(before)),
-            _ending_after(self._blocks[last]) as outputs,
-        ):
+        with starting_at(self._blocks, start, self._placed(before)), _ending_after(self._blocks[last]) as outputs:
             self.model(input_ids=ids.to(self.device), use_cache=False)
         return outputs[0] if outputs else None
 

@@ -76,7 +76,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert _read(_table(tmp_path / "b.parquet", text=large)) == tuple(ROWS)
     assert _read(_table(tmp_path / "c.parquet", text=large.dictionary_encode())) == tuple(ROWS)
     _refused(_table(tmp_path / "d.parquet", text=["a", "b", "c", None]), "row 4: column 'text' is null")
-    _refused(_table(tmp_path / "e.parquet", x=[1]), "no column 'text'", "columns of text: none")
+    _refused(_table(tmp_path / "e.parquet", x=[1]), "no column 'text'", "text columns: none")
 
 
 def test_a_name_with_the_mark_of_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_no_more_is_read_than_the_limit(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(gzip.GzipFile, "read", watched)
     for path in (bomb, lines, large, columns):
-        _refused(path, str(path), "the most that is read of a text", "100,000 lines")
+        _refused(path, str(path), "the limit for a text", "100,000 lines")
     assert sum(handed) < 300_000
 
 
