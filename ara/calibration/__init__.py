@@ -1,1 +1,1 @@
-"""Calibration: which text is read, how it becomes token windows, and what is measured on them."""
+"""Statistics of linear layers over calibration text: second moments of inputs and of output gradients."""

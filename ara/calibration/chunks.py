@@ -1,4 +1,4 @@
-"""Statistics of chunks of blocks: as many blocks as memory holds; each chunk starts where the last one ended."""
+"""Reads statistics in chunks of blocks that fit into memory; a chunk starts from the outputs of the one before."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ara.progress import SILENT, Reporter
 
 @dataclass(frozen=True)
 class GradientReading:
-    """How gradients are read.
+    """How to read gradients.
 
     Attributes:
-        windows: calibration windows that are read backward, from the front.
+        windows: number of calibration windows, from the front.
         targets: see :func:`ara.calibration.gradients.collect_gradients`.
-        seed: of the drawing of targets.
+        seed: of the random targets.
     """
 
     windows: int
@@ -31,7 +31,7 @@ class GradientReading:
 
 
 class ChunkReader:
-    """Reads the statistics of one chunk after the other, in the order of the model."""
+    """Reads the statistics of the chunks, in the order of the model."""
 
     def __init__(
         self,
@@ -43,52 +43,50 @@ class ChunkReader:
         gradients: GradientReading | None = None,
         report: Reporter = SILENT,
     ) -> None:
-        """Find out where passes may start.
+        """Check at which blocks passes may start.
 
         Args:
-            model: a causal language model in eval mode; with ``gradients``, its parameters shall require none.
-            chunks: result of :func:`split_into_chunks`.
-            owners: result of :func:`ara.calibration.moments.shared_inputs`.
+            model: a causal language model in eval mode; with ``gradients``, its parameters must not require any.
+            chunks: from :func:`split_into_chunks`.
+            owners: from :func:`ara.calibration.moments.shared_inputs`.
             windows: token ids (w, t) int64.
             batch_size: windows per pass.
-            gradients: ``None`` where inputs alone are wanted.
-            report: progress; told when passes cannot start at a chunk.
+            gradients: how to read gradients; ``None`` for input statistics alone.
+            report: progress, and a note when passes cannot start at a chunk.
         """
         self._owners, self._gradients, self._report = owners, gradients, report
         ends = [chunk[-1].layer + 1 for chunk in chunks[:-1]]
         starts = independent_starts(model, windows[:1], ends)
         if len(starts) < len(ends):
             report.fact(
-                "every chunk of blocks is read from the embeddings, which takes longer: later blocks reuse what "
-                "earlier ones compute"
+                "every chunk of blocks is read from the embeddings, which takes longer: blocks of this model reuse "
+                "results of earlier blocks"
             )
         self._inputs = BlockRunner(model, windows, batch_size, starts, report)
         if gradients is not None:
             self._outputs = BlockRunner(model, windows[: gradients.windows], batch_size, starts, report)
 
     def read(self, chunk: Sequence[LinearSpec]) -> tuple[dict[str, InputStats], dict[str, GradientStats]]:
-        """Return input statistics by leading layer, and gradient statistics by layer (empty where none are wanted).
+        """Return input statistics by leading layer, and gradient statistics by layer (empty if not wanted).
 
         Raises:
             NumericalError: an input, output or gradient is NaN or infinite.
         """
-        inputs, wanted = collect_moments(self._inputs, chunk, self._owners, self._report), self._gradients
-        if wanted is None:
+        inputs = collect_moments(self._inputs, chunk, self._owners, self._report)
+        if self._gradients is None:
             return inputs, {}
-        gradients = collect_gradients(
-            self._outputs, chunk, targets=wanted.targets, seed=wanted.seed, report=self._report
-        )
-        return inputs, gradients
+        targets, seed = self._gradients.targets, self._gradients.seed
+        return inputs, collect_gradients(self._outputs, chunk, targets=targets, seed=seed, report=self._report)
 
 
 def split_into_chunks(
     linears: Sequence[LinearSpec], owners: Mapping[str, str], gradients: bool, limit: int
 ) -> list[list[LinearSpec]]:
-    """Split layers into runs of whole blocks whose second moments fit into ``limit`` bytes; at least one block each.
+    """Split layers into groups of whole blocks whose second moments fit into ``limit`` bytes, at least one block each.
 
     Args:
         linears: in the order of the model.
-        owners: result of :func:`ara.calibration.moments.shared_inputs`; empty where no inputs are read.
+        owners: from :func:`ara.calibration.moments.shared_inputs`; empty if no inputs are read.
         gradients: whether second moments of gradients are kept as well.
         limit: bytes.
     """

@@ -23,11 +23,11 @@ Targets = Literal["model", "text"]
 
 @dataclass(frozen=True)
 class GradientStats:
-    """What a decomposition may know of the gradients g = ∂L/∂y at the outputs y of a layer.
+    """Statistics of the gradients g = ∂L/∂y at the outputs y of a layer.
 
     Attributes:
         second_moment: H = (1/t) Σ g gᵀ, (m, m) float32; L is the summed loss of a window, in nats.
-        tokens: t, the number of positions seen.
+        tokens: t, the number of positions.
     """
 
     second_moment: torch.Tensor
@@ -42,16 +42,16 @@ def collect_gradients(
     seed: int = 0,
     report: Reporter = SILENT,
 ) -> dict[str, GradientStats]:
-    """Stream text forward and backward through some blocks and return the gradient statistics of the ``linears``.
+    """Run text forward and backward through some blocks and return the gradient statistics of ``linears``.
 
-    No weight gets a gradient, and the backward pass ends at the first block that holds one of the layers.
+    Weights get no gradient. The backward pass ends at the first block that contains one of the layers.
 
     Args:
-        runner: has the model, whose parameters do not require gradients, and the windows.
-        linears: the layers wanted.
-        targets: cross-entropy against tokens drawn from the model's own predictions (``model``: H is then the Fisher
-            information at the outputs) or against the text itself (``text``).
-        seed: of the drawing; the same for all layers of a model.
+        runner: holds the windows and the model, whose parameters must not require gradients.
+        linears: the layers.
+        targets: of the cross-entropy: ``model`` draws tokens from the model's predictions, so that H is the Fisher
+            information at the outputs; ``text`` takes the next tokens of the text.
+        seed: of the random targets; the same for all layers of a model.
         report: progress.
 
     Returns:
@@ -73,7 +73,7 @@ def collect_gradients(
 
 
 def _add_gradient(accumulator: InputAccumulator, output: torch.Tensor) -> None:
-    """Sum the gradient at ``output`` once it is known."""
+    """Add the gradient at ``output`` when the backward pass reaches it."""
     if output.requires_grad:
         output.register_hook(accumulator.add)
 
@@ -81,11 +81,7 @@ def _add_gradient(accumulator: InputAccumulator, output: torch.Tensor) -> None:
 def _summed_loss(
     model: nn.Module, targets: Targets, generator: torch.Generator, logits: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
-    """Return the summed loss of a batch, in nats.
-
-    Raises:
-        NumericalError: a logit is NaN or infinite.
-    """
+    """Return the summed loss of a batch, in nats; a NaN or infinite logit is an error."""
     if not logits.isfinite().all():
         raise _overflow(model, ids)
     drawn = sampled_targets(logits, generator) if targets == "model" else ids
@@ -94,7 +90,7 @@ def _summed_loss(
 
 @torch.no_grad()
 def _overflow(model: nn.Module, ids: torch.Tensor) -> NumericalError:
-    """Return an error that names the first module whose output is NaN or infinite, found by reading ``ids`` again."""
+    """Return an error that names the first module whose output is NaN or infinite, found by a second pass."""
     found: list[str] = []
 
     def hook(module: nn.Module, args: object, output: object, name: str) -> None:
@@ -109,5 +105,5 @@ def _overflow(model: nn.Module, ids: torch.Tensor) -> NumericalError:
         model(input_ids=ids, use_cache=False)
     return NumericalError(
         f"the outputs of {found[0] if found else 'the model'} hold NaN or infinity",
-        "try --dtype float32; if it stays, the model itself is broken",
+        "try --dtype float32; if that fails too, the model is broken",
     )

@@ -1,7 +1,7 @@
 """Second moments of the inputs of linear layers, streamed over calibration text.
 
-Layers that receive the very same tensor (q, k and v; gate and up) share one accumulator: which do is seen from a
-first forward pass, not listed per architecture. Accumulation is in float32 from activations of whatever dtype.
+Layers that receive the same tensor (q, k and v; gate and up) share one accumulator. A first forward pass finds them.
+Sums are float32, whatever the dtype of the activations.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ara.models.loading import forward_errors
 from ara.models.weights import LinearSpec, WeightRef
 from ara.progress import SILENT, Reporter
 
-# Columns of one block of the symmetric product; blocks below the diagonal are mirrored, not computed.
+# Columns per block of the symmetric product. Blocks below the diagonal are mirrored, not computed.
 _BLOCK = 256
 
 
 @dataclass(frozen=True)
 class InputStats:
-    """What a decomposition may know of the inputs x of a layer.
+    """Statistics of the inputs x of a layer.
 
     Attributes:
         second_moment: G = (1/t) Σ x xᵀ, (n, n) float32.
         abs_mean: (1/t) Σ |x|, (n) float32.
-        tokens: t, the number of inputs seen.
+        tokens: t, the number of inputs.
     """
 
     second_moment: torch.Tensor
@@ -40,7 +40,7 @@ class InputStats:
 
 
 class InputAccumulator:
-    """Sums x xᵀ and |x| over batches, for one group of layers with the same input of width n."""
+    """Sums x xᵀ and |x| over batches, for a group of layers with the same input of width n."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.gram = torch.zeros(width, width, dtype=torch.float32, device=device)
@@ -49,7 +49,7 @@ class InputAccumulator:
 
     @staticmethod
     def bytes_for(width: int) -> int:
-        """Memory of one accumulator, in bytes."""
+        """Return the bytes that one accumulator takes."""
         return 4 * (width * width + width)
 
     def add(self, x: torch.Tensor) -> None:
@@ -68,7 +68,7 @@ class InputAccumulator:
         return bool(torch.isfinite(self.abs_sum).all() and torch.isfinite(self.gram.diagonal()).all())
 
     def result(self) -> InputStats:
-        """Return the averages and give up the sums; the Gram matrix is mirrored along its diagonal in place."""
+        """Return the averages; consumes the sums, as the Gram matrix is mirrored in place."""
         gram = self.gram.triu_()
         gram += gram.triu(1).T
         gram /= max(self.tokens, 1)
@@ -76,22 +76,22 @@ class InputAccumulator:
 
 
 def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tensor) -> dict[str, str]:
-    """Map every layer to the first layer that receives the same input tensor, seen in one forward pass.
+    """Map every layer to the first layer that receives the same input tensor, found by one forward pass.
 
     Args:
         model: a causal language model.
-        linears: the layers to watch.
+        linears: the layers.
         ids: token ids (b, t) int64.
 
     Raises:
-        UnsupportedModelError: a layer was not called by the forward pass.
+        UnsupportedModelError: the forward pass does not call a layer.
         ModelError: the model's own code fails.
     """
     owners: dict[str, str] = {}
     seen: list[tuple[str, torch.Tensor]] = []
 
     def watch(name: str, x: torch.Tensor) -> None:
-        # Tensors are kept alive until the end of the pass, so that identity is not reused.
+        # ``seen`` keeps the tensors alive until the end of the pass, so that no id is used twice.
         leader = next((other for other, tensor in reversed(seen) if tensor is x), name)
         owners[name] = leader
         if leader == name:
@@ -113,14 +113,14 @@ def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Te
 def collect_moments(
     runner: BlockRunner, linears: Sequence[LinearSpec], owners: Mapping[str, str], report: Reporter = SILENT
 ) -> dict[str, InputStats]:
-    """Stream calibration text through some blocks and return the input statistics of the ``linears`` in them.
+    """Run calibration text through some blocks and return the input statistics of ``linears``.
 
-    Passes end after the last block that holds one of them, and never reach the head.
+    A pass ends after the last block that contains one of the layers, so it never reaches the head.
 
     Args:
-        runner: has the model and the windows.
-        linears: the layers wanted.
-        owners: result of :func:`shared_inputs`.
+        runner: holds the model and the windows.
+        linears: the layers.
+        owners: from :func:`shared_inputs`.
         report: progress.
 
     Returns:
@@ -140,11 +140,11 @@ def collect_moments(
 
 
 def averages(sums: dict[str, InputAccumulator], what: str) -> dict[str, InputStats]:
-    """Return the results of all accumulators, which are given up one by one.
+    """Return the results of all accumulators; empties ``sums`` to free memory.
 
     Args:
-        sums: by layer; empty afterwards.
-        what: of these layers was summed, for the error, such as ``inputs of``.
+        sums: by layer.
+        what: was summed, for the error, such as ``inputs of``.
 
     Raises:
         NumericalError: a sum is NaN or infinite.
@@ -153,6 +153,6 @@ def averages(sums: dict[str, InputAccumulator], what: str) -> dict[str, InputSta
         if not accumulator.is_finite:
             raise NumericalError(
                 f"the {what} {name} hold NaN or infinity",
-                "try --dtype float32; if it stays, the model itself is broken",
+                "try --dtype float32; if that fails too, the model is broken",
             )
     return {name: sums.pop(name).result() for name in list(sums)}

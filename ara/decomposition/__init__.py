@@ -1,7 +1,7 @@
-"""Decompositions: one file and one line of this table per method.
+"""Decompositions: each method is one file and one line of this table.
 
-Every method turns a weight and what is known of its inputs into factors ``A`` (r, n) and ``B`` (m, r), ordered by
-importance, such that the first k components are the method's best approximation of rank k, for every k.
+A method turns a weight and statistics of its inputs into factors ``A`` (r, n) and ``B`` (m, r) with components in order
+of importance: for every k, the first k components are the method's best approximation of rank k.
 """
 
 from ara.registry import Entry, Registry

@@ -1,4 +1,4 @@
-"""Activation-aware SVD: columns of the weight scaled by how large their inputs are (ASVD, arXiv 2312.05821)."""
+"""Activation-aware SVD: columns of the weight are scaled by the size of their inputs (ASVD, arXiv 2312.05821)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decomposition is given and what it returns."""
+"""The interface of a decomposition: statistics in, factors out."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Factors:
     Attributes:
         a: (r, n) float64.
         b: (m, r) float64.
-        spectrum: (r) float64, non-increasing, non-negative: the squared error that component j takes away, in the
-            method's own norm, so that rank k leaves the squared error ``spectrum[k:].sum()``.
+        spectrum: (r) float64, non-increasing, non-negative: the squared error that component j removes, in the norm of
+            the method. Rank k leaves the squared error ``spectrum[k:].sum()``.
     """
 
     a: torch.Tensor
@@ -34,8 +34,8 @@ class Decomposition:
 
     Class attributes:
         Options: the method's own options.
-        needs_text: whether :meth:`decompose` must be given input statistics.
-        needs_gradients: whether it must be given gradient statistics as well.
+        needs_text: whether :meth:`decompose` needs input statistics.
+        needs_gradients: whether it needs gradient statistics as well.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
@@ -52,8 +52,8 @@ class Decomposition:
 
         Args:
             weight: W (m, n), any floating dtype.
-            stats: statistics of its inputs; ``None`` only when ``needs_text`` is false.
-            gradients: statistics of the gradients at its outputs; ``None`` only when ``needs_gradients`` is false.
+            stats: statistics of its inputs; ``None`` only if ``needs_text`` is false.
+            gradients: statistics of the gradients at its outputs; ``None`` only if ``needs_gradients`` is false.
 
         Raises:
             NumericalError: the weight holds NaN or infinity.
@@ -81,7 +81,7 @@ def refuse_nonfinite(weight: torch.Tensor) -> None:
     if bad:
         raise NumericalError(
             f"the weight holds {bad:,} values that are NaN or infinite",
-            "its numbers are too large for float16, or the checkpoint is broken: try --dtype bfloat16"
+            "the model has numbers beyond the range of float16, or is broken: try --dtype bfloat16"
             if weight.dtype == torch.float16
-            else "the checkpoint is broken: download it again",
+            else "the model is broken: download it again",
         )

@@ -1,8 +1,7 @@
-"""Many small factorisations at once: one LAPACK call per thread instead of many threads per LAPACK call.
+"""Runs many small factorisations in parallel on a CPU: one LAPACK call per thread.
 
-Threads inside one small eigenproblem spend much of their time waiting for each other, and when anything else runs on
-the machine they wait for the scheduler as well. Layers are independent, so they are factored side by side. On a GPU
-they are factored one after the other. ``benchmarks/decompose.py`` measures what it gives.
+Several threads inside one small eigenproblem mostly wait for each other. Layers are independent, so each thread factors
+another layer. A GPU factors one layer after the other. ``benchmarks/decompose.py`` measures the gain.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ S = TypeVar("S")
 def map_layers(
     work: Callable[[LinearSpec, S], R], layers: Sequence[tuple[LinearSpec, S]], device: torch.device | str
 ) -> Iterator[R]:
-    """Yield ``work(layer, its statistics)`` for every layer, in order; side by side on a CPU.
+    """Yield ``work(layer, its statistics)`` for every layer, in order; in parallel on a CPU.
 
     Args:
-        work: must not depend on other calls; an exception is raised when its turn comes, and what has not begun
-            by then is left out.
-        layers: the layers to factor, each with what ``work`` needs to know of it.
+        work: independent of other calls. An exception is raised at its place in the order, and calls that have not
+            started by then are dropped.
+        layers: the layers to factor, each with its statistics.
         device: where the factorisation runs.
     """
     threads = torch.get_num_threads()
@@ -39,24 +38,24 @@ def map_layers(
     each = max(1, threads // workers)
     pool = ThreadPoolExecutor(workers, "ara-factor", lambda: torch.set_num_threads(each))
     try:
-        # The dearest first, so that none of them is left for the end, when the other workers have nothing to do.
+        # The most expensive layers first, so that none of them runs alone at the end.
         order = sorted(range(len(layers)), key=lambda i: _cost(layers[i][0]), reverse=True)
         futures = {i: pool.submit(work, *layers[i]) for i in order}
         for i in range(len(layers)):
             yield futures[i].result()
     finally:
-        # After an error or Ctrl+C only the calls that are running are waited for: LAPACK cannot be interrupted.
+        # After an error or Ctrl+C, wait only for the running calls: LAPACK cannot be interrupted.
         pool.shutdown(wait=True, cancel_futures=True)
-        # The number of threads is in part global to the process.
+        # The number of threads is partly global to the process.
         torch.set_num_threads(threads)
 
 
 def _cost(spec: LinearSpec) -> int:
-    """Rank layers by the work of their factorisation: products with G and an eigenproblem of the smaller side."""
+    """Return the relative work of a factorisation: products with G and an eigenproblem of the smaller side."""
     return spec.dense_cost * (spec.n + 4 * spec.full_rank)
 
 
 def _fitting(layers: Sequence[LinearSpec]) -> int:
-    """How many of the largest factorisations fit into half of the free memory; float64 copies of G, W and factors."""
+    """Return how many of the largest factorisations (G, W and factors in float64) fit into half of the free memory."""
     largest = max(8 * (3 * spec.n * spec.n + 3 * spec.m * spec.m + 4 * spec.dense_cost) for spec in layers)
     return max(1, available_bytes("cpu") // 2 // largest)

@@ -1,4 +1,4 @@
-"""Plain SVD: least error of the weight itself, blind to what flows through it; the baseline of the field."""
+"""Plain SVD: least error of the weight itself, whatever its inputs are; the usual baseline."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ class Plain(Decomposition):
     def decompose(
         self, weight: torch.Tensor, stats: InputStats | None, gradients: GradientStats | None = None
     ) -> Factors:
-        """Factorise ``weight`` (m, n); ``stats`` is not looked at."""
+        """Factorise ``weight`` (m, n); ``stats`` is not used."""
         return weighted_factors(checked(weight), None)

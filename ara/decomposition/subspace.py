@@ -1,13 +1,13 @@
-"""The one computation behind all weighted decompositions.
+"""The computation that all decompositions share.
 
-For a positive semi-definite input metric G (n, n), the rank-k matrix nearest to W in ‖(W − W_k) G^{1/2}‖_F is
-``W_k = U_k U_kᵀ W``, where U holds the left singular vectors of W G^{1/2}, i.e. the eigenvectors of W G Wᵀ, and the
-eigenvalues are the squared singular values. So neither a root nor an inverse of G is needed, G may be singular, and
-any number of calibration tokens will do. G = I is the plain SVD, a diagonal G is ASVD, G = E[x xᵀ] is SVD-LLM's
-whitening, for which the textbook route is: Cholesky of G, SVD of W L, triangular solve.
+G (n, n) is a positive semi-definite input metric. The rank-k matrix nearest to W in ‖(W − W_k) G^{1/2}‖_F is
+``W_k = U_k U_kᵀ W``. U holds the left singular vectors of W G^{1/2}, which are the eigenvectors of W G Wᵀ; the
+eigenvalues are the squared singular values. So no root or inverse of G is needed, G may be singular, and any number of
+calibration tokens is enough. G = I is the plain SVD, a diagonal G is ASVD, and G = E[x xᵀ] is the whitening of SVD-LLM,
+which is usually computed by a Cholesky factorisation of G, an SVD of W L, and a triangular solve.
 
-An output metric H = L Lᵀ (m, m) as well makes it ‖Lᵀ (W − W_k) G^{1/2}‖_F, the same problem for LᵀW:
-``W_k = L^{-T} U_k U_kᵀ Lᵀ W`` with U the eigenvectors of Lᵀ W G Wᵀ L. H does need to be positive definite.
+With an output metric H = L Lᵀ (m, m) the norm is ‖Lᵀ (W − W_k) G^{1/2}‖_F, the same problem for LᵀW:
+``W_k = L^{-T} U_k U_kᵀ Lᵀ W`` with U the eigenvectors of Lᵀ W G Wᵀ L. H must be positive definite.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ def weighted_factors(weight: torch.Tensor, inputs: torch.Tensor | None, outputs:
 
     Args:
         weight: W (m, n) float64.
-        inputs: G, as (n, n), or as (n) when it is diagonal, or ``None`` for the identity; float64.
+        inputs: G as (n, n), or (n) if it is diagonal, or ``None`` for the identity; float64.
         outputs: H (m, m) float64, positive definite; ``None`` for the identity.
 
     Returns:
         ``b`` = L^{-T} U (m, r), ``a`` = Uᵀ Lᵀ W (r, n), ``spectrum`` = eigenvalues (r). Without H the columns of
         ``b`` are orthonormal.
 
-    Squaring loses singular values below 1e-8 of the largest (float64), far under the precision of any stored factor.
+    Squaring loses singular values below 1e-8 of the largest (float64), far below the precision of stored factors.
     """
     m, n = weight.shape
     if m > n:
-        # The column space of W has only n dimensions: work inside it.
+        # The column space of W has only n dimensions, so the work is done inside it.
         basis, core = torch.linalg.qr(weight)
         if outputs is not None:
             outputs = basis.T @ outputs @ basis

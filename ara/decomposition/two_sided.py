@@ -1,8 +1,8 @@
-"""Two-sided SVD: errors weighted by what the layer reads and by how the loss depends on what it writes.
+"""Two-sided SVD: errors are weighted by the layer's inputs and by the gradients of the loss at its outputs.
 
 Minimises tr(H (W − W_k) G (W − W_k)ᵀ) with G = E[x xᵀ] and H = E[g gᵀ], the second moments of inputs and of output
-gradients: the Kronecker approximation H ⊗ G of the layer's Fisher information (K-FAC, arXiv 1503.05671) in place of
-the identity that whitening puts for H. As in GFWSVD (arXiv 2505.17974) and IO-SVD (arXiv 2605.15626).
+gradients. H ⊗ G is the Kronecker approximation of the layer's Fisher information (K-FAC, arXiv 1503.05671); whitening
+takes H = I. As in GFWSVD (arXiv 2505.17974) and IO-SVD (arXiv 2605.15626).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class TwoSidedOptions(MethodOptions):
         0.1, gt=0, le=10, description="multiple of the mean gradient energy added to H's diagonal, against noise"
     )
     gradient_share: float = Field(
-        0.5, gt=0, le=1, description="share of the calibration windows that is also read backward"
+        0.5, gt=0, le=1, description="share of the calibration windows that is also used for gradients"
     )
 
 
 class TwoSided(Decomposition):
-    """Minimises ‖H^{1/2} (W − W_k) G^{1/2}‖_F; the spectrum is in units of (nats per window)² per token, roughly."""
+    """Minimises ‖H^{1/2} (W − W_k) G^{1/2}‖_F; the unit of the spectrum is about (nats per window)² per token."""
 
     Options = TwoSidedOptions
     needs_gradients = True
@@ -45,10 +45,8 @@ class TwoSided(Decomposition):
         assert stats is not None and gradients is not None and isinstance(self.options, TwoSidedOptions)
         outputs = gradients.second_moment.to(weight.device).double()
         mean = outputs.diagonal().mean()
-        if mean == 0:
-            # No gradient ever reached this layer: every error is as good as another.
-            outputs, mean = torch.eye(len(outputs), dtype=torch.float64, device=weight.device), mean + 1
-        outputs = outputs + self.options.damping * mean * torch.eye(
-            len(outputs), dtype=outputs.dtype, device=outputs.device
-        )
-        return weighted_factors(checked(weight), stats.second_moment.to(weight.device).double(), outputs)
+        identity = torch.eye(len(outputs), dtype=torch.float64, device=weight.device)
+        if mean == 0:  # no gradient reached this layer: all errors count the same
+            outputs, mean = identity, mean + 1
+        damped = outputs + self.options.damping * mean * identity
+        return weighted_factors(checked(weight), stats.second_moment.to(weight.device).double(), damped)

@@ -11,7 +11,7 @@ from ara.decomposition.subspace import weighted_factors
 
 
 class Whitened(Decomposition):
-    """Minimises E‖(W − W_k) x‖²; the spectrum is in units of squared output per token."""
+    """Minimises E‖(W − W_k) x‖²; the unit of the spectrum is squared output per token."""
 
     def decompose(
         self, weight: torch.Tensor, stats: InputStats | None, gradients: GradientStats | None = None

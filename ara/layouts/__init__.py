@@ -1,4 +1,4 @@
-"""Layouts: how a low-rank layer is stored, and what a rank costs in it; one file and one line per layout."""
+"""Layouts: how a low-rank layer is stored, and what a rank costs; each layout is one file and one line here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ara.registry import Entry, Registry
 if TYPE_CHECKING:
     from ara.layouts.base import Layout
 
-# The titles say what a layer is stored as.
+# A title completes "layers are stored as …".
 LAYOUTS = Registry(
     "layout",
     [

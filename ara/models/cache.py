@@ -1,4 +1,4 @@
-"""The user's cache folder, and how files and folders get into it whole or not at all."""
+"""The user's cache folder; files and folders appear in it complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pathlib import Path
 from ara.errors import AraError, DiskFullError, UsageError, disk_errors, disk_full_error, open_files_error
 from ara.files import expand_user
 
-# Left behind only by a killed process. A day is longer than any fetch or conversion takes.
+# Only killed processes leave such folders. A day is longer than any download or conversion takes.
 _ABANDONED_SECONDS = 24 * 3600
 _ASIDE_PREFIX = ".aside-"
 
 
 def cache_dir() -> Path:
-    """Return the folder for what can be fetched or computed again.
+    """Return the folder for results that can be fetched or computed again; it may not exist yet.
 
-    ``$ARA_CACHE_DIR`` wins, then ``$XDG_CACHE_HOME/ara``, then ``~/.cache/ara``. It need not exist yet.
+    It is ``$ARA_CACHE_DIR``, else ``$XDG_CACHE_HOME/ara``, else ``~/.cache/ara``.
 
     Raises:
-        UsageError: a home folder that it needs is unknown.
+        UsageError: the home folder is needed and unknown.
     """
     if own := os.environ.get("ARA_CACHE_DIR"):
         return expand_user(own, "ARA_CACHE_DIR").absolute()
@@ -34,7 +34,7 @@ def cache_dir() -> Path:
 
 
 def hub_dir() -> Path | None:
-    """Return the folder in which the hub's own libraries keep what they fetch, as ``$HF_HOME`` moves it."""
+    """Return the cache folder of the hub's libraries (``$HF_HOME``), or ``None`` if the home folder is unknown."""
     own, shared = os.environ.get("HF_HOME"), os.environ.get("XDG_CACHE_HOME")
     try:
         if own:
@@ -48,8 +48,8 @@ def hub_dir() -> Path | None:
 def aside(parent: Path) -> Iterator[Path]:
     """Yield an empty folder inside ``parent`` that is removed afterwards.
 
-    It lies on the same file system as its neighbours, so that :func:`os.replace` moves in one step.
-    What killed processes left behind is swept away first.
+    It is on the same file system as its neighbours, so :func:`os.replace` is atomic. Old folders of killed processes
+    are removed first.
 
     Raises:
         DiskFullError: the disk has no room.
@@ -63,7 +63,7 @@ def aside(parent: Path) -> Iterator[Path]:
         except OSError as error:
             if disk_full_error(error, parent) or open_files_error(error):
                 raise
-            # Among them a home that is mounted read-only.
+            # For instance a home folder that is mounted read-only.
             raise AraError(
                 f"the cache folder {parent} cannot be written: {error.strerror}",
                 "set ARA_CACHE_DIR to a folder that you may write",
@@ -77,12 +77,12 @@ def aside(parent: Path) -> Iterator[Path]:
 def publish_folder(made: Path, target: Path, is_complete: Callable[[Path], bool]) -> None:
     """Move the finished folder ``made`` to ``target`` in one step.
 
-    When another process was faster its folder stays: both hold the same content by construction.
+    If another process was faster, its folder stays; both have the same content.
 
     Args:
         made: a finished folder on the same file system, from :func:`aside`.
         target: where it belongs.
-        is_complete: tells whether a folder that lies at ``target`` already can be used.
+        is_complete: tells whether an existing folder at ``target`` can be used.
     """
     try:
         os.replace(made, target)
@@ -91,14 +91,14 @@ def publish_folder(made: Path, target: Path, is_complete: Callable[[Path], bool]
             return
         if not target.is_dir():
             raise
-        # Somebody removed files from the cached folder: put the damaged one where the sweep finds it.
+        # Files of the cached folder were removed: move the damaged folder to where :func:`aside` removes it.
         os.replace(target, made.parent / "damaged")
         os.replace(made, target)
 
 
 @contextmanager
 def _cache_errors(parent: Path) -> Iterator[None]:
-    """Tell of a full disk with the cache's own way out: the workspace has no part in it."""
+    """Report a full disk with a hint that fits the cache instead of a workspace."""
     try:
         with disk_errors(parent):
             yield
@@ -114,7 +114,7 @@ def _sweep(parent: Path) -> None:
     for folder in parent.glob(f"{_ASIDE_PREFIX}*"):
         try:
             abandoned = folder.stat().st_mtime < oldest
-        except FileNotFoundError:  # its owner has just finished
+        except FileNotFoundError:  # its process has just finished
             continue
         if abandoned:
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Compressed checkpoints: written to a folder, loaded from it, and what their configs say."""
+"""Compressed checkpoints: writing, loading, and reading their configs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ara.errors import ModelError, first_line, is_out_of_memory
 from ara.jsonfile import read_object
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import modeling_ara
-from ara.layouts.modeling_ara import LAYERS, QUANT_METHOD, AraConfig, AraQuantizer, densify
+from ara.layouts.modeling_ara import LAYERS, AraConfig, AraQuantizer, densify
 from ara.models.completeness import check_loaded, stored_tensors, weight_files
 from ara.models.loading import why_not_loaded
 from ara.models.placement import choose_placement, torch_dtype
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _AGAIN = "write it again: ara truncate --force"
-# The file of code that makes a checkpoint load without ara installed.
+# Code that lets a checkpoint load where ara is not installed.
 CODE_FILE = "modeling_ara.py"
 
 
@@ -42,11 +42,11 @@ def save_checkpoint(
     """Write a checkpoint that plain ``from_pretrained`` reads.
 
     Args:
-        model: with its low-rank layers in place; multiplied back in place when ``dense``.
-        tokenizer: saved beside it.
-        folder: created if need be.
+        model: with its low-rank layers; ``dense`` replaces them in place.
+        tokenizer: saved in the same folder.
+        folder: created if missing.
         ranks: module path → kept rank of the low-rank layers.
-        provenance: carried in ``config.json``.
+        provenance: stored in ``config.json``.
         layout: of the low-rank layers.
         dense: write an ordinary dense checkpoint.
         max_shard_size: largest file, such as ``5GB``.
@@ -64,7 +64,7 @@ def save_checkpoint(
     with silence_transformers():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
-    # safetensors creates its files readable by their owner alone; a checkpoint is as shareable as its config.
+    # safetensors makes its files readable by the owner alone; give them the permissions of config.json.
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
@@ -74,12 +74,12 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrai
     """Load a compressed checkpoint, in evaluation mode.
 
     Args:
-        path: folder that ``ara truncate`` wrote (the ``checkpoint`` folder), or a densified one.
+        path: the ``checkpoint`` folder that ``ara truncate`` wrote, compressed or densified.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: float32, bfloat16 or float16; auto takes the dtype of the checkpoint.
 
     Raises:
-        ModelError: not a checkpoint, or one that is damaged.
+        ModelError: not a checkpoint, or a damaged one.
         UsageError: unknown device or dtype.
     """
     folder = Path(path)
@@ -90,22 +90,22 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrai
 
 
 def check_loads(folder: Path) -> None:
-    """See that a checkpoint loads: the whole way of ``from_pretrained``, on torch's device without memory.
+    """Check that a checkpoint loads, with ``from_pretrained`` on the meta device.
 
     Raises:
-        ModelError: it does not, or the model is not the one in the files.
+        ModelError: it does not, or the loaded model differs from the files.
     """
     try:
         _read(folder, None, "meta")
     except ModelError as error:
         raise ModelError(
-            f"what was written does not load again, and is thrown away: {error}",
+            f"the written checkpoint does not load and is removed: {error}",
             "low-rank layers do not fit this family: ara truncate --densify writes an ordinary checkpoint",
         ) from error
 
 
 def _read(folder: Path, dtype: torch.dtype | None, device: str | None = None) -> PreTrainedModel:
-    """Load a checkpoint and compare it with its files; ``dtype`` ``None`` takes the one that is stored."""
+    """Load a checkpoint and compare it with its files; dtype ``None``: as stored."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -118,11 +118,9 @@ def _read(folder: Path, dtype: torch.dtype | None, device: str | None = None) ->
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, with the shapes
+                ignore_mismatched_sizes=True,  # check_loaded reports them, with the shapes
             )
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever a model's own code raises
+    except Exception as error:  # the model's own code may raise anything
         if is_out_of_memory(error):
             raise
         reason, _hint = why_not_loaded(error)
@@ -148,7 +146,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             check_tokenizer(tokenizer)
     except MemoryError:
         raise
-    except Exception as error:  # transformers' and tokenizers' errors share no base class
+    except Exception as error:  # the errors of transformers and tokenizers share no base class
         raise ModelError(
             f"the tokenizer of {folder} cannot be loaded: {first_line(error)}",
             "the folder must hold the model's tokenizer; write it again: ara truncate --force",
@@ -171,7 +169,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def quantization_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``quantization_config`` of a checkpoint, empty where it has none.
+    """Return ``quantization_config`` of a checkpoint, or an empty dictionary.
 
     Raises:
         ModelError: it is not an object.
@@ -182,11 +180,6 @@ def quantization_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             f"{folder}/config.json: quantization_config is a {type(found).__name__}, expected an object", _AGAIN
         )
     return found
-
-
-def is_compressed(folder: Path) -> bool:
-    """Tell whether ``folder`` is a checkpoint with low-rank layers."""
-    return quantization_of(folder, read_config(folder)).get("quant_method") == QUANT_METHOD
 
 
 def checkpoint_bytes(folder: Path) -> int:

@@ -1,7 +1,7 @@
-"""Does a loaded model hold what its files hold? transformers itself only warns, and goes on with another model.
+"""Checks that a loaded model holds what its files hold.
 
-What it does not find it fills with random numbers; what its config gives no place it drops: biases, further layers,
-the scales of quantised weights.
+transformers only warns and continues with another model. It fills missing tensors with random numbers and drops tensors
+for which the config has no place: biases, further layers, the scales of quantised weights.
 """
 
 from __future__ import annotations
@@ -14,41 +14,36 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from ara.errors import ModelError, NumericalError, UnsupportedModelError
+from ara.errors import ModelError, NumericalError, UnsupportedModelError, first_line
 from ara.jsonfile import read
+from ara.models.shown import first_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SHOWN = 3
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"})
-# Buffers that older releases of transformers stored and newer ones compute. What a model's class lists itself
-# (`_keys_to_ignore_on_load_unexpected`), transformers has taken off its list already.
+# Buffers that older releases of transformers stored and newer ones compute. transformers itself has already removed
+# those that the model's class lists (`_keys_to_ignore_on_load_unexpected`).
 _COMPUTED = re.compile(
     r"(^|\.)(inv_freq|(cos|sin)_cached|masked_bias|position_ids|version|embed_positions\.(weights|_float_tensor))$"
 )
 # Attention masks of these names have at least two dimensions; the bias of a layer has one.
 _MASK = re.compile(r"(^|\.)(bias|mask|causal_mask)$")
-# What bitsandbytes, GPTQ, AWQ, compressed-tensors and FP8 checkpoints store beside their codes.
+# Tensors of bitsandbytes, GPTQ, AWQ, compressed-tensors and FP8 checkpoints.
 _QUANTISED = re.compile(
     r"\.(SCB|weight_format|absmax|quant_map|quant_state\..*|qweight|qzeros|scales|g_idx"
     r"|weight_(scale|scale_inv|packed|shape|zero_point)|(input|output)_scale)$"
 )
 _CONFIG_HINT = (
-    "config.json does not describe these weights (layers, biases, tied or extra heads): bring the one that belongs to "
-    "them, or take tensors that are no part of the model out of the files"
+    "config.json does not describe these weights (layers, biases, tied or extra heads): use the config.json of these "
+    "weights, or remove the tensors that are not part of the model from the files"
 )
 _QUANTISED_HINT = "start from the original weights of the model, in float32, bfloat16 or float16"
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as the header of a safetensors file describes it.
-
-    Attributes:
-        dtype: in the words of safetensors: ``F32``, ``BF16``, ``I8``.
-        shape: its sizes.
-    """
+    """Dtype, as safetensors names it (``F32``, ``BF16``, ``I8``), and shape of a tensor in a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -57,66 +52,69 @@ class StoredTensor:
 def check_loaded(
     model: PreTrainedModel, loading: Mapping[str, Any], name: str, stored: Mapping[str, StoredTensor], hint: str = ""
 ) -> None:
-    """Refuse a model that is not the one in the files.
+    """Refuse a model that differs from its files.
 
     Args:
-        model: what ``from_pretrained`` made of them.
+        model: result of ``from_pretrained``.
         loading: its loading info: missing, unexpected and mismatched keys.
-        name: of the model, which begins the error.
-        stored: what the files hold, see :func:`stored_tensors`; empty for files of another format.
-        hint: what to do, where only one thing helps.
+        name: of the model; starts the error.
+        stored: from :func:`stored_tensors`; empty for files of another format.
+        hint: replaces the hints below.
 
     Raises:
         UnsupportedModelError: quantised weights.
-        ModelError: a parameter is missing or has another shape, or a tensor has no place in the model.
+        ModelError: a parameter is missing or has another shape, or the model has no place for a tensor.
     """
-    left = [key for key in loading["unexpected_keys"] if not _is_computed(key, stored.get(key))]
+    extra = sorted(key for key in loading["unexpected_keys"] if not _is_computed(key, stored.get(key)))
     codes = _integer_weights(model, stored)
-    quantised = [key for key in left if _QUANTISED.search(key)]
+    quantised = [key for key in extra if _QUANTISED.search(key)]
     if codes or quantised:
         held = (
-            f"integers ({stored[codes[0]].dtype}) in the place of {_listed(codes, 'weights')}"
+            f"integers ({stored[codes[0]].dtype}) in place of {_listed(codes, 'weights')}"
             if codes
             else f"{_listed(quantised, 'tensors')} of quantised weights"
         )
         raise UnsupportedModelError(
-            f"{name} holds {held}, and its config says nothing of a quantisation", hint or _QUANTISED_HINT
+            f"{name} holds {held}, and its config does not mention quantisation", hint or _QUANTISED_HINT
         )
-    problem = _problem(sorted(loading["missing_keys"]), sorted(left), sorted(loading["mismatched_keys"]))
+    problem = _problem(sorted(loading["missing_keys"]), extra, sorted(loading["mismatched_keys"]))
     if problem is not None:
-        said, advice = problem
-        raise ModelError(f"{name} {said}", hint or advice)
+        raise ModelError(f"{name} {problem[0]}", hint or problem[1])
 
 
 def _problem(
-    missing: list[str], left: list[str], mismatched: list[tuple[str, Collection[int], Collection[int]]]
+    missing: list[str], extra: list[str], mismatched: list[tuple[str, Collection[int], Collection[int]]]
 ) -> tuple[str, str] | None:
     """Return what is wrong, as the end of a sentence, and what to do."""
     if mismatched:
         key, found, expected = mismatched[0]
         more = f" ({len(mismatched)} tensors differ)" if len(mismatched) > 1 else ""
         return f"has {key} of shape {list(found)}, its config asks for {list(expected)}{more}", _CONFIG_HINT
-    if missing and left:
+    if missing and extra:
         return (
-            f"lacks {len(missing)} of the model's tensors ({_shown(missing)}), "
-            f"and holds {_listed(left, 'tensors')} without a place in the model",
-            "these are the weights of another architecture than config.json names, or stored under other names",
+            f"lacks {len(missing)} of the model's tensors ({first_names(missing)}), "
+            f"and holds {_listed(extra, 'tensors')} without a place in the model",
+            "the weights are of another architecture than config.json names, or have other names",
         )
     if missing:
         return (
-            f"lacks {len(missing)} of the model's tensors: {_shown(missing)}",
-            "download the model again; if all of it is there, config.json asks for more than these weights have",
+            f"lacks {len(missing)} of the model's tensors: {first_names(missing)}",
+            "download the model again; if it is complete, config.json does not describe these weights",
         )
-    if left:
-        return f"holds {_listed(left, 'tensors')} without a place in the model of its config", _CONFIG_HINT
+    if extra:
+        return f"holds {_listed(extra, 'tensors')} without a place in the model of its config", _CONFIG_HINT
     return None
 
 
-def stored_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Read the headers of safetensors files: tensor name → dtype and shape.
+def stored_tensors(paths: Iterable[Path], hint: str = "download the file again") -> dict[str, StoredTensor]:
+    """Return tensor name → dtype and shape, from the headers of safetensors files.
+
+    Args:
+        paths: the files.
+        hint: what to do about a damaged file.
 
     Raises:
-        ModelError: a file cannot be read.
+        ModelError: a file is damaged.
     """
     found: dict[str, StoredTensor] = {}
     for path in paths:
@@ -126,15 +124,15 @@ def stored_tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
                     part = file.get_slice(key)
                     found[key] = StoredTensor(part.get_dtype(), tuple(part.get_shape()))
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} cannot be read ({error})", "the file may be damaged: fetch it again") from None
+            raise ModelError(f"{path} is damaged ({first_line(error)})", hint) from None
     return found
 
 
 def weight_files(origin: str | Path, revision: str | None = None) -> list[Path]:
-    """Return the safetensors files that transformers reads of a folder, or of a hub model that lies in the cache.
+    """Return the safetensors files that transformers reads for a folder or a cached hub model.
 
     Raises:
-        ModelError: the index names what is not there.
+        ModelError: the index cannot be read.
     """
     from transformers.utils import cached_file
 
@@ -158,17 +156,17 @@ def weight_files(origin: str | Path, revision: str | None = None) -> list[Path]:
     try:
         names = sorted({str(file) for file in read(index)["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} is not a valid index of weights ({error})", "fetch it again") from None
+        raise ModelError(f"{index} is not a valid index of weights ({error})", "download it again") from None
     return [path for path in map(at, names) if path is not None]
 
 
 def check_range(model: PreTrainedModel, name: str, stored: Mapping[str, StoredTensor]) -> None:
-    """Refuse a model in float16 whose stored weights have numbers that float16 does not.
+    """Refuse a model in float16 whose weights are beyond its range.
 
     Args:
-        model: loaded in float16.
+        model: loaded in float16; other dtypes pass.
         name: of the model, for errors.
-        stored: what the files hold.
+        stored: from :func:`stored_tensors`.
 
     Raises:
         NumericalError: a parameter became infinite.
@@ -191,7 +189,7 @@ def _is_computed(key: str, stored: StoredTensor | None) -> bool:
 
 
 def _integer_weights(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> list[str]:
-    """Return the tensors that are stored as integers and that the model has as floating-point numbers."""
+    """Return the tensors that are stored as integers and are floating-point numbers in the model."""
     integers = [key for key, tensor in stored.items() if tensor.dtype in _INTEGERS]
     if not integers:
         return []
@@ -205,8 +203,4 @@ def _integer_weights(model: PreTrainedModel, stored: Mapping[str, StoredTensor])
 def _listed(names: list[str], kind: str) -> str:
     """Return ``29 tensors (a, b, c, …)``, or ``1 tensor (a)``."""
     word = kind.removesuffix("s") if len(names) == 1 else kind
-    return f"{len(names)} {word} ({_shown(names)})"
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+    return f"{len(names)} {word} ({first_names(names)})"

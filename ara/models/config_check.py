@@ -1,7 +1,7 @@
-"""Is this a config that can be built? Types and sizes are looked at before transformers makes anything of them.
+"""Checks types and sizes in a config before transformers builds anything from it.
 
-The number of layers decides how long transformers builds a model, the number of labels how long it reads a config. So
-counts have bounds, and those of a model in a folder are compared with its weights.
+The number of layers determines how long transformers builds a model, and the number of labels how long it reads a
+config. So counts have upper bounds, and those of a model in a folder are compared with its weights.
 """
 
 from __future__ import annotations
@@ -12,33 +12,34 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ara.errors import ModelError, UnsupportedModelError
+from ara.models.shown import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _AGAIN = "the config may be damaged: download the model again"
-# The deepest model that we know has about 200.
+# The deepest known model has about 200 layers.
 _MAX_LAYERS = 10_000
-# Heads, experts, labels and the like; a thousand at most in any model that we know.
+# Of heads, experts, labels and so on; known models have at most about a thousand.
 _MAX_COUNT = 100_000
 _LAYERS = re.compile(r"(.*_)?layers?")
 _COUNTS = re.compile(r"(num|n)_.*")
-# Positions, embedding widths and vocabularies that some configs name like a count.
+# Numbers of positions, widths and vocabularies, which some configs name like a count.
 _NO_COUNTS = re.compile(r".*(positions|ctx|embd|embed|inner|vocab|tokens?|parameters|samples|steps).*")
 _SLACK = 4
 _SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim", "vocab_size")
 
 
 def check_raw_config(raw: Mapping[str, Any], name: str) -> None:
-    """Refuse a ``config.json`` with values of the wrong type where ARA looks itself, and counts beyond all models.
+    """Refuse a ``config.json`` with a value of the wrong type in a key that ARA reads, or with an impossible count.
 
     Args:
-        raw: its content.
-        name: the model, for the error.
+        raw: content of the file.
+        name: of the model, for the error.
 
     Raises:
-        ModelError: a value that cannot be; names it.
-        UnsupportedModelError: its weights are in a file that only the config names.
+        ModelError: names the wrong value.
+        UnsupportedModelError: the config names a weight file of its own.
     """
     kind, classes = raw.get("model_type"), raw.get("architectures")
     if kind is not None and not isinstance(kind, str):
@@ -53,20 +54,20 @@ def check_raw_config(raw: Mapping[str, Any], name: str) -> None:
             raise _wrong(name, key, raw[key], "the name of a type such as bfloat16")
     if raw.get("transformers_weights") is not None:
         raise UnsupportedModelError(
-            f"the config of {name} names its weights itself (transformers_weights is "
-            f"{_shown(raw['transformers_weights'])})",
+            f"the config of {name} names its own weight file (transformers_weights is "
+            f"{shown(raw['transformers_weights'])})",
             "rename that file to model.safetensors and remove the entry",
         )
     _check_counts(raw, name)
 
 
 def check_sizes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
-    """Compare the sizes in a config with the weights that are there, in no time and without building the model.
+    """Compare the sizes in a config with the weights, without building the model.
 
     Args:
         config: of the model.
-        shapes: tensor name → shape, of all its weights.
-        name: the model, for the error.
+        shapes: tensor name → shape, of all weights.
+        name: of the model, for the error.
 
     Raises:
         ModelError: the config is for a larger model.
@@ -76,7 +77,7 @@ def check_sizes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]],
         if isinstance(value, int) and value < 1:
             raise _wrong(name, key, value, "a positive integer")
     layers, found = getattr(config, "num_hidden_layers", None), _layers(shapes)
-    # Fewer are right where the weights hold layers that only training needs, but none at all is not.
+    # The weights may include layers for training alone, so the config may have fewer, but not none.
     if isinstance(layers, int) and found and not 0 < layers <= found:
         raise ModelError(
             f"the config of {name} says num_hidden_layers {layers}, but its weights have {found} layers", _AGAIN
@@ -87,7 +88,7 @@ def check_sizes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]],
         return
     for key in _SIZES:
         value = getattr(config, key, None)
-        # Every head, inner feature and token has a row about as wide as the model; embeddings may be narrower.
+        # A head, inner feature or token has at least one row about as wide as the model; embeddings may be narrower.
         if isinstance(value, int) and (value < 0 or max(value, 1) * hidden > _SLACK * elements):
             raise ModelError(
                 f"the config of {name} says {key} {value} and hidden_size {hidden}, but its weights have {elements:,} "
@@ -97,7 +98,7 @@ def check_sizes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]],
 
 
 def _layers(names: Iterable[str]) -> int:
-    """Return how many layers tensors are named after: the largest first number in a name, and one."""
+    """Return the number of layers according to tensor names: the largest first number in a name, plus one."""
     numbers = (next((part for part in name.split(".") if part.isdecimal()), None) for name in names)
     return max((int(number) + 1 for number in numbers if number is not None and len(number) < 10), default=0)
 
@@ -111,7 +112,7 @@ def _check_counts(raw: Mapping[str, Any], name: str) -> None:
             most = _MAX_LAYERS if _LAYERS.fullmatch(key) else _MAX_COUNT
             counted = _LAYERS.fullmatch(key) or (_COUNTS.fullmatch(key) and not _NO_COUNTS.fullmatch(key))
             if counted and value > most:
-                raise ModelError(f"the config of {name} says {key} {_shown(value)}; at most {most:,} are read", _AGAIN)
+                raise ModelError(f"the config of {name} says {key} {shown(value)}; the limit is {most:,}", _AGAIN)
 
 
 def _is_dtype(value: Any) -> bool:
@@ -123,9 +124,4 @@ def _is_dtype(value: Any) -> bool:
 
 
 def _wrong(name: str, key: str, value: Any, expected: str) -> ModelError:
-    return ModelError(f"the config of {name} cannot be used: {key} is {_shown(value)}, expected {expected}", _AGAIN)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    return ModelError(f"the config of {name} cannot be used: {key} is {shown(value)}, expected {expected}", _AGAIN)

@@ -1,4 +1,4 @@
-"""How many positions a model has."""
+"""The context length of a model, and whether a prompt fits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ara.errors import UsageError
 def context_length(model_config: Any) -> int | None:
     """Return how many tokens a model can read at once, or ``None`` if its config does not say.
 
-    YaRN stretches rotary embeddings to ``factor`` times the context of the pretraining, and models that come with it
-    (or whose users have switched it on) may leave ``max_position_embeddings`` at what it was before (arXiv 2309.00071).
+    YaRN extends the context to ``factor`` times that of the pretraining, but ``max_position_embeddings`` may still be
+    the original one (arXiv 2309.00071).
 
     Args:
-        model_config: of transformers.
+        model_config: config of transformers.
     """
     text = model_config.get_text_config()
     limit: int | None = getattr(text, "max_position_embeddings", None)
@@ -29,11 +29,11 @@ def check_room(prompt: int, new: int, context: int | None) -> None:
 
     Args:
         prompt: tokens of the prompt.
-        new: tokens that are to follow.
+        new: tokens to generate.
         context: positions of the model; ``None``: no limit.
 
     Raises:
-        UsageError: they do not.
+        UsageError: they do not fit.
     """
     if context is not None and prompt + new > context:
         raise UsageError(

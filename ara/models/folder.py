@@ -1,4 +1,4 @@
-"""A model in a local folder: which files must be there, and which are refused."""
+"""A model in a local folder: required and refused files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ara.errors import ModelError, UnsupportedModelError, first_line
+from ara.errors import ModelError, UnsupportedModelError
 from ara.jsonfile import read_object
+from ara.models.completeness import stored_tensors
 from ara.models.gguf_parts import first_parts
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
-# Read by transformers when they are there; small, unlike tokenizer.json.
+# Small files that transformers reads if they exist.
 _COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _AGAIN = "download the model again"
 _INTERRUPTED = "the download was interrupted: run `hf download` again"
@@ -23,11 +24,11 @@ _SHOWN_FILES = 8
 
 
 def read_folder_config(folder: Path) -> dict[str, Any]:
-    """Return the content of a folder's ``config.json``, and see that the small files beside it can be read.
+    """Return the content of a folder's ``config.json``; the other small files are checked.
 
     Raises:
-        ModelError: one cannot be read or is not a JSON object.
-        UnsupportedModelError: the folder holds an adapter, which transformers would load on top of the model.
+        ModelError: a file cannot be read or is not a JSON object.
+        UnsupportedModelError: the folder has an adapter, which transformers would load on top of the model.
     """
     config = read_object(folder / "config.json", _AGAIN)
     for name in _COMPANIONS:
@@ -35,29 +36,29 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
             read_object(folder / name, f"download {name} again")
     if os.path.lexists(folder / _ADAPTER):
         raise UnsupportedModelError(
-            f"{folder} holds an adapter beside the model ({_ADAPTER})",
-            "merge it into the weights, or move it into a folder of its own",
+            f"{folder} holds an adapter in addition to the model ({_ADAPTER})",
+            "merge it into the weights, or move it to another folder",
         )
     return config
 
 
 def read_index(index: Path, hint: str) -> dict[str, Path]:
-    """Return tensor name → file that holds it, from ``model.safetensors.index.json``; all files are there.
+    """Return tensor name → file that holds it, from ``model.safetensors.index.json``; all files exist.
 
     Args:
         index: path of the index.
-        hint: what to do when it cannot be read.
+        hint: what to do if it cannot be read.
 
     Raises:
-        ModelError: it is not an index, names a file outside its folder or another kind of file, or a file is missing.
+        ModelError: it is not an index, names a file outside its folder or of another kind, or a file is missing.
     """
     weights = read_object(index, hint).get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise ModelError(f'{index} is not an index of weights: it has no "weight_map" with tensors', hint)
     for tensor, file in weights.items():
         if not isinstance(file, str):
-            raise ModelError(f"{index} names {file!r} as the file of {tensor}, expected a text", hint)
-        # A name with a folder in it could point anywhere, and other files can run code.
+            raise ModelError(f"{index} names {file!r} as the file of {tensor}, expected a string", hint)
+        # A path could point anywhere, and other kinds of files can run code.
         if Path(file).name != file or "\\" in file or "\0" in file:
             raise ModelError(f"{index} names the file {file!r}, which is not in its folder", "do not use it")
         if not file.endswith(".safetensors"):
@@ -72,49 +73,30 @@ def read_index(index: Path, hint: str) -> dict[str, Path]:
 
 
 def read_shapes(files: Iterable[Path], hint: str) -> dict[str, tuple[int, ...]]:
-    """Return tensor name → shape of safetensors files; only their headers are read.
-
-    Args:
-        files: regular files.
-        hint: what to do when one is damaged.
-
-    Raises:
-        ModelError: a file is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} is damaged ({first_line(error)})", hint) from None
-    return shapes
+    """Return tensor name → shape; see :func:`ara.models.completeness.stored_tensors`."""
+    return {name: tensor.shape for name, tensor in stored_tensors(files, hint).items()}
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """Return the safetensors files that make up the model, sorted by name.
+    """Return the safetensors files of the model, sorted by name.
 
     Raises:
         ModelError: only pickled weights, no weights, or an index that :func:`read_index` or transformers refuses.
     """
     index = folder / INDEX
-    # transformers prefers the single file to the index; so does this.
+    # As in transformers, the single file comes before the index.
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if os.path.lexists(index):
         files = sorted(set(read_index(index, _INTERRUPTED).values()))
         if not isinstance(read_object(index, _AGAIN).get("metadata"), dict):
-            raise ModelError(
-                f'{index} has no "metadata", without which transformers does not load it', 'add "metadata": {} to it'
-            )
+            raise ModelError(f'{index} has no "metadata", so transformers does not load it', 'add "metadata": {} to it')
         return files
     pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
     if pickled:
         raise ModelError(
             f"{folder} holds only pickled weights ({', '.join(pickled[:3])}); they can run code and are refused",
-            "convert them where you trust them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
+            "if you trust them, convert them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
         )
     raise ModelError(
         f"{folder} has a config.json but no weights: expected {SINGLE} or {INDEX}; it holds {listing(folder)}",

@@ -1,17 +1,18 @@
-"""GGUF files, unpacked once into an ordinary Hugging Face folder in the user's cache.
+"""Unpacks GGUF files once into ordinary Hugging Face folders in the user's cache.
 
 transformers reads a GGUF file slowly (14 s for the weights of 135 M parameters, 5 s for the tokenizer, measured on
-2 cores) and keeps its weights packed unless told otherwise. Every later load then takes the fast, ordinary way.
-transformers reads the tensors and the tokenizer; the config is made by :mod:`ara.models.gguf_metadata`.
+2 cores). A load from the folder is fast. transformers reads the tensors and the tokenizer; the config is made by
+:mod:`ara.models.gguf_metadata`.
 
-Layout under ``<cache>/gguf``, named by the first 16 digits of the file's sha256 and the version of this layout::
+Folders under ``<cache>/gguf``, named by the first 16 digits of the file's sha256 and the version of this layout::
 
-    <sha>-tokenizer-2/   config.json and the tokenizer, made when the model is first looked at
-    <sha>-bfloat16-2/    the same, with model.safetensors and generation_config.json, one folder per dtype
+    <sha>-tokenizer-2/   config.json and the tokenizer, made when the model is first resolved
+    <sha>-bfloat16-2/    the same with model.safetensors and generation_config.json, one folder per dtype
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,23 +21,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ara.errors import AraError, ModelError, UnsupportedModelError, disk_errors, first_line
-from ara.files import open_regular
 from ara.models.cache import aside, cache_dir, publish_folder
 from ara.models.completeness import check_loaded
-from ara.models.gguf_header import AGAIN, MAGIC
+from ara.models.gguf_header import AGAIN, open_gguf
 from ara.models.gguf_keys import ELSEWHERE
 from ara.models.gguf_metadata import DERIVED_TENSORS, gguf_config
-from ara.models.gguf_parts import GgufContents, join, part_paths, parts_sha256, read_contents
+from ara.models.gguf_parts import GgufContents, join, part_paths, read_contents
+from ara.models.shown import first_names
 from ara.models.silence import silence_gguf, silence_transformers
 from ara.progress import SILENT, Reporter
+from ara.workspace.manifest import file_sha256
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# Raised when the same file gives another folder. Version 1 passed over keys that change the function of the model.
+# Increased when the same file gives another folder. Version 1 ignored keys that change the function of the model.
 _LAYOUT = 2
-_SHOWN_TENSORS = 3
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class GgufFile:
 
     Attributes:
         path: absolute path of the file, or of its first part.
-        sha256: of its bytes, or over the checksums of all parts.
+        sha256: of the file, or over the checksums of all parts.
         parts: all files, in order.
     """
 
@@ -55,28 +56,24 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
-        """Look at a file, or at all parts of the model that it is a part of.
+        """Check and hash a file, or all parts of the model that it belongs to.
 
         Raises:
-            ModelError: it cannot be read, does not start like a GGUF file, or a part is missing.
+            ModelError: a file cannot be read, is not a GGUF file, or a part is missing.
         """
-        parts = part_paths(path.absolute())
-        try:
-            for part in parts:
-                with open_regular(part) as stream:
-                    magic = stream.read(len(MAGIC))
-                if magic != MAGIC:
-                    raise ModelError(f"{part} is not a GGUF file: it starts with {magic!r}, expected {MAGIC!r}", AGAIN)
-            return cls(parts[0], parts_sha256(parts), parts)
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+        parts, sums = part_paths(path.absolute()), []
+        for part in parts:
+            with open_gguf(part):  # a file of another kind is refused before it is hashed
+                sums.append(file_sha256(part))
+        sha256 = sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest()
+        return cls(parts[0], sha256, parts)
 
     def tokenizer_folder(self, report: Reporter = SILENT) -> Path:
-        """Return the folder with the config and the tokenizer, made at the first call.
+        """Return the folder with the config and the tokenizer; the first call makes it.
 
         Raises:
             ModelError: the file is damaged, or a library that reads GGUF is missing.
-            UnsupportedModelError: the architecture is not known, or a key of it cannot be read exactly.
+            UnsupportedModelError: the architecture is unknown, or a key cannot be read exactly.
             DiskFullError: the cache folder has no room.
         """
         target = self._folder("tokenizer")
@@ -88,18 +85,18 @@ class GgufFile:
 
             config = gguf_config(str(self.path), read_contents(self.parts))
             config.save_pretrained(folder / "made")
-            # gguf-split keeps the tokenizer in the first part.
+            # gguf-split writes the tokenizer to the first part.
             tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
             tokenizer.save_pretrained(folder / "made")
             publish_folder(folder / "made", target, _has_tokenizer)
         return target
 
     def weights_folder(self, dtype: torch.dtype, report: Reporter = SILENT) -> Path:
-        """Return the folder with the whole model, its weights unpacked to ``dtype``, made at the first call.
+        """Return the folder with the whole model, its weights unpacked to ``dtype``; the first call makes it.
 
         Raises:
             ModelError: the file is damaged, or a library that reads GGUF is missing.
-            UnsupportedModelError: it holds tensors that the model would be without.
+            UnsupportedModelError: the model has no place for a tensor of the file.
             DiskFullError: the cache folder has no room.
         """
         number = str(dtype).removeprefix("torch.")
@@ -117,7 +114,7 @@ class GgufFile:
         return target
 
     def _unpack(self, dtype: torch.dtype, made: Path, scratch: Path) -> None:
-        """Add the weights to the folder ``made``; ``scratch`` takes the joined parts for as long as they are read."""
+        """Add the weights to the folder ``made``; parts are first joined in the folder ``scratch``."""
         from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
         contents = read_contents(self.parts)
@@ -135,7 +132,7 @@ class GgufFile:
         )
         check_loaded(model, {**loading, "unexpected_keys": set()}, str(self.path), {})
         _check_all_read(model, contents, loading["unexpected_keys"], str(self.path))
-        # What is saved is dense: a quantisation entry would make the next load look for packed weights.
+        # The saved weights are dense: a quantisation entry would make the next load expect packed ones.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(made)
@@ -152,36 +149,31 @@ class GgufFile:
             raise
         except ImportError as error:
             raise ModelError(
-                f"{self.path} cannot be read: {str(error).splitlines()[0]}", "run `pip install gguf accelerate`"
+                f"{self.path} cannot be read: {first_line(error)}", "run `pip install gguf accelerate`"
             ) from error
         except Exception as error:
-            reason = first_line(error)
-            raise ModelError(f"{self.path} cannot be read as GGUF: {reason}", AGAIN) from error
+            raise ModelError(f"{self.path} cannot be read as GGUF: {first_line(error)}", AGAIN) from error
 
 
 def _check_all_read(model: PreTrainedModel, contents: GgufContents, unexpected: set[str], file: str) -> None:
-    """Refuse a file with tensors that transformers has passed over, such as biases that the config knows nothing of.
-
-    Raises:
-        UnsupportedModelError: the model has no place for a tensor of the file.
-    """
+    """Refuse a file with tensors that transformers ignores, such as biases that the config does not have."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     try:
         from transformers.integrations.gguf import GGUF_ARCHS
-    except ImportError:  # releases before it had one reader for all
+    except ImportError:  # older releases have one reader for all architectures
         GGUF_ARCHS = {}
     architecture = contents.metadata["general.architecture"]
-    if architecture in GGUF_ARCHS:  # read by the second of transformers' two readers, which tells
+    if architecture in GGUF_ARCHS:  # the newer reader of transformers reports unread tensors
         lost = sorted(unexpected)
     else:
         processor = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)(config={})
         places = reader.get_gguf_hf_weights_map(model, processor)
         lost = [name for name in contents.tensors if name not in places and not DERIVED_TENSORS.fullmatch(name)]
     if lost:
-        shown = ", ".join(lost[:_SHOWN_TENSORS]) + (", …" if len(lost) > _SHOWN_TENSORS else "")
         raise UnsupportedModelError(
-            f"{file} holds {len(lost)} tensors that {type(model).__name__} has no place for: {shown}", ELSEWHERE
+            f"{file} holds {len(lost)} tensors that {type(model).__name__} has no place for: {first_names(lost)}",
+            ELSEWHERE,
         )
 
 

@@ -1,6 +1,6 @@
-"""The architectures that are read from GGUF files: which key is which value of the config in transformers.
+"""The architectures that are read from GGUF files: key → value of the config in transformers.
 
-One is added by an entry of :data:`ARCHITECTURES`, and a case in the tests that compares log-probabilities.
+To add one, add an entry to :data:`ARCHITECTURES` and a case to the tests that compare log-probabilities.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ara.models.gguf_keys import GgufKeys, shown
+from ara.models.gguf_keys import GgufKeys
+from ara.models.shown import shown
 
 _SIZES = {
     "embedding_length": "hidden_size",
@@ -26,15 +27,16 @@ _NORM = "attention.layer_norm_epsilon"
 
 @dataclass(frozen=True)
 class Architecture:
-    """How an architecture's keys become a config.
+    """How the keys of an architecture become a config.
 
     Attributes:
-        model_type: of transformers.
-        values: key → name in the config; all must be there but those with a default of llama.cpp's.
-        rope: kinds of rotary embeddings that the class of transformers knows; none for an architecture without.
+        model_type: name in transformers.
+        values: key → name in the config; a key must exist unless llama.cpp has a default.
+        rope: types of rotary embeddings that the class of transformers supports; empty for an architecture without.
         partial: whether the class can rotate a part of each head.
-        neutral: further keys that change nothing, beside those of every architecture.
-        more: values that follow from several keys; keys that it takes come second.
+        neutral: further keys without effect, with the values at which they have none.
+        more: makes values from several keys; called with the keys and the values so far.
+        takes: keys that ``more`` reads, and those that need not be read.
     """
 
     model_type: str
@@ -47,11 +49,11 @@ class Architecture:
 
 
 def _gemma_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
-    """Gemma 2 and 3: windows in some layers, caps, and a scale of the attention that no key tells."""
-    large = {"gemma2": 46, "gemma3": 62}[keys.architecture]  # blocks of the one with 27 B parameters
+    """Gemma 2 and 3: sliding windows, caps, and an attention scale that has no key."""
+    large = {"gemma2": 46, "gemma3": 62}[keys.architecture]  # blocks of the model with 27 B parameters
     width = keys.size("embedding_length") // keys.size("attention.head_count")
     found: dict[str, Any] = {
-        # Known by the number of blocks in llama.cpp as well.
+        # llama.cpp also recognises the model by its number of blocks.
         "query_pre_attn_scalar": width if values["num_hidden_layers"] == large else values["head_dim"],
         "sliding_window": keys.size("attention.sliding_window"),
     }
@@ -80,7 +82,7 @@ def _gemma_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _phi3_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
-    """Phi-3: a window in every layer, and the context before LongRoPE."""
+    """Phi-3: a sliding window in every layer, and the original context of LongRoPE."""
     window = keys.values.get("attention.sliding_window", 0)
     original = keys.values.get("rope.scaling.original_context_length", values["max_position_embeddings"])
     return {
@@ -90,7 +92,7 @@ def _phi3_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stablelm_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
-    """StableLM: attention and feed-forward layer side by side where the norm between them is missing."""
+    """StableLM: attention and feed-forward layer are parallel if there is no norm between them."""
     parallel = "blk.0.ffn_norm.weight" not in keys.tensors
     if keys.values.get("use_parallel_residual", parallel) != parallel:
         raise keys.refuse(f"use_parallel_residual = {shown(keys.values['use_parallel_residual'])}")
@@ -98,14 +100,14 @@ def _stablelm_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bloom_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
-    """BLOOM: the width inside its feed-forward layers is no value of the config."""
+    """BLOOM: the config has no value for the width of the feed-forward layers."""
     if keys.size("feed_forward_length") != 4 * values["hidden_size"]:
         raise keys.refuse(f"feed_forward_length = {shown(keys.values['feed_forward_length'])}")
     return {}
 
 
 def _mamba_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
-    """Mamba: the config has the inner width as a multiple of the outer one."""
+    """Mamba: the config holds the inner width as a multiple of the outer one."""
     inner = keys.size("ssm.inner_size")
     if inner % values["hidden_size"]:
         raise keys.refuse(f"ssm.inner_size = {inner}")
@@ -126,9 +128,9 @@ def _lfm2_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _qwen35_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
-    """Qwen 3.5: linear attention but for every few layers, and positions in three sections."""
+    """Qwen 3.5: linear attention in most layers, and positions in three sections."""
     value_heads, inner = keys.size("ssm.time_step_rank"), keys.size("ssm.inner_size")
-    # Behind the decoder may stand blocks that predict further tokens; transformers has no place for them.
+    # The last blocks may predict further tokens; transformers has no place for them.
     further = keys.values.get("nextn_predict_layers", 0)
     sections = keys.values.get("rope.dimension_sections")
     if not isinstance(sections, list) or not all(type(section) is int for section in sections):
@@ -146,7 +148,7 @@ def _qwen35_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _falcon_values(keys: GgufKeys, values: dict[str, Any]) -> dict[str, Any]:
-    """Falcon 7B: one key and value head. The larger ones keep the rows of their packed layer in another order."""
+    """Falcon 7B: one key and value head. Larger models have another order of rows in their packed layer."""
     if values.pop("num_kv_heads") != 1:
         raise keys.refuse(f"attention.head_count_kv = {shown(keys.values['attention.head_count_kv'])}")
     return {"multi_query": True, "new_decoder_architecture": False, "parallel_attn": True, "alibi": False}
@@ -156,7 +158,7 @@ _LLAMA_LIKE = {**_SIZES, **_HEADS, **_RMS}
 _LLAMA_2 = {"tensor_data_layout": ("Meta AI original pth",)}
 _GEMMA_TAKES = ("attention.scale", "attn_logit_softcapping", "final_logit_softcapping")
 _GEMMA_WINDOWS = ("attention.sliding_window", "attention.sliding_window_pattern")
-_GPT2 = {key: name for key, name in _SIZES.items() if key != "attention.head_count_kv"}
+_SIZES_BUT_KV = {key: name for key, name in _SIZES.items() if key != "attention.head_count_kv"}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", _LLAMA_LIKE, neutral=_LLAMA_2),
@@ -190,7 +192,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "falcon": Architecture(
         "falcon",
         {
-            **{key: name for key, name in _SIZES.items() if not key.endswith("_kv")},
+            **_SIZES_BUT_KV,
             "attention.head_count_kv": "num_kv_heads",
             "feed_forward_length": "ffn_hidden_size",
             _NORM: "layer_norm_epsilon",
@@ -207,7 +209,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         rope=(),
         more=_bloom_values,
-        # Its positions have no end.
+        # ALiBi has no largest position.
         takes=("context_length", "feed_forward_length", "attention.head_count_kv"),
     ),
     "mamba": Architecture(
@@ -228,7 +230,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "lfm2": Architecture(
         "lfm2",
         {
-            **{key: name for key, name in _SIZES.items() if not key.endswith("_kv")},
+            **_SIZES_BUT_KV,
             "attention.layer_norm_rms_epsilon": "norm_eps",
             "shortconv.l_cache": "conv_L_cache",
         },
@@ -253,7 +255,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gpt2": Architecture(
         "gpt2",
-        {**_GPT2, "feed_forward_length": "n_inner", _NORM: "layer_norm_epsilon"},
+        {**_SIZES_BUT_KV, "feed_forward_length": "n_inner", _NORM: "layer_norm_epsilon"},
         rope=(),
         takes=("attention.head_count_kv",),
     ),

@@ -1,20 +1,19 @@
-"""The keys of one architecture in a GGUF file, and the errors for what cannot be read of them."""
+"""The keys of one architecture in a GGUF file, and the errors about them."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from ara.errors import ModelError, UnsupportedModelError
 from ara.models.gguf_header import AGAIN
 from ara.models.gguf_parts import GgufContents
+from ara.models.shown import shown
 
 ELSEWHERE = "use the original model in the Hugging Face format"
-_SHOWN_CHARACTERS = 80
 
 
 class GgufKeys:
-    """The keys of one architecture, without its name in front.
+    """The keys of one architecture, without the prefix ``ARCH.``.
 
     Args:
         name: of the file, for errors.
@@ -32,7 +31,7 @@ class GgufKeys:
         self.values = {key.removeprefix(prefix): v for key, v in contents.metadata.items() if key.startswith(prefix)}
 
     def refuse(self, found: str) -> UnsupportedModelError:
-        """Return the error for settings that would not be read right."""
+        """Return the error for settings that ARA does not support."""
         return UnsupportedModelError(
             f"{self.name} ({self.architecture}) cannot be read exactly: {found}, which ARA does not know how to read "
             "from a GGUF file",
@@ -40,17 +39,19 @@ class GgufKeys:
         )
 
     def wrong(self, key: str, expected: str) -> ModelError:
-        """Return the error for a value that cannot be."""
+        """Return the error for an invalid value."""
         found = shown(self.values.get(key, "missing"))
-        return ModelError(
-            f"{self.name} cannot be read: {self.architecture}.{key} is {found}, expected {expected}", AGAIN
-        )
+        return self.damaged(f"{self.architecture}.{key} is {found}, expected {expected}")
+
+    def damaged(self, problem: str) -> ModelError:
+        """Return the error for a file whose parts do not fit together."""
+        return ModelError(f"{self.name} cannot be read: {problem}", AGAIN)
 
     def size(self, key: str) -> int:
-        """Return a positive integer; a list with one per layer must say the same of all.
+        """Return a positive integer; a list with one per layer must hold the same number throughout.
 
         Raises:
-            ModelError: it is none, or not there.
+            ModelError: missing or not a positive integer.
             UnsupportedModelError: layers differ.
         """
         value = self.values.get(key)
@@ -63,19 +64,13 @@ class GgufKeys:
         return value
 
     def number(self, key: str) -> float:
-        """Return a number that is finite and not negative.
+        """Return a finite number that is not negative.
 
         Raises:
-            ModelError: it is none, or not there.
+            ModelError: missing or another value.
         """
         value = self.values.get(key)
         # A boolean is an integer to Python.
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise self.wrong(key, "a number of at least 0")
         return float(value)
-
-
-def shown(value: Any) -> str:
-    """Return a value as errors show it: floats with the digits that float32 has, long lists and texts cut."""
-    text = f"{value:.7g}" if isinstance(value, float) else repr(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

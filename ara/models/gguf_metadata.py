@@ -1,10 +1,9 @@
-"""What the keys of a GGUF file make of a model: every key that changes its function is read, or the file is refused.
+"""Makes the config of a GGUF model: every key that changes the function of the model is read, or the file is refused.
 
-transformers reads about ten keys per architecture and passes over the rest without a word: scaled rotary embeddings,
-the scale of the attention in the large Gemma models, epsilons under another name, biases. So the config is made here.
-Keys of the architecture are known in one of three ways: as a value of the config or as one that is translated
-(:mod:`ara.models.gguf_architectures`, :mod:`ara.models.gguf_rope`), or as one that changes nothing while it
-has the value in :data:`_NEUTRAL`. Any other key is refused.
+transformers reads about ten keys per architecture and ignores the others: scaled rotary embeddings, the attention scale
+of the large Gemma models, epsilons under another name, biases. So ARA makes the config itself. A key of the
+architecture is a value of the config (:mod:`ara.models.gguf_architectures`), is translated
+(:mod:`ara.models.gguf_rope`), or has no effect at its value in :data:`_NEUTRAL`. Any other key is refused.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ara.errors import ModelError, UnsupportedModelError
+from ara.errors import UnsupportedModelError
 from ara.models.gguf_architectures import ARCHITECTURES, Architecture
-from ara.models.gguf_header import AGAIN
-from ara.models.gguf_keys import ELSEWHERE, GgufKeys, shown
+from ara.models.gguf_keys import ELSEWHERE, GgufKeys
 from ara.models.gguf_parts import GgufContents
 from ara.models.gguf_rope import FREQUENCIES, LONG, SHORT, rope_parameters
+from ara.models.shown import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Tensors that no weight of the model is made from: factors of the rotary embeddings, and the table of inverse
-# frequencies that old converters wrote, which llama.cpp passes over.
+# Tensors that give no weight of the model: factors of the rotary embeddings, and the table of inverse frequencies of
+# old converters, which llama.cpp ignores.
 DERIVED_TENSORS = re.compile(
     rf"{re.escape(FREQUENCIES)}|{re.escape(SHORT)}|{re.escape(LONG)}|blk\.\d+\.attn_rot_embd\.weight"
 )
@@ -38,11 +37,11 @@ _ROPE_KEYS = frozenset(
         *(f"rope.scaling.{name}" for name in ("yarn_beta_fast", "yarn_beta_slow")),
     }
 )
-# The longest that we know, runs of blanks in vocabularies for code, have 256.
+# The longest known token, a run of blanks in vocabularies for code, has 256.
 _MAX_TOKEN_CHARACTERS = 4096
 _TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
-# key → values with which it changes nothing. llama.cpp takes a scale or a cap of 0 for none.
+# key → values without effect. For llama.cpp a scale or a cap of 0 means none.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -71,7 +70,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
 }
-# Namespaces that change the function in any architecture; everything else outside the architecture's is information.
+# Namespaces that change the function of any architecture. Other namespaces are only information.
 _FOREIGN = ("adapter", "clip", "diffusion", "xielu")
 
 
@@ -80,11 +79,11 @@ def gguf_config(name: str, contents: GgufContents) -> PreTrainedConfig:
 
     Args:
         name: of the file, for errors.
-        contents: what its header says.
+        contents: of its header.
 
     Raises:
-        ModelError: a key is missing or has a value that cannot be, or tensors do not fit the keys.
-        UnsupportedModelError: a key would change the model in a way that cannot be read.
+        ModelError: a key is missing or has an invalid value, or tensors do not fit the keys.
+        UnsupportedModelError: a key changes the model in a way that ARA cannot read.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -112,10 +111,10 @@ def gguf_config(name: str, contents: GgufContents) -> PreTrainedConfig:
 
 
 def _check_kind(keys: GgufKeys, metadata: Mapping[str, Any]) -> None:
-    """Refuse what is not one whole language model."""
+    """Refuse files that are not exactly one language model."""
     kind = metadata.get("general.type", "model")
     if kind != "model":
-        raise UnsupportedModelError(f"{keys.name} is no model: general.type is {shown(kind)}", ELSEWHERE)
+        raise UnsupportedModelError(f"{keys.name} is not a model: general.type is {shown(kind)}", ELSEWHERE)
     for key in metadata:
         space = key.partition(".")[0]
         if space in _FOREIGN or (space in ARCHITECTURES and space != keys.architecture):
@@ -123,7 +122,7 @@ def _check_kind(keys: GgufKeys, metadata: Mapping[str, Any]) -> None:
 
 
 def _plain_values(keys: GgufKeys, known: Architecture) -> dict[str, Any]:
-    """Return the values of the config that are keys as they stand, and check them against the tensors."""
+    """Return the values that the config takes from single keys, and check them against the tensors."""
     keys.values = _defaults(keys.values) | keys.values
     values: dict[str, Any] = {}
     for key, target in known.values.items():
@@ -131,11 +130,7 @@ def _plain_values(keys: GgufKeys, known: Architecture) -> dict[str, Any]:
     layers = {int(found[1]) for tensor in keys.tensors if (found := re.match(r"blk\.(\d{1,9})\.", tensor))}
     count = keys.size("block_count")
     if len(layers) != count or max(layers, default=-1) != count - 1:
-        raise ModelError(
-            f"{keys.name} cannot be read: {keys.architecture}.block_count is {count}, but it holds tensors of "
-            f"{len(layers)} blocks",
-            AGAIN,
-        )
+        raise keys.damaged(f"{keys.architecture}.block_count is {count}, but it holds tensors of {len(layers)} blocks")
     if "num_attention_heads" in values:
         width = values.get("head_dim", values["hidden_size"] // values["num_attention_heads"])
         for key in ("attention.key_length", "attention.value_length"):
@@ -145,7 +140,7 @@ def _plain_values(keys: GgufKeys, known: Architecture) -> dict[str, Any]:
 
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what llama.cpp takes for keys that are not there."""
+    """Return the defaults of llama.cpp for missing keys."""
     heads, width = values.get("attention.head_count"), values.get("embedding_length")
     found: dict[str, Any] = {"attention.head_count_kv": heads}
     if type(heads) is int and type(width) is int and heads > 0:
@@ -154,14 +149,12 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _embedding_values(keys: GgufKeys, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the size of the vocabulary, which the embedding alone knows for sure, and whether the head is tied."""
+    """Return the size of the vocabulary and whether the head is tied; the tensors tell both reliably."""
     embedding = keys.tensors.get("token_embd.weight")
     hidden = keys.size("embedding_length")
     if embedding is None or len(embedding.shape) != 2 or embedding.shape[1] != hidden:
         found = "is missing" if embedding is None else f"has shape {list(embedding.shape)}"
-        raise ModelError(
-            f"{keys.name} cannot be read: token_embd.weight {found}, expected [vocabulary, {hidden}]", AGAIN
-        )
+        raise keys.damaged(f"token_embd.weight {found}, expected [vocabulary, {hidden}]")
     if keys.values.get("vocab_size", embedding.shape[0]) != embedding.shape[0]:
         raise keys.wrong("vocab_size", f"{embedding.shape[0]}, the rows of token_embd.weight")
     return {"vocab_size": embedding.shape[0], "tie_word_embeddings": "output.weight" not in keys.tensors}
@@ -178,20 +171,19 @@ def _rope_values(keys: GgufKeys, known: Architecture, values: Mapping[str, Any])
         keys.size("rope.scaling.original_context_length")
     width = keys.size("attention.key_length")
     rotated = keys.size("rope.dimension_count") if "rope.dimension_count" in keys.values else width
-    if rotated > width or rotated % 2 or (rotated != width and not known.partial):
+    share = rotated / width
+    if rotated > width or rotated % 2 or int(width * share) != rotated or (share != 1 and not known.partial):
         raise keys.refuse(f"rope.dimension_count = {rotated} of {width} dimensions of a head")
     found = rope_parameters(keys.values, keys.tensors, rotated, keys.size("context_length"), keys.refuse)
     if found["rope_type"] not in known.rope:
         raise keys.refuse(f"rotary embeddings of the type {found['rope_type']}")
     if known.partial:
-        found["partial_rotary_factor"] = share = rotated / width
-        if int(width * share) != rotated:
-            raise keys.refuse(f"rope.dimension_count = {rotated} of {width} dimensions of a head")
+        found["partial_rotary_factor"] = share
     return {"rope_parameters": found}
 
 
 def _check_rest(keys: GgufKeys, known: Architecture, values: Mapping[str, Any]) -> None:
-    """Refuse every key that nobody has read and that is not neutral."""
+    """Refuse every key that has not been read and is not neutral."""
     read = {*known.values, *known.takes, "vocab_size", "attention.value_length", "attention.key_length"}
     if known.rope:
         read |= _ROPE_KEYS
@@ -202,7 +194,7 @@ def _check_rest(keys: GgufKeys, known: Architecture, values: Mapping[str, Any]) 
         if key in read:
             continue
         allowed: tuple[Any, ...] = neutral.get(key, ())
-        # Within a window as long as the context, everything is seen.
+        # A window as long as the context has no effect.
         if key == "attention.sliding_window" and type(value) is int and value >= keys.size("context_length"):
             continue
         if isinstance(value, list) or value not in allowed:
@@ -210,7 +202,7 @@ def _check_rest(keys: GgufKeys, known: Architecture, values: Mapping[str, Any]) 
 
 
 def _bias_values(keys: GgufKeys, model_type: str) -> dict[str, Any]:
-    """Return whether layers have biases, where the config can say so; the tensors know."""
+    """Return whether layers have biases, for the options that the config has; the tensors tell."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     names = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias", "use_qkv_bias": "attn_q.bias"}
@@ -219,34 +211,27 @@ def _bias_values(keys: GgufKeys, model_type: str) -> dict[str, Any]:
 
 
 def _check_vocabulary(keys: GgufKeys, metadata: Mapping[str, Any]) -> None:
-    """Refuse a tokenizer with lists of the wrong kind, or tokens so long that merges would be sought forever."""
+    """Refuse lists of the wrong type, and tokens so long that merging takes forever."""
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
-        raise ModelError(
-            f"{keys.name} cannot be read: tokenizer.ggml.tokens is {shown(tokens)}, expected a list of texts", AGAIN
-        )
+        raise keys.damaged(f"tokenizer.ggml.tokens is {shown(tokens)}, expected a list of strings")
     longest = max(map(len, tokens))
     if longest > _MAX_TOKEN_CHARACTERS:
-        raise ModelError(f"{keys.name} cannot be read: a token has {longest:,} characters", AGAIN)
+        raise keys.damaged(f"a token has {longest:,} characters")
     lists = {"scores": (len(tokens), float | int), "token_type": (len(tokens), int), "merges": (None, str)}
     for name, (count, kind) in lists.items():
         found = metadata.get(f"tokenizer.ggml.{name}")
         if found is None:
             continue
         # All elements of a list in a GGUF file have one type.
-        if (
-            not isinstance(found, list)
-            or (found and not isinstance(found[0], kind))
-            or len(found) != (count or len(found))
-        ):
-            raise ModelError(
-                f"{keys.name} cannot be read: tokenizer.ggml.{name} does not fit the {len(tokens):,} tokens", AGAIN
-            )
+        fits = isinstance(found, list) and (count is None or len(found) == count)
+        if not fits or (found and not isinstance(found[0], kind)):
+            raise keys.damaged(f"tokenizer.ggml.{name} does not fit the {len(tokens):,} tokens")
 
 
 def _token_id(keys: GgufKeys, metadata: Mapping[str, Any], key: str) -> int | None:
     value = metadata.get(key)
     vocabulary = keys.tensors["token_embd.weight"].shape[0]
     if value is not None and (type(value) is not int or not 0 <= value < vocabulary):
-        raise ModelError(f"{keys.name} cannot be read: {key} is {shown(value)}, expected below {vocabulary}", AGAIN)
+        raise keys.damaged(f"{key} is {shown(value)}, expected below {vocabulary}")
     return value

@@ -1,8 +1,7 @@
-"""A GGUF model in one file, or in several that gguf-split of llama.cpp names ``NAME-00001-of-00003.gguf`` and so on."""
+"""GGUF models in several files, which gguf-split of llama.cpp names ``NAME-00001-of-00003.gguf`` and so on."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -13,21 +12,20 @@ from typing import Any, BinaryIO
 from ara.errors import ModelError
 from ara.files import open_regular
 from ara.models.gguf_header import AGAIN, MAGIC, GgufHeader, GgufTensor, read_header
-from ara.workspace.manifest import file_sha256
+from ara.models.shown import first_names
 
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
 _CHUNK_BYTES = 1 << 24
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class GgufContents:
-    """What all parts of a model hold together.
+    """The content of all parts of a model.
 
     Attributes:
-        metadata: of the first part, where gguf-split keeps it.
-        tensors: name → where it lies, of all parts.
+        metadata: of the first part, where gguf-split writes it.
+        tensors: name → its place, of all parts.
         headers: of the parts, in order.
     """
 
@@ -37,31 +35,30 @@ class GgufContents:
 
 
 def part_paths(path: Path) -> tuple[Path, ...]:
-    """Return the files that belong to ``path``, in order: itself alone, or all parts if it is named as one.
+    """Return the files of the model that ``path`` belongs to, in order: the file itself, or all parts.
 
     Raises:
-        ModelError: a part is missing, or the name cannot be.
+        ModelError: a part is missing, or the name has an impossible number.
     """
     named = _PART.fullmatch(path.name)
     if named is None:
         return (path,)
     count = int(named["count"])
     if not 1 <= int(named["number"]) <= count:
-        raise ModelError(f"{path} names itself part {int(named['number'])} of {count}", AGAIN)
+        raise ModelError(f"{path} has the name of part {int(named['number'])} of {count}", AGAIN)
     names = (f"{named['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1))
     paths = tuple(path.with_name(name) for name in names)
     missing = [part.name for part in paths if not part.is_file()]
     if missing:
-        shown = ", ".join(missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
         raise ModelError(
-            f"{path.parent} lacks {len(missing)} of the {count} parts of {named['stem']}.gguf: {shown}",
+            f"{path.parent} lacks {len(missing)} of the {count} parts of {named['stem']}.gguf: {first_names(missing)}",
             "download all parts into one folder",
         )
     return paths
 
 
 def first_parts(paths: Iterable[Path]) -> list[Path]:
-    """Return one file per model: single files, and of each set of parts the first that is there."""
+    """Return one file per model: single files, and the first existing part of each set of parts."""
     sets: dict[str, Path] = {}
     for path in sorted(paths):
         named = _PART.fullmatch(path.name)
@@ -69,24 +66,14 @@ def first_parts(paths: Iterable[Path]) -> list[Path]:
     return list(sets.values())
 
 
-def parts_sha256(paths: tuple[Path, ...]) -> str:
-    """Return the sha256 of a single file, or one over the checksums of all parts.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
-    sums = [file_sha256(path) for path in paths]
-    return sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest()
-
-
 def read_contents(paths: tuple[Path, ...]) -> GgufContents:
-    """Read the headers of all parts, and see that they belong together.
+    """Read the headers of all parts and check that they belong together.
 
     Args:
         paths: from :func:`part_paths`.
 
     Raises:
-        ModelError: a part is damaged, or is not the part that its name says.
+        ModelError: a part is damaged, or is not the part of its name.
     """
     headers = tuple(read_header(path) for path in paths)
     tensors: dict[str, GgufTensor] = {}
@@ -94,14 +81,14 @@ def read_contents(paths: tuple[Path, ...]) -> GgufContents:
         found = (header.metadata.get(_NUMBER, 0), header.metadata.get(_COUNT, 1) or 1)
         if found != (number, len(headers)):
             raise ModelError(
-                f"{header.path} says that it is part {_counted(found[0])} of {found[1]}, expected part {number + 1} of "
-                f"{len(headers)}",
-                "keep the names that the parts were published with",
+                f"{header.path} is part {_counted(found[0])} of {found[1]} according to its header, expected part "
+                f"{number + 1} of {len(headers)}",
+                "keep the published names of the parts",
             )
         twice = tensors.keys() & header.tensors.keys()
         if twice:
             raise ModelError(
-                f"{header.path} holds the tensor {min(twice)}, which another part holds too",
+                f"{header.path} and another part both hold the tensor {min(twice)}",
                 "the parts do not belong together: download all of them again",
             )
         tensors |= header.tensors
@@ -115,7 +102,7 @@ def read_contents(paths: tuple[Path, ...]) -> GgufContents:
 
 
 def join(contents: GgufContents, target: Path) -> None:
-    """Write all parts as one file, for readers that know single files only; holds a few MiB at a time.
+    """Write all parts as one file, for readers of single files; needs a few MiB of memory.
 
     Raises:
         OSError: a part cannot be read, or ``target`` cannot be written.

@@ -1,8 +1,8 @@
-"""Rotary embeddings of a GGUF file, in the words of transformers: plain, linear, YaRN, Llama 3.1's, LongRoPE.
+"""Translates the rotary embeddings of a GGUF file for transformers: plain, linear, YaRN, Llama 3.1, LongRoPE.
 
-llama.cpp keeps them in two ways. Linear scaling and YaRN are keys, ``ARCH.rope.scaling.*``. Llama 3.1's and LongRoPE
-are tensors: ``rope_freqs.weight``, ``rope_factors_short.weight`` and ``rope_factors_long.weight`` (d/2) hold what each
-inverse frequency is divided by.
+In llama.cpp, linear scaling and YaRN are keys, ``ARCH.rope.scaling.*``. Llama 3.1 and LongRoPE are tensors (d/2) of
+divisors of the inverse frequencies: ``rope_freqs.weight``, or ``rope_factors_short.weight`` and
+``rope_factors_long.weight``.
 """
 
 from __future__ import annotations
@@ -18,47 +18,47 @@ from ara.models.gguf_header import GgufTensor
 FREQUENCIES = "rope_freqs.weight"
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 
-DEFAULT_BASE = 10000.0  # of llama.cpp
-_FLOAT32 = 0  # ggml's number of the type
-# How closely settings must reproduce stored factors: they were computed in float32 by other code.
+_BASE = 10000.0  # default of llama.cpp
+_FLOAT32 = 0  # number of the ggml type
+# Relative tolerance when settings must reproduce stored factors, which other code computed in float32.
 _CLOSE = 1e-5
-# All Llama 3.1, 3.2 and 3.3 models have these, with 8192 positions at first and a factor of 8 or 32.
+# All Llama 3.1, 3.2 and 3.3 models have these, 8192 original positions, and a factor of 8 or 32.
 _LOW_FREQUENCY_FACTOR, _HIGH_FREQUENCY_FACTOR = 1.0, 4.0
 
-# Raises the error for a key whose value cannot be read right.
+# Makes the error for settings that cannot be read exactly.
 Refuse = Callable[[str], Exception]
 
 
 def rope_parameters(
     keys: Mapping[str, Any], tensors: Mapping[str, GgufTensor], width: int, positions: int, refuse: Refuse
 ) -> dict[str, Any]:
-    """Return transformers' ``rope_parameters``, without a share of rotated dimensions.
+    """Return transformers' ``rope_parameters``, without the share of rotated dimensions.
 
     Args:
-        keys: those of the architecture, without its name in front: ``rope.freq_base`` and so on.
-        tensors: name → where it lies.
-        width: dimensions of a head that are rotated.
+        keys: of the architecture, without its prefix: ``rope.freq_base`` and so on.
+        tensors: name → its place.
+        width: rotated dimensions of a head.
         positions: context length of the model.
-        refuse: makes the error for settings that have no counterpart; told what they are.
+        refuse: makes the error for settings without a counterpart, from a description of them.
 
     Raises:
-        Exception: what ``refuse`` makes.
+        Exception: from ``refuse``.
     """
-    base = keys.get("rope.freq_base", DEFAULT_BASE)
+    base = keys.get("rope.freq_base", _BASE)
     plain = {"rope_type": "default", "rope_theta": float(base)}
     scaling = _scaling(keys, positions, refuse)
     stored = [name for name in (FREQUENCIES, SHORT, LONG) if name in tensors]
     if not stored:
         return plain | scaling
     if scaling:
-        raise refuse(f"rope.scaling.type is {scaling['rope_type']} and {stored[0]} is there")
+        raise refuse(f"rope.scaling.type = {scaling['rope_type']!r} together with {stored[0]}")
     factors = {name: _read_factors(tensors[name], width // 2, refuse) for name in stored}
     if stored == [FREQUENCIES]:
         return plain | _of_frequencies(factors[FREQUENCIES], float(base), positions)
     if stored != [SHORT, LONG]:
-        raise refuse(f"of {SHORT}, {LONG} and {FREQUENCIES} it holds {', '.join(stored)}")
+        raise refuse(f"only {', '.join(stored)} of {SHORT}, {LONG} and {FREQUENCIES}")
     if "rope.scaling.attn_factor" not in keys:
-        raise refuse(f"{SHORT} is there without rope.scaling.attn_factor")
+        raise refuse(f"{SHORT} without rope.scaling.attn_factor")
     return plain | {
         "rope_type": "longrope",
         "short_factor": factors[SHORT],
@@ -69,8 +69,8 @@ def rope_parameters(
 
 
 def _scaling(keys: Mapping[str, Any], positions: int, refuse: Refuse) -> dict[str, Any]:
-    """Return what ``rope.scaling.*`` adds to plain embeddings."""
-    # llama.cpp: linear without a type, and the older key without the newer one; a factor of 0 is none.
+    """Return the settings of ``rope.scaling.*``, in addition to those of plain embeddings."""
+    # As in llama.cpp: the default type is linear, an older key replaces a missing newer one, and a factor of 0 is none.
     kind = keys.get("rope.scaling.type", "linear")
     factor = float(keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0)) or 1.0)
     if factor < 0 or not math.isfinite(factor):
@@ -80,7 +80,7 @@ def _scaling(keys: Mapping[str, Any], positions: int, refuse: Refuse) -> dict[st
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
-        # LongRoPE's type stands beside its tensors, which say the same.
+        # LongRoPE: its tensors hold the same information as the type.
         if kind in ("longrope", "su") and factor == 1.0:
             return {}
         raise refuse(f"rope.scaling.type = {kind!r}")
@@ -94,7 +94,7 @@ def _scaling(keys: Mapping[str, Any], positions: int, refuse: Refuse) -> dict[st
 
 
 def _of_frequencies(factors: list[float], base: float, positions: int) -> dict[str, Any]:
-    """Return settings that divide the inverse frequencies by ``factors``: Llama 3.1's if they do, else the list."""
+    """Return settings that divide the inverse frequencies by ``factors``: Llama 3.1 if it fits, else a list."""
     if all(factor == 1.0 for factor in factors):
         return {}
     factor = max(factors)
@@ -118,11 +118,11 @@ def _of_frequencies(factors: list[float], base: float, positions: int) -> dict[s
 
 
 def llama3_factors(settings: Mapping[str, Any], base: float, width: int) -> list[float]:
-    """Return what Llama 3.1's scaling divides each of ``width / 2`` inverse frequencies by."""
+    """Return the divisors of the ``width / 2`` inverse frequencies in the scaling of Llama 3.1."""
     factor, low, high = settings["factor"], settings["low_freq_factor"], settings["high_freq_factor"]
     made = []
     for index in range(0, width, 2):
-        # How often this dimension turns within the positions that the model was first trained on.
+        # Number of turns of this dimension within the original positions.
         turns = settings["original_max_position_embeddings"] * base ** (-index / width) / (2 * math.pi)
         smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
         made.append(1 / ((1 - smooth) / factor + smooth))

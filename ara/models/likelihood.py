@@ -4,18 +4,18 @@
     NLL      = ln Z − z_x                                         of the token x, nats
     KL(q‖p)  = Σ_v q_v (z^q_v − z^p_v) − ln Z^q + ln Z^p          nats
 
-torch's float32 log-softmax adds up a whole vocabulary in float32. How wrong that is depends on the vector instructions
-of the processor: with AVX2 and 49,152 tokens it was biased by 2·10⁻⁵ nats per token. Here exponentials are float32,
-sums of :data:`_BLOCK` of them are float32, and all further sums are float64.
+torch's float32 log-softmax adds the whole vocabulary in float32. Its error depends on the vector instructions of the
+processor: with AVX2 and 49,152 tokens the bias was 2·10⁻⁵ nats per token. Here exponentials and sums of
+:data:`_BLOCK` of them are float32, and all further sums are float64.
 """
 
 from __future__ import annotations
 
 import torch
 
-# Terms that are added up in float32: so few that the rounding is that of one number.
+# Terms that are added in float32: few enough that the error is about one rounding.
 _BLOCK = 256
-# Bytes of float32 logits that one chunk of rows may hold; 128 rows for a vocabulary of 131,072.
+# Bytes of float32 logits per chunk of rows; 128 rows for a vocabulary of 131,072.
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -28,7 +28,7 @@ def wide_sum(terms: torch.Tensor) -> torch.Tensor:
 
 
 def wide(tensor: torch.Tensor) -> torch.dtype:
-    """Return float64, or float32 where the device of ``tensor`` has no other (Apple's GPUs)."""
+    """Return float64, or float32 if the device of ``tensor`` has no float64 (Apple's GPUs)."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
@@ -71,7 +71,7 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def window_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Return the mean negative log-likelihood of each window.
 
-    Works in chunks of rows, so that beside ``logits`` only about :data:`CHUNK_BYTES` of float32 copies exist.
+    Rows are processed in chunks, so float32 copies take only about :data:`CHUNK_BYTES` in addition to ``logits``.
 
     Args:
         logits: (b, t, v), any floating dtype; position i predicts token i + 1.
@@ -96,15 +96,15 @@ def divergence(reference: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Ten
     """Return KL(reference ‖ model) of every row, and both distributions.
 
     Args:
-        reference: (rows, v) logits of the distribution q that the mean is taken over.
-        logits: (rows, v) logits of the other one, p, on the same device.
+        reference: (rows, v) logits of q, over which the mean is taken.
+        logits: (rows, v) logits of p, on the same device.
 
     Returns:
         (rows) KL in nats, see :func:`wide`; NaN where a logit is, infinite where p excludes a token that q does not.
         Then q and p, (rows, v) float32.
     """
     (q, ln_q), (p, ln_p) = softmax(reference), softmax(logits)
-    # Tokens that q excludes add nothing, whatever p says: 0 · ln 0 = 0.
+    # A token with q = 0 adds nothing, whatever p is: 0 · ln 0 = 0.
     terms = (q * (reference.float() - logits.float())).masked_fill_(q == 0, 0)
-    # Divided by Σ q, which is 1 but for rounding: an offset of all logits then falls out exactly.
+    # Division by Σ q, which is 1 up to rounding, cancels a common offset of all logits exactly.
     return wide_sum(terms) / wide_sum(q) - ln_q + ln_p, q, p

@@ -1,4 +1,4 @@
-"""Why transformers did not load or run a model, in a line that helps."""
+"""Explains in one line why transformers did not load or run a model."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
-# The class of errors that name a field of config.json, and of those that name a file.
+# Names of error classes: those about a field of config.json, and those about a file.
 _CONFIG_ERRORS = "StrictDataclass"
 _FILE_ERRORS = ("SafetensorError", "OSError", "FileNotFoundError", "HFValidationError", "EntryNotFoundError")
-# transformers points to a report that it has only logged.
+# In this error transformers refers to a report that it only logs.
 _REPORT_ELSEWHERE = "above report"
 
 _CORRECT = "correct config.json, or bring the one that belongs to these weights"
 
 
 def why_not_loaded(error: BaseException, config: PreTrainedConfig | None = None) -> tuple[str, str | None]:
-    """Return what is wrong, in one line, and what to do; ``None`` where only the caller knows.
+    """Return the problem in one line, and a hint, or ``None`` if only the caller can give one.
 
     Args:
-        error: what transformers raised.
+        error: raised by transformers.
         config: of the model, if it could be read.
     """
     rope = _unknown_rope(error, config)
@@ -34,45 +34,41 @@ def why_not_loaded(error: BaseException, config: PreTrainedConfig | None = None)
         return rope
     if _REPORT_ELSEWHERE in str(error):
         return (
-            "transformers cannot bring the stored weights into the layout of the model",
-            "config.json does not describe these weights, or they are damaged: bring both from the same place",
+            "transformers cannot convert the stored weights to the layout of the model",
+            "config.json does not describe these weights, or they are damaged: download both again",
         )
     kind = type(error).__name__
-    if kind.startswith(_CONFIG_ERRORS):
-        return first_line(error), _CORRECT
-    if config is None and kind not in _FILE_ERRORS:
+    if kind.startswith(_CONFIG_ERRORS) or (config is None and kind not in _FILE_ERRORS):
         return first_line(error), _CORRECT
     if kind not in _FILE_ERRORS and _while_building(error):
-        return f"the model that its config describes cannot be built ({first_line(error)})", _CORRECT
+        return f"the model of its config cannot be built ({first_line(error)})", _CORRECT
     return first_line(error), None
 
 
 @contextmanager
 def forward_errors(model: torch.nn.Module) -> Iterator[None]:
-    """Say of what a model's own code raises in a forward pass that the model cannot be run, and in which precision.
+    """Report an error of a model's own code in a forward pass as :class:`ModelError`, with the precision.
 
-    Some families do not run in every precision (xLSTM not in bfloat16), and some configs only fail here.
+    Some families do not run in every precision (xLSTM not in bfloat16). Some wrong configs only fail here.
 
     Raises:
-        ModelError: the block failed, and neither for want of memory nor by an error of ours.
+        ModelError: the block failed; out-of-memory errors, OSError and our own errors pass unchanged.
     """
     try:
         yield
-    except (AraError, MemoryError, OSError):
-        raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if isinstance(error, AraError | OSError) or is_out_of_memory(error):
             raise
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         other = "" if dtype == "float32" else "try --dtype float32; "
         raise ModelError(
             f"{type(model).__name__} fails in a forward pass in {dtype}: {type(error).__name__}: {first_line(error)}",
-            f"{other}the model's own code in transformers {version('transformers')} does not run it as it is",
+            f"{other}the code of the model in transformers {version('transformers')} does not run it",
         ) from error
 
 
 def _unknown_rope(error: BaseException, config: PreTrainedConfig | None) -> tuple[str, str] | None:
-    """Return what to say of a rotary embedding that transformers looked up and did not find."""
+    """Return the explanation and the hint for an unknown type of rotary embedding, or ``None``."""
     if config is None or not isinstance(error, KeyError) or not error.args:
         return None
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -95,7 +91,7 @@ def _rope_types(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _while_building(error: BaseException) -> bool:
-    """Tell whether the modules were being made from the config, when it happened."""
+    """Tell whether the error occurred while modules were built from the config."""
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code

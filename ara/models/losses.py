@@ -1,10 +1,10 @@
-"""Losses over logits whose gradient is formed with the loss, in chunks: no float32 copy of all logits ever exists.
+"""Losses over logits that compute the gradient with the loss, in chunks, so that no float32 copy of all logits exists.
 
     cross-entropy   L_t = −ln p_t(x_{t+1})                 ∂L_t/∂z_t = p_t − onehot(x_{t+1})
     KL to a teacher L_t = Σ_v q_t(v) (ln q_t(v) − ln p_t(v))   ∂L_t/∂z_t = p_t − q_t
 
-with p the student's and q the teacher's distribution. Softmaxes are float32 whatever the dtype of the logits, and
-exact on every processor (:mod:`ara.models.likelihood`).
+with p the student's and q the teacher's distribution. Softmaxes are float32 for any dtype of the logits, and exact on
+every processor (:mod:`ara.models.likelihood`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from ara.models.likelihood import divergence, softmax
 
-# Bytes of float32 that one chunk of rows may hold.
+# Bytes of float32 per chunk of rows.
 CHUNK_BYTES = 32 * 2**20
 
 
@@ -23,7 +23,7 @@ def token_losses(logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor 
     """Return the loss of every predicted token; differentiable in ``logits``.
 
     Args:
-        logits: (b, t, v) of the model that is trained; position i predicts token i + 1.
+        logits: (b, t, v) of the trained model; position i predicts token i + 1.
         ids: (b, t) int64, the targets of cross-entropy.
         teacher: (b, t, v) logits of the dense model: the loss is KL(teacher ‖ model) instead of cross-entropy.
 
@@ -37,9 +37,9 @@ def token_losses(logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor 
 def sampled_targets(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Draw a next token for every position from the model's own distribution.
 
-    Gradients of the cross-entropy against such targets have the Fisher information as second moment, which for a
-    softmax is the Gauss-Newton matrix of the KL divergence (Martens, arXiv 1412.1193, section 9); those against the
-    text itself have the "empirical Fisher", which is neither.
+    With such targets the second moment of cross-entropy gradients is the Fisher information, which for a softmax is the
+    Gauss-Newton matrix of the KL divergence (Martens, arXiv 1412.1193, section 9). With the tokens of the text it is
+    the "empirical Fisher", which is neither.
 
     Args:
         logits: (b, t, v).
@@ -64,7 +64,7 @@ def sampled_targets(logits: torch.Tensor, generator: torch.Generator) -> torch.T
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor | None) -> torch.Tensor:
-        """Return losses (batch, length − 1), and keep the gradient of the logits, which both losses have at hand."""
+        """Return losses (batch, length − 1), and keep the gradient of the logits, which costs little extra."""
         batch, length, vocabulary = logits.shape
         rows, wanted = _rows(vocabulary), ctx.needs_input_grad[0]
         losses = torch.empty(batch, length - 1, dtype=torch.float32, device=logits.device)

@@ -1,4 +1,4 @@
-"""Low-rank layers in a model: built from factors, and found again."""
+"""Builds the low-rank layers of a model from factors, and lists them."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def apply_factors(
         model: dense; its biases are kept.
         ranks: module path → kept rank k.
         files: module path → safetensors file with its full factors ``<path>.A`` (r, n) and ``<path>.B`` (m, r); only
-            the kept components are read.
+            the first k components are read.
         layout: how the new layers are stored.
-        report: shows a progress bar for a layout whose layers take time to build.
+        report: progress, for a layout whose layers take time to build.
 
     Raises:
         NumericalError: factors become infinite in the dtype of the model.

@@ -1,4 +1,4 @@
-"""How much memory is free, for choices between speed and memory."""
+"""The amount of free memory, for trading speed against memory."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 
 import torch
 
-# Assumed where the system does not tell.
+# Assumed if the system does not report it.
 _UNKNOWN = 4 << 30
 
-# Where Linux tells about memory and about the limits of containers and batch jobs.
+# Linux reports memory, and the limits of containers and batch jobs, here.
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 
-# Per version of control groups: the limit and the usage in bytes, and what memory.stat calls cached file pages.
+# Per version of control groups: files with limit and usage in bytes, and the names of cached file pages in memory.stat.
 _VERSION_2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
 
 
 def available_bytes(device: torch.device | str) -> int:
-    """Return the free memory of ``device`` in bytes: of the GPU for CUDA, else what this process can still get.
+    """Return the free memory of ``device`` in bytes: GPU memory for CUDA, else what this process can still get.
 
-    On Linux that is the least of what the system has available and what the control groups (containers, batch jobs)
-    leave; on macOS half of the memory there is; 4 GiB where the system does not tell.
+    On Linux it is the minimum over the system and the control groups (containers, batch jobs), on macOS half of all
+    memory, and 4 GiB if the system does not report it.
     """
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -40,13 +40,13 @@ def available_bytes(device: torch.device | str) -> int:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """Yield what each control group around this process still allows, in bytes; its parents' limits hold as well."""
+    """Yield the bytes left in each control group of this process and in their parents, whose limits hold as well."""
     try:
         entries = [line.split(":", 2) for line in (_PROC / "self" / "cgroup").read_text().splitlines()]
     except OSError:
         entries = []
-    # "0::/path" names the group of version 2, "4:memory:/path" one of version 1. In a container the path may be that
-    # of the host; what is mounted at the root is then the container's own group, and the loops below end there.
+    # "0::/path" names the group of version 2, "4:memory:/path" one of version 1. In a container the path may be that of
+    # the host; the mounted root is then the container's own group, and the loops below end there.
     paths = {entry[1]: entry[2].lstrip("/") for entry in entries if len(entry) == 3}
     for root, name, files in ((_CGROUPS, "", _VERSION_2), (_CGROUPS / "memory", "memory", _VERSION_1)):
         group = root / paths.get(name, "")
@@ -59,7 +59,7 @@ def _left_in_groups() -> Iterator[int]:
 
 
 def _left(group: Path, limit_name: str, usage_name: str, cached: tuple[str, ...]) -> int | None:
-    """Return limit - usage in bytes, or ``None`` without a limit; cached file pages count as free, as they can go."""
+    """Return limit - usage in bytes, or ``None`` without a limit; cached file pages count as free."""
     try:
         limit = int((group / limit_name).read_text())  # version 2 writes "max" for none
         used = int((group / usage_name).read_text())

@@ -1,4 +1,4 @@
-"""Where a model runs and in which number format, with the reason in words."""
+"""Chooses device and dtype of a model, and gives the reason in words."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "cuda:N", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-# Processor features (names of torch.cpu.get_capabilities) that multiply bf16 in hardware. AVX-512 alone
-# does not: oneDNN then converts to fp32 and back, which is slower than fp32 itself.
+# Processor features (names of torch.cpu.get_capabilities) with bf16 multiplication in hardware. With AVX-512 alone
+# oneDNN converts to fp32 and back, which is slower than fp32.
 _BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
@@ -120,7 +120,7 @@ def _cpu_multiplies_bf16() -> bool:
 
     if not torch.backends.mkldnn.is_available():  # the only bf16 matrix kernels that torch has on a CPU
         return False
-    # Newer torch builds list every feature; older ones have single questions, some of them missing.
+    # Newer torch builds list all features; older ones have single functions, some of them missing.
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
         return any(bool(capabilities.get(feature, False)) for feature in _BF16_FEATURES)
@@ -131,6 +131,6 @@ def _cpu_multiplies_bf16() -> bool:
 def _cuda_multiplies_bf16(device: str) -> bool:
     import torch
 
-    # Without the argument torch answers True for older GPUs too, which only emulate bf16.
+    # By default torch also answers True for older GPUs, which only emulate bf16.
     with torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

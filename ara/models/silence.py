@@ -1,4 +1,4 @@
-"""Keep transformers from talking over our own console."""
+"""Silences transformers and the hub: only our own console prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def silence_transformers(downloads: bool = False) -> Iterator[None]:
     """Silence log lines and progress bars of transformers and the hub inside the block, and restore them after it.
 
     Args:
-        downloads: keep the hub's own download bars, for loads that may fetch gigabytes.
+        downloads: keep the download bars of the hub, for loads that may fetch gigabytes.
     """
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -40,7 +40,7 @@ def silence_transformers(downloads: bool = False) -> Iterator[None]:
 
 @contextmanager
 def silence_gguf() -> Iterator[None]:
-    """Silence the bar that transformers' GGUF reader draws past all of its own switches."""
+    """Silence the progress bar of transformers' GGUF reader, which ignores the switches of transformers."""
     from functools import partial
 
     from tqdm.auto import tqdm

@@ -1,13 +1,13 @@
-"""Where a model comes from: an alias, a folder, a GGUF file or the hub, behind one interface.
+"""Finds a model by alias, folder, GGUF file or hub id, and loads it.
 
-``resolve`` looks at names and configs only; weights are read by :meth:`ModelSource.load_model`.
+``resolve`` only looks at names and configs; :meth:`ModelSource.load_model` reads the weights.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,17 +32,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_REASON_CHARACTERS = 200
-
-__all__ = ["ModelIdentity", "ModelSource", "resolve"]
-
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found and looks suitable; nothing of its weights is in memory yet.
+    """A model that was found and is supported; its weights are not loaded yet.
 
     Attributes:
-        identity: which model exactly; goes into manifests.
+        identity: which model it is; stored in manifests.
         config: the transformers config.
     """
 
@@ -56,13 +52,13 @@ class ModelSource:
         """Load the causal language model, in evaluation mode and with gradients off.
 
         Args:
-            dtype: of every floating-point parameter.
-            device: where to put it.
+            dtype: of all floating-point parameters.
+            device: of the model.
 
         Raises:
-            ModelError: the hub cannot be reached, weights are pickled, missing, damaged or not those of the config.
-            NumericalError: the weights do not fit into float16.
-            DiskFullError: a GGUF file is unpacked and the cache has no room.
+            ModelError: the hub cannot be reached, or weights are pickled, missing, damaged or do not fit the config.
+            NumericalError: weights are beyond the range of float16.
+            DiskFullError: no room in the cache to unpack a GGUF file.
         """
         from transformers import AutoModelForCausalLM
 
@@ -73,7 +69,7 @@ class ModelSource:
                 dtype=dtype,
                 use_safetensors=True,  # never pickle
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, with the shapes
+                ignore_mismatched_sizes=True,  # check_loaded reports them, with the shapes
                 **self._options(),
             )
         stored = stored_tensors(weight_files(origin, self.identity.revision))
@@ -83,11 +79,11 @@ class ModelSource:
         return loaded
 
     def for_another_process(self, dtype: torch.dtype) -> ModelSource:
-        """Return this source, able to be pickled and reporting to nobody, with a GGUF file unpacked for ``dtype``.
+        """Return this source for pickling: it reports nothing, and a GGUF file is already unpacked to ``dtype``.
 
         Raises:
             ModelError: the file is damaged.
-            DiskFullError: the cache has no room for what is unpacked.
+            DiskFullError: no room in the cache to unpack the file.
         """
         if self._gguf is not None:
             self._gguf.weights_folder(dtype, self._report)
@@ -103,7 +99,7 @@ class ModelSource:
 
         with self._loading("tokenizer"):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._origin, **self._options())
-            # For many classes transformers makes an empty tokenizer when its files are missing.
+            # For many classes transformers makes an empty tokenizer if its files are missing.
             if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - set(tokenizer.get_added_vocab()):
                 raise ValueError("its vocabulary is missing")
             check_tokenizer(tokenizer)
@@ -114,39 +110,34 @@ class ModelSource:
 
     @contextmanager
     def _loading(self, what: str) -> Iterator[None]:
-        """Load quietly; name what could not be loaded, and why."""
+        """Load silently; an error names ``what`` could not be loaded, and why."""
         hub = self.identity.kind == "hub"
         name = self.identity.location
         try:
-            with silence_transformers(downloads=hub and self._report is not SILENT):
-                if hub:
-                    with hub_errors(name, self.identity.revision):
-                        yield
-                else:
-                    yield
-        except (AraError, MemoryError):
-            raise
+            with (
+                silence_transformers(downloads=hub and self._report is not SILENT),
+                hub_errors(name, self.identity.revision) if hub else nullcontext(),
+            ):
+                yield
         except Exception as error:
-            if is_out_of_memory(error):
+            if isinstance(error, AraError) or is_out_of_memory(error):
                 raise
             reason, hint = why_not_loaded(error, self.config)
             raise ModelError(f"the {what} of {name} cannot be loaded: {reason}", hint or _hint(what, hub)) from error
 
 
 def resolve(model: str, *, revision: str | None = None, report: Reporter = SILENT) -> ModelSource:
-    """Find the model that the user means.
-
-    Tried in this order: alias, folder, ``.gguf`` file, hub id.
+    """Find a model: by alias, folder, ``.gguf`` file or hub id, in this order.
 
     Args:
-        model: what the user typed.
+        model: as the user gave it.
         revision: branch, tag or commit of a hub model.
-        report: told about anything slow or surprising.
+        report: progress, and warnings.
 
     Raises:
         UsageError: ``revision`` for a model that is not on the hub.
         ModelError: not found, not readable, gated, unreachable, or without safetensors weights.
-        UnsupportedModelError: not a decoder-only language model, or compressed or quantised already.
+        UnsupportedModelError: not a decoder-only language model, or already compressed or quantised.
     """
     if model in ALIASES:
         if Path(model).exists():
@@ -157,12 +148,12 @@ def resolve(model: str, *, revision: str | None = None, report: Reporter = SILEN
             return _from_gguf(model, "wheel", WHEEL_REQUIREMENT, gguf, report)
         return _from_hub(model, ALIASES[model].repository, revision, report)
     path = expand_user(model, "model")
-    # os.path says no to names that cannot be, where Path raises.
+    # os.path returns False for impossible names; Path raises.
     if model and os.path.exists(path):
         _refuse_revision(model, revision)
-        # Of a file the name stays: the hub's cache links model.gguf to a name without an ending.
+        # Keep the name of a file: the hub's cache links model.gguf to a name without an ending.
         found = path.parent.resolve() / path.name if path.is_file() else path.resolve()
-        # The current folder may be no text either, and its name goes into the manifests.
+        # Checked again: the current folder is in the path now, which goes into manifests and must be text.
         return _from_path(model, expand_user(found, "model"), report)
     if _looks_like_path(model):
         near = os.path.isdir(path.parent)
@@ -208,7 +199,7 @@ def _from_gguf(model: str, kind: str, location: str, gguf: GgufFile, report: Rep
 
 
 def _from_hub(model: str, repository: str, revision: str | None, report: Reporter) -> ModelSource:
-    report.step(f"Looking up {repository}")  # without a network the hub library retries for 25 s before it gives up
+    report.step(f"Looking up {repository}")  # without a network the hub library retries for 25 s
     with silence_transformers():
         raw, commit = read_hub_config(repository, revision)
     check_quantization(raw, repository)

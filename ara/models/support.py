@@ -1,4 +1,4 @@
-"""Is this a model ARA can factorise? Decided from its config alone, before any weight is read."""
+"""Checks from its config whether ARA can factorise a model, before any weight is read."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ if TYPE_CHECKING:
 _EXPECTED = "expected a decoder-only language model"
 _HINT = "ARA compresses models such as Llama, Mistral, Qwen, Gemma, Phi, OPT and GPT-2; `ara models` lists some"
 
-# Endings of the classes that predict the next token; transformers' own exceptions come from its table.
+# Endings of classes that predict the next token; classes with other names are in a table of transformers.
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
-# Words in the names of sub-configs that process something other than text.
+# Words in the names of sub-configs for other data than text.
 _OTHER_SENSES = ("vision", "audio", "image", "speech")
 
 
 def check_quantization(raw: Mapping[str, Any], name: str) -> None:
-    """Refuse weights that are compressed or quantised already.
+    """Refuse weights that are already compressed or quantised.
 
     Args:
-        raw: the content of ``config.json``.
-        name: the model, for the error.
+        raw: content of ``config.json``.
+        name: of the model, for the error.
 
     Raises:
-        UnsupportedModelError: the config carries a quantisation entry.
+        UnsupportedModelError: the config has a quantisation entry.
     """
-    # compressed-tensors wrote its entry under "compression_config" at first.
+    # Early versions of compressed-tensors call the entry "compression_config".
     entry = raw.get("quantization_config") or raw.get("compression_config")
     if not entry:
         return
@@ -42,11 +42,11 @@ def check_quantization(raw: Mapping[str, Any], name: str) -> None:
 
 
 def check_decoder_only(config: PreTrainedConfig, name: str) -> None:
-    """Refuse everything that is not a decoder-only language model.
+    """Refuse any model that is not a decoder-only language model.
 
     Args:
-        config: the loaded transformers config.
-        name: the model, for the error.
+        config: the transformers config.
+        name: of the model, for the error.
 
     Raises:
         UnsupportedModelError: encoder-decoder, vision or audio, encoder-only, or another head.
@@ -81,8 +81,8 @@ def _objection(config: PreTrainedConfig) -> str | None:
     named = config.architectures or []
     if named and not any(name in causal.values() or name.endswith(_CAUSAL_ENDINGS) for name in named):
         return "has no head that predicts the next token"
-    # BERT and its family have a causal class too, for weights that were trained with a causal mask; the config
-    # says so. Everything listed under both tables is such a family.
+    # Families in both tables, such as BERT, have a causal class for weights trained with a causal mask; the config says
+    # whether they are.
     decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if config.model_type in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
         return "is an encoder: its attention looks both ways"

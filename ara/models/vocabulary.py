@@ -1,4 +1,4 @@
-"""Tokens and the rows of the embedding: a tokenizer may know more of them than the model has rows."""
+"""Token ids and the rows of the embedding: a tokenizer may have more tokens than the model has rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def token_rows(model_config: Any) -> int | None:
     """Return the rows of the embedding, or ``None`` if the config does not say.
 
     Args:
-        model_config: of transformers.
+        model_config: config of transformers.
     """
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     rows: int | None = getattr(text, "vocab_size", None)
@@ -24,15 +24,15 @@ def token_rows(model_config: Any) -> int | None:
 
 
 def end_tokens(value: Any, where: str, hint: str) -> tuple[int, ...]:
-    """Return the tokens that end a text, as ``eos_token_id`` of a config gives them: one, several or none.
+    """Return the end-of-text tokens of a config's ``eos_token_id``: one, several or none.
 
     Args:
-        value: as it was read.
-        where: it was read, for the error.
+        value: of the entry.
+        where: its place, for the error.
         hint: what to do.
 
     Raises:
-        ModelError: it is something else.
+        ModelError: not token ids.
     """
     found = tuple(value) if isinstance(value, list) else () if value is None else (value,)
     if not all(type(token) is int and token >= 0 for token in found):
@@ -41,21 +41,21 @@ def end_tokens(value: Any, where: str, hint: str) -> tuple[int, ...]:
 
 
 def has_row(token: int | None, rows: int | None) -> bool:
-    """Tell whether there is such a token and the embedding has a row for it; it has where ``rows`` is not known."""
+    """Tell whether ``token`` exists and has a row in the embedding; with unknown ``rows`` every token has."""
     return token is not None and (rows is None or token < rows)
 
 
 def check_tokens(
     ids: torch.Tensor, rows: int | None, tokenizer: PreTrainedTokenizerBase, where: str, hint: str | None = None
 ) -> None:
-    """Refuse tokens without a row: torch would stop with an index error, or read memory that is not the embedding's.
+    """Refuse tokens without an embedding row, for which torch would raise an index error or read foreign memory.
 
     Args:
         ids: token ids of any shape, int64.
-        rows: of the embedding; ``None`` checks nothing.
-        tokenizer: names the token.
-        where: what the ids are, such as ``the prompt``.
-        hint: what to do, if more helps than to do without the token.
+        rows: of the embedding; ``None``: no check.
+        tokenizer: gives the names of tokens.
+        where: description of the ids, such as ``the prompt``.
+        hint: replaces the hint below.
 
     Raises:
         DataError: an id is not below ``rows``.
@@ -68,15 +68,15 @@ def check_tokens(
         f"{where} holds the token {tokenizer.convert_ids_to_tokens(beyond[0])!r} (id {beyond[0]}){more}; the model's "
         f"embedding has {rows:,} rows, the tokenizer {len(tokenizer):,} tokens",
         hint
-        or "the tokenizer was extended and the model was not: take the token out of the text, or give the model rows "
-        "for it (resize_token_embeddings) and train them",
+        or "the tokenizer was extended and the model was not: remove the token from the text, or add rows to the model "
+        "(resize_token_embeddings) and train them",
     )
 
 
 def padded_with_row(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> PreTrainedTokenizerBase:
-    """Return ``tokenizer``, or a copy that fills up with another token if its own one for that has no row.
+    """Return ``tokenizer``, or a copy with another padding token if the model has no row for its own.
 
-    What fills up a batch is masked, so that any token does.
+    Padding is masked, so any token does.
     """
     import copy
 

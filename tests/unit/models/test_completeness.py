@@ -102,8 +102,8 @@ def test_tensors_without_a_place_and_places_without_a_tensor(
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        (codes, r"integers \(I8\) in the place of 1 weight \(model\.layers\.0\.mlp\.up_proj\.weight\)"),
-        (lambda found: {UP: codes(found)[UP]}, r"integers \(I8\) in the place of 1 weight"),
+        (codes, r"integers \(I8\) in place of 1 weight \(model\.layers\.0\.mlp\.up_proj\.weight\)"),
+        (lambda found: {UP: codes(found)[UP]}, r"integers \(I8\) in place of 1 weight"),
         (
             lambda found: {UP: found[UP].to(torch.float8_e4m3fn), f"{UP}_scale_inv": torch.ones(1, 1)},
             r"1 tensor \(model\.layers\.0\.mlp\.up_proj\.weight_scale_inv\) of quantised weights",

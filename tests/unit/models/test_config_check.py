@@ -57,9 +57,9 @@ def refused(tiny_llama: Path, tmp_path: Path) -> Change:
         ("num_hidden_layers", -1, "says num_hidden_layers -1, but its weights have 3 layers"),
         ("num_hidden_layers", 0, "says num_hidden_layers 0, but its weights have 3 layers"),
         ("num_hidden_layers", 4, "says num_hidden_layers 4, but its weights have 3 layers"),
-        ("num_hidden_layers", 10_000_000, "says num_hidden_layers 10000000; at most 10,000 are read"),
-        ("num_labels", 10**9, "says num_labels 1000000000; at most 100,000 are read"),
-        ("num_labels", 1e300, "says num_labels 1e[+]300; at most"),
+        ("num_hidden_layers", 10_000_000, "says num_hidden_layers 10000000; the limit is 10,000"),
+        ("num_labels", 10**9, "says num_labels 1000000000; the limit is 100,000"),
+        ("num_labels", 1e300, "says num_labels 1e[+]300; the limit"),
         ("quantization_config", 0, "quantization_config is 0, expected an object"),
         ("rope_parameters", [1], r"rope_parameters.*with value \[1\]"),
         ("text_config", {"num_hidden_layers": 10**12}, "says num_hidden_layers 1000000000000"),
@@ -91,7 +91,7 @@ def test_files_that_are_not_objects(file: str, content: str, words: str, refused
 
 
 def test_an_adapter_is_not_applied_unseen(refused: Change) -> None:
-    assert "holds an adapter beside the model" in str(refused("{}", "adapter_config.json"))
+    assert "holds an adapter in addition to the model" in str(refused("{}", "adapter_config.json"))
 
 
 def test_the_hubs_config_is_read_by_the_same_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

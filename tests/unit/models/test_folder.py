@@ -51,9 +51,9 @@ def test_shards_are_one_model(shards: Path) -> None:
         ("x.safetensors\0", "which is not in its folder"),
         ("pytorch_model.bin", "which is not a safetensors file"),
         ("missing.safetensors", r"lacks 1 of \d+ weight files: missing\.safetensors"),
-        (7, "names 7 as the file of .*, expected a text"),
+        (7, "names 7 as the file of .*, expected a string"),
         (None, "names None as the file of"),
-        (["x.safetensors"], "expected a text"),
+        (["x.safetensors"], "expected a string"),
     ],
 )
 def test_a_file_that_must_not_be_read(value: Any, words: str, copy: Path, tmp_path: Path) -> None:

@@ -201,12 +201,12 @@ def test_parts_that_are_missing_or_do_not_belong_together(parts: list[Path], cac
         with pytest.raises(ModelError, match=r"lacks 1 of the 3 parts of tiny\.gguf: tiny-00003-of-00003\.gguf"):
             resolve(str(path))
     shutil.copy(parts[1], copies[2])
-    with pytest.raises(ModelError, match="says that it is part 2 of 3, expected part 3 of 3"):
+    with pytest.raises(ModelError, match="is part 2 of 3 according to its header, expected part 3 of 3"):
         resolve(str(tmp_path))
     shutil.copy(parts[0], tmp_path / "alone.gguf")
-    with pytest.raises(ModelError, match="says that it is part 1 of 3, expected part 1 of 1"):
+    with pytest.raises(ModelError, match="is part 1 of 3 according to its header, expected part 1 of 1"):
         resolve(str(tmp_path / "alone.gguf"))
     other = write_gguf(tmp_path / "other.gguf", gguf_model("llama", head_dim=14, attention_bias=True))
     shutil.copy(split_gguf(other, tmp_path, 3)[2], copies[2])
-    with pytest.raises(ModelError, match="which another part holds too"):
+    with pytest.raises(ModelError, match="and another part both hold the tensor"):
         resolve(str(copies[0]))

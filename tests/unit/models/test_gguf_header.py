@@ -49,7 +49,10 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "keys": (header(keys=HUGE), "claims 1,000,000,000,000,000,000 keys"),
     "list": (header(key("a", ARRAY, struct.pack("<IQ", 0, HUGE))), "elements of a list, for which it is too short"),
     "list of texts": (header(key("a", ARRAY, struct.pack("<IQ", STRING, HUGE))), "elements of a list"),
-    "list of lists": (header(key("a", ARRAY, struct.pack("<IQ", ARRAY, 1))), "a list has elements of the type 9"),
+    "list of lists": (
+        header(key("a", ARRAY, struct.pack("<IQ", ARRAY, 1))),
+        "a list has elements of the unknown type 9",
+    ),
     "text length": (header(key("a", STRING, struct.pack("<Q", HUGE))), "does not end within the file"),
     "key length": (header(struct.pack("<Q", HUGE) + bytes(99)), "does not end within the file"),
     "type": (header(key("a", 77, b"")), "a value has the type 77"),

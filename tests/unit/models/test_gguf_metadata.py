@@ -308,12 +308,12 @@ def test_keys_that_cannot_be(key: str, value: Any, words: str, llama: PreTrained
         (lambda writer: writer.add_uint32("qwen2.block_count", 3), "qwen2.block_count = 3"),
         (lambda writer: writer.add_type("mmproj"), "general.type is 'mmproj'"),
         (lambda writer: _replace(writer, "tokens", ["a" * 5000]), "a token has 5,000 characters"),
-        (lambda writer: _replace(writer, "tokens", [1, 2]), "expected a list of texts"),
+        (lambda writer: _replace(writer, "tokens", [1, 2]), "expected a list of strings"),
         (lambda writer: _replace(writer, "token_type", [1, 1]), "token_type does not fit the 260 tokens"),
         (lambda writer: _replace(writer, "merges", [1]), "merges does not fit"),
         (factors(rope_freqs=[1.0] * 6), "expected float32, [7]"),
         (factors(rope_freqs=[0.0] * 7), "not positive"),
-        (factors(rope_factors_short=[1.0] * 7), "it holds rope_factors_short.weight"),
+        (factors(rope_factors_short=[1.0] * 7), "only rope_factors_short.weight"),
     ],
 )
 def test_other_namespaces_tokens_and_tensors(
