@@ -50,16 +50,12 @@ def check_text_file(spec: str) -> None:
     """
     path = text_file(spec).path
     try:
-        found = os.stat(path)
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error) from None
-    try:
-        check_regular(path, found)
+        check_regular(path, os.stat(path))
     except IsADirectoryError:
         raise DataError(
             f"text {spec!r} is a folder, expected a file", "name one .txt, .jsonl or .parquet file in it"
         ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
 
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ara.errors import AraError, DiskFullError, UsageError, disk_errors, disk_full_error, open_files_error
@@ -112,9 +112,6 @@ def _cache_errors(parent: Path) -> Iterator[None]:
 def _sweep(parent: Path) -> None:
     oldest = time.time() - _ABANDONED_SECONDS
     for folder in parent.glob(f"{_ASIDE_PREFIX}*"):
-        try:
-            abandoned = folder.stat().st_mtime < oldest
-        except FileNotFoundError:  # its process has just finished
-            continue
-        if abandoned:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # its process has just finished
+            if folder.stat().st_mtime < oldest:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -92,10 +93,5 @@ def _rope_types(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _while_building(error: BaseException) -> bool:
     """Tell whether the error occurred while modules were built from the config."""
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if code.co_name == "__init__" and "modeling_" in code.co_filename:
-            return True
-        trace = trace.tb_next
-    return False
+    codes = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(code.co_name == "__init__" and "modeling_" in code.co_filename for code in codes)

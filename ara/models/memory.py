@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -65,17 +66,15 @@ def _left(group: Path, limit_name: str, usage_name: str, cached: tuple[str, ...]
         used = int((group / usage_name).read_text())
     except (OSError, ValueError):
         return None
-    try:
+    with suppress(OSError, ValueError):
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         used -= sum(int(stat.get(name, 0)) for name in cached)
-    except (OSError, ValueError):
-        pass
     return max(0, limit - max(0, used))
 
 
 def _half_of_macos() -> int:
     try:
-        told = subprocess.run(["sysctl", "-n", "hw.memsize"], capture_output=True, text=True, check=True)
-        return int(told.stdout) // 2
+        size = subprocess.run(["sysctl", "-n", "hw.memsize"], capture_output=True, text=True, check=True)
+        return int(size.stdout) // 2
     except (OSError, ValueError, subprocess.CalledProcessError):
         return _UNKNOWN
