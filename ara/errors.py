@@ -61,6 +61,9 @@ class NumericalError(AraError):
     """NaN or infinity where a finite number is needed."""
 
 
+NAN_HINT = "the model computes NaN or infinity: try --dtype float32, and check its weights"
+
+
 class WorkspaceError(AraError):
     """The workspace is missing a stage, belongs to another model or has another format."""
 

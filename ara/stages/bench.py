@@ -18,8 +18,8 @@ from ara.environment import machine
 from ara.errors import UnavailableError, UsageError
 from ara.evaluation.cost import Case, Cost
 from ara.evaluation.footprint import peak_memory
-from ara.evaluation.perplexity import spread
 from ara.evaluation.speed import interleaved_seconds, ratio
+from ara.evaluation.timing import spread
 from ara.models.placement import choose_placement
 from ara.models.sources import ModelSource
 from ara.stages.bench_models import BenchModel, BenchModels, FindExport, in_other, in_torch
