@@ -19,6 +19,7 @@ from ara.errors import UsageError
 
 # Largest JSON file, in bytes. ARA's own largest, the manifest of a model with 10,000 tensors, has about 3 MiB.
 MAX_JSON_BYTES = 64 * 2**20
+_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -50,7 +51,8 @@ def check_regular(path: Path, found: os.stat_result) -> None:
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, f"it is {_kind(found.st_mode)}, expected a regular file", str(path))
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file", str(path))
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
@@ -164,8 +166,3 @@ def _remove_with_one_file(folder: Path) -> None:
                 path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     with suppress(OSError):
         folder.rmdir()
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-    return kinds.get(stat.S_IFMT(mode), "something else")

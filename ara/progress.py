@@ -41,11 +41,7 @@ class SilentReporter:
     def step(self, text: str) -> None:
         """Do nothing."""
 
-    def fact(self, text: str) -> None:
-        """Do nothing."""
-
-    def warn(self, text: str) -> None:
-        """Do nothing."""
+    fact = warn = step
 
     @contextmanager
     def bar(self, label: str, total: float) -> Iterator[Bar]:

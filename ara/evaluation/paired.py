@@ -29,16 +29,15 @@ class Difference:
     test: str
 
 
-def compare_pairs(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Difference:
+def compare_pairs(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     """Compare two models on the same questions: McNemar's exact test for values 0 and 1, else a paired bootstrap.
 
     Args:
         ours, theirs: (q) values of at least one question, in the same order.
-        seed: random seed of the bootstrap.
     """
     if {*ours, *theirs} <= {0, 1}:
         return mcnemar(ours, theirs)
-    return bootstrap_pairs({"": (ours, theirs)}, seed)
+    return bootstrap_pairs({"": (ours, theirs)})
 
 
 def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> Difference:

@@ -37,32 +37,32 @@ class LocalData:
 
     Attributes:
         definition: lm-eval's file of the task, relative to its folder of tasks.
-        files: split → file of JSON lines.
+        split: the split that holds them.
+        file: of JSON lines.
         hub: the same data set on the Hugging Face hub.
     """
 
     definition: str
-    files: dict[str, str]
+    split: str
+    file: str
     hub: str
 
 
 LOCAL = {
-    "arc_easy": LocalData("arc/arc_easy.yaml", {"test": "arc_easy/test.jsonl"}, "allenai/ai2_arc"),
-    "arc_challenge": LocalData("arc/arc_challenge.yaml", {"test": "arc_challenge/test.jsonl"}, "allenai/ai2_arc"),
-    "piqa": LocalData("piqa/piqa.yaml", {"validation": "piqa/validation.jsonl"}, "baber/piqa"),
-    "hellaswag": LocalData("hellaswag/hellaswag.yaml", {"validation": "hellaswag/validation.jsonl"}, "Rowan/hellaswag"),
+    "arc_easy": LocalData("arc/arc_easy.yaml", "test", "arc_easy/test.jsonl", "allenai/ai2_arc"),
+    "arc_challenge": LocalData("arc/arc_challenge.yaml", "test", "arc_challenge/test.jsonl", "allenai/ai2_arc"),
+    "piqa": LocalData("piqa/piqa.yaml", "validation", "piqa/validation.jsonl", "baber/piqa"),
+    "hellaswag": LocalData("hellaswag/hellaswag.yaml", "validation", "hellaswag/validation.jsonl", "Rowan/hellaswag"),
     "winogrande": LocalData(
-        "winogrande/default.yaml", {"validation": "winogrande/validation.jsonl"}, "allenai/winogrande"
+        "winogrande/default.yaml", "validation", "winogrande/validation.jsonl", "allenai/winogrande"
     ),
-    "openbookqa": LocalData("openbookqa/openbookqa.yaml", {"test": "openbookqa/test.jsonl"}, "allenai/openbookqa"),
-    "mathqa": LocalData("mathqa/mathqa.yaml", {"test": "mathqa/test.jsonl"}, "regisss/math_qa"),
+    "openbookqa": LocalData("openbookqa/openbookqa.yaml", "test", "openbookqa/test.jsonl", "allenai/openbookqa"),
+    "mathqa": LocalData("mathqa/mathqa.yaml", "test", "mathqa/test.jsonl", "regisss/math_qa"),
     "lambada_openai": LocalData(
-        "lambada/lambada_openai.yaml", {"test": "lambada_openai/test.jsonl"}, "EleutherAI/lambada_openai"
+        "lambada/lambada_openai.yaml", "test", "lambada_openai/test.jsonl", "EleutherAI/lambada_openai"
     ),
     "wikitext": LocalData(
-        "wikitext/wikitext.yaml",
-        {"test": "wikitext2_raw/test_documents.jsonl"},
-        "EleutherAI/wikitext_document_level",
+        "wikitext/wikitext.yaml", "test", "wikitext2_raw/test_documents.jsonl", "EleutherAI/wikitext_document_level"
     ),
 }
 _SPLITS = ("training", "validation", "test")
@@ -128,7 +128,7 @@ def check_task(name: str, report: Reporter = SILENT, own: TaskFolders | None = N
         check_text_spec(name)
         return
     if name in LOCAL:
-        _local_files(name)
+        _local_file(name)
         return
     report.fact(f"looking for {name} among the tasks of lm-eval")
     known = _index().all_tasks
@@ -159,33 +159,27 @@ def load_tasks(name: str, report: Reporter = SILENT, own: TaskFolders | None = N
             report.warn(f"{name} is the task in {own.file_of(name)}, not the task of lm-eval")
         report.fact(f"reading the questions of {name} (task file {own.file_of(name)})")
         return _own_tasks(name, own)
-    files = _local_files(name) if name in LOCAL else None
-    report.fact(f"reading the questions of {name}" + ("" if files else " (Hugging Face hub)"))
+    file = _local_file(name) if name in LOCAL else None
+    report.fact(f"reading the questions of {name}" + ("" if file else " (Hugging Face hub)"))
     try:
         with silence_datasets(), silence_lm_eval():
-            return [
-                _task(found, definition, f"file {next(iter(files.values()))}" if files else None)
-                for found, definition in _load(name).items()
-            ]
+            origin = f"file {file}" if file else None
+            return [_task(found, definition, origin) for found, definition in _load(name).items()]
     except AraError:
         raise
     except ImportError as error:
         raise missing_module(f"task {name}", error) from error
     except Exception as error:  # from datasets, huggingface_hub or lm-eval
         what = f"the questions of {name} cannot be "
-        if files:
-            path = next(iter(files.values()))
-            raise DataError(
-                f"{what}used: {first_line(error)}", f"check that {path} is the data of {LOCAL[name].hub}"
-            ) from error
+        if file:
+            told, hint = f"{what}used: {first_line(error)}", f"check that {file} is the data of {LOCAL[name].hub}"
+            raise DataError(told, hint) from error
         if name in LOCAL:
-            needed = ", ".join(LOCAL[name].files.values())
-            hint = f"set {DATA_DIR_VARIABLE} (needs {needed}), or go online"
+            hint = f"set {DATA_DIR_VARIABLE} (needs {LOCAL[name].file}), or go online"
         else:
             hint = f"go online, or use a task with local data ({DATA_DIR_VARIABLE}): {', '.join(LOCAL)}"
-        raise DataError(
-            f"{what}fetched from the Hugging Face hub ({type(error).__name__}: {first_line(error)})", hint
-        ) from error
+        told = f"{what}fetched from the Hugging Face hub ({type(error).__name__}: {first_line(error)})"
+        raise DataError(told, hint) from error
 
 
 def _own_tasks(name: str, own: TaskFolders) -> list[Task]:
@@ -245,17 +239,14 @@ def definition(name: str) -> str:
     """
     import lm_eval.tasks
 
-    files = _local_files(name)
-    official = Path(lm_eval.tasks.__file__).parent / LOCAL[name].definition
+    file, local = _local_file(name), LOCAL[name]
+    official = Path(lm_eval.tasks.__file__).parent / local.definition
     lines = [f"include: {json.dumps(str(official))}", f"task: {name}"]
-    if files:
-        source = {
-            "data_files": {split: str(path) for split, path in files.items()},
-            "cache_dir": str(cache_dir() / "tasks"),
-        }
+    if file:
+        source = {"data_files": {local.split: str(file)}, "cache_dir": str(cache_dir() / "tasks")}
         lines += ["dataset_path: json", "dataset_name: null", f"dataset_kwargs: {json.dumps(source)}"]
         # lm-eval must not look for few-shot examples in missing splits.
-        lines += [f"{split}_split: null" for split in _SPLITS if split not in files]
+        lines += [f"{split}_split: null" for split in _SPLITS if split != local.split]
     return "\n".join(lines) + "\n"
 
 
@@ -280,19 +271,18 @@ def _digest(documents: Iterable[Mapping[str, Any]]) -> str:
     return sha.hexdigest()
 
 
-def _local_files(name: str) -> dict[str, Path] | None:
-    """Return split → file of a task below ``$ARA_DATA_DIR``, or ``None`` if the variable is not set."""
+def _local_file(name: str) -> Path | None:
+    """Return the file of a task below ``$ARA_DATA_DIR``, or ``None`` if the variable is not set."""
     folder = data_dir()
     if folder is None:
         return None
-    files = {split: folder / file for split, file in LOCAL[name].files.items()}
-    for path in files.values():
-        if not path.is_file():
-            raise DataError(
-                f"task {name!r}: no file {path} ({DATA_DIR_VARIABLE} is {folder})",
-                f"add it (JSON lines of {LOCAL[name].hub}), or unset {DATA_DIR_VARIABLE} to fetch the questions",
-            )
-    return {split: path.resolve() for split, path in files.items()}
+    path = folder / LOCAL[name].file
+    if not path.is_file():
+        raise DataError(
+            f"task {name!r}: no file {path} ({DATA_DIR_VARIABLE} is {folder})",
+            f"add it (JSON lines of {LOCAL[name].hub}), or unset {DATA_DIR_VARIABLE} to fetch the questions",
+        )
+    return path.resolve()
 
 
 def _load(name: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,13 +95,9 @@ def evaluate(
         chosen = workspace.ancestor(truncated, "ranks")
         decomposition = workspace.ancestor(chosen, "factors")
         source = model_of(decomposition, run)
-        resolved = config.model_copy(
-            update={
-                "device": placement.device,
-                "dtype": placement.dtype,
-                "seq_len": window_length(config.seq_len, source.config),
-            }
-        )
+        seq_len = window_length(config.seq_len, source.config)
+        placed = {"device": placement.device, "dtype": placement.dtype}
+        resolved = config.model_copy(update={**placed, "seq_len": seq_len})
         exported, parents = None, [truncated, decomposition]
         if config.backend != "torch":
             assert find_export is not None
@@ -110,10 +107,7 @@ def evaluate(
         tasks = [task for name in names if not is_text(name) for task in load_tasks(name, run.report, own)]
         settings = {
             **resolved.model_dump(mode="json"),
-            "text_sha256": {
-                **{task: documents.digest for task, documents in texts.items()},
-                **{task.name: task.digest for task in tasks},
-            },
+            "text_sha256": {name: text.digest for name, text in texts.items()} | {t.name: t.digest for t in tasks},
             **({} if own is None else {"task_files_sha256": own.digest}),
         }
         if name is None:
@@ -183,16 +177,13 @@ def _variants(
         budget = Budget(allocation.cost, made.rank_multiple, made.min_rank, made.min_keep, excluded)
         uniform = Uniform().allocate(load_modules(decomposition, layout), budget)
 
-    def load_dense() -> PreTrainedModel:
-        return source.load_model(dtype, config.device)
+    load_dense = partial(source.load_model, dtype, config.device)
+    load_chosen = partial(load, truncated.path / CHECKPOINT, config.device, config.dtype)
 
     def load_uniform() -> PreTrainedModel:
         model = load_dense()
         apply_factors(model, uniform.low_rank(), files, layout, run.report)
         return model
-
-    def load_chosen() -> PreTrainedModel:
-        return load(truncated.path / CHECKPOINT, config.device, config.dtype)
 
     variants = [Variant(DENSE, load_dense, 1.0)]
     if uniform != allocation:

@@ -138,12 +138,12 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
 
     def measured(kind: str, of: StageView) -> list[StageView]:
         """Return the finished results of a kind that were made from ``of``, oldest first."""
-        return [view for view in everything if view.kind == kind and view.state == "done" and _is_made_from(view, of)]
+        made = [view for view in everything if view.kind == kind and view.state == "done"]
+        return [view for view in made if parent_of(of) in manifest_of(view).parents]
 
     chosen, decomposition = above(truncated, "ranks"), above(truncated, "factors")
     ModelIdentity.from_dict(manifest_of(decomposition).model)  # refuse a malformed one
-    parents_of_ranks = [parent.key for parent in manifest_of(chosen).parents]
-    trained = [whole[key] for key in parents_of_ranks if key in whole and whole[key].kind == "training"]
+    trained = [whole[key] for key in _parent_keys(chosen) if key in whole and whole[key].kind == "training"]
     layout = layout_of(chosen)
     specs = specs_of(decomposition, layout)
     verify_files(chosen.path, manifest_of(chosen), [RANKS_FILE])
@@ -158,7 +158,12 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
             found = measured("evaluation", other), measured("benchmark", other)
             others.append(_made(other, above(other, "ranks"), *found))
             parents += [other, above(other, "ranks"), *found[0], *found[1]]
-    stale = [view for view in everything if view.state == "stale" and _names(view, truncated)]
+    # Made from this checkpoint, or from an earlier one with its key.
+    stale = [
+        manifest_of(view)
+        for view in everything
+        if view.state == "stale" and view.kind != "report" and truncated.key in _parent_keys(view)
+    ]
     # The parents of damaged results are unknown.
     damaged = [view for view in everything if view.state == "damaged" and view.kind in _MEASURED]
     place = () if workspace.root == Path(DEFAULT_ROOT) else ("-w", str(workspace.root))
@@ -171,7 +176,7 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
         training=manifest_of(trained[0]) if trained else None,
         comparisons=tuple(map(manifest_of, comparisons)),
         exports=tuple(map(manifest_of, exports)),
-        stale=tuple(manifest_of(view) for view in stale if view.kind != "report"),
+        stale=tuple(stale),
         damaged=tuple(view.key for view in damaged),
         place=place,
     )
@@ -189,13 +194,8 @@ def _made(
     )
 
 
-def _is_made_from(view: StageView, parent: StageView) -> bool:
-    return parent_of(parent) in manifest_of(view).parents
-
-
-def _names(view: StageView, parent: StageView) -> bool:
-    """Tell whether ``view`` was made from this or an earlier result with the key of ``parent``."""
-    return any(found.key == parent.key for found in manifest_of(view).parents)
+def _parent_keys(view: StageView) -> list[str]:
+    return [parent.key for parent in manifest_of(view).parents]
 
 
 def _modules(decomposition: StageView, specs: Sequence[LinearSpec]) -> list[Module]:
