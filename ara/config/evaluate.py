@@ -47,7 +47,9 @@ class EvalConfig(PlacementConfig):
         le=bounds.MAX_CONTINUATIONS,
         description="prompts that every model continues greedily: beginnings of the first text's documents",
     )
-    prompt: str | None = Field(None, description="let every model continue this prompt instead")
+    prompt: str | None = Field(
+        None, description="prompt that every model continues, instead of the beginnings of documents"
+    )
     max_new_tokens: int = Field(
         40, ge=1, le=bounds.MAX_TOKENS, description="largest length of a continuation, in tokens"
     )
