@@ -21,7 +21,7 @@ def check_name(name: str) -> str:
     if problem is not None:
         raise UsageError(
             f"{name[:MAX_NAME_BYTES]!r} cannot be the name of a result: {problem}",
-            "results have plain folder names, such as ara-0.80 (`ara status` lists all results)",
+            "results have plain folder names, such as --name ara-0.80 (`ara status` lists all results)",
         )
     return name
 
