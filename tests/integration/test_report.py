@@ -185,7 +185,7 @@ def test_a_copy_of_the_page(copied, tmp_path):
 @pytest.mark.parametrize("flag", ["--output", "--model-card"])
 def test_nothing_is_put_into_the_workspace(copied, place, flag):
     before = contents(copied)
-    refused("lies in the workspace", "report", "-w", copied, flag, copied / place, "--force")
+    refused("is in the workspace", "report", "-w", copied, flag, copied / place, "--force")
     assert contents(copied) == before
 
 
