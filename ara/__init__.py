@@ -1,13 +1,13 @@
 """ARA: adaptive rank allocation for SVD compression of large language models.
 
-``import ara`` is cheap (no torch) and makes transformers understand compressed checkpoints::
+``import ara`` does not import torch. It registers compressed checkpoints with transformers::
 
     import ara
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained("ara-workspace/truncate/energy-0.80/checkpoint")
 
-:func:`ara.load` does the same in one call. The map of the pipeline is :mod:`ara.pipeline`.
+:func:`ara.load` does the same in one call. :mod:`ara.pipeline` describes the pipeline.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Upper and lower bounds of settings: far beyond every use, near enough that nothing overflows or runs out of memory.
+"""Upper and lower bounds of settings, the check of text settings, and how a refused value is shown.
 
-A setting outside them is a slip of the keyboard or of a script, and is refused before any work begins. Beside the
-numbers: what a setting that is text may be, and how a refused one is shown.
+The bounds lie far beyond every use, but low enough that nothing overflows or runs out of memory. A setting outside them
+is a typing error, and is refused before any work begins.
 """
 
 from __future__ import annotations
@@ -12,39 +12,39 @@ from typing import Any
 MAX_TOKENS = 2**24
 # Windows to read: at 512 tokens each, more text than any calibration set has.
 MAX_WINDOWS = 10**6
-# "Only the first N" of windows or questions: no text or task has as many.
+# First N windows or questions: no text or task has as many.
 MAX_COUNT = 10**9
-# Rows at once.
+# Rows of a batch.
 MAX_BATCH = 2**16
-# Steps of a training, and steps between two looks at it.
+# Training steps.
 MAX_STEPS = 10**6
 # A rank is at most the smaller side of a layer; the widest published ones (vocabulary heads) have about 2**18 rows.
 MAX_RANK = 2**20
-# Ranks that a mask is made of; each costs every layer a row of memory.
+# Atoms of a mask; each costs every layer a row of memory.
 MAX_ATOMS = 2**16
-# Seeds fit every generator that they are handed to.
+# Every generator takes seeds below this one.
 SEED_LIMIT = 2**31
-# Measurements of one case; repeating it more often narrows no range that matters.
+# Measurements of one case; more of them narrow no range that matters.
 MAX_ROUNDS = 10**4
 # Threads: the largest machines that Linux runs on have 8,192 processors.
 MAX_THREADS = 2**16
-# Lengths and sizes of a benchmark, each of which is a case of its own.
+# Lengths and batch sizes of a benchmark; each is one case.
 MAX_CASES = 1000
-# Beginnings that are continued, each by every model.
+# Prompts that every model continues.
 MAX_CONTINUATIONS = 10**4
 # GiB of memory: from one byte to a petabyte.
 MIN_GIB, MAX_GIB = 2.0**-30, 2.0**20
-# Bytes of a checkpoint's file: no tensor fits into less, no disk holds more.
+# Bytes of a safetensors file.
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 1000, 10**15
-# Weights and multiples of losses: a loss of some thousand nats times this stays far inside float32.
+# Weights of losses: a loss of some thousand nats times this fits into float32.
 MAX_WEIGHT = 1e9
-# Learning rates: Adam moves a parameter by about as much per step, and one of a million is noise.
+# Learning rates: Adam moves a parameter by about this much per step.
 MIN_RATE, MAX_RATE = 1e-12, 1e6
-# Temperatures and slopes: scores of some thousand nats, divided or multiplied, stay inside float32.
+# Temperatures and slopes: scores of some thousand nats, divided or multiplied by these, fit into float32.
 MIN_SLOPE, MAX_SLOPE = 1e-6, 1e6
-# Logits: beyond, a sigmoid in float32 is 0 or 1 and has no gradient.
+# Logits: beyond this, a sigmoid in float32 is 0 or 1 and has no gradient.
 MAX_LOGIT = 80.0
-# Characters of a refused value that are shown.
+# Characters shown of a refused value.
 _SHOWN = 100
 
 
@@ -52,7 +52,7 @@ def shown(value: Any, quoted: bool = True) -> str:
     """Return the beginning of a refused value, on one line."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes out no whole number of more than 4,300 digits
+    except ValueError:  # Python prints no integer of more than 4,300 digits
         return "a number of thousands of digits"
     if not quoted:
         text = text[1:-1]
@@ -60,21 +60,16 @@ def shown(value: Any, quoted: bool = True) -> str:
 
 
 def check_text(value: Any) -> None:
-    """Refuse text, also inside lists and tables, that no file name and no manifest can hold."""
+    """Refuse text, also inside collections, that file names and manifests cannot hold; raises ``ValueError``."""
     if isinstance(value, str):
         if "\0" in value:
             raise ValueError("a null character cannot be used")
-        if not value.isascii():
-            _check_unicode(value)
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("it is not valid UTF-8") from None
     elif isinstance(value, dict):
         check_text([*value, *value.values()])
     elif isinstance(value, list | tuple | set | frozenset):
         for item in value:
             check_text(item)
-
-
-def _check_unicode(value: str) -> None:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("it is not valid UTF-8") from None

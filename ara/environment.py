@@ -1,4 +1,4 @@
-"""Facts of the process and its surroundings that go into manifests."""
+"""Time, versions, memory and machine, for manifests."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-# What Linux tells a process about itself.
 _PROC_SELF = Path("/proc/self")
-# Packages whose versions count where they are installed: they read texts and tasks, and run graphs.
+# Optional packages that affect results: they read texts and tasks, and run graphs.
 _OPTIONAL = ("datasets", "lm_eval", "onnxruntime", "onnxruntime-gpu")
-# What Linux tells about the processor.
 _CPU_INFO = Path("/proc/cpuinfo")
-
-
-# Of mallopt, from glibc's malloc.h.
+# Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
@@ -29,7 +25,7 @@ def now() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that matter for reproducing a result; nothing is imported for it."""
+    """Return the versions that affect a result, without importing the packages."""
     from importlib.metadata import PackageNotFoundError, version
 
     from ara.version import __version__
@@ -43,11 +39,10 @@ def versions() -> dict[str, str]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next allocation of this process; without glibc nothing happens.
+    """Make glibc reuse freed memory instead of returning it to the system; no effect without glibc.
 
-    Otherwise every block above 32 MiB goes back to the system at once, and the next one, of the same size as a rule,
-    is cleared and mapped page by page: a fifth of the time of a training step on a CPU. Resident memory stays at its
-    peak until the process ends.
+    By default glibc returns every block above 32 MiB at once. The next block is then cleared and mapped page by page,
+    which takes a fifth of a training step on a CPU. Resident memory stays at its peak until the process ends.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -56,23 +51,22 @@ def keep_freed_memory() -> None:
 
 
 def reset_peak_memory() -> None:
-    """Start measuring :func:`peak_memory_bytes` anew; where the system cannot, the peak stays that of the process."""
+    """Reset :func:`peak_memory_bytes`, where the system allows it."""
     if (cuda := _cuda_in_use()) is not None:
         for device in range(cuda.device_count()):
             cuda.reset_peak_memory_stats(device)
     with suppress(OSError):  # not Linux, or not allowed in this container
-        # 5 lowers the high-water mark (VmHWM) to what is resident now.
+        # 5 resets the high-water mark (VmHWM) to the resident memory of now.
         (_PROC_SELF / "clear_refs").write_text("5")
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory held since :func:`reset_peak_memory`, in bytes.
+    """Return the peak memory since :func:`reset_peak_memory`, in bytes; 0 if the system does not report it (Windows).
 
-    With CUDA in use: tensors in GPU memory, the sum over all devices of each one's own peak; what the allocator keeps
-    in reserve and the CUDA context itself are not in it, nor is RAM. Otherwise: resident RAM of this process with the
-    mapped pages of files (weights read through safetensors count), but without its child processes. RAM cannot be
-    reset on macOS, nor where a container forbids it: there it is the peak since the process started. 0 where the
-    system does not tell (Windows).
+    With CUDA in use: tensors in GPU memory, each device's own peak, summed over devices. RAM, the allocator's reserve
+    and the CUDA context do not count. Otherwise: resident RAM of this process, including mapped pages of files (such as
+    weights in safetensors files), without child processes. On macOS, and in containers that forbid the reset, it is the
+    peak since the process started.
     """
     if (cuda := _cuda_in_use()) is not None:
         return sum(int(cuda.max_memory_allocated(device)) for device in range(cuda.device_count()))
@@ -99,11 +93,11 @@ def _cuda_in_use() -> Any:
 
 
 def machine() -> dict[str, Any]:
-    """Return what of this machine decides its speed; no name of it or of its user.
+    """Return the hardware that decides the speed; no host or user name.
 
     Returns:
-        ``system``, ``processor``, ``cores`` that this process may use, ``memory_bytes`` and ``gpus``, as far as the
-        system tells.
+        ``system``, ``processor``, ``cores`` (that this process may use), ``memory_bytes`` and ``gpus``; ``None`` where
+        unknown.
     """
     import torch
 

@@ -1,8 +1,8 @@
 """Errors a user can act on: what happened, what was got, what was expected, what to do next.
 
-Every failure that is not our own bug is an :class:`AraError`. The command line prints ``str(error)``
-as one line, the hint on a second one, and exits with :attr:`AraError.exit_code`. Our own bugs stay
-ordinary exceptions; the command line says so in one line and keeps their traceback.
+Every failure that is not a bug of ARA is an :class:`AraError`. The command line prints ``str(error)`` on one line, the
+hint on a second one, and exits with :attr:`AraError.exit_code`. Bugs are ordinary exceptions: the command line reports
+them in one line and keeps the traceback.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Torch's ways to say that memory is short: a class of its own for GPUs, else a RuntimeError with these words.
+# Torch raises its own class when GPU memory is short, else a RuntimeError with one of these texts.
 _OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "alloc_failed")
-# Words by which safetensors and others wrap the operating system's errors (they do not keep errno).
+# Texts of operating system errors, for libraries such as safetensors that do not keep errno.
 _DISK_FULL_WORDS = ("no space left on device", "os error 28", "disk quota exceeded")
 _FILE_LIMIT_WORDS = ("file too large", "os error 27")
 _OPEN_FILES_WORDS = ("too many open files", "os error 24")
-# numpy, by which ONNX weights are written: "4096 requested and 1024 written", whatever the reason.
+# numpy's error when it writes ONNX weights: "4096 requested and 1024 written", whatever the reason.
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
@@ -28,8 +28,8 @@ class AraError(Exception):
     """A user or data problem.
 
     Args:
-        message: what happened, with what was got and what was expected; one line.
-        hint: what to do next; one line, or ``None`` when there is nothing to add.
+        message: what happened, what was got and what was expected; one line.
+        hint: what to do next; one line, or ``None``.
     """
 
     exit_code = 1
@@ -61,6 +61,9 @@ class NumericalError(AraError):
     """NaN or infinity where a finite number is needed."""
 
 
+NAN_HINT = "the model computes NaN or infinity: try --dtype float32, and check its weights"
+
+
 class WorkspaceError(AraError):
     """The workspace is missing a stage, belongs to another model or has another format."""
 
@@ -74,19 +77,19 @@ class LockedError(WorkspaceError):
 
 
 class DiskFullError(AraError):
-    """The disk has no room for what is to be written."""
+    """The disk is full, or a file would exceed a size limit."""
 
 
 class OutputError(AraError):
-    """The folder that is to be written must not be touched."""
+    """The output path must not be written."""
 
 
 class UnavailableError(AraError):
-    """A command that is registered, but whose implementation has not arrived yet."""
+    """This machine lacks something that the command needs."""
 
 
 class InternalError(AraError):
-    """A bug of ours, as the command line tells it."""
+    """A bug of ARA, as the command line reports it."""
 
     exit_code = 70  # EX_SOFTWARE of sysexits.h
 
@@ -101,13 +104,13 @@ class ProblemsError(UsageError):
 
 
 def near_matches(name: str, known: Iterable[str]) -> str:
-    """Return ``"did you mean a or b? "`` (or an empty string) followed by nothing else."""
+    """Return ``"did you mean a or b? "``, or an empty string."""
     close = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}? " if close else ""
 
 
 def text_of(error: BaseException) -> str:
-    """Return what ``error`` says; nothing if saying it fails in turn."""
+    """Return ``str(error)``, or an empty string if that fails."""
     try:
         return str(error)
     except Exception:
@@ -115,17 +118,17 @@ def text_of(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory is short; without importing torch, which is slow and may not be what failed."""
+    """Tell whether memory is short; does not import torch."""
     if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and any(words in text_of(error).lower() for words in _OUT_OF_MEMORY_WORDS)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what ``error`` says that tells something, or the name of its class if it says nothing.
+    """Return the first line of the error's text, or the name of its class if the text is empty.
 
-    A line that ends in a colon announces the next one; a ``KeyError`` says a key, and not that it is missing. Of the
-    errors with which huggingface_hub checks configs only the cause counts, which names the field itself.
+    A line that ends in a colon is joined with the next one. A ``KeyError`` holds only the key, so the line says that it
+    is missing. From huggingface_hub's config errors the cause is taken, which names the field.
     """
     lines = [line.strip() for line in text_of(error).splitlines() if line.strip()]
     if not lines:
@@ -161,8 +164,8 @@ def disk_errors(target: Path, needed_bytes: int | None = None) -> Iterator[None]
 
 
 def disk_full_error(error: Exception, target: Path, needed_bytes: int | None = None) -> DiskFullError | None:
-    """Return what to say of ``error`` if it means a full disk, else ``None``; arguments as of :func:`disk_errors`."""
-    if isinstance(error, AraError):  # told already
+    """Return the error to raise if ``error`` means a full disk, else ``None``; arguments as of :func:`disk_errors`."""
+    if isinstance(error, AraError):
         return None
     told = text_of(error).lower()
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -176,16 +179,16 @@ def disk_full_error(error: Exception, target: Path, needed_bytes: int | None = N
     if limited or _SHORT_WRITE.search(told):
         what = "" if limited else "the disk is full, or "
         return DiskFullError(
-            f"{what}a file may not grow so large: writing {target} failed{needed}",
-            "raise the limit (ulimit -f unlimited), or use a disk with more room that takes larger files",
+            f"{what}a file exceeds the size limit: writing {target} failed{needed}",
+            "raise the limit (ulimit -f unlimited), or use a disk with more space and support for larger files",
         )
     return None
 
 
 def open_files_error(error: BaseException) -> AraError | None:
-    """Return what to say of ``error`` if it means that the process may open no more files, else ``None``."""
+    """Return the error to raise if ``error`` means that too many files are open, else ``None``."""
     if not any(words in text_of(error).lower() for words in _OPEN_FILES_WORDS):
         return None
-    # What a reader made of it, that a file is damaged, is not so.
+    # The hint of a reader's error is wrong here: the file is not damaged.
     told = str(error) if isinstance(error, AraError) else "too many open files: this process may open no more"
-    return AraError(told, "raise the limit, as by ulimit -n 4096")
+    return AraError(told, "raise the limit, such as with ulimit -n 4096")

@@ -1,7 +1,7 @@
-"""Files from elsewhere are read within bounds, and files of ours are never written through a link.
+"""Reads files within size limits, and writes files without following links.
 
-Whatever is wrong with a file is an :class:`OSError` whose ``strerror`` says it. So one ``except`` covers a missing
-file, a missing permission, a pipe in the place of a file, and a file that is far too large.
+Every problem with a file is an :class:`OSError` whose ``strerror`` describes it: a missing file, a missing permission,
+a pipe instead of a file, a file that is too large.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from typing import BinaryIO
 from ara.bounds import check_text
 from ara.errors import UsageError
 
-# Of JSON from elsewhere, in bytes. The largest of ours, the manifest of a model with 10,000 tensors, has about 3 MiB.
+# Largest JSON file, in bytes. ARA's own largest, the manifest of a model with 10,000 tensors, has about 3 MiB.
 MAX_JSON_BYTES = 64 * 2**20
+_KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading; a link to one counts, a pipe, a socket or a device does not.
+    """Open a regular file, or a link to one, for reading.
 
     Raises:
-        OSError: there is no such file, it may not be read, or it is something else than a file.
+        OSError: there is no such file, it may not be read, or it is no regular file.
     """
-    # A pipe would block here until somebody writes to it.
+    # Without O_NONBLOCK a pipe would block here until something is written to it.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     try:
         check_regular(path, os.fstat(descriptor))
@@ -42,7 +43,7 @@ def check_regular(path: Path, found: os.stat_result) -> None:
 
     Args:
         path: named in the error.
-        found: what ``stat`` says of it.
+        found: its ``stat``.
 
     Raises:
         OSError: it is a folder, a pipe, a socket or a device.
@@ -50,7 +51,8 @@ def check_regular(path: Path, found: os.stat_result) -> None:
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, f"it is {_kind(found.st_mode)}, expected a regular file", str(path))
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file", str(path))
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
@@ -71,24 +73,24 @@ def read_text(path: Path, limit: int = MAX_JSON_BYTES) -> str:
 
     Raises:
         OSError: see :func:`read_bytes`.
-        UnicodeDecodeError: the content is not UTF-8; a ``ValueError``.
+        UnicodeDecodeError: the content is not UTF-8.
     """
     return read_bytes(path, limit).decode("utf-8")
 
 
 def write_text(path: Path, text: str, *, sync: bool = False) -> None:
-    """Write a text file as UTF-8; a file that is there is replaced in place, a link is not followed.
+    """Write a text file as UTF-8; an existing file is overwritten in place, a link is not followed.
 
     Args:
         path: of the file.
         text: its whole content.
-        sync: return only when it is on the disk.
+        sync: flush to the disk before returning.
 
     Raises:
         OSError: it cannot be written, or ``path`` is a link.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-    # A pipe would block here until somebody reads from it.
+    # Without this a pipe would block here until something reads from it.
     flags |= getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags, 0o666)
@@ -105,22 +107,22 @@ def write_text(path: Path, text: str, *, sync: bool = False) -> None:
 
 
 def expand_user(path: str | Path, what: str) -> Path:
-    """Return ``path`` with ``~`` and ``~user`` in front written out.
+    """Return ``path`` with a leading ``~`` or ``~user`` expanded.
 
     Args:
-        path: what somebody typed or set.
-        what: it is, for the error: an option, a variable.
+        path: from the command line or an environment variable.
+        what: name of the option or variable, for the error.
 
     Raises:
-        UsageError: there is no such user, the home folder is unknown, or the path is not valid UTF-8: manifests are.
+        UsageError: there is no such user, the home folder is unknown, or the path is not valid UTF-8.
     """
     try:
         found = Path(path).expanduser()
         check_text(str(found))
-    except RuntimeError:  # of pathlib
+    except RuntimeError:
         raise UsageError(
             f"{what} {str(path)!r} cannot be used: there is no such user, or HOME is not set",
-            "write the folder out (./~name is a folder of that name)",
+            "give the full path (./~name is a folder called ~name)",
         ) from None
     except ValueError as problem:
         raise UsageError(
@@ -130,7 +132,7 @@ def expand_user(path: str | Path, what: str) -> Path:
 
 
 def is_plain_file(path: Path) -> bool:
-    """Tell whether there is a regular file at ``path`` itself, not by a link."""
+    """Tell whether ``path`` is a regular file and no link."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except (OSError, ValueError):
@@ -138,9 +140,9 @@ def is_plain_file(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a folder with all that it holds, or a link; what a link points to stays.
+    """Delete a file, a folder with its content, or a link without its target.
 
-    Nothing there is fine, and so is a part of a folder that cannot be deleted: whatever needs the place says so.
+    A missing path is no error, and neither is a part of a folder that cannot be deleted.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
@@ -151,12 +153,12 @@ def remove(path: Path) -> None:
 
 
 def link_error(path: Path) -> OSError:
-    """Return the error for a link in the place of something that was about to be written."""
+    """Return the error for a link where a file was to be written."""
     return OSError(errno.ELOOP, "it is a link, and ARA does not write through links", str(path))
 
 
 def _remove_with_one_file(folder: Path) -> None:
-    """Delete what a process that may open next to no files can: ``shutil.rmtree`` wants two at each level."""
+    """Delete a folder with few open files: ``shutil.rmtree`` opens two per level and may have reached the limit."""
     for place, folders, files in os.walk(folder, topdown=False):
         for name in (*files, *folders):
             path = Path(place, name)
@@ -164,13 +166,3 @@ def _remove_with_one_file(folder: Path) -> None:
                 path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     with suppress(OSError):
         folder.rmdir()
-
-
-def _kind(mode: int) -> str:
-    kinds = {
-        stat.S_ISFIFO: "a pipe",
-        stat.S_ISSOCK: "a socket",
-        stat.S_ISCHR: "a device",
-        stat.S_ISBLK: "a device",
-    }
-    return next((name for test, name in kinds.items() if test(mode)), "something else")

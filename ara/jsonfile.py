@@ -1,8 +1,8 @@
-"""The one reader of JSON that somebody else may have written: configs, indexes, manifests, journals, ranks.
+"""Reads JSON that another program may have written (configs, indexes, manifests, journals, ranks), and writes JSON.
 
-Whatever such a file holds, one line says what is wrong with it. It refuses what is not JSON, what is not a regular file
-or is too large, nesting that no reader of ours survives, numbers with thousands of digits, and half a surrogate pair,
-which nothing could print or store. The writer beside it writes no number that a reader would refuse.
+The reader describes every problem in one line. It refuses invalid JSON, irregular and too large files, deep nesting,
+numbers with thousands of digits, and unpaired surrogates, which cannot be printed or stored. The writer refuses numbers
+that the reader would refuse.
 """
 
 from __future__ import annotations
@@ -11,30 +11,29 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from ara.errors import AraError, ModelError, NumericalError
 from ara.files import MAX_JSON_BYTES, read_text
 
-# Objects and lists inside each other. The deepest file that we know, a tokenizer's pipeline, has 8.
+# Levels of nesting. The deepest known file, the pipeline of a tokenizer, has 8.
 MAX_DEPTH = 64
 
-_Schema = TypeVar("_Schema", bound=BaseModel)
 _Pairs = Callable[[list[tuple[str, Any]]], Any]
 
 
 def parse(text: str, *, finite: bool = True, pairs: _Pairs | None = None) -> Any:
-    """Return what a JSON text holds.
+    """Return the content of a JSON text.
 
     Args:
         text: the document.
-        finite: refuse NaN and infinity, which Python's writer produces and JSON does not know.
-        pairs: makes an object from its names and values in their order; ``dict`` by default.
+        finite: refuse NaN and infinity, which Python writes although JSON has no such numbers.
+        pairs: makes an object from its (name, value) pairs; ``dict`` by default.
 
     Raises:
-        ValueError: for whatever is wrong with it.
+        ValueError: the text is refused.
     """
     try:
         found = json.loads(
@@ -50,7 +49,7 @@ def parse(text: str, *, finite: bool = True, pairs: _Pairs | None = None) -> Any
 
 
 def read(path: Path, *, finite: bool = True, pairs: _Pairs | None = None, limit: int = MAX_JSON_BYTES) -> Any:
-    """Return what a JSON file holds; arguments as of :func:`parse`, and the most bytes that it may have.
+    """Return the content of a JSON file of at most ``limit`` bytes; other arguments as of :func:`parse`.
 
     Raises:
         OSError: it cannot be read, is no regular file, or too large.
@@ -60,27 +59,21 @@ def read(path: Path, *, finite: bool = True, pairs: _Pairs | None = None, limit:
 
 
 def read_object(
-    path: Path,
-    hint: str | None,
-    error: type[AraError] = ModelError,
-    *,
-    finite: bool = False,
-    pairs: _Pairs | None = None,
+    path: Path, hint: str | None, error: type[AraError] = ModelError, *, finite: bool = False
 ) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Args:
         path: of the file.
-        hint: what to do when it cannot be read.
-        error: class of what is raised.
-        finite: as of :func:`parse`; configs of models do hold infinities.
-        pairs: as of :func:`parse`.
+        hint: of the error.
+        error: class of the error.
+        finite: as of :func:`parse`; configs of models may hold infinities.
 
     Raises:
         AraError: of the class ``error``: no such file, not JSON, or not an object.
     """
     try:
-        found = read(path, finite=finite, pairs=pairs)
+        found = read(path, finite=finite)
     except OSError as problem:
         raise error(f"{path} cannot be read ({problem.strerror})", hint) from None
     except ValueError as problem:
@@ -90,74 +83,38 @@ def read_object(
     return found
 
 
-def read_typed(
-    path: Path, schema: type[_Schema], hint: str | None, error: type[AraError] = ModelError, *, finite: bool = True
-) -> _Schema:
-    """Return the JSON object in a file as ``schema`` describes it.
-
-    Args:
-        path: of the file.
-        schema: a pydantic model; whether unknown names are refused is its own matter.
-        hint: what to do when it cannot be read.
-        error: class of what is raised.
-        finite: as of :func:`parse`.
-
-    Raises:
-        AraError: of the class ``error``: as :func:`read_object`, or a field is missing or has the wrong type.
-    """
-    return validated(read_object(path, hint, error, finite=finite), path, schema, hint, error)
-
-
-def validated(
-    found: Any, path: Path, schema: type[_Schema], hint: str | None, error: type[AraError] = ModelError
-) -> _Schema:
-    """Return what was read from ``path`` as ``schema`` describes it; arguments as of :func:`read_typed`.
-
-    Raises:
-        AraError: of the class ``error``: a field is missing or has the wrong type; names the first.
-    """
-    try:
-        return schema.model_validate(found)
-    except ValidationError as problem:
-        raise error(f"{path}: {first_problem(problem)}", hint) from None
-
-
 def dump(value: Any, what: str, *, indent: int | None = None) -> str:
-    """Return plain data, pydantic models inside allowed, as a JSON text that every reader takes.
+    """Return plain data, which may hold pydantic models, as a JSON text.
 
     Args:
-        value: what is to be written.
-        what: it is, for the error.
+        value: the data.
+        what: name of the data, for the error.
         indent: as of ``json.dumps``.
 
     Raises:
         NumericalError: a number is NaN or infinite; names its place.
     """
     try:
-        return json.dumps(value, indent=indent, allow_nan=False, default=_dumped)
+        return json.dumps(value, indent=indent, allow_nan=False, default=lambda item: item.model_dump(mode="json"))
     except ValueError:
         place = _first_not_finite(value)
         if place is None:
             raise
     raise NumericalError(
-        f"{what}: {place} is not a finite number, and JSON knows no others",
-        "a result with it could not be read again, so nothing was written; --dtype float32 or other settings may help",
+        f"{what}: {place} is not a finite number, so it cannot be written as JSON",
+        "try --dtype float32 or other settings",
     )
 
 
 def first_problem(problem: ValidationError) -> str:
-    """Return the first of pydantic's findings in one line: place, what is wrong."""
+    """Return pydantic's first finding in one line: place and problem."""
     first = problem.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     return f"{place}: {first['msg']}" if place else str(first["msg"])
 
 
-def _dumped(item: Any) -> Any:
-    return item.model_dump(mode="json")
-
-
 def _first_not_finite(value: Any, place: str = "") -> str | None:
-    """Return where the first number stands that is NaN or infinite, as ``a.b.0 (nan)``."""
+    """Return the place of the first NaN or infinite number, such as ``a.b.0 (nan)``."""
     if isinstance(value, BaseModel):
         value = value.model_dump()
     if isinstance(value, float) and not math.isfinite(value):
@@ -179,7 +136,7 @@ def _finite_float(digits: str) -> float:
 
 
 def _check(found: Any) -> None:
-    """Refuse what is nested too deeply, and strings that are no Unicode; level by level, not by recursion."""
+    """Refuse deep nesting and invalid Unicode, without recursion."""
     level, depth = [found], 0
     while level:
         depth += 1

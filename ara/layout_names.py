@@ -1,4 +1,4 @@
-"""The names of the layouts, without their classes: :mod:`ara.layouts` says what each is, and imports torch."""
+"""The names of the layouts. Their classes are in :mod:`ara.layouts`, which imports torch."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from typing import Literal, get_args
 
 LayoutName = Literal["factors", "pivoted"]
 LAYOUT_NAMES: tuple[LayoutName, ...] = get_args(LayoutName)
-# The layout of a result that names none; a result in another layout carries its name.
+# The names of results in other layouts end in the layout's name.
 DEFAULT_LAYOUT: LayoutName = "factors"

@@ -10,36 +10,37 @@
                                    │
                               checkpoint ──▶ eval, export
 
-``ara run``, ``ara status``, the next command, the folders of a workspace and the documentation follow this table. A
-stage asks for a kind and never for another stage, so a second stage that writes checkpoints is one line here and its
-own file.
+``ara run``, ``ara status``, the suggested next command, the folders of a workspace and the documentation follow this
+table. A stage consumes kinds and never names another stage. So a second stage that writes checkpoints needs one entry
+here and its own file.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ara.registry import load_target
+
 
 class TypedResults(Protocol):
-    """What the workspace asks the results class of a kind; see :class:`ara.artifacts.base.Results`."""
+    """What the workspace needs from the results class of a kind; see :class:`ara.artifacts.base.Results`."""
 
     def problem(self, manifest: Any) -> str | None:
-        """Return in one line what is wrong with settings, results or tensors of a manifest, or ``None``."""
+        """Return the problem with settings, results or tensors of a manifest in one line, or ``None``."""
 
     def unfinished_problem(self, results: Mapping[str, Any]) -> str | None:
-        """Return what is wrong with the results of unfinished work, or ``None``."""
+        """Return the problem with the results of unfinished work, or ``None``."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a result is, whichever stage made it.
+    """A kind of result; several stages may produce the same kind.
 
     Attributes:
         name: of the kind.
-        argument: name of the argument, and of the option, by which a stage is given one by name.
+        argument: name of the argument and option that select a result of this kind by name.
         results: ``"package.module:Class"`` of its typed results, imported on first use.
     """
 
@@ -49,29 +50,29 @@ class Kind:
 
     @property
     def option(self) -> str:
-        """The option that names one, such as ``--checkpoint``."""
+        """The option that selects a result, such as ``--checkpoint``."""
         return f"--{self.argument}"
 
     def load(self) -> TypedResults:
         """Import and return the class of the results."""
-        found: TypedResults = _load(self.results)
+        found: TypedResults = load_target(self.results)
         return found
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One line of the pipeline.
+    """One stage of the pipeline.
 
     Attributes:
         name: of the command and of the workspace folder.
         title: one line for ``ara --help``.
-        run: ``"package.module:function"``, imported on first use. The function takes config and
-            :class:`ara.stages.common.Run`, and the result that it builds on by the argument of the first consumed kind.
-        consumes: kinds that a result may be made from, the one that the stage builds on first.
+        run: ``"package.module:function"``, imported on first use. The function takes a config, a
+            :class:`ara.stages.common.Run`, and its main input as the argument of the first consumed kind.
+        consumes: kinds that a result may be made from; the main input is first.
         produces: kind of the result.
-        flow: what goes in and what comes out, in words, for ``ara --help``.
+        flow: inputs and outputs in words, for ``ara --help``.
         optional: whether the pipeline is complete without it.
-        aside: whether it measures or shows only, and is no step of the pipeline.
+        aside: whether it only measures or shows, and is no step of the pipeline.
     """
 
     name: str
@@ -90,7 +91,7 @@ class Stage:
 
     def load(self) -> Any:
         """Import and return the function."""
-        return _load(self.run)
+        return load_target(self.run)
 
 
 KINDS: tuple[Kind, ...] = (
@@ -105,7 +106,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("report", "report", "ara.artifacts.report:ReportResults"),
 )
 
-# In the order in which people run them.
+# In the order in which users run them.
 STAGES: tuple[Stage, ...] = (
     Stage(
         "decompose",
@@ -177,16 +178,7 @@ STAGES: tuple[Stage, ...] = (
         "report",
         "One page about a checkpoint: sizes, quality, speed, ranks; and a model card",
         "ara.stages.report:report",
-        consumes=(
-            "checkpoint",
-            "factors",
-            "training",
-            "ranks",
-            "graph",
-            "evaluation",
-            "comparison",
-            "benchmark",
-        ),
+        consumes=("checkpoint", "factors", "training", "ranks", "graph", "evaluation", "comparison", "benchmark"),
         produces="report",
         aside=True,
     ),
@@ -199,7 +191,7 @@ def stages() -> tuple[Stage, ...]:
 
 
 def steps() -> tuple[Stage, ...]:
-    """Return the stages of the pipeline itself, without those that stand aside."""
+    """Return the stages that are steps of the pipeline."""
     return tuple(stage for stage in stages() if not stage.aside)
 
 
@@ -214,37 +206,31 @@ def kind_named(name: str) -> Kind:
 
 
 def kind_of(stage: str) -> Kind | None:
-    """Return the kind of result that the stage of this name makes; ``None`` if there is no such stage."""
+    """Return the kind that the stage called ``stage`` produces, or ``None`` if there is no such stage."""
     found = stage_named(stage)
     return None if found is None else kind_named(found.produces)
 
 
 def producers(kind: str) -> tuple[str, ...]:
-    """Return the names of the stages that make results of a kind."""
+    """Return the names of the stages that produce a kind."""
     return tuple(stage.name for stage in stages() if stage.produces == kind)
 
 
 def may_be_made_from(stage: str, parent: str) -> bool:
-    """Tell whether a result of ``stage`` may be made from one of the stage ``parent``."""
+    """Tell whether a result of ``stage`` may be made from a result of ``parent``."""
     child, source = stage_named(stage), stage_named(parent)
     return child is not None and source is not None and source.produces in child.consumes
 
 
 def next_stage(name: str) -> Stage | None:
-    """Return the step of the pipeline that a result of the stage called ``name`` leads to, if there is one."""
-    order = [stage.name for stage in stages()]
-    after = stages()[order.index(name) + 1 :]
-    made = stages()[order.index(name)].produces
+    """Return the next step of the pipeline after the stage called ``name``, if there is one."""
+    position = [stage.name for stage in stages()].index(name)
+    made, after = stages()[position].produces, stages()[position + 1 :]
     return next((stage for stage in after if made in stage.consumes and not stage.optional and not stage.aside), None)
 
 
 def naming_words(stage: str, name: str) -> list[str]:
-    """Return the option that names a result on the command line: ``--checkpoint NAME``, or ``--from STAGE/NAME``."""
+    """Return the option that selects a result: ``--checkpoint NAME``, or ``--from STAGE/NAME``."""
     kind = kind_of(stage)
     assert kind is not None, stage
     return [kind.option, name] if producers(kind.name)[0] == stage else ["--from", f"{stage}/{name}"]
-
-
-def _load(target: str) -> Any:
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)

@@ -1,4 +1,4 @@
-"""How the library tells what it does: through a callback object, never by printing."""
+"""Progress reports: the library calls a reporter object and never prints."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ class Bar(Protocol):
     """A running progress bar."""
 
     def advance(self, amount: float = 1) -> None:
-        """Say that ``amount`` more units are done."""
+        """Add ``amount`` finished units."""
 
 
 class Reporter(Protocol):
-    """What a caller may want to know while a stage runs; ``ara_cli.console`` implements it."""
+    """Receives the progress of a stage; implemented by ``ara_cli.console``."""
 
     def step(self, text: str) -> None:
-        """Start a new piece of work: a verb line such as ``Decomposing 210 linear layers``."""
+        """Announce a new step, such as ``Decomposing 210 linear layers``."""
 
     def fact(self, text: str) -> None:
-        """Tell a fact about the running step (what was picked and why, what was found)."""
+        """Report a fact about the running step."""
 
     def warn(self, text: str) -> None:
-        """Tell something that deserves a look but does not stop the work."""
+        """Report a problem that does not stop the work."""
 
     def bar(self, label: str, total: float) -> AbstractContextManager[Bar]:
-        """Open a bar of ``total`` units."""
+        """Open a progress bar of ``total`` units."""
 
 
 class _SilentBar:
@@ -36,16 +36,12 @@ class _SilentBar:
 
 
 class SilentReporter:
-    """Says nothing; the default of every library function."""
+    """Reports nothing; the default of every library function."""
 
     def step(self, text: str) -> None:
         """Do nothing."""
 
-    def fact(self, text: str) -> None:
-        """Do nothing."""
-
-    def warn(self, text: str) -> None:
-        """Do nothing."""
+    fact = warn = step
 
     @contextmanager
     def bar(self, label: str, total: float) -> Iterator[Bar]:

@@ -1,4 +1,4 @@
-"""Names of methods and where they live, without importing them (so ``ara --help`` never loads torch)."""
+"""Registries: names of methods and where their code is. Nothing is imported before use, so ``--help`` stays fast."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from typing import Any
 from ara.errors import UsageError, near_matches
 
 
+def load_target(target: str) -> Any:
+    """Import and return ``"package.module:name"``."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One line of a registry.
 
     Attributes:
-        name: what people type.
+        name: what users type.
         title: one line that says what it does.
         target: ``"package.module:Class"``, imported on first use only.
-        paper: where the method comes from; ``""`` when it is folklore.
+        paper: source of the method; ``""`` if there is none.
     """
 
     name: str
@@ -27,13 +33,12 @@ class Entry:
     paper: str = ""
 
     def load(self) -> Any:
-        """Import and return the class that the entry names."""
-        module, _, attribute = self.target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        """Import and return the target."""
+        return load_target(self.target)
 
 
 class Registry:
-    """An ordered table of :class:`Entry`; an unknown name answers with near matches and the full list."""
+    """An ordered table of :class:`Entry`; the error for an unknown name lists near matches and all names."""
 
     def __init__(self, kind: str, entries: list[Entry]) -> None:
         self.kind = kind
@@ -46,14 +51,14 @@ class Registry:
         return name in self._entries
 
     def names(self) -> list[str]:
-        """Return all names, in the order in which they were registered."""
+        """Return all names in their order."""
         return list(self._entries)
 
     def entry(self, name: str) -> Entry:
         """Return the entry called ``name``.
 
         Raises:
-            UsageError: there is none; the message lists near matches and all names.
+            UsageError: there is none.
         """
         if name not in self._entries:
             raise UsageError(

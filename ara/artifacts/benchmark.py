@@ -37,7 +37,7 @@ class Percentiles(Part):
 
 @dataclass(frozen=True)
 class RatioFigures(Part):
-    """How many times as fast as dense; see :class:`ara.evaluation.speed.Ratio`."""
+    """How many times as fast as dense; see :func:`ara.evaluation.speed.ratio`."""
 
     median: Number
     low: Number

@@ -1,4 +1,4 @@
-"""Config of ``ara allocate``."""
+"""Configs of the commands that choose ranks: ``ara allocate``, ``ara compare``, and the part of ``ara train-masks``."""
 
 from __future__ import annotations
 
@@ -6,26 +6,75 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ara.config.base import Method, MethodValues
+from ara import bounds
+from ara.config.base import Exclude, MaxWindows, Method, MethodValues, PlacementConfig, SeqLen, StageConfig
 from ara.config.flags import Flag
-from ara.config.tuning import BudgetConfig, TuningConfig
+from ara.layout_names import DEFAULT_LAYOUT, LayoutName
+
+_KEEP = "fraction of the factorised layers' parameters to keep, in (0, 1]"
+
+
+class TuningConfig(PlacementConfig):
+    """Calibration windows for choosing ranks.
+
+    The text is that of the decomposition. The windows differ from those that the factors were fitted to.
+    """
+
+    samples: int = Field(128, ge=1, le=bounds.MAX_WINDOWS, description="calibration windows for choosing ranks")
+    held_out: int = Field(
+        32, ge=1, le=bounds.MAX_WINDOWS, description="further calibration windows, for comparing candidate allocations"
+    )
+    batch_size: int = Field(4, ge=1, le=bounds.MAX_BATCH, description="windows per forward and backward pass")
+    seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="random seed")
+
+
+class BudgetConfig(StageConfig):
+    """The cost of a rank, and limits of the ranks beside the budget itself."""
+
+    layout: LayoutName = Field(
+        DEFAULT_LAYOUT,
+        description="how an (m, n) layer of rank k is stored: factors (A and B, k(m+n) parameters) or pivoted "
+        "(k rows of BA and coefficients for the others, k(m+n-k) parameters)",
+    )
+    rank_multiple: int = Field(
+        1, ge=1, le=bounds.MAX_RANK, description="every rank is a multiple of this number (8 to 64 suit GPUs)"
+    )
+    min_rank: int = Field(1, ge=1, le=bounds.MAX_RANK, description="smallest rank of a layer")
+    min_keep: float = Field(0.0, ge=0, le=1, description="smallest fraction of its parameters that a layer keeps")
+    exclude: Exclude = Field(
+        (), description="shell pattern of layers that stay dense but count in the budget, such as '*.down_proj'"
+    )
 
 
 class AllocateConfig(TuningConfig, BudgetConfig):
     """``ara allocate``: choose a rank, or dense, for every layer under one budget."""
 
-    keep: Annotated[float | None, Flag(removable=True)] = Field(
-        0.8, gt=0, le=1, description="fraction of the factorised layers' parameters that stays, in (0, 1]"
-    )
+    keep: Annotated[float | None, Flag(removable=True)] = Field(0.8, gt=0, le=1, description=_KEEP)
     method: Method = Field(
-        "auto",
-        description="allocator (see ara methods); auto: ara where masks were trained on the factors, else sensitivity",
+        "auto", description="allocator (see ara methods); auto: ara if trained masks exist, else sensitivity"
     )
-    options: MethodValues = Field(default_factory=dict, description="options of the method, NAME=VALUE")
+    options: MethodValues = Field(default_factory=dict, description="option of the method; may be repeated")
     guard: bool = Field(
         True,
-        description="let no method that reads text hand out ranks worse on held-out text than uniform or its start",
+        description="use uniform ranks or the method's start instead if they have a lower loss on held-out text",
     )
     ranks_sha256: Annotated[str | None, Flag(hidden=True)] = Field(
         None, description="checksum of the ranks file that was read instead of a method"
     )
+
+
+class CompareConfig(TuningConfig, BudgetConfig):
+    """``ara compare``: every allocator at one budget, on the same factors and text."""
+
+    keep: Annotated[float, Flag(removable=True)] = Field(0.8, gt=0, le=1, description=_KEEP)
+    methods: Annotated[tuple[str, ...], Flag(metavar="NAMES", commas="allocator", example="uniform,ara")] = Field(
+        (), description="allocators to compare, separated by commas [default: all]"
+    )
+    tasks: Annotated[tuple[str, ...], Flag(metavar="TASKS", commas="task", example="wikitext2")] = Field(
+        ("wikitext2", "c4"),
+        min_length=1,
+        description="texts for perplexity, separated by commas: wikitext2, c4, python-docs, file:PATH[#FIELD]",
+    )
+    eval_seq_len: SeqLen = None
+    max_windows: MaxWindows = None
+    eval_batch_size: int = Field(1, ge=1, le=bounds.MAX_BATCH, description="evaluation windows per forward pass")

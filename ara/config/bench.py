@@ -10,34 +10,38 @@ from ara import bounds
 from ara.config.base import PlacementConfig
 from ara.config.flags import Flag
 
-_Tokens = Annotated[int, Field(ge=1, le=bounds.MAX_TOKENS)]
+_Lengths = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=bounds.MAX_TOKENS)], ...],
+    Flag(metavar="LENGTHS", commas="length", may_be_empty=True),
+]
 _Rows = Annotated[int, Field(ge=1, le=bounds.MAX_BATCH)]
 
 
 class BenchConfig(PlacementConfig):
     """``ara bench``: speed, memory and size of the dense and the chosen model."""
 
-    prefill: Annotated[tuple[_Tokens, ...], Flag(metavar="LENGTHS", commas="length", may_be_empty=True)] = Field(
+    prefill: _Lengths = Field(
         (128, 512),
         max_length=bounds.MAX_CASES,
-        description="tokens that are read at once; several with commas, '' for none",
+        description="prompt lengths in tokens, separated by commas; '' measures no prefill",
     )
-    decode: Annotated[tuple[_Tokens, ...], Flag(metavar="LENGTHS", commas="length", may_be_empty=True)] = Field(
+    decode: _Lengths = Field(
         (512,),
         max_length=bounds.MAX_CASES,
-        description="context lengths (tokens in the KV cache) at which one token is decoded; several with commas, "
-        "'' for none",
+        description="context lengths (tokens in the KV cache) at which one token is decoded, separated by commas; "
+        "'' measures no decoding",
     )
     batch: Annotated[tuple[_Rows, ...], Flag(metavar="SIZES", commas="size")] = Field(
-        (1, 4), min_length=1, max_length=bounds.MAX_CASES, description="rows at once; several with commas"
+        (1, 4), min_length=1, max_length=bounds.MAX_CASES, description="batch sizes, separated by commas"
     )
     # The range of five values covers a median with 94 % at most, that of six with 97 %.
     rounds: int = Field(
-        9, ge=6, le=bounds.MAX_ROUNDS, description="measurements of every model in every case; one more warms up"
+        9, ge=6, le=bounds.MAX_ROUNDS, description="measurements per model and case, after one warm-up round"
     )
     threads: int | None = Field(
-        None, ge=1, le=bounds.MAX_THREADS, description="threads of the CPU [default: as many as torch takes]"
+        None, ge=1, le=bounds.MAX_THREADS, description="CPU threads [default: torch's own choice]"
     )
     backend: str = Field(
-        "torch", description="onnx: the exported graphs in ONNX Runtime, placed as the export says (see ara export)"
+        "torch",
+        description="torch, or onnx: the exported graphs in ONNX Runtime, on the device of the export (see ara export)",
     )

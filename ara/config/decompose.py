@@ -17,21 +17,20 @@ class DecomposeConfig(PlacementConfig):
     model: Annotated[str, Flag(argument=True, metavar="MODEL")] = Field(
         description="hub id, local folder, GGUF file or alias (see ara models)"
     )
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model [default: main]")
     method: Method = Field("two-sided", description="decomposition (see ara methods)")
-    options: MethodValues = Field(default_factory=dict, description="options of the method, NAME=VALUE")
+    options: MethodValues = Field(default_factory=dict, description="option of the method; may be repeated")
     text: Annotated[str, Flag(metavar="TEXT")] = Field(
-        "c4",
-        description="calibration text: c4, wikitext2, python-docs or file:PATH[#FIELD] (txt, jsonl, parquet)",
+        "c4", description="calibration text: c4, wikitext2, python-docs, or file:PATH[#FIELD] (txt, jsonl, parquet)"
     )
     samples: int = Field(256, ge=1, le=bounds.MAX_WINDOWS, description="calibration windows")
     seq_len: int = Field(512, ge=2, le=bounds.MAX_TOKENS, description="tokens per calibration window")
     batch_size: int = Field(4, ge=1, le=bounds.MAX_BATCH, description="calibration windows per forward pass")
-    seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="seed of the choice of calibration windows")
+    seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="random seed for the choice of calibration windows")
     exclude: Exclude = Field((), description="shell pattern of layers to leave dense, such as '*.down_proj'")
     moment_memory: Annotated[float | None, Flag(metavar="GIB")] = Field(
         None,
         ge=bounds.MIN_GIB,
         le=bounds.MAX_GIB,
-        description="GiB for second moments held at once; more means fewer passes [default: 1/4 of free]",
+        description="memory for second moments, in GiB; more memory means fewer passes [default: 1/4 of free memory]",
     )

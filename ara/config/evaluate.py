@@ -1,4 +1,4 @@
-"""Config of ``ara eval``."""
+"""Configs of ``ara eval`` and ``ara generate``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from ara import bounds
-from ara.config.base import PlacementConfig
+from ara.config.base import MaxWindows, PlacementConfig, SeqLen
 from ara.config.flags import Flag
 from ara.prompts import check_prompt
 
@@ -18,39 +18,51 @@ class EvalConfig(PlacementConfig):
     tasks: Annotated[tuple[str, ...], Flag(commas="task", example="wikitext2")] = Field(
         ("wikitext2",),
         min_length=1,
-        description="texts (wikitext2, c4, python-docs, file:PATH[#FIELD]), tasks of lm-eval, zero-shot for seven; "
-        "with commas",
+        description="what to measure, separated by commas: texts for perplexity (wikitext2, c4, python-docs, "
+        "file:PATH[#FIELD]), tasks of lm-eval, or zero-shot (seven tasks)",
     )
-    seq_len: int | None = Field(
-        None,
-        ge=2,
-        le=bounds.MAX_TOKENS,
-        description="tokens per window [default: 2048, or the model's limit if that is less]",
-    )
-    max_windows: int | None = Field(
-        None, ge=1, le=bounds.MAX_COUNT, description="evaluate only the first N windows of each text"
-    )
+    seq_len: SeqLen = None
+    max_windows: MaxWindows = None
     limit: int | None = Field(
-        None, ge=1, le=bounds.MAX_COUNT, description="ask only N questions of each task, drawn at random"
+        None,
+        ge=1,
+        le=bounds.MAX_COUNT,
+        description="ask only N randomly drawn questions of each task [default: all]",
     )
-    seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="random seed of the questions that --limit draws")
-    batch_size: int = Field(1, ge=1, le=bounds.MAX_BATCH, description="windows, or texts of a task, per forward pass")
+    seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="random seed for --limit sampling")
+    batch_size: int = Field(
+        1, ge=1, le=bounds.MAX_BATCH, description="evaluation windows, or texts of a task, per forward pass"
+    )
     include_path: Annotated[tuple[str, ...], Flag(metavar="DIR")] = Field(
         (),
-        description="folder with tasks of your own (as lm_eval --include_path); may be repeated; runs the Python code "
-        "that these tasks name",
+        description="folder with your own tasks, as lm_eval --include_path; may be repeated; Python code named in the "
+        "tasks is executed",
     )
-    backend: str = Field("torch", description="onnx: measure the exported graph in ONNX Runtime, too (see ara export)")
+    backend: str = Field(
+        "torch", description="torch, or onnx: also measure the exported graph in ONNX Runtime (see ara export)"
+    )
     continuations: int = Field(
         3,
         ge=0,
         le=bounds.MAX_CONTINUATIONS,
-        description="beginnings of the first text's documents that every model continues greedily",
+        description="prompts that every model continues greedily: beginnings of the first text's documents",
     )
-    prompt: str | None = Field(None, description="continue this text instead")
-    max_new_tokens: int = Field(40, ge=1, le=bounds.MAX_TOKENS, description="length of a continuation, in tokens")
+    prompt: str | None = Field(
+        None, description="prompt that every model continues, instead of the beginnings of documents"
+    )
+    max_new_tokens: int = Field(
+        40, ge=1, le=bounds.MAX_TOKENS, description="largest length of a continuation, in tokens"
+    )
 
     @field_validator("prompt")
     @classmethod
     def _prompt(cls, value: str | None) -> str | None:
         return None if value is None else check_prompt(value)
+
+
+class GenerateConfig(PlacementConfig):
+    """``ara generate``: continue a text greedily."""
+
+    backend: str = Field("torch", description="torch: the checkpoint; onnx: the exported graph")
+    max_new_tokens: int = Field(200, ge=1, le=bounds.MAX_TOKENS, description="largest length of the answer, in tokens")
+    chat: bool = Field(True, description="apply the model's chat template, if it has one")

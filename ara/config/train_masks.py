@@ -7,51 +7,57 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from ara import bounds
+from ara.config.allocate import BudgetConfig, TuningConfig
 from ara.config.base import MethodOptions
 from ara.config.flags import Flag
-from ara.config.tuning import BudgetConfig, TuningConfig
 
 
 class MaskTrainingOptions(MethodOptions):
-    """How ARA's masks are trained; options of ``--method ara`` and of ``ara train-masks``."""
+    """How ARA's masks are trained: options of ``--method ara`` and of ``ara train-masks``."""
 
     objective: Literal["priced", "paper"] = Field(
-        "priced", description="priced: hard budget in every step; paper: budget penalty, guidance, rescaling at the end"
+        "priced",
+        description="priced: every step meets the budget exactly; paper: budget penalty and guidance, rescaled at the "
+        "end",
     )
     loss: Literal["kl", "ce"] = Field(
-        "kl", description="KL divergence to the dense model, or cross-entropy of the text"
+        "kl", description="kl: KL divergence from the dense model; ce: cross-entropy of the text"
     )
     start: Literal["sensitivity", "uniform"] = Field("sensitivity", description="allocation to start from")
     optimiser: Literal["newton", "adam"] = Field(
-        "newton", description="of the priced form: newton re-linearises the loss of every rank, adam moves scores"
+        "newton",
+        description="newton: re-estimate the loss of every rank; adam: move mask scores (objective priced)",
     )
-    steps: int = Field(12, ge=0, le=bounds.MAX_STEPS, description="steps per budget")
-    batch: int = Field(16, ge=1, le=bounds.MAX_WINDOWS, description="windows per step")
-    rate: float = Field(0.3, gt=0, le=1, description="weight of a new step against the old ones (newton)")
+    steps: int = Field(12, ge=0, le=bounds.MAX_STEPS, description="training steps per budget")
+    batch: int = Field(16, ge=1, le=bounds.MAX_WINDOWS, description="calibration windows per training step")
+    rate: float = Field(
+        0.3, gt=0, le=1, description="weight of the newest step in the running estimates (optimiser newton)"
+    )
     trust: float = Field(
         0.02,
         gt=0,
         le=1,
-        description="largest share of all parameters that the first step may move; falls to a quarter (newton)",
+        description="largest fraction of all parameters that the first step moves; falls to a quarter (optimiser "
+        "newton)",
     )
     damping: float = Field(
-        1.0, ge=0, le=bounds.MAX_WEIGHT, description="multiple of the curvature; more moves fewer ranks (newton)"
+        1.0,
+        ge=0,
+        le=bounds.MAX_WEIGHT,
+        description="factor on the curvature; larger moves fewer ranks (optimiser newton)",
     )
     learning_rate: float = Field(
-        0.05,
-        ge=bounds.MIN_RATE,
-        le=bounds.MAX_RATE,
-        description="step size of Adam at the start; falls to a tenth",
+        0.05, ge=bounds.MIN_RATE, le=bounds.MAX_RATE, description="Adam's first learning rate; falls to a tenth"
     )
     temperature: float = Field(
         1.0,
         ge=bounds.MIN_SLOPE,
         le=bounds.MAX_SLOPE,
-        description="of the softmax over atoms; lower moves fewer ranks at once",
+        description="temperature of the softmax over atoms; lower moves fewer ranks at once",
     )
-    atoms: int = Field(64, ge=2, le=bounds.MAX_ATOMS, description="ranks per layer that a mask is made of")
+    atoms: int = Field(64, ge=2, le=bounds.MAX_ATOMS, description="atoms (candidate ranks) per layer's mask")
     average: float = Field(
-        0.9, ge=0, lt=1, description="decay of the moving average that is deployed; 0: the last step"
+        0.9, ge=0, lt=1, description="decay of the moving average that gives the ranks; 0: use the last step"
     )
     budget_weight: float = Field(
         100.0, ge=0, le=bounds.MAX_WEIGHT, description="weight of the budget penalty (objective paper)"
@@ -60,7 +66,10 @@ class MaskTrainingOptions(MethodOptions):
         10.0, ge=0, le=bounds.MAX_WEIGHT, description="weight of the guidance loss (objective paper)"
     )
     check_every: int = Field(
-        2, ge=1, le=bounds.MAX_STEPS, description="steps between checks on held-out text; the best one is kept"
+        2,
+        ge=1,
+        le=bounds.MAX_STEPS,
+        description="training steps between checks on held-out text; the best state is kept",
     )
 
 
@@ -70,10 +79,13 @@ class TrainMasksConfig(TuningConfig, BudgetConfig, MaskTrainingOptions):
     keep: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Flag(metavar="FLOAT")] = Field(
         (0.8,),
         min_length=1,
-        description="budget to train at, in (0, 1]; may be repeated: largest first, the others may go on from it",
+        description="budget: fraction of the factorised layers' parameters to keep, in (0, 1]; may be repeated: the "
+        "largest is trained first, and the others can start from its result",
     )
-    save_every: int = Field(1, ge=1, le=bounds.MAX_STEPS, description="steps between checkpoints to go on from")
-    tensorboard: bool = Field(False, description="also write TensorBoard events (needs the package tensorboard)")
+    save_every: int = Field(
+        1, ge=1, le=bounds.MAX_STEPS, description="training steps between saved states for resuming"
+    )
+    tensorboard: bool = Field(False, description="also write TensorBoard events (requires the tensorboard package)")
 
     @field_validator("keep")
     @classmethod

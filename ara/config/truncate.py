@@ -11,13 +11,15 @@ from ara.config.base import Dtype, StageConfig
 class TruncateConfig(StageConfig):
     """``ara truncate``: write the compressed checkpoint."""
 
-    dtype: Dtype = Field("auto", description="precision of the checkpoint; auto takes that of the decomposition")
-    densify: bool = Field(False, description="multiply the factors back, for tools that know only dense models")
+    dtype: Dtype = Field("auto", description="precision of the checkpoint; auto takes the precision of the factors")
+    densify: bool = Field(
+        False, description="multiply the factors into dense weights, for tools without low-rank layers"
+    )
     # Few digits, so that the number is exact and finite.
     max_shard_size: str = Field(
         "5GB",
         pattern=r"^[0-9]{1,6}(\.[0-9]{1,3})?[KMGT]B$",
-        description="largest safetensors file of the checkpoint, such as 500MB",
+        description="largest size of one safetensors file, such as 500MB or 5GB",
     )
 
     @field_validator("max_shard_size")

@@ -1,1 +1,1 @@
-"""Evaluation: what a compressed model is worth (perplexity and speed), beside the dense one."""
+"""Quality, speed and memory of a compressed model, compared with the dense one."""

@@ -1,7 +1,7 @@
-"""The one place where a model's chat template is applied.
+"""Applies a model's chat template.
 
-A template comes with the model, so it is somebody else's program. transformers runs it in a sandbox that keeps it from
-files and modules, but not from looping or from filling the memory: so it runs in a process of its own, within limits.
+A template is an untrusted program that comes with the model. The sandbox of transformers protects files and modules,
+but does not limit time and memory. So the template runs in a separate process with limits.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _HINT = "use --no-chat: the model then continues the plain text"
-# Seconds to start Python and import transformers: one, or much more on a loaded machine.
-_PATIENCE = 60
+# Seconds to start Python and import transformers: usually one, more on a busy machine.
+_STARTING = 60
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What rendering a template may take. Real ones take milliseconds.
+    """Limits of rendering a template. Real templates take milliseconds.
 
     Attributes:
-        seconds: of CPU time; where the system cannot limit that, of time.
-        bytes: of memory.
-        characters: of the text, or twice the prompt's if that is more. The text is tokenised outside of these limits,
-            which takes a hundred bytes for each.
+        seconds: CPU time; elapsed time where the system cannot limit CPU time.
+        bytes: memory.
+        characters: length of the text; at least twice the prompt's. Tokenising, which has no limits, takes about 100
+            bytes per character.
     """
 
     seconds: int = 5
@@ -44,17 +44,17 @@ LIMITS = Limits()
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, text: str, limits: Limits = LIMITS) -> str:
-    """Return the prompt that a model's chat template makes of ``text`` as the only message, of the user.
+    """Return the prompt that the chat template makes of one user message.
 
-    It is what ``apply_chat_template`` of transformers returns. Special tokens are in it: do not add them once more.
+    The result is that of transformers' ``apply_chat_template``. It contains the special tokens: do not add them again.
 
     Args:
         tokenizer: with a chat template.
-        text: what the user says.
+        text: the user's message.
         limits: of the rendering.
 
     Raises:
-        ModelError: there is no default template, it fails or refuses the prompt, or goes beyond the limits.
+        ModelError: there is no default template, or it fails, refuses the prompt or exceeds the limits.
     """
     special = {name: _plain(value) for name, value in tokenizer.special_tokens_map.items()}
     request = {
@@ -84,13 +84,13 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _plain(value: object) -> object:
-    """Return special tokens as texts: tokenizers may keep them as objects."""
+    """Return special tokens, which tokenizers may keep as objects, as texts."""
     return [str(item) for item in value] if isinstance(value, list | tuple) else str(value)
 
 
 def _ask(request: str, limits: Limits) -> dict[str, str]:
-    """Send a request to a renderer and return its answer, or an error if it did not survive."""
-    # Numpy would reserve memory for every core.
+    """Send a request to a new renderer process; return its answer, or an error if there is none."""
+    # Otherwise numpy reserves memory for every core.
     threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
@@ -98,11 +98,11 @@ def _ask(request: str, limits: Limits) -> dict[str, str]:
             input=request.encode("ascii"),
             capture_output=True,
             env={**os.environ, **threads},
-            timeout=_PATIENCE + limits.seconds,
+            timeout=_STARTING + limits.seconds,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"was not rendered after {_PATIENCE + limits.seconds} s"}
+        return {"error": f"was not rendered after {_STARTING + limits.seconds} s"}
     try:
         answer: dict[str, str] = json.loads(done.stdout)
     except ValueError:
@@ -111,13 +111,13 @@ def _ask(request: str, limits: Limits) -> dict[str, str]:
 
 
 def _death(done: subprocess.CompletedProcess[bytes], limits: Limits) -> str:
-    """Return why a renderer gave no answer."""
+    """Return why a renderer process gave no answer."""
     import signal
 
     if -done.returncode == getattr(signal, "SIGALRM", None):
         return f"was stopped after {limits.seconds + chat_renderer.WAITING} s"
-    # Past its soft limit a process gets SIGXCPU; past the hard one it is killed.
+    # SIGXCPU at the soft limit of CPU time; SIGKILL at the hard limit, or when memory is short.
     if -done.returncode in {getattr(signal, "SIGXCPU", None), getattr(signal, "SIGKILL", None)}:
-        return f"was stopped after {limits.seconds} s of computing, or for want of memory"
+        return f"was stopped after {limits.seconds} s of computing, or because of too little memory"
     last = (done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     return f"was not rendered: {last[:200]}"

@@ -1,7 +1,6 @@
-"""Renders one chat template, in a process of its own; see :mod:`ara.evaluation.chat`.
+"""Renders one chat template in a separate process with limits; see :mod:`ara.evaluation.chat`.
 
-A template is a program that somebody else wrote: it may loop forever or fill the memory. It is run here, within limits,
-by transformers' own sandbox. The file is started by its path and imports nothing of ara, so that it starts in a second.
+This file is started by its path and imports nothing of ara, so that it starts within a second.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Characters of what an error says.
+# Characters of an error's text.
 _SHOWN = 200
-# Seconds that a process may wait for the processor, beside those that it computes.
+# Seconds that the process may wait for the processor, in addition to its CPU time.
 WAITING = 3
 
 
 def main() -> None:
-    """Read a request from stdin as JSON, and write the answer to stdout as JSON."""
+    """Read a JSON request from stdin and write the JSON answer to stdout."""
     request = json.load(sys.stdin.buffer)
     known = set(sys.path)
     sys.path += [folder for folder in request["path"] if folder and folder not in known]
     answer = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # whatever a library prints while it is imported is no answer
-    import transformers.utils.chat_template_utils  # noqa: F401  # before the limits: it is not what they are for
+    os.dup2(2, 1)  # libraries may print while they are imported
+    import transformers.utils.chat_template_utils  # noqa: F401  # before the limits apply
 
     limit(request["seconds"], request["bytes"])
     answer.write(json.dumps(render(request)))
@@ -36,15 +35,15 @@ def main() -> None:
 
 
 def limit(seconds: int, size: int) -> None:
-    """Limit what this process may still take, where the system can.
+    """Limit the further use of CPU time and memory by this process, where the system can.
 
     Args:
-        seconds: of CPU time; :data:`WAITING` more of time.
-        size: bytes of memory.
+        seconds: CPU time; the elapsed time may be :data:`WAITING` longer.
+        size: memory in bytes.
     """
     try:
         import resource
-    except ImportError:  # Windows: the parent's patience is the only limit
+    except ImportError:  # Windows: only the parent's timeout applies
         return
     wanted = {
         resource.RLIMIT_CPU: math.ceil(time.process_time()) + seconds,
@@ -62,7 +61,7 @@ def limit(seconds: int, size: int) -> None:
 
 
 def _mapped() -> int:
-    """Return the bytes of address space in use, where the system says so."""
+    """Return the bytes of address space in use, or 0 if unknown."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except (OSError, ValueError):
@@ -71,10 +70,10 @@ def _mapped() -> int:
 
 
 def render(request: dict[str, Any]) -> dict[str, str]:
-    """Return ``{"text": ...}``, or ``{"error": ...}`` with one line that goes on from "the chat template".
+    """Return ``{"text": ...}``, or ``{"error": ...}`` with a line that follows "the chat template".
 
     Args:
-        request: ``template``, ``messages``, ``special`` (tokens by name), ``characters`` (the most of the text).
+        request: ``template``, ``messages``, ``special`` (tokens by name), ``characters`` (limit), ``bytes`` (limit).
     """
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -92,7 +91,7 @@ def render(request: dict[str, Any]) -> dict[str, str]:
     except MemoryError:
         return {"error": f"takes more than {request['bytes'] / 2**30:g} GiB of memory"}
     except Exception as error:
-        # `raise_exception` of a template raises this class itself, a wrong template one of its subclasses.
+        # A template's `raise_exception` raises this class itself; a broken template raises a subclass.
         words = "refuses the prompt" if type(error) is jinja2.TemplateError else f"fails with {type(error).__name__}"
         told = " ".join(str(error).split())[:_SHOWN]
         return {"error": f"{words}: {told}" if told else words}

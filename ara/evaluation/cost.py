@@ -1,8 +1,8 @@
-"""What a pass of a decoder costs by the arithmetic: multiplications and bytes, counted from shapes.
+"""Arithmetic cost of a forward pass of a decoder: multiplications and bytes, counted from shapes.
 
-Measured ratios stand beside those that this predicts: reading a prompt is limited by multiplications, decoding one
-token at a time by what must be read from memory for it, all weights and the caches. Norms, activations, rotations and
-the embedding of the input are not counted: they grow with the width of the model, not with its square.
+Measured ratios are compared with those predicted here. Multiplications limit prefill. Memory reads (all weights and the
+caches) limit decoding. Norms, activations, rotary embeddings and the input embedding are not counted: they grow with
+the width of the model, not with its square.
 
 Shapes: b batch, p past tokens, s new tokens, v vocabulary.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: ``new`` tokens (s) behind ``past`` ones (p), for ``batch`` rows (b)."""
+    """One measurement: ``new`` tokens (s) after ``past`` ones (p), for ``batch`` rows (b)."""
 
     batch: int
     past: int
@@ -26,12 +26,12 @@ class Case:
 
     @property
     def kind(self) -> Literal["prefill", "decode"]:
-        """Prefill reads a prompt behind nothing; decode goes on behind one."""
+        """Prefill has no past tokens, decode has some."""
         return "decode" if self.past else "prefill"
 
     @property
     def tokens(self) -> int:
-        """Tokens that a pass reads, b · s."""
+        """New tokens of a pass, b · s."""
         return self.batch * self.new
 
 
@@ -40,14 +40,14 @@ class Cost:
     """Counts of one model in one runtime.
 
     Attributes:
-        linear: weights of the linear layers but the head; a token multiplies by each once.
+        linear: weights of all linear layers except the head.
         head: weights of the head, v · hidden.
-        query_width: query heads · width of a head.
-        cache_width: key-value heads · width of a head; smaller than ``query_width`` with grouped queries.
-        windows: per block, how many latest positions it sees; ``None``: all.
+        query_width: query heads · head width.
+        cache_width: key-value heads · head width; smaller than ``query_width`` with grouped queries.
+        windows: attention window of each block in positions; ``None``: no limit.
         weight_bytes: bytes per weight of linear layers and head.
         cache_bytes: bytes per number in the caches.
-        last_logits: whether the head reads the last position of a row only.
+        last_logits: whether the head computes only the last position of each row.
     """
 
     linear: int
@@ -60,10 +60,10 @@ class Cost:
     last_logits: bool
 
     def macs(self, case: Case) -> int:
-        """Return multiply-accumulates of a pass; a FLOP count is twice that.
+        """Return the multiply-accumulates of a pass; FLOPs are twice that.
 
-        Weights once per token, and per pair of a new token and a position that it sees (itself included) one
-        product of a query with a key and one of a score with a value, ``query_width`` each.
+        Every token multiplies with every weight once. Every pair of a new token and a visible position (itself
+        included) takes ``query_width`` for query · key and as many for score · value.
         """
         rows = case.batch if self.last_logits else case.tokens
         pairs = sum(
@@ -74,27 +74,27 @@ class Cost:
         return case.tokens * self.linear + rows * self.head + 2 * case.batch * self.query_width * pairs
 
     def bytes_read(self, case: Case) -> float:
-        """Return bytes of a pass: every weight once, and keys and values of the past for every row."""
-        # Of a window, the new token itself takes one position.
+        """Return the bytes read in a pass: every weight once, and past keys and values of every row."""
+        # The new token itself takes one position of a window.
         cached = sum(case.past if window is None else min(case.past, window - 1) for window in self.windows)
         caches = 2 * case.batch * cached * self.cache_width * self.cache_bytes
         return (self.linear + self.head) * self.weight_bytes + caches
 
     def predicted_ratio(self, dense: Cost, case: Case) -> float:
-        """Return how many times as fast as ``dense`` this should be: by multiplications, or bytes for single tokens."""
+        """Return the predicted speed-up over ``dense``, from multiplications, or from bytes for single tokens."""
         if case.new > 1:
             return dense.macs(case) / self.macs(case)
         return dense.bytes_read(case) / self.bytes_read(case)
 
 
 def count_model(model: PreTrainedModel, *, last_logits: bool) -> Cost:
-    """Count a model in torch, dense or with low-rank layers, whose parts are linear layers themselves.
+    """Count a model in torch, dense or with low-rank layers (whose factors are linear layers).
 
     Args:
         model: a causal language model of transformers, all weights in one dtype.
-        last_logits: whether it is called for the logits of the last position only.
+        last_logits: whether it computes only the logits of the last position.
     """
-    # Here: a process that runs a case in another runtime needs neither.
+    # Imported here: a process that measures another runtime does not need them.
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -113,16 +113,7 @@ def count_model(model: PreTrainedModel, *, last_logits: bool) -> Cost:
 def cost_of(
     model_config: Any, *, linear: int, head: int, weight_bytes: float, cache_bytes: int, last_logits: bool
 ) -> Cost:
-    """Return the counts of a model by its config and its numbers of weights.
-
-    Args:
-        model_config: of transformers.
-        linear: weights of the linear layers but the head.
-        head: weights of the head.
-        weight_bytes: bytes per weight.
-        cache_bytes: bytes per number in the caches.
-        last_logits: whether the head reads the last position only.
-    """
+    """Return the counts of a model from its transformers config; other arguments as in :class:`Cost`."""
     text = model_config.get_text_config()
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -139,7 +130,7 @@ def cost_of(
 
 
 def _windows(text: Any) -> tuple[int | None, ...]:
-    """Return how many latest positions each block sees, as transformers' caches read it from a config."""
+    """Return the attention window of each block in positions, read from a config as transformers' caches do."""
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

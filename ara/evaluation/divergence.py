@@ -1,6 +1,6 @@
-"""How far a model's predictions are from the dense model's: what perplexity cannot see.
+"""Divergence of a model's predictions from the dense model's.
 
-A compressed model may predict the text as well as before and yet say something else (arXiv 2407.09141). Over all
+A compressed model can have the same perplexity and still make different predictions (arXiv 2407.09141). Over all
 positions of a text:
 
     KL         = mean of KL(dense ‖ model)            nats per token
@@ -18,7 +18,7 @@ import torch
 
 from ara.models.likelihood import divergence
 
-# Bytes of float32 logits that one chunk of rows may hold; as for perplexity.
+# Bytes of float32 logits in one chunk of rows.
 _CHUNK_BYTES = 64 * 2**20
 
 
@@ -38,15 +38,15 @@ class Divergence:
 
 
 def window_divergence(dense: torch.Tensor, logits: torch.Tensor) -> list[tuple[float, float]]:
-    """Return KL and agreement of each window; the last position, whose prediction no perplexity counts, is left out.
+    """Return KL and agreement of each window, without the last position, which perplexity does not count either.
 
     Args:
         dense: (b, t, v) logits of the dense model.
-        logits: (b, t, v) of the other one.
+        logits: (b, t, v) logits of the other model.
 
     Returns:
-        Per window the mean KL (nats per token; NaN where a logit is, infinite where the other model excludes a token
-        that the dense one does not) and the share of equal most likely tokens.
+        Per window the mean KL in nats per token, and the share of positions with the same most likely token. KL is NaN
+        if a logit is NaN, and infinite if only the other model gives a token the probability 0.
     """
     windows, length, vocabulary = dense.shape
     rows = max(1, _CHUNK_BYTES // (4 * vocabulary))
@@ -63,7 +63,7 @@ def window_divergence(dense: torch.Tensor, logits: torch.Tensor) -> list[tuple[f
 
 
 def summarise_divergence(windows: Sequence[tuple[float, float]]) -> Divergence:
-    """Return the mean over windows of one length, of which there is at least one."""
+    """Return the mean over at least one window; all windows have the same length."""
     kls = [kl for kl, _ in windows]
     stderr = statistics.stdev(kls) / math.sqrt(len(kls)) if len(kls) > 1 else None
     return Divergence(statistics.fmean(kls), stderr, statistics.fmean(same for _, same in windows))

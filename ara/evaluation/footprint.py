@@ -1,6 +1,6 @@
-"""Peak memory of a model that is loaded and run, measured in a process of its own.
+"""Peak memory of loading and running a model, measured in a separate process for each model.
 
-In one process the memory of two models cannot be told apart, and the high-water mark is that of whatever was largest.
+In one process the peaks of two models could not be distinguished.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 
 def peak_memory(load: Callable[[], Runner], cases: Sequence[Case]) -> int:
-    """Return the most memory that a fresh process holds which loads a model and does one pass of every case, in bytes.
+    """Return the peak memory, in bytes, of a new process that loads a model and runs one pass of every case.
 
-    What is counted is told in :func:`ara.environment.peak_memory_bytes`: with CUDA tensors on the GPU, else resident
-    RAM, with Python and its libraries.
+    :func:`ara.environment.peak_memory_bytes` says what counts: with CUDA tensors on the GPU, else resident RAM,
+    including Python and its libraries.
 
     Args:
-        load: brings the model into memory; can be pickled.
-        cases: what is run, one after the other.
+        load: loads the model; can be pickled.
+        cases: cases to run, one after the other.
 
     Raises:
-        UnavailableError: the process failed or was ended, for want of memory as a rule.
+        UnavailableError: the process failed or was killed, usually because memory was short.
     """
-    # Not forked: a copy of this process would begin with the memory of this one.
+    # Spawned: a forked process would start with the memory of this one.
     with ProcessPoolExecutor(1, get_context("spawn"), _begin) as pool:
         try:
             return pool.submit(_measure, load, cases).result()
         except BrokenProcessPool:
-            reason = "its process was ended by the system, which may have run out of memory"
+            reason = "its process was killed, perhaps because the system ran out of memory"
         except Exception as error:
             reason = first_line(error)
     raise UnavailableError(f"the peak memory cannot be measured: {reason}")
@@ -52,7 +52,7 @@ def _begin() -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot end this process, which would hold a whole model until somebody finds it."""
+    """End this process when its parent has been killed, to release the model's memory."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -60,7 +60,7 @@ def _end_with_parent() -> None:
 
 
 def _measure(load: Callable[[], Runner], cases: Sequence[Case]) -> int:
-    # Results alone go to stdout, and this process has none.
+    # stdout is for results only.
     os.dup2(2, 1)
     runner = load()
     for case in cases:

@@ -1,4 +1,4 @@
-"""A greedy continuation, to look at what a number does not say."""
+"""Greedy generation of text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ara.errors import ModelError, NumericalError
+from ara.errors import NAN_HINT, ModelError, NumericalError
 from ara.evaluation.chat import chat_text
 from ara.models.loading import forward_errors
 from ara.models.vocabulary import check_tokens, end_tokens, token_rows
@@ -15,41 +15,37 @@ from ara.models.vocabulary import check_tokens, end_tokens, token_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Names by which models return what they remember and take it back.
+# Names of the outputs and arguments that hold a model's cache.
 _CACHES = ("past_key_values", "cache_params")
 
 
 def check_logits(logits: torch.Tensor, who: str) -> None:
-    """Check that there is a most likely token everywhere. Single tokens may be excluded by −∞.
+    """Check that every row of logits has a finite maximum. Single tokens may be excluded with −∞.
 
     Args:
         logits: (…, v), any floating dtype.
         who: model and text, for the error.
 
     Raises:
-        NumericalError: a row holds NaN or +∞, or nothing but −∞.
+        NumericalError: a row holds NaN or +∞, or only −∞.
     """
-    greatest = logits.amax(-1)  # NaN where one is
+    greatest = logits.amax(-1)  # NaN if one logit is NaN
     if not bool(torch.isfinite(greatest).all()):
         bad = float(greatest[~torch.isfinite(greatest)][0])
         raise NumericalError(
             f"{who}: the model gives logits of {bad}, expected finite numbers",
-            "the model computes NaN or infinity: try --dtype float32, and check its weights",
+            NAN_HINT,
         )
 
 
 class LogitsCheck:
-    """Checks every step of ``generate`` of transformers, as one of its logits processors; changes nothing.
-
-    Args:
-        who: model and text, for the error.
-    """
+    """Logits processor of transformers that checks every step of ``generate``; ``who`` as in :func:`check_logits`."""
 
     def __init__(self, who: str) -> None:
         self.who = who
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return ``scores`` (b, v) as they are; see :func:`check_logits`."""
+        """Return ``scores`` (b, v) unchanged; see :func:`check_logits`."""
         check_logits(scores, self.who)
         return scores
 
@@ -63,7 +59,7 @@ def greedy_tokens(
     Args:
         model: a causal language model in eval mode.
         ids: (t) int64, the prompt.
-        max_new_tokens: at most so many.
+        max_new_tokens: largest number of tokens.
         stop: token ids that end the text.
         who: model and text, for the error.
 
@@ -82,7 +78,7 @@ def greedy_tokens(
         yield token
         new = torch.tensor([[token]], device=model.device)
         cache = next(({"use_cache": True, name: found[name]} for name in _CACHES if found.get(name) is not None), {})
-        if not cache:  # GPT-1 has none; RWKV and RecurrentGemma have one of their own kind
+        if not cache:  # GPT-1 has no cache; RWKV and RecurrentGemma have their own kinds
             text = new = torch.cat([text, new], 1)
             cache = {"use_cache": False}
 
@@ -91,17 +87,17 @@ def stop_tokens(model: PreTrainedModel) -> set[int]:
     """Return the token ids that end a text of ``model``.
 
     Raises:
-        ModelError: its config gives something else.
+        ModelError: its config names no valid token ids.
     """
     config = getattr(model, "generation_config", None) or model.config
     return set(end_tokens(config.eos_token_id, "the model", "correct generation_config.json, or config.json"))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> torch.Tensor:
-    """Return the tokens (t) int64 of a prompt, inside the chat template if asked for and there is one.
+    """Return the tokens (t) int64 of a prompt, in the model's chat template if ``chat`` is set and there is one.
 
     Raises:
-        ModelError: the chat template cannot be used, see :func:`ara.evaluation.chat.chat_text`; or there is no token.
+        ModelError: the chat template fails, see :func:`ara.evaluation.chat.chat_text`; or the prompt has no token.
     """
     if chat and tokenizer.chat_template:
         ids = tokenizer(chat_text(tokenizer, text), add_special_tokens=False, verbose=False)["input_ids"]
@@ -113,10 +109,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> tor
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
-    """Yield text as tokens arrive; a character that takes several tokens comes whole.
+    """Yield text as tokens arrive; a character of several tokens is yielded whole.
 
-    Tokens are decoded together with those of the piece before: many tokenizers drop the space at the beginning of what
-    they decode.
+    Tokens are decoded together with those of the previous piece, because many tokenizers drop a leading space.
     """
     before: list[int] = []
     new: list[int] = []
@@ -128,7 +123,7 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> It
     for token in tokens:
         new.append(token)
         text = fresh()
-        # The replacement character stands for bytes whose rest has not come yet.
+        # A replacement character at the end means an incomplete character.
         if text and not text.endswith("\ufffd"):
             yield text
             before, new = new, []
@@ -143,14 +138,14 @@ def greedy_continuation(
     max_new_tokens: int,
     who: str = "the continuation",
 ) -> str:
-    """Return the text that ``model`` finds most likely after ``prompt``, token by token, at most ``max_new_tokens``.
+    """Return the greedy continuation of ``prompt``, at most ``max_new_tokens`` long.
 
-    Of its generation config only the end of a text counts: beams and penalties would make it another text.
+    Only the end tokens of the model's generation config are used, no beams or penalties.
 
     Raises:
-        NumericalError: the model gives NaN; it begins with ``who``.
+        NumericalError: the model gives NaN; the message begins with ``who``.
         DataError: the prompt holds a token that the model has no row for.
-        ModelError: the prompt has no token, or the model's config names no tokens as the end of a text.
+        ModelError: the prompt has no token, or the model's config names no valid end tokens.
     """
     ids = prompt_ids(tokenizer, prompt, chat=False)
     check_tokens(ids, token_rows(model.config), tokenizer, f"the prompt of {who}")

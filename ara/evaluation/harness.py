@@ -1,6 +1,6 @@
-"""Runs lm-eval's tasks on a model that is in memory, question by question, so that two models can be compared in pairs.
+"""Runs lm-eval's tasks on a model in memory and keeps every answer, so that two models can be compared in pairs.
 
-Scoring is lm-eval's own (``HFLM``, ``evaluate``): the figures are those of its command on the same questions.
+Scoring is lm-eval's own (``HFLM``, ``evaluate``): the figures equal those of its command on the same questions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ara.errors import AraError, DataError, NumericalError, first_line
+from ara.errors import NAN_HINT, AraError, DataError, NumericalError, first_line, is_out_of_memory
 from ara.evaluation.generation import LogitsCheck, check_logits
 from ara.evaluation.tasks import Task, missing_module, silence_lm_eval
 from ara.models.context import context_length
@@ -26,25 +26,22 @@ from ara.progress import SILENT, Bar, Reporter
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# The metric that a task is known by, the first of these that it has; else its first one.
+# The headline of a task is the first of these metrics that it has, else its first metric.
 _HEADLINES = ("acc", "exact_match", "f1", "word_perplexity", "perplexity")
-_HINT = "the model computes NaN or infinity: try --dtype float32, and check its weights"
-_NO_ROW = "the tokenizer was extended and the model was not: leave this task out, or use the tokenizer of the model"
-# Words by which torch says that memory is short, where it has no class of its own for it.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
-# What lm-eval's command draws examples with, for tasks that come with some.
+_NO_ROW = "the tokenizer was extended and the model was not: omit this task, or use the tokenizer of the model"
+# Random seed of lm-eval's command for few-shot examples.
 _EXAMPLES_SEED = 1234
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One question as one model answered it.
+    """One model's answer to one question.
 
     Attributes:
         document: number of the question.
         digest: lm-eval's hash of the question.
-        responses: what lm-eval scored: log-likelihoods (nats) with whether they were the greedy choice, or texts.
-        metrics: metric → value, a number, or what lm-eval aggregates.
+        responses: what lm-eval scored: pairs of log-likelihood (nats) and whether it is greedy, or texts.
+        metrics: metric → value: a number, or other data that lm-eval aggregates.
     """
 
     document: int
@@ -55,13 +52,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What a model scores on a task.
+    """One model's score on one task.
 
     Attributes:
-        metrics: metric → mean over the questions, or what else lm-eval makes of them.
-        stderrs: metric → standard error of the mean, ``None`` for what is no mean.
-        headline: the metric that the task is known by.
-        answers: per question, by number.
+        metrics: metric → lm-eval's aggregate over the questions, usually the mean.
+        stderrs: metric → standard error of the mean; ``None`` if the aggregate is no mean.
+        headline: name of the main metric.
+        answers: one per question, by number.
     """
 
     metrics: dict[str, float]
@@ -83,16 +80,16 @@ def ask(
     """Ask a model the questions of a task, zero-shot unless the task says otherwise.
 
     Args:
-        model: a causal language model in eval mode, or what can be called like one.
-        tokenizer: the model's own.
-        task: of :func:`ara.evaluation.tasks.load_tasks`.
+        model: a causal language model in eval mode, or an object that can be called like one.
+        tokenizer: of the model.
+        task: from :func:`ara.evaluation.tasks.load_tasks`.
         documents: numbers of the questions, ascending; ``None`` for all.
         batch_size: texts per forward pass.
-        report: told about the progress.
+        report: receives progress.
         label: task and model, for the progress bar and for errors.
 
     Raises:
-        NumericalError: the model gives NaN, noticed at the first such batch.
+        NumericalError: the model gives NaN; raised at the first such batch.
         DataError: lm-eval cannot ask or score the questions, or one holds a token that the model has no row for.
     """
     from lm_eval.evaluator import evaluate
@@ -112,16 +109,11 @@ def ask(
 
 
 def _score(results: Mapping[str, Any], samples: list[dict[str, Any]], label: str) -> TaskScore:
-    """Put lm-eval's result into ours, in Python's own types; of several filters of one metric the first counts.
-
-    Args:
-        results: "metric,filter" → figure.
-        samples: questions with their answers and metrics.
-        label: task and model, for errors.
+    """Convert lm-eval's results ("metric,filter" → figure) and samples; only the first filter of a metric counts.
 
     Raises:
         DataError: no metric is a number.
-        NumericalError: the metric that the task is known by is not finite. Another one that is not is left out.
+        NumericalError: the headline metric is not finite. Other metrics that are not finite are left out.
     """
     first = samples[0]["filter"]
     rows = sorted((row for row in samples if row["filter"] == first), key=lambda row: int(row["doc_id"]))
@@ -135,7 +127,7 @@ def _score(results: Mapping[str, Any], samples: list[dict[str, Any]], label: str
         raise DataError(f"lm-eval gives no number for {label}", "choose a task that has a metric")
     headline = next((name for name in _HEADLINES if name in found), next(iter(found)))
     if not math.isfinite(found[headline]):
-        raise NumericalError(f"{headline} of {label} is {found[headline]}, expected a finite number", _HINT)
+        raise NumericalError(f"{headline} of {label} is {found[headline]}, expected a finite number", NAN_HINT)
     metrics = {name: value for name, value in found.items() if math.isfinite(value)}
     answers = tuple(
         Answer(
@@ -153,11 +145,11 @@ def _score(results: Mapping[str, Any], samples: list[dict[str, Any]], label: str
 
 
 def _plain(value: Any, finite: bool = True) -> Any:
-    """Return what lm-eval stores (numpy's scalars and arrays, tuples, sets) in types that JSON has.
+    """Convert lm-eval's data (numpy values, tuples, sets) to JSON types; all other types become text.
 
     Args:
-        value: anything; what has no form in JSON becomes its text.
-        finite: turn NaN and infinity, which JSON does not have, into ``None``.
+        value: the data.
+        finite: turn NaN and infinity into ``None``.
     """
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
@@ -173,7 +165,7 @@ def _plain(value: Any, finite: bool = True) -> Any:
 
 
 def _stderr(values: list[Any], aggregate: float) -> float | None:
-    """Return the standard error of a mean, as lm-eval does, or ``None`` if ``aggregate`` is no mean of the values."""
+    """Return the standard error of the mean, or ``None`` if ``aggregate`` is not the mean of the values."""
     if len(values) < 2 or not all(isinstance(value, int | float) for value in values):
         return None
     mean = statistics.fmean(values)
@@ -185,13 +177,13 @@ def _stderr(values: list[Any], aggregate: float) -> float | None:
 def _wrapped(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, report: Reporter, label: str
 ) -> Any:
-    """Return lm-eval's view of a model that is in memory, with our progress bar and an eye on NaN."""
+    """Return an lm-eval model around a model in memory, with a progress bar and checks for NaN."""
     from lm_eval.models.huggingface import HFLM
 
     rows = token_rows(model.config)
 
     class Wrapped(HFLM):
-        """The model under lm-eval's own scoring."""
+        """Adds progress and checks to lm-eval's scoring."""
 
         bar: Bar | None = None
 
@@ -203,7 +195,7 @@ def _wrapped(
                     raise NumericalError(
                         f"the model gives a log-likelihood of {value} on text {number} of {label}, "
                         "expected a finite number",
-                        _HINT,
+                        NAN_HINT,
                     )
             return found
 
@@ -238,11 +230,11 @@ def _wrapped(
             return found
 
         def get_model_info(self) -> dict[str, Any]:
-            """Return nothing: a model in memory has no address."""
+            """Return nothing: a model in memory has no name."""
             return {}
 
-    # lm-eval's own softmax is that of the model's dtype: in bfloat16 it is quantised to about 0.5 %, and in float32
-    # wrong by up to 2e-5 nats per token on some processors (ara.models.likelihood). Apple's GPUs have no float64.
+    # By default lm-eval's softmax has the model's dtype: bfloat16 has errors of about 0.5 %, float32 of up to 2e-5 nats
+    # per token on some processors (see ara.models.likelihood). Apple's GPUs have no float64.
     exact = "float32" if model.device.type == "mps" else "float64"
     return Wrapped(
         pretrained=model,
@@ -255,25 +247,25 @@ def _wrapped(
 
 @contextmanager
 def _errors(label: str) -> Iterator[None]:
-    """Say of what lm-eval raises to which task and model it belongs; what the machine lacks passes through."""
+    """Add task and model to the errors of lm-eval; errors of ARA and of the system pass unchanged."""
     try:
         yield
     except (AraError, MemoryError, OSError):
         raise
     except ImportError as error:
         raise missing_module(label, error) from error
-    except (Exception, SystemExit) as error:  # tasks bring code of their own
-        if type(error).__name__ == "OutOfMemoryError" or any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+    except (Exception, SystemExit) as error:  # a task's own code may raise anything
+        if is_out_of_memory(error):
             raise
         raise DataError(
             f"lm-eval fails at {label}: {type(error).__name__}: {first_line(error)}",
-            "leave this task out; what is finished is kept. Does `lm_eval run` have it too?",
+            "omit this task (finished tasks are kept), or check whether `lm_eval run` fails too",
         ) from error
 
 
 @contextmanager
 def _as_before() -> Iterator[None]:
-    """Give random numbers back as they were: lm-eval seeds all generators."""
+    """Restore the state of all random generators, which lm-eval seeds."""
     import torch
 
     states = random.getstate(), np.random.get_state()

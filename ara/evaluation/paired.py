@@ -1,4 +1,4 @@
-"""Do two models differ? Tests on pairs: the same questions, answered by both."""
+"""Paired tests of whether two models differ on the same questions."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Differences with a larger p are called noise.
+# Differences with a larger p count as noise.
 NOISE = 0.05
-# Draws of the bootstrap, and how many are made at once.
-_DRAWS = 10_000
-_AT_ONCE = 500
+# Bootstrap samples, and how many are drawn at once.
+_DRAWS, _AT_ONCE = 10_000, 500
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a model is ahead of another one.
+    """One model compared with another.
 
     Attributes:
-        difference: mean of the pairs' differences.
+        difference: mean of the pairwise differences.
         p: two-sided probability of at least this difference if the models were equal.
-        test: how that was found.
+        test: name of the test.
     """
 
     difference: float
@@ -30,23 +29,21 @@ class Difference:
     test: str
 
 
-def compare_pairs(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Difference:
-    """Compare two models on the same questions: McNemar's exact test for right and wrong, else a paired bootstrap.
+def compare_pairs(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """Compare two models on the same questions: McNemar's exact test for values 0 and 1, else a paired bootstrap.
 
     Args:
-        ours, theirs: (q) values of the questions, in the same order, at least one.
-        seed: of the bootstrap.
+        ours, theirs: (q) values of at least one question, in the same order.
     """
     if {*ours, *theirs} <= {0, 1}:
         return mcnemar(ours, theirs)
-    return bootstrap_pairs({"": (ours, theirs)}, seed)
+    return bootstrap_pairs({"": (ours, theirs)})
 
 
 def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """Return McNemar's exact test: the questions that one of both has right fall on either side with probability ½.
+    """Return McNemar's exact test for values (q) of 0 and 1.
 
-    Args:
-        ours, theirs: (q) of 0 and 1.
+    If the models are equal, a question that only one of them answers correctly is either one's with probability ½.
     """
     won = sum(a > b for a, b in zip(ours, theirs, strict=True))
     lost = sum(a < b for a, b in zip(ours, theirs, strict=True))
@@ -56,14 +53,14 @@ def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
 
 
 def bootstrap_pairs(tasks: Mapping[str, tuple[Sequence[float], Sequence[float]]], seed: int = 0) -> Difference:
-    """Compare means over tasks, each task counting the same: questions are drawn with replacement within each task.
+    """Compare unweighted means over tasks; questions are drawn with replacement within each task.
 
     Args:
         tasks: task → values of both models, (q) each, in the same order.
-        seed: of the draws.
+        seed: random seed of the draws.
 
     Returns:
-        ``p`` is at least 1 / draws: what was never drawn may still happen.
+        The difference; its ``p`` is at least 1 / draws.
     """
     generator = np.random.default_rng(seed)
     drawn = np.zeros(_DRAWS)

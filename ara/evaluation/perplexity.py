@@ -1,12 +1,11 @@
-"""Perplexity as the compression papers compute it, and speed, of several models in one interleaved run.
+"""Perplexity as in the compression papers, and speed, of several models in one interleaved run.
 
     NLL of a window  = −1/(t−1) Σ_{i<t} ln p(x_{i+1} | x_1 … x_i)      nats per predicted token
     perplexity       = exp(mean of the windows' NLL)
 
-which is GPTQ's evaluation (arXiv 2210.17323, also SVD-LLM's, arXiv 2403.07378): for windows of one length the mean
-of the means is the mean over all predicted tokens. Likelihoods are exact whatever the model's dtype and the processor
-(:mod:`ara.models.likelihood`): a log-softmax in bfloat16 is quantised to about 0.5 %, and gives equal perplexities to
-different models.
+This is GPTQ's evaluation (arXiv 2210.17323), also used by SVD-LLM (arXiv 2403.07378). All windows have one length, so
+the mean of their means is the mean over all predicted tokens. Likelihoods are exact for every dtype and processor
+(:mod:`ara.models.likelihood`): a log-softmax in bfloat16 has errors of about 0.5 %, too coarse to compare models.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ara.errors import NumericalError
+from ara.errors import NAN_HINT, NumericalError
 from ara.evaluation.divergence import Divergence, summarise_divergence, window_divergence
+from ara.evaluation.timing import Spread, spread, synchronize
 from ara.models.likelihood import window_nll
 from ara.models.loading import forward_errors
 from ara.progress import SILENT, Reporter
@@ -51,22 +51,13 @@ class PerplexityResult:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median and spread of repeated timings: 10th and 90th percentile."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class VariantRun:
-    """What one model did in an interleaved run.
+    """Results of one model in an interleaved run.
 
     Attributes:
         result: its perplexity.
-        tokens_per_second: tokens read per second of forward pass.
-        divergence: from the reference, if there is one and this is not it.
+        tokens_per_second: tokens per second of forward pass: median, 10th and 90th percentile over batches.
+        divergence: from the reference model; ``None`` for the reference itself.
     """
 
     result: PerplexityResult
@@ -82,7 +73,7 @@ def summarise(window_nlls: Sequence[float], seq_len: int) -> PerplexityResult:
         seq_len: tokens per window.
 
     Raises:
-        NumericalError: a window's NLL is not finite (never skipped), or the perplexity overflows.
+        NumericalError: a window's NLL is not finite, or the perplexity overflows.
     """
     _check_finite(window_nlls, 0, "the model")
     nll = math.fsum(window_nlls) / len(window_nlls)
@@ -91,7 +82,7 @@ def summarise(window_nlls: Sequence[float], seq_len: int) -> PerplexityResult:
     except OverflowError:
         raise NumericalError(
             f"the perplexity overflows: the mean negative log-likelihood is {nll:,.1f} nats per token",
-            "the model is broken; look at its weights, or keep more of it",
+            "check the weights of the model, or use a larger --keep",
         ) from None
     windows = len(window_nlls)
     stderr = statistics.stdev(window_nlls) / math.sqrt(windows) if windows > 1 else None
@@ -107,20 +98,20 @@ def interleaved_perplexity(
     report: Reporter = SILENT,
     label: str = "Perplexity",
 ) -> dict[str, VariantRun]:
-    """Run several models over the same windows, batch by batch in turn, so that a slow spell hits all of them.
+    """Run several models over the same windows; every batch is run by all models before the next one.
 
-    The order of the models rotates from batch to batch; the reference goes first in one and second in the next, since
-    beside its logits only one model's exist at a time. The time of a batch is that of the forward pass alone; the first
-    batch is left out of the speed when there are more (it warms caches and compiles kernels). Each model runs on the
-    device of its first parameter, in eval mode.
+    So a temporary slowdown of the machine affects all models. Their order rotates from batch to batch. The reference is
+    alternately first and second, so that only one other model's logits are kept. Only forward passes are timed. The
+    first batch, which warms up caches and kernels, is left out of the speed unless it is the only one. Each model runs
+    in eval mode on the device of its first parameter.
 
     Args:
         models: causal language models by name; called with ``input_ids`` and ``use_cache=False``, they return an
             object with ``logits`` (b, t, v).
         windows: (w, t) int64 token ids.
         batch_size: windows per forward pass.
-        reference: name of the model from which the divergence of all others is measured; ``None``: it is not.
-        report: told about the progress.
+        reference: name of the model from which the divergence of all others is measured; ``None``: no divergence.
+        report: receives progress.
         label: of the progress bar.
 
     Raises:
@@ -137,7 +128,7 @@ def interleaved_perplexity(
             stack.enter_context(_evaluating(model))
         bar = stack.enter_context(report.bar(label, len(windows) * len(models)))
         for number, batch in enumerate(batches):
-            # Logits that wait for the other side of the divergence: the reference's, or those of one model before it.
+            # Logits kept for the divergence: the reference's, or those of the one model that ran before it.
             waiting: dict[str, torch.Tensor] = {}
             for name in _order(names, reference, number):
                 logits, values, seconds = _forward(models[name], batch)
@@ -165,8 +156,8 @@ def interleaved_perplexity(
 
 
 def _order(names: Sequence[str], reference: str | None, number: int) -> list[str]:
-    """Return who runs when in batch ``number``; ``names`` are all but the reference."""
-    # With a reference the rotation is one of pairs of batches, so that each of the others goes before it as often.
+    """Return the order of the models in batch ``number``; ``names`` are all except the reference."""
+    # With a reference the rotation moves every two batches, so that every model precedes it equally often.
     turn = (number if reference is None else (number + 1) // 2) % max(1, len(names))
     order = [*names[turn:], *names[:turn]]
     if reference is not None:
@@ -174,30 +165,16 @@ def _order(names: Sequence[str], reference: str | None, number: int) -> list[str
     return order
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Return median, 10th and 90th percentile (linear between neighbours) of at least one value."""
-    if len(values) == 1:
-        return Spread(values[0], values[0], values[0])
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return Spread(statistics.median(values), deciles[0], deciles[-1])
-
-
 def _forward(model: torch.nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, list[float], float]:
     """Return logits (b, t, v), NLLs (nats per predicted token) of a batch (b, t), and the forward pass's seconds."""
     ids = batch.to(next(model.parameters()).device)
-    _synchronize(ids.device)
+    synchronize(ids.device)
     start = time.perf_counter()
     with forward_errors(model):
         logits = model(input_ids=ids, use_cache=False).logits
-        _synchronize(logits.device)
+        synchronize(logits.device)
     seconds = time.perf_counter() - start
     return logits, window_nll(logits, ids.to(logits.device)).tolist(), max(seconds, 1e-9)
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait for the GPU: its kernels run on after the call that started them has returned."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -216,5 +193,5 @@ def _check_finite(values: Sequence[float], first: int, who: str, what: str = "ne
         if not math.isfinite(value):
             raise NumericalError(
                 f"{who} gives a {what} of {value} on window {index}; expected a finite number",
-                "the model computes NaN or infinity: try --dtype float32, and check its weights",
+                NAN_HINT,
             )

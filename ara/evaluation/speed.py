@@ -1,7 +1,7 @@
 """Speed of several models in one interleaved run: seconds per pass, tokens per second, and ratios to the first model.
 
-All models do one pass of a case after the other, in rotating order, round after round, so that a slow spell of the
-machine hits all of them. The first round warms up and does not count.
+In every round all models do one pass of a case, in rotating order. So a temporary slowdown of the machine affects all
+models. The first round is a warm-up and does not count.
 
 Shapes: b batch, p past tokens, s new tokens.
 """
@@ -20,32 +20,23 @@ import torch
 
 from ara.errors import UnsupportedModelError
 from ara.evaluation.cost import Case, Cost, count_model
+from ara.evaluation.timing import Spread, synchronize
 from ara.models.accounting import parameter_count, weight_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Of the bootstrap: resamples, and the share of their medians that the interval covers.
-_RESAMPLES = 10_000
-_COVERAGE = 0.95
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as fast one model is as another: median over the rounds, and its 95 % interval."""
-
-    median: float
-    low: float
-    high: float
+# Bootstrap samples, and coverage of the interval.
+_RESAMPLES, _COVERAGE = 10_000, 0.95
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case made ready.
+    """A case that is ready to run.
 
     Attributes:
-        run: does one pass and returns when it is done.
-        rewind: puts the caches back to where they were before the pass; not timed.
+        run: does one pass and returns when it has finished.
+        rewind: restores the caches to their state before the pass; not timed.
     """
 
     run: Callable[[], object]
@@ -65,10 +56,10 @@ class Runner(Protocol):
 
     @property
     def cost(self) -> Cost:
-        """What a pass costs by the arithmetic."""
+        """Arithmetic cost of a pass."""
 
     def prepare(self, case: Case) -> Prepared:
-        """Fill caches with ``case.past`` positions."""
+        """Fill the caches with ``case.past`` positions."""
 
 
 class TorchRunner:
@@ -76,8 +67,8 @@ class TorchRunner:
 
     Args:
         model: in evaluation mode, on its device.
-        last_logits: ask for the logits of the last position only, as generation does, where the model can.
-        call: what is called instead of ``model``, such as its compiled form.
+        last_logits: compute only the logits of the last position, as generation does, if the model supports it.
+        call: callable to use instead of ``model``, such as its compiled form.
     """
 
     def __init__(
@@ -93,7 +84,7 @@ class TorchRunner:
         """Read ``case.past`` tokens into the model's own kind of cache.
 
         Raises:
-            UnsupportedModelError: the model keeps no caches that can be put back.
+            UnsupportedModelError: the model has no caches that can be restored.
         """
         generator = torch.Generator().manual_seed(0)
         vocabulary = self._model.config.get_text_config().vocab_size
@@ -105,10 +96,10 @@ class TorchRunner:
         layers = getattr(cache, "layers", None)
         if layers is None:
             raise UnsupportedModelError(
-                f"{type(self._model).__name__} has no caches of keys and values to decode behind",
-                "measure prefill alone: --decode ''",
+                f"{type(self._model).__name__} has no key-value cache, so decoding cannot be measured",
+                "measure only prefill: --decode ''",
             )
-        # A pass appends to a layer by making new tensors. Cropping would not do: windowed layers drop what they leave.
+        # A pass makes new tensors, so shallow copies suffice. Cropping cannot restore what windowed layers dropped.
         before = [copy.copy(layer) for layer in layers]
 
         def rewind() -> None:
@@ -118,18 +109,10 @@ class TorchRunner:
 
     @torch.inference_mode()
     def _pass(self, ids: torch.Tensor, cache: Any) -> Any:
-        """Read ids (b, s) behind ``cache``; return the cache, once the device has finished."""
+        """Read ids (b, s) after the positions in ``cache``; return the cache when the device has finished."""
         result = self._call(input_ids=ids, past_key_values=cache, use_cache=True, **self._options)
         synchronize(ids.device)
         return getattr(result, "past_key_values", None)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU: its kernels run on after the call that started them has returned."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def interleaved_seconds(
@@ -140,14 +123,14 @@ def interleaved_seconds(
     clock: Callable[[], float] = time.perf_counter,
     advance: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Return seconds per model and round, the models in turn within a round; each is prepared once.
+    """Return the seconds of every model in every round; each model is prepared once.
 
     Args:
         runners: by name.
-        case: what they do.
-        rounds: that count; one more goes before.
-        clock: seconds.
-        advance: told after every pass.
+        case: what to measure.
+        rounds: number of rounds, without the warm-up round.
+        clock: returns the time in seconds.
+        advance: called after every pass.
     """
     prepared = {name: runner.prepare(case) for name, runner in runners.items()}
     names = list(runners)
@@ -160,23 +143,23 @@ def interleaved_seconds(
             passed = clock() - begun
             prepared[name].rewind()
             if number:
-                # A clock may be too coarse for a tiny model.
+                # The clock may be too coarse for a tiny model.
                 seconds[name].append(max(passed, 1e-9))
             advance()
     return seconds
 
 
-def ratio(base: Sequence[float], other: Sequence[float]) -> Ratio:
-    """Return how many times as fast as ``base`` the ``other`` model was.
+def ratio(base: Sequence[float], other: Sequence[float]) -> Spread:
+    """Return the speed-up of ``other`` over ``base``: median over the rounds, and its 95 % interval.
 
-    The interval is that of the median by the percentile bootstrap (Efron & Tibshirani, An Introduction to the
-    Bootstrap, 1993, chapter 13), with a fixed seed.
+    The interval is a percentile bootstrap of the median (Efron & Tibshirani, An Introduction to the Bootstrap, 1993,
+    chapter 13), with a fixed seed.
 
     Args:
-        base: seconds per round of the model that is compared with.
-        other: seconds of the other one in the same rounds.
+        base: seconds per round of the reference model.
+        other: seconds of the other model in the same rounds.
     """
     ratios = np.array(base) / np.array(other)
     draws = np.random.default_rng(0).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2])
-    return Ratio(float(np.median(ratios)), float(low), float(high))
+    return Spread(float(np.median(ratios)), float(low), float(high))

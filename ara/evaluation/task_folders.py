@@ -1,6 +1,6 @@
-"""Folders with tasks of one's own, as ``lm_eval --include_path`` takes them.
+"""Folders with the user's own tasks, as for ``lm_eval --include_path``.
 
-Looking at a folder runs none of its code; loading a task does: its YAML can name Python functions and classes.
+Inspecting a folder runs none of its code. Loading a task does: its YAML can name Python functions and classes.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from ara.errors import DataError, first_line
 from ara.files import check_regular, expand_user, read_bytes
 from ara.workspace.manifest import file_sha256
 
-# Beside task files (.yaml): what their functions are, and may read.
+# Suffixes of task files, and of the code and data that they may use.
 _CONTENT = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".jinja", ".j2")
 _READ = (".yaml", ".yml", ".py")
 _IGNORED_FOLDERS = frozenset({"__pycache__", ".ipynb_checkpoints", ".git"})
-# Files of a folder: all of lm-eval's own tasks have about 15,000. More are somebody's home.
+# Most files of a folder. All tasks of lm-eval have about 15,000; a folder with more is probably a mistake.
 _MOST_FILES = 50_000
+_EXPECTED = "--include-path expects a folder with task files (.yaml)"
 
 
 @dataclass(frozen=True, eq=False)
 class TaskFolders:
-    """What the folders hold.
+    """Content of the folders.
 
     Attributes:
-        paths: the folders; of two tasks of one name that of the later folder counts.
-        files: task, group or tag → its file, ``None`` for a tag.
-        groups: those of these names that may contain tasks of lm-eval.
-        broken: file that cannot be read → why.
+        paths: the folders; a task in a later folder replaces one of the same name.
+        files: task, group or tag → its file; ``None`` for a tag.
+        groups: names of groups, which may contain tasks of lm-eval.
+        broken: file that cannot be read → problem.
         twice: name → two files of one folder that both define it.
-        digest: sha256 (hex) over the files that determine the tasks, wherever the folders lie.
+        digest: sha256 (hex) over the files that determine the tasks, independent of the folders' location.
     """
 
     paths: tuple[Path, ...]
@@ -48,37 +49,30 @@ class TaskFolders:
         return name in self.files
 
     def check(self, name: str) -> None:
-        """Refuse a name that stands for two tasks, or whose file cannot be read.
-
-        Raises:
-            DataError: names the files.
-        """
+        """Raise :class:`DataError` if a name is defined twice or its file cannot be read."""
         if name in self.twice:
             first, second = self.twice[name]
             raise DataError(f"task {name!r} is defined twice: by {first} and {second}", "rename or remove one of them")
         if name not in self:
             for path, problem in self.broken.items():
                 if path.stem == name or name.encode() in path.read_bytes():
-                    raise DataError(f"task {name!r}: {path} cannot be read: {problem}", "mend that file")
+                    raise DataError(f"task {name!r}: {path} cannot be read: {problem}", "correct that file")
 
     def manager(self, name: str) -> Any:
-        """Return lm-eval's index that knows ``name`` and all that it may refer to."""
+        """Return lm-eval's index of ``name`` and all tasks that it may refer to."""
         return _manager(self.paths, defaults=name in self.groups)
 
     def file_of(self, name: str) -> Path:
-        """Return the file of a task, or a folder where it has none of its own."""
+        """Return the file of a task, or the last folder if the task has no file."""
         return self.files.get(name) or self.paths[-1]
 
 
 def open_task_folders(names: Sequence[str]) -> TaskFolders | None:
-    """Look through folders of task files; ``None`` if there are none.
-
-    Args:
-        names: of the folders, as they were given.
+    """Inspect folders of task files; return ``None`` if ``names`` is empty.
 
     Raises:
-        DataError: one is no folder, or holds far too much, or a file that is no file.
-        UsageError: the home folder of a user that is not known.
+        DataError: a path is no folder, holds too many files, or holds an irregular task file.
+        UsageError: a path begins with the home folder of an unknown user.
     """
     if not names:
         return None
@@ -96,7 +90,7 @@ def open_task_folders(names: Sequence[str]) -> TaskFolders | None:
             try:
                 name = _name_in(file)
                 outside |= _includes(file, {file.resolve()})
-            except Exception as error:  # yaml's family, and what lm-eval raises
+            except Exception as error:  # from yaml or lm-eval
                 broken[file] = _problem(error)
                 continue
             if name in seen:
@@ -104,7 +98,7 @@ def open_task_folders(names: Sequence[str]) -> TaskFolders | None:
             elif name:
                 seen[name] = file
         for name in seen.keys() & twice.keys():
-            if twice[name][0] != seen[name]:  # an earlier folder's, which this one overrides
+            if twice[name][0] != seen[name]:  # defined twice in an earlier folder, which this one overrides
                 del twice[name]
         inside = path.resolve()
         for file in sorted(file for file in outside if not file.is_relative_to(inside)):
@@ -123,7 +117,7 @@ def _manager(paths: tuple[Path, ...], defaults: bool) -> Any:
     try:
         with silence_lm_eval():
             return TaskManager(include_defaults=defaults, include_path=list(paths))
-    except Exception as error:  # a name that is no string, for one
+    except Exception as error:  # such as a name that is no string
         raise DataError(
             f"lm-eval cannot list the tasks in {paths[-1]}: {type(error).__name__}: {first_line(error)}",
             f"lm_eval ls tasks --include_path {paths[-1]}",
@@ -134,7 +128,7 @@ def _files(folder: Path) -> Iterator[Path]:
     """Yield the files of a folder that determine its tasks, in a fixed order; links to folders are not followed."""
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
-        raise DataError(f"the folder of tasks {folder} {what}", "--include-path wants a folder with task files (.yaml)")
+        raise DataError(f"the folder of tasks {folder} {what}", _EXPECTED)
 
     def unreadable(error: OSError) -> None:
         raise DataError(
@@ -146,10 +140,7 @@ def _files(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(set(folders) - _IGNORED_FOLDERS)
         count += len(files)
         if count > _MOST_FILES:
-            raise DataError(
-                f"the folder of tasks {folder} holds more than {_MOST_FILES:,} files",
-                "--include-path wants a folder with task files (.yaml)",
-            )
+            raise DataError(f"the folder of tasks {folder} holds more than {_MOST_FILES:,} files", _EXPECTED)
         for name in sorted(files):
             path = Path(parent) / name
             if path.suffix in _CONTENT and _is_readable(path):
@@ -157,7 +148,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _is_readable(path: Path) -> bool:
-    """Refuse a task file that lm-eval would wait for or never finish; other such files do not matter."""
+    """Refuse irregular or too large task files, at which lm-eval would hang; skip other such files."""
     try:
         check_regular(path, path.stat())
         if path.suffix in _READ:
@@ -170,10 +161,10 @@ def _is_readable(path: Path) -> bool:
 
 
 def _name_in(path: Path) -> str | None:
-    """Return the task or group that a file defines, ``None`` for one that only others include.
+    """Return the task or group that a file defines, or ``None`` if it is only included by others.
 
     Raises:
-        Exception: it cannot be read, or what it includes; or its name is no string.
+        Exception: the file or an included one cannot be read, or the name is no string.
     """
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -185,7 +176,7 @@ def _name_in(path: Path) -> str | None:
 
 
 def _includes(path: Path, seen: set[Path]) -> set[Path]:
-    """Return the files that a task file includes, directly or not, and the modules beside those of other folders."""
+    """Return all files that a task file includes, also indirectly, and the Python modules in their folders."""
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -194,7 +185,7 @@ def _includes(path: Path, seen: set[Path]) -> set[Path]:
     found: set[Path] = set()
     for name in included if isinstance(included, list) else [included]:
         file = (path.parent / name).resolve()
-        if file in seen or file.is_relative_to(official):  # lm-eval's own is known by its version
+        if file in seen or file.is_relative_to(official):  # lm-eval's version determines its own files
             continue
         seen.add(file)
         found |= {file, *(module for module in file.parent.glob("*.py") if module.is_file())} | _includes(file, seen)
@@ -202,7 +193,7 @@ def _includes(path: Path, seen: set[Path]) -> set[Path]:
 
 
 def _problem(error: Exception) -> str:
-    """Return in one line what is wrong with a YAML file."""
+    """Describe the error of a YAML file in one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
         return f"line {mark.line + 1}: {getattr(error, 'problem', None) or 'not YAML'}"

@@ -1,8 +1,7 @@
-"""Zero-shot tasks of lm-eval: their names, and their official definitions with local data in the place of the hub's.
+"""Tasks of lm-eval: their names, and how they are loaded.
 
-With ``$ARA_DATA_DIR`` set, the tasks of :data:`LOCAL` read their questions there: a definition of a few lines includes
-lm-eval's own file and replaces its data source, nothing else. All other tasks, and these without the variable, come
-from the Hugging Face hub as lm-eval describes them.
+If ``$ARA_DATA_DIR`` is set, the tasks of :data:`LOCAL` read their questions there: a short definition includes the file
+of lm-eval and replaces only the data source. All other tasks read the Hugging Face hub, as lm-eval defines.
 """
 
 from __future__ import annotations
@@ -27,43 +26,43 @@ from ara.evaluation.task_folders import TaskFolders
 from ara.models.cache import cache_dir
 from ara.progress import SILENT, Reporter
 
-# The seven of ARA, SVD-LLM and others.
+# The seven tasks that ARA, SVD-LLM and other papers use.
 ZERO_SHOT = ("arc_easy", "arc_challenge", "piqa", "hellaswag", "winogrande", "openbookqa", "mathqa")
 GROUPS = {"zero-shot": ZERO_SHOT}
 
 
 @dataclass(frozen=True)
 class LocalData:
-    """Where the questions of a task lie below ``$ARA_DATA_DIR``.
+    """Location of a task's questions below ``$ARA_DATA_DIR``.
 
     Attributes:
-        definition: lm-eval's file of the task, below its folder of tasks.
-        files: split → file of JSON lines.
-        hub: data set on the Hugging Face hub that it mirrors.
+        definition: lm-eval's file of the task, relative to its folder of tasks.
+        split: the split that holds them.
+        file: of JSON lines.
+        hub: the same data set on the Hugging Face hub.
     """
 
     definition: str
-    files: dict[str, str]
+    split: str
+    file: str
     hub: str
 
 
 LOCAL = {
-    "arc_easy": LocalData("arc/arc_easy.yaml", {"test": "arc_easy/test.jsonl"}, "allenai/ai2_arc"),
-    "arc_challenge": LocalData("arc/arc_challenge.yaml", {"test": "arc_challenge/test.jsonl"}, "allenai/ai2_arc"),
-    "piqa": LocalData("piqa/piqa.yaml", {"validation": "piqa/validation.jsonl"}, "baber/piqa"),
-    "hellaswag": LocalData("hellaswag/hellaswag.yaml", {"validation": "hellaswag/validation.jsonl"}, "Rowan/hellaswag"),
+    "arc_easy": LocalData("arc/arc_easy.yaml", "test", "arc_easy/test.jsonl", "allenai/ai2_arc"),
+    "arc_challenge": LocalData("arc/arc_challenge.yaml", "test", "arc_challenge/test.jsonl", "allenai/ai2_arc"),
+    "piqa": LocalData("piqa/piqa.yaml", "validation", "piqa/validation.jsonl", "baber/piqa"),
+    "hellaswag": LocalData("hellaswag/hellaswag.yaml", "validation", "hellaswag/validation.jsonl", "Rowan/hellaswag"),
     "winogrande": LocalData(
-        "winogrande/default.yaml", {"validation": "winogrande/validation.jsonl"}, "allenai/winogrande"
+        "winogrande/default.yaml", "validation", "winogrande/validation.jsonl", "allenai/winogrande"
     ),
-    "openbookqa": LocalData("openbookqa/openbookqa.yaml", {"test": "openbookqa/test.jsonl"}, "allenai/openbookqa"),
-    "mathqa": LocalData("mathqa/mathqa.yaml", {"test": "mathqa/test.jsonl"}, "regisss/math_qa"),
+    "openbookqa": LocalData("openbookqa/openbookqa.yaml", "test", "openbookqa/test.jsonl", "allenai/openbookqa"),
+    "mathqa": LocalData("mathqa/mathqa.yaml", "test", "mathqa/test.jsonl", "regisss/math_qa"),
     "lambada_openai": LocalData(
-        "lambada/lambada_openai.yaml", {"test": "lambada_openai/test.jsonl"}, "EleutherAI/lambada_openai"
+        "lambada/lambada_openai.yaml", "test", "lambada_openai/test.jsonl", "EleutherAI/lambada_openai"
     ),
     "wikitext": LocalData(
-        "wikitext/wikitext.yaml",
-        {"test": "wikitext2_raw/test_documents.jsonl"},
-        "EleutherAI/wikitext_document_level",
+        "wikitext/wikitext.yaml", "test", "wikitext2_raw/test_documents.jsonl", "EleutherAI/wikitext_document_level"
     ),
 }
 _SPLITS = ("training", "validation", "test")
@@ -74,10 +73,10 @@ class Task:
     """A loaded task.
 
     Attributes:
-        name: of lm-eval.
+        name: name in lm-eval.
         definition: lm-eval's object.
-        documents: how many questions it has.
-        origin: where they came from, for people.
+        documents: number of questions.
+        origin: source of the questions, in words.
         digest: sha256 (hex) over the questions.
     """
 
@@ -89,34 +88,33 @@ class Task:
 
 
 def is_text(name: str) -> bool:
-    """Tell whether ``name`` is a text for perplexity, and no task."""
+    """Tell whether ``name`` is a text for perplexity and not a task."""
     return name.startswith(FILE_PREFIX) or name in TEXTS
 
 
 def expand(names: Sequence[str], own: TaskFolders | None = None) -> tuple[str, ...]:
-    """Put the tasks of a group of :data:`GROUPS` in its place, unless the user has one; each name once, in order."""
+    """Replace groups of :data:`GROUPS`, unless the user defines the name, by their tasks; remove duplicates."""
     groups = {name: tasks for name, tasks in GROUPS.items() if own is None or name not in own}
     return tuple(dict.fromkeys(task for name in names for task in groups.get(name, (name,))))
 
 
 def mean_label(tasks: Iterable[str]) -> str:
-    """Say over which tasks a mean is taken."""
+    """Return the label of a mean over these tasks."""
     names = set(tasks)
     return "mean of zero-shot" if names == set(ZERO_SHOT) else f"mean of {len(names)} tasks"
 
 
 def check_task(name: str, report: Reporter = SILENT, own: TaskFolders | None = None) -> None:
-    """Check that lm-eval, and the local data, have a task, without reading its questions or running its code.
+    """Check that a text or task exists, without reading its questions or running its code.
 
     Args:
-        name: of a task, or of one of lm-eval's groups or tags.
-        report: told what takes long.
-        own: folders with tasks of the user, which come first.
+        name: of a text, a task, or one of lm-eval's groups or tags.
+        report: receives progress.
+        own: folders with the user's tasks, which have priority.
 
     Raises:
-        DataError: lm-eval has no such task, or the file below ``$ARA_DATA_DIR`` is missing, or that of the task cannot
-            be read.
-        UsageError: a text is called like that task.
+        DataError: there is no such task, the file below ``$ARA_DATA_DIR`` is missing, or the task file cannot be read.
+        UsageError: the user's task has the name of a text.
     """
     if own is not None:
         own.check(name)
@@ -130,7 +128,7 @@ def check_task(name: str, report: Reporter = SILENT, own: TaskFolders | None = N
         check_text_spec(name)
         return
     if name in LOCAL:
-        _local_files(name)
+        _local_file(name)
         return
     report.fact(f"looking for {name} among the tasks of lm-eval")
     known = _index().all_tasks
@@ -139,57 +137,53 @@ def check_task(name: str, report: Reporter = SILENT, own: TaskFolders | None = N
         raise DataError(
             f"there is no text or lm-eval task {name!r}",
             f"{near}texts: {', '.join(TEXTS.names())}, file:PATH; tasks: {', '.join(GROUPS)}, {', '.join(LOCAL)}, "
-            "and all that `lm_eval ls tasks` lists",
+            "and all others that `lm_eval ls tasks` lists",
         )
 
 
 def load_tasks(name: str, report: Reporter = SILENT, own: TaskFolders | None = None) -> list[Task]:
-    """Load a task, or the tasks that one of lm-eval's groups or tags stands for.
+    """Load a task, or all tasks of one of lm-eval's groups or tags.
 
     Args:
         name: of the task, group or tag.
-        report: told what takes long.
-        own: folders with tasks of the user, which come first; the Python code that the task names is run.
+        report: receives progress.
+        own: folders with the user's tasks, which have priority; Python code named in these tasks is executed.
 
     Raises:
-        UsageError: it runs code that a model writes.
-        DataError: lm-eval has no such task, or its questions cannot be read or fetched.
+        UsageError: the task would execute code that a model writes.
+        DataError: there is no such task, or its questions cannot be read or fetched.
     """
     check_task(name, report, own)
     if own is not None and name in own:
         if name in LOCAL:
-            report.warn(f"{name} is the task in {own.file_of(name)}, not lm-eval's own")
+            report.warn(f"{name} is the task in {own.file_of(name)}, not the task of lm-eval")
         report.fact(f"reading the questions of {name} (task file {own.file_of(name)})")
         return _own_tasks(name, own)
-    files = _local_files(name) if name in LOCAL else None
-    report.fact(f"reading the questions of {name}" + ("" if files else " (Hugging Face hub)"))
+    file = _local_file(name) if name in LOCAL else None
+    report.fact(f"reading the questions of {name}" + ("" if file else " (Hugging Face hub)"))
     try:
         with silence_datasets(), silence_lm_eval():
-            return [
-                _task(found, definition, f"file {next(iter(files.values()))}" if files else None)
-                for found, definition in _load(name).items()
-            ]
+            origin = f"file {file}" if file else None
+            return [_task(found, definition, origin) for found, definition in _load(name).items()]
     except AraError:
         raise
     except ImportError as error:
         raise missing_module(f"task {name}", error) from error
-    except Exception as error:  # datasets, huggingface_hub and lm-eval each raise their own families
+    except Exception as error:  # from datasets, huggingface_hub or lm-eval
         what = f"the questions of {name} cannot be "
-        if files:
-            path = next(iter(files.values()))
-            raise DataError(f"{what}used: {first_line(error)}", f"is {path} what {LOCAL[name].hub} holds?") from error
+        if file:
+            told, hint = f"{what}used: {first_line(error)}", f"check that {file} is the data of {LOCAL[name].hub}"
+            raise DataError(told, hint) from error
         if name in LOCAL:
-            needed = ", ".join(LOCAL[name].files.values())
-            hint = f"set {DATA_DIR_VARIABLE} (needs {needed}), or go online"
+            hint = f"set {DATA_DIR_VARIABLE} (needs {LOCAL[name].file}), or go online"
         else:
             hint = f"go online, or use a task with local data ({DATA_DIR_VARIABLE}): {', '.join(LOCAL)}"
-        raise DataError(
-            f"{what}fetched from the Hugging Face hub ({type(error).__name__}: {first_line(error)})", hint
-        ) from error
+        told = f"{what}fetched from the Hugging Face hub ({type(error).__name__}: {first_line(error)})"
+        raise DataError(told, hint) from error
 
 
 def _own_tasks(name: str, own: TaskFolders) -> list[Task]:
-    """Load a task of the user; whatever it raises is told with its file."""
+    """Load a task of the user; errors name its file."""
     path = own.file_of(name)
     try:
         with silence_datasets(), silence_lm_eval():
@@ -203,75 +197,67 @@ def _own_tasks(name: str, own: TaskFolders) -> list[Task]:
     except (Exception, SystemExit) as error:  # its code may raise anything
         raise DataError(
             f"task {name} of {path} cannot be loaded: {type(error).__name__}: {first_line(error)}",
-            f"mend it; does `lm_eval validate --tasks {name} --include_path {own.paths[-1]}` take it?",
+            f"correct it, and check it with `lm_eval validate --tasks {name} --include_path {own.paths[-1]}`",
         ) from error
 
 
 def _task(name: str, definition: Any, origin: str | None) -> Task:
-    """Return a task of lm-eval with its questions counted.
-
-    Args:
-        name: of the task.
-        definition: lm-eval's object.
-        origin: where the questions came from; ``None`` for the hub.
+    """Return a task of lm-eval; ``origin`` is the source of its questions, ``None`` for the hub.
 
     Raises:
-        UsageError: it runs code that a model writes.
-        DataError: it has no question.
+        UsageError: it would execute code that a model writes.
+        DataError: it has no questions.
     """
     if getattr(definition, "UNSAFE_CODE", False):
-        raise UsageError(f"task {name} runs code that the model writes", "run it with lm_eval, in a sandbox")
+        raise UsageError(f"task {name} executes code that the model writes", "run it with lm_eval, in a sandbox")
     documents = definition.eval_docs
     if len(documents) == 0:
-        raise DataError(f"task {name} has no questions ({origin or definition.DATASET_PATH})", "leave it out")
+        raise DataError(f"task {name} has no questions ({origin or definition.DATASET_PATH})", "omit it")
     origin = origin or f"Hugging Face hub {definition.DATASET_PATH}"
     return Task(name, definition, len(documents), origin, _digest(documents))
 
 
 def missing_module(who: str, error: ImportError) -> DataError:
-    """Return what to say when ``who``, a task, needs a Python module that is not there."""
+    """Return the error for a task ``who`` that needs a missing Python module."""
     cause: BaseException | None = error
-    while isinstance(cause, ImportError) and not cause.name:  # lm-eval raises its own on top
+    while isinstance(cause, ImportError) and not cause.name:  # lm-eval wraps the original error
         cause = cause.__cause__ or cause.__context__
     name = cause.name if isinstance(cause, ImportError) else None
     if isinstance(cause, ModuleNotFoundError) and name:
         package = name.partition(".")[0]
         return DataError(f"{who} needs the Python module {package}, which is not installed", f"pip install {package}")
     return DataError(
-        f"{who} needs a Python module that cannot be imported: {first_line(error)}", "install what it names with pip"
+        f"{who} needs a Python module that cannot be imported: {first_line(error)}", "install that module with pip"
     )
 
 
 def definition(name: str) -> str:
-    """Return the definition (YAML) of a task of :data:`LOCAL`: lm-eval's own, with local data if there is any.
+    """Return the definition (YAML) of a task of :data:`LOCAL`: lm-eval's own, with local data if available.
 
     Raises:
         DataError: the file below ``$ARA_DATA_DIR`` is missing.
     """
     import lm_eval.tasks
 
-    files = _local_files(name)
-    official = Path(lm_eval.tasks.__file__).parent / LOCAL[name].definition
+    file, local = _local_file(name), LOCAL[name]
+    official = Path(lm_eval.tasks.__file__).parent / local.definition
     lines = [f"include: {json.dumps(str(official))}", f"task: {name}"]
-    if files:
-        source = {
-            "data_files": {split: str(path) for split, path in files.items()},
-            "cache_dir": str(cache_dir() / "tasks"),
-        }
+    if file:
+        source = {"data_files": {local.split: str(file)}, "cache_dir": str(cache_dir() / "tasks")}
         lines += ["dataset_path: json", "dataset_name: null", f"dataset_kwargs: {json.dumps(source)}"]
-        # Splits that are not there: lm-eval would look into them for examples, of which zero-shot has none.
-        lines += [f"{split}_split: null" for split in _SPLITS if split not in files]
+        # lm-eval must not look for few-shot examples in missing splits.
+        lines += [f"{split}_split: null" for split in _SPLITS if split != local.split]
     return "\n".join(lines) + "\n"
 
 
 def chosen_documents(task: str, documents: int, limit: int | None, seed: int) -> list[int] | None:
-    """Return which questions to ask, ascending, drawn without replacement; ``None`` for all.
+    """Return the numbers of the questions to ask, ascending, drawn without replacement; ``None`` for all.
 
     Args:
-        task: name; the draw differs between tasks.
-        documents: how many there are.
-        limit: how many to ask; ``None`` for all.
-        seed: of the draw.
+        task: name of the task; it makes the sample differ between tasks.
+        documents: number of questions.
+        limit: number of questions to ask; ``None`` for all.
+        seed: random seed.
     """
     if limit is None or limit >= documents:
         return None
@@ -285,19 +271,18 @@ def _digest(documents: Iterable[Mapping[str, Any]]) -> str:
     return sha.hexdigest()
 
 
-def _local_files(name: str) -> dict[str, Path] | None:
-    """Return split → file of a task below ``$ARA_DATA_DIR``, or ``None`` when that is not set."""
+def _local_file(name: str) -> Path | None:
+    """Return the file of a task below ``$ARA_DATA_DIR``, or ``None`` if the variable is not set."""
     folder = data_dir()
     if folder is None:
         return None
-    files = {split: folder / file for split, file in LOCAL[name].files.items()}
-    for path in files.values():
-        if not path.is_file():
-            raise DataError(
-                f"task {name!r}: no file {path} ({DATA_DIR_VARIABLE} is {folder})",
-                f"put it there (JSON lines of {LOCAL[name].hub}), or unset {DATA_DIR_VARIABLE} to fetch it",
-            )
-    return {split: path.resolve() for split, path in files.items()}
+    path = folder / LOCAL[name].file
+    if not path.is_file():
+        raise DataError(
+            f"task {name!r}: no file {path} ({DATA_DIR_VARIABLE} is {folder})",
+            f"add it (JSON lines of {LOCAL[name].hub}), or unset {DATA_DIR_VARIABLE} to fetch the questions",
+        )
+    return path.resolve()
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -310,12 +295,12 @@ def _load(name: str) -> dict[str, Any]:
 
 @cache
 def _index() -> Any:
-    """Return lm-eval's index of all that comes with it; made once, which takes ten seconds."""
+    """Return lm-eval's index of its own tasks; made once, which takes ten seconds."""
     return _manager(None)
 
 
 def _manager(folder: str | None) -> Any:
-    """Return lm-eval's index of ``folder`` alone, or of all that comes with it."""
+    """Return lm-eval's index of the tasks in ``folder``, or of its own tasks."""
     from lm_eval.tasks import TaskManager
 
     with silence_lm_eval():
@@ -324,7 +309,7 @@ def _manager(folder: str | None) -> Any:
 
 @contextmanager
 def silence_lm_eval() -> Iterator[None]:
-    """Keep what lm-eval says besides errors, and its bars, off the terminal inside the block."""
+    """Suppress lm-eval's messages (except errors) and progress bars inside the block."""
     from tqdm import tqdm
 
     def silent(*arguments: Any, **options: Any) -> Any:

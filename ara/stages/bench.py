@@ -1,4 +1,4 @@
-"""``ara bench``: how fast the chosen checkpoint is beside the dense model, and how much memory and disk it needs."""
+"""``ara bench``: speed, memory and size of the chosen checkpoint and of the dense model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ara.environment import machine
 from ara.errors import UnavailableError, UsageError
 from ara.evaluation.cost import Case, Cost
 from ara.evaluation.footprint import peak_memory
-from ara.evaluation.perplexity import spread
 from ara.evaluation.speed import interleaved_seconds, ratio
+from ara.evaluation.timing import spread
 from ara.models.placement import choose_placement
 from ara.models.sources import ModelSource
 from ara.stages.bench_models import BenchModel, BenchModels, FindExport, in_other, in_torch
 from ara.stages.common import Run, begin, check_window, groups_in_memory, model_of, open_task
 from ara.workspace.view import StageView
 
-# Folder for what is exported for the time of the measurement.
+# Folder for temporary exports.
 _ASIDE = "aside"
 
 
@@ -38,17 +38,17 @@ def bench(
     name: str | None = None,
     find_export: FindExport | None = None,
 ) -> StageView:
-    """Measure speed, memory and size of the dense model and the checkpoint, and store them with what was predicted.
+    """Measure speed, memory and size of the dense model and the checkpoint; store them with predicted ratios.
 
     Args:
         config: cases, rounds, threads, device.
         run: workspace and reporter.
-        checkpoint: which one, as NAME or STAGE/NAME; the latest by default.
-        name: of the result; says checkpoint, or export, and backend by default.
-        find_export: needed for ``config.backend`` other than torch.
+        checkpoint: NAME or STAGE/NAME; the latest by default.
+        name: of the result; by default checkpoint (or export) and backend.
+        find_export: required if ``config.backend`` is not torch.
 
     Raises:
-        AraError: a stage is missing or stale, a length is beyond the model, a device is not there.
+        AraError: a stage is missing or stale, a length exceeds the model's limit, a device does not exist.
     """
     started = begin(name, checkpoint)
     cases = _cases(config)
@@ -58,7 +58,7 @@ def bench(
         truncated = workspace.require("checkpoint", checkpoint)
         assert resolved.threads is not None
         run.report.step(f"Measuring {truncated.key} against the dense model")
-        # For the model that it names; its factors are not read.
+        # Only its model is needed: the factors are not read.
         decomposition = workspace.ancestor(truncated, "factors", verify=False)
         source = model_of(decomposition, run)
         _check_lengths(config, source)
@@ -91,10 +91,10 @@ def _cases(config: BenchConfig) -> list[Case]:
 
 
 def _resolved(config: BenchConfig, run: Run) -> BenchConfig:
-    """Return the config with device, precision and threads decided; an export has decided the first two itself.
+    """Return the config with device, dtype and threads resolved; an export has its own device and dtype.
 
     Raises:
-        UsageError: an unknown or missing device, one beside an export, or more threads than processors.
+        UsageError: an unknown or missing device, device or dtype with an export, or more threads than processors.
     """
     processors = os.cpu_count() or 1
     if config.threads is not None and config.threads > processors:
@@ -110,14 +110,14 @@ def _resolved(config: BenchConfig, run: Run) -> BenchConfig:
     given = [f"--{name} {getattr(config, name)}" for name in ("device", "dtype") if getattr(config, name) != "auto"]
     if given:
         raise UsageError(
-            f"{' and '.join(given)} is given, and --backend is {config.backend}: the export decides that",
-            "leave it out, or export with --execution-provider and --precision",
+            f"{' and '.join(given)} cannot be combined with --backend {config.backend}: the export decides that",
+            "omit it, or export with --execution-provider and --precision",
         )
     return config.model_copy(update=threads)
 
 
 def _check_lengths(config: BenchConfig, source: ModelSource) -> None:
-    """Refuse lengths that the model has no positions for; the decoded token needs one, too."""
+    """Refuse lengths beyond the model's positions; the decoded token needs one position, too."""
     limit = check_window(max(config.prefill, default=0), source.config, "--prefill")
     longest = max(config.decode, default=0)
     if limit is not None and longest >= limit:
@@ -128,9 +128,10 @@ def _check_lengths(config: BenchConfig, source: ModelSource) -> None:
 
 
 def largest(cases: Sequence[Case]) -> list[Case]:
-    """Return the cases that need most memory: most positions, b · (p + s), and most tokens at once, b · s.
+    """Return the cases that need most memory: most positions, b · (p + s), and most tokens per pass, b · s.
 
-    The first has the largest caches; the second counts where a past is made up and not read, as in ONNX Runtime.
+    The first has the largest caches. The second can be larger where the past is not read but made up, as in ONNX
+    Runtime.
     """
     positions = max(cases, key=lambda case: (case.batch * (case.past + case.new), case.tokens))
     tokens = max(cases, key=lambda case: (case.tokens, case.batch * case.past))
@@ -138,10 +139,9 @@ def largest(cases: Sequence[Case]) -> list[Case]:
 
 
 def _measure(compared: BenchModels, cases: list[Case], config: BenchConfig, run: Run) -> BenchmarkResults:
-    """Return all results."""
     variants = compared.models
     assert config.threads is not None
-    # Before any model is in the memory of this process.
+    # First, while no model is in the memory of this process.
     peaks = _peaks(variants, largest(cases), run)
     groups = groups_in_memory(variants, compared.each_bytes, compared.device, run.report)
     models: dict[str, ModelCost] = {}
@@ -179,13 +179,13 @@ def _measure(compared: BenchModels, cases: list[Case], config: BenchConfig, run:
 def case_results(
     case: Case, seconds: Mapping[str, Sequence[float]], costs: Mapping[str, Cost], *, in_turn: bool
 ) -> CaseResults:
-    """Return a case's figures; the first model is the one that all are compared with.
+    """Return a case's figures; all models are compared with the first.
 
     Args:
         case: what was measured.
         seconds: per model and round.
         costs: per model.
-        in_turn: whether the models shared their rounds; rounds of different times make no ratio.
+        in_turn: whether the models ran in the same rounds; else there is no ratio.
     """
     base = next(iter(seconds))
     rows = {
@@ -208,7 +208,7 @@ def _percentiles(values: Sequence[float]) -> Percentiles:
 
 
 def _peaks(models: Sequence[BenchModel], cases: Sequence[Case], run: Run) -> dict[str, int | None]:
-    """Return the peak memory of every model in a process of its own; ``None`` where it cannot be had."""
+    """Return the peak memory of every model, each in a separate process; ``None`` where it cannot be measured."""
     peaks: dict[str, int | None] = {}
     with run.report.bar("Measuring memory", len(models)) as bar:
         for model in models:
@@ -224,7 +224,7 @@ def _peaks(models: Sequence[BenchModel], cases: Sequence[Case], run: Run) -> dic
 
 @contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads of the CPU inside the block."""
+    """Set torch's number of CPU threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""The models that ``ara bench`` measures: dense and chosen, in torch or in a runtime that they were exported for."""
+"""The models that ``ara bench`` measures: dense and chosen, in torch or in the runtime of an export."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from ara.workspace.view import StageView
 
 @dataclass(frozen=True)
 class BenchModel:
-    """One of the models that are measured.
+    """One model to measure.
 
     Attributes:
-        name: dense, or that of the checkpoint.
-        load: brings it into memory; can be pickled, for a process of its own.
-        disk_bytes: of its weights on the disk.
-        measurable: whether its peak memory can be asked for.
+        name: dense, or the name of the checkpoint.
+        load: loads the model; can be pickled, for a separate process.
+        disk_bytes: size of its weights on disk.
+        measurable: whether its peak memory can be measured.
     """
 
     name: str
@@ -48,7 +48,7 @@ class BenchModels:
         models: dense first.
         device: where they run.
         precision: of their weights.
-        each_bytes: what one of them takes in memory, at most.
+        each_bytes: upper bound of the memory of one model.
     """
 
     models: list[BenchModel]
@@ -58,7 +58,7 @@ class BenchModels:
 
 
 class Exported(Protocol):
-    """An export of the checkpoint, and what makes its counterpart: this package does not know other runtimes."""
+    """An export of the checkpoint, which can export the dense model in the same way; implemented outside of ``ara``."""
 
     @property
     def view(self) -> StageView:
@@ -66,14 +66,14 @@ class Exported(Protocol):
 
     @property
     def device(self) -> str:
-        """Where it runs, as torch calls it."""
+        """Where it runs, as a torch device name."""
 
     @property
     def precision(self) -> str:
-        """Of its weights."""
+        """Precision of its weights."""
 
     def chosen(self, name: str, checkpoint: Path, threads: int) -> BenchModel:
-        """Return the export of the folder ``checkpoint``."""
+        """Return the existing export of the folder ``checkpoint``."""
 
     def dense(self, name: str, checkpoint: Path, output: Path, threads: int) -> BenchModel:
         """Export the dense folder ``checkpoint`` to ``output`` with the same settings."""
@@ -83,7 +83,7 @@ FindExport = Callable[[Workspace, StageView], Exported]
 
 
 def in_torch(truncated: StageView, decomposition: StageView, source: ModelSource, config: BenchConfig) -> BenchModels:
-    """Return dense model and checkpoint in torch; on the disk the dense one has the checkpoint's dtype."""
+    """Return dense model and checkpoint in torch; the dense model's size on disk is in the checkpoint's dtype."""
     results, dtype = CheckpointResults.read(truncated), torch_dtype(config.dtype)
     dense = partial(_load_dense, source.for_another_process(dtype), config.device, config.dtype)
     chosen = partial(_load_chosen, truncated.path / CHECKPOINT, config.device, config.dtype)
@@ -107,13 +107,13 @@ def in_other(
     truncated: StageView, source: ModelSource, exported: Exported, aside: Path, threads: int, run: Run
 ) -> BenchModels:
     """Return dense model and checkpoint in another runtime, the dense one exported into ``aside``."""
-    run.report.fact(f"exporting the dense model as {exported.view.key} was, for the time of the measurement")
+    run.report.fact(f"exporting the dense model temporarily, with the settings of {exported.view.key}")
     folder = aside / CHECKPOINT
     with silence_transformers():
-        # In the checkpoint's own dtype: both graphs are then made from weights that were rounded alike.
+        # In the checkpoint's dtype, so that the weights of both graphs are rounded alike.
         source.load_model(torch_dtype(CheckpointSettings.read(truncated).dtype)).save_pretrained(folder)
     dense = exported.dense(DENSE, folder, aside / "export", threads)
     shutil.rmtree(folder)
     chosen = exported.chosen(label_of(truncated), truncated.path / CHECKPOINT, threads)
-    # Runtimes may keep weights a second time, packed for their kernels.
+    # Runtimes may keep a second copy of the weights, packed for their kernels.
     return BenchModels([dense, chosen], exported.device, exported.precision, 2 * dense.disk_bytes)

@@ -1,7 +1,8 @@
-"""What all stages share: the run they are part of, and the way back to the model of a workspace."""
+"""What all stages share: run, task, the model of a result, memory, and names of results."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,19 +25,20 @@ from ara.workspace.writer import StageWriter
 if TYPE_CHECKING:
     from ara.models.sources import ModelSource
 
-
 Item = TypeVar("Item")
+# Characters that are replaced in names of folders and files.
+NOT_PLAIN = re.compile(r"[^\w.-]")
 
 
 @dataclass(frozen=True)
 class Run:
-    """The circumstances of a stage, apart from its config.
+    """Where and how a stage runs, apart from its config.
 
     Attributes:
         root: workspace folder.
-        command: what the user typed; goes into the manifest.
-        report: progress.
-        force: do the work again even if the same result is there.
+        command: command line, for the manifest.
+        report: receives progress.
+        force: do the work again even if the same result exists.
     """
 
     root: Path
@@ -50,15 +52,14 @@ class Run:
 
 
 def begin(name: str | None = None, *consumed: str | None) -> float:
-    """Start a stage's clock and its memory's high-water mark; returns ``time.monotonic()``.
+    """Check names, reset the peak memory, and return the start time, ``time.monotonic()``.
 
     Args:
-        name: of the result that is to be made.
-        consumed: results that it is made from, as NAME or STAGE/NAME. Like ``name`` they are checked here, before any
-            work.
+        name: of the result to make.
+        consumed: results that it is made from, as NAME or STAGE/NAME.
 
     Raises:
-        UsageError: no result can be called that.
+        UsageError: a name is not valid.
     """
     if name is not None:
         check_name(name)
@@ -70,7 +71,7 @@ def begin(name: str | None = None, *consumed: str | None) -> float:
 
 
 class Task:
-    """One stage at work in a locked workspace: finds what it consumes, and writes what it produces.
+    """One run of a stage in a locked workspace.
 
     Attributes:
         workspace: locked while the task is open.
@@ -86,12 +87,12 @@ class Task:
     def describe(
         self, name: str, config: Any, parents: Sequence[StageView], model: Mapping[str, Any] | None = None
     ) -> None:
-        """Say what is to be made.
+        """Set the facts about the result that go into its manifest.
 
         Args:
             name: of the result.
             config: resolved settings, as data or as a config.
-            parents: the results that it is made from, the first of the same model.
+            parents: the results that it is made from; the first one gives the model.
             model: identity of the model, for a result without parents.
         """
         if model is None:
@@ -101,17 +102,16 @@ class Task:
         self._facts = {"config": config, "model": model, "parents": tuple(parent_of(view) for view in parents)}
 
     def finished(self, report: Reporter | None = None) -> StageView | None:
-        """Return the result if it is there, made from the same settings and parents."""
-        report = self.run.report if report is None else report
-        return self.workspace.finished(self.stage, self.name, self._facts, report)
+        """Return the result if it exists, made from the same settings and parents."""
+        return self.workspace.finished(self.stage, self.name, self._facts, report or self.run.report)
 
     def done(self) -> StageView | None:
-        """Return the result if it is there and need not be made again, and say so."""
+        """Return the result, and report it, if it exists and need not be made again."""
         view = self.finished()
         return None if view is None or self.run.force else already_done(view, self.run)
 
     def unfinished(self) -> bool:
-        """Tell whether a run of this very work has left something to go on from."""
+        """Tell whether an interrupted run with the same facts can be resumed."""
         return self.workspace.unfinished(self.stage, self.name, self._facts)
 
     def writer(self, **options: Any) -> StageWriter:
@@ -132,8 +132,8 @@ def open_task(stage: str, run: Run, started: float, create: bool = False) -> Ite
     Args:
         stage: name of the stage.
         run: workspace and reporter.
-        started: what :func:`begin` has returned.
-        create: whether a workspace that is not there is created.
+        started: result of :func:`begin`.
+        create: create the workspace if it does not exist.
     """
     workspace = run.open(create)
     with workspace.lock(run.command):
@@ -141,10 +141,10 @@ def open_task(stage: str, run: Run, started: float, create: bool = False) -> Ite
 
 
 def model_of(view: StageView, run: Run) -> ModelSource:
-    """Find the model again that the stage result ``view`` was made from.
+    """Return the model that the result ``view`` was made from.
 
     Raises:
-        ModelError: it is gone or has changed since.
+        ModelError: it cannot be found or has changed since.
     """
     from ara.models.identity import ModelIdentity
     from ara.models.sources import resolve
@@ -161,21 +161,21 @@ def model_of(view: StageView, run: Run) -> ModelSource:
         raise ModelError(
             f"{identity.requested} has changed since {view.key} was made "
             f"(fingerprint {source.identity.fingerprint[:12]}, expected {identity.fingerprint[:12]})",
-            "run ara decompose --force, or bring the original files back",
+            "run ara decompose --force, or restore the original files",
         )
     return source
 
 
 def check_window(seq_len: int, model_config: Any, flag: str = "--seq-len") -> int | None:
-    """Return how many positions the model has, or ``None`` if it does not say.
+    """Return the model's number of positions, or ``None`` if its config has no limit.
 
     Args:
-        seq_len: tokens per window that somebody asked for.
+        seq_len: requested tokens per window.
         model_config: of transformers.
-        flag: the option by which they did.
+        flag: the option, for the error.
 
     Raises:
-        UsageError: ``seq_len`` is more than the model can read.
+        UsageError: ``seq_len`` exceeds the number of positions.
     """
     limit = context_length(model_config)
     if limit is not None and seq_len > limit:
@@ -186,22 +186,22 @@ def check_window(seq_len: int, model_config: Any, flag: str = "--seq-len") -> in
 def groups_in_memory(
     models: Sequence[Item], each_bytes: int, device: str, report: Reporter, lost: str = ""
 ) -> list[list[Item]]:
-    """Return the models to run in turn: all together when they fit into memory, else one by one, which is warned of.
+    """Return groups of models to load together: one group if all fit into memory, else one group per model.
 
     Args:
-        models: whatever stands for them.
-        each_bytes: weights of the largest.
+        models: the models, not loaded.
+        each_bytes: weight bytes of the largest one.
         device: where they run.
-        report: told when they do not.
-        lost: what else cannot be measured then, as the end of a sentence.
+        report: receives a warning if they do not fit.
+        lost: end of the warning: what cannot be measured then.
     """
     free = available_bytes(device)
     # A quarter on top for activations and logits.
     if 1.25 * each_bytes * len(models) < free:
         return [list(models)]
     report.warn(
-        f"{len(models)} models do not fit into {free / 2**30:.1f} GiB at once: they are run one after the other, "
-        f"so a change of the machine's speed in between shows in their tokens/s{lost}"
+        f"{len(models)} models do not fit into {free / 2**30:.1f} GiB together, so they run one after the other: "
+        f"a change of the machine's speed affects the comparison of tokens/s{lost}"
     )
     return [[model] for model in models]
 
@@ -219,6 +219,6 @@ def default_name(
 
 
 def already_done(view: StageView, run: Run) -> StageView:
-    """Say that ``view`` is there already, and return it."""
-    run.report.fact(f"{view.key} is there already, made from the same settings (again: --force)")
+    """Report that ``view`` is there already, and return it."""
+    run.report.fact(f"{view.key} is there already, made with the same settings (--force makes it again)")
     return view

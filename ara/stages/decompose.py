@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,23 +36,23 @@ if TYPE_CHECKING:
 
     from ara.data.tokens import TokenWindows
 
-# Fewer calibration tokens per input dimension than this leave the second moments noisy; from the literature's habit
-# of 256 x 2048 tokens for widths of 4096 to 11008.
+# With fewer calibration tokens per input dimension the second moments are noisy. Papers use 256 x 2048 tokens for
+# widths of 4096 to 11008.
 _TOKENS_PER_DIMENSION = 8
-# Tokens with which it is found out which layers a forward pass calls.
+# Tokens of the pass that finds the layers which a forward pass calls.
 _PROBED_TOKENS = 16
 
 
 def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> StageView:
-    """Factor the model and store the factors in the workspace; goes on at the next layer after an interruption.
+    """Factor the model and store the factors in the workspace; an interrupted run resumes at the next block.
 
     Args:
         config: model, method, text.
-        run: workspace and reporter; the workspace is created if need be.
+        run: workspace and reporter; a missing workspace is created.
         name: of the result; the method's name by default.
 
     Raises:
-        AraError: anything that is wrong with model, text, disk or workspace.
+        AraError: a problem with the model, the text, the disk or the workspace.
     """
     started = begin(name)
     entry = DECOMPOSITIONS.entry(config.method)
@@ -112,7 +113,7 @@ def _windows(
     )
     if windows.windows < config.samples:
         run.report.warn(
-            f"the text holds {windows.windows} windows of {config.seq_len} tokens; {config.samples} were asked for"
+            f"the text has only {windows.windows} of the {config.samples} requested windows of {config.seq_len} tokens"
         )
     return windows
 
@@ -120,7 +121,7 @@ def _windows(
 def _factorisable(
     model: PreTrainedModel, linears: list[LinearSpec], windows: TokenWindows | None, run: Run
 ) -> list[LinearSpec]:
-    """Return the layers without those that the model does not call, and say what stays dense."""
+    """Return the layers that the model calls, and report what stays dense."""
     ids = torch.arange(_PROBED_TOKENS)[None] if windows is None else windows.ids[:1, :_PROBED_TOKENS]
     rows = model.get_input_embeddings().weight.shape[0]
     uncalled, others = left_dense(model, linears, (ids % rows).to(model.device))
@@ -138,7 +139,7 @@ def _factorisable(
     if not kept:
         raise UnsupportedModelError(
             f"{type(model).__name__} calls none of its {len(linears)} linear layers in a forward pass",
-            "ARA factorises layers that it can put another module in place of",
+            "ARA can only factorise layers whose modules are called",
         )
     return kept
 
@@ -147,18 +148,15 @@ def _warn_if_few(windows: TokenWindows, linears: Sequence[LinearSpec], run: Run)
     width = max(spec.n for spec in linears)
     tokens = windows.ids.numel()
     if tokens < _TOKENS_PER_DIMENSION * width:
+        samples = math.ceil(_TOKENS_PER_DIMENSION * width / windows.ids.shape[1])
         run.report.warn(
             f"{tokens:,} calibration tokens are few for inputs {width:,} wide: {tokens / width:.1f} per dimension, "
-            f"{_TOKENS_PER_DIMENSION} or more are advisable (--samples {_advised(width, windows.ids.shape[1])})"
+            f"{_TOKENS_PER_DIMENSION} or more are advisable (--samples {samples})"
         )
 
 
-def _advised(width: int, seq_len: int) -> int:
-    return -(-_TOKENS_PER_DIMENSION * width // seq_len)
-
-
 def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], stage: StageWriter, run: Run) -> None:
-    """Refuse to start what the disk cannot hold, or what a broken weight would stop halfway."""
+    """Refuse to start if the disk is too small or a weight is not finite."""
     finished = set(stage.finished)
     todo = [spec for spec in linears if layer_file(spec.layer) not in finished]
     needed = sum(spec.full_rank * (spec.m + spec.n) for spec in todo) * model.dtype.itemsize
@@ -198,21 +196,26 @@ def _factor_layers(
     stage: StageWriter,
     run: Run,
 ) -> None:
-    """Collect statistics for as many blocks at once as memory allows, factor them, store them; repeat."""
+    """Collect statistics for as many layers as fit into memory, factor and store them; repeat."""
     finished = set(stage.finished)
     todo = [spec for spec in linears if layer_file(spec.layer) not in finished]
     if finished:
-        run.report.fact(f"going on after an interruption: {len(finished)} blocks are done")
+        run.report.fact(f"resuming after an interruption: {len(finished)} blocks are done")
     owners: dict[str, str] = {}
     if windows is not None and todo:
         owners = shared_inputs(model, linears, windows.ids[:1].to(model.device))
-    chunks = split_into_chunks(todo, owners, method.needs_gradients, _moment_bytes(config, model))
+    if config.moment_memory is None:
+        moment_bytes = available_bytes(model.device) // 4
+    else:
+        moment_bytes = int(config.moment_memory * 2**30)
+    chunks = split_into_chunks(todo, owners, method.needs_gradients, moment_bytes)
     reader = None
     if windows is not None and todo:
         gradients = _gradient_reading(method, len(windows.ids), config.seed)
         if gradients is not None:
             model.requires_grad_(False)
         reader = ChunkReader(model, chunks, owners, windows.ids, config.batch_size, gradients, run.report)
+    device = "cpu" if model.device.type == "mps" else model.device.type
     for chunk in chunks:
         inputs, outputs = reader.read(chunk) if reader is not None else ({}, {})
         with run.report.bar(f"Factoring blocks {chunk[0].layer + 1} to {chunk[-1].layer + 1}", len(chunk)) as bar:
@@ -223,14 +226,14 @@ def _factor_layers(
                     if spec.layer == layer
                 ]
                 tensors: dict[str, torch.Tensor] = {}
-                for factors in map_layers(partial(_factor, model, method), work, _factoring_device(model)):
+                for factors in map_layers(partial(_factor, model, method), work, device):
                     tensors |= factors
                     bar.advance()
                 stage.tensors(layer_file(layer), tensors)
 
 
 def _gradient_reading(method: Decomposition, windows: int, seed: int) -> GradientReading | None:
-    """Return which share of the windows the method reads backward, and how; ``None`` for none."""
+    """Return how many windows the method reads backward, and how; ``None`` if it needs no gradients."""
     if not method.needs_gradients:
         return None
     assert isinstance(method.options, TwoSidedOptions)
@@ -243,7 +246,7 @@ def _factor(
     spec: LinearSpec,
     statistics: tuple[InputStats | None, GradientStats | None],
 ) -> dict[str, torch.Tensor]:
-    """Factor one layer; returns what is stored: A (r, n) and B (m, r) in the model's dtype, the spectrum in float64."""
+    """Factor one layer; return A (r, n) and B (m, r) in the model's dtype, and the spectrum (r) in float64."""
     weight = spec.weight.read(model)
     if weight.device.type == "mps":
         # Apple GPUs have no float64.
@@ -263,18 +266,8 @@ def _factor(
 
 @contextmanager
 def _naming(spec: LinearSpec) -> Iterator[None]:
-    """Put the layer's name in front of what is wrong with its numbers."""
+    """Put the layer's name in front of numerical errors."""
     try:
         yield
     except NumericalError as error:
         raise NumericalError(f"{spec.name}: {error}", error.hint) from None
-
-
-def _factoring_device(model: PreTrainedModel) -> str:
-    return "cpu" if model.device.type == "mps" else model.device.type
-
-
-def _moment_bytes(config: DecomposeConfig, model: PreTrainedModel) -> int:
-    if config.moment_memory is not None:
-        return int(config.moment_memory * 2**30)
-    return available_bytes(model.device) // 4

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +15,19 @@ from ara.artifacts.factors import factor_files, specs_of
 from ara.artifacts.ranks import RanksSettings, read_allocation
 from ara.config import EvalConfig
 from ara.data.texts import Documents, load_documents
-from ara.evaluation.generation import prompt_ids
 from ara.evaluation.task_folders import open_task_folders
-from ara.evaluation.tasks import Task, check_task, expand, is_text, load_tasks
+from ara.evaluation.tasks import check_task, expand, is_text, load_tasks
 from ara.models.checkpoint import load
-from ara.models.context import check_room, context_length
 from ara.models.low_rank import apply_factors
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
-from ara.models.vocabulary import token_rows
 from ara.models.weights import matching
 from ara.names import MAX_NAME_BYTES
 from ara.solver.problem import Budget
 from ara.stages.allocate import load_modules
-from ara.stages.common import Run, begin, check_window, model_of, open_task
-from ara.stages.measure import Measurement, Questions, Variant, prompts_of
+from ara.stages.common import NOT_PLAIN, Run, begin, check_window, model_of, open_task
+from ara.stages.measure import Measurement, Variant
+from ara.stages.questions import questions_for
 from ara.workspace.manifest import digest
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
@@ -37,22 +35,20 @@ from ara.workspace.view import StageView
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Windows of the compression papers' evaluation.
+# Tokens per window in the evaluations of compression papers.
 _DEFAULT_SEQ_LEN = 2048
-# Bytes that the name of an export may add to that of a result.
+# Bytes that the name of an export may add to the name of a result.
 _EXPORT_ROOM = 40
-# What must not stand in the name of a folder.
-_NOT_PLAIN = re.compile(r"[^\w.-]")
 
 
 @dataclass(frozen=True)
 class RunnableExport:
-    """An export of the checkpoint: this package does not know other runtimes.
+    """An export of the checkpoint that can be measured; the caller provides it, since ``ara`` knows no other runtimes.
 
     Attributes:
         view: the export in the workspace.
         load: returns an object that is called like a model of transformers.
-        weight_bytes: size of its weights on the disk.
+        weight_bytes: size of its weights on disk.
     """
 
     view: StageView
@@ -76,12 +72,12 @@ def evaluate(
     Args:
         config: tasks, windows, device.
         run: workspace and reporter.
-        checkpoint: which one, as NAME or STAGE/NAME; the latest by default.
-        name: of the result; says checkpoint, tasks and limit by default.
-        find_export: needed for ``config.backend`` other than torch.
+        checkpoint: NAME or STAGE/NAME; the latest by default.
+        name: of the result; by default checkpoint, tasks and limit.
+        find_export: required if ``config.backend`` is not torch.
 
     Raises:
-        AraError: a stage is missing or stale, a text is missing, a model yields NaN.
+        AraError: a stage or text is missing, a stage is stale, a model yields NaN.
     """
     started = begin(name, checkpoint)
     own = open_task_folders(config.include_path)
@@ -89,7 +85,7 @@ def evaluate(
     for task in names:
         check_task(task, run.report, own)
     if own is not None and not any(task in own for task in names):
-        run.report.warn(f"no task in {', '.join(config.include_path)} is among --tasks {','.join(config.tasks)}")
+        run.report.warn(f"--tasks {','.join(config.tasks)} names no task in {', '.join(config.include_path)}")
     placement = choose_placement(config.device, config.dtype)
     with open_task("eval", run, started) as work:
         workspace = work.workspace
@@ -99,13 +95,9 @@ def evaluate(
         chosen = workspace.ancestor(truncated, "ranks")
         decomposition = workspace.ancestor(chosen, "factors")
         source = model_of(decomposition, run)
-        resolved = config.model_copy(
-            update={
-                "device": placement.device,
-                "dtype": placement.dtype,
-                "seq_len": window_length(config.seq_len, source.config),
-            }
-        )
+        seq_len = window_length(config.seq_len, source.config)
+        placed = {"device": placement.device, "dtype": placement.dtype}
+        resolved = config.model_copy(update={**placed, "seq_len": seq_len})
         exported, parents = None, [truncated, decomposition]
         if config.backend != "torch":
             assert find_export is not None
@@ -115,10 +107,7 @@ def evaluate(
         tasks = [task for name in names if not is_text(name) for task in load_tasks(name, run.report, own)]
         settings = {
             **resolved.model_dump(mode="json"),
-            "text_sha256": {
-                **{task: documents.digest for task, documents in texts.items()},
-                **{task.name: task.digest for task in tasks},
-            },
+            "text_sha256": {name: text.digest for name, text in texts.items()} | {t.name: t.digest for t in tasks},
             **({} if own is None else {"task_files_sha256": own.digest}),
         }
         if name is None:
@@ -130,7 +119,7 @@ def evaluate(
         variants = _variants(truncated, chosen, decomposition, source, resolved, run)
         if exported is not None:
             variants.append(_exported(truncated, exported))
-        questions = _questions(source, texts, tasks, config)
+        questions = questions_for(source, texts, tasks, config)
         with work.writer(resumable=True, keep_after_nan=True) as stage:
             measurement = Measurement(variants, label_of(truncated), questions, resolved, stage, run.report)
             sizes = CheckpointResults.read(truncated)
@@ -139,34 +128,16 @@ def evaluate(
         return work.view()
 
 
-def _questions(
-    source: ModelSource, texts: Mapping[str, Documents], tasks: Sequence[Task], config: EvalConfig
-) -> Questions:
-    """Return what all models are asked; the prompts come from the first text, or from the user.
-
-    Raises:
-        UsageError: the user's prompt leaves no room for its continuation.
-    """
-    tokenizer, context = source.load_tokenizer(), context_length(source.config)
-    if config.prompt is None:
-        room = None if context is None else context - config.max_new_tokens
-        prompts = prompts_of(texts, config.continuations, tokenizer, room)
-    else:
-        prompts = [config.prompt]
-        check_room(len(prompt_ids(tokenizer, config.prompt, chat=False)), config.max_new_tokens, context)
-    return Questions(tokenizer, texts, tasks, prompts, token_rows(source.config))
-
-
 def result_name(checkpoint: str, tasks: Sequence[str], texts: Mapping[str, Documents], limit: int | None) -> str:
-    """Return ``checkpoint-task-task-limit-N``; a file is named by its stem and the checksum of its text.
+    """Return ``checkpoint-task-task-limit-N``; a file contributes its stem and a checksum of its text.
 
-    The limit is part of it so that a few questions never take the place of all of them. Of tasks whose names are too
-    many or too long stand their number and a checksum.
+    The limit is part of the name so that a limited run never replaces a full one. If the name would be too long, the
+    number of tasks and a checksum replace their names.
     """
     names = [
-        f"{_NOT_PLAIN.sub('_', Path(task.removeprefix('file:')).stem)}-{texts[task].digest[:8]}"
+        f"{NOT_PLAIN.sub('_', Path(task.removeprefix('file:')).stem)}-{texts[task].digest[:8]}"
         if task.startswith("file:")
-        else _NOT_PLAIN.sub("_", task)
+        else NOT_PLAIN.sub("_", task)
         for task in tasks
     ]
     end = [] if limit is None else ["limit", str(limit)]
@@ -176,10 +147,10 @@ def result_name(checkpoint: str, tasks: Sequence[str], texts: Mapping[str, Docum
 
 
 def window_length(asked: int | None, model_config: Any) -> int:
-    """Return the tokens per window: ``asked``, or 2048 and at most what the model can read.
+    """Return the tokens per window: ``asked``, else 2048 or the model's limit if that is less.
 
     Raises:
-        UsageError: more was asked for than the model can read.
+        UsageError: ``asked`` exceeds the model's limit.
     """
     limit = check_window(asked or 0, model_config)
     return asked or min(_DEFAULT_SEQ_LEN, limit or _DEFAULT_SEQ_LEN)
@@ -193,7 +164,7 @@ def _variants(
     config: EvalConfig,
     run: Run,
 ) -> list[Variant]:
-    """List dense, uniform at the same budget, and the chosen checkpoint (which may itself be the uniform one)."""
+    """Return dense, uniform at the same budget (unless the checkpoint is uniform itself), and the chosen checkpoint."""
     made = RanksSettings.read(chosen)
     layout = made.layout
     specs = specs_of(decomposition, layout)
@@ -206,16 +177,13 @@ def _variants(
         budget = Budget(allocation.cost, made.rank_multiple, made.min_rank, made.min_keep, excluded)
         uniform = Uniform().allocate(load_modules(decomposition, layout), budget)
 
-    def load_dense() -> PreTrainedModel:
-        return source.load_model(dtype, config.device)
+    load_dense = partial(source.load_model, dtype, config.device)
+    load_chosen = partial(load, truncated.path / CHECKPOINT, config.device, config.dtype)
 
     def load_uniform() -> PreTrainedModel:
         model = load_dense()
         apply_factors(model, uniform.low_rank(), files, layout, run.report)
         return model
-
-    def load_chosen() -> PreTrainedModel:
-        return load(truncated.path / CHECKPOINT, config.device, config.dtype)
 
     variants = [Variant(DENSE, load_dense, 1.0)]
     if uniform != allocation:
@@ -225,7 +193,6 @@ def _variants(
 
 
 def _exported(truncated: StageView, exported: RunnableExport) -> Variant:
-    """Return the row of an export."""
     results = CheckpointResults.read(truncated)
     figures = {"parameters": results.parameters, "weight_bytes": exported.weight_bytes}
     return Variant(exported.view.key, exported.load, results.linear_keep, figures)

@@ -1,4 +1,4 @@
-"""``ara report``: everything that a workspace knows of one checkpoint, on one page, as data, and as its model card."""
+"""``ara report``: all results about one checkpoint, as a page, as JSON data and as a model card."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from ara.workspace.store import DEFAULT_ROOT, Workspace
 from ara.workspace.tensors import tensor_digests, written_aside
 from ara.workspace.view import StageView, ancestor_key, parent_of
 
-# Bytes at the front of a page in which its mark stands.
+# The mark of a page is within this many bytes from its start.
 _FRONT = 2000
-# What a report lists beside the results that it stands on.
+# Kinds of measurements that a report lists.
 _MEASURED = ("evaluation", "benchmark", "comparison", "graph")
 
 
@@ -48,14 +48,14 @@ def report(
     """Write page, ``report.json`` and model card of a checkpoint; stale and unfinished results are left out.
 
     Args:
-        run: workspace and reporter; ``force`` also replaces what is in ``output`` and ``model_card``.
-        checkpoint: which one, as NAME or STAGE/NAME; the latest by default.
+        run: workspace and reporter; ``force`` also replaces the files ``output`` and ``model_card``.
+        checkpoint: NAME or STAGE/NAME; the latest by default.
         name: of the result; the checkpoint's name by default.
-        output: also put the page here; an earlier report is replaced.
-        model_card: also write the full model card here.
+        output: also write the page to this file; an earlier report is replaced.
+        model_card: also write the full model card to this file.
 
     Raises:
-        AraError: no checkpoint, a result that it is made from is damaged, a file that must not be replaced.
+        AraError: there is no checkpoint, an input is damaged, or a file must not be replaced.
     """
     started = begin(name, checkpoint)
     workspace = run.open()
@@ -65,21 +65,21 @@ def report(
         truncated = task.workspace.require("checkpoint", checkpoint, verify=False)
         run.report.step(f"Reporting on {truncated.key}")
         sources, parents = _sources(task.workspace, truncated)
-        # The same parents may be told otherwise by another version.
+        # Another version may write another page from the same parents.
         settings = {
             "report_format": REPORT_FORMAT,
             "ara": __version__,
             **({"damaged": list(sources.damaged)} if sources.damaged else {}),
         }
         task.describe(name or truncated.name, settings, parents)
-        # Nothing is made from a report: that it is replaced is no news.
+        # Silent: nothing is made from a report, so its replacement needs no message.
         done = task.finished(SILENT)
         if done is not None and not run.force:
             view = already_done(done, run)
             verify_files(view.path, manifest_of(view))
         else:
             document = gather(sources)
-            # Before there is a folder to be left half-written: drawing wants files of its own.
+            # Before the folder is made: drawing opens files, and may fail.
             drawn = page(document)
             with task.writer() as stage:
                 write_text(stage.folder / JSON_FILE, document.model_dump_json(indent=1) + "\n")
@@ -96,11 +96,7 @@ def report(
 
 
 def _card(view: StageView) -> str:
-    """Return the model card of a report.
-
-    Raises:
-        CorruptedError: its document is not one that this version writes.
-    """
+    """Return the model card of a report; raise :class:`CorruptedError` if its document cannot be read."""
     path = view.path / JSON_FILE
     try:
         document = Report.model_validate(read(path))
@@ -112,17 +108,17 @@ def _card(view: StageView) -> str:
 
 
 def _put_card(truncated: StageView, text: str, run: Run) -> None:
-    """Write the card into the checkpoint, unless that was written by a version which took a checksum of it."""
+    """Write the card into the checkpoint, unless an earlier version included the card in the checksums."""
     if CARD in manifest_of(truncated).files:
         run.report.fact(
-            f"{truncated.key}/{CARD} stays as it is: an earlier version has put it under the checkpoint's checksums "
-            "(--model-card FILE writes the card elsewhere)"
+            f"{truncated.key}/{CARD} is not changed: an earlier version of ARA included it in the checkpoint's "
+            "checksums (--model-card FILE writes the card elsewhere)"
         )
         return
     path = truncated.path / CARD
     if path.parent.is_symlink():
         raise CorruptedError(f"{path.parent} is a link, expected a folder", remake(manifest_of(truncated), force=True))
-    # A link in its place is replaced: what it points to is somebody else's.
+    # A link is replaced, and its target is not written.
     written = text.encode()
     if not is_plain_file(path) or path.stat().st_size != len(written) or path.read_bytes() != written:
         if path.is_dir() and not path.is_symlink():
@@ -132,9 +128,9 @@ def _put_card(truncated: StageView, text: str, run: Run) -> None:
 
 
 def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[StageView]]:
-    """Return what the report is made from, and the results that this was read from."""
+    """Return the inputs of the report, and the results that they come from."""
     everything = workspace.views()
-    # Unfinished work may lie beside a result of the same key.
+    # Unfinished work may have the same key as a result.
     whole = {view.key: view for view in everything if view.manifest is not None}
 
     def above(child: StageView, kind: str) -> StageView:
@@ -142,12 +138,12 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
 
     def measured(kind: str, of: StageView) -> list[StageView]:
         """Return the finished results of a kind that were made from ``of``, oldest first."""
-        return [view for view in everything if view.kind == kind and view.state == "done" and _is_made_from(view, of)]
+        made = [view for view in everything if view.kind == kind and view.state == "done"]
+        return [view for view in made if parent_of(of) in manifest_of(view).parents]
 
     chosen, decomposition = above(truncated, "ranks"), above(truncated, "factors")
-    ModelIdentity.from_dict(manifest_of(decomposition).model)  # raises what does not fit
-    parents_of_ranks = [parent.key for parent in manifest_of(chosen).parents]
-    trained = [whole[key] for key in parents_of_ranks if key in whole and whole[key].kind == "training"]
+    ModelIdentity.from_dict(manifest_of(decomposition).model)  # refuse a malformed one
+    trained = [whole[key] for key in _parent_keys(chosen) if key in whole and whole[key].kind == "training"]
     layout = layout_of(chosen)
     specs = specs_of(decomposition, layout)
     verify_files(chosen.path, manifest_of(chosen), [RANKS_FILE])
@@ -162,8 +158,13 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
             found = measured("evaluation", other), measured("benchmark", other)
             others.append(_made(other, above(other, "ranks"), *found))
             parents += [other, above(other, "ranks"), *found[0], *found[1]]
-    stale = [view for view in everything if view.state == "stale" and _names(view, truncated)]
-    # Nobody can tell what these were made from.
+    # Made from this checkpoint, or from an earlier one with its key.
+    stale = [
+        manifest_of(view)
+        for view in everything
+        if view.state == "stale" and view.kind != "report" and truncated.key in _parent_keys(view)
+    ]
+    # The parents of damaged results are unknown.
     damaged = [view for view in everything if view.state == "damaged" and view.kind in _MEASURED]
     place = () if workspace.root == Path(DEFAULT_ROOT) else ("-w", str(workspace.root))
     sources = Sources(
@@ -175,7 +176,7 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
         training=manifest_of(trained[0]) if trained else None,
         comparisons=tuple(map(manifest_of, comparisons)),
         exports=tuple(map(manifest_of, exports)),
-        stale=tuple(manifest_of(view) for view in stale if view.kind != "report"),
+        stale=tuple(stale),
         damaged=tuple(view.key for view in damaged),
         place=place,
     )
@@ -193,21 +194,12 @@ def _made(
     )
 
 
-def _is_made_from(view: StageView, parent: StageView) -> bool:
-    return parent_of(parent) in manifest_of(view).parents
-
-
-def _names(view: StageView, parent: StageView) -> bool:
-    """Tell whether ``view`` was made from a result of this key, as it was then."""
-    return any(found.key == parent.key for found in manifest_of(view).parents)
+def _parent_keys(view: StageView) -> list[str]:
+    return [parent.key for parent in manifest_of(view).parents]
 
 
 def _modules(decomposition: StageView, specs: Sequence[LinearSpec]) -> list[Module]:
-    """Read the spectra alone, each held to its checksum.
-
-    Raises:
-        CorruptedError: a spectrum is not what the manifest says.
-    """
+    """Read only the spectra and verify their checksums; raise :class:`CorruptedError` if one does not match."""
     made, modules = manifest_of(decomposition), []
     for layer in dict.fromkeys(spec.layer for spec in specs):
         path = decomposition.path / layer_file(layer)
@@ -215,7 +207,7 @@ def _modules(decomposition: StageView, specs: Sequence[LinearSpec]) -> list[Modu
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in names}
-        except Exception as error:  # missing, cut, or without such a tensor: safetensors has its own classes
+        except Exception as error:  # safetensors has its own classes
             raise CorruptedError(f"{path} cannot be read ({error})", remake(made, True)) from None
         for name, sha256 in tensor_digests(tensors).items():
             if made.tensors[name].sha256 != sha256:
@@ -225,37 +217,34 @@ def _modules(decomposition: StageView, specs: Sequence[LinearSpec]) -> list[Modu
 
 
 def _refuse(path: Path | None, flag: str, workspace: Workspace, force: bool, *, replaces_reports: bool = False) -> None:
-    """Refuse a file that must not be written, before any work.
+    """Refuse an output file that must not be written.
 
     Raises:
-        OutputError: it is a folder or lies in none, it lies in the workspace, or it is something else's.
+        OutputError: it is a folder, its folder does not exist, it is in the workspace, or it exists and is no report.
     """
     if path is None:
         return
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else f"cannot be written: there is no folder {path.parent}"
-        raise OutputError(f"{flag} {path} {what}", "name a file in a folder that is there")
+        raise OutputError(f"{flag} {path} {what}", "name a file in an existing folder")
     if path.resolve().is_relative_to(workspace.root.resolve()):
         raise OutputError(
-            f"{flag} {path} lies in the workspace {workspace.root}, whose files are held to their checksums",
-            "choose a file outside",
+            f"{flag} {path} is in the workspace {workspace.root}, whose files have checksums",
+            "choose a file outside the workspace",
         )
     if not path.exists() or force:
         return
+    hint = "replace it with --force, or choose another file"
     if not replaces_reports:
-        raise OutputError(f"{flag} {path} is there already", "replace it with --force, or choose another file")
-    if not path.is_file() or MARK.encode() not in _front(path):
-        raise OutputError(
-            f"{flag} {path} is there already and is no report of ara", "replace it with --force, or choose another file"
-        )
-
-
-def _front(path: Path) -> bytes:
-    with open_regular(path) as file:
-        return file.read(_FRONT)
+        raise OutputError(f"{flag} {path} is there already", hint)
+    if path.is_file():
+        with open_regular(path) as file:
+            if MARK.encode() in file.read(_FRONT):
+                return
+    raise OutputError(f"{flag} {path} is there already and is no report of ara", hint)
 
 
 def _put(path: Path, text: str, run: Run) -> None:
-    """Write a file aside and put it in its place, also in that of a link."""
+    """Write a file under another name, then rename it; an existing file or link is replaced."""
     with disk_errors(path), written_aside(path, run.root) as aside:
         write_text(aside, text)

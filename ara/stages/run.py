@@ -33,19 +33,19 @@ def run_pipeline(
     later: Mapping[str, StageConfig],
     run: Run,
 ) -> list[StageView]:
-    """Factor the model once, then take every budget through the steps that follow; what is done is not done again.
+    """Factor the model once, then run the later steps for every budget; finished results are reused.
 
-    One training covers all budgets of the method ``ara``. A training that has them is reused, also one that was trained
-    longer, or by another form.
+    One training covers all budgets of the method ``ara``. An existing training with these budgets is reused, even if
+    its training options differ.
 
     Args:
         decompose_config: of the factors.
         budgets: one allocation each.
-        later: configs of the steps after the allocation, by the name of the stage; the others are left out.
+        later: stage name → config, for the steps after the allocation; other steps are skipped.
         run: workspace and reporter.
 
     Returns:
-        All results in the order in which they were reached.
+        All results in the order in which they were made.
     """
     _check_ahead(budgets, later, run)
     factors = decompose(decompose_config, run)
@@ -64,30 +64,30 @@ def run_pipeline(
 
 
 def _run(stage: Stage, config: StageConfig, made: Mapping[str, StageView], run: Run) -> StageView:
-    """Run one step on the latest result of the kind that it builds on."""
+    """Run one step on the result of its main input."""
     kind = kind_named(stage.consumes[0])
     view: StageView = stage.load()(config, run, **{kind.argument: made[kind.name].key})
     return view
 
 
 def _training(budgets: Sequence[AllocateConfig], factors: StageView, run: Run) -> StageView | None:
-    """Return the training of all budgets that the method ``ara`` shall meet: one that is there, or a new one."""
+    """Return a training that covers all budgets of the method ``ara``, existing or new; ``None`` if there are none."""
     learned = [config for config in budgets if config.method == "ara"]
     if not learned:
         return None
     wanted = training_for(learned)
     dtype = choose_placement(wanted.device, wanted.dtype).dtype
-    # Those that ara run has no option for, and where it was trained.
+    # Options that ara run does not have, and the device.
     free = {*MaskTrainingOptions.model_fields, "batch_size", "device"}
     asked = wanted.model_copy(update={"dtype": dtype})
     found = None if run.force else covering_training(run.open(), factors, asked, ignoring=free)
     if found:
-        run.report.fact(f"{found.key} has these budgets and is used, however it was trained")
+        run.report.fact(f"{found.key} covers these budgets and is reused")
     return found or train_masks(wanted, run, factors=factors.key)
 
 
 def _check_ahead(budgets: Sequence[AllocateConfig], later: Mapping[str, StageConfig], run: Run) -> None:
-    """Refuse names that a later stage does not know before the first one has worked for hours."""
+    """Refuse names that a later stage would refuse, before the first one works for hours."""
     for budget in budgets:
         if budget.method != AUTO:
             refuse_layout(budget.method, budget.layout)
@@ -98,6 +98,6 @@ def _check_ahead(budgets: Sequence[AllocateConfig], later: Mapping[str, StageCon
 
 
 def training_for(configs: Sequence[AllocateConfig]) -> TrainMasksConfig:
-    """Return the config of one training for these budgets: their floors, windows and seed, defaults for all else."""
+    """Return the config of one training for these budgets: their limits, windows and seed; defaults for all else."""
     shared = {name: getattr(configs[0], name) for name in (*BudgetConfig.model_fields, *TuningConfig.model_fields)}
     return TrainMasksConfig(keep=tuple(config.keep for config in configs if config.keep is not None), **shared)

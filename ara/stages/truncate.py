@@ -1,4 +1,4 @@
-"""``ara truncate``: cut the factors at the allocated ranks and write a checkpoint that others can load."""
+"""``ara truncate``: cut the factors at the allocated ranks and write a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
     Args:
         config: dtype, densify.
         run: workspace and reporter.
-        allocation: which ranks; the latest by default.
+        allocation: NAME or STAGE/NAME of the ranks; the latest by default.
         name: of the result; the allocation's name by default, with ``-dense`` when densified.
 
     Raises:
-        AraError: a stage is missing or stale, the model has changed, the disk is full, what was written does not load.
+        AraError: a stage is missing or stale, the model has changed, the disk is full, or the checkpoint does not load.
     """
     started = begin(name, allocation)
     with open_task("truncate", run, started) as task:
@@ -52,7 +52,7 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
         source = model_of(decomposition, run)
         model = source.load_model(torch_dtype(dtype), "cpu")
         dense_bytes = weight_bytes(model)
-        # Layers that are multiplied back to dense weights at once are most exact as the factors themselves.
+        # Products of the stored factors themselves give the most exact dense weights.
         built: LayoutName = "factors" if config.densify else layout
         apply_factors(model, ranks, factor_files(decomposition, specs), built, run.report)
         with task.writer() as stage:
@@ -88,7 +88,7 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
 
 
 def provenance(decomposition: Manifest, allocation: Manifest) -> dict[str, Any]:
-    """Return what ``config.json`` says of how the checkpoint was made."""
+    """Return how the checkpoint was made, for ``config.json``."""
     figures = RanksResults.read(allocation)
     return {
         "ara_version": allocation.versions["ara"],

@@ -112,7 +112,7 @@ def test_a_home_that_cannot_be_written_is_on_the_way_to_the_cache(stderr, tmp_pa
 
 def test_too_many_open_files_are_not_taken_for_damage(stderr):
     assert failing(CorruptedError("x.safetensors cannot be read (Too many open files (24))", "make it again")) == 1
-    assert stderr().endswith("hint: raise the limit, as by ulimit -n 4096\n")
+    assert stderr().endswith("hint: raise the limit, such as with ulimit -n 4096\n")
     assert failing(OSError(errno.EMFILE, "Too many open files", "/x")) == 1
     assert "error: too many open files" in stderr()
 

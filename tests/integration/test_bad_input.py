@@ -316,7 +316,7 @@ def test_text_with_too_few_windows_is_warned_about(tmp_path, tiny_llama):
     (tmp_path / "short.txt").write_text("a" * 100)
     result = decompose(tiny_llama, f"file:{tmp_path / 'short.txt'}", tmp_path / "ws")
     assert result.exit_code == 0
-    assert "warning: the text holds 2 windows of 40 tokens; 8 were asked for" in result.stderr
+    assert "warning: the text has only 2 of the 8 requested windows of 40 tokens" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -325,7 +325,7 @@ def test_a_graph_of_another_exporter_has_no_dense_counterpart(
         (["--device", "gpu"], 2, "unknown device 'gpu'"),
         (["--dtype", "int3"], 2, "dtype: "),
         (["--backend", "tensorrt"], 2, "backend: "),
-        (["--backend", "onnx", "--device", "cpu"], 2, "--device cpu is given, and --backend is onnx"),
+        (["--backend", "onnx", "--device", "cpu"], 2, "--device cpu cannot be combined with --backend onnx"),
         (["--export", "x"], 2, "--export x is given, and --backend is torch"),
         (["--backend", "onnx"], 1, f"truncate/{NAME} was not exported"),
         (["--backend", "onnx", "--export", "x"], 1, "no export/x"),

@@ -185,7 +185,7 @@ def test_a_copy_of_the_page(copied, tmp_path):
 @pytest.mark.parametrize("flag", ["--output", "--model-card"])
 def test_nothing_is_put_into_the_workspace(copied, place, flag):
     before = contents(copied)
-    refused("lies in the workspace", "report", "-w", copied, flag, copied / place, "--force")
+    refused("is in the workspace", "report", "-w", copied, flag, copied / place, "--force")
     assert contents(copied) == before
 
 
@@ -230,7 +230,7 @@ def test_a_card_under_checksums_stays_as_it_is(copied):
     old = view.manifest.model_copy(update={"files": files}).sealed()
     (path / "manifest.json").write_text(old.model_dump_json(), encoding="utf-8")
     before = contents(path)
-    assert "stays as it is" in done("report", "-w", copied).stderr
+    assert "is not changed" in done("report", "-w", copied).stderr
     assert contents(path) == before
     Workspace.open(copied).require("checkpoint", NAME)
 

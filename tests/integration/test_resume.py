@@ -150,7 +150,7 @@ def test_killed_decomposition_goes_on_and_gives_the_same_bytes(cut, finished, ti
     heard = Heard()
     config = DecomposeConfig(**{**tiny_settings, "moment_memory": 1e-6})
     view = decompose(config, Run(cut, report=heard))
-    assert "going on after an interruption: 2 blocks are done" in heard.facts
+    assert "resuming after an interruption: 2 blocks are done" in heard.facts
     assert heard.bars == [
         f"{what} blocks 3 to 3" for what in ("Reading inputs of", "Reading gradients of", "Factoring")
     ]
@@ -213,7 +213,7 @@ def test_killed_while_its_manifest_is_written_goes_on(killed, tmp_path, tiny_set
     killed("ara.workspace.manifest:Manifest.sealed", 1, "after", *decompose_arguments(tiny_settings, root))
     heard = Heard()
     view = decompose(DecomposeConfig(**tiny_settings), Run(root, report=heard))
-    assert "going on after an interruption: 3 blocks are done" in heard.facts
+    assert "resuming after an interruption: 3 blocks are done" in heard.facts
     assert heard.bars == []
     assert listing(view.path) == {*view.manifest.files, "manifest.json"}
 

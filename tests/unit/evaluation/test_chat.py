@@ -149,7 +149,7 @@ def test_a_renderer_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems limit less")
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(signal.SIGALRM, "was stopped after 8 s"), (signal.SIGKILL, "was stopped after 5 s of computing, or for want of")],
+    [(signal.SIGALRM, "was stopped after 8 s"), (signal.SIGKILL, "was stopped after 5 s of computing, or because of")],
 )
 def test_a_renderer_that_was_ended_is_told(monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:
     ended = subprocess.CompletedProcess([], -number, b"", b"")

@@ -32,7 +32,7 @@ def test_what_a_model_takes_is_in_its_peak_and_not_in_ours(capfd: pytest.Capture
     assert "a library that prints" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(("load", "words"), [(refuse, "the weights are torn"), (die, "ended by the system")])
+@pytest.mark.parametrize(("load", "words"), [(refuse, "the weights are torn"), (die, "was killed")])
 def test_a_failure_has_its_reason(load: Callable[[], Any], words: str) -> None:
     with pytest.raises(UnavailableError, match=words):
         peak_memory(load, [CASE])

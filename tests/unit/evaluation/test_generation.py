@@ -146,8 +146,8 @@ def _set(found: Any, value: float) -> None:
 def test_a_text_is_no_text_when_the_model_gives_nan(bad: float) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     model.register_forward_hook(lambda _model, _inputs, found: _set(found, bad))
-    with pytest.raises(NumericalError, match=f"uniform behind “Once”: the model gives logits of {bad}"):
-        greedy_continuation(model, tokenizer, "Once", 4, "uniform behind “Once”")
+    with pytest.raises(NumericalError, match=f"uniform after “Once”: the model gives logits of {bad}"):
+        greedy_continuation(model, tokenizer, "Once", 4, "uniform after “Once”")
     with pytest.raises(NumericalError, match=f"the model gives logits of {bad}"):
         list(greedy_tokens(model, torch.arange(4, 9), 4, set()))
 

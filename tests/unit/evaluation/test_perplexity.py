@@ -15,7 +15,8 @@ import torch
 
 from ara.errors import NumericalError
 from ara.evaluation import perplexity
-from ara.evaluation.perplexity import interleaved_perplexity, spread, summarise
+from ara.evaluation.perplexity import interleaved_perplexity, summarise
+from ara.evaluation.timing import Spread, spread
 from ara.models import likelihood
 from ara.models.likelihood import window_nll
 from ara.progress import Bar, SilentReporter
@@ -206,7 +207,7 @@ def test_first_batch_is_left_out_of_the_speed(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_spread_of_one_and_of_many() -> None:
-    assert spread([3.0]) == perplexity.Spread(3.0, 3.0, 3.0)
+    assert spread([3.0]) == Spread(3.0, 3.0, 3.0)
     values = [5.0, 1.0, 4.0, 2.0, 8.0, 9.0]
     many = spread(values)
     assert (many.median, many.low, many.high) == pytest.approx(tuple(np.percentile(values, [50, 10, 90])))

@@ -137,5 +137,5 @@ def test_a_model_without_caches_is_refused() -> None:
     model = tiny_model("llama")
     runner = TorchRunner(model, call=lambda **options: SimpleNamespace(logits=None))
     runner.prepare(Case(1, 0, 3)).run()
-    with pytest.raises(UnsupportedModelError, match="no caches"):
+    with pytest.raises(UnsupportedModelError, match="no key-value cache"):
         runner.prepare(Case(1, 3, 1))

@@ -164,7 +164,7 @@ def test_names_that_stand_for_two_things(folder: Path, tmp_path: Path, monkeypat
     monkeypatch.setenv("ARA_DATA_DIR", str(tmp_path / "empty"))
     (task,) = load_tasks("piqa", Listener(), own)
     assert task.documents == 6
-    assert len(said) == 1 and said[0].startswith("piqa is the task in ") and said[0].endswith("not lm-eval's own")
+    assert len(said) == 1 and said[0].startswith("piqa is the task in ") and said[0].endswith("not the task of lm-eval")
     later = tmp_path / "later"
     later.mkdir()
     _more(later, "twin.yaml", "task: twin\n")

@@ -122,7 +122,7 @@ def test_headers_that_cannot_be(tmp_path, header):
 )
 def test_a_limit_on_files_is_told_as_such(tmp_path, error):
     told = disk_full_error(error, tmp_path / "x")
-    assert told is not None and "a file may not grow so large: writing" in str(told) and "ulimit -f" in told.hint
+    assert told is not None and "a file exceeds the size limit: writing" in str(told) and "ulimit -f" in told.hint
     # What is read within bounds is no matter of the disk.
     assert disk_full_error(OSError(errno.EFBIG, "it has more than 5 bytes", "x"), tmp_path) is None
 

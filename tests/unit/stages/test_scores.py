@@ -1,4 +1,4 @@
-"""What ``ara eval`` makes of its pieces."""
+"""Scores of tasks, and their mean."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from ara.artifacts.evaluation import AnswerPiece, TaskFigures, TaskPiece, TaskResults
 from ara.evaluation.tasks import ZERO_SHOT, Task, mean_label
-from ara.stages.measure import mean_accuracy, task_results
+from ara.stages.scores import mean_accuracy, task_results
 
 MODELS = ("dense", "mine")
 

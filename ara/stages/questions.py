@@ -1,0 +1,73 @@
+"""What ``ara eval`` asks all models: texts, tasks, and prompts to continue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ara.config import EvalConfig
+from ara.data.texts import Documents
+from ara.evaluation.generation import prompt_ids
+from ara.evaluation.tasks import Task
+from ara.models.context import check_room, context_length
+from ara.models.sources import ModelSource
+from ara.models.vocabulary import token_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Words of a prompt, and of the shortest document that gives one. A prompt is at most half of its document.
+_PROMPT_WORDS, _LEAST_WORDS = 24, 8
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """What all models are asked.
+
+    Attributes:
+        tokenizer: of the model.
+        texts: name → text for perplexity.
+        tasks: tasks of lm-eval.
+        prompts: prompts that every model continues.
+        rows: rows of the models' embedding, if known.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    texts: Mapping[str, Documents]
+    tasks: Sequence[Task]
+    prompts: Sequence[str]
+    rows: int | None = None
+
+
+def questions_for(
+    source: ModelSource, texts: Mapping[str, Documents], tasks: Sequence[Task], config: EvalConfig
+) -> Questions:
+    """Return the questions; the prompts come from the first text, or from the user.
+
+    Raises:
+        UsageError: the user's prompt leaves no room for its continuation.
+    """
+    tokenizer, context = source.load_tokenizer(), context_length(source.config)
+    if config.prompt is None:
+        room = None if context is None else context - config.max_new_tokens
+        prompts = _prompts(texts, config.continuations, tokenizer, room)
+    else:
+        prompts = [config.prompt]
+        check_room(len(prompt_ids(tokenizer, config.prompt, chat=False)), config.max_new_tokens, context)
+    return Questions(tokenizer, texts, tasks, prompts, token_rows(source.config))
+
+
+def _prompts(
+    texts: Mapping[str, Documents], count: int, tokenizer: PreTrainedTokenizerBase, room: int | None
+) -> list[str]:
+    """Return the beginnings of up to ``count`` documents of the first text, each of at most ``room`` tokens."""
+    prompts: list[str] = []
+    for text in next(iter(texts.values())).documents if texts else ():
+        words = text.split(maxsplit=2 * _PROMPT_WORDS)  # a text of one document may have millions
+        prompt = " ".join(words[: min(_PROMPT_WORDS, len(words) // 2)])
+        if len(prompts) == count:
+            break
+        if len(words) >= _LEAST_WORDS and (room is None or len(tokenizer(prompt)["input_ids"]) <= room):
+            prompts.append(prompt)
+    return prompts
