@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ara.artifacts.base import Count, Flag, Least1, Number, Part, Results, Settings
+from ara.artifacts.evaluation import SpreadFigures
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,8 @@ class Percentiles(Part):
 
 
 @dataclass(frozen=True)
-class RatioFigures(Part):
-    """How many times as fast as dense; see :class:`ara.evaluation.speed.Ratio`."""
-
-    median: Number
-    low: Number
-    high: Number
+class RatioFigures(SpreadFigures):
+    """How many times as fast as dense, with a confidence interval; see :class:`ara.evaluation.speed.Ratio`."""
 
 
 @dataclass(frozen=True)

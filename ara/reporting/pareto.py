@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ara.artifacts.evaluation import DENSE, UNIFORM
+from ara.artifacts.evaluation import DENSE, UNIFORM, SpreadFigures
 from ara.layout_names import DEFAULT_LAYOUT
 from ara.reporting.document import (
     Allocated,
@@ -17,7 +17,6 @@ from ara.reporting.document import (
     FrontPoint,
     SpeedFront,
     SpeedPoint,
-    Spread,
     Stored,
     TextResult,
 )
@@ -34,7 +33,7 @@ from ara.reporting.summary import (
 # A case of a benchmark.
 _Timed = tuple[Benched, BenchCase]
 # The dense model's speed relative to itself.
-_SAME = Spread(median=1.0, low=1.0, high=1.0)
+_SAME = SpreadFigures(median=1.0, low=1.0, high=1.0)
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class Measured:
 
     allocation: Allocated
     checkpoint: Stored
-    evaluations: Sequence[Evaluated]
-    benches: Sequence[Benched]
+    evaluations: tuple[Evaluated, ...]
+    benches: tuple[Benched, ...]
     current: bool
 
     def series(self, method: str) -> str:
@@ -167,7 +166,7 @@ def _speed_front(measured: Sequence[Measured], quality: _Quality, case: _Timed |
 
 
 def _speed_point(
-    item: Measured, evaluation: Evaluated, model: str, ratio: Spread, quality: tuple[float, float | None]
+    item: Measured, evaluation: Evaluated, model: str, ratio: SpreadFigures, quality: tuple[float, float | None]
 ) -> SpeedPoint:
     is_chosen = model == evaluation.chosen
     return SpeedPoint(
@@ -232,7 +231,7 @@ def _windows(evaluation: Evaluated, result: TextResult) -> tuple[object, ...]:
     return result.sha256 or result.task, result.windows, result.seq_len, evaluation.dtype
 
 
-def _ratio(item: Measured, evaluation: Evaluated, model: str, wanted: _Timed | None) -> Spread | None:
+def _ratio(item: Measured, evaluation: Evaluated, model: str, wanted: _Timed | None) -> SpreadFigures | None:
     """Return the speed of a model relative to the dense model of the same run."""
     if model == DENSE:
         return _SAME

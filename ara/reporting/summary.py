@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ara.artifacts.evaluation import DENSE, UNIFORM
+from ara.artifacts.evaluation import DENSE, UNIFORM, SpreadFigures
 from ara.evaluation.paired import NOISE
 from ara.reporting.document import (
     Allocated,
@@ -14,7 +14,6 @@ from ara.reporting.document import (
     Difference,
     Evaluated,
     HarnessResult,
-    Spread,
     Stored,
     TextResult,
     ZeroShot,
@@ -208,6 +207,6 @@ def _speed(evaluations: Sequence[Evaluated], benches: Sequence[Benched]) -> str 
     return f"reading speed {_times(reading)}" if reading else None
 
 
-def _times(ratio: Spread) -> str:
+def _times(ratio: SpreadFigures) -> str:
     noise = ", no difference beyond the spread" if ratio.low <= 1 <= ratio.high else ""
     return f"{ratio.median:.2f} × dense ({ratio.low:.2f} – {ratio.high:.2f}{noise})"

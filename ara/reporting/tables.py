@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import shorten
 
-from ara.artifacts.evaluation import DENSE, UNIFORM
+from ara.artifacts.evaluation import DENSE, UNIFORM, SpreadFigures
 from ara.evaluation.paired import NOISE
 from ara.evaluation.tasks import mean_label
 from ara.layout_names import DEFAULT_LAYOUT
@@ -24,7 +24,6 @@ from ara.reporting.document import (
     HarnessRow,
     Layer,
     Report,
-    Spread,
     TextResult,
     Trained,
     Work,
@@ -335,15 +334,15 @@ def _number(value: float | None, digits: int, stderr: float | None = None) -> Ce
     return Cell(_NONE) if value is None else Cell(f"{value:,.{digits}f}{_error(stderr, digits)}", value)
 
 
-def _spread(value: Spread | None, digits: int, scale: float = 1.0) -> Cell:
+def _spread(value: SpreadFigures | None, digits: int, scale: float = 1.0) -> Cell:
     return Cell(_NONE) if value is None else Cell(_range(value, digits, scale), value.median)
 
 
-def _milliseconds(value: Spread | None) -> Cell:
+def _milliseconds(value: SpreadFigures | None) -> Cell:
     return _spread(value, 1 if value is not None and value.median >= _SHORT else 3, 1000)
 
 
-def _range(value: Spread, digits: int, scale: float = 1.0) -> str:
+def _range(value: SpreadFigures, digits: int, scale: float = 1.0) -> str:
     median, low, high = (f"{scale * part:,.{digits}f}" for part in (value.median, value.low, value.high))
     return f"{median} ({low} – {high})"
 
