@@ -1,7 +1,7 @@
-"""The pictures of the report: SVG to stand in a page, in the page's own colours, light or dark.
+"""The pictures of the report: inline SVG in the colours of the page, light or dark.
 
-Lines and words are drawn in stand-in colours that become ``currentColor`` and variables of the page's style sheet.
-Series differ by marker and by dashes, too, so that nobody depends on the colours.
+Lines and words are drawn in placeholder colours, which are replaced by ``currentColor`` and CSS variables of the page.
+Series also differ in markers and dashes, so that they can be told apart without colours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Stand-ins, none of which any colour map has.
+# Placeholders: colours that are in no colour map.
 _INK, _GRID = "#010203", "#010204"
 _SERIES = tuple(f"#0102{10 + number}" for number in range(6))
 _REPLACED = {_INK: "currentColor", _GRID: "var(--grid)"} | {
@@ -34,20 +34,18 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _WIDTH, _FONT = 4.6, 8.5
 # Inches of the map of a model with very many decoder blocks.
 _TALLEST = 5.5
-# Perplexities further apart than this are drawn on a logarithmic axis.
-_WIDE = 2.0
-# And those further apart than this have fewer marks on it.
-_FAR = 20.0
-# Components below this share of the first are not drawn: nobody keeps them.
+# Ratio of the largest to the smallest perplexity from which the axis is logarithmic, and from which it has fewer ticks.
+_WIDE, _FAR = 2.0, 20.0
+# Components below this share of the first are not drawn.
 _FLOOR = 1e-5
-# Room beside the leftmost and the rightmost point, as a share of the parameters.
+# Margin left and right of the points, as a share of the parameters.
 _MARGIN = 0.04
-# The part of the colour map that is seen on white and on black.
+# The range of the colour map that is visible on white and on black.
 _DEPTHS = (0.25, 0.8)
 
 
 def rank_map(layers: Sequence[Layer]) -> str:
-    """Return the share of its parameters that every layer keeps: decoder blocks downwards, kinds of layers across."""
+    """Return a map of the share of parameters that every layer keeps: one row per block, one column per kind."""
     import numpy
 
     kinds = list(dict.fromkeys(layer.kind for layer in layers))
@@ -76,7 +74,7 @@ def rank_map(layers: Sequence[Layer]) -> str:
 
 
 def spectra(layers: Sequence[Layer]) -> str:
-    """Return the spectra by kind of layer, with a dot where each is cut."""
+    """Return the spectra by kind of layer, with a dot at each cut."""
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -92,7 +90,7 @@ def spectra(layers: Sequence[Layer]) -> str:
                 depth = _DEPTHS[0] + (_DEPTHS[1] - _DEPTHS[0]) * layer.layer / last
                 colour = colormaps["viridis"](depth)
                 places = [component / full for component in layer.components]
-                axis.plot(places, _gaps(shares), color=colour, linewidth=0.6)
+                axis.plot(places, [_gap(share) for share in shares], color=colour, linewidth=0.6)
                 if layer.rank is not None:
                     height = shares[layer.components.index(layer.rank)]
                     axis.plot(layer.rank / full, _gap(height), "o", color=colour, markersize=2.6)
@@ -188,7 +186,7 @@ def speed_front(front: SpeedFront) -> str:
 
 @contextmanager
 def _figure(height: float) -> Iterator[Figure]:
-    """Give a figure in the colours of the page."""
+    """Yield a figure in placeholder colours."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -196,7 +194,7 @@ def _figure(height: float) -> Iterator[Figure]:
     settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "ara",
-        "text.parse_math": False,  # a name may have dollars in it
+        "text.parse_math": False,  # a name may contain dollar signs
         "font.size": _FONT,
         "grid.color": _GRID,
         "axes.spines.top": False,
@@ -211,15 +209,15 @@ def _figure(height: float) -> Iterator[Figure]:
 
 
 def _inline(figure: Figure, name: str, label: str) -> str:
-    """Return the figure as an element of a page: names of its own, no style or size that the page does not give."""
+    """Return the figure as an element of a page: with unique ids, without its own style and size."""
     text = draw(figure).decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
-    # Names of things are unique within a picture, and must be so within the page.
+    # Ids are unique within a picture; the prefix makes them unique within the page.
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="|url\()#', rf"\g<1>#{name}-", text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", text)
-    # Within tags alone: words keep their numbers.
+    # Only within tags: numbers in words stay as they are.
     text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"-?\d+\.\d{3,}", _rounded, tag[0]), text)
     for colour, replacement in _REPLACED.items():
         text = text.replace(colour, replacement)
@@ -234,7 +232,7 @@ def _rounded(number: re.Match[str]) -> str:
 
 
 def _styles(series: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return how to draw every series, alike in all pictures: the dense model in ink, uniform ranks in one style."""
+    """Return the style of every series, the same in all pictures, with fixed ones for dense and uniform."""
     names = sorted(dict.fromkeys(series), key=lambda name: (name == DENSE, name.startswith(UNIFORM)))
     methods = [name for name in names if name != DENSE and not name.startswith(UNIFORM)]
     styles = {}
@@ -278,7 +276,7 @@ def _perplexity_axis(axis: Axes, values: Sequence[float]) -> None:
 
 
 def _power(value: float, _: float) -> str:
-    """Return a power of ten in words that need no markup: mathematics is not parsed, for the sake of names."""
+    """Return a power of ten with superscript digits: matplotlib does not parse mathematics here."""
     return "10" + str(round(math.log10(value))).translate(_SUPERSCRIPTS)
 
 
@@ -287,12 +285,8 @@ def _percent(value: float, _: float) -> str:
 
 
 def _gap(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
-def _gaps(values: Sequence[float | None]) -> list[float]:
-    """Return values with NaN where there is none: a logarithmic axis has no zero."""
-    return [_gap(value) for value in values]
+    """Return a value, or NaN for none: a logarithmic axis has no zero."""
+    return math.nan if value is None else value
 
 
 def _short(kind: str) -> str:

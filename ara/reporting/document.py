@@ -213,7 +213,7 @@ class TextRow(Part):
     nll: float
     stderr: float | None
     perplexity: float
-    speed: SpreadFigures | None
+    speed: SpreadFigures
     ratio: SpreadFigures | None
     kl: float | None
     kl_stderr: float | None
@@ -249,9 +249,9 @@ class HarnessResult(Part):
     task: str
     metric: str
     sha256: str | None
-    examples: int | None
-    of: int | None
-    seed: int | None
+    examples: int
+    of: int
+    seed: int
     models: Mapping[str, HarnessRow]
     compared: Mapping[str, Difference]
 
@@ -271,7 +271,7 @@ class Evaluated(Part):
     chosen: str
     device: str | None
     dtype: str | None
-    interleaved: bool | None
+    interleaved: bool
     models: tuple[ModelSize, ...]
     texts: tuple[TextResult, ...]
     harness: tuple[HarnessResult, ...]
@@ -289,12 +289,12 @@ class BenchRow(Part):
         bytes_read: weights and past keys and values that a pass reads.
     """
 
-    seconds: SpreadFigures | None
-    tokens_per_second: SpreadFigures | None
+    seconds: SpreadFigures
+    tokens_per_second: SpreadFigures
     ratio: SpreadFigures | None
-    predicted: float | None
-    macs: int | None
-    bytes_read: float | None
+    predicted: float
+    macs: int
+    bytes_read: float
 
 
 class BenchCase(Part):
@@ -323,17 +323,17 @@ class Benched(Part):
 
     Attributes:
         precision: of the weights in use.
-        machine: see :func:`ara.environment.machine`; earlier versions did not record it.
+        machine: see :func:`ara.environment.machine`.
     """
 
     name: str
     chosen: str
-    backend: str | None
-    device: str | None
-    precision: str | None
-    threads: int | None
-    machine: Machine | None
-    interleaved: bool | None
+    backend: str
+    device: str
+    precision: str
+    threads: int
+    machine: Machine
+    interleaved: bool
     models: Mapping[str, ModelCost]
     cases: tuple[BenchCase, ...]
 

@@ -1,4 +1,4 @@
-"""Pictures, drawn by matplotlib into SVG without a display."""
+"""SVG pictures for files, drawn by matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def keep_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title
     Args:
         curves: label → keep → perplexity, drawn in order.
         dense: perplexity of the dense model, drawn as a line.
-        title: above.
+        title: above the picture.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -43,14 +43,14 @@ def keep_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title
 
 
 def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[LinearSpec], title: str) -> bytes:
-    """Return an SVG with one heat map per allocation: layers downwards, kinds of modules across.
+    """Return an SVG with one heat map per allocation: one row per block, one column per kind of layer.
 
-    Colour is the share of a layer's parameters that stays; dense layers carry a dot.
+    The colour is the kept share of a layer's parameters; a dot marks a dense layer.
 
     Args:
         allocations: by name, at least one; costs in parameters.
         specs: the factorised layers.
-        title: above all.
+        title: above the picture.
     """
     import matplotlib
     import numpy
@@ -90,11 +90,11 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
 
 
 def draw(figure: Figure) -> bytes:
-    """Return a figure as SVG, the same bytes for the same figure; settings as in the functions above."""
+    """Return a figure as SVG; with a fixed ``svg.hashsalt``, the same figure gives the same bytes."""
     picture = io.BytesIO()
     with warnings.catch_warnings():
-        # Words stay words, so matplotlib's own font need not have every letter of them.
+        # Text stays text in the SVG, so matplotlib's own font may lack glyphs.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         figure.savefig(picture, format="svg", metadata={"Date": None})
-    # A name may hold characters that XML has none of.
+    # A name may contain characters that XML does not allow.
     return printable(picture.getvalue().decode()).encode()

@@ -38,7 +38,7 @@ _SAME = SpreadFigures(median=1.0, low=1.0, high=1.0)
 
 @dataclass(frozen=True)
 class Measured:
-    """One checkpoint with everything that was measured of it; ``current`` marks that of the report."""
+    """One checkpoint with its measurements; ``current`` marks the checkpoint of the report."""
 
     allocation: Allocated
     checkpoint: Stored
@@ -47,7 +47,7 @@ class Measured:
     current: bool
 
     def series(self, method: str) -> str:
-        """Return which line a model of this checkpoint belongs to."""
+        """Return the series (line of a chart) of a model of this checkpoint."""
         words = [method]
         if self.allocation.layout != DEFAULT_LAYOUT:
             words.append(self.allocation.layout)
@@ -57,9 +57,9 @@ class Measured:
 
 
 def perplexity_fronts(measured: Sequence[Measured]) -> tuple[Front, ...]:
-    """Return one front for every text that the current checkpoint has read; the others have read the same windows.
+    """Return one front for every text of the current checkpoint; all its points were measured on the same windows.
 
-    Of several evaluations of one text that counts which most checkpoints share, then the longest, then the latest.
+    Of several evaluations of one text, the one shared by most checkpoints is taken, then the longest, then the latest.
     """
     (current,) = [item for item in measured if item.current]
     best: dict[tuple[str, str | None], Front] = {}
@@ -93,7 +93,7 @@ def _weight(front: Front) -> tuple[int, int]:
 
 
 def _same_text(item: Measured, evaluation: Evaluated, result: TextResult) -> Iterator[tuple[Evaluated, TextResult]]:
-    """Yield the evaluations that have read just the same windows in the same precision."""
+    """Yield the evaluations on the same windows in the same precision."""
     for other in item.evaluations:
         for found in other.texts:
             if _windows(other, found) == _windows(evaluation, result):
@@ -116,9 +116,9 @@ def _points(item: Measured, evaluation: Evaluated, result: TextResult) -> Iterat
 
 
 def speed_front(measured: Sequence[Measured]) -> SpeedFront | None:
-    """Return accuracy (where there is none, perplexity) against speed relative to dense, or ``None``.
+    """Return accuracy, or else perplexity, against speed relative to dense; ``None`` if either was not measured.
 
-    Of several evaluations and benchmarks those count that most checkpoints share.
+    Of several evaluations and benchmarks, those shared by most checkpoints are taken.
     """
     (current,) = [item for item in measured if item.current]
     mean, texts = main_zero_shot(current.evaluations), _texts(current)
@@ -134,15 +134,13 @@ def speed_front(measured: Sequence[Measured]) -> SpeedFront | None:
 
 
 def _same_precision(bench: Benched, quality: _Quality) -> bool:
-    """Tell whether speed and quality are those of the same weights, as far as both say."""
+    """Tell whether speed and quality were measured in the same precision, as far as is known."""
     names = {"fp32": "float32", "fp16": "float16"}
-    return (
-        None in (bench.precision, quality.dtype) or names.get(bench.precision or "", bench.precision) == quality.dtype
-    )
+    return quality.dtype is None or names.get(bench.precision, bench.precision) == quality.dtype
 
 
 def _texts(current: Measured) -> list[tuple[Evaluated, TextResult]]:
-    """Return all texts that were read, the longest last."""
+    """Return all evaluated texts, the longest last."""
     texts = [(evaluation, result) for evaluation in current.evaluations for result in evaluation.texts]
     return sorted(texts, key=lambda item: tokens_of(item[1]))
 
@@ -181,10 +179,7 @@ def _speed_point(
 
 @dataclass(frozen=True)
 class _Quality:
-    """One measure of quality: ``of(evaluation, model)`` is a value with its standard error, or ``None``.
-
-    ``dtype`` is the precision in which it was measured.
-    """
+    """One measure of quality: ``of(evaluation, model)`` is a value with its standard error, or ``None``."""
 
     measure: Literal["accuracy", "perplexity"]
     task: str
@@ -193,7 +188,7 @@ class _Quality:
 
 
 def _accuracies(wanted: Evaluated) -> _Quality:
-    """Return the mean accuracy over the same questions that ``wanted`` has asked."""
+    """Return the mean accuracy over the questions of ``wanted``."""
 
     def of(evaluation: Evaluated, model: str) -> tuple[float, float | None] | None:
         mean = evaluation.zero_shot
@@ -206,7 +201,7 @@ def _accuracies(wanted: Evaluated) -> _Quality:
 
 
 def _questions(evaluation: Evaluated) -> object:
-    """Return what makes two accuracies comparable: tasks, questions, precision."""
+    """Return what must be the same in two accuracies to compare them: tasks, questions, precision."""
     tasks = evaluation.zero_shot.tasks if evaluation.zero_shot else ()
     rows = [row for row in evaluation.harness if row.task in tasks]
     asked = {(row.task, row.metric, row.sha256, row.examples, row.seed) for row in rows}
@@ -227,7 +222,7 @@ def _perplexities(wanted: Evaluated, text: TextResult) -> _Quality:
 
 
 def _windows(evaluation: Evaluated, result: TextResult) -> tuple[object, ...]:
-    """Return what makes two readings comparable: text, windows, precision."""
+    """Return what must be the same in two perplexities to compare them: text, windows, precision."""
     return result.sha256 or result.task, result.windows, result.seq_len, evaluation.dtype
 
 

@@ -186,7 +186,7 @@ def test_speeds_of_other_devices_precisions_and_threads_are_kept_apart(change):
     )
     front = gather(sources(others=(far,))).speed_front
     assert {point.checkpoint for point in front.points} == {"dense", NAME}
-    assert front.speed == "generating behind 512 tokens in torch (cpu, bfloat16, 2 threads)"
+    assert front.speed == "generating after 512 tokens in torch (cpu, bfloat16, 2 threads)"
 
 
 def test_speeds_of_another_machine_are_on_no_front():
@@ -362,7 +362,7 @@ def test_without_zero_shot_tasks_the_speed_front_shows_perplexity():
     assert (front.measure, front.task, front.speed) == (
         "perplexity",
         "WikiText-2",
-        "generating behind 512 tokens in torch (cpu, bfloat16, 2 threads)",
+        "generating after 512 tokens in torch (cpu, bfloat16, 2 threads)",
     )
     (point,) = [point for point in front.points if point.current]
     assert point.quality == text_rows(NAME)[NAME]["perplexity"]

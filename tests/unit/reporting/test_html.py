@@ -108,7 +108,7 @@ def test_the_page_says_where_speeds_were_measured(report, threads, words):
     benches = tuple(bench.model_copy(update={"threads": threads}) for bench in report.benches)
     text = page(report.model_copy(update={"benches": benches}))
     assert f">torch, cpu, bfloat16, {words} Linux x86_64, A &amp; B, 2 cores, 24 GiB; models run in turn" in text
-    old = tuple(bench.model_copy(update={"machine": None}) for bench in benches)
+    old = tuple(bench.model_copy(update={"machine": {}}) for bench in benches)
     text = page(report.model_copy(update={"benches": old}))
     assert f"{words} the machine was not recorded; models run" in text and "A &amp; B" not in text
 

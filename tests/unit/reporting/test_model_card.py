@@ -137,7 +137,7 @@ def test_the_full_card_holds_what_was_measured() -> None:
             for row in result.models.values():
                 assert f"{row.perplexity:.2f} ± " in text
     assert "| **ara-0.80** | **30.23 ± 0.76** |" in text
-    assert "| generating behind 512 tokens | ara-0.80 | 17.4 (15.7 – 20.9) |" in text
+    assert "| generating after 512 tokens | ara-0.80 | 17.4 (15.7 – 20.9) |" in text
     assert "ara train-masks -w ws --name priced" in text
     assert "run `ara eval`" not in text
 
