@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ara.artifacts.evaluation import DENSE, UNIFORM
 from ara.reporting.document import Front, Layer, SpeedFront, Trained
-from ara.reporting.figures import draw
+from ara.reporting.figures import draw, short_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ def rank_map(layers: Sequence[Layer]) -> str:
         axis = figure.subplots()
         image = axis.pcolormesh(shares, vmin=0, vmax=1, cmap="viridis", edgecolors="face", linewidth=0.2)
         axis.plot([x + 0.5 for _, x in dense], [y + 0.5 for y, _ in dense], ".", color="black", markersize=3)
-        axis.set_xticks([x + 0.5 for x in range(len(kinds))], [_short(kind) for kind in kinds], rotation=45)
+        axis.set_xticks([x + 0.5 for x in range(len(kinds))], [short_kind(kind) for kind in kinds], rotation=45)
         step = -(-len(blocks) // 16)
         axis.set_yticks([y + 0.5 for y in range(0, len(blocks), step)], [str(block) for block in blocks[::step]])
         axis.invert_yaxis()
@@ -99,7 +99,7 @@ def spectra(layers: Sequence[Layer]) -> str:
             axis.yaxis.set_major_locator(LogLocator(numticks=4))
             axis.yaxis.set_minor_locator(NullLocator())
             axis.yaxis.set_major_formatter(_power)
-            axis.set_title(_short(kind), fontsize=_FONT)
+            axis.set_title(short_kind(kind), fontsize=_FONT)
             axis.grid(True, linewidth=0.4)
         for axis in axes[len(kinds) :]:
             axis.set_axis_off()
@@ -141,10 +141,8 @@ def keep_front(front: Front, name: str) -> str:
                 _ring(axis, point.linear_keep, point.perplexity)
         axis.axhline(front.dense, color=_INK, linestyle=(0, (1, 2)), linewidth=1, label=DENSE)
         _perplexity_axis(axis, [front.dense, *(point.perplexity for point in front.points)])
-        axis.set_xlim(
-            min(point.linear_keep for point in front.points) - _MARGIN,
-            max(point.linear_keep for point in front.points) + _MARGIN,
-        )
+        shares = [point.linear_keep for point in front.points]
+        axis.set_xlim(min(shares) - _MARGIN, max(shares) + _MARGIN)
         axis.set_xlabel("share of the factorised layers' parameters kept")
         axis.xaxis.set_major_formatter(_percent)
         axis.grid(True, linewidth=0.4)
@@ -287,7 +285,3 @@ def _percent(value: float, _: float) -> str:
 def _gap(value: float | None) -> float:
     """Return a value, or NaN for none: a logarithmic axis has no zero."""
     return math.nan if value is None else value
-
-
-def _short(kind: str) -> str:
-    return kind.rpartition(".")[2].removesuffix("_proj")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ara.models.weights import LinearSpec
 from ara.printable import printable
@@ -13,6 +13,9 @@ from ara.solver.problem import Allocation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# Text stays text, and the same figure gives the same bytes.
+_SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "ara"}
 
 
 def keep_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title: str) -> bytes:
@@ -26,7 +29,7 @@ def keep_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ara"}):
+    with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axis = figure.subplots()
         for (label, points), marker in zip(curves.items(), "os^Dv*", strict=False):
@@ -60,8 +63,7 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
     layers = sorted({spec.layer for spec in specs})
     columns = min(len(allocations), 4)
     rows = -(-len(allocations) // columns)
-    # Text as text, and the same bytes for the same figures.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ara"}):
+    with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(2.6 * columns + 0.8, (0.13 * len(layers) + 1.4) * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         image = None
@@ -75,8 +77,7 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
                     axis.plot(place[1], place[0], ".", color="black", markersize=3)
             image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
             axis.set_title(name, fontsize=9)
-            short = [kind.rpartition(".")[2].removesuffix("_proj") for kind in kinds]
-            axis.set_xticks(range(len(kinds)), short, rotation=60, fontsize=7)
+            axis.set_xticks(range(len(kinds)), [short_kind(kind) for kind in kinds], rotation=60, fontsize=7)
             axis.tick_params(axis="y", labelsize=7)
         for axis in axes[len(allocations) :]:
             axis.set_axis_off()
@@ -87,6 +88,11 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
         bar.ax.tick_params(labelsize=7)
         figure.suptitle(title, fontsize=10)
         return draw(figure)
+
+
+def short_kind(kind: str) -> str:
+    """Return the last word of a kind of layer: ``up`` for ``mlp.up_proj``."""
+    return kind.rpartition(".")[2].removesuffix("_proj")
 
 
 def draw(figure: Figure) -> bytes:

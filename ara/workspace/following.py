@@ -68,8 +68,7 @@ def _another_budget(measured: StageView, done: Sequence[StageView], views: Seque
     """Return the command for another budget of the same factors."""
     keeps = {view.manifest.config.get("keep") for view in done if view.kind == "ranks" and view.manifest}
     keep = next((budget for budget in _OTHER_BUDGETS if budget not in keeps), _OTHER_BUDGETS[0])
-    allocate = producers("ranks")[0]
-    return ["ara", allocate, "--keep", f"{keep:g}", *_factors(measured, views)]
+    return ["ara", producers("ranks")[0], "--keep", f"{keep:g}", *_factors(measured, views)]
 
 
 def _factors(view: StageView, views: Sequence[StageView]) -> list[str]:
@@ -100,9 +99,6 @@ def _created(view: StageView) -> str:
 def _budget_words(training: StageView) -> list[str]:
     """Return the options of ``ara allocate`` that fit a training."""
     assert training.manifest is not None
-    layout = training.manifest.config.get("layout", DEFAULT_LAYOUT)
-    return [
-        "--keep",
-        f"{training.manifest.config['keep'][0]:g}",
-        *([] if layout == DEFAULT_LAYOUT else ["--layout", layout]),
-    ]
+    config = training.manifest.config
+    layout = config.get("layout", DEFAULT_LAYOUT)
+    return ["--keep", f"{config['keep'][0]:g}", *([] if layout == DEFAULT_LAYOUT else ["--layout", layout])]

@@ -229,19 +229,21 @@ def verify_files(folder: Path, manifest: Manifest, only: Iterable[str] | None = 
         CorruptedError: names the file and, inside a safetensors file, the tensor.
     """
     for name in manifest.files if only is None else only:
-        record, path = manifest.files[name], folder / name
-        if not is_inside(folder, name):
-            raise CorruptedError(f"{path} is missing or not a plain file", remake(manifest, True))
-        size = path.stat().st_size
-        if size != record.bytes:
-            raise CorruptedError(
-                f"{path} has {size:,} bytes; its manifest says {record.bytes:,}", remake(manifest, True)
-            )
-        if file_sha256(path) != record.sha256:
-            raise CorruptedError(
-                f"{path} does not match its checksum ({_damaged_part(path, name, manifest)})", remake(manifest, True)
-            )
-        _check_tensors(path, name, manifest)
+        problem = _file_problem(folder, name, manifest)
+        if problem is not None:
+            raise CorruptedError(problem, remake(manifest, True))
+
+
+def _file_problem(folder: Path, name: str, manifest: Manifest) -> str | None:
+    record, path = manifest.files[name], folder / name
+    if not is_inside(folder, name):
+        return f"{path} is missing or not a plain file"
+    size = path.stat().st_size
+    if size != record.bytes:
+        return f"{path} has {size:,} bytes; its manifest says {record.bytes:,}"
+    if file_sha256(path) != record.sha256:
+        return f"{path} does not match its checksum ({_damaged_part(path, name, manifest)})"
+    return _tensors_problem(path, name, manifest) if path.suffix == ".safetensors" else None
 
 
 def is_inside(folder: Path, name: str) -> bool:
@@ -250,10 +252,8 @@ def is_inside(folder: Path, name: str) -> bool:
     return is_plain_file(path) and Path(os.path.realpath(path)) == Path(os.path.realpath(folder)) / name
 
 
-def _check_tensors(path: Path, name: str, manifest: Manifest) -> None:
+def _tensors_problem(path: Path, name: str, manifest: Manifest) -> str | None:
     """Compare the table of tensors with the file, so that no shape in a manifest is larger than the file."""
-    if path.suffix != ".safetensors":
-        return
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -262,11 +262,12 @@ def _check_tensors(path: Path, name: str, manifest: Manifest) -> None:
         with safe_open(path, framework="np"):
             pass
     except (ValueError, SafetensorError) as error:
-        raise CorruptedError(f"{path} is no safetensors file ({error})", remake(manifest, True)) from None
+        return f"{path} is no safetensors file ({error})"
     # A tensor name in two files has one entry in the table; the tensor in the other file is not checked.
     for tensor, entry in manifest.tensors.items():
         if entry.file == name and found.get(tensor) != (entry.dtype, entry.shape):
-            raise CorruptedError(f"{path}: tensor {tensor!r} is not what {MANIFEST} says of it", remake(manifest, True))
+            return f"{path}: tensor {tensor!r} is not what {MANIFEST} says of it"
+    return None
 
 
 def _damaged_part(path: Path, name: str, manifest: Manifest) -> str:

@@ -111,10 +111,10 @@ class StageWriter:
                 with disk_errors(self.final):
                     self._commit()
             except BaseException as failure:
-                self._abandon(repeats=isinstance(failure, NumericalError) and not self._keep_after_nan)
+                self._abandon(type(failure))
                 raise
             return
-        self._abandon(repeats=issubclass(kind, NumericalError) and not self._keep_after_nan)
+        self._abandon(kind)
         full = disk_full_error(error, self.folder) if isinstance(error, Exception) else None
         if full is not None:
             raise full from error
@@ -276,7 +276,8 @@ class StageWriter:
         shutil.copytree(self.folder, copy, ignore=shutil.ignore_patterns(".*"))
         return copy
 
-    def _abandon(self, repeats: bool = False) -> None:
+    def _abandon(self, error: type[BaseException]) -> None:
+        repeats = issubclass(error, NumericalError) and not self._keep_after_nan
         started = self._files or (self.folder / CHECKPOINT).exists()
         if repeats or not (self._resumable and started):
             remove(self.folder)
