@@ -27,8 +27,6 @@ from ara.reporting.tables import (
 )
 from ara.workspace.manifest import Manifest
 
-__all__ = ["card", "model_card", "shared_command"]
-
 # Data sets on model hubs, by the name of the text in a report.
 _DATASETS = {
     "WikiText-2": {"type": "Salesforce/wikitext", "config": "wikitext-2-raw-v1", "split": "test"},

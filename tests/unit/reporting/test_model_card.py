@@ -14,7 +14,8 @@ import yaml
 from ara.artifacts.checkpoint import CheckpointResults
 from ara.data.texts import load_documents
 from ara.reporting.gather import Made, gather
-from ara.reporting.model_card import card, model_card, shared_command
+from ara.reporting.model_card import card, model_card
+from ara.reporting.sharing import shared_command
 from ara.workspace.manifest import FORMAT_VERSION, Manifest
 from tests import reported
 from tests.reported import allocation, bare, sources, truncated
