@@ -1,1 +1,1 @@
-"""Artifacts: what one stage leaves in the workspace and later ones read, one file per kind."""
+"""Artifacts: the typed results that one stage writes and later stages read, one file per kind."""

@@ -1,7 +1,7 @@
-"""What the results of all kinds share: typed reading from a manifest, and writing as plain JSON data.
+"""Base of the results of all kinds: typed reading from a manifest, and writing as plain JSON data.
 
-The results of a kind are a frozen dataclass whose fields are those of the manifest's ``results``, in their order. A
-checksum says that a manifest is what somebody wrote, not that ara wrote it, so types are checked when it is read.
+The results of a kind are a frozen dataclass whose fields are those of the manifest's ``results``, in the same order. A
+checksum does not prove that ara wrote a manifest, so types are checked on reading.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", bound="Part")
 
-# Strict: the text "1" is no number, and 1 is no truth value.
+# Strict: the text "1" is not a number, and 1 is not a truth value.
 Flag = Annotated[bool, Strict()]
 Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 Least1 = Annotated[int, Strict(), Field(ge=1, lt=2**63)]
@@ -32,22 +32,22 @@ Share = Annotated[float, Strict(), Field(gt=0, le=1)]
 Rank = Least1 | Literal["dense"]
 StoredDtype = Literal["float32", "bfloat16", "float16"]
 
-# Metadata of a field that is not written while it is ``None``.
+# Metadata of a field that is omitted when it is ``None``.
 LEFT_OUT = {"left_out": True}
-# The file in which evaluations, benchmarks and comparisons repeat their results, for other programs to read.
+# Copy of the results of evaluations, benchmarks and comparisons, for other programs.
 RESULTS_FILE = "results.json"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Base of everything that results consist of; names that this version does not know are ignored."""
+    """Base of all parts of results; unknown names are ignored."""
 
     @classmethod
     def parse(cls, data: Any) -> Self:
-        """Return what plain JSON data holds.
+        """Return the part that plain JSON data describes.
 
         Raises:
-            ValidationError: a part is missing, or has another type.
+            ValidationError: a field is missing or has another type.
         """
         part: Self = _adapter(cast(Hashable, cls)).validate_python(data)
         return part
@@ -60,14 +60,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Settings(Part):
-    """Base of the settings of a stage that later stages read; those of a stage that has none of them."""
+    """Base of the settings that later stages read; used as it is where they read none."""
 
     @classmethod
     def read(cls, source: StageView | Manifest) -> Self:
-        """Return the settings that a finished stage was run with.
+        """Return the settings of a finished stage.
 
         Raises:
-            CorruptedError: they have another form than this version writes.
+            CorruptedError: a field is missing or has another type.
         """
         return _parsed(cls, source, "config")
 
@@ -77,9 +77,9 @@ class Results(Part):
     """Base of the results of one kind.
 
     Attributes:
-        Settings: the settings of the stage that later stages read.
-        vital: whether a result of another form counts as damaged. Where it does not, only tables and reports read the
-            results, and they say which result they leave out.
+        Settings: the settings that later stages read.
+        vital: whether results of another form count as damaged. Results that are not vital are read by tables and
+            reports only, which leave out and name those of another form.
     """
 
     Settings: ClassVar[type[Settings]] = Settings
@@ -90,13 +90,13 @@ class Results(Part):
         """Return the results of a finished stage.
 
         Raises:
-            CorruptedError: they have another form than this version writes.
+            CorruptedError: a field is missing or has another type.
         """
         return _parsed(cls, source, "results")
 
     @classmethod
     def problem(cls, manifest: Manifest) -> str | None:
-        """Return in one line what is wrong with settings, results or tensors that later stages read, or ``None``."""
+        """Return in one line what is wrong with settings, results or tensors, or ``None``."""
         if not cls.vital:
             return None
         for name, part, data in (("config", cls.Settings, manifest.config), ("results", cls, manifest.results)):
@@ -108,10 +108,10 @@ class Results(Part):
 
     @classmethod
     def unfinished_problem(cls, results: Mapping[str, Any]) -> str | None:
-        """Return what is wrong with those results of an unfinished stage that are there, or ``None``."""
+        """Return what is wrong with the results so far of an unfinished stage, or ``None``."""
         if not cls.vital:
             return None
-        # Results that are not there yet are no problem, and neither is a table without entries.
+        # Results may be missing or empty as long as the stage is unfinished.
         there = {one.name: results[one.name] for one in fields(cls) if results.get(one.name) not in (None, {})}
         try:
             cls.parse(there)
@@ -154,7 +154,7 @@ def manifest_of(source: StageView | Manifest) -> Manifest:
     """
     if isinstance(source, Manifest):
         return source
-    if source.manifest is None:  # what it was made from is not what it seemed
+    if source.manifest is None:
         raise CorruptedError(source.why, source.remedy or None)
     return source.manifest
 
@@ -162,9 +162,7 @@ def manifest_of(source: StageView | Manifest) -> Manifest:
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         kept = ((one, getattr(value, one.name)) for one in fields(value))
-        return {
-            one.name: _plain(item) for one, item in kept if not (item is None and one.metadata.get("left_out", False))
-        }
+        return {one.name: _plain(item) for one, item in kept if item is not None or "left_out" not in one.metadata}
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ara.artifacts.base import Count, Flag, Least1, Number, Part, Results, Settings
+from ara.artifacts.evaluation import SpreadFigures
 
 
 @dataclass(frozen=True)
 class BenchmarkSettings(Settings):
-    """What tables read of a benchmark's settings."""
+    """The settings that tables read."""
 
     rounds: Least1
 
 
 @dataclass(frozen=True)
 class ModelCost(Part):
-    """Sizes of one model; bytes of its weights, on the disk, and of the process that ran it at its peak."""
+    """Sizes of one model: weights in memory, files on disk, and peak memory of the process that ran it."""
 
     parameters: Count
     weight_bytes: Count
@@ -36,12 +37,8 @@ class Percentiles(Part):
 
 
 @dataclass(frozen=True)
-class RatioFigures(Part):
-    """How many times as fast as dense; see :func:`ara.evaluation.speed.ratio`."""
-
-    median: Number
-    low: Number
-    high: Number
+class RatioFigures(SpreadFigures):
+    """How many times as fast as dense, with a confidence interval; see :class:`ara.evaluation.speed.Ratio`."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,10 @@ class CaseFigures(Part):
 
     Attributes:
         seconds, tokens_per_second: of a pass.
-        ratio: how many times as fast as dense; ``None`` where the models did not take turns.
+        ratio: how many times as fast as dense; ``None`` if the models did not take turns.
         predicted: the ratio that arithmetic predicts.
         macs: multiply-accumulates of a pass.
-        bytes_read: weights and past keys and values that a pass reads.
+        bytes_read: weights and KV cache that a pass reads.
     """
 
     seconds: Percentiles
@@ -66,7 +63,7 @@ class CaseFigures(Part):
 
 @dataclass(frozen=True)
 class CaseResults(Part):
-    """All models in one case: ``batch`` rows of ``new`` tokens after ``past`` ones."""
+    """All models in one case: ``batch`` rows of ``new`` tokens after ``past`` tokens in the KV cache."""
 
     kind: Literal["prefill", "decode"]
     batch: Least1
@@ -81,10 +78,10 @@ class BenchmarkResults(Results):
 
     Attributes:
         chosen: name of the compressed model.
-        backend, device, precision, threads: how the models were run.
+        backend, device, precision, threads: runtime of the models.
         machine: see :func:`ara.environment.machine`.
         interleaved: whether the models took turns.
-        models: the dense one first.
+        models: name → sizes, the dense one first.
         last_logits: whether a pass computes the logits of the last position only.
         cases: one per batch size and length.
     """

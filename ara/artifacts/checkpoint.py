@@ -8,13 +8,13 @@ from ara.artifacts.base import Count, Flag, Least1, Number, Results, Settings, S
 from ara.workspace.view import StageView
 
 CHECKPOINT = "checkpoint"
-# The model card within the result; ``ara report`` writes it again with what was measured.
+# The model card within the result; ``ara report`` rewrites it with measurements.
 CARD = f"{CHECKPOINT}/README.md"
 
 
 @dataclass(frozen=True)
 class CheckpointSettings(Settings):
-    """What later stages read of the settings: the precision of the stored weights."""
+    """The settings that later stages read: the precision of the stored weights."""
 
     dtype: StoredDtype
 
@@ -24,11 +24,11 @@ class CheckpointResults(Results):
     """Results of every stage that writes a checkpoint.
 
     Attributes:
-        linear_keep, model_keep: share of the dense parameters that stays, of the factorised layers and of the model.
-        low_rank_layers, dense_layers: factorised layers of each sort.
+        linear_keep, model_keep: share of the dense parameters kept, in the factorised layers and in the model.
+        low_rank_layers, dense_layers: counts of factorised layers.
         parameters: of the whole model.
         weight_bytes: of the weights in memory.
-        dense_weight_bytes: of the dense model's, in the same precision.
+        dense_weight_bytes: of the dense model's weights, in the same precision.
         densified: whether the factors were multiplied back.
         disk_bytes: of the weight files.
     """
@@ -46,5 +46,5 @@ class CheckpointResults(Results):
 
 
 def label_of(checkpoint: StageView) -> str:
-    """Return what a checkpoint is called in a table; never the name of another row."""
+    """Return the name of a checkpoint in a table, distinct from the rows of dense and uniform."""
     return checkpoint.key if checkpoint.name in ("dense", "uniform") else checkpoint.name

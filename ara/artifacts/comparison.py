@@ -13,7 +13,7 @@ PICTURE_FILE = "ranks.svg"
 
 @dataclass(frozen=True)
 class ComparisonSettings(Settings):
-    """What the report reads of a comparison's settings."""
+    """The settings that the report reads."""
 
     keep: Share
     layout: LayoutName = DEFAULT_LAYOUT
@@ -27,7 +27,7 @@ class ComparedText(Part):
         nll: mean negative log-likelihood, nats per token.
         perplexity: exp(nll).
         window_nlls: of every window.
-        gap_closed: (uniform − nll) / (uniform − dense); ``None`` where there is no gap, or no uniform allocation.
+        gap_closed: (uniform − nll) / (uniform − dense); ``None`` without a gap or a uniform allocation.
     """
 
     nll: Number
@@ -38,11 +38,11 @@ class ComparedText(Part):
 
 @dataclass(frozen=True)
 class ComparedMethod(Part):
-    """One allocator, or the dense model, which has quality alone; an allocator that failed has its error alone.
+    """One allocator or the dense model. The dense model has only losses; an allocator that failed has only its error.
 
     Attributes:
         ranks: module path → rank or ``"dense"``.
-        linear_keep, model_keep: share of the dense parameters that stays.
+        linear_keep, model_keep: share of the dense parameters kept.
         dense_layers: factorised layers that stay dense.
         seconds, backward_passes: spent on allocating.
         held_out: loss on held-out calibration text, nats per token.

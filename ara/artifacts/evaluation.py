@@ -1,4 +1,4 @@
-"""The kind ``evaluation``: dense, uniform and chosen model side by side, on texts and on tasks of lm-eval."""
+"""The kind ``evaluation``: dense, uniform and compressed model on texts and on tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DENSE, UNIFORM = "dense", "uniform"
 
 @dataclass(frozen=True)
 class EvaluationSettings(Settings):
-    """What the report reads of an evaluation's settings."""
+    """The settings that the report reads."""
 
     device: str | None = None
     dtype: str | None = None
@@ -24,7 +24,7 @@ class EvaluationSettings(Settings):
 
 @dataclass(frozen=True)
 class ModelFigures(Part):
-    """Sizes of one model; ``disk_bytes`` is known of the chosen checkpoint only."""
+    """Sizes of one model; ``disk_bytes`` is known for the compressed checkpoint only."""
 
     parameters: Count
     weight_bytes: Count
@@ -68,7 +68,7 @@ class TextFigures(Part):
 
 @dataclass(frozen=True)
 class TextResults(Part):
-    """All models on one text; ``text`` says where it came from."""
+    """All models on one text; ``text`` names its source."""
 
     kind: Literal["text"]
     text: str
@@ -82,7 +82,7 @@ class TaskFigures(Part):
     """One model on one task.
 
     Attributes:
-        value, stderr: the task's own metric; no standard error where the metric is no mean.
+        value, stderr: the task's own metric; no standard error if the metric is not a mean.
         retained: ``value`` as a share of the dense model's.
         metrics, stderrs: all metrics.
     """
@@ -96,7 +96,7 @@ class TaskFigures(Part):
 
 @dataclass(frozen=True)
 class PairedDifference(Part):
-    """The chosen model less another one on the same questions; see :class:`ara.evaluation.paired.Difference`."""
+    """The compressed model less another one on the same questions; see :class:`ara.evaluation.paired.Difference`."""
 
     difference: Number
     p: Number
@@ -119,7 +119,7 @@ class TaskResults(Part):
 
 @dataclass(frozen=True)
 class MeanFigures(Part):
-    """One model's mean accuracy over several tasks, each counting the same."""
+    """One model's mean accuracy over several tasks of equal weight."""
 
     mean: Number
     stderr: Number
@@ -137,7 +137,7 @@ class MeanResults(Part):
 
 @dataclass(frozen=True)
 class ContinuedPrompt(Part):
-    """What every model made of a prompt."""
+    """Every model's continuation of a prompt."""
 
     prompt: str
     models: Mapping[str, str]
@@ -152,7 +152,7 @@ class EvaluationResults(Results):
         variants: sizes of all models, the dense one first.
         tasks: texts and tasks, by name.
         continuations: one per prompt.
-        zero_shot: mean accuracy; ``None`` where fewer than two tasks have one.
+        zero_shot: mean accuracy; ``None`` if fewer than two tasks have one.
         interleaved: whether the models took turns.
     """
 
@@ -176,7 +176,7 @@ class EvaluationResults(Results):
         return {name: task for name, task in self.tasks.items() if isinstance(task, TaskResults)}
 
 
-# What a stage keeps of one finished text or task of one model, while the others are not measured yet.
+# Intermediate results of one model, stored while other models are not measured yet.
 
 
 @dataclass(frozen=True)
@@ -206,12 +206,12 @@ class TaskPiece(Part):
     answers: tuple[AnswerPiece, ...]
 
     def fits(self, metric: str, questions: int) -> bool:
-        """Tell whether there are so many answers with this metric: numbers, where the metric is a mean."""
+        """Tell whether all ``questions`` have an answer with this metric, a number if the metric is a mean."""
         if metric not in self.metrics or metric not in self.stderrs or len(self.answers) != questions:
             return False
         values = [answer.metrics.get(metric) for answer in self.answers]
         return self.stderrs[metric] is None or all(isinstance(value, int | float) for value in values)
 
     def values(self, metric: str) -> list[float]:
-        """Return the metric of every question, in their order."""
+        """Return the metric of every question, in order."""
         return [float(answer.metrics[metric]) for answer in self.answers]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FactorsSettings(Settings):
-    """What later stages read of a decomposition's settings; see :class:`ara.config.DecomposeConfig`."""
+    """The settings that later stages read; see :class:`ara.config.DecomposeConfig`."""
 
     method: str
     text: str
@@ -49,8 +49,8 @@ class FactorsResults(Results):
     Attributes:
         modules: the factorised layers, in the order of the model.
         model_parameters: of the whole dense model.
-        linear_parameters: of the factorised layers, while they are dense.
-        text: where the calibration text came from; ``None`` for a method that reads none.
+        linear_parameters: of the factorised layers before the factorisation.
+        text: source of the calibration text; ``None`` for a method without calibration.
         windows: (count, tokens) of the calibration windows.
         windows_sha256: checksum of their tokens.
     """
@@ -70,7 +70,7 @@ class FactorsResults(Results):
 
 
 def specs_of(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) -> list[LinearSpec]:
-    """Return the factorised layers of a decomposition, to be stored in ``layout`` in the precision of the factors."""
+    """Return the factorised layers of a decomposition, stored in ``layout`` and in the precision of the factors."""
     from ara.models.placement import torch_dtype
     from ara.models.weights import LinearSpec
 
@@ -90,7 +90,7 @@ def factor_files(decomposition: StageView, specs: Sequence[LinearSpec]) -> dict[
 
 
 def _layers_problem(manifest: Manifest, results: FactorsResults) -> str | None:
-    """Compare every layer with the table of tensors: A (r, n), B (m, r), spectrum (r), in the file of its block."""
+    """Check that every layer has tensors A (r, n), B (m, r) and spectrum (r) in the file of its block."""
     seen: set[str] = set()
     for layer in results.modules:
         if layer.name in seen:

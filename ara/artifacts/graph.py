@@ -12,7 +12,7 @@ from ara.workspace.writer import StageWriter
 
 @dataclass(frozen=True)
 class GraphSettings(Settings):
-    """What later stages read of an export's settings."""
+    """The settings that later stages read."""
 
     target: str | None = None
 
@@ -26,7 +26,7 @@ class FileSize(Part):
 
 @dataclass(frozen=True)
 class ParityCase(Part):
-    """The export beside torch in one case; see :class:`export.onnx.tolerance.Parity`."""
+    """The export compared with torch in one case; see :class:`export.onnx.tolerance.Parity`."""
 
     case: str
     tokens: Count
@@ -46,14 +46,14 @@ class ParityResults(Part):
 
 @dataclass(frozen=True)
 class GraphResults(Results):
-    """What later stages read of ``ara_export.json``, which an export target writes and ``ara export`` repeats.
+    """The part of an export target's ``ara_export.json`` that later stages read.
 
     Attributes:
         precision: of the weights.
-        last_logits: whether the export gives the logits of the last position only.
-        execution_provider: where it runs.
+        last_logits: whether the export computes the logits of the last position only.
+        execution_provider: of ONNX Runtime.
         files: name → size of the files that the runtime reads.
-        parity: ``None`` where the export was not compared with torch.
+        parity: ``None`` if the export was not compared with torch.
     """
 
     Settings = GraphSettings
@@ -65,10 +65,10 @@ class GraphResults(Results):
 
 
 class ExportReport(Protocol):
-    """What an export target says about an export: a pydantic model of its own."""
+    """The report of an export target on an export: a pydantic model."""
 
     def model_dump(self, *, mode: str) -> dict[str, Any]:
-        """Return the report as data; ``mode="json"`` gives what JSON can hold."""
+        """Return the report as data; as JSON data with ``mode="json"``."""
 
 
 def write_report(report: ExportReport, stage: StageWriter) -> None:

@@ -1,4 +1,4 @@
-"""The kind ``ranks``: a rank, or dense, for every factorised layer, and what was kept."""
+"""The kind ``ranks``: a rank, or dense, for every factorised layer, and the resulting sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RanksSettings(Settings):
-    """What later stages read of an allocation's settings; see :class:`ara.config.AllocateConfig`."""
+    """The settings that later stages read; see :class:`ara.config.AllocateConfig`."""
 
     method: str
     rank_multiple: Least1
@@ -37,11 +37,11 @@ class KindRanks(Part):
     """Layers of one kind.
 
     Attributes:
-        layers: how many there are.
+        layers: count.
         shape: (m, n) of each.
-        dense: how many stay dense.
-        rank_min, rank_mean, rank_max: over the others; ``None`` when there is none.
-        keep: share of their dense parameters that stays.
+        dense: count of layers that stay dense.
+        rank_min, rank_mean, rank_max: over the other layers; ``None`` without any.
+        keep: share of their dense parameters kept.
     """
 
     layers: Count
@@ -55,7 +55,7 @@ class KindRanks(Part):
 
 @dataclass(frozen=True)
 class GuardResults(Part):
-    """What the guard measured on held-out calibration text; see :class:`ara.allocation.guard.Verdict`.
+    """Losses that the guard measured on held-out calibration text; see :class:`ara.allocation.guard.Verdict`.
 
     A candidate with a loss of NaN or infinity has ``None``.
     """
@@ -79,7 +79,7 @@ class RanksResults(Results):
         model_parameters_dense, model_parameters, model_keep: of the whole model.
         dense_layers: factorised layers that stay dense.
         kinds: by kind of layer, such as ``mlp.up_proj``.
-        guard: ``None`` where no guard was at work.
+        guard: ``None`` if the guard did not run.
     """
 
     Settings = RanksSettings
@@ -95,7 +95,7 @@ class RanksResults(Results):
 
 
 def layout_of(ranks: StageView) -> LayoutName:
-    """Return the layout in which an allocation counts its parameters."""
+    """Return the layout of an allocation, which determines its parameter counts."""
     return RanksSettings.read(ranks).layout
 
 

@@ -1,4 +1,4 @@
-"""``ranks.json``: an allocation as plain JSON that a person can read, edit and feed back with ``--ranks``."""
+"""``ranks.json``: an allocation as plain JSON, which users can edit and pass to ``--ranks``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from ara.solver.problem import DENSE, Allocation
 RANKS_FORMAT = 1
 RANKS_FILE = "ranks.json"
 _COPY = "copy an allocation's ranks.json and edit its numbers"
-# What an error lists of a file that does not fit at all: problems, and characters of a name or value.
-_SHOWN_PROBLEMS = 20
-_SHOWN = 100
+# Limits of an error message: problems, and characters of a name or value.
+_SHOWN_PROBLEMS, _SHOWN = 20, 100
 
 
 def ranks_table(allocation: Allocation) -> dict[str, Rank]:
@@ -32,14 +31,14 @@ def from_table(ranks: Mapping[str, Any], specs: Sequence[LinearSpec]) -> Allocat
     """Return the allocation that :func:`ranks_table` describes, with costs in parameters and the bits of the model.
 
     Args:
-        ranks: one entry for each of ``specs``; what a person may have edited is checked before.
+        ranks: one valid entry for each of ``specs``.
         specs: the layers.
     """
     return Allocation.of_ranks(specs, {name: None if rank == DENSE else rank for name, rank in ranks.items()})
 
 
 def ranks_document(allocation: Allocation, layout: LayoutName, about: Mapping[str, Any]) -> str:
-    """Return the text of ``ranks.json``; ``about`` says where it comes from and is not read back."""
+    """Return the text of ``ranks.json``; ``about`` describes its origin and is not read back."""
     document = {"format_version": RANKS_FORMAT, "layout": layout, "about": about, "ranks": ranks_table(allocation)}
     return json.dumps(document, indent=1) + "\n"
 
@@ -52,10 +51,7 @@ def read_layout(path: Path) -> LayoutName:
     """
     layout = _read(path)[0].get("layout", DEFAULT_LAYOUT)
     if layout not in LAYOUT_NAMES:
-        raise DataError(
-            f"{path} has layout {_shown(layout)}, known are {', '.join(LAYOUT_NAMES)}",
-            _COPY,
-        )
+        raise DataError(f"{path} has layout {_shown(layout)}, known are {', '.join(LAYOUT_NAMES)}", _COPY)
     found: LayoutName = layout
     return found
 
@@ -65,11 +61,11 @@ def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
 
     Args:
         path: JSON with ``format_version`` and ``ranks``: module path → whole number or ``"dense"``.
-        specs: the factorised layers, in the file's layout; each must be named, and no other.
+        specs: the factorised layers, in the file's layout; the file must name exactly these.
 
     Raises:
-        DataError: missing or not such JSON.
-        ProblemsError: lists every unknown or missing module and every rank that cannot be.
+        DataError: missing, or not JSON of this form.
+        ProblemsError: lists every unknown or missing module and every invalid rank.
     """
     document, repeated = _read(path)
     problems = [
@@ -86,11 +82,11 @@ def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return the document of a ranks file, and the names that stand in it more than once."""
+    """Return the document of a ranks file, and the names that occur in it more than once."""
     repeated: list[str] = []
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # JSON keeps the last of two equal names; whoever edited the first would not notice.
+        # JSON keeps the last of two equal names; an edit of the first one would be lost silently.
         counts = Counter(name for name, _ in pairs)
         repeated.extend(name for name, count in counts.items() if count > 1)
         return dict(pairs)
@@ -113,7 +109,7 @@ def _problems(ranks: dict[str, Any], specs: Sequence[LinearSpec]) -> list[str]:
     known = {spec.name: spec for spec in specs}
     unknown = [name for name in ranks if name not in known]
     problems = [
-        # Looking for near ones takes long.
+        # The search for near matches is slow, so that it is limited to the problems shown.
         f"{_plain(name)}: not a factorised layer; {near_matches(name[:_SHOWN], known)}".rstrip("; ")
         for name in unknown[:_SHOWN_PROBLEMS]
     ]
@@ -132,11 +128,11 @@ def _problems(ranks: dict[str, Any], specs: Sequence[LinearSpec]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """Return a value of the file as an error shows it: in one line, shortened."""
+    """Return a value of the file in one line, shortened."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _plain(name: str) -> str:
-    """Return a name of the file as an error shows it: as it is, unless it is long or holds what does not show."""
+    """Return a name of the file; a long name, or one with invisible characters, as :func:`_shown`."""
     return name if name.isprintable() and len(name) <= _SHOWN else _shown(name)

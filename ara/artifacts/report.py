@@ -1,4 +1,4 @@
-"""The kind ``report``: everything that is known of one checkpoint, as a page and as data."""
+"""The kind ``report``: all results of one checkpoint, as a page and as data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ JSON_FILE = "report.json"
 
 @dataclass(frozen=True)
 class MissingPart(Part):
-    """What the report lacks, and the command that adds it."""
+    """Something that the report lacks, and the command that adds it."""
 
     what: str
     command: str

@@ -1,4 +1,4 @@
-"""The kind ``training``: what ``ara train-masks`` has learned about the ranks of every layer."""
+"""The kind ``training``: the masks and rank losses that ``ara train-masks`` learned."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from ara.workspace.view import StageView
 TABLE_FILE = "sensitivity.safetensors"
 LOG_FILE = "log.csv"
 EVENTS_FOLDER = "tensorboard"
-# A start of a training: what the training at the budget before has learned.
+# A start of a training: the state learned at the previous budget.
 LEARNED = "learned"
 
 
 def _keep(budget: str) -> str:
-    """Refuse a budget that is no number in (0, 1]."""
+    """Refuse a budget that is not a number in (0, 1]."""
     TypeAdapter(Share).validate_python(float(budget), strict=True)
     return budget
 
 
-# A budget as files and tables name it, such as ``0.8``.
+# A budget as a key in JSON, such as ``0.8``.
 Keep = Annotated[str, AfterValidator(_keep)]
 
 
 @dataclass(frozen=True)
 class TrainingSettings(Settings):
-    """What later stages read of a training's settings; see :class:`ara.config.TrainMasksConfig`."""
+    """The settings that later stages read; see :class:`ara.config.TrainMasksConfig`."""
 
     objective: Literal["priced", "paper"]
     samples: Least1
@@ -60,10 +60,10 @@ class TrainedBudget(Part):
 
     Attributes:
         ranks: module path → rank or ``"dense"``, of the best step.
-        start: what the training started from; trainings from before it was recorded have none.
+        start: initial state of the training; ``None`` in results of earlier versions.
         start_held_out: loss of the first allocation.
         held_out: loss of the best one.
-        best_step, steps: step of the best allocation, and steps in all.
+        best_step, steps: step of the best allocation, and number of steps.
         seconds, backward_passes: spent at this budget.
     """
 
@@ -78,7 +78,7 @@ class TrainedBudget(Part):
 
     @property
     def won(self) -> float:
-        """By how much training has lowered the held-out loss, nats per token."""
+        """Decrease of the held-out loss by the training, nats per token."""
         return self.start_held_out - self.held_out
 
 
@@ -88,8 +88,8 @@ class TrainingResults(Results):
 
     Attributes:
         budgets: keep → result.
-        log: keep → logged steps, as :class:`LoggedStep` has them.
-        table_seconds, table_windows: spent on the sensitivity table.
+        log: keep → logged steps.
+        table_seconds, table_windows: seconds and windows spent on the sensitivity table.
         stopped: why the training ended early; ``None`` if it is complete.
     """
 
@@ -108,7 +108,7 @@ class TrainingResults(Results):
 
 
 def masks_file(keep: float) -> str:
-    """Name of the file with what was learned at one budget."""
+    """Name of the file with the state learned at one budget."""
     return f"masks-{keep:g}.safetensors"
 
 
@@ -127,10 +127,10 @@ class TrainingCost(NamedTuple):
 def training_cost(training: StageView, keep: float) -> TrainingCost:
     """Return the cost of a training up to its budget ``keep``.
 
-    They cover the sensitivity table and the larger budgets from whose losses this one started.
+    It includes the sensitivity table and the larger budgets whose learned state this budget started from.
     """
     results = TrainingResults.read(training)
-    # Trainings from before the start was recorded used what they had learned, unless they learned ranks only.
+    # Earlier versions did not record the start; they started from the learned state unless they learned ranks only.
     unrecorded = LEARNED if TrainingSettings.read(training).objective == "priced" else ""
     seconds, passes = results.table_seconds, results.table_windows
     for budget in sorted((budget for budget in results.budgets if float(budget) >= keep), key=float):

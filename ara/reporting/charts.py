@@ -1,7 +1,7 @@
-"""The pictures of the report: SVG to stand in a page, in the page's own colours, light or dark.
+"""The pictures of the report: inline SVG in the colours of the page, light or dark.
 
-Lines and words are drawn in stand-in colours that become ``currentColor`` and variables of the page's style sheet.
-Series differ by marker and by dashes, too, so that nobody depends on the colours.
+Lines and words are drawn in placeholder colours, which are replaced by ``currentColor`` and CSS variables of the page.
+Series also differ in markers and dashes, so that they can be told apart without colours.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from ara.artifacts.evaluation import DENSE, UNIFORM
 from ara.reporting.document import Front, Layer, SpeedFront, Trained
-from ara.reporting.figures import draw
+from ara.reporting.figures import draw, short_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Stand-ins, none of which any colour map has.
+# Placeholders: colours that are in no colour map.
 _INK, _GRID = "#010203", "#010204"
 _SERIES = tuple(f"#0102{10 + number}" for number in range(6))
 _REPLACED = {_INK: "currentColor", _GRID: "var(--grid)"} | {
@@ -34,20 +34,18 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _WIDTH, _FONT = 4.6, 8.5
 # Inches of the map of a model with very many decoder blocks.
 _TALLEST = 5.5
-# Perplexities further apart than this are drawn on a logarithmic axis.
-_WIDE = 2.0
-# And those further apart than this have fewer marks on it.
-_FAR = 20.0
-# Components below this share of the first are not drawn: nobody keeps them.
+# Ratio of the largest to the smallest perplexity from which the axis is logarithmic, and from which it has fewer ticks.
+_WIDE, _FAR = 2.0, 20.0
+# Components below this share of the first are not drawn.
 _FLOOR = 1e-5
-# Room beside the leftmost and the rightmost point, as a share of the parameters.
+# Margin left and right of the points, as a share of the parameters.
 _MARGIN = 0.04
-# The part of the colour map that is seen on white and on black.
+# The range of the colour map that is visible on white and on black.
 _DEPTHS = (0.25, 0.8)
 
 
 def rank_map(layers: Sequence[Layer]) -> str:
-    """Return the share of its parameters that every layer keeps: decoder blocks downwards, kinds of layers across."""
+    """Return a map of the share of parameters that every layer keeps: one row per block, one column per kind."""
     import numpy
 
     kinds = list(dict.fromkeys(layer.kind for layer in layers))
@@ -63,7 +61,7 @@ def rank_map(layers: Sequence[Layer]) -> str:
         axis = figure.subplots()
         image = axis.pcolormesh(shares, vmin=0, vmax=1, cmap="viridis", edgecolors="face", linewidth=0.2)
         axis.plot([x + 0.5 for _, x in dense], [y + 0.5 for y, _ in dense], ".", color="black", markersize=3)
-        axis.set_xticks([x + 0.5 for x in range(len(kinds))], [_short(kind) for kind in kinds], rotation=45)
+        axis.set_xticks([x + 0.5 for x in range(len(kinds))], [short_kind(kind) for kind in kinds], rotation=45)
         step = -(-len(blocks) // 16)
         axis.set_yticks([y + 0.5 for y in range(0, len(blocks), step)], [str(block) for block in blocks[::step]])
         axis.invert_yaxis()
@@ -76,7 +74,7 @@ def rank_map(layers: Sequence[Layer]) -> str:
 
 
 def spectra(layers: Sequence[Layer]) -> str:
-    """Return the spectra by kind of layer, with a dot where each is cut."""
+    """Return the spectra by kind of layer, with a dot at each cut."""
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -92,7 +90,7 @@ def spectra(layers: Sequence[Layer]) -> str:
                 depth = _DEPTHS[0] + (_DEPTHS[1] - _DEPTHS[0]) * layer.layer / last
                 colour = colormaps["viridis"](depth)
                 places = [component / full for component in layer.components]
-                axis.plot(places, _gaps(shares), color=colour, linewidth=0.6)
+                axis.plot(places, [_gap(share) for share in shares], color=colour, linewidth=0.6)
                 if layer.rank is not None:
                     height = shares[layer.components.index(layer.rank)]
                     axis.plot(layer.rank / full, _gap(height), "o", color=colour, markersize=2.6)
@@ -101,7 +99,7 @@ def spectra(layers: Sequence[Layer]) -> str:
             axis.yaxis.set_major_locator(LogLocator(numticks=4))
             axis.yaxis.set_minor_locator(NullLocator())
             axis.yaxis.set_major_formatter(_power)
-            axis.set_title(_short(kind), fontsize=_FONT)
+            axis.set_title(short_kind(kind), fontsize=_FONT)
             axis.grid(True, linewidth=0.4)
         for axis in axes[len(kinds) :]:
             axis.set_axis_off()
@@ -143,10 +141,8 @@ def keep_front(front: Front, name: str) -> str:
                 _ring(axis, point.linear_keep, point.perplexity)
         axis.axhline(front.dense, color=_INK, linestyle=(0, (1, 2)), linewidth=1, label=DENSE)
         _perplexity_axis(axis, [front.dense, *(point.perplexity for point in front.points)])
-        axis.set_xlim(
-            min(point.linear_keep for point in front.points) - _MARGIN,
-            max(point.linear_keep for point in front.points) + _MARGIN,
-        )
+        shares = [point.linear_keep for point in front.points]
+        axis.set_xlim(min(shares) - _MARGIN, max(shares) + _MARGIN)
         axis.set_xlabel("share of the factorised layers' parameters kept")
         axis.xaxis.set_major_formatter(_percent)
         axis.grid(True, linewidth=0.4)
@@ -188,7 +184,7 @@ def speed_front(front: SpeedFront) -> str:
 
 @contextmanager
 def _figure(height: float) -> Iterator[Figure]:
-    """Give a figure in the colours of the page."""
+    """Yield a figure in placeholder colours."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -196,7 +192,7 @@ def _figure(height: float) -> Iterator[Figure]:
     settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "ara",
-        "text.parse_math": False,  # a name may have dollars in it
+        "text.parse_math": False,  # a name may contain dollar signs
         "font.size": _FONT,
         "grid.color": _GRID,
         "axes.spines.top": False,
@@ -211,15 +207,15 @@ def _figure(height: float) -> Iterator[Figure]:
 
 
 def _inline(figure: Figure, name: str, label: str) -> str:
-    """Return the figure as an element of a page: names of its own, no style or size that the page does not give."""
+    """Return the figure as an element of a page: with unique ids, without its own style and size."""
     text = draw(figure).decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
-    # Names of things are unique within a picture, and must be so within the page.
+    # Ids are unique within a picture; the prefix makes them unique within the page.
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="|url\()#', rf"\g<1>#{name}-", text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", text)
-    # Within tags alone: words keep their numbers.
+    # Only within tags: numbers in words stay as they are.
     text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"-?\d+\.\d{3,}", _rounded, tag[0]), text)
     for colour, replacement in _REPLACED.items():
         text = text.replace(colour, replacement)
@@ -234,7 +230,7 @@ def _rounded(number: re.Match[str]) -> str:
 
 
 def _styles(series: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return how to draw every series, alike in all pictures: the dense model in ink, uniform ranks in one style."""
+    """Return the style of every series, the same in all pictures, with fixed ones for dense and uniform."""
     names = sorted(dict.fromkeys(series), key=lambda name: (name == DENSE, name.startswith(UNIFORM)))
     methods = [name for name in names if name != DENSE and not name.startswith(UNIFORM)]
     styles = {}
@@ -278,7 +274,7 @@ def _perplexity_axis(axis: Axes, values: Sequence[float]) -> None:
 
 
 def _power(value: float, _: float) -> str:
-    """Return a power of ten in words that need no markup: mathematics is not parsed, for the sake of names."""
+    """Return a power of ten with superscript digits: matplotlib does not parse mathematics here."""
     return "10" + str(round(math.log10(value))).translate(_SUPERSCRIPTS)
 
 
@@ -287,13 +283,5 @@ def _percent(value: float, _: float) -> str:
 
 
 def _gap(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
-def _gaps(values: Sequence[float | None]) -> list[float]:
-    """Return values with NaN where there is none: a logarithmic axis has no zero."""
-    return [_gap(value) for value in values]
-
-
-def _short(kind: str) -> str:
-    return kind.rpartition(".")[2].removesuffix("_proj")
+    """Return a value, or NaN for none: a logarithmic axis has no zero."""
+    return math.nan if value is None else value

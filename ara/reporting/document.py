@@ -1,17 +1,25 @@
-"""The report as data: ``report.json``, and all that the HTML page and the model card say.
+"""The report as data: ``report.json``, from which the HTML page and the model card are made.
 
-Sizes are counts of parameters or bytes, times seconds, losses nats per token, shares fractions of 1. What was not
-measured is ``None`` or an empty tuple, never a guess.
+Sizes are counts of parameters or bytes, times are in seconds, losses in nats per token, shares are fractions of 1.
+A figure that was not measured is ``None`` or an empty tuple. Parts that hold just what a stage has written are the
+dataclasses of :mod:`ara.artifacts`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict
 
+from ara.artifacts.base import Number
+from ara.artifacts.benchmark import ModelCost
+from ara.artifacts.evaluation import ContinuedPrompt, SpreadFigures
+from ara.artifacts.factors import FactorisedLayer
+from ara.artifacts.graph import ParityCase
+from ara.artifacts.report import MissingPart
 from ara.layout_names import LayoutName
 from ara.workspace.tensors import Size
 
@@ -19,13 +27,30 @@ REPORT_FORMAT: Literal[3] = 3
 
 
 class Part(BaseModel):
-    """Base of all parts: immutable, strict about names, no NaN."""
+    """Base of all parts: immutable, without unknown names, without NaN; so are the dataclasses that it holds."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        defer_build=True,
+        allow_inf_nan=False,
+        from_attributes=True,
+        revalidate_instances="always",
+    )
+
+    @classmethod
+    def from_source(cls, source: object, **others: Any) -> Self:
+        """Return the part with the fields ``others``; the remaining fields are attributes of ``source``.
+
+        Raises:
+            ValidationError: a field has another type.
+        """
+        same = {name: getattr(source, name) for name in cls.model_fields if name not in others}
+        return cls.model_validate({**same, **others})
 
 
 class Base(Part):
-    """The dense model; ``requested`` is what it was asked for as, ``fingerprint`` says which one it is."""
+    """The dense model; ``requested`` is the name that the user typed, ``fingerprint`` identifies its weights."""
 
     name: str
     requested: str
@@ -61,9 +86,9 @@ class Kind(Part):
 
 
 class Guard(Part):
-    """Losses of the candidates on held-out calibration text, and which one was handed out.
+    """Losses of the candidates on held-out calibration text, and the chosen one.
 
-    ``behind`` is how much worse than the winner each candidate is, ``stderr`` the standard error of that over windows.
+    ``behind`` is each candidate's loss less the winner's, ``stderr`` the standard error of this difference.
     """
 
     winner: str
@@ -73,7 +98,7 @@ class Guard(Part):
 
 
 class Allocated(Part):
-    """The ranks; ``keep`` is the budget that was asked for, the other figures are what came out."""
+    """The ranks; ``keep`` is the requested budget, the other figures are the result."""
 
     name: str
     method: str
@@ -90,7 +115,7 @@ class Allocated(Part):
 
 
 class Stored(Part):
-    """The checkpoint; ``dense_weight_bytes`` are those of the dense model, ``disk_keep`` the share that is left."""
+    """The checkpoint; ``disk_keep`` is ``disk_bytes`` as a share of the dense model's weights."""
 
     name: str
     dtype: str
@@ -102,31 +127,27 @@ class Stored(Part):
     disk_keep: float
 
 
-class Layer(Part):
+@dataclass(frozen=True)
+class Layer(FactorisedLayer):
     """One factorised layer.
 
     Attributes:
         rank: kept; ``None`` when it stays dense.
         keep: share of its parameters that stays.
         left: share of the sum of its spectrum that is cut off: its squared error, in the metric of the decomposition.
-        components: which components ``spectrum`` lists, from 1 to r.
+        components: indices of the components that ``spectrum`` lists, from 1 to r.
         spectrum: their values, as shares of the sum over all components.
     """
 
-    name: str
-    layer: int
-    kind: str
-    m: int
-    n: int
     rank: int | None
-    keep: float
-    left: float
+    keep: Number
+    left: Number
     components: tuple[int, ...]
-    spectrum: tuple[float, ...]
+    spectrum: tuple[Number, ...]
 
 
 class Step(Part):
-    """One step of a training; ``loss`` is the objective, ``held_out`` the loss on held-out text, where it was read."""
+    """One step of a training; ``loss`` is the objective, ``held_out`` the loss on held-out text, where measured."""
 
     step: int
     loss: float | None
@@ -135,7 +156,7 @@ class Step(Part):
 
 
 class Curve(Part):
-    """The training at one budget; ``won`` is how much the held-out loss has fallen since the start."""
+    """The training at one budget; ``won`` is how far the held-out loss has fallen since the start."""
 
     keep: float
     steps: int
@@ -157,14 +178,6 @@ class Trained(Part):
     curves: tuple[Curve, ...]
 
 
-class Spread(Part):
-    """Median of repeated measurements, and their range: 10th to 90th percentile unless said otherwise."""
-
-    median: float
-    low: float
-    high: float
-
-
 class ModelSize(Part):
     """One model of an evaluation."""
 
@@ -177,7 +190,7 @@ class ModelSize(Part):
 
 
 class Difference(Part):
-    """Mean difference of two models over the same windows or questions, and how sure it is."""
+    """Mean difference of two models over the same windows or questions, its standard error, or its p-value and test."""
 
     difference: float
     stderr: float | None = None
@@ -191,24 +204,24 @@ class TextRow(Part):
     Attributes:
         stderr: of ``nll``, over windows.
         speed: tokens read per second.
-        ratio: speed relative to the dense model where they were run in turn, with the widest range that the two
-            spreads allow: the slowest tenth against the fastest, and the other way round.
+        ratio: speed relative to the dense model, where the models took turns. The range is the widest that the two
+            spreads allow: 10th percentile over 90th, and 90th over 10th.
         kl: divergence of its next-token distributions from the dense model's, nats per token.
-        agreement: share of tokens where both find the same next one most likely.
+        agreement: share of positions where both models predict the same most likely token.
     """
 
     nll: float
     stderr: float | None
     perplexity: float
-    speed: Spread | None
-    ratio: Spread | None
+    speed: SpreadFigures
+    ratio: SpreadFigures | None
     kl: float | None
     kl_stderr: float | None
     agreement: float | None
 
 
 class TextResult(Part):
-    """All models on one text; ``over_uniform`` is the chosen model's NLL less that of uniform ranks."""
+    """All models on one text; ``over_uniform`` is the chosen model's NLL less that with uniform ranks."""
 
     task: str
     origin: str | None
@@ -228,17 +241,17 @@ class HarnessRow(Part):
 
 
 class HarnessResult(Part):
-    """All models on one zero-shot task: ``examples`` of ``of`` questions; ``compared`` is chosen less another.
+    """All models on one zero-shot task: ``examples`` of ``of`` questions.
 
-    ``sha256`` is over all questions of the task.
+    ``compared`` has the chosen model's value less that of each other model. ``sha256`` is over all questions.
     """
 
     task: str
     metric: str
     sha256: str | None
-    examples: int | None
-    of: int | None
-    seed: int | None
+    examples: int
+    of: int
+    seed: int
     models: Mapping[str, HarnessRow]
     compared: Mapping[str, Difference]
 
@@ -251,13 +264,6 @@ class ZeroShot(Part):
     compared: Mapping[str, Difference]
 
 
-class Continuation(Part):
-    """What every model made of a prompt."""
-
-    prompt: str
-    models: Mapping[str, str]
-
-
 class Evaluated(Part):
     """One result of ``ara eval``; the dense model comes first, ``chosen`` names the compressed one."""
 
@@ -265,43 +271,34 @@ class Evaluated(Part):
     chosen: str
     device: str | None
     dtype: str | None
-    interleaved: bool | None
+    interleaved: bool
     models: tuple[ModelSize, ...]
     texts: tuple[TextResult, ...]
     harness: tuple[HarnessResult, ...]
     zero_shot: ZeroShot | None
-    continuations: tuple[Continuation, ...]
-
-
-class BenchModel(Part):
-    """One model of a benchmark."""
-
-    parameters: int | None
-    weight_bytes: int | None
-    disk_bytes: int | None
-    peak_memory_bytes: int | None
+    continuations: tuple[ContinuedPrompt, ...]
 
 
 class BenchRow(Part):
     """One model in one case.
 
     Attributes:
-        ratio: how many times as fast as dense, where they were run in turn.
-        predicted: what arithmetic says of it.
+        ratio: how many times as fast as dense, where the models took turns.
+        predicted: the ratio that arithmetic predicts.
         macs: multiply-accumulates of a pass; a FLOP count is twice that.
         bytes_read: weights and past keys and values that a pass reads.
     """
 
-    seconds: Spread | None
-    tokens_per_second: Spread | None
-    ratio: Spread | None
-    predicted: float | None
-    macs: int | None
-    bytes_read: float | None
+    seconds: SpreadFigures
+    tokens_per_second: SpreadFigures
+    ratio: SpreadFigures | None
+    predicted: float
+    macs: int
+    bytes_read: float
 
 
 class BenchCase(Part):
-    """One case of a benchmark: ``new`` tokens behind ``past`` ones."""
+    """One case of a benchmark: ``new`` tokens after ``past`` tokens in the KV cache."""
 
     kind: str
     batch: int
@@ -311,7 +308,7 @@ class BenchCase(Part):
 
 
 class Machine(TypedDict, total=False):
-    """Where a benchmark was run, as far as it says; a later version may say more."""
+    """The machine of a benchmark, as far as it was recorded; a later version may add keys."""
 
     __pydantic_config__ = ConfigDict(extra="allow", allow_inf_nan=False)  # type: ignore[misc]
     system: str | None
@@ -325,24 +322,24 @@ class Benched(Part):
     """One result of ``ara bench``.
 
     Attributes:
-        precision: of the weights that were run.
-        machine: on which it ran, see :func:`ara.environment.machine`; earlier versions did not record it.
+        precision: of the weights in use.
+        machine: see :func:`ara.environment.machine`.
     """
 
     name: str
     chosen: str
-    backend: str | None
-    device: str | None
-    precision: str | None
-    threads: int | None
-    machine: Machine | None
-    interleaved: bool | None
-    models: Mapping[str, BenchModel]
+    backend: str
+    device: str
+    precision: str
+    threads: int
+    machine: Machine
+    interleaved: bool
+    models: Mapping[str, ModelCost]
     cases: tuple[BenchCase, ...]
 
 
 class AllocatorRow(Part):
-    """One allocator of a comparison; ``error`` when it failed."""
+    """One allocator of a comparison; ``error`` says why it failed."""
 
     held_out: float | None
     perplexity: Mapping[str, float]
@@ -363,18 +360,6 @@ class Compared(Part):
     methods: Mapping[str, AllocatorRow]
 
 
-class ParityRow(Part):
-    """An exported graph beside torch, run in one way."""
-
-    case: str
-    tokens: int
-    difference: float
-    agreement: float
-    kl: float
-    nll_torch: float
-    nll_onnx: float
-
-
 class Exported(Part):
     """One result of ``ara export``; ``parity`` is empty when the graph was not compared."""
 
@@ -382,7 +367,7 @@ class Exported(Part):
     precision: str
     provider: str | None
     graph_bytes: int | None
-    parity: tuple[ParityRow, ...]
+    parity: tuple[ParityCase, ...]
 
 
 class FrontPoint(Part):
@@ -412,7 +397,7 @@ class SpeedPoint(Part):
 
     checkpoint: str
     series: str
-    ratio: Spread
+    ratio: SpreadFigures
     quality: float
     stderr: float | None
     current: bool
@@ -428,7 +413,7 @@ class SpeedFront(Part):
 
 
 class Work(Part):
-    """One stage of the chain, to be repeated by its command."""
+    """One stage of the chain, and the command that repeats it."""
 
     key: str
     id: str
@@ -440,15 +425,8 @@ class Work(Part):
     peak_memory_bytes: int
 
 
-class Missing(Part):
-    """What the report lacks, and the command that adds it."""
-
-    what: str
-    command: str
-
-
 class Report(Part):
-    """The whole document; :mod:`ara.reporting.gather` makes it."""
+    """The whole document, made by :mod:`ara.reporting.gather`."""
 
     format_version: Literal[3] = REPORT_FORMAT
     title: str
@@ -467,4 +445,4 @@ class Report(Part):
     exports: tuple[Exported, ...] = ()
     work: tuple[Work, ...]
     versions: Mapping[str, tuple[str, ...]]
-    missing: tuple[Missing, ...] = ()
+    missing: tuple[MissingPart, ...] = ()

@@ -1,11 +1,11 @@
-"""Pictures, drawn by matplotlib into SVG without a display."""
+"""SVG pictures for files, drawn by matplotlib without a display."""
 
 from __future__ import annotations
 
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ara.models.weights import LinearSpec
 from ara.printable import printable
@@ -14,6 +14,9 @@ from ara.solver.problem import Allocation
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Text stays text, and the same figure gives the same bytes.
+_SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "ara"}
+
 
 def keep_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title: str) -> bytes:
     """Return an SVG of perplexity (logarithmic) against the fraction of parameters kept.
@@ -21,12 +24,12 @@ def keep_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title
     Args:
         curves: label → keep → perplexity, drawn in order.
         dense: perplexity of the dense model, drawn as a line.
-        title: above.
+        title: above the picture.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ara"}):
+    with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axis = figure.subplots()
         for (label, points), marker in zip(curves.items(), "os^Dv*", strict=False):
@@ -43,14 +46,14 @@ def keep_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title
 
 
 def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[LinearSpec], title: str) -> bytes:
-    """Return an SVG with one heat map per allocation: layers downwards, kinds of modules across.
+    """Return an SVG with one heat map per allocation: one row per block, one column per kind of layer.
 
-    Colour is the share of a layer's parameters that stays; dense layers carry a dot.
+    The colour is the kept share of a layer's parameters; a dot marks a dense layer.
 
     Args:
         allocations: by name, at least one; costs in parameters.
         specs: the factorised layers.
-        title: above all.
+        title: above the picture.
     """
     import matplotlib
     import numpy
@@ -60,8 +63,7 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
     layers = sorted({spec.layer for spec in specs})
     columns = min(len(allocations), 4)
     rows = -(-len(allocations) // columns)
-    # Text as text, and the same bytes for the same figures.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ara"}):
+    with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(2.6 * columns + 0.8, (0.13 * len(layers) + 1.4) * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         image = None
@@ -75,8 +77,7 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
                     axis.plot(place[1], place[0], ".", color="black", markersize=3)
             image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
             axis.set_title(name, fontsize=9)
-            short = [kind.rpartition(".")[2].removesuffix("_proj") for kind in kinds]
-            axis.set_xticks(range(len(kinds)), short, rotation=60, fontsize=7)
+            axis.set_xticks(range(len(kinds)), [short_kind(kind) for kind in kinds], rotation=60, fontsize=7)
             axis.tick_params(axis="y", labelsize=7)
         for axis in axes[len(allocations) :]:
             axis.set_axis_off()
@@ -89,12 +90,17 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
         return draw(figure)
 
 
+def short_kind(kind: str) -> str:
+    """Return the last word of a kind of layer: ``up`` for ``mlp.up_proj``."""
+    return kind.rpartition(".")[2].removesuffix("_proj")
+
+
 def draw(figure: Figure) -> bytes:
-    """Return a figure as SVG, the same bytes for the same figure; settings as in the functions above."""
+    """Return a figure as SVG; with a fixed ``svg.hashsalt``, the same figure gives the same bytes."""
     picture = io.BytesIO()
     with warnings.catch_warnings():
-        # Words stay words, so matplotlib's own font need not have every letter of them.
+        # Text stays text in the SVG, so matplotlib's own font may lack glyphs.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         figure.savefig(picture, format="svg", metadata={"Date": None})
-    # A name may hold characters that XML has none of.
+    # A name may contain characters that XML does not allow.
     return printable(picture.getvalue().decode()).encode()

@@ -1,5 +1,6 @@
-"""From manifests to the :class:`~ara.reporting.document.Report` of one checkpoint: what is there is taken, nothing is
-measured, and what could be added is said with its command.
+"""From manifests to the :class:`~ara.reporting.document.Report` of one checkpoint.
+
+Nothing is measured here. The report lists what is missing, with the commands that add it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import TypeVar
 import torch
 
 from ara.artifacts.checkpoint import CheckpointResults, CheckpointSettings
+from ara.artifacts.evaluation import UNIFORM
+from ara.artifacts.report import MissingPart
 from ara.errors import CorruptedError
 from ara.pipeline import naming_words
-from ara.reporting.document import Layer, Missing, Report, Work
+from ara.reporting.document import Layer, Report
 from ara.reporting.pareto import Measured, perplexity_fronts, speed_front
 from ara.reporting.results import (
-    UNIFORM,
     read_allocation,
     read_base,
     read_bench,
@@ -33,10 +35,9 @@ from ara.reporting.summary import title, verdict
 from ara.solver.problem import Allocation, Choice, Module
 from ara.workspace.manifest import Manifest, remake
 
-# Components of a spectrum that the report lists: so many evenly spread, so many in geometric progression, and the cut.
-_EVENLY = 16
-_GEOMETRIC = 16
-# Significant digits of what is only drawn.
+# Components of a spectrum that the report lists, in arithmetic and in geometric progression; the cut is added.
+_EVENLY, _GEOMETRIC = 16, 16
+# Significant digits of values that are only drawn.
 _DRAWN_DIGITS = 5
 # The zero-shot tasks that the report suggests.
 _ZERO_SHOT = "zero-shot"
@@ -46,7 +47,7 @@ _Part = TypeVar("_Part")
 
 @dataclass(frozen=True)
 class Made:
-    """Manifests of one checkpoint: truncation, ranks, and what was measured, oldest first."""
+    """Manifests of one checkpoint: truncation, ranks, and measurements, oldest first."""
 
     truncated: Manifest
     allocation: Manifest
@@ -61,15 +62,15 @@ class Sources:
     Attributes:
         decomposition: of the factors.
         current: the checkpoint of the report.
-        others: further checkpoints of the same factors, for the fronts.
+        others: further checkpoints of the same factors, for the Pareto fronts.
         modules: factorised layers with their spectra, in the layout of the checkpoint.
         ranks: of these layers, with costs in parameters.
-        training: that the ranks come from.
+        training: from which the ranks come.
         comparisons: of allocators on the same factors.
         exports: of the checkpoint.
-        stale: results of the checkpoint that have become stale, and are left out.
-        damaged: ``stage/name`` of measurements that cannot be read, of whichever checkpoint they are.
-        place: words that name the workspace in a command.
+        stale: stale results of the checkpoint, which are left out.
+        damaged: ``stage/name`` of measurements that cannot be read, of any checkpoint.
+        place: options that name the workspace in a command.
     """
 
     decomposition: Manifest
@@ -87,20 +88,18 @@ class Sources:
 
 def gather(sources: Sources) -> Report:
     """Return the report of a checkpoint."""
-    missing: list[Missing] = [
-        Missing(what=f"{old.key} is stale and left out", command=_again(old, sources.place)) for old in sources.stale
-    ]
-    missing += [
-        Missing(what=f"{key} is damaged and left out", command=_anew(key, sources.place)) for key in sources.damaged
-    ]
+    place = sources.place
+    missing = [MissingPart(f"{old.key} is stale and left out", _again(old, place)) for old in sources.stale]
+    missing += [MissingPart(f"{key} is damaged and left out", _anew(key, place)) for key in sources.damaged]
     decomposition, made = sources.decomposition, sources.current
-    current = _measured(made, True, missing, sources.place)
-    measured = [current, *(_measured(other, False, missing, sources.place) for other in sources.others)]
-    exports = _read_all(read_export, sources.exports, missing, sources.place)
-    comparisons = _read_all(read_comparison, sources.comparisons, missing, sources.place)
+    current = _measured(made, True, missing, place)
+    measured = [current, *(_measured(other, False, missing, place) for other in sources.others)]
+    exports = _read_all(read_export, sources.exports, missing, place)
+    comparisons = _read_all(read_comparison, sources.comparisons, missing, place)
     trained = [sources.training] if sources.training else []
-    trainings = _read_all(read_training, trained, missing, sources.place)
+    trainings = _read_all(read_training, trained, missing, place)
     base = read_base(decomposition.model)
+    main = (decomposition, *trained, made.allocation, made.truncated, *made.evaluations, *made.benches)
     report = Report(
         title=title(base, current.allocation, current.checkpoint),
         verdict=verdict(base, current.allocation, current.checkpoint, current.evaluations, current.benches),
@@ -110,29 +109,20 @@ def gather(sources: Sources) -> Report:
         checkpoint=current.checkpoint,
         layers=layers(sources.modules, sources.ranks) if sources.ranks else (),
         training=trainings[0] if trainings else None,
-        evaluations=tuple(current.evaluations),
-        benches=tuple(current.benches),
+        evaluations=current.evaluations,
+        benches=current.benches,
         fronts=perplexity_fronts(measured),
         speed_front=speed_front(measured),
         comparisons=comparisons,
         exports=exports,
-        work=work(
-            decomposition,
-            *trained,
-            made.allocation,
-            made.truncated,
-            *made.evaluations,
-            *made.benches,
-            *sources.comparisons,
-            *sources.exports,
-        ),
-        versions=versions(decomposition, *trained, made.allocation, made.truncated, *made.evaluations, *made.benches),
+        work=tuple(map(read_work, (*main, *sources.comparisons, *sources.exports))),
+        versions=_versions(main),
     )
-    return report.model_copy(update={"missing": (*missing, *_missing(report, made.truncated, sources.place))})
+    return report.model_copy(update={"missing": (*missing, *_missing(report, made.truncated, place))})
 
 
 def basic_report(decomposition: Manifest, allocation: Manifest, results: CheckpointResults, dtype: str) -> Report:
-    """Return what is known as soon as a checkpoint is written.
+    """Return the report of a checkpoint that was just written, without measurements.
 
     Args:
         decomposition: manifest of the factors.
@@ -149,8 +139,8 @@ def basic_report(decomposition: Manifest, allocation: Manifest, results: Checkpo
         decomposition=read_decomposition(decomposition),
         allocation=allocated,
         checkpoint=stored,
-        work=work(decomposition, allocation),
-        versions=versions(decomposition, allocation),
+        work=(read_work(decomposition), read_work(allocation)),
+        versions=_versions((decomposition, allocation)),
     )
 
 
@@ -177,13 +167,8 @@ def _layer(module: Module, choice: Choice) -> Layer:
     )
 
 
-def work(*manifests: Manifest) -> tuple[Work, ...]:
-    """Return what was done to make these results, in this order."""
-    return tuple(read_work(manifest) for manifest in manifests)
-
-
-def versions(*manifests: Manifest) -> dict[str, tuple[str, ...]]:
-    """Return every version of each package that took part."""
+def _versions(manifests: Iterable[Manifest]) -> dict[str, tuple[str, ...]]:
+    """Return all versions of each package that made the results."""
     found: dict[str, dict[str, None]] = {}
     for manifest in manifests:
         for package, version in manifest.versions.items():
@@ -191,13 +176,12 @@ def versions(*manifests: Manifest) -> dict[str, tuple[str, ...]]:
     return {package: tuple(known) for package, known in found.items()}
 
 
-def _measured(made: Made, current: bool, missing: list[Missing], place: tuple[str, ...]) -> Measured:
+def _measured(made: Made, current: bool, missing: list[MissingPart], place: tuple[str, ...]) -> Measured:
     truncated = made.truncated
+    dtype = CheckpointSettings.read(truncated).dtype
     return Measured(
         allocation=read_allocation(made.allocation),
-        checkpoint=read_stored(
-            truncated.name, CheckpointResults.read(truncated), CheckpointSettings.read(truncated).dtype
-        ),
+        checkpoint=read_stored(truncated.name, CheckpointResults.read(truncated), dtype),
         evaluations=_read_all(read_evaluation, made.evaluations, missing, place),
         benches=_read_all(read_bench, made.benches, missing, place),
         current=current,
@@ -205,34 +189,34 @@ def _measured(made: Made, current: bool, missing: list[Missing], place: tuple[st
 
 
 def _read_all(
-    read: Callable[[Manifest], _Part], manifests: Iterable[Manifest], missing: list[Missing], place: tuple[str, ...]
+    read: Callable[[Manifest], _Part], manifests: Iterable[Manifest], missing: list[MissingPart], place: tuple[str, ...]
 ) -> tuple[_Part, ...]:
-    """Read all results that this version can read, and note the others."""
+    """Read all results that this version can read; add the others to ``missing``."""
     parts = []
     for manifest in manifests:
         try:
             parts.append(read(manifest))
         except (CorruptedError, LookupError, ValueError, ArithmeticError):
             what = f"{manifest.key} was written in another form and is left out"
-            missing.append(Missing(what=what, command=_again(manifest, place, force=True)))
+            missing.append(MissingPart(what, _again(manifest, place, force=True)))
     return tuple(parts)
 
 
 def _again(manifest: Manifest, place: tuple[str, ...], force: bool = False) -> str:
     """Return the command that makes a result again."""
     command = remake(manifest, force).partition(": ")[2]
-    # What was typed names its workspace.
+    # A command as it was typed names its workspace.
     return command if command.startswith(manifest.command) else shlex.join([*shlex.split(command), *place])
 
 
 def _anew(key: str, place: tuple[str, ...]) -> str:
-    """Return the command that puts a new result in the place of one whose manifest says nothing that can be trusted."""
+    """Return the command that replaces a result whose manifest cannot be trusted."""
     stage, _, name = key.partition("/")
     return shlex.join(["ara", stage, "--name", name, *place])
 
 
-def _missing(report: Report, checkpoint: Manifest, place: tuple[str, ...]) -> list[Missing]:
-    """Return what nobody has measured or made yet, each with its command."""
+def _missing(report: Report, checkpoint: Manifest, place: tuple[str, ...]) -> list[MissingPart]:
+    """Return what was not measured or made yet, with the commands that add it."""
     found: list[tuple[str, list[str]]] = []
     this = naming_words(checkpoint.stage, checkpoint.name)
     keep = f"{report.allocation.keep or report.allocation.linear_keep:g}"
@@ -253,4 +237,4 @@ def _missing(report: Report, checkpoint: Manifest, place: tuple[str, ...]) -> li
         found.append(("a comparison of allocators", ["compare", "--keep", keep]))
     if not report.exports:
         found.append(("an export for other runtimes", ["export", "--onnx", *this]))
-    return [Missing(what=what, command=shlex.join(["ara", *words, *place])) for what, words in found]
+    return [MissingPart(what, shlex.join(["ara", *words, *place])) for what, words in found]

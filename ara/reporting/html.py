@@ -1,7 +1,7 @@
 """From a report to one HTML file that needs nothing else: no script, no network, no font.
 
-Every text is escaped by the template engine. What is not escaped is made here or drawn by :mod:`ara.reporting.charts`.
-Characters that do not show but steer are taken out of the whole page at once, pictures included.
+The template engine escapes every text, except what is made here or drawn by :mod:`ara.reporting.charts`. Invisible
+control characters are removed from the whole page, pictures included.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ara.version import __version__
 if TYPE_CHECKING:
     from jinja2 import Template
 
-# In the front of every page: by this a file is known to be a report.
+# At the start of every page: it identifies a file as a report.
 MARK = '<meta name="generator" content="ara report">'
 _PAPER = "https://arxiv.org/abs/2510.19389"
 
@@ -30,7 +30,7 @@ def page(report: Report) -> str:
 
 
 def _pictures(report: Report) -> dict[str, object]:
-    """Return every picture that there are figures for."""
+    """Return every picture whose figures are known."""
     drawn: dict[str, object] = {}
     if report.layers:
         drawn["ranks"] = charts.rank_map(report.layers)
@@ -45,7 +45,7 @@ def _pictures(report: Report) -> dict[str, object]:
 
 @cache
 def _template() -> Template:
-    # Imported late: a checkpoint is written without it.
+    # Deferred import: writing a checkpoint does not need it.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -1,6 +1,6 @@
-"""The model card (README.md) of a compressed checkpoint: what was done, and the numbers.
+"""The model card (README.md) of a compressed checkpoint: how it was made, and its figures.
 
-``ara truncate`` writes it with what is known then, ``ara report --model-card`` with all that was measured.
+``ara truncate`` writes it without measurements, ``ara report --model-card`` with all of them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from typing import Any
 from ara.artifacts.checkpoint import CheckpointResults
 from ara.layouts import LAYOUTS
 from ara.printable import printable
-from ara.reporting.document import Evaluated, Report
+from ara.reporting.cells import Cell, Table
+from ara.reporting.document import Report
 from ara.reporting.gather import basic_report
 from ara.reporting.sharing import shared_command
 from ara.reporting.summary import main_texts
 from ara.reporting.tables import (
-    Cell,
-    Table,
     bench_tables,
     harness_table,
     kinds_table,
@@ -28,9 +27,7 @@ from ara.reporting.tables import (
 )
 from ara.workspace.manifest import Manifest
 
-__all__ = ["card", "model_card", "shared_command"]
-
-# Where model hubs know a text from, by what it is called in a report.
+# Data sets on model hubs, by the name of the text in a report.
 _DATASETS = {
     "WikiText-2": {"type": "Salesforce/wikitext", "config": "wikitext-2-raw-v1", "split": "test"},
     "C4": {"type": "allenai/c4", "config": "en", "split": "validation"},
@@ -50,7 +47,7 @@ def model_card(decomposition: Manifest, allocation: Manifest, results: Checkpoin
 
 
 def card(report: Report) -> str:
-    """Return the card of a report, as Markdown with the front matter that model hubs read; no path of this machine."""
+    """Return the card of a report, as Markdown with the front matter that model hubs read, without local paths."""
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- ara", "- svd", "- low-rank"]
     if report.base.kind == "hub":
         front.append(f"base_model: {_yaml_name(report.base.name)}")
@@ -80,8 +77,8 @@ def _model_index(report: Report) -> list[str]:
         for task in evaluation.harness:
             found = task.models.get(evaluation.chosen)
             if found is not None:
-                count = "" if task.examples is None else f", {task.examples} questions"
-                metric = {"type": task.metric, "name": f"{task.metric}{count}", "value": found.value}
+                name = f"{task.metric}, {task.examples} questions"
+                metric = {"type": task.metric, "name": name, "value": found.value}
                 results.append((_dataset(task.task), metric))
     if not results:
         return []
@@ -94,15 +91,15 @@ def _model_index(report: Report) -> list[str]:
 
 
 def _yaml(value: Any) -> str:
-    """Return a value as YAML in one line: JSON is YAML, and quotes whatever a name may hold.
+    """Return a value as YAML in one line: JSON is YAML, and quotes any name.
 
-    Escapes of JSON alone are another matter: for a character beyond 16 bits it has two, which YAML takes for two.
+    JSON would escape a character beyond 16 bits as two, which YAML reads as two characters: nothing is escaped.
     """
     return json.dumps(_shown(value), ensure_ascii=False)
 
 
 def _shown(value: Any) -> Any:
-    """Return a value with its texts printable: JSON would escape control characters, and YAML read them back."""
+    """Return a value with printable texts: JSON would escape control characters, and YAML restore them."""
     if isinstance(value, dict):
         return {key: _shown(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -111,17 +108,12 @@ def _shown(value: Any) -> Any:
 
 
 def _yaml_name(name: str) -> str:
-    """Return a name as YAML, without quotes where it is as model hubs have them."""
+    """Return a name as YAML, without quotes if it has the form of a hub id."""
     return name if re.fullmatch(r"[A-Za-z][\w.-]*/[\w.-]*\w", name, re.ASCII) else _yaml(name)
 
 
 def _dataset(task: str, origin: str | None = None) -> dict[str, str]:
-    """Return what a model hub shall call a text or task; config and split only of texts that came from the hub.
-
-    Args:
-        task: name in the report.
-        origin: where the text came from, as it was recorded.
-    """
+    """Return a text or task as a model hub names it; config and split only for texts that came from the hub."""
     known = _DATASETS.get(task)
     if known is None:
         return {"name": task, "type": re.sub(r"[^\w.-]+", "-", task).strip("-") or "text"}
@@ -151,21 +143,18 @@ def _what(report: Report, measured: bool) -> str:
 
 
 def _measurements(report: Report) -> list[str]:
-    """Return every table of quality and speed."""
+    """Return all tables of quality and speed."""
     sections = []
     for evaluation in report.evaluations:
         sections.append(_captioned(models_table(evaluation)))
         sections += [_captioned(text_table(evaluation, result)) for result in evaluation.texts]
-        sections += _harness(evaluation)
+        if evaluation.harness or evaluation.zero_shot:
+            sections.append(_captioned(harness_table(evaluation)))
     for bench in report.benches:
         sections += [_captioned(table) for table in bench_tables(bench)]
     if sections:
         sections.insert(0, "## Measured\n\nMean ± standard error; uniform: the same share of every layer.")
     return sections
-
-
-def _harness(evaluation: Evaluated) -> list[str]:
-    return [_captioned(harness_table(evaluation))] if evaluation.harness or evaluation.zero_shot else []
 
 
 def _captioned(table: Table) -> str:
@@ -184,21 +173,21 @@ def _markdown(table: Table) -> str:
 
 
 def _cell(cell: Cell, marked: bool) -> str:
-    # A bar would end the cell, even in code.
+    # A bar ends the cell, even in code.
     text = _code(cell.text).replace("|", "\\|") if cell.code else _escaped(cell.text)
     return f"**{text}**" if marked and text else text
 
 
 def _escaped(text: str) -> str:
-    """Return text that Markdown shows as it is, in one line, in a cell of a table, too."""
+    """Return text in one line, escaped so that Markdown shows it unchanged, also in a cell of a table."""
     return re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", " ".join(text.split()))
 
 
 def _code(text: str) -> str:
-    """Return text as a code span: in one line, fenced by more back-ticks than it has in a row."""
+    """Return text as a code span in one line, fenced by more back-ticks than its longest run."""
     text = " ".join(text.split())
     fence = "`" * (_backticks(text) + 1)
-    # One blank on each side is taken off again, and keeps a back-tick at an end from the fence.
+    # Markdown strips the blank on each side; it separates a back-tick at an end from the fence.
     return f"{fence} {text} {fence}" if "`" in text or not text else f"{fence}{text}{fence}"
 
 
@@ -225,7 +214,7 @@ def _reproduce(report: Report) -> str:
     versions = ", ".join(f"{package} {' and '.join(known)}" for package, known in report.versions.items())
     model = {"kind": base.kind, "location": base.name, "requested": base.requested}
     commands = "\n".join(dict.fromkeys(shared_command(item.command, model) for item in report.work))
-    # A prompt in a command may span lines, and hold a fence of its own.
+    # A prompt in a command may span lines and contain a fence.
     fence = "`" * max(3, _backticks(commands) + 1)
     return (
         f"Made by\n\n{fence}\n{commands}\n{fence}\n\n"

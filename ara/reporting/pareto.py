@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ara.artifacts.evaluation import DENSE, UNIFORM
+from ara.artifacts.evaluation import DENSE, UNIFORM, SpreadFigures
 from ara.layout_names import DEFAULT_LAYOUT
 from ara.reporting.document import (
     Allocated,
@@ -17,7 +17,6 @@ from ara.reporting.document import (
     FrontPoint,
     SpeedFront,
     SpeedPoint,
-    Spread,
     Stored,
     TextResult,
 )
@@ -34,21 +33,21 @@ from ara.reporting.summary import (
 # A case of a benchmark.
 _Timed = tuple[Benched, BenchCase]
 # The dense model's speed relative to itself.
-_SAME = Spread(median=1.0, low=1.0, high=1.0)
+_SAME = SpreadFigures(median=1.0, low=1.0, high=1.0)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One checkpoint with everything that was measured of it; ``current`` marks that of the report."""
+    """One checkpoint with its measurements; ``current`` marks the checkpoint of the report."""
 
     allocation: Allocated
     checkpoint: Stored
-    evaluations: Sequence[Evaluated]
-    benches: Sequence[Benched]
+    evaluations: tuple[Evaluated, ...]
+    benches: tuple[Benched, ...]
     current: bool
 
     def series(self, method: str) -> str:
-        """Return which line a model of this checkpoint belongs to."""
+        """Return the series (line of a chart) of a model of this checkpoint."""
         words = [method]
         if self.allocation.layout != DEFAULT_LAYOUT:
             words.append(self.allocation.layout)
@@ -58,9 +57,9 @@ class Measured:
 
 
 def perplexity_fronts(measured: Sequence[Measured]) -> tuple[Front, ...]:
-    """Return one front for every text that the current checkpoint has read; the others have read the same windows.
+    """Return one front for every text of the current checkpoint; all its points were measured on the same windows.
 
-    Of several evaluations of one text that counts which most checkpoints share, then the longest, then the latest.
+    Of several evaluations of one text, the one shared by most checkpoints is taken, then the longest, then the latest.
     """
     (current,) = [item for item in measured if item.current]
     best: dict[tuple[str, str | None], Front] = {}
@@ -94,7 +93,7 @@ def _weight(front: Front) -> tuple[int, int]:
 
 
 def _same_text(item: Measured, evaluation: Evaluated, result: TextResult) -> Iterator[tuple[Evaluated, TextResult]]:
-    """Yield the evaluations that have read just the same windows in the same precision."""
+    """Yield the evaluations on the same windows in the same precision."""
     for other in item.evaluations:
         for found in other.texts:
             if _windows(other, found) == _windows(evaluation, result):
@@ -117,9 +116,9 @@ def _points(item: Measured, evaluation: Evaluated, result: TextResult) -> Iterat
 
 
 def speed_front(measured: Sequence[Measured]) -> SpeedFront | None:
-    """Return accuracy (where there is none, perplexity) against speed relative to dense, or ``None``.
+    """Return accuracy, or else perplexity, against speed relative to dense; ``None`` if either was not measured.
 
-    Of several evaluations and benchmarks those count that most checkpoints share.
+    Of several evaluations and benchmarks, those shared by most checkpoints are taken.
     """
     (current,) = [item for item in measured if item.current]
     mean, texts = main_zero_shot(current.evaluations), _texts(current)
@@ -135,15 +134,13 @@ def speed_front(measured: Sequence[Measured]) -> SpeedFront | None:
 
 
 def _same_precision(bench: Benched, quality: _Quality) -> bool:
-    """Tell whether speed and quality are those of the same weights, as far as both say."""
+    """Tell whether speed and quality were measured in the same precision, as far as is known."""
     names = {"fp32": "float32", "fp16": "float16"}
-    return (
-        None in (bench.precision, quality.dtype) or names.get(bench.precision or "", bench.precision) == quality.dtype
-    )
+    return quality.dtype is None or names.get(bench.precision, bench.precision) == quality.dtype
 
 
 def _texts(current: Measured) -> list[tuple[Evaluated, TextResult]]:
-    """Return all texts that were read, the longest last."""
+    """Return all evaluated texts, the longest last."""
     texts = [(evaluation, result) for evaluation in current.evaluations for result in evaluation.texts]
     return sorted(texts, key=lambda item: tokens_of(item[1]))
 
@@ -167,7 +164,7 @@ def _speed_front(measured: Sequence[Measured], quality: _Quality, case: _Timed |
 
 
 def _speed_point(
-    item: Measured, evaluation: Evaluated, model: str, ratio: Spread, quality: tuple[float, float | None]
+    item: Measured, evaluation: Evaluated, model: str, ratio: SpreadFigures, quality: tuple[float, float | None]
 ) -> SpeedPoint:
     is_chosen = model == evaluation.chosen
     return SpeedPoint(
@@ -182,10 +179,7 @@ def _speed_point(
 
 @dataclass(frozen=True)
 class _Quality:
-    """One measure of quality: ``of(evaluation, model)`` is a value with its standard error, or ``None``.
-
-    ``dtype`` is the precision in which it was measured.
-    """
+    """One measure of quality: ``of(evaluation, model)`` is a value with its standard error, or ``None``."""
 
     measure: Literal["accuracy", "perplexity"]
     task: str
@@ -194,7 +188,7 @@ class _Quality:
 
 
 def _accuracies(wanted: Evaluated) -> _Quality:
-    """Return the mean accuracy over the same questions that ``wanted`` has asked."""
+    """Return the mean accuracy over the questions of ``wanted``."""
 
     def of(evaluation: Evaluated, model: str) -> tuple[float, float | None] | None:
         mean = evaluation.zero_shot
@@ -207,7 +201,7 @@ def _accuracies(wanted: Evaluated) -> _Quality:
 
 
 def _questions(evaluation: Evaluated) -> object:
-    """Return what makes two accuracies comparable: tasks, questions, precision."""
+    """Return what must be the same in two accuracies to compare them: tasks, questions, precision."""
     tasks = evaluation.zero_shot.tasks if evaluation.zero_shot else ()
     rows = [row for row in evaluation.harness if row.task in tasks]
     asked = {(row.task, row.metric, row.sha256, row.examples, row.seed) for row in rows}
@@ -228,11 +222,11 @@ def _perplexities(wanted: Evaluated, text: TextResult) -> _Quality:
 
 
 def _windows(evaluation: Evaluated, result: TextResult) -> tuple[object, ...]:
-    """Return what makes two readings comparable: text, windows, precision."""
+    """Return what must be the same in two perplexities to compare them: text, windows, precision."""
     return result.sha256 or result.task, result.windows, result.seq_len, evaluation.dtype
 
 
-def _ratio(item: Measured, evaluation: Evaluated, model: str, wanted: _Timed | None) -> Spread | None:
+def _ratio(item: Measured, evaluation: Evaluated, model: str, wanted: _Timed | None) -> SpreadFigures | None:
     """Return the speed of a model relative to the dense model of the same run."""
     if model == DENSE:
         return _SAME

@@ -1,4 +1,4 @@
-"""How a file that is made to be shared names things: without folders of this machine."""
+"""Names in files that users share: without local folders."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _GLUED = re.compile(r"([\w-]+=|-[a-z]*?w)(.+)", re.DOTALL)
 
 
 def display_name(model: dict[str, Any]) -> str:
-    """Return how a shared file should call a model: a hub id, or a name without the folders of this machine."""
+    """Return the name of a model in a shared file: a hub id, or a name without local folders."""
     location = str(model["location"])
     return location if model["kind"] in ("hub", "wheel") else Path(location).name
 
 
 def shared_command(command: str, model: dict[str, Any]) -> str:
-    """Return a command as a shared file should show it: every path on this machine reduced to its last component.
+    """Return a command for a shared file: every local path is reduced to its last component.
 
     Args:
         command: as it was typed.
-        model: the model of the manifest; its hub id looks like a path and stays.
+        model: the model of the manifest; its hub id is kept, although it looks like a path.
     """
     try:
         words = shlex.split(command)
-    except ValueError:  # a library call may say anything
+    except ValueError:  # a library call may give any text
         words = command.split()
     shared: list[str] = []
     for before, word in pairwise(["", *words]):
@@ -45,23 +45,23 @@ def shared_command(command: str, model: dict[str, Any]) -> str:
 
 
 def shared_text(spec: str) -> str:
-    """Return the name of a text, that of a file of one's own without its folders."""
+    """Return the name of a text; of a local file, its name without folders."""
     prefix = FILE_PREFIX if spec.startswith(FILE_PREFIX) else ""
     return prefix + Path(spec.removeprefix(prefix)).name
 
 
 def shared_origin(origin: str) -> str:
-    """Return where a text came from; of a file its name alone."""
+    """Return where a text came from; of a local file, its name alone."""
     return f"file {origin.rpartition('/')[2]}" if origin.startswith("file ") else origin
 
 
 def _shared_value(value: str, option: str, model: dict[str, Any]) -> str:
-    """Return the value of ``option`` (or whatever word came before it) without folders of this machine."""
+    """Return the value after the word ``option`` without local folders."""
     if option == _PROSE_OPTION:
         return value
     texts = value.split(",")  # --tasks takes several
     if any(text.strip().startswith(FILE_PREFIX) for text in texts):
-        # Only a path has slashes: a part with one that names no file belongs to the path before, which holds a comma.
+        # Only a path has slashes: a part with slashes but without the prefix belongs to a path with a comma.
         whole = re.sub(rf",(?!\s*{FILE_PREFIX})(?=[^,]*/)", "\0", value)
         return ",".join(shared_text(text.strip()).replace("\0", ",") for text in whole.split(","))
     if _PATH_OPTION.fullmatch(option) or _is_local(value, model):
@@ -78,5 +78,5 @@ def _is_local(value: str, model: dict[str, Any]) -> bool:
         return True
     try:
         return Path(value).exists()
-    except (OSError, ValueError):  # too long for a path, or with characters that no path has
+    except (OSError, ValueError):  # too long for a path, or with characters that paths cannot have
         return False

@@ -1,10 +1,10 @@
-"""Which figures stand for a checkpoint, and the sentence that they make. It claims no more than they show."""
+"""The main figures of a checkpoint, and the sentence that sums them up."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ara.artifacts.evaluation import DENSE, UNIFORM
+from ara.artifacts.evaluation import DENSE, UNIFORM, SpreadFigures
 from ara.evaluation.paired import NOISE
 from ara.reporting.document import (
     Allocated,
@@ -14,22 +14,21 @@ from ara.reporting.document import (
     Difference,
     Evaluated,
     HarnessResult,
-    Spread,
     Stored,
     TextResult,
     ZeroShot,
 )
 
-# A mean difference counts as one from this many standard errors on, over at least so many windows: with few windows
-# the standard error itself is uncertain.
+# A mean difference is significant from this many standard errors on, over at least this many windows: with few
+# windows the standard error itself is uncertain.
 _SURE = 3.0
 _ENOUGH_WINDOWS = 4
-# Texts that the verdict names, and tasks where there is no mean over them.
+# Texts that the verdict names, and tasks where there is no mean over tasks.
 _NAMED = 2
 
 
 def main_texts(evaluations: Iterable[Evaluated]) -> list[tuple[Evaluated, TextResult]]:
-    """Return for every text the evaluation that has read most of it, the later one of two equals."""
+    """Return every text with the evaluation that has read most of it; of two equals, the later one."""
     best: dict[tuple[str, str | None], tuple[Evaluated, TextResult]] = {}
     for evaluation in evaluations:
         for result in evaluation.texts:
@@ -40,7 +39,7 @@ def main_texts(evaluations: Iterable[Evaluated]) -> list[tuple[Evaluated, TextRe
 
 
 def longest_text(texts: Sequence[tuple[Evaluated, TextResult]]) -> tuple[Evaluated, TextResult] | None:
-    """Return the text of which most tokens were read."""
+    """Return the text with most tokens read."""
     return max(texts, key=lambda item: tokens_of(item[1]), default=None)
 
 
@@ -50,18 +49,18 @@ def tokens_of(result: TextResult) -> int:
 
 
 def main_zero_shot(evaluations: Iterable[Evaluated]) -> tuple[Evaluated, ZeroShot] | None:
-    """Return the mean over most zero-shot tasks, of several that over most questions, then the latest, or ``None``."""
+    """Return the mean over most zero-shot tasks, then over most questions, then the latest; ``None`` without one."""
     found = [(evaluation, evaluation.zero_shot) for evaluation in evaluations if evaluation.zero_shot]
     return max(enumerate(found), key=lambda item: (*_size(*item[1]), item[0]))[1] if found else None
 
 
 def _size(evaluation: Evaluated, mean: ZeroShot) -> tuple[int, int]:
-    """Return how many tasks and how many questions a mean is over."""
-    return len(mean.tasks), sum(row.examples or 0 for row in evaluation.harness if row.task in mean.tasks)
+    """Return the number of tasks and of questions of a mean."""
+    return len(mean.tasks), sum(row.examples for row in evaluation.harness if row.task in mean.tasks)
 
 
 def main_case(bench: Benched) -> BenchCase | None:
-    """Return the case that stands for speed: generating alone behind the longest past; ``None`` if none was timed."""
+    """Return the main case: generation at the smallest batch and longest context; ``None`` without a speed ratio."""
     timed = [case for case in bench.cases if bench.chosen in case.models and case.models[bench.chosen].ratio]
     return min(timed, key=lambda case: (case.kind != "decode", case.batch, -case.past), default=None)
 
@@ -70,27 +69,25 @@ def case_name(case: BenchCase) -> str:
     """Return a case of a benchmark in words."""
     batch = "" if case.batch == 1 else f", batch {case.batch}"
     if case.kind == "decode":
-        return f"generating behind {case.past:,} tokens{batch}"
+        return f"generating after {case.past:,} tokens{batch}"
     return f"reading {case.new:,} tokens{batch}"
 
 
 def runtime_words(bench: Benched) -> tuple[str, ...]:
-    """Return where and how a benchmark was run: runtime, device, precision, threads, as far as it says."""
-    runtimes = {"torch": "torch", "onnx": "ONNX Runtime"}
-    threads = f"{bench.threads} thread{'' if bench.threads == 1 else 's'}" if bench.threads else None
-    words = (runtimes.get(bench.backend or "", bench.backend), bench.device, bench.precision, threads)
-    return tuple(word for word in words if word)
+    """Return runtime, device, precision and threads of a benchmark."""
+    runtime = {"torch": "torch", "onnx": "ONNX Runtime"}.get(bench.backend, bench.backend)
+    return runtime, bench.device, bench.precision, f"{bench.threads} thread{'' if bench.threads == 1 else 's'}"
 
 
 def in_runtime(bench: Benched) -> str:
-    """Return where and how a benchmark was run, as the end of a phrase."""
-    where, *how = runtime_words(bench) or ("",)
-    return (f" in {where}" if where else "") + (f" ({', '.join(how)})" if how else "")
+    """Return runtime, device, precision and threads of a benchmark as the end of a phrase."""
+    where, *how = runtime_words(bench)
+    return f" in {where} ({', '.join(how)})"
 
 
 def machine_words(bench: Benched) -> tuple[str, ...]:
-    """Return on which machine a benchmark was run, as far as it says: system, processor, cores, memory, GPUs."""
-    known = bench.machine or {}
+    """Return the recorded facts of a benchmark's machine: system, processor, cores, memory, GPUs."""
+    known = bench.machine
     cores, memory = known.get("cores"), known.get("memory_bytes")
     words = (
         known.get("system"),
@@ -103,16 +100,16 @@ def machine_words(bench: Benched) -> tuple[str, ...]:
 
 
 def runtime_key(bench: Benched) -> tuple[object, ...]:
-    """Return what two benchmarks must share for their speeds to be compared."""
+    """Return what must be the same in two benchmarks to compare their speeds."""
     return bench.backend, bench.device, bench.precision, bench.threads
 
 
 def differs(difference: Difference | None, count: int | None = None) -> bool | None:
-    """Tell whether a difference is more than noise; ``None`` where that cannot be told.
+    """Tell whether a difference of two models is significant; ``None`` where that is unknown.
 
     Args:
-        difference: of two models.
-        count: windows that it is the mean of.
+        difference: with a p-value or a standard error.
+        count: number of windows that it is the mean of.
     """
     if difference is None:
         return None
@@ -137,7 +134,7 @@ def verdict(
     evaluations: Sequence[Evaluated],
     benches: Sequence[Benched],
 ) -> str:
-    """Return one sentence with size, quality and speed, against the dense model and uniform ranks."""
+    """Return one sentence with size, quality and speed, compared with the dense model and uniform ranks."""
     dense, disk = checkpoint.dense_weight_bytes / 2**20, checkpoint.disk_bytes / 2**20
     cut = f"{base.name} with {allocation.model_keep:.1%} of its parameters"
     if checkpoint.densified:
@@ -146,10 +143,10 @@ def verdict(
     quality = [_text(evaluation, result) for evaluation, result in main_texts(evaluations)[:_NAMED]]
     mean = main_zero_shot(evaluations)
     if mean is not None:
-        quality.append(_zero_shot(*mean))
+        quality.append(_change(f"mean accuracy over {len(mean[1].tasks)} zero-shot tasks", *mean))
     else:
         tasks = [(evaluation, task) for evaluation in evaluations for task in evaluation.harness]
-        quality += [_task(evaluation, task) for evaluation, task in tasks[:_NAMED]]
+        quality += [_change(f"{task.metric} on {task.task}", evaluation, task) for evaluation, task in tasks[:_NAMED]]
     parts += quality or ["its quality was not measured"]
     parts.append(_speed(evaluations, benches) or "its speed was not measured")
     return "; ".join(parts) + "."
@@ -169,14 +166,6 @@ def _text(evaluation: Evaluated, result: TextResult) -> str:
     return f"{words} (uniform ranks: {models[UNIFORM].perplexity:,.2f}{note})"
 
 
-def _zero_shot(evaluation: Evaluated, mean: ZeroShot) -> str:
-    return _change(f"mean accuracy over {len(mean.tasks)} zero-shot tasks", evaluation, mean)
-
-
-def _task(evaluation: Evaluated, task: HarnessResult) -> str:
-    return _change(f"{task.metric} on {task.task}", evaluation, task)
-
-
 def _change(what: str, evaluation: Evaluated, result: ZeroShot | HarnessResult) -> str:
     models = {name: share_text(row.value) for name, row in result.models.items()}
     words = f"{what} {models[DENSE]} → {models[evaluation.chosen]}"
@@ -189,7 +178,7 @@ def _change(what: str, evaluation: Evaluated, result: ZeroShot | HarnessResult) 
 
 
 def share_text(value: float) -> str:
-    """Return the value of a metric: a share of questions in per cent; anything else, such as a perplexity, as it is."""
+    """Return a metric's value: from 0 to 1 in per cent; any other, such as a perplexity, as a plain number."""
     return f"{value:.1%}" if 0 <= value <= 1 else f"{value:,.2f}"
 
 
@@ -208,6 +197,6 @@ def _speed(evaluations: Sequence[Evaluated], benches: Sequence[Benched]) -> str 
     return f"reading speed {_times(reading)}" if reading else None
 
 
-def _times(ratio: Spread) -> str:
+def _times(ratio: SpreadFigures) -> str:
     noise = ", no difference beyond the spread" if ratio.low <= 1 <= ratio.high else ""
     return f"{ratio.median:.2f} × dense ({ratio.low:.2f} – {ratio.high:.2f}{noise})"

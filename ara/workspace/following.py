@@ -1,4 +1,4 @@
-"""The command that comes next: what brings a result one stage further."""
+"""The next command: it takes a result one stage further."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ara.pipeline import Stage, naming_words, next_stage, producers, stages, ste
 from ara.workspace.store import DEFAULT_ROOT, Workspace
 from ara.workspace.view import StageView, parent_of
 
-# Budgets to try when all is done, the first that is not there.
+# Budgets to suggest after the last stage; the first one without a result is taken.
 _OTHER_BUDGETS = (0.6, 0.8, 0.7, 0.5, 0.9, 0.4)
 
 
 def next_command(workspace: Workspace, after: StageView | None = None) -> str:
-    """Return the command that would bring a result one stage further, ready to be pasted.
+    """Return the command that takes a result one stage further, ready to be pasted.
 
     Args:
         workspace: all results.
-        after: the one that was just made; by default the latest. Results that another one would be taken for are named.
+        after: the result that was just made; the latest by default. The command names it unless it is the default.
     """
     words = _next_words(workspace, after)
     if workspace.root != Path(DEFAULT_ROOT):
@@ -45,19 +45,19 @@ def _next_words(workspace: Workspace, after: StageView | None) -> list[str]:
 
 
 def _is_step(view: StageView) -> bool:
-    """Tell whether a result is one of those that the pipeline goes through."""
+    """Tell whether the pipeline has further stages for a result, or the result belongs to a required stage."""
     return any(view.stage == stage.name and (not stage.optional or next_stage(stage.name)) for stage in steps())
 
 
 def _given(stage: Stage, parent: StageView, views: Sequence[StageView]) -> list[str]:
-    """Return the options by which ``stage`` takes up ``parent``."""
+    """Return the options with which ``stage`` uses ``parent``."""
     if stage.produces == "ranks":
         return [*_budget(parent, views), *_naming(parent, views), *_factors(parent, views)]
     return [*(["--tasks", "wikitext2"] if stage.produces == "evaluation" else []), *_naming(parent, views)]
 
 
 def _budget(parent: StageView, views: Sequence[StageView]) -> list[str]:
-    """Return the budget of a training, of the latest one on these factors, or one to begin with."""
+    """Return the budget of a training, of the latest training on these factors, or a default."""
     if parent.kind == "training":
         return _budget_words(parent)
     trained = [view for view in views if view.kind == "training" and view.state == "done" and _is_child(view, parent)]
@@ -65,15 +65,14 @@ def _budget(parent: StageView, views: Sequence[StageView]) -> list[str]:
 
 
 def _another_budget(measured: StageView, done: Sequence[StageView], views: Sequence[StageView]) -> list[str]:
-    """Return what gives another budget from the same factors, when one is measured."""
+    """Return the command for another budget of the same factors."""
     keeps = {view.manifest.config.get("keep") for view in done if view.kind == "ranks" and view.manifest}
     keep = next((budget for budget in _OTHER_BUDGETS if budget not in keeps), _OTHER_BUDGETS[0])
-    allocate = producers("ranks")[0]
-    return ["ara", allocate, "--keep", f"{keep:g}", *_factors(measured, views)]
+    return ["ara", producers("ranks")[0], "--keep", f"{keep:g}", *_factors(measured, views)]
 
 
 def _factors(view: StageView, views: Sequence[StageView]) -> list[str]:
-    """Return the option that names the decomposition of a result, where it says which and that is not the latest."""
+    """Return the option that names the decomposition of a result; none if it is unknown or the default."""
     assert view.manifest is not None
     keys = [parent.key for parent in view.manifest.parents]
     factors = (one for one in views if one.key in keys and one.kind == "factors" and one.manifest is not None)
@@ -81,7 +80,7 @@ def _factors(view: StageView, views: Sequence[StageView]) -> list[str]:
 
 
 def _naming(view: StageView, views: Sequence[StageView]) -> list[str]:
-    """Return the option that names a result, unless it is taken without: the latest, and none beside it damaged."""
+    """Return the option that names a result; none if it is the default: the latest, without a damaged one beside it."""
     rivals = [other for other in views if other.kind == view.kind and other.state in ("done", "stale", "damaged")]
     whole = [other for other in rivals if other.manifest is not None]
     if len(whole) == len(rivals) and max(whole, key=_created).key == view.key:
@@ -98,11 +97,8 @@ def _created(view: StageView) -> str:
 
 
 def _budget_words(training: StageView) -> list[str]:
-    """Return the options of ``ara allocate`` that go with a training."""
+    """Return the options of ``ara allocate`` that fit a training."""
     assert training.manifest is not None
-    layout = training.manifest.config.get("layout", DEFAULT_LAYOUT)
-    return [
-        "--keep",
-        f"{training.manifest.config['keep'][0]:g}",
-        *([] if layout == DEFAULT_LAYOUT else ["--layout", layout]),
-    ]
+    config = training.manifest.config
+    layout = config.get("layout", DEFAULT_LAYOUT)
+    return ["--keep", f"{config['keep'][0]:g}", *([] if layout == DEFAULT_LAYOUT else ["--layout", layout])]

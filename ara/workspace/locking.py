@@ -16,7 +16,7 @@ from ara.files import remove, write_text
 from ara.jsonfile import read
 
 LOCK_FILE, OWNER_FILE = ".lock", ".lock-owner.json"
-# Bytes of a long command line; more is no owner.
+# Limit of the owner file, enough for a long command line.
 _MAX_OWNER_BYTES = 1 << 20
 
 
@@ -33,10 +33,10 @@ def exclusive(root: Path, command: str) -> Iterator[None]:
 
     Args:
         root: an existing folder.
-        command: told to whoever finds the lock taken.
+        command: shown to other processes that find the lock taken.
 
     Raises:
-        LockedError: another process holds the lock; says which.
+        LockedError: another process holds the lock.
     """
     from filelock import FileLock, Timeout
 
@@ -51,7 +51,7 @@ def exclusive(root: Path, command: str) -> Iterator[None]:
         ) from None
     try:
         with disk_errors(root):
-            remove(owner)  # of a holder that died, or a link that is none of ours
+            remove(owner)  # the file of a dead process, or a foreign link
             write_text(owner, json.dumps({"pid": os.getpid(), "command": command, "since": now()}))
         yield
     finally:

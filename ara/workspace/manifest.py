@@ -1,4 +1,4 @@
-"""Manifests: what a stage folder says about itself, and the checks before it is believed."""
+"""Manifests: the description of a stage folder, and its checks."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from ara.workspace.tensors import SHA256_PATTERN, Size, TensorRecord, read_heade
 MANIFEST = "manifest.json"
 # Version of the workspace layout and of the manifest; a newer one is refused.
 FORMAT_VERSION = 1
-# A process, or the whole system, has as many files open as it may.
+# Errors of too many open files, in a process or in the whole system.
 NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
-# Settings that change speed and memory only, or that the model's fingerprint says better.
+# Settings that change only speed and memory, or that the model's fingerprint covers.
 _NOT_DECISIVE = {
     "decompose": frozenset({"model", "revision", "device", "moment_memory"}),
     "train-masks": frozenset({"save_every", "tensorboard"}),
-    "eval": frozenset({"batch_size", "include_path"}),  # of the latter the content counts, not the place
+    "eval": frozenset({"batch_size", "include_path"}),  # the content of include_path counts, not its path
     "compare": frozenset({"eval_batch_size"}),
 }
-# Decisive settings that :attr:`Manifest.id` has never held: what they change, the checksums of the files say.
+# Decisive settings that are not part of :attr:`Manifest.id`: checksums of the files cover their effect.
 _NOT_IN_ID = {"decompose": frozenset({"batch_size"})}
 
 
@@ -44,7 +44,7 @@ class FileRecord(BaseModel):
 
 
 class Parent(BaseModel):
-    """The stage folder that this one was made from."""
+    """A result from which another one was made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     key: str
@@ -60,7 +60,7 @@ class Parent(BaseModel):
 
 
 class ModelEntry(BaseModel):
-    """What every manifest and the workspace itself know of a model; :class:`ara.models.identity.ModelIdentity` more."""
+    """The least that is stored of a model; see :class:`ara.models.identity.ModelIdentity` for all fields."""
 
     model_config = ConfigDict(extra="allow", frozen=True, defer_build=True)
     __pydantic_extra__: dict[str, str | None]
@@ -69,11 +69,10 @@ class ModelEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Everything a stage folder says about itself.
+    """The description of a stage folder.
 
-    ``id`` identifies the content: a hash over what determines it (stage, parents, config, model, file checksums) and
-    not over when or how fast it was made, so that the same work done again leaves children valid. ``checksum`` covers
-    the whole manifest.
+    ``id`` identifies the content: a hash over stage, parents, config, model and file checksums. Time and speed are not
+    part of it, so that repeating the same work leaves children valid. ``checksum`` covers the whole manifest.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
@@ -187,8 +186,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check ``manifest.json`` of a stage folder; the files it lists are not read.
 
     Raises:
-        WorkspaceError: missing, of a newer format, or with fields that do not belong.
-        CorruptedError: not JSON, or not matching its checksum.
+        WorkspaceError: missing, not readable, or of a newer format.
+        CorruptedError: not JSON, with missing or unknown fields, or not matching its checksum.
     """
     path = folder / MANIFEST
     if path.is_symlink():
@@ -200,7 +199,7 @@ def read_manifest(folder: Path) -> Manifest:
     except PermissionError as error:
         raise WorkspaceError(f"{path} cannot be read ({error.strerror})", "check that you may read it") from None
     except OSError as error:
-        if error.errno in NO_MORE_FILES:  # of this process, and no fault of the file
+        if error.errno in NO_MORE_FILES:  # the file is not to blame
             raise
         raise CorruptedError(f"{path} cannot be read ({error.strerror})", _discard(folder)) from None
     except ValueError as error:
@@ -230,54 +229,55 @@ def verify_files(folder: Path, manifest: Manifest, only: Iterable[str] | None = 
         CorruptedError: names the file and, inside a safetensors file, the tensor.
     """
     for name in manifest.files if only is None else only:
-        record, path = manifest.files[name], folder / name
-        if not is_inside(folder, name):
-            raise CorruptedError(f"{path} is missing or not a plain file", remake(manifest, True))
-        size = path.stat().st_size
-        if size != record.bytes:
-            raise CorruptedError(
-                f"{path} has {size:,} bytes; its manifest says {record.bytes:,}", remake(manifest, True)
-            )
-        if file_sha256(path) != record.sha256:
-            raise CorruptedError(
-                f"{path} does not match its checksum ({_damaged_part(path, name, manifest)})", remake(manifest, True)
-            )
-        _check_tensors(path, name, manifest)
+        problem = _file_problem(folder, name, manifest)
+        if problem is not None:
+            raise CorruptedError(problem, remake(manifest, True))
+
+
+def _file_problem(folder: Path, name: str, manifest: Manifest) -> str | None:
+    record, path = manifest.files[name], folder / name
+    if not is_inside(folder, name):
+        return f"{path} is missing or not a plain file"
+    size = path.stat().st_size
+    if size != record.bytes:
+        return f"{path} has {size:,} bytes; its manifest says {record.bytes:,}"
+    if file_sha256(path) != record.sha256:
+        return f"{path} does not match its checksum ({_damaged_part(path, name, manifest)})"
+    return _tensors_problem(path, name, manifest) if path.suffix == ".safetensors" else None
 
 
 def is_inside(folder: Path, name: str) -> bool:
-    """Tell whether ``folder / name`` is a regular file that no link below ``folder`` leads to."""
+    """Tell whether ``folder / name`` is a regular file, with no link on the path below ``folder``."""
     path = folder / name
     return is_plain_file(path) and Path(os.path.realpath(path)) == Path(os.path.realpath(folder)) / name
 
 
-def _check_tensors(path: Path, name: str, manifest: Manifest) -> None:
-    """Hold the table of tensors to the file: what a manifest claims of shapes is then no larger than the file."""
-    if path.suffix != ".safetensors":
-        return
+def _tensors_problem(path: Path, name: str, manifest: Manifest) -> str | None:
+    """Compare the table of tensors with the file, so that no shape in a manifest is larger than the file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         found = {tensor: (entry.dtype, entry.shape) for tensor, entry in read_header(path)[1].items()}
-        # Their own reader is stricter in places, and is the one that stages use.
+        # The reader of safetensors, which stages use, is stricter in places.
         with safe_open(path, framework="np"):
             pass
     except (ValueError, SafetensorError) as error:
-        raise CorruptedError(f"{path} is no safetensors file ({error})", remake(manifest, True)) from None
-    # A tensor of one name in two files has one entry: what the other file holds beside the table is no claim.
+        return f"{path} is no safetensors file ({error})"
+    # A tensor name in two files has one entry in the table; the tensor in the other file is not checked.
     for tensor, entry in manifest.tensors.items():
         if entry.file == name and found.get(tensor) != (entry.dtype, entry.shape):
-            raise CorruptedError(f"{path}: tensor {tensor!r} is not what {MANIFEST} says of it", remake(manifest, True))
+            return f"{path}: tensor {tensor!r} is not what {MANIFEST} says of it"
+    return None
 
 
 def _damaged_part(path: Path, name: str, manifest: Manifest) -> str:
-    """Say which tensors of a damaged safetensors file differ."""
+    """Return which tensors of a damaged safetensors file differ."""
     expected = {tensor: record for tensor, record in manifest.tensors.items() if record.file == name}
     if not expected:
         return "the file was damaged or edited"
     try:
         found = tensor_records(path, name)
-    except Exception:  # the header itself is damaged: any reader error says just that
+    except Exception:  # any reader error means a damaged header
         return "its header is damaged"
     bad = [tensor for tensor, record in expected.items() if found.get(tensor) != record]
     return f"damaged tensors: {', '.join(bad)}" if bad else "its header is damaged"
@@ -291,10 +291,10 @@ def remake(manifest: Manifest, force: bool = False) -> str:
 
 
 def _command(manifest: Manifest) -> str:
-    """Return the command by which a result was made, as far as it can be repeated; whoever wrote it may be unknown."""
+    """Return the command that made a result, or that of its stage if the recorded text may not be safe to paste."""
     command = manifest.command
     try:
-        # As we write it: nothing in it is more than a word to a shell.
+        # Quoted as ara writes it: a shell reads nothing but words.
         known = command.startswith("ara ") and command.isprintable() and shlex.join(shlex.split(command)) == command
     except ValueError:
         known = False

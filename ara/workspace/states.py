@@ -1,4 +1,4 @@
-"""How the results of a workspace stand: done, stale, partial or damaged; what a manifest claims is checked here."""
+"""States of the results of a workspace: done, stale, partial or damaged; manifests are checked here."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ara.workspace.manifest import MANIFEST, Manifest, Parent, read_manifest, re
 from ara.workspace.view import StageView
 from ara.workspace.writer import PARTIAL
 
-# Results made from each other in a row; ours have a handful.
+# Longest chain of parents; ours have a handful.
 _MAX_DEPTH = 100
 
 
 class States:
-    """States of the results below ``root``; every manifest is read once, so ask a new one after a change."""
+    """States of the results in ``root``. Every manifest is read once: make a new object after a change."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._known: dict[str, StageView] = {}
-        # Those whose parents are being looked at.
+        # Keys whose parents are being read.
         self._open: list[str] = []
 
     def view(self, key: str) -> StageView:
-        """Return the state of one result; its files are not read."""
+        """Return the state of one result without reading its files."""
         if key not in self._known:
             if len(self._open) == _MAX_DEPTH or key in self._open:
                 path = self.root / key
@@ -40,7 +40,7 @@ class States:
         """Return the manifest of one result.
 
         Raises:
-            WorkspaceError: missing, of a newer format, or damaged; or it claims what cannot be.
+            WorkspaceError: missing, of a newer format, damaged, or with impossible parents or results.
         """
         folder = self.root / key
         if folder.is_symlink():
@@ -75,7 +75,7 @@ class States:
         return StageView(key, path, "done", "", manifest)
 
     def _why_stale(self, child: Manifest, parent: Parent) -> tuple[str, str]:
-        """Return the first cause by which ``child`` is stale, and its remedy; two empty strings if it is not."""
+        """Return why ``child`` is stale (first cause), and the remedy; two empty strings if it is not."""
         if not (self.root / parent.key).is_dir():
             again = remake(child).partition(": ")[2]
             return f"{parent.key} is gone", f"make {parent.key} again (or this result from another one: {again})"
@@ -88,13 +88,13 @@ class States:
 
 
 def results_problem(manifest: Manifest) -> str | None:
-    """Return in one line why the results of a stage are none of its kind, or ``None``."""
+    """Return in one line why the results do not fit their kind, or ``None``."""
     kind = kind_of(manifest.stage)
     return f"there is no stage {manifest.stage!r}" if kind is None else kind.load().problem(manifest)
 
 
 def _wrong_parent(manifest: Manifest) -> str | None:
-    """Return how the parents of a result contradict the order of the stages, or ``None``."""
+    """Return why the parents of a result contradict the order of the stages, or ``None``."""
     for parent in manifest.parents:
         stage, _, name = parent.key.partition("/")
         if not may_be_made_from(manifest.stage, stage) or name_problem(name) is not None:

@@ -1,4 +1,4 @@
-"""The workspace: one folder per model, one sub-folder per stage result, each written aside and renamed.
+"""The workspace: one folder per model, one sub-folder per stage result, each written aside and then renamed.
 
 ::
 
@@ -8,46 +8,34 @@
       allocate/energy-0.80/     manifest.json + ranks.json
       truncate/energy-0.80/     manifest.json + checkpoint/
       ...
-      cache/                    calibration tokens and sensitivity tables, keyed by what they are made from
+      cache/                    calibration tokens and sensitivity tables, keyed by their inputs
 
-A stage killed at any moment leaves either nothing or a ``.NAME.partial`` folder, from which a resumable stage goes on.
-A stage whose parent has changed since is *stale*: it is shown as such, and nothing builds on it.
+A stage killed at any moment leaves either nothing or a ``.NAME.partial`` folder, from which a resumable stage resumes.
+A result whose parent has changed since is *stale*: no stage uses it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from ara.errors import WorkspaceError, disk_errors, near_matches
-from ara.files import remove, write_text
-from ara.jsonfile import first_problem, read
+from ara.files import remove
 from ara.names import check_name, check_which
 from ara.pipeline import producers, stages
 from ara.progress import SILENT, Reporter
+from ara.workspace.index import INDEX, read_index, write_index
 from ara.workspace.locking import LOCK_FILE, OWNER_FILE, exclusive
-from ara.workspace.manifest import FORMAT_VERSION, ModelEntry, digest, essence, verify_files
+from ara.workspace.manifest import digest, essence, verify_files
 from ara.workspace.states import States
 from ara.workspace.view import StageView, ancestor_key
-from ara.workspace.writer import CHECKPOINT, COPY, JOURNAL, PARTIAL, StageWriter, left_behind
+from ara.workspace.writer import CHECKPOINT, COPY, JOURNAL, PARTIAL, StageWriter, unfinished_work
 
-INDEX = "workspace.json"
 DEFAULT_ROOT = "ara-workspace"
 _OLD = ".old"
-
-
-class _Index(BaseModel):
-    """``workspace.json``."""
-
-    model_config = ConfigDict(defer_build=True)
-    format_version: int = Field(le=FORMAT_VERSION)
-    model: ModelEntry | None
 
 
 class Workspace:
@@ -64,10 +52,10 @@ class Workspace:
         Raises:
             WorkspaceError: there is none and ``create`` is false, or it is not one, or of a newer format.
         """
-        workspace, index = cls(root), root / INDEX
+        workspace = cls(root)
         workspace._refuse_links()
-        if index.is_file():
-            workspace._index()
+        if (root / INDEX).is_file():
+            read_index(root)
             return workspace
         if root.exists() and (not root.is_dir() or any(not path.name.startswith(".") for path in root.iterdir())):
             raise WorkspaceError(
@@ -82,7 +70,7 @@ class Workspace:
         try:
             with disk_errors(root):
                 root.mkdir(parents=True, exist_ok=True)
-                workspace._write_index({"format_version": FORMAT_VERSION, "model": None})
+                write_index(root, None)
         except BaseException:
             workspace._discard()
             raise
@@ -90,37 +78,37 @@ class Workspace:
 
     @property
     def cache(self) -> Path:
-        """Folder of things that can be made again."""
+        """Folder of intermediate data that can be computed again."""
         return self.root / "cache"
 
     @property
     def model(self) -> dict[str, Any] | None:
-        """Identity of the model that this workspace belongs to, or ``None`` before the first decomposition."""
-        return self._index()["model"]
+        """Identity of the model of this workspace, or ``None`` before the first decomposition."""
+        return read_index(self.root)
 
     def bind(self, model: dict[str, Any]) -> None:
-        """Make this the workspace of ``model``; one without any result may change its model.
+        """Make this the workspace of ``model``; a workspace without results may change its model.
 
         Raises:
             WorkspaceError: it already belongs to another model.
         """
         bound = self.model
         if bound is None or (bound["fingerprint"] != model["fingerprint"] and not self.views()):
-            self._write_index({"format_version": FORMAT_VERSION, "model": model})
+            write_index(self.root, model)
         elif bound["fingerprint"] != model["fingerprint"]:
-            raise WorkspaceError(
-                f"{self.root} belongs to {_model_text(bound)}, not to {_model_text(model)}",
-                "use one workspace per model: choose another folder with -w" + _same_revision(bound),
-            )
+            hint, revision = "use one workspace per model: choose another folder with -w", bound.get("revision")
+            if revision:
+                hint += f", or, if the hub's branch has changed, stay at --revision {revision}"
+            raise WorkspaceError(f"{self.root} belongs to {_model_text(bound)}, not to {_model_text(model)}", hint)
 
     @contextmanager
     def lock(self, command: str) -> Iterator[None]:
-        """Keep other writers out while the block runs.
+        """Exclude other writers while the block runs.
 
-        A workspace that was created for the block goes away with it when the block fails before storing anything.
+        A new workspace is removed if the block fails before it stores a result.
 
         Raises:
-            LockedError: another process holds the lock; says which.
+            LockedError: another process holds the lock.
         """
         with exclusive(self.root, command):
             try:
@@ -132,7 +120,7 @@ class Workspace:
                 raise
 
     def views(self, kind: str | None = None) -> list[StageView]:
-        """Return all results, or those of one kind: by stage, the oldest first, partial ones last."""
+        """Return all results, or those of one kind, sorted by stage and age, partial ones last."""
         names = _stage_folders() if kind is None else producers(kind)
         folders = [self.root / name for name in sorted(names)]
         keys = [
@@ -150,22 +138,17 @@ class Workspace:
         """Return the state of one stage result (its files are not read)."""
         return States(self.root).view(key)
 
-    def latest(self, kind: str) -> StageView | None:
-        """Return the result that :meth:`require` takes when no name is given; it may be stale."""
-        found = [view for view in self.views(kind) if view.manifest is not None]
-        return max(found, key=_created) if found else None
-
     def require(self, kind: str, which: str | None = None, verify: bool = True) -> StageView:
-        """Return a finished, current result of a kind, the latest one unless ``which`` says which.
+        """Return a finished, current result of a kind.
 
         Args:
             kind: of the result, such as ``checkpoint``.
-            which: name of the result, or ``stage/name`` where several stages make this kind.
+            which: name of the result, or ``stage/name`` if several stages make this kind; the latest by default.
             verify: also compare every file with its checksum.
 
         Raises:
-            UsageError: ``which`` cannot be the name of a result.
-            WorkspaceError: missing, ambiguous, stale, partial or damaged; says which command makes it.
+            UsageError: ``which`` is not a valid name.
+            WorkspaceError: missing, ambiguous, stale, partial or damaged; the hint names the command that makes it.
         """
         view = self._latest_readable(kind) if which is None else self._named(kind, which)
         if view.state == "stale":
@@ -188,15 +171,16 @@ class Workspace:
         return self.require(kind, ancestor_key(view, kind, self.view), verify)
 
     def _latest_readable(self, kind: str) -> StageView:
-        for view in self.views(kind):
+        views = self.views(kind)
+        for view in views:
             if view.state == "damaged":
-                # It may be the latest one, nobody can tell: raises what is wrong with it.
+                # Its age is unknown, so that it may be the latest one. Reading it again raises the precise error.
                 States(self.root).manifest(view.key)
-        latest = self.latest(kind)
-        if latest is None:
+        whole = [view for view in views if view.manifest is not None]
+        if not whole:
             make = " or ".join(f"ara {stage}" for stage in producers(kind))
             raise WorkspaceError(f"{self.root} has no result of {make} yet", f"run {make} first")
-        return latest
+        return max(whole, key=_created)
 
     def _named(self, kind: str, which: str) -> StageView:
         check_which(which)
@@ -239,14 +223,14 @@ class Workspace:
             stage: stage name.
             name: result within the stage.
             facts: config, model and parents of the manifest.
-            command: what the user typed.
-            seed: of the stage, if it has one.
-            resumable: whether an interrupted run leaves its finished files.
-            keep_after_nan: whether a run that ends by NaN leaves them, too.
-            started: ``time.monotonic()`` when the stage began; now by default.
+            command: command line of the user.
+            seed: of the stage.
+            resumable: whether an interrupted run keeps its finished files.
+            keep_after_nan: whether a run that ends with NaN keeps them, too.
+            started: ``time.monotonic()`` at the start of the stage; now by default.
 
         Raises:
-            UsageError: a result cannot be called ``name``.
+            UsageError: ``name`` is not a valid name.
         """
         check_name(name)
         about = {**facts, "seed": seed, "command": command}
@@ -255,28 +239,26 @@ class Workspace:
     def finished(self, stage: str, name: str, facts: dict[str, Any], report: Reporter = SILENT) -> StageView | None:
         """Return ``stage/name`` if it is done and was made from these ``facts``, else ``None``.
 
-        Else ``report`` is told what is about to be lost: a result, or unfinished work, of other settings.
+        Otherwise ``report`` gets a warning if a result or unfinished work with other settings will be lost.
         """
-        view = self._same(stage, name, facts, report)
-        left = left_behind(self.root / stage, name)
+        check_name(name)
+        there = (self.root / stage / name).is_dir()
+        view = self._same(f"{stage}/{name}", facts, report) if there else None
+        left = unfinished_work(self.root / stage, name)
         if view is None and left not in (None, digest(essence(stage, **facts))):
             report.warn(f"an unfinished {stage}/{name} was begun with other settings: its work is thrown away")
         return view
 
     def unfinished(self, stage: str, name: str, facts: dict[str, Any]) -> bool:
-        """Tell whether a run of this very work has left something to go on from."""
-        return left_behind(self.root / stage, name) == digest(essence(stage, **facts))
+        """Tell whether an unfinished run of the same work can be resumed."""
+        return unfinished_work(self.root / stage, name) == digest(essence(stage, **facts))
 
-    def _same(self, stage: str, name: str, facts: dict[str, Any], report: Reporter) -> StageView | None:
-        """Return ``stage/name`` if it is done and was made from ``facts``; say so if others are about to replace it."""
-        check_name(name)
-        if not (self.root / stage / name).is_dir():
-            return None
-        view = self.view(f"{stage}/{name}")
+    def _same(self, key: str, facts: dict[str, Any], report: Reporter) -> StageView | None:
+        view = self.view(key)
         if view.state != "done" or view.manifest is None:
             return None
         made = view.manifest
-        old, new = essence(stage, made.config, made.model, made.parents), essence(stage, **facts)
+        old, new = essence(made.stage, made.config, made.model, made.parents), essence(made.stage, **facts)
         if old == new:
             return view
         changed = [key for key in new["config"] if new["config"][key] != old["config"].get(key)]
@@ -286,35 +268,10 @@ class Workspace:
         )
         return None
 
-    def _index(self) -> dict[str, Any]:
-        path, hint = self.root / INDEX, "choose another workspace with -w"
-        try:
-            index = read(path)
-            version = index.get("format_version") if isinstance(index, dict) else None
-            # Asked first: a newer format may have anything in the place of the model.
-            if isinstance(version, int) and version > FORMAT_VERSION:
-                raise WorkspaceError(
-                    f"{path} has format {version}; this ara reads formats up to {FORMAT_VERSION}", "update ara-svd"
-                )
-            return _Index.model_validate(index).model_dump()
-        except ValidationError as error:
-            raise WorkspaceError(f"{path} cannot be read ({first_problem(error)})", hint) from None
-        except OSError as error:
-            raise WorkspaceError(f"{path} cannot be read ({error.strerror})", hint) from None
-        except ValueError as error:
-            raise WorkspaceError(f"{path} cannot be read ({error})", hint) from None
-
-    def _write_index(self, index: dict[str, Any]) -> None:
-        aside = self.root / f".{INDEX}{PARTIAL}"
-        with disk_errors(self.root):
-            remove(aside)
-            write_text(aside, json.dumps(index, indent=2) + "\n")
-            os.replace(aside, self.root / INDEX)
-
     def _refuse_links(self) -> None:
-        """Refuse links in the places of our files and folders: what is written there would end up elsewhere.
+        """Refuse links in place of our files and folders: ara would write elsewhere.
 
-        The workspace's own folder may be a link, and so may its cache, whose files have names that nobody else uses.
+        The workspace folder and its cache may be links; files of the cache have unique names.
         """
         places = (INDEX, LOCK_FILE, *_stage_folders(), "cache/tokens", "cache/tables")
         for place in (self.root / name for name in places):
@@ -325,7 +282,7 @@ class Workspace:
                 )
 
     def _discard(self) -> None:
-        """Take away what :meth:`open` and a failed first stage have made, and nothing that was here before."""
+        """Remove the files made by :meth:`open` and a failed first stage, and no others."""
         for folder in (self.cache, self.root / "decompose"):
             remove(folder)
         with suppress(OSError):
@@ -335,7 +292,7 @@ class Workspace:
                 self.root.rmdir()
 
     def _recover(self) -> None:
-        """Finish or undo a replacement that was interrupted between its two renames; remove what kills have left."""
+        """Finish or undo a replacement that was interrupted between its two renames; remove files of killed runs."""
         for folder in (self.root / stage for stage in _stage_folders()):
             for old in folder.glob(f".*{_OLD}"):
                 final = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
@@ -350,7 +307,7 @@ class Workspace:
                     remove(result / JOURNAL)
                     remove(result / CHECKPOINT)
         for left in self.cache.glob("*/.*"):
-            # In a cache that is shared, by a link, others may be at work.
+            # Other processes may be writing into a shared cache, which is a link.
             if left.is_file() and not self.cache.is_symlink() and not left.parent.is_symlink():
                 left.unlink()
 
@@ -361,11 +318,6 @@ def _stage_folders() -> list[str]:
 
 def _created(view: StageView) -> str:
     return view.manifest.created if view.manifest else ""
-
-
-def _same_revision(bound: dict[str, Any]) -> str:
-    revision = bound.get("revision")
-    return f", or, if the hub's branch has moved on, stay at --revision {revision}" if revision else ""
 
 
 def _model_text(model: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
-# Bytes per value of the dtypes that our files have, as safetensors calls them.
+# Bytes per value, by dtype in safetensors' notation.
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 _WIDTHS |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
@@ -40,7 +40,7 @@ class TensorRecord(BaseModel):
 
 
 class TensorEntry(BaseModel):
-    """What the header of a safetensors file says of one tensor; offsets count from where its data starts."""
+    """Header entry of one tensor of a safetensors file; offsets count from the start of the data."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     dtype: str
@@ -49,7 +49,7 @@ class TensorEntry(BaseModel):
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write ``tensors`` to a safetensors file that is on the disk when this returns.
+    """Write ``tensors`` to a safetensors file and flush it to the disk.
 
     Raises:
         DiskFullError: no room; the partial file is removed.
@@ -69,14 +69,13 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict
 
 @contextmanager
 def written_aside(path: Path, holder: Path | None = None) -> Iterator[Path]:
-    """Give a name beside ``path`` to write to; what is there at the end takes its place in one step.
+    """Yield a temporary path beside ``path``; at the end of the block it replaces ``path`` in one step.
 
-    So neither a killed process nor a second one at the same work leaves half a file.
+    Neither a killed process nor a second process with the same work leaves half a file.
 
     Args:
         path: of the file.
-        holder: a folder whose lock this process holds. What a killed process that held it has left beside ``path`` is
-            taken away.
+        holder: a folder whose lock this process holds; a temporary file of an earlier, killed holder is removed.
     """
     mark = uuid.uuid4().hex if holder is None else hashlib.sha256(os.fsencode(holder.resolve())).hexdigest()[:32]
     aside = path.with_name(f".{path.name}.{mark}")
@@ -90,7 +89,7 @@ def written_aside(path: Path, holder: Path | None = None) -> Iterator[Path]:
 
 
 def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Return the sha256 (hex) over the bytes of each tensor, as :func:`tensor_records` finds it in a file."""
+    """Return the sha256 (hex) over the bytes of each tensor, equal to that of :func:`tensor_records`."""
     return {
         name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
         for name, tensor in tensors.items()
@@ -116,14 +115,14 @@ def tensor_records(path: Path, name: str) -> dict[str, TensorRecord]:
 
 
 def read_header(path: Path) -> tuple[int, dict[str, TensorEntry]]:
-    """Return where the data of a safetensors file starts, and what its header says of each tensor.
+    """Return the offset of the data of a safetensors file, and the header entry of each tensor.
 
-    The header is a little-endian length of 8 bytes, then JSON. Tensors fill the rest without gap or overlap, so what
-    they claim together is what the file has.
+    The header is a little-endian length of 8 bytes, then JSON. Tensors fill the rest without gap or overlap, so that
+    their sizes add up to the size of the file.
 
     Raises:
         OSError: it cannot be read, or is no regular file.
-        ValueError: the header is cut, too long, no such JSON, or tensors lie outside the file or on one another.
+        ValueError: the header is cut, too long or malformed, or tensors lie outside the file or overlap.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""One stage result of a workspace, as it stands."""
+"""The state of one result of a workspace, and its ancestors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ara.workspace.manifest import MANIFEST, Manifest, Parent, remake
 
 @dataclass(frozen=True)
 class StageView:
-    """One stage result as ``ara status`` sees it.
+    """One stage result with its state.
 
     Attributes:
         key: ``stage/name``.
         state: done, stale, partial or damaged.
-        why: what makes it stale or damaged, the first cause of it; ``""`` otherwise.
+        why: first cause for being stale or damaged; ``""`` otherwise.
         manifest: ``None`` when partial or damaged.
-        remedy: what to do about a stale or damaged one.
+        remedy: hint for a stale or damaged result.
     """
 
     key: str
@@ -49,17 +49,17 @@ class StageView:
 
 
 def parent_of(view: StageView) -> Parent:
-    """Return the reference that a child keeps of ``view``."""
+    """Return the reference to ``view`` that a child stores."""
     assert view.manifest is not None
     return Parent(key=view.key, id=view.manifest.id)
 
 
 def ancestor_key(view: StageView, kind: str, look: Callable[[str], StageView]) -> str:
-    """Return ``stage/name`` of the nearest result of a kind that ``view`` was made from.
+    """Return ``stage/name`` of the nearest ancestor of ``view`` of a kind.
 
     Args:
         view: the result to start from.
-        kind: of the result that is looked for.
+        kind: of the ancestor.
         look: returns the result of a key.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Writes one stage folder: aside, checksummed, renamed in one step; resumable if the stage wants it."""
+"""Writing of one stage folder: aside, checksummed, renamed in one step, optionally resumable."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _Seconds = Annotated[float, Field(ge=0, lt=1e12)]
 
 
 class _Journal(BaseModel):
-    """What an unfinished result has finished so far."""
+    """Finished files and results of an unfinished stage."""
 
     model_config = ConfigDict(defer_build=True)
     fingerprint: str
@@ -61,16 +61,16 @@ class _CheckpointBody(BaseModel):
 
 
 class StageWriter:
-    """Context manager around a stage folder in the making.
+    """Context manager around an unfinished stage folder.
 
-    Leaving the block normally writes the manifest and renames the folder into place. Leaving it by an exception
-    removes the folder, unless the stage is resumable, at least one file is finished, and the same work might succeed
-    when it is taken up again (NaN would come back, unless ``keep_after_nan``). A full disk is told as such.
+    At the end of the block the manifest is written and the folder renamed into place. An exception removes the folder,
+    unless the stage is resumable and has a finished file or a checkpoint. After NaN the folder is removed as well
+    unless ``keep_after_nan``, because the same work would give NaN again. A full disk raises DiskFullError.
 
     Attributes:
         folder: where to write; becomes ``<stage>/<name>``.
-        results: goes into the manifest.
-        to_go_on: the result is a copy; finished files and checkpoint stay, for a later run of this work to go on from.
+        results: of the manifest.
+        to_go_on: make a copy the result, and keep finished files and checkpoint for a later run of the same work.
     """
 
     def __init__(
@@ -111,21 +111,21 @@ class StageWriter:
                 with disk_errors(self.final):
                     self._commit()
             except BaseException as failure:
-                self._abandon(repeats=isinstance(failure, NumericalError) and not self._keep_after_nan)
+                self._abandon(type(failure))
                 raise
             return
-        self._abandon(repeats=issubclass(kind, NumericalError) and not self._keep_after_nan)
+        self._abandon(kind)
         full = disk_full_error(error, self.folder) if isinstance(error, Exception) else None
         if full is not None:
             raise full from error
 
     @property
     def finished(self) -> list[str]:
-        """Names of the files that are finished, by this run or by an earlier, interrupted one."""
+        """Names of the files finished by this run or by an earlier, interrupted one."""
         return list(self._files)
 
     def tensors(self, name: str, tensors: Mapping[str, torch.Tensor], results: Mapping[str, Any] | None = None) -> None:
-        """Write one safetensors file and note it as finished; ``results`` are merged into :attr:`results`."""
+        """Write one safetensors file, record it as finished, and merge ``results`` into :attr:`results`."""
         path = self.folder / name
         aside = path.with_name(f".{path.name}{PARTIAL}")
         save_tensors(aside, tensors)
@@ -135,13 +135,13 @@ class StageWriter:
         self._write_journal()
 
     def text(self, name: str, text: str) -> None:
-        """Write one text file and note it as finished, together with :attr:`results` as they are."""
+        """Write one text file and record it as finished, together with the current :attr:`results`."""
         write_text(self.folder / name, text, sync=True)
         self.note(name)
         self._write_journal()
 
     def save_checkpoint(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-        """Keep the state of unfinished work: replaces the one before in one step, and goes when the stage is done.
+        """Store the state of unfinished work in place of the previous one; it is removed when the stage is done.
 
         Args:
             tensors: at least one.
@@ -157,7 +157,7 @@ class StageWriter:
                 self._write_journal()
 
     def checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Return what an interrupted run has left by :meth:`save_checkpoint`, or ``None``; a damaged one is ignored."""
+        """Return the last :meth:`save_checkpoint` of an interrupted run; ``None`` if missing or damaged."""
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / CHECKPOINT
@@ -166,7 +166,7 @@ class StageWriter:
         try:
             with safe_open(path, "pt") as file:
                 found = file.metadata()
-                # Copied: the file that they are views of is about to be replaced.
+                # Copied: they are views of a file that will be replaced.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             if digest([found["body"], tensor_digests(tensors)]) != found["digest"]:
                 return None
@@ -177,7 +177,7 @@ class StageWriter:
         return tensors, body.values
 
     def note(self, name: str) -> None:
-        """Take the finished file ``name`` (relative to :attr:`folder`) into the manifest."""
+        """Add the finished file ``name`` (relative to :attr:`folder`) to the manifest."""
         path = self.folder / name
         self._files[name] = file_record(path)
         if path.suffix == ".safetensors":
@@ -194,7 +194,7 @@ class StageWriter:
         return kind.load()
 
     def _resume(self) -> bool:
-        # No journal, or one that cannot be trusted: start over, which is always right.
+        # Without a trustworthy journal the stage starts over, which is always correct.
         journal = None if self.folder.is_symlink() else _read_journal(self.folder)
         if journal is None or journal.fingerprint != self._fingerprint:
             return False
@@ -206,7 +206,7 @@ class StageWriter:
                 path = self.folder / name
                 if not is_inside(self.folder, name) or file_record(path) != record:
                     return False
-                # Read from the file: a table that does not fit it would make a result that is called damaged.
+                # Read from the file: with a table that does not fit, the result would count as damaged.
                 tensors |= tensor_records(path, name) if path.suffix == ".safetensors" else {}
         except (OSError, ValueError):
             return False
@@ -221,22 +221,15 @@ class StageWriter:
     def _write_journal(self) -> None:
         if not self._resumable:
             return
-        journal = plain(
-            {
-                "fingerprint": self._fingerprint,
-                "seconds": self._seconds(),
-                "files": self._files,
-                "tensors": self._tensors,
-                "results": self.results,
-            }
-        )
+        about = {"fingerprint": self._fingerprint, "seconds": self._seconds(), "files": self._files}
+        journal = plain({**about, "tensors": self._tensors, "results": self.results})
         aside = self.folder / f"{JOURNAL}{PARTIAL}"
         with disk_errors(self.folder):
             write_text(aside, json.dumps({**journal, "digest": digest(journal)}), sync=True)
             os.replace(aside, self.folder / JOURNAL)
 
     def _commit(self) -> None:
-        # Ctrl+C may come between writing aside and the rename, and train-masks then makes its best so far the result.
+        # After Ctrl+C between a write and its rename, train-masks still makes its best state the result.
         for aside in self.folder.glob(f".*{PARTIAL}"):
             remove(aside)
         for path in sorted(self.folder.rglob("*")):
@@ -259,8 +252,8 @@ class StageWriter:
         if self._resumed and (problem := self._kind.problem(manifest)) is not None:
             remove(self.folder)
             raise CorruptedError(
-                f"what an interrupted run has left in {self.folder} makes no result ({problem}): it is thrown away",
-                "run the same command again: it starts anew",
+                f"the files of an interrupted run in {self.folder} make no valid result ({problem}): they are removed",
+                "run the same command again: it starts over",
             )
         made = self._copy() if self.to_go_on else self.folder
         write_text(made / MANIFEST, manifest.model_dump_json(indent=1) + "\n", sync=True)
@@ -270,20 +263,21 @@ class StageWriter:
             os.replace(self.final, old)
         os.replace(made, self.final)
         _sync_folder(self.final.parent)
-        # Last, so that a stage stopped until here goes on from it.
+        # Last: a stage that is stopped before this point can resume from them.
         (self.final / JOURNAL).unlink(missing_ok=True)
         (self.final / CHECKPOINT).unlink(missing_ok=True)
         remove(old)
 
     def _copy(self) -> Path:
-        """Return a folder to become the result while :attr:`folder` stays as it is."""
+        """Return a copy that becomes the result while :attr:`folder` stays."""
         self._write_journal()
         copy = self.final.with_name(f".{self.final.name}{COPY}")
         remove(copy)
         shutil.copytree(self.folder, copy, ignore=shutil.ignore_patterns(".*"))
         return copy
 
-    def _abandon(self, repeats: bool = False) -> None:
+    def _abandon(self, error: type[BaseException]) -> None:
+        repeats = issubclass(error, NumericalError) and not self._keep_after_nan
         started = self._files or (self.folder / CHECKPOINT).exists()
         if repeats or not (self._resumable and started):
             remove(self.folder)
@@ -292,23 +286,20 @@ class StageWriter:
         return self._earlier_seconds + time.monotonic() - self._start
 
 
-def left_behind(parent: Path, name: str) -> str | None:
-    """Return the fingerprint of the work that an unfinished run of ``parent/name`` was doing, or ``None``.
-
-    A journal that cannot be read counts as none.
-    """
+def unfinished_work(parent: Path, name: str) -> str | None:
+    """Return the fingerprint of the work of an unfinished run of ``parent/name``; ``None`` without a valid journal."""
     journal = _read_journal(parent / f".{name}{PARTIAL}")
     return None if journal is None else journal.fingerprint
 
 
 def _read_journal(folder: Path) -> _Journal | None:
-    """Return the journal of an unfinished result; ``None`` where there is none, or none of ours."""
+    """Return the journal of an unfinished result; ``None`` if it is missing or invalid."""
     path = folder / JOURNAL
     try:
         if not is_plain_file(path):
             return None
         found = read(path, finite=False)
-        # Its results become those of the manifest, so that no bit of it may be believed unchecked.
+        # Its results become those of the manifest, so that all of it is checked.
         if not isinstance(found, dict) or found.pop("digest", None) != digest(found):
             return None
         journal = _Journal.model_validate(found)
@@ -318,7 +309,7 @@ def _read_journal(folder: Path) -> _Journal | None:
 
 
 def _is_own(name: str) -> bool:
-    """Tell whether a journal may name this file: every file that is noted lies in the folder itself."""
+    """Tell whether a journal may name this file: all its files lie directly in the folder."""
     return bool(name) and name == Path(name).name
 
 

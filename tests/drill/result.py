@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ara.errors import AraError
+from ara.workspace.index import INDEX
 from ara.workspace.manifest import verify_files
-from ara.workspace.store import INDEX, Workspace
+from ara.workspace.store import Workspace
 
 WORKSPACE = "ws"
 # What is measured anew by every run, under these names in any JSON of ours.

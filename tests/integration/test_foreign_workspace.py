@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ara.errors import CorruptedError
+from ara.workspace.index import write_index
 from ara.workspace.manifest import MANIFEST, FileRecord, Manifest, Parent, file_sha256, read_manifest
 from ara.workspace.store import Workspace
 from ara.workspace.writer import JOURNAL
@@ -250,7 +251,7 @@ def test_links_in_the_place_of_passing_files_are_removed(copied: Path, elsewhere
         (copied / "allocate" / place).symlink_to(elsewhere)
     result = ara("allocate", "--keep", "0.5", "--method", "energy", "-w", copied, "-q")
     assert result.exit_code == 0, result.output
-    Workspace.open(copied)._write_index({"format_version": 1, "model": Workspace.open(copied).model})
+    write_index(copied, Workspace.open(copied).model)
     assert not [path for path in copied.rglob("*") if path.is_symlink()]
 
 

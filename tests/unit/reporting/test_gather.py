@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import typer
 
-from ara.reporting.document import Difference, ParityRow, Report
+from ara.artifacts.graph import ParityCase
+from ara.reporting.document import Difference, Report
 from ara.reporting.gather import Made, gather, layers
 from ara.reporting.summary import differs
 from ara_cli.app import COMMANDS, app
@@ -54,6 +55,22 @@ def test_the_document_is_json_and_comes_back():
     assert Report.model_validate_json(text) == report
     json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert EVIL in report.evaluations[0].continuations[0].models[NAME]
+
+
+@pytest.mark.parametrize("place", ["layers", "exports", "speed_front"])
+def test_a_part_with_an_unknown_name_or_nan_is_refused(place):
+    data = gather(sources()).model_dump(mode="json")
+    part = data["exports"][0]["parity"][0] if place == "exports" else data[place]
+    part = part[0] if place == "layers" else part["points"][0]["ratio"] if place == "speed_front" else part
+    number = next(name for name, value in part.items() if isinstance(value, float))
+    for wrong in ({"unknown": 1}, {number: math.nan}):
+        before = dict(part)
+        part.update(wrong)
+        with pytest.raises(ValueError, match=f"{place}\\."):
+            Report.model_validate(data)
+        part.clear()
+        part.update(before)
+    Report.model_validate(data)
 
 
 def test_figures_are_those_of_the_manifests():
@@ -169,7 +186,7 @@ def test_speeds_of_other_devices_precisions_and_threads_are_kept_apart(change):
     )
     front = gather(sources(others=(far,))).speed_front
     assert {point.checkpoint for point in front.points} == {"dense", NAME}
-    assert front.speed == "generating behind 512 tokens in torch (cpu, bfloat16, 2 threads)"
+    assert front.speed == "generating after 512 tokens in torch (cpu, bfloat16, 2 threads)"
 
 
 def test_speeds_of_another_machine_are_on_no_front():
@@ -260,7 +277,7 @@ def test_exports_say_what_the_report_reads():
     from export.onnx.export_report import ExportReport
     from export.onnx.tolerance import Parity
 
-    assert set(ParityRow.model_fields) <= {field.name for field in fields(Parity)}
+    assert {field.name for field in fields(ParityCase)} <= {field.name for field in fields(Parity)}
     assert set(export().results) <= set(ExportReport.model_fields)
 
 
@@ -345,7 +362,7 @@ def test_without_zero_shot_tasks_the_speed_front_shows_perplexity():
     assert (front.measure, front.task, front.speed) == (
         "perplexity",
         "WikiText-2",
-        "generating behind 512 tokens in torch (cpu, bfloat16, 2 threads)",
+        "generating after 512 tokens in torch (cpu, bfloat16, 2 threads)",
     )
     (point,) = [point for point in front.points if point.current]
     assert point.quality == text_rows(NAME)[NAME]["perplexity"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -107,7 +108,7 @@ def test_the_page_says_where_speeds_were_measured(report, threads, words):
     benches = tuple(bench.model_copy(update={"threads": threads}) for bench in report.benches)
     text = page(report.model_copy(update={"benches": benches}))
     assert f">torch, cpu, bfloat16, {words} Linux x86_64, A &amp; B, 2 cores, 24 GiB; models run in turn" in text
-    old = tuple(bench.model_copy(update={"machine": None}) for bench in benches)
+    old = tuple(bench.model_copy(update={"machine": {}}) for bench in benches)
     text = page(report.model_copy(update={"benches": old}))
     assert f"{words} the machine was not recorded; models run" in text and "A &amp; B" not in text
 
@@ -196,7 +197,7 @@ def test_without_measurements_the_page_says_what_to_do():
 
 def test_one_checkpoint_of_dense_layers_and_dollars(report):
     """What pictures must stand: no cut at all, one budget, a name that looks like mathematics."""
-    dense = tuple(layer.model_copy(update={"rank": None, "left": 0.0}) for layer in report.layers[:1])
+    dense = tuple(replace(layer, rank=None, left=0.0) for layer in report.layers[:1])
     front = report.fronts[0]
     points = tuple(point.model_copy(update={"series": "$a_b"}) for point in front.points)
     fronts = (front.model_copy(update={"points": points}),)
@@ -259,8 +260,7 @@ def test_characters_that_steer_are_nowhere_on_the_page(report):
             update={
                 "name": name,
                 "continuations": tuple(
-                    told.model_copy(update={"prompt": name, "models": {name: name}})
-                    for told in evaluation.continuations
+                    replace(told, prompt=name, models={name: name}) for told in evaluation.continuations
                 ),
             }
         )

@@ -14,7 +14,8 @@ import yaml
 from ara.artifacts.checkpoint import CheckpointResults
 from ara.data.texts import load_documents
 from ara.reporting.gather import Made, gather
-from ara.reporting.model_card import card, model_card, shared_command
+from ara.reporting.model_card import card, model_card
+from ara.reporting.sharing import shared_command
 from ara.workspace.manifest import FORMAT_VERSION, Manifest
 from tests import reported
 from tests.reported import allocation, bare, sources, truncated
@@ -137,7 +138,7 @@ def test_the_full_card_holds_what_was_measured() -> None:
             for row in result.models.values():
                 assert f"{row.perplexity:.2f} ± " in text
     assert "| **ara-0.80** | **30.23 ± 0.76** |" in text
-    assert "| generating behind 512 tokens | ara-0.80 | 17.4 (15.7 – 20.9) |" in text
+    assert "| generating after 512 tokens | ara-0.80 | 17.4 (15.7 – 20.9) |" in text
     assert "ara train-masks -w ws --name priced" in text
     assert "run `ara eval`" not in text
 

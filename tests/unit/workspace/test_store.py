@@ -12,8 +12,9 @@ import pytest
 
 from ara.errors import CorruptedError, LockedError, WorkspaceError
 from ara.workspace.following import next_command
+from ara.workspace.index import INDEX
 from ara.workspace.manifest import FORMAT_VERSION, MANIFEST
-from ara.workspace.store import INDEX, Workspace
+from ara.workspace.store import Workspace
 from ara.workspace.view import parent_of
 from tests.damage import contents, flip, listing
 from tests.stored import FIGURES, SETTINGS

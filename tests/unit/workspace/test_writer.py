@@ -233,13 +233,13 @@ def test_the_table_of_tensors_is_that_of_the_files_whatever_a_journal_says(tmp_p
     assert (record.file, record.shape) == ("a.safetensors", (3, 5))
 
 
-def test_what_was_left_and_makes_no_result_is_thrown_away_and_told(tmp_path):
+def test_what_was_left_and_makes_no_result_is_removed_and_reported(tmp_path):
     def change(journal):
         journal["results"]["modules"] = [{"name": "x", "layer": 0, "kind": "k", "m": 3, "n": 5}]
 
     interrupted(tmp_path, "a.safetensors")
     rewrite_journal(tmp_path, change)
-    with pytest.raises(CorruptedError, match="makes no result") as caught, writer(tmp_path) as stage:
+    with pytest.raises(CorruptedError, match="make no valid result") as caught, writer(tmp_path) as stage:
         stage.results.update(linear_parameters=0, model_parameters=7)
     assert "again" in caught.value.hint and list((tmp_path / "decompose").iterdir()) == []
 
