@@ -58,7 +58,7 @@ class Relaxation:
     Attributes:
         price: loss per unit of cost.
         reduced: per layer, (c) float64: loss + price · cost, minus the least of the layer; 0 for optimal choices.
-        picks: a solution: the cheapest optimal choices at this price, or others of the same value within the budget.
+        picks: a solution within the budget, made of optimal choices at this price.
         gap: loss of ``picks`` minus the bound.
         scale: loss of ``picks`` + price · budget left by the cheapest choices.
     """

@@ -29,10 +29,11 @@ from ara.artifacts.training import (
 )
 from ara.config import MaskTrainingOptions, TrainMasksConfig
 from ara.errors import NumericalError, UnavailableError
-from ara.masks.ara_family import AraFamily, ara_family, check_layout, learned_tables, needs_table, sensitivity_table
+from ara.masks.ara_family import AraFamily, ara_family, check_layout, needs_table
 from ara.masks.context import TuningContext
 from ara.masks.loop import train
 from ara.masks.rank_losses import LearnedLosses
+from ara.masks.sensitivity_table import sensitivity_table
 from ara.masks.state import TrainingSettings, TrainingState
 from ara.solver.problem import Allocation, Module
 from ara.stages.allocate import budget_of, load_modules
@@ -229,7 +230,7 @@ class _Training:
             report=report,
             label=f"Training at keep {keep:g}",
         )
-        tables = learned_tables(family, state.best_tensors)
+        tables = family.tables(state.best_tensors)
         ranks = Allocation.of_ranks(self.specs, state.best, budget)
         before = state.log[0].held_out
         assert before is not None
