@@ -6,10 +6,7 @@ ALLOCATORS = Registry(
     "allocator",
     [
         Entry(
-            "uniform",
-            "the same fraction of every layer",
-            "ara.allocation.uniform:Uniform",
-            "SVD-LLM, arXiv 2403.07378",
+            "uniform", "the same fraction of every layer", "ara.allocation.uniform:Uniform", "SVD-LLM, arXiv 2403.07378"
         ),
         Entry(
             "energy",
