@@ -191,8 +191,8 @@ class Bench:
 
     def _allocation(self, row: Row) -> tuple[Allocation, dict[str, Any]]:
         from ara.allocation import ALLOCATORS
-        from ara.allocation.sensitivity import Sensitivity, sensitivity_of
-        from ara.allocation.single_layer_probes import Probed
+        from ara.allocation.probe_based import ProbeBased
+        from ara.allocation.sensitivity import Sensitivity, sensitivity_table
         from ara.config import method_options
         from ara.solver.knapsack import best_ranks
         from ara.solver.problem import Budget
@@ -208,10 +208,10 @@ class Bench:
         allocator = kind(method_options(kind.Options, {}))
         passes, begun = context.model.backward_passes, time.monotonic()
         if isinstance(allocator, Sensitivity):
-            table = sensitivity_of(context, allocator.options)
+            table = sensitivity_table(context, allocator.options)
             allocation = best_ranks(specs, table.losses, budget)
             return allocation, {"seconds": table.seconds, "backward_passes": len(context.train)}
-        if isinstance(allocator, Probed):
+        if isinstance(allocator, ProbeBased):
             probes, seconds = self._once(
                 f"{row.method}, {row.layout}", lambda: allocator.probes(specs, budget, context)
             )

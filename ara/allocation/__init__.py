@@ -1,4 +1,4 @@
-"""Allocators: which rank each linear layer gets under one global budget; one file and one line per method."""
+"""Allocators: one rank per linear layer under one global budget; one file and one line per method."""
 
 from ara.registry import Entry, Registry
 
@@ -6,10 +6,7 @@ ALLOCATORS = Registry(
     "allocator",
     [
         Entry(
-            "uniform",
-            "the same fraction of every layer",
-            "ara.allocation.uniform:Uniform",
-            "SVD-LLM, arXiv 2403.07378",
+            "uniform", "the same fraction of every layer", "ara.allocation.uniform:Uniform", "SVD-LLM, arXiv 2403.07378"
         ),
         Entry(
             "energy",
@@ -19,9 +16,9 @@ ALLOCATORS = Registry(
         ),
         Entry(
             "sensitivity",
-            "least effect on the loss, estimated for every rank by one backward pass",
+            "least loss, estimated for every rank by one backward pass",
             "ara.allocation.sensitivity:Sensitivity",
-            "Fisher information of tail sums; ARA's start",
+            "Fisher information of tail sums; the start of ARA",
         ),
         Entry(
             "ara",
@@ -31,13 +28,13 @@ ALLOCATORS = Registry(
         ),
         Entry(
             "strs",
-            "each layer's least rank below one perplexity, every layer cut alone",
+            "each layer's least rank below one perplexity, from single-layer probes",
             "ara.allocation.strs:Strs",
             "STRS of ASVD, arXiv 2312.05821",
         ),
         Entry(
             "dp-kl",
-            "least sum of KL divergences, every layer cut alone",
+            "least sum of KL divergences of single-layer probes",
             "ara.allocation.dp_kl:DpKl",
             "probed KL of Duo-SVD, arXiv 2510.19385; knapsack of ROCKET, arXiv 2602.11008",
         ),

@@ -1,7 +1,7 @@
 """ARA: ranks by training staircase masks (Adaptive Rank Allocation, arXiv 2510.19389); see :mod:`ara.masks`.
 
-With the objective ``priced`` (ours) a training leaves the loss of every rank of every layer, and any budget is met by
-the exact knapsack over it. With ``paper`` it leaves ranks, rescaled to its budget.
+With the objective ``priced`` (ours) a training learns the loss of every rank of every layer. For any budget the exact
+knapsack over these losses gives the ranks. With ``paper`` it learns ranks, which are rescaled to the budget.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 from ara.allocation.base import Allocator
 from ara.config import MaskTrainingOptions
-from ara.masks.ara_family import ara_family, needs_table, sensitivity_table
+from ara.masks.ara_family import ara_family, needs_table
 from ara.masks.context import TuningContext
 from ara.masks.loop import trained_allocation
 from ara.masks.rank_losses import nearest
+from ara.masks.sensitivity_table import sensitivity_table
 from ara.solver.knapsack import best_ranks
 from ara.solver.problem import Allocation, Budget, Module
 
@@ -25,7 +26,7 @@ class Ara(Allocator):
     needs_model = True
 
     def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
-        """Meet the budget with what was learned; trains here and now when nothing was."""
+        """Allocate by the learned losses; without any, train first."""
         assert context is not None and isinstance(self.options, MaskTrainingOptions)
         if context.learned:
             specs = [module.spec for module in modules]
@@ -34,14 +35,14 @@ class Ara(Allocator):
             used = nearest(context.learned, keep)
             # Budgets are whole numbers of parameters, or of bytes.
             if abs(used.keep - keep) * total > 1:
-                context.report.fact(f"keep {keep:.4g} was not trained: going by what was learned at {used.keep:g}")
+                context.report.fact(f"there is no training at keep {keep:.4g}: the one at {used.keep:g} is used")
             return used.allocation(specs, budget)
         table = sensitivity_table(context).losses if needs_table(self.options) else None
         family = ara_family(self.options, modules, budget, table)
         return trained_allocation(family, context, self.options, "Training masks")
 
     def starts(self, modules: Sequence[Module], budget: Budget, context: TuningContext) -> dict[str, Allocation]:
-        """Return what the sensitivity table alone would give."""
+        """Return the allocation by the sensitivity table alone."""
         if context.table is None:
             return {}
         return {"sensitivity": best_ranks([module.spec for module in modules], context.table, budget)}

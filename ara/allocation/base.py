@@ -1,4 +1,4 @@
-"""What an allocator is given and what it returns."""
+"""The base class of allocators."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Allocator:
 
     Class attributes:
         Options: the method's own options.
-        needs_model: whether :meth:`allocate` must be given a :class:`TuningContext`.
-        layouts: names of those that it can allocate ranks for.
+        needs_model: whether :meth:`allocate` needs a :class:`TuningContext`.
+        layouts: the layouts that the method supports.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
@@ -33,16 +33,16 @@ class Allocator:
         Args:
             modules: the factorised layers.
             budget: the limit, in parameters or bytes.
-            context: the model and calibration text; ``None`` only when ``needs_model`` is false.
+            context: the model and calibration text; may be ``None`` if ``needs_model`` is false.
 
         The result never costs more than ``budget.limit`` and leaves less than the cheapest rank step unspent. Every
         rank is a positive multiple of ``budget.rank_multiple`` that costs less than the dense layer.
 
         Raises:
-            ValueError: the budget offers several bit widths, and the method chooses ranks alone.
+            ValueError: the budget offers several bit widths, and the method chooses only ranks.
         """
         raise NotImplementedError
 
     def starts(self, modules: Sequence[Module], budget: Budget, context: TuningContext) -> dict[str, Allocation]:
-        """Return the simpler allocations that this method set out from, by name, for the guard to compare with."""
+        """Return the simpler allocations from which this method starts, by name; the guard compares with them."""
         return {}

@@ -1,14 +1,14 @@
-"""A knapsack over probed KL divergences.
+"""A knapsack over the KL divergences of single-layer probes.
 
-Every layer is cut alone at a few parameter ratios, and the divergence KL(dense ‖ cut) of the next-token distributions
-noted (Duo-SVD, arXiv 2510.19385). The losses of single layers are taken to add up; the least sum under the budget is
-then a multiple-choice knapsack (ROCKET, arXiv 2602.11008), dense being one of the choices.
+Each layer alone is cut to a few parameter ratios, which gives the divergence KL(dense ‖ cut) of the next-token
+distributions (Duo-SVD, arXiv 2510.19385). The losses of the layers are assumed to add up. The least sum under the
+budget is a multiple-choice knapsack (ROCKET, arXiv 2602.11008) with dense as one of the choices.
 
-Other than there:
+Differences:
 
-- Duo-SVD's code (github.com/Pupu792/CPSVD) probes around the compressed model: all other layers are at the target
-  ratio instead of dense. ROCKET's losses are errors of the weights, not KL;
-- both choose among the probed ratios alone, and round costs to 1/10,000 (Duo-SVD) or 1/30,000 (ROCKET) of all
+- Duo-SVD's code (github.com/Pupu792/CPSVD) probes the compressed model: all other layers are at the target ratio
+  instead of dense. ROCKET's losses are errors of the weights, not KL.
+- Both choose only among the probed ratios, and round costs to 1/10,000 (Duo-SVD) or 1/30,000 (ROCKET) of all
   parameters. Here every rank is a choice, its loss is interpolated, and costs are exact.
 """
 
@@ -19,14 +19,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from ara.allocation.single_layer_probes import Probed
+from ara.allocation.probe_based import ProbeBased
 from ara.models.weights import LinearSpec
 from ara.solver.knapsack import exact_minimise
 from ara.solver.problem import Allocation, Budget
 
 
-class DpKl(Probed):
-    """Least sum over layers of the KL divergence that each one's cut alone causes."""
+class DpKl(ProbeBased):
+    """Least sum over layers of the KL divergence of each single-layer cut."""
 
     measure = "kl"
 
@@ -39,14 +39,14 @@ class DpKl(Probed):
 def interpolate(spec: LinearSpec, curve: Mapping[int, float], budget: Budget) -> torch.Tensor:
     """Return the loss of every choice of a layer: linear in the rank between the probes.
 
-    The last segment runs to loss 0 at *full* rank, where the factors are the weight, and not at break-even: the largest
-    ranks on offer do lose something, and dense does not.
+    The last segment ends with loss 0 at *full* rank, where the factors equal the weight, not at break-even: the largest
+    ranks offered lose something, unlike dense.
 
     Args:
         spec: the layer.
-        curve: index into ``budget.choices(spec)`` → KL divergence, from the cheapest choice up. A value above that of a
-            smaller rank is noise and lowered to it.
-        budget: offers the choices; of one bit width.
+        curve: index into ``budget.choices(spec)`` → KL divergence, cheapest choice first. A value above that of a
+            smaller rank is noise and is lowered to it.
+        budget: of one bit width.
 
     Returns:
         (choices) float64, non-increasing, nats per predicted token; 0 for dense.

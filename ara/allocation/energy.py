@@ -1,10 +1,11 @@
 """Energy allocation: spend the budget where it keeps most of each layer's spectrum.
 
 The loss of rank k is the discarded part of the layer's own spectrum, Σ_{j>k} σ_j² / Σ_j σ_j², times the layer's
-parameters mn. Relative to each layer, because absolute energies of different layers are not comparable; times mn, so
-that layers with spectra of the same shape keep the same fraction whatever their size. Dense costs mn and loses nothing.
+parameters mn. It is relative to each layer, because absolute energies of different layers are not comparable. The
+factor mn makes layers with spectra of the same shape keep the same fraction. Dense costs mn and loses nothing.
 
-Energy is blind to what a layer's error does further on, so this can lose to uniform ranks: compare with ``ara eval``.
+The energy of a layer says nothing about the effect of its error on the loss, so uniform ranks can be better: compare
+with ``ara eval``.
 """
 
 from __future__ import annotations

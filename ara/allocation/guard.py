@@ -1,4 +1,4 @@
-"""The guard: candidates compared on held-out calibration text; nothing worse than a simple one is handed out."""
+"""The guard: candidate allocations are compared on held-out calibration text, and the best one is used."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ara.solver.problem import Allocation
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who won.
+    """Result of the comparison.
 
     Attributes:
         winner: name of the best candidate.
-        held_out: mean negative log-likelihood of every candidate, nats per token; the dense model's as ``dense``.
+        held_out: mean negative log-likelihood of every candidate and of ``dense``, nats per token.
         stderr: standard error over windows of each candidate's difference to the winner, nats per token.
     """
 
@@ -27,7 +27,7 @@ class Verdict:
 
 
 def compare_candidates(candidates: Mapping[str, Allocation], context: TuningContext) -> Verdict:
-    """Read the held-out windows with every candidate; the first named wins a tie, and NaN never wins.
+    """Read the held-out windows with every candidate; the first candidate wins a tie, and NaN never wins.
 
     Args:
         candidates: by name, in order of preference; at least one.

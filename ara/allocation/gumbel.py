@@ -3,59 +3,51 @@ of Language Models", NAACL 2024, https://aclanthology.org/2024.naacl-long.13).
 
     m_j = 1[z_j > 0],  z_j = (θ_j + ln u_j − ln(1 − u_j)) / τ,  u_j uniform        so that P(m_j = 1) = sigmoid(θ_j)
 
-In the backward pass m_j is sigmoid(z_j) (straight-through). Minimised is
+In the backward pass m_j is sigmoid(z_j) (straight-through). The loss is
 
     L = L_LM + λ ln(max(T, limit) / limit) + γ mean_i Σ_j (m_ij − 1[j ≤ k_i])² σ_ij² / Σ_j σ_ij²
 
-with T = Σ_i (m_i + n_i) Σ_j m_ij the cost and k_i = Σ_j m_ij: the alignment wants the kept components to be the first
-ones, for that is what the final ranks keep. They come from the expected counts Σ_j sigmoid(θ_ij). All θ start at the
-same positive number: nearly everything is kept, and T falls to the budget in the course of the training.
+with the cost T = Σ_i (m_i + n_i) Σ_j m_ij and k_i = Σ_j m_ij. The last term, the alignment, makes the kept components
+the first ones, because those are what the final ranks keep. The final ranks come from the expected counts
+Σ_j sigmoid(θ_ij). All θ start at the same positive number, so nearly everything is kept at first, and T decreases to
+the budget during the training.
 
-What differs from ARS, as far as we know it (its abstract, and an unofficial implementation,
-https://github.com/sidhantls/adaptive-rank-selection-svd):
+Differences from ARS, of which we know the abstract and an unofficial implementation
+(https://github.com/sidhantls/adaptive-rank-selection-svd):
 
-- ARS does not train logits but a hypernetwork per layer, a bidirectional GRU over fixed noise, whose weights feel the
-  gradients of all components together. A free logit feels its own alone, which is small and noisy, so that more steps
-  are needed for the same differences between layers, and only the alignment makes neighbours move alike.
+- ARS trains a hypernetwork per layer instead of logits: a bidirectional GRU over fixed noise, whose weights receive the
+  gradients of all components. A free logit receives only its own gradient, which is small and noisy. So it needs more
+  steps for the same differences between layers, and only the alignment couples neighbouring components.
 - The alignment is relative to each layer's energy: absolute energies of different layers are not comparable.
-- Layers go dense where the rescaled rank reaches break-even (ARA, Eq. 8). The masks do not know that: all ranks are
-  charged k(m + n) while they train, as in ARS.
+- Layers become dense where the rescaled rank reaches break-even (ARA, Eq. 8). The masks do not include this: during the
+  training every rank costs k(m + n), as in ARS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from pydantic import Field
 
 from ara import bounds
-from ara.allocation.base import Allocator
-from ara.decomposition.base import MethodOptions
-from ara.masks.context import TuningContext
-from ara.masks.loop import trained_allocation
+from ara.allocation.trained import Trained, TrainedOptions
 from ara.masks.mask_family import Cut, MaskFamily
 from ara.solver.problem import Allocation, Budget, Module
 from ara.solver.rounding import proportional, without_choice
 
-# Noise stays finite: the smallest and the largest uniform number, as distances from 0 and 1.
+# Uniform numbers keep this distance from 0 and 1, so that the noise is finite.
 _EDGE = 1e-7
 
 
-class GumbelOptions(MethodOptions):
+class GumbelOptions(TrainedOptions):
     """Options of Gumbel-sigmoid masks; λ, γ, τ and the bias as in the unofficial implementation, for Llama-2-7B."""
 
-    steps: int = Field(60, ge=1, le=bounds.MAX_STEPS, description="optimiser steps")
-    batch: int = Field(4, ge=1, le=bounds.MAX_WINDOWS, description="windows per step")
     learning_rate: float = Field(
         0.3,
         ge=bounds.MIN_RATE,
         le=bounds.MAX_RATE,
         description="of Adam, in logits per step; falls along a cosine to a tenth",
-    )
-    loss: Literal["ce", "kl"] = Field(
-        "ce", description="ce: cross-entropy against the text (as in the paper); kl: divergence from the dense model"
     )
     temperature: float = Field(
         0.4, ge=bounds.MIN_SLOPE, le=bounds.MAX_SLOPE, description="of the Gumbel-sigmoid, in logits"
@@ -69,31 +61,22 @@ class GumbelOptions(MethodOptions):
     )
 
 
-class Gumbel(Allocator):
-    """Learns a binary mask per component, and keeps as many as the masks do."""
+class Gumbel(Trained):
+    """Learns a binary mask per component, and keeps as many components as the masks."""
 
     Options = GumbelOptions
-    needs_model = True
-    layouts = ("factors",)
+    label = "Training Gumbel-sigmoid masks"
 
-    def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
-        """Train masks; return the best allocation seen on held-out text, the start's included."""
-        assert context is not None and isinstance(self.options, GumbelOptions)
-        family = GumbelMasks(modules, budget, self.options)
-        return trained_allocation(family, context, self.options, "Training Gumbel-sigmoid masks")
+    def family(self, modules: Sequence[Module], budget: Budget) -> GumbelMasks:
+        """Return masks with equal logits."""
+        assert isinstance(self.options, GumbelOptions)
+        return GumbelMasks(modules, budget, self.options)
 
 
 class GumbelMasks(MaskFamily):
-    """One free logit per component, all layers in one vector."""
+    """One free logit per component, all layers in one vector; they start equal."""
 
     def __init__(self, modules: Sequence[Module], budget: Budget, options: GumbelOptions) -> None:
-        """Start from equal logits.
-
-        Args:
-            modules: the layers.
-            budget: the limit.
-            options: start, weights and temperature.
-        """
         self.specs, self.budget, self.options = [module.spec for module in modules], budget, options
         self.sizes = [spec.full_rank for spec in self.specs]
         self.fixed = without_choice(self.specs, budget)
@@ -105,7 +88,7 @@ class GumbelMasks(MaskFamily):
         self.drawn: list[torch.Tensor] = []
 
     def cut(self, progress: float, generator: torch.Generator) -> Cut:
-        """Draw binary masks; the forward pass multiplies by them."""
+        """Sample binary masks, by which the forward pass multiplies."""
         logits = self.parameters["logits"]
         uniform = torch.rand(logits.shape, generator=generator).clamp(_EDGE, 1 - _EDGE)
         soft = torch.sigmoid((logits + uniform.logit()) / self.options.temperature)
@@ -130,7 +113,7 @@ class GumbelMasks(MaskFamily):
         return self.options.budget_weight * over + self.options.align_weight * align.mean()
 
     def allocation(self) -> Allocation:
-        """Return the expected counts, scaled to the budget; dense where that reaches break-even."""
+        """Return the expected counts, scaled to the budget; dense where they reach break-even."""
         logits = self.parameters["logits"].detach().double()
         counts = [float(part.sum()) for part in torch.sigmoid(logits).split(self.sizes)]
         shares = [spec.cost(count) / spec.dense_cost for spec, count in zip(self.specs, counts, strict=True)]
@@ -138,5 +121,5 @@ class GumbelMasks(MaskFamily):
 
 
 def _prefix(mask: torch.Tensor) -> torch.Tensor:
-    """Return the mask (r) of as many components as ``mask`` has, the first ones."""
+    """Return the mask (r) of the first components, as many as ``mask`` has."""
     return (torch.arange(len(mask)) < mask.detach().sum().round()).to(mask.dtype)

@@ -1,6 +1,6 @@
-"""Sensitivity allocation: the loss of every rank from one backward pass, then an exact knapsack with dense for choice.
+"""Sensitivity allocation: the exact knapsack over the sensitivity table (:mod:`ara.masks.sensitivity_table`).
 
-See :mod:`ara.masks.sensitivity_table` for the table. No training: it is ARA's start, and a method of its own.
+It needs no training. ARA starts from it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ara.allocation.base import Allocator
 from ara.masks.context import TuningContext
-from ara.masks.sensitivity_table import SensitivityOptions, sensitivity_of
+from ara.masks.sensitivity_table import SensitivityOptions, sensitivity_table
 from ara.solver.knapsack import best_ranks
 from ara.solver.problem import Allocation, Budget, Module
 
@@ -21,6 +21,6 @@ class Sensitivity(Allocator):
     needs_model = True
 
     def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
-        """Read the table off the dense model and solve the knapsack."""
+        """Compute the table of the dense model and solve the knapsack."""
         assert context is not None and isinstance(self.options, SensitivityOptions)
-        return best_ranks([m.spec for m in modules], sensitivity_of(context, self.options).losses, budget)
+        return best_ranks([m.spec for m in modules], sensitivity_table(context, self.options).losses, budget)

@@ -3,51 +3,42 @@
     p_j = ½ tanh(β (k_i − j)) + ½,  j = 1 … r          L = L_LM + λ |Σ_i min(R_i, 1) m_i n_i / Σ mn − keep|
 
 with R_i = k_i (m_i + n_i) / (m_i n_i). The forward pass multiplies the components by p, so the gradient of k_i comes
-from the few components within about 1/β of the cut. All start from the same R. At the end layers with R ≥ 1 are dense,
-as the penalty has charged them, and the others are scaled to the budget.
+from the few components within about 1/β of the cut. All layers start from the same R. At the end layers with R ≥ 1 are
+dense, which the penalty counts as R = 1, and the others are scaled to the budget.
 
-What differs from Dobi-SVD and its code (https://github.com/wangqinsi1/Dobi-SVD):
+Differences from Dobi-SVD and its code (https://github.com/wangqinsi1/Dobi-SVD):
 
 - Dobi-SVD truncates the activations of each sequence by an SVD inside the forward pass, differentiates through it, and
-  makes weights from the result (incremental PCA) afterwards. Here the components of the given factors are cut, the same
-  for every allocator, and no SVD is differentiated.
-- What is trained is R_i, not k_i, so that one learning rate suits all shapes; k_i is kept within 1 … r by projection
+  computes weights from the result (incremental PCA) afterwards. Here the components of the given factors are cut, as in
+  all allocators, and no SVD is differentiated.
+- R_i is trained instead of k_i, so that one learning rate suits all shapes. A projection keeps k_i within 1 … r,
   instead of a quadratic penalty.
-- The loss is in nats. Dobi-SVD minimises perplexity with λ = 200, that is λ / perplexity in nats.
-- Its remapped storage, where rank k costs k max(m, n) at mixed precision, is left out: any method could be given it.
+- The loss is in nats. Dobi-SVD minimises perplexity with λ = 200, which is λ / perplexity in nats.
+- Its remapped storage, where rank k costs k max(m, n) at mixed precision, is left out: it suits any method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from pydantic import Field
 
 from ara import bounds
-from ara.allocation.base import Allocator
-from ara.decomposition.base import MethodOptions
-from ara.masks.context import TuningContext
-from ara.masks.loop import trained_allocation
+from ara.allocation.trained import Trained, TrainedOptions
 from ara.masks.mask_family import Cut, MaskFamily
 from ara.solver.problem import Allocation, Budget, Module
 from ara.solver.rounding import proportional, without_choice
 
 
-class TanhOptions(MethodOptions):
+class TanhOptions(TrainedOptions):
     """Options of tanh masks."""
 
-    steps: int = Field(60, ge=1, le=bounds.MAX_STEPS, description="optimiser steps")
-    batch: int = Field(4, ge=1, le=bounds.MAX_WINDOWS, description="windows per step")
     learning_rate: float = Field(
         0.01,
         ge=bounds.MIN_RATE,
         le=bounds.MAX_RATE,
         description="of Adam, in R = k(m+n)/mn per step; falls along a cosine to a tenth",
-    )
-    loss: Literal["ce", "kl"] = Field(
-        "ce", description="ce: cross-entropy against the text (as in the paper); kl: divergence from the dense model"
     )
     beta: float = Field(
         10,
@@ -56,35 +47,29 @@ class TanhOptions(MethodOptions):
         description="β, steepness of the mask, per rank (10 in the paper's code)",
     )
     budget_weight: float = Field(
-        20, ge=0, le=bounds.MAX_WEIGHT, description="λ, nats per unit of keep; must exceed what keep is worth"
+        20,
+        ge=0,
+        le=bounds.MAX_WEIGHT,
+        description="λ, nats per unit of keep; must exceed the loss saved per unit of keep",
     )
 
 
-class Tanh(Allocator):
+class Tanh(Trained):
     """Learns where to cut each layer."""
 
     Options = TanhOptions
-    needs_model = True
-    layouts = ("factors",)
+    label = "Training tanh masks"
 
-    def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
-        """Train positions; return the best allocation seen on held-out text, the uniform start included."""
-        assert context is not None and isinstance(self.options, TanhOptions)
-        family = TanhMasks(modules, budget, self.options)
-        return trained_allocation(family, context, self.options, "Training tanh masks")
+    def family(self, modules: Sequence[Module], budget: Budget) -> TanhMasks:
+        """Return masks that keep the same share of every layer."""
+        assert isinstance(self.options, TanhOptions)
+        return TanhMasks(modules, budget, self.options)
 
 
 class TanhMasks(MaskFamily):
-    """One position per layer, as a share R of its dense parameters."""
+    """One position per layer, as a share R of its dense parameters; all start equal."""
 
     def __init__(self, modules: Sequence[Module], budget: Budget, options: TanhOptions) -> None:
-        """Start from the same share of every layer.
-
-        Args:
-            modules: the layers.
-            budget: the limit.
-            options: steepness and weight.
-        """
         self.specs, self.budget, self.options = [module.spec for module in modules], budget, options
         self.dense_costs = torch.tensor([spec.dense_cost for spec in self.specs], dtype=torch.float64)
         self.fixed = torch.tensor(without_choice(self.specs, budget))
@@ -95,7 +80,7 @@ class TanhMasks(MaskFamily):
         self.parameters = {"shares": torch.full_like(self.least, self.keep).requires_grad_()}
 
     def cut(self, progress: float, generator: torch.Generator) -> Cut:
-        """Return soft masks around the present positions; the forward pass multiplies by them."""
+        """Return soft masks at the current positions, by which the forward pass multiplies."""
         shares = self.parameters["shares"]
         with torch.no_grad():
             shares.copy_(self._within(shares))
@@ -109,7 +94,7 @@ class TanhMasks(MaskFamily):
     def penalty(self) -> torch.Tensor:
         """Return λ |kept − keep|, nats; float64 scalar."""
         shares = self.parameters["shares"]
-        # At 1 and above the gradient is 0, as dense layers cost what they cost.
+        # At 1 and above the gradient is 0: the cost of a dense layer is constant.
         charged = torch.where((shares < 1) & ~self.fixed, shares, 1)
         kept = (charged * self.dense_costs).sum() / self.dense_costs.sum()
         return self.options.budget_weight * (kept - self.keep).abs()

@@ -11,17 +11,17 @@ from ara.solver.rounding import spend_rest
 
 
 class Uniform(Allocator):
-    """The largest rank within keep · mn parameters; what rounding leaves goes to the layers that lost most."""
+    """The largest rank within keep · mn parameters; the rest goes to the layers that lost most by rounding."""
 
     def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
-        """Give every module the same fraction of its parameters, save those that must have more."""
+        """Give every module the same fraction of its parameters, or its least cost if that is more."""
         specs = [module.spec for module in modules]
         choices = [budget.rank_choices(spec) for spec in specs]
         share = _common_share([(options[0].cost, options[-1].cost) for options in choices], budget.limit)
-        picks = []
-        for options in choices:
-            affordable = [i for i, choice in enumerate(options) if choice.cost <= share * options[-1].cost + 1e-6]
-            picks.append(affordable[-1] if affordable else 0)
+        picks = [
+            max((i for i, choice in enumerate(options) if choice.cost <= share * options[-1].cost + 1e-6), default=0)
+            for options in choices
+        ]
         lost = [
             (share * options[-1].cost - options[pick].cost) / (spec.m + spec.n)
             for spec, options, pick in zip(specs, choices, picks, strict=True)
@@ -31,13 +31,8 @@ class Uniform(Allocator):
 
 
 def _common_share(costs: Sequence[tuple[int, int]], limit: int) -> float:
-    """Return the share of their dense costs that all layers get, save those whose least cost is more.
-
-    Args:
-        costs: least and dense cost of each layer.
-        limit: on the summed cost.
-    """
-    free = list(costs)
+    """Return the common share of the dense costs; layers whose least cost is more get that."""
+    free = list(costs)  # (least, dense) cost per layer
     while free:
         held = sum(least for least, _ in costs) - sum(least for least, _ in free)
         share = (limit - held) / sum(dense for _, dense in free)

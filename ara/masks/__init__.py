@@ -1,1 +1,1 @@
-"""What chooses ranks by looking at the model: switchable layers, sensitivity, probes, trainable masks."""
+"""Choosing ranks with the model at hand: switchable layers, sensitivity table, single-layer probes, trainable masks."""

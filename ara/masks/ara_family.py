@@ -1,4 +1,4 @@
-"""ARA's own training, put together: start, mask family, settings; used by ``ara train-masks`` and ``--method ara``."""
+"""The mask families of ARA and their starting points, for ``ara train-masks`` and ``--method ara``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import torch
 from ara.config import MaskTrainingOptions
 from ara.errors import UsageError
 from ara.layout_names import LayoutName
-from ara.masks.context import TuningContext
 from ara.masks.newton import NewtonMasks
 from ara.masks.paper import PaperStaircase, shares_of, start_at
 from ara.masks.priced import PricedStaircase
 from ara.masks.rank_losses import LearnedLosses
-from ara.masks.sensitivity_table import SensitivityOptions, sensitivity_of
 from ara.masks.staircase import paper_atoms, priced_atoms
-from ara.masks.table_cache import SensitivityTable
 from ara.models.weights import LinearSpec
 from ara.solver.knapsack import best_ranks
 from ara.solver.problem import Budget, Module
@@ -26,10 +23,10 @@ AraFamily = NewtonMasks | PricedStaircase | PaperStaircase
 
 
 def check_layout(options: MaskTrainingOptions, layout: LayoutName) -> None:
-    """Refuse a layout that the paper's form does not know.
+    """Check that the paper's form supports the layout.
 
     Raises:
-        UsageError: the paper's gain function jumps at k(m + n) = mn, and the gain in this layout does not.
+        UsageError: it does not: its gain function jumps at k(m + n) = mn, and the gain in this layout does not.
     """
     if options.objective == "paper" and layout not in PaperStaircase.layouts:
         raise UsageError(
@@ -39,13 +36,8 @@ def check_layout(options: MaskTrainingOptions, layout: LayoutName) -> None:
 
 
 def needs_table(options: MaskTrainingOptions) -> bool:
-    """Tell whether a training begins with the sensitivity table: as its start, or for its curvature."""
+    """Tell whether a training needs the sensitivity table: as its start, or for its curvature."""
     return options.start == "sensitivity" or (options.objective == "priced" and options.optimiser == "newton")
-
-
-def sensitivity_table(context: TuningContext) -> SensitivityTable:
-    """Return the table of the dense model that trainings begin with."""
-    return sensitivity_of(context, SensitivityOptions())
 
 
 def ara_family(
@@ -58,16 +50,16 @@ def ara_family(
     """Return masks at their start.
 
     Args:
-        options: which form, and its settings.
+        options: form and settings.
         modules: the layers.
         budget: the limit.
-        table: the sensitivity table; ``None`` only where :func:`needs_table` is false.
-        learned: what a training of the priced form at another budget has learned, to start from instead.
+        table: the sensitivity table; may be ``None`` if :func:`needs_table` is false.
+        learned: start from this result of the priced form at another budget instead.
     """
     specs = [module.spec for module in modules]
     check_layout(options, specs[0].layout)
-    start: Tables
-    start, around = even_tables(specs), None
+    start: Tables = even_tables(specs)
+    around = None
     if learned is not None:
         assert learned.tables is not None
         start, around = learned.tables, learned.ranks
@@ -90,17 +82,8 @@ def ara_family(
     )
 
 
-def learned_tables(family: AraFamily, parameters: Tables) -> dict[str, torch.Tensor] | None:
-    """Return the losses of ranks that ``parameters`` stand for; ``None`` for the paper's form, which has none."""
-    if isinstance(family, NewtonMasks):
-        return family.tables(parameters)
-    if isinstance(family, PricedStaircase):
-        return family.tables(parameters["theta"])
-    return None
-
-
 def even_tables(specs: Sequence[LinearSpec]) -> dict[str, torch.Tensor]:
-    """Return losses whose optimum is one share R for all layers: ½ (1 − R)² mn / Σ mn up to R = 1; (r + 1) each."""
+    """Return losses whose optimum is the same share R of all layers: ½ (1 − R)² mn / Σ mn up to R = 1; (r + 1) each."""
     tables, total = {}, sum(spec.dense_cost for spec in specs)
     for spec in specs:
         share = spec.cost(torch.arange(spec.full_rank + 1, dtype=torch.float64)) / spec.dense_cost

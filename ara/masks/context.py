@@ -1,4 +1,4 @@
-"""What everything that chooses ranks by looking at the model works with: model, windows, and what is known already."""
+"""The tuning context: model, calibration windows and earlier results, for all methods that use the model."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class TuningContext:
-    """What an allocator that looks at the model may use.
+    """Input of an allocator that uses the model.
 
     Attributes:
-        model: with all layers dense; an allocator may cut it as it likes.
+        model: all layers are dense; an allocator may change their ranks.
         train: (w, t) int64 calibration windows to learn from.
         held_out: (w, t) int64 calibration windows to compare candidates on, at least one window away from ``train``.
         batch_size: windows per pass.
         seed: of everything random.
         report: progress.
-        learned: what ``ara train-masks`` has found, by budget; ``None`` when there was no training.
-        table: the sensitivity table that it began with; ``None`` where it needed none.
-        table_cache: where sensitivity tables are kept; ``None``: every one is made anew.
+        learned: results of ``ara train-masks``, one per budget; ``None`` without a training.
+        table: the sensitivity table of that training; ``None`` if it needed none.
+        table_cache: where sensitivity tables are stored; ``None``: they are always computed.
     """
 
     model: MaskedModel

@@ -1,13 +1,13 @@
-"""A linear layer that can be dense or of any rank, and tells how the loss depends on each of its components.
+"""A linear layer that can be dense or of any rank, with the gradient of the loss for each of its components.
 
 The factors give the weight as a sum of components, W = Σ_j b_j a_jᵀ. With a mask p the layer computes
 y = Σ_j p_j b_j (a_jᵀ x), and
 
-    ∂L/∂p_j = Σ_t h_tj q_tj        h = A x (what the component reads)        q = Bᵀ g, g = ∂L/∂y (what it would change)
+    ∂L/∂p_j = Σ_t h_tj q_tj        h = A x        q = Bᵀ g, g = ∂L/∂y
 
 so the gradient of every component, kept or not, costs two thin products and no product with the weight. The forward
-pass uses the hard mask 1[j ≤ k] and computes the k kept components alone, or W itself when the layer stays dense;
-the backward pass hands the gradient straight through to p (ARA, arXiv 2510.19389; Bengio et al., arXiv 1308.3432).
+pass uses the hard mask 1[j ≤ k]: it computes only the k kept components, or W x if the layer is dense. The backward
+pass is straight-through to p (ARA, arXiv 2510.19389; Bengio et al., arXiv 1308.3432).
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Observer = Callable[[torch.Tensor], None]
 
 
 class MaskedLinear(nn.Module):
-    """Stands in for a linear module; keeps its weight and the full factors beside it.
+    """Replaces a linear module; holds its weight and the full factors.
 
     Attributes:
         weight: W (m, n), the original's, not copied.
         a: (r, n), may be a view of a memory-mapped file.
         b: (m, r), likewise.
         rank: components that the forward pass computes, from the front; ``None`` for the dense weight.
-        mask: p (r) float32. Its values matter when :attr:`soft`, else it only receives the gradient.
+        mask: p (r) float32. Its values are used if :attr:`soft`; otherwise it only receives the gradient.
         soft: multiply the components by ``mask`` instead of cutting at ``rank``.
-        observer: see :data:`Observer`; ``None`` when nobody listens.
+        observer: see :data:`Observer`.
     """
 
     def __init__(self, original: nn.Module, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -56,7 +56,7 @@ class MaskedLinear(nn.Module):
         return self.compute(x)[0]
 
     def compute(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output (..., m), and the h (..., k) that it was made from; ``None`` when dense."""
+        """Return the output (..., m) and h (..., k); h is ``None`` when dense."""
         if self.soft:
             assert self.mask is not None
             h = x @ self.a.T
@@ -77,7 +77,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        """Return the gradients of the input, as the kept components pass it on, and of all components' mask."""
+        """Return the gradient of the input through the kept components, and that of the mask of all components."""
         layer: MaskedLinear = ctx.layer
         x, h, mask = ctx.saved_tensors
         flat = x.reshape(-1, x.shape[-1])
@@ -94,14 +94,13 @@ class _StraightThrough(torch.autograd.Function):
             grad_x = grad_x.view_as(x)
         grad_mask = None
         if ctx.needs_input_grad[1]:
-            kept = None if h is None else h.reshape(-1, h.shape[-1])
-            if kept is None:
-                read = flat @ layer.a.T
-            elif kept.shape[1] < q.shape[1]:
-                read = torch.cat([kept, flat @ layer.a[kept.shape[1] :].T], 1)
+            if h is None:
+                h = flat @ layer.a.T
             else:
-                read = kept
-            effect = read * q
+                h = h.reshape(-1, h.shape[-1])
+                if h.shape[1] < q.shape[1]:
+                    h = torch.cat([h, flat @ layer.a[h.shape[1] :].T], 1)
+            effect = h * q
             if layer.observer is not None:
                 layer.observer(effect)
             grad_mask = effect.sum(0, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What the training loop asks of a way to turn trainable numbers into masks."""
+"""Mask families: the interface between trainable parameters and the training loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Cut:
 
     Attributes:
         masks: module path → p (r) float32, differentiable in the family's parameters.
-        ranks: what the forward pass computes, ``None`` inside for dense; when the whole is ``None`` the forward pass
+        ranks: module path → rank of the forward pass, ``None`` for dense. If ``ranks`` is ``None``, the forward pass
             multiplies the components by ``masks``.
     """
 
@@ -31,11 +31,11 @@ class MaskFamily:
     """Base class of all trainable masks.
 
     Class attributes:
-        own_step: the family moves its parameters itself (:meth:`update`) instead of leaving that to Adam.
+        own_step: the family updates its parameters itself (:meth:`update`); otherwise Adam does.
 
     Attributes:
         specs: the layers.
-        budget: the limit, and the choices of the layers; of one bit width.
+        budget: of one bit width.
         parameters: name → tensor, saved in checkpoints; leaves that require a gradient unless ``own_step``.
     """
 
@@ -48,24 +48,32 @@ class MaskFamily:
         """Return the masks of a step.
 
         Args:
-            progress: share of the training that is done, from 0 to 1, for schedules.
-            generator: of everything random in the step.
+            progress: finished share of the training, from 0 to 1, for schedules.
+            generator: source of all randomness of the step.
         """
         raise NotImplementedError
 
-    def update(self, found: MaskGradients, progress: float) -> None:
-        """Move the parameters by the gradient of the latest cut; only where ``own_step``.
+    def update(self, gradients: MaskGradients, progress: float) -> None:
+        """Update the parameters by the gradients at the latest cut; called only if ``own_step``.
 
         Args:
-            found: loss of the step's batch, and its gradient for every mask.
-            progress: share of the training that is done, from 0 to 1.
+            gradients: loss of the step's batch, and its gradient for every mask.
+            progress: finished share of the training, from 0 to 1.
         """
         raise NotImplementedError
 
     def penalty(self) -> torch.Tensor | None:
-        """Return what is added to the language model's loss, differentiable, or ``None``; for the latest cut."""
+        """Return the differentiable term added to the language model's loss at the latest cut, or ``None``."""
         return None
 
     def allocation(self) -> Allocation:
-        """Return choices within the budget, less than one rank step unspent, from the parameters as they are now."""
+        """Return the allocation of the current parameters: within the budget, less than one rank step unspent."""
         raise NotImplementedError
+
+    def tables(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor] | None:
+        """Return the loss of every rank, module path → (r + 1) float64; ``None`` if the family learns only ranks.
+
+        Args:
+            parameters: use these instead of the current ones.
+        """
+        return None

@@ -1,4 +1,4 @@
-"""A model whose factorised layers can be cut at any rank in an instant, for probing, training and comparing."""
+"""A model whose factorised layers switch between all ranks, for probing, training and comparing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LossKind = Literal["ce", "kl", "fisher"]
 
 @dataclass(frozen=True)
 class MaskGradients:
-    """Loss of a batch and what each component contributes to it.
+    """Loss of a batch, and its gradient for each component.
 
     Attributes:
         loss: mean over predicted tokens, nats.
@@ -43,12 +43,12 @@ class MaskGradients:
 class MaskedModel:
     """Wraps a dense model in place; starts dense.
 
-    On a CPU the factors are views of memory-mapped files: processes share them, and what is not used is not read.
+    On a CPU the factors are views of memory-mapped files: processes share them, and unused parts are not read.
 
     Attributes:
         specs: the factorised layers.
-        layers: module path → its stand-in.
-        backward_passes: how many windows went through a backward pass so far.
+        layers: module path → the layer that replaces it.
+        backward_passes: number of windows that a backward pass has read.
     """
 
     def __init__(self, model: PreTrainedModel, specs: Sequence[LinearSpec], files: Mapping[str, Path]) -> None:
@@ -73,17 +73,17 @@ class MaskedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         device: torch.device = self.model.device
         return device
 
     def use(self, ranks: Mapping[str, int | None]) -> None:
-        """Cut layers at the given ranks; ``None`` is dense; layers that are not named stay as they are."""
+        """Cut layers to the given ranks, ``None`` for dense; layers not named do not change."""
         for name, rank in ranks.items():
             self.layers[name].rank, self.layers[name].soft = rank, False
 
     def use_soft(self, masks: Mapping[str, torch.Tensor]) -> None:
-        """Multiply the components of the named layers by these masks (r), values from 0 to 1."""
+        """Multiply the components of the named layers by masks (r), values from 0 to 1."""
         for name, mask in masks.items():
             self.layers[name].mask = mask.detach().to(self.device, torch.float32)
             self.layers[name].soft = True
@@ -96,12 +96,12 @@ class MaskedModel:
     def nll(
         self, windows: torch.Tensor, batch_size: int = 4, report: Reporter = SILENT, label: str = ""
     ) -> torch.Tensor:
-        """Return the mean negative log-likelihood of each window as the layers are cut now.
+        """Return the mean negative log-likelihood of each window under the current cut.
 
         Args:
             windows: (w, t) int64.
             batch_size: windows per forward pass.
-            report: shows a bar when there is a ``label``.
+            report: shows a progress bar if ``label`` is given.
             label: of the bar.
 
         Returns:
@@ -117,7 +117,7 @@ class MaskedModel:
 
     @torch.no_grad()
     def kl(self, windows: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """Return KL(dense ‖ now) of each window, nats per predicted token.
+        """Return KL(dense ‖ current cut) of each window, nats per predicted token.
 
         Args:
             windows: (w, t) int64, one batch.
@@ -128,20 +128,20 @@ class MaskedModel:
 
     @torch.no_grad()
     def logits(self, windows: torch.Tensor) -> torch.Tensor:
-        """Return the logits (b, t, v) of one batch as the layers are cut now."""
+        """Return the logits (b, t, v) of one batch under the current cut."""
         return self.forward(windows.to(self.device))
 
     def gradients(
         self, windows: torch.Tensor, loss: LossKind = "ce", batch_size: int = 4, seed: int = 0
     ) -> MaskGradients:
-        """Return the loss of the present cut, and its gradient for every component of every layer.
+        """Return the loss of the current cut, and its gradient for every component of every layer.
 
         Args:
             windows: (w, t) int64.
-            loss: ``ce`` against the text, ``kl`` to the dense model, ``fisher``: cross-entropy against targets drawn
-                from the present model's own distribution.
+            loss: ``ce``: cross-entropy of the text; ``kl``: divergence from the dense model; ``fisher``: cross-entropy
+                of targets sampled from the current model.
             batch_size: windows per pass.
-            seed: of the drawing.
+            seed: of the sampling.
 
         Raises:
             NumericalError: the loss, or its gradient, is NaN or infinite.
@@ -149,7 +149,7 @@ class MaskedModel:
         predicted = windows.shape[0] * (windows.shape[1] - 1)
         with self.listening():
             losses = self.backward(windows, loss, batch_size, seed)
-            # Divided only here: in float16 the gradient of a mean over thousands of tokens would vanish.
+            # Divided after the backward pass: in float16 the gradient of a mean over many tokens would underflow.
             masks = {name: _gradient(layer) / predicted for name, layer in self.layers.items()}
         if not all(bool(gradient.isfinite().all()) for gradient in masks.values()):
             raise NumericalError(
@@ -169,14 +169,14 @@ class MaskedModel:
         report: Reporter = SILENT,
         label: str = "",
     ) -> torch.Tensor:
-        """Read windows forward and backward through the summed loss; to be called inside :meth:`listening`.
+        """Run forward and backward passes of the summed loss; call it inside :meth:`listening`.
 
         Args:
             windows: (w, t) int64.
             loss: see :meth:`gradients`.
             batch_size: windows per pass.
-            seed: of the drawing.
-            report: shows a bar of windows.
+            seed: of the sampling.
+            report: shows a progress bar.
             label: of the bar.
 
         Returns:
@@ -209,7 +209,7 @@ class MaskedModel:
 
     @contextmanager
     def listening(self, observers: Mapping[str, Callable[[torch.Tensor], None]] | None = None) -> Iterator[None]:
-        """Let backward passes inside the block reach the masks, and the ``observers`` of single layers."""
+        """Within this context, backward passes compute mask gradients and call the ``observers``, by module path."""
         for name, layer in self.layers.items():
             if not layer.soft or layer.mask is None:
                 layer.mask = torch.ones(layer.a.shape[0], device=self.device)
@@ -225,7 +225,7 @@ class MaskedModel:
 
     @torch.no_grad()
     def _teacher(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the dense model; the cut is put back."""
+        """Return the logits of the dense model; the cut is restored."""
         cut = {name: (layer.rank, layer.soft) for name, layer in self.layers.items()}
         self.use_dense()
         try:
@@ -235,7 +235,7 @@ class MaskedModel:
                 self.layers[name].rank, self.layers[name].soft = rank, soft
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits (b, t, v) as the layers are cut now, with a graph where gradients are enabled."""
+        """Return the logits (b, t, v) under the current cut, differentiable if gradients are enabled."""
         logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 

@@ -1,9 +1,10 @@
-"""Who moves the parameters of a mask family: the family itself, or Adam."""
+"""Optimisers of mask families: the family's own step, or Adam."""
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -12,13 +13,13 @@ from ara.masks.model import MaskGradients
 from ara.masks.state import TrainingSettings, TrainingState
 
 
-def learner_of(family: MaskFamily, settings: TrainingSettings, state: TrainingState) -> OwnStep | Adam:
-    """Return what moves the parameters of ``family``, going on from ``state``."""
+def optimiser_for(family: MaskFamily, settings: TrainingSettings, state: TrainingState) -> OwnStep | Adam:
+    """Return the optimiser of ``family``, resumed from ``state``."""
     return (OwnStep if family.own_step else Adam)(family, settings, state)
 
 
 class OwnStep:
-    """Lets the family move its parameters, and remembers them."""
+    """Calls :meth:`MaskFamily.update`."""
 
     def __init__(self, family: MaskFamily, settings: TrainingSettings, state: TrainingState) -> None:
         self.family = family
@@ -26,21 +27,21 @@ class OwnStep:
             if state.tensors:
                 value.copy_(state.tensors[name])
 
-    def learn(self, cut: Cut, found: MaskGradients, progress: float) -> None:
+    def step(self, cut: Cut, gradients: MaskGradients, progress: float) -> None:
         """Take one step."""
-        self.family.update(found, progress)
+        self.family.update(gradients, progress)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Return a context in which the parameters are those to deploy: as they are."""
+        """Return a context with the parameters to deploy: the current ones."""
         return nullcontext()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return copies of everything that the next step depends on."""
+        """Return copies of all tensors that the next step depends on."""
         return {name: value.clone() for name, value in self.family.parameters.items()}
 
 
 class Adam:
-    """Adam (arXiv 1412.6980) with a cosine schedule, and a moving average of the parameters."""
+    """Adam (arXiv 1412.6980) with a cosine schedule and a moving average of the parameters."""
 
     def __init__(self, family: MaskFamily, settings: TrainingSettings, state: TrainingState) -> None:
         self.family, self.parameters, self.settings = family, family.parameters, settings
@@ -49,9 +50,9 @@ class Adam:
         if state.tensors:
             self._restore(state)
 
-    def learn(self, cut: Cut, found: MaskGradients, progress: float) -> None:
+    def step(self, cut: Cut, gradients: MaskGradients, progress: float) -> None:
         """Take one step along the gradient of the masks and of the family's penalty."""
-        loss = torch.stack([(cut.masks[name] * gradient).sum() for name, gradient in found.masks.items()]).sum()
+        loss = torch.stack([(cut.masks[name] * gradient).sum() for name, gradient in gradients.masks.items()]).sum()
         penalty = self.family.penalty()
         if penalty is not None:
             loss = loss + penalty
@@ -63,12 +64,23 @@ class Adam:
         for name, value in self.parameters.items():
             self.average[name].lerp_(value.detach(), 1 - self.settings.average)
 
-    def averaged(self) -> _Swapped:
-        """Return a context in which the parameters hold their averages."""
-        return _Swapped(self.parameters, self.average)
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the parameters have their averaged values."""
+        current = {name: value.detach().clone() for name, value in self.parameters.items()}
+        self._assign(self.average)
+        try:
+            yield
+        finally:
+            self._assign(current)
+
+    @torch.no_grad()
+    def _assign(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in self.parameters.items():
+            value.copy_(values[name])
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return copies of everything that the next step depends on."""
+        """Return copies of all tensors that the next step depends on."""
         tensors: dict[str, torch.Tensor] = {}
         for name, value in self.parameters.items():
             moments = self.optimiser.state[value]
@@ -79,31 +91,11 @@ class Adam:
         return tensors
 
     def _restore(self, state: TrainingState) -> None:
+        self._assign({name: state.tensors[f"{name}.value"] for name in self.parameters})
         for name, value in self.parameters.items():
-            with torch.no_grad():
-                value.copy_(state.tensors[f"{name}.value"])
             self.average[name] = state.tensors[f"{name}.average"].clone()
             self.optimiser.state[value] = {
                 "step": torch.tensor(float(state.step)),
                 "exp_avg": state.tensors[f"{name}.exp_avg"].clone(),
                 "exp_avg_sq": state.tensors[f"{name}.exp_avg_sq"].clone(),
             }
-
-
-class _Swapped:
-    """Puts other values into leaf tensors, and back."""
-
-    def __init__(self, parameters: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
-        self.parameters, self.values = parameters, values
-        self.kept: dict[str, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def __enter__(self) -> None:
-        for name, value in self.parameters.items():
-            self.kept[name] = value.detach().clone()
-            value.copy_(self.values[name])
-
-    @torch.no_grad()
-    def __exit__(self, *error: object) -> None:
-        for name, value in self.parameters.items():
-            value.copy_(self.kept[name])

@@ -2,32 +2,32 @@
 
     α_i = softmax(θ_i)      p_i = α_i M      E_i = Σ_d α_id s_d      R_i = E_i (m_i + n_i) / (m_i n_i)
 
-The forward pass computes rank round(E_i), or W_i itself when R_i ≥ 1, which is then charged m_i n_i (Eq. 8); the
-backward pass goes straight through to p_i. Minimised is
+The forward pass computes rank round(E_i), or W_i itself when R_i ≥ 1, which then costs m_i n_i (Eq. 8). The backward
+pass is straight-through to p_i. The loss is
 
     L = L_LM + λ1 (Σ_i min(R_i, 1) m_i n_i / limit − 1)² + λ2 L_guidance
 
-and afterwards "ranks are rescaled proportionally to meet the target". That there is a budget term and a guidance loss
-is the paper's; their exact forms are not known to us, and those here are ours.
+and afterwards "ranks are rescaled proportionally to meet the target". The paper has a budget term and a guidance loss,
+but does not give their exact forms. The forms here are ours.
 
 **Guidance.** Let g(R) be the gain of a layer: the share of its spectral energy that rank k = R mn / (m + n) keeps,
-linear between ranks, and 1 for R ≥ 1. It jumps at R = 1, by 1 − g(1⁻). Straight-through sees the slope g'(R), small
-just below 1, and never the jump; so under a price μ between g'(1⁻) and the slope of a chord to (1, 1) a layer sticks
-below 1 although dense is better. The least concave function above g, its envelope, has no such trap:
+linear between ranks, and 1 for R ≥ 1. It jumps at R = 1, by 1 − g(1⁻). The straight-through gradient contains the slope
+g'(R), which is small just below 1, but not the jump. So under a price μ between g'(1⁻) and the slope of a chord to
+(1, 1) a layer stays below 1 although dense is better. The least concave function above g, its envelope, does not have
+this local optimum:
 
     ĝ(R) = g(R) up to R_t,  1 − s (1 − R) from there to 1        s = min_{R<1} (1 − g(R)) / (1 − R), R_t its argmin
 
-For every μ the maximum of ĝ(R) − μR is at R = 1 if μ < s and at R ≤ R_t if μ > s, and there is no other local one. (It
-is also what a layer would get that could be split into a dense part and one of R_t.) The slope that g lacks between R_t
-and 1 is s − g'(R), and the loss with this gradient is
+For every μ the only local maximum of ĝ(R) − μR is at R = 1 if μ < s and at R ≤ R_t if μ > s. Between R_t and 1 the
+slopes of ĝ and g differ by s − g'(R). The loss with this gradient is
 
     L_guidance = Σ_i w_i (g(R_i) − ĝ(R_i)) ≤ 0 for R_t < R_i < 1, else 0        w_i = m_i n_i / Σ mn
 
-It jumps at R = 1 as g does: only its gradient has a meaning, not its value.
+It jumps at R = 1 as g does. Only its gradient has a meaning, not its value.
 
-**The way back.** A dense layer is charged mn whatever its R, so the budget does not press on it, and guidance ends at
-R = 1. What then moves R is L_LM alone, straight through p, although its value does not depend on R there; and the
-rescaling, which makes the layers of smallest R low-rank again if the dense ones leave no room for the rest.
+**From dense back to low rank.** A dense layer costs mn for every R ≥ 1, so neither the budget term nor guidance changes
+its R. Only two things do: the straight-through gradient of L_LM, although its value does not depend on R there, and the
+rescaling. The rescaling makes the layers of smallest R low-rank if the dense ones leave no room for the others.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from ara.solver.problem import Allocation, Budget
 from ara.solver.rounding import proportional, without_choice
 
 _BISECTIONS = 100
-# How far above 1 the share of a dense layer starts: near enough to come back, far enough not to fall by one step.
+# Starting share of a dense layer: near enough to 1 to become low-rank, but not within one step.
 _DENSE_START = 1.01
-# Least distance of a starting expected rank from the first and the last atom, in ranks.
+# Least distance of the starting expected rank from the first and the last atom, in ranks.
 _OFF_EDGE = 1e-3
 
 
 class PaperStaircase(MaskFamily):
-    """θ over ranks 1 … r, a budget penalty, a guidance loss, and a proportional rescaling at the end.
+    """θ over ranks 1 … r, a budget penalty, a guidance loss, and proportional rescaling at the end.
 
     Class attributes:
-        layouts: names of those in which a rank costs k(m + n), as the formulas above say.
+        layouts: those in which a rank costs k(m + n), as the formulas assume.
     """
 
     layouts: ClassVar[tuple[LayoutName, ...]] = ("factors",)
@@ -77,8 +77,7 @@ class PaperStaircase(MaskFamily):
             budget: the limit.
             start: θ (L, D) at the beginning, see :func:`start_at`.
             budget_weight: λ1, nats per squared relative deviation of the cost from the budget.
-            guidance_weight: λ2, nats per share of all layers' spectral energy; 0 is off. The paper's own weights are
-                not known to us.
+            guidance_weight: λ2, nats per share of all layers' spectral energy; 0 is off. The paper gives no weights.
         """
         self.specs, self.atoms, self.budget = atoms.specs, atoms, budget
         self.budget_weight, self.guidance_weight = budget_weight, guidance_weight
@@ -90,7 +89,7 @@ class PaperStaircase(MaskFamily):
         self.expected = torch.zeros(0)
 
     def cut(self, progress: float, generator: torch.Generator) -> Cut:
-        """Return the masks p and the hard ranks of the present θ."""
+        """Return the masks p and the hard ranks of the current θ."""
         alpha = self.atoms.alpha(self.parameters["theta"])
         self.expected = self._expected(alpha)
         return Cut(self.atoms.masks(alpha), self._ranks(self.expected.detach()))
@@ -104,7 +103,7 @@ class PaperStaircase(MaskFamily):
         return self.budget_weight * budget + self.guidance_weight * self.guidance(capped)
 
     def allocation(self) -> Allocation:
-        """Return the hard ranks, rescaled: dense layers stay dense, all others times one factor to meet the budget."""
+        """Return the hard ranks, rescaled: dense layers stay dense, the others are scaled by one factor."""
         with torch.no_grad():
             expected = self._expected(self.atoms.alpha(self.parameters["theta"]))
         ranks = self._ranks(expected)
@@ -118,35 +117,34 @@ class PaperStaircase(MaskFamily):
         return (alpha * self.atoms.ranks).sum(1)
 
     def _ranks(self, expected: torch.Tensor) -> dict[str, int | None]:
-        """Return the hard rank of every layer; below break-even no rounding reaches it."""
+        """Return the hard rank of every layer; a rank below break-even is not rounded up to it."""
         ranks: dict[str, int | None] = {}
         for spec, value, fixed in zip(self.specs, expected.tolist(), self.fixed.tolist(), strict=True):
-            highest = spec.top_rank
             dense = fixed or value >= _break_even(spec)
-            ranks[spec.name] = None if dense else max(1, min(round(value), highest))
+            ranks[spec.name] = None if dense else max(1, min(round(value), spec.top_rank))
         return ranks
 
 
 class Guidance:
-    """The loss that makes up for the jump of the gain at break-even; see the module's docstring.
+    """The guidance loss; see the module's docstring.
 
     Attributes:
-        tangent: k_t (L) float64, the rank of R_t; break-even where no rank pays.
+        tangent: k_t (L) float64, the rank of R_t; break-even if no rank is cheaper than dense.
         slope: s (L) float64, share of energy per R.
     """
 
     def __init__(self, specs: Sequence[LinearSpec], spectra: Mapping[str, torch.Tensor]) -> None:
         self.break_even = torch.tensor([_break_even(spec) for spec in specs], dtype=torch.float64)
-        # Last rank below break-even, where the last linear piece of g starts.
+        # Largest rank below break-even: the last linear piece of g starts here.
         self.highest = torch.tensor([spec.top_rank for spec in specs])
         self.weights = torch.tensor([spec.dense_cost for spec in specs], dtype=torch.float64)
         self.weights = self.weights / self.weights.sum()
-        # g at ranks 0 … r, filled up with ones.
+        # g at ranks 0 … r, padded with ones.
         self.gains = torch.ones(len(specs), 1 + max(spec.full_rank for spec in specs), dtype=torch.float64)
         for i, spec in enumerate(specs):
             spectrum = spectra[spec.name].double()
             tails = spectrum.flip(0).cumsum(0).flip(0)
-            # An empty spectrum loses nothing at any rank.
+            # A zero spectrum loses nothing at any rank.
             self.gains[i, : len(spectrum)] -= tails / tails[0].clamp_min(torch.finfo(torch.float64).tiny)
         ranks = torch.arange(self.gains.shape[1], dtype=torch.float64)
         chords = (1 - self.gains) / (1 - ranks / self.break_even[:, None])
@@ -158,7 +156,7 @@ class Guidance:
         self.tangent = torch.where(pays, tangent.double(), self.break_even)
 
     def gain(self, expected: torch.Tensor) -> torch.Tensor:
-        """Return g (L) at the ranks E (L), none above break-even, where it is g(1⁻); differentiable."""
+        """Return g (L) at the ranks E (L), differentiable. No rank is above break-even, where the result is g(1⁻)."""
         piece = torch.minimum(expected.detach().floor().long(), self.highest)[:, None]
         low, high = self.gains.gather(1, piece)[:, 0], self.gains.gather(1, piece + 1)[:, 0]
         return low + (expected - piece[:, 0]) * (high - low)
@@ -166,7 +164,7 @@ class Guidance:
     def __call__(self, expected: torch.Tensor) -> torch.Tensor:
         """Return L_guidance at the ranks E (L) float64, none above break-even; scalar.
 
-        At break-even the value is 0 and the gradient, if ``expected`` has one there, is that of just below.
+        At break-even the value is 0 and the gradient is that of just below.
         """
         envelope = 1 - self.slope * (1 - expected / self.break_even)
         deficit = self.gain(expected) - envelope
@@ -177,15 +175,15 @@ class Guidance:
 
 
 def start_at(atoms: Atoms, shares: Mapping[str, float], width: float = 0.05) -> torch.Tensor:
-    """Return scores whose α is a bell over the ranks, with a given expected rank.
+    """Return scores whose α is bell-shaped over the ranks and has a given expected rank.
 
-    θ_d = −((s_d − c) / (width · r))², with c found by bisection, so that the mean is right also where the bell is cut
-    off or falls between atoms.
+    θ_d = −((s_d − c) / (width · r))². Bisection finds c, so that the mean is right also if the bell is cut off or lies
+    between atoms.
 
     Args:
         atoms: the ranks.
-        shares: module path → R = E(m + n) / mn; what lies beyond the atoms is taken to the nearest of them.
-        width: of the bell, as a fraction of the full rank; more lets θ feel ranks further away.
+        shares: module path → R = E(m + n) / mn; values beyond the atoms are clamped to the nearest one.
+        width: of the bell, as a fraction of the full rank; a wider bell includes more distant ranks.
 
     Returns:
         θ (L, D) float64.
@@ -193,11 +191,11 @@ def start_at(atoms: Atoms, shares: Mapping[str, float], width: float = 0.05) -> 
     full = torch.tensor([spec.full_rank for spec in atoms.specs], dtype=torch.float64)[:, None]
     wanted = torch.tensor([shares[spec.name] * _break_even(spec) for spec in atoms.specs], dtype=torch.float64)[:, None]
     ranks = atoms.ranks.double()
-    # On the very first or last atom the softmax would have no gradient.
+    # Exactly on the first or last atom the softmax would have no gradient.
     wanted = wanted.clamp(ranks[:, :1] + _OFF_EDGE, full - _OFF_EDGE)
-    # So far out, neighbouring atoms differ by 40 nats, and all the weight lies on the last one.
-    reach = full * (1 + 20 * width**2 * ranks.shape[1])
-    low, high = -reach, full + reach
+    # At this distance neighbouring atoms differ by 40 nats: all weight lies on the last one.
+    margin = full * (1 + 20 * width**2 * ranks.shape[1])
+    low, high = -margin, full + margin
     for _ in range(_BISECTIONS):
         centre = (low + high) / 2
         theta = -((ranks - centre) / (width * full)).square()
@@ -207,7 +205,7 @@ def start_at(atoms: Atoms, shares: Mapping[str, float], width: float = 0.05) -> 
 
 
 def shares_of(specs: Sequence[LinearSpec], ranks: Mapping[str, int | None]) -> dict[str, float]:
-    """Return the share R of every layer for :func:`start_at`; dense is just above 1."""
+    """Return the share R of every layer for :func:`start_at`; just above 1 for dense."""
     shares = {}
     for spec in specs:
         rank = ranks[spec.name]

@@ -1,19 +1,19 @@
-"""The priced form: dense is an atom, and one global price keeps the hard allocation on budget in every step.
+"""The priced form: dense is an atom, and one global price keeps the hard allocation within the budget in every step.
 
     α_i(d) ∝ exp((θ_id − μ c_id) / τ)        hard choice d_i = argmax_d θ_id − μ c_id
 
-with c the cost of an atom and μ found by bisection so that Σ_i c_i(d_i) just fits the budget: the
-multiple-choice knapsack's Lagrangian, where −θ stands for the loss of every rank. There is no budget penalty, no
-rescaling afterwards, and what is trained is what is deployed. Atoms between break-even and full rank do not exist, so
-the jump of the gain at R = 1, for which the paper's form needs a guidance loss, is not in the search space.
+with c the cost of an atom and μ found by bisection so that Σ_i c_i(d_i) just fits the budget. This is the Lagrangian of
+the multiple-choice knapsack with −θ as the loss of every rank. There is no budget penalty and no rescaling: the trained
+allocation is the deployed one. There are no atoms between break-even and full rank, so the search space does not
+contain the jump of the gain at R = 1, for which the paper's form needs a guidance loss.
 
-The price depends on θ. Raising all θ of dear atoms raises μ with them; without this term every layer asks for more
-rank at once and the differences between layers drown. With the expected cost Σ α c held fixed,
+The price depends on θ: raising θ of all expensive atoms raises μ. Without this term all layers would ask for more rank
+at once, which would hide the differences between layers. With the expected cost Σ α c fixed,
 
     ∂L/∂θ_id = α_id [(G_id − ν c_id) − Σ_e α_ie (G_ie − ν c_ie)] / τ,    ν = Σ_i Cov_αi(G_i, c_i) / Σ_i Var_αi(c_i)
 
-where G_id = ∂L/∂α_id is the loss gradient summed over the mask up to s_d: the implicit function theorem on
-μ(θ), which takes from the gradient its part along the cost.
+where G_id = ∂L/∂α_id is the loss gradient summed over the mask up to s_d. This follows from the implicit function
+theorem on μ(θ), which removes the component along the cost from the gradient.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PricedStaircase(MaskFamily):
 
     Attributes:
         price: μ of the latest :meth:`cut`, in units of θ per unit of cost.
-        unit: the loss that one unit of θ stands for, in the unit of the tables at the start.
+        unit: loss per unit of θ, in the unit of the starting tables.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class PricedStaircase(MaskFamily):
         Args:
             atoms: of :func:`ara.masks.staircase.priced_atoms`.
             budget: the limit.
-            tables: module path → (r + 1), the loss of every rank, in any unit; the last entry is that of dense.
-            temperature: τ. θ is −loss in units of the price of 1 % of the mean layer at the start, so at τ = 1 the
-                atoms are mixed that this price hardly tells apart.
+            tables: module path → (r + 1), the loss of every rank, in any unit; the last entry is the dense layer.
+            temperature: τ. One unit of θ is the starting price of 1 % of the mean layer. At τ = 1 the softmax mixes
+                atoms that differ by about this much.
         """
         self.specs, self.atoms, self.budget, self.temperature = atoms.specs, atoms, budget, temperature
         theta = -atoms.expand(tables)
@@ -59,19 +59,15 @@ class PricedStaircase(MaskFamily):
         self.price = 0.0
 
     def cut(self, progress: float, generator: torch.Generator) -> Cut:
-        """Return the priced masks and the hard ranks that meet the budget."""
+        """Return the priced masks, and the hard ranks within the budget."""
         theta = self.parameters["theta"]
         self.price, picks = hard_price(theta.detach(), self.atoms, self.budget.limit)
         scores = _at_fixed_cost(theta, self.atoms, self.price, self.temperature)
         return Cut(self.atoms.masks(self.atoms.alpha(scores)), self.atoms.hard_ranks(picks))
 
-    def tables(self, theta: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Return −θ, by default the present one, as the loss of every rank, in the unit of the start.
-
-        Returns:
-            Module path → (r + 1) float64.
-        """
-        theta, result = self.parameters["theta"].detach() if theta is None else theta, {}
+    def tables(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Return −θ as the loss of every rank, in the unit of the starting tables."""
+        theta, result = (parameters or self.parameters)["theta"].detach(), {}
         for i, spec in enumerate(self.specs):
             real = self.atoms.real[i]
             result[spec.name] = _interpolated(self.atoms.ranks[i][real], -theta[i][real] * self.unit, spec.full_rank)
@@ -96,7 +92,7 @@ def hard_price(theta: torch.Tensor, atoms: Atoms, limit: int) -> tuple[float, to
         picks = scores.argmax(1)
         return picks, float(atoms.costs.gather(1, picks[:, None]).sum())
 
-    # Also a negative price may be right: when θ rewards small ranks and the budget is wide.
+    # The price may be negative: if θ rewards small ranks and the budget is large.
     low, high = -1e-12, 1e-12
     while choose(high)[1] > limit:
         high *= 2
@@ -112,7 +108,7 @@ def hard_price(theta: torch.Tensor, atoms: Atoms, limit: int) -> tuple[float, to
 
 
 def _at_fixed_cost(theta: torch.Tensor, atoms: Atoms, price: float, temperature: float) -> torch.Tensor:
-    """Return (θ − μ c) / τ with μ as a function of θ that holds the expected cost Σ α c fixed."""
+    """Return (θ − μ c) / τ with μ as the function of θ that keeps the expected cost Σ α c fixed."""
     with torch.no_grad():
         alpha = atoms.alpha((theta - price * atoms.costs) / temperature)
         centred = (atoms.costs - (alpha * atoms.costs).sum(1, keepdim=True)) * atoms.real
@@ -124,7 +120,7 @@ def _at_fixed_cost(theta: torch.Tensor, atoms: Atoms, price: float, temperature:
 
 
 def _interpolated(ranks: torch.Tensor, values: torch.Tensor, full: int) -> torch.Tensor:
-    """Return the piecewise linear function through (rank, value) at 0 … full; beyond the ends it goes on straight."""
+    """Return the piecewise linear function through (rank, value) at 0 … full, extended linearly at both ends."""
     if len(ranks) == 1:
         return values.expand(full + 1).clone()
     at = torch.arange(full + 1)

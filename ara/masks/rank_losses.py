@@ -1,4 +1,4 @@
-"""What a training leaves behind, and how a budget is met with it."""
+"""Rank losses: the result of a training, and the allocation that it gives for any budget."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ara.solver.rounding import proportional
 
 @dataclass(frozen=True, eq=False)
 class LearnedLosses:
-    """The loss of every rank of every layer, as a training has found it.
+    """The loss of every rank of every layer, as learned by a training.
 
     Attributes:
-        keep: the budget that it was trained at.
+        keep: the budget of the training.
         tables: module path → (r + 1) float64; entry k is the loss of keeping k components, the last that of dense.
-            ``None`` after a training of the paper's form, which leaves only ranks.
+            ``None`` for the paper's form, which learns only ranks.
         ranks: the best allocation at that budget.
     """
 
@@ -31,10 +31,10 @@ class LearnedLosses:
     ranks: Allocation
 
     def allocation(self, specs: Sequence[LinearSpec], budget: Budget) -> Allocation:
-        """Return the ranks for any budget.
+        """Return the allocation for any budget.
 
-        Under the budget of the training these are its best ones, under another one the exact optimum for the losses
-        within their reach (:mod:`ara.masks.trust_region`); without losses, the ranks are rescaled.
+        For the budget of the training it is the training's best one. For another budget it is the exact optimum of the
+        losses within the trust region (:mod:`ara.masks.trust_region`). Without losses the ranks are rescaled.
         """
         if self.tables is not None:
             met = budget.met_by(specs, self.ranks.ranks)
@@ -46,6 +46,6 @@ class LearnedLosses:
 
 
 def nearest(learned: Sequence[LearnedLosses], keep: float) -> LearnedLosses:
-    """Return the training whose budget is nearest to ``keep``; of two equally near ones that of the larger budget."""
-    # 0.8 and 0.6 are equally near to 0.7, whatever binary fractions and whole parameters make of them.
+    """Return the result whose budget is nearest to ``keep``; of two equally near ones that of the larger budget."""
+    # Rounded, so that 0.8 and 0.6 are equally near to 0.7 despite binary fractions.
     return min(learned, key=lambda losses: (round(abs(losses.keep - keep), 4), -losses.keep))

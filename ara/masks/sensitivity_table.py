@@ -1,14 +1,14 @@
-"""How much the loss grows when the components of a layer from rank k on are removed: one backward pass for all ranks.
+"""The sensitivity table: the estimated loss of every rank of every layer, from one backward pass per window.
 
-With h = A x and q = Bᵀ g as in :mod:`ara.masks.linear`, removing component j changes the loss through token t by
-d_tj = h_tj q_tj to first order, and removing all from rank k on by the tail sum T_t(k) = Σ_{j ≥ k} d_tj. Its mean
-square is the Fisher information along that removal, so that
+Let h = A x and q = Bᵀ g as in :mod:`ara.masks.linear`. To first order, removing component j changes the loss through
+token t by d_tj = h_tj q_tj, and removing all components from k on by the tail sum T_t(k) = Σ_{j ≥ k} d_tj. Its mean
+square is the Fisher information in the direction of the removal, so that
 
     loss(k) ≈ ½ Σ_t T_t(k)²        per predicted token, nats
 
-(for gradients against targets drawn from the model; see :func:`ara.models.losses.sampled_targets`). Where
-``per_window``, T is summed over the tokens of a window before it is squared, which is the exact Fisher information
-of the window but has far fewer terms to average over.
+for gradients against targets sampled from the model (:func:`ara.models.losses.sampled_targets`). With ``per_window``,
+T is summed over the tokens of a window before it is squared. This is the exact Fisher information of the window, but
+an average over far fewer terms.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ class SensitivityOptions(MethodOptions):
     """Options of the sensitivity table."""
 
     targets: Literal["model", "text"] = Field(
-        "model", description="gradients of the loss against tokens drawn from the model (Fisher) or the text's own"
+        "model", description="gradients of the loss of tokens sampled from the model (Fisher), or of the text"
     )
-    sums: Literal["token", "window"] = Field("token", description="square effects per token, or summed per window")
+    sums: Literal["token", "window"] = Field(
+        "token", description="square the effects per token, or their sums per window"
+    )
 
 
 def sensitivity_tables(
@@ -45,21 +47,21 @@ def sensitivity_tables(
     seed: int = 0,
     report: Reporter = SILENT,
 ) -> dict[str, torch.Tensor]:
-    """Return for every layer the estimated loss of every rank, at the model's present cut.
+    """Return the estimated loss of every rank of every layer, at the model's current cut.
 
     Args:
         model: usually dense.
         windows: (w, t) int64.
-        loss: which gradients: against drawn targets (``fisher``) or the text (``ce``).
-        per_window: see the module's text.
+        loss: gradients against sampled targets (``fisher``) or the text (``ce``).
+        per_window: see the module's docstring.
         batch_size: windows per pass.
-        seed: of the drawing.
+        seed: of the sampling.
         report: progress.
 
     Returns:
         Module path → (r + 1) float64: entry k is the loss of keeping k components, nats per token; entry r is 0.
     """
-    # Apple's GPUs have no float64.
+    # Apple GPUs have no float64.
     wide = torch.float32 if model.device.type == "mps" else torch.float64
     sums = {spec.name: torch.zeros(spec.full_rank, dtype=wide, device=model.device) for spec in model.specs}
 
@@ -82,10 +84,11 @@ def sensitivity_tables(
     }
 
 
-def sensitivity_of(context: TuningContext, options: SensitivityOptions) -> SensitivityTable:
-    """Return the table of the dense model, that of ``context.table_cache`` if there is one."""
+def sensitivity_table(context: TuningContext, options: SensitivityOptions | None = None) -> SensitivityTable:
+    """Return the table of the dense model, from ``context.table_cache`` if it is there."""
+    options = options or SensitivityOptions()
 
-    def make() -> dict[str, torch.Tensor]:
+    def compute() -> dict[str, torch.Tensor]:
         context.model.use_dense()
         return sensitivity_tables(
             context.model,
@@ -98,7 +101,7 @@ def sensitivity_of(context: TuningContext, options: SensitivityOptions) -> Sensi
         )
 
     if context.table_cache is None:
-        return timed(make)
+        return timed(compute)
     settings: dict[str, str | int] = {
         **options.model_dump(),
         "batch_size": context.batch_size,
@@ -107,4 +110,4 @@ def sensitivity_of(context: TuningContext, options: SensitivityOptions) -> Sensi
         "dtype": str(context.model.model.dtype),
     }
     sizes = {spec.name: spec.full_rank + 1 for spec in context.model.specs}
-    return context.table_cache.get(context.train, settings, sizes, lambda: timed(make))
+    return context.table_cache.get(context.train, settings, sizes, lambda: timed(compute))

@@ -1,10 +1,10 @@
 """The staircase mask: a few trainable numbers per layer, a monotone mask over all of its components.
 
 A layer has D *atoms*, ranks s_1 < s_2 < … < s_D, and θ ∈ R^D. With α = softmax(θ) on the simplex and the staircase
-matrix M ∈ {0, 1}^{D×r} whose row d is ones up to s_d, the mask is p = αM (ARA, arXiv 2510.19389). So p falls
-monotonely, Σ_j p_j = Σ_d α_d s_d is the expected rank, and every θ_d feels the whole spectrum.
+matrix M ∈ {0, 1}^{D×r} whose row d is ones up to s_d, the mask is p = αM (ARA, arXiv 2510.19389). So p decreases
+monotonically, Σ_j p_j = Σ_d α_d s_d is the expected rank, and the gradient of every θ_d includes all components.
 
-All layers are held in one padded matrix: rows are layers, columns atoms.
+All layers share one padded matrix: rows are layers, columns atoms.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from ara.models.weights import LinearSpec
 from ara.solver.problem import Budget, Choice
 
-# log of the weight of atoms that only fill the matrix up.
+# Score of padding atoms.
 _NEVER = -1e30
 
 
@@ -27,10 +27,10 @@ class Atoms:
 
     Attributes:
         specs: the layers (L).
-        ranks: (L, D) int64, components kept; the full rank for the dense atom, 0 where the row is shorter.
+        ranks: (L, D) int64, components kept; the full rank for the dense atom, 0 for padding.
         costs: (L, D) float64, in the unit of the budget; parameters for the paper's atoms.
-        real: (L, D) bool, False where the matrix is only filled up.
-        dense: (L, D) bool, True for the dense atom, each row's last real one if it has one.
+        real: (L, D) bool, False for padding.
+        dense: (L, D) bool, True for the dense atom, which is the last real one of a row.
     """
 
     specs: tuple[LinearSpec, ...]
@@ -59,7 +59,7 @@ class Atoms:
         return {spec.name: None if whole else rank for spec, rank, whole in zip(self.specs, ranks, dense, strict=True)}
 
     def expand(self, tables: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the entries of per-rank tables, (r + 1) each, at every atom: (L, D) float64, 0 where filled up."""
+        """Return the entries of per-rank tables, (r + 1) each, at every atom: (L, D) float64, 0 for padding."""
         rows = [tables[spec.name].double()[self.ranks[i]] for i, spec in enumerate(self.specs)]
         return torch.stack(rows).masked_fill(~self.real, 0)
 
@@ -67,8 +67,8 @@ class Atoms:
 def priced_atoms(specs: Sequence[LinearSpec], budget: Budget, count: int) -> Atoms:
     """Return up to ``count`` evenly spaced ranks cheaper than dense per layer, and dense as one more atom.
 
-    Ranks that cost more than dense, as factors do between break-even and full rank, give less: they are not in the
-    search space, so there is no jump in it either.
+    Ranks that cost more than dense (between break-even and full rank) are left out. So the gain has no jump in this
+    search space.
     """
     rows = []
     for spec in specs:

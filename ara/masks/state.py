@@ -1,4 +1,4 @@
-"""How a training goes, and everything that it goes on from."""
+"""Settings of a training, and the state from which it resumes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from ara.config import MethodOptions
 from ara.masks.model import LossKind
 
-# In front of the names of the best parameters in a checkpoint.
+# Prefix of the best parameters in a checkpoint.
 _BEST = "best:"
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train; see :class:`ara.config.TrainMasksConfig` for ranges.
+    """Settings of the training loop; see :class:`ara.config.TrainMasksConfig` for ranges.
 
     Attributes:
         steps: optimiser steps.
         batch: windows per step.
         learning_rate: of Adam at the start; falls along a cosine to a tenth.
         loss: of the language model.
-        average: decay of the moving average of the parameters that is checked and deployed; 0 takes the last ones.
+        average: decay of the moving average of the parameters, which is checked and deployed; 0: no average.
         check_every: steps between checks on held-out text.
         micro_batch: windows per forward and backward pass.
         seed: of batches and of everything random.
@@ -42,9 +42,9 @@ class TrainingSettings:
 
     @classmethod
     def of(cls, options: MethodOptions, micro_batch: int, seed: int) -> TrainingSettings:
-        """Return the settings that a method's ``options`` name; by default where they do not."""
+        """Return the settings that are fields of a method's ``options``; the others have their defaults."""
         named = {field.name: getattr(options, field.name) for field in fields(cls) if hasattr(options, field.name)}
-        assert not {"micro_batch", "seed"} & set(named), "these are the context's"
+        assert not {"micro_batch", "seed"} & set(named), "these come from the context"
         return cls(**named, micro_batch=micro_batch, seed=seed)
 
 
@@ -54,9 +54,9 @@ class LogRow:
 
     Attributes:
         loss: of the step's batch; ``None`` in row 0.
-        keep: fraction of the dense parameters that the allocation reached keeps.
-        dense: layers that it leaves dense.
-        held_out: where the allocation was checked on held-out text.
+        keep: fraction of the dense parameters that the current allocation keeps.
+        dense: number of its dense layers.
+        held_out: loss on held-out text; ``None`` in steps without a check.
     """
 
     step: int
@@ -83,15 +83,15 @@ class _Plain(BaseModel):
 
 @dataclass
 class TrainingState:
-    """Everything that a training goes on from.
+    """Everything that a training needs to resume.
 
     Attributes:
         step: finished steps.
         tensors: parameters, their average and the optimiser's moments, by name.
         best: ranks of the best allocation on held-out text so far.
         best_held_out: its mean negative log-likelihood, nats per token.
-        best_step: the step after which it was reached; 0 is the start.
-        best_tensors: the family's parameters that gave it, by name.
+        best_step: the step that reached it; 0 is the start.
+        best_tensors: the family's parameters at that step, by name.
         log: one row per step; row 0 is the start.
         seconds: of training so far.
         backward_passes: windows through a backward pass so far.
@@ -110,13 +110,13 @@ class TrainingState:
     interrupted: bool = False
 
     def plain(self) -> dict[str, Any]:
-        """Return all but the tensors as JSON data."""
+        """Return everything but the tensors as JSON data."""
         values = asdict(replace(self, tensors={}, best_tensors={}))
         del values["tensors"], values["best_tensors"]
         return values
 
     def all_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors under one set of names, for a checkpoint."""
+        """Return all tensors in one dict, for a checkpoint."""
         return {**self.tensors, **{f"{_BEST}{name}": value for name, value in self.best_tensors.items()}}
 
     @classmethod

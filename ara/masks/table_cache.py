@@ -1,4 +1,4 @@
-"""Sensitivity tables kept in the workspace: one pass serves every budget, layout and training of the same factors."""
+"""A cache of sensitivity tables: budgets, layouts and trainings of the same factors share one table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ara.files import is_plain_file
 from ara.progress import SILENT, Reporter
 from ara.workspace.tensors import save_tensors, tensor_digests, written_aside
 
-# Change it when tables are computed, or stored, otherwise.
+# Increase it when the computation or the file format of tables changes.
 TABLE_FORMAT = 2
 
 
@@ -29,7 +29,7 @@ class SensitivityTable:
 
     Attributes:
         losses: module path → (r + 1) float64, nats per token; entry k is that of keeping k components, entry r is 0.
-        seconds: that it took to make, whenever that was.
+        seconds: time of its computation.
     """
 
     losses: dict[str, torch.Tensor]
@@ -41,9 +41,9 @@ class TableCache:
     """A folder of tables.
 
     Attributes:
-        folder: made if need be.
+        folder: created if missing.
         factors: content hash of the decomposition.
-        report: says what is read and what is thrown away.
+        report: hears of tables read and tables discarded.
     """
 
     folder: Path
@@ -57,10 +57,10 @@ class TableCache:
         sizes: Mapping[str, int],
         make: Callable[[], SensitivityTable],
     ) -> SensitivityTable:
-        """Read the table that was made of the same factors, ``windows`` and ``settings``, or make and keep it.
+        """Return the table of the same factors, ``windows`` and ``settings`` from a file, or make and store it.
 
-        A table that does not hold as many losses of every layer as ``sizes`` says is damaged.
-        A damaged file is reported, thrown away and written anew; where there is no room for it, it is not kept.
+        A damaged file is reported and replaced. A table without ``sizes`` losses per layer, by module path, counts as
+        damaged. A table that cannot be stored is returned with a warning.
         """
         text = hashlib.sha256(windows.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
         key = json.dumps(
@@ -79,13 +79,12 @@ class TableCache:
         try:
             _write(path, found)
         except (DiskFullError, OSError) as error:
-            # What took minutes is not thrown away because it cannot be kept.
-            self.report.warn(f"the sensitivity table is not kept for later ({error})")
+            self.report.warn(f"the sensitivity table could not be stored for later use ({error})")
         return found
 
 
 def timed(make: Callable[[], dict[str, torch.Tensor]]) -> SensitivityTable:
-    """Make a table and note how long that took."""
+    """Make a table and measure the time."""
     begun = time.monotonic()
     losses = make()
     return SensitivityTable(losses, time.monotonic() - begun)
@@ -93,16 +92,16 @@ def timed(make: Callable[[], dict[str, torch.Tensor]]) -> SensitivityTable:
 
 def _read(path: Path, sizes: Mapping[str, int]) -> SensitivityTable:
     if not is_plain_file(path):
-        raise ValueError("it is no plain file")
+        raise ValueError("not a regular file")
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
         losses = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     table = SensitivityTable(losses, float(about["seconds"]))
     if about["digest"] != _digest(table):
-        raise ValueError("its checksum is wrong")
+        raise ValueError("wrong checksum")
     shapes = {name: (tuple(one.shape), one.dtype) for name, one in losses.items()}
     if not math.isfinite(table.seconds) or shapes != {name: ((size,), torch.float64) for name, size in sizes.items()}:
-        raise ValueError("it holds other tables than those of these layers")
+        raise ValueError("its layers or sizes differ from those of the factors")
     return table
 
 

@@ -1,4 +1,4 @@
-"""How far from a cut its model of the loss is believed: no layer falls below half of the rank that it has there."""
+"""Trust region: the local loss model holds down to half of each layer's rank."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from ara.models.weights import LinearSpec
 from ara.solver.problem import Allocation
 
-# Share of its rank that a layer keeps at least.
+# Least share of its rank that a layer keeps.
 _LEAST = 0.5
-# Loss, nats, of rank 0 beside what the table says, where a rank below the floor is all that a budget can pay.
+# Additional loss of rank 0, nats.
 _BARRIER = 10.0
 
 
 def floors_below(specs: Sequence[LinearSpec], around: Allocation) -> torch.Tensor:
     """Return half of the rank of every layer, rounded up: (L) int64.
 
-    A dense layer counts as one of the highest rank that costs less: else, with k(m + n) parameters for rank k and a
-    square layer, half of its rank would cost as much as dense, and it could never leave it.
+    A dense layer counts as its highest rank that costs less than dense. With full rank instead, half of it could cost
+    as much as dense (rank k of a square layer has k(m + n) parameters), and the layer would always stay dense.
     """
     ranks = (around.ranks[spec.name] for spec in specs)
-    # Also above what pays: the cut may be one of another layout.
+    # The cut may be from another layout, with ranks that cost more than dense here.
     highest = [
         spec.top_rank if rank is None else min(rank, spec.top_rank) for spec, rank in zip(specs, ranks, strict=True)
     ]
@@ -32,9 +32,9 @@ def floors_below(specs: Sequence[LinearSpec], around: Allocation) -> torch.Tenso
 def above_floors(
     specs: Sequence[LinearSpec], tables: Mapping[str, torch.Tensor], floors: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Return tables with a barrier in front of ranks below the floors: 10 (1 − k / floor)² nats on the floor's own.
+    """Return tables with a barrier below the floors: rank k < floor loses 10 (1 − k / floor)² nats more than the floor.
 
-    The barrier is finite: a budget may leave no other choice.
+    The barrier is finite, because a small budget may require ranks below the floors.
 
     Args:
         specs: the layers.

@@ -12,10 +12,10 @@ import numpy as np
 from ara.solver.greedy import lower_hull
 from ara.solver.relaxation import Front, Relaxation
 
-# Bounds on the dynamic programming: states that a layer starts from, and pairs (state, choice) that it looks at.
+# Limits of the dynamic programming: states before a layer, and pairs (state, choice) examined for it.
 MAX_STATES = 1 << 17
 MAX_PAIRS = 1 << 21
-# Pairs looked at together, for memory.
+# Pairs examined at once; bounds the memory.
 _BLOCK = 1 << 18
 
 
@@ -24,7 +24,7 @@ class Best:
     """The best solution known.
 
     Attributes:
-        excess: its loss less the Lagrangian bound, float.
+        excess: loss minus the Lagrangian bound.
         picks: index into the arrays of :class:`Front`, per layer.
     """
 
@@ -34,12 +34,12 @@ class Best:
 
 @dataclass(frozen=True, eq=False)
 class _Edges:
-    """Edges of the convex hulls of all layers, steepest first; a layer's own in their order.
+    """Edges of the convex hulls of all layers, steepest first; those of one layer in their own order.
 
     Attributes:
-        place: (e) place of the layer in the order of the core.
+        place: (e) position of the layer in the order of the core.
         start, end: (e) the choices that the edge joins, index into the layer's choices in the core.
-        cost: (e) int64, units from start to end.
+        cost: (e) int64 units, from start to end.
         reduced: (e) float64, reduced loss from start to end.
         slope: (e) float64, reduced loss per unit, non-decreasing.
     """
@@ -53,47 +53,38 @@ class _Edges:
 
 
 class _Rest:
-    """Linear relaxation of the layers of a core from one place on.
+    """Linear relaxation of the layers of a core from position ``place`` on.
 
-    Its optimum climbs the edges from the cheapest choices, steepest first, and takes part of the first that no longer
-    fits.
-
-    Args:
-        core: the core.
-        place: of the first layer.
+    Its optimum starts from the cheapest choices and takes edges, steepest first. The first edge that does not fit is
+    taken in part.
     """
 
     def __init__(self, core: Core, place: int) -> None:
         self.core = core
         self.edges = np.flatnonzero(core.edges.place >= place)
-        # Cost and reduced loss of the corners; beyond the last one, room stays unused at the price.
+        # Cost and reduced loss after each edge. Room after the last edge stays unused; it counts at the price.
         self.cost = np.concatenate([[0], np.cumsum(core.edges.cost[self.edges])])
         first = float(sum(reduced[0] for reduced in core.reduced[place:]))
         self.reduced = first + np.concatenate([[0.0], np.cumsum(core.edges.reduced[self.edges])])
         self.slope = np.append(core.edges.slope[self.edges], core.price)
 
     def bound(self, cost: np.ndarray, reduced: np.ndarray) -> np.ndarray:
-        """Return the least excess that any completion of the states has; infinite where none fits.
-
-        Args:
-            cost: (s) int64 units, of the layers before.
-            reduced: (s) float64, reduced loss of the layers before.
-        """
+        """Return a lower bound on the excess of all completions of the states (s); infinite where none fits."""
         room = self.core.room - cost
         corner = np.searchsorted(self.cost, room, side="right") - 1
         bound = reduced + self.reduced[corner] + (room - self.cost[corner]) * self.slope[corner]
         return np.where(corner >= 0, bound, np.inf)
 
     def complete(self, cost: np.ndarray, reduced: np.ndarray) -> tuple[float, int, list[tuple[int, int]]]:
-        """Complete states to solutions: the edges that fit, then the largest choice that fits in the next edge's layer.
+        """Complete states to solutions: take the edges that fit, then the largest choice that fits in the next layer.
 
         Args:
             cost: (s) int64 units, of the layers before; all leave room for the cheapest choices.
             reduced: (s) float64, reduced loss of the layers before.
 
         Returns:
-            The least excess, its state, and the choices of the layers to come as (place, choice), later ones to replace
-            earlier ones of the same place; layers that are not named have their first choice.
+            The least excess, its state, and the choices of the remaining layers as (place, choice). A later pair
+            replaces an earlier one of the same place. Layers not named have their first choice.
         """
         core, edges = self.core, self.core.edges
         room = core.room - cost
@@ -119,7 +110,7 @@ class _Rest:
 class Core:
     """The choices whose reduced loss is at most ``width``, and dynamic programming over them.
 
-    Costs count from the cheapest choice of each layer in the core, in units of their greatest common divisor.
+    Costs are relative to the cheapest choice of each layer in the core, in units of their greatest common divisor.
 
     Args:
         layers: all choices.
@@ -133,7 +124,7 @@ class Core:
         kept = [np.flatnonzero(reduced <= width) for reduced in relaxed.reduced]
         spare = capacity - sum(int(layer.cost[keep[0]]) for layer, keep in zip(layers, kept, strict=True))
         self.feasible = spare >= 0
-        # What does not even fit together with the cheapest choices goes, too.
+        # Drop choices that do not fit even with the cheapest choices of all other layers.
         kept = [keep[layer.cost[keep] <= layer.cost[keep[0]] + spare] for layer, keep in zip(layers, kept, strict=True)]
         self.kept = kept
         free = [i for i, keep in enumerate(kept) if len(keep) > 1]
@@ -141,10 +132,10 @@ class Core:
         unit = math.gcd(*map(int, steps)) or 1
         self.room, waste = divmod(spare, unit)
         self.price = relaxed.price * unit
-        # No solution can use what is left over of a unit, and layers without a choice add their reduced loss.
+        # No solution can use a fraction of a unit. Layers with a single choice add its reduced loss.
         self.least = relaxed.price * waste
         self.least += float(sum(relaxed.reduced[i][keep[0]] for i, keep in enumerate(kept) if len(keep) == 1))
-        # Layers that reach the same costs follow each other, so that their states coincide.
+        # Layers with the same possible costs are adjacent, so that their states coincide.
         sizes = Counter[int]()
         for i in free:
             sizes[layers[i].perimeter] += len(kept[i])
@@ -168,7 +159,7 @@ class Core:
         reduced = self.flat_reduced[b] - self.flat_reduced[a]
         slope = reduced / cost
         for p in range(len(hulls)):
-            # Rounding must not change the order within a layer.
+            # Rounding errors must not change the order within a layer.
             slope[place == p] = np.maximum.accumulate(slope[place == p])
         by = np.argsort(slope, kind="stable")
         return _Edges(place[by], start[by], end[by], cost[by], reduced[by], slope[by])
@@ -178,20 +169,20 @@ class Core:
         return np.searchsorted(self._sorted, place * (self.room + 1) + room, side="right") - 1
 
     def search(self, best: Best, tolerance: float) -> bool:
-        """Replace ``best`` by the best solution in the core where that is better by more than ``tolerance``.
+        """Replace ``best`` by the best solution in the core if that is better by more than ``tolerance``.
 
         Args:
-            best: of all solutions known; changed in place.
+            best: the best solution known; changed in place.
             tolerance: summed loss that dominance may neglect.
 
         Returns:
-            Whether it is certain, up to the tolerances, that the core has none better than ``best``.
+            Whether it is certain, up to the tolerances, that the core has no better solution than ``best``.
         """
         if not self.feasible:
             return True
         certain = True
         cost, reduced = np.zeros(1, np.int64), np.full(1, self.least)
-        # The way back: per layer done, the state before and the choice of each state.
+        # For backtracking: per finished layer, the previous state and the choice of each state.
         way: list[tuple[np.ndarray, np.ndarray]] = []
         for place in range(len(self.order) + 1):
             rest = _Rest(self, place)
@@ -225,16 +216,9 @@ class Core:
         ceiling: float,
         tolerance: float,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return cost, reduced loss, state before and choice of the states after the layer at ``place``.
+        """Return cost, reduced loss, previous state and choice of the states after the layer at ``place``.
 
-        Args:
-            cost: (s) of the states before.
-            reduced: (s) of the states before.
-            place: of the layer.
-            choices: of the layer.
-            rest: the layers behind it.
-            ceiling: largest bound that a state may have.
-            tolerance: see :meth:`search`.
+        ``ceiling`` is the largest bound that a state may have; ``rest`` are the layers after this one.
         """
         rows = max(_BLOCK // len(cost), 1)
         found = [np.zeros(0, np.int64)]
@@ -250,14 +234,10 @@ class Core:
         return cost[by], reduced[by], state[by].astype(np.int32), choice[by].astype(np.int32)
 
     def _undominated(self, cost: np.ndarray, reduced: np.ndarray, interval: float) -> np.ndarray:
-        """Return which states remain: those whose loss is in a lower interval than that of every cheaper state.
+        """Return the states whose loss is in a lower interval than that of every cheaper state.
 
-        A state that is dropped has a cheaper one, or one that costs the same, that loses less than ``interval`` more.
-
-        Args:
-            cost: (s) int64 units, non-decreasing.
-            reduced: (s) float64.
-            interval: loss.
+        For each dropped state a state of the same cost or less remains whose loss is higher by less than ``interval``.
+        ``cost`` (s) is non-decreasing.
         """
         level = np.floor((reduced - self.price * cost) / interval)
         lowest = np.minimum.accumulate(level)
@@ -268,13 +248,7 @@ class Core:
     def _picks(
         self, way: Sequence[tuple[np.ndarray, np.ndarray]], state: int, completion: Sequence[tuple[int, int]]
     ) -> list[int]:
-        """Return the choice of every layer, as an index into the arrays of :class:`Front`.
-
-        Args:
-            way: per layer done, the state before and the choice of each state.
-            state: the state after the layers done.
-            completion: choices of the layers to come, see :meth:`_Rest.complete`.
-        """
+        """Return the choice of every layer, as index into :class:`Front`: backtrack ``way``, add ``completion``."""
         choice = dict(completion)
         for place in reversed(range(len(way))):
             before, chosen = way[place]

@@ -14,8 +14,8 @@ from ara.solver.problem import Budget, Choice
 def minimise_loss(specs: Sequence[LinearSpec], losses: Sequence[torch.Tensor], budget: Budget) -> list[int]:
     """Choose per layer so that the summed loss is small under the budget, along the convex hulls of the layers.
 
-    Greedy by loss saved per cost along each layer's lower convex hull is the optimum of the Lagrangian relaxation. What
-    the hulls leave of the budget is spent in single steps, best saving first.
+    Taking the edges of the lower convex hulls by loss saved per cost is optimal for the Lagrangian relaxation. The rest
+    of the budget is spent in single steps, largest saving per cost first.
 
     Args:
         specs: the layers.
@@ -31,13 +31,13 @@ def minimise_loss(specs: Sequence[LinearSpec], losses: Sequence[torch.Tensor], b
         for options, loss in zip(choices, losses, strict=True)
     ]
     left = budget.limit - sum(options[0].cost for options in choices)
-    return spend_on_steps(specs, losses, climb(choices, losses, hulls, left)[0], budget)
+    return spend_on_steps(specs, losses, climb(choices, losses, hulls, left), budget)
 
 
 def spend_on_steps(
     specs: Sequence[LinearSpec], losses: Sequence[torch.Tensor], picks: Sequence[int], budget: Budget
 ) -> list[int]:
-    """Return picks raised by single rank steps, those that save most loss per cost first, until none fits.
+    """Return picks raised by single rank steps, largest saving of loss per cost first, until none fits.
 
     Args:
         specs: the layers.
@@ -48,11 +48,11 @@ def spend_on_steps(
     choices = [budget.choices(spec) for spec in specs]
     left = budget.limit - sum(options[pick].cost for options, pick in zip(choices, picks, strict=True))
     steps = [budget.rank_steps(spec, pick) for spec, pick in zip(specs, picks, strict=True)]
-    return climb(choices, losses, steps, left)[0]
+    return climb(choices, losses, steps, left)
 
 
 def lower_hull(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
-    """Return the indices of the lower convex hull of the points (cost, loss), from the cheapest to the dearest.
+    """Return the indices of the lower convex hull of the points (cost, loss), cheapest first.
 
     Args:
         costs: non-decreasing.
@@ -74,38 +74,32 @@ def lower_hull(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
 
 
 def climb(
-    choices: Sequence[Sequence[Choice]],
-    losses: Sequence[torch.Tensor],
-    ladders: Sequence[Sequence[int]],
-    left: int,
-) -> tuple[list[int], int]:
-    """Climb the layers' ladders rung by rung, always the rung that saves most loss per cost, until none fits.
+    choices: Sequence[Sequence[Choice]], losses: Sequence[torch.Tensor], ladders: Sequence[Sequence[int]], left: int
+) -> list[int]:
+    """Return the choice reached per layer by taking steps, largest saving of loss per cost first, until none fits.
 
     Args:
         choices: of each layer.
         losses: per layer, the loss of each choice.
-        ladders: per layer, the choices to climb through, from the present one up, at strictly increasing cost.
+        ladders: per layer, the choices to step through, beginning with the current one, at strictly increasing cost.
         left: cost to spend.
-
-    Returns:
-        The choice reached per layer, and the cost left.
     """
     at = [0] * len(ladders)
 
-    def rung(i: int) -> tuple[float, int, int]:
+    def step(i: int) -> tuple[float, int, int]:
         a, b = ladders[i][at[i]], ladders[i][at[i] + 1]
         extra = choices[i][b].cost - choices[i][a].cost
         return -float(losses[i][a] - losses[i][b]) / extra, i, extra
 
-    queue = [rung(i) for i in range(len(ladders)) if len(ladders[i]) > 1]
+    queue = [step(i) for i in range(len(ladders)) if len(ladders[i]) > 1]
     heapq.heapify(queue)
     while queue:
         _, i, extra = heapq.heappop(queue)
         if extra > left:
-            # This layer stops here; cheaper rungs of other layers may still fit.
+            # This layer is finished; cheaper steps of other layers may still fit.
             continue
         at[i] += 1
         left -= extra
         if at[i] + 1 < len(ladders[i]):
-            heapq.heappush(queue, rung(i))
-    return [ladder[position] for ladder, position in zip(ladders, at, strict=True)], left
+            heapq.heappush(queue, step(i))
+    return [ladder[position] for ladder, position in zip(ladders, at, strict=True)]

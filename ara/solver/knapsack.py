@@ -1,16 +1,17 @@
-"""The multiple-choice knapsack, solved exactly: the choice per layer that loses least under the budget.
+"""The multiple-choice knapsack, solved exactly: one choice per layer, least summed loss under the budget.
 
-:func:`ara.solver.greedy.minimise_loss` climbs convex hulls and may miss the optimum by up to one hull edge. Pisinger's
-minimal algorithm closes that gap:
+:func:`ara.solver.greedy.minimise_loss` follows convex hulls and may miss the optimum by up to one hull edge. Pisinger's
+minimal algorithm is exact:
 
 1. The Lagrangian dual gives a price per unit of cost and a lower bound, that of the linear relaxation.
-2. The reduced loss of a choice (loss + price · cost, less the least of its layer) is what it adds to that bound at
-   least. A better solution has no choice whose reduced loss exceeds the gap between the bound and the best solution
-   known. Few choices per layer remain, the core.
+2. The reduced loss of a choice is its loss + price · cost, minus the least such value of its layer. A solution with
+   this choice exceeds the bound by at least the reduced loss. So a better solution has no choice whose reduced loss
+   exceeds the gap between the bound and the best solution known. The few choices that remain are the core.
 3. Dynamic programming over the core, layer by layer. A state is dropped when another one costs and loses no more
-   (dominance), or when the linear relaxation of the layers to come takes it beyond the best solution known (bound).
+   (dominance), or when the linear relaxation of the remaining layers shows that it cannot lead to a better solution
+   than the best one known (bound).
 
-The core starts narrow and is widened until it provably holds the optimum.
+The core starts narrow and is widened until it provably contains the optimum.
 
 Sources: E. Balas, E. Zemel, "An algorithm for large zero-one knapsack problems", Operations Research 28 (1980), for the
 core; M. E. Dyer, W. O. Riha, J. Walker, "A hybrid dynamic programming/branch-and-bound algorithm for the
@@ -32,9 +33,9 @@ from ara.solver.greedy import minimise_loss, spend_on_steps
 from ara.solver.problem import Allocation, Budget, Choice
 from ara.solver.relaxation import Front, front_of, relax
 
-# Relative to the loss of the relaxation and the worth of the budget, see `Relaxation.scale`.
+# Relative to `Relaxation.scale`.
 TOLERANCE = 1e-12
-# Width of the first core as a fraction of the gap, and the factor by which a core that was too narrow is widened.
+# Width of the first core as a fraction of the gap, and the factor of each widening.
 _FIRST_CORE = 2.0**-12
 _WIDEN = 4.0
 
@@ -44,7 +45,7 @@ def best_ranks(specs: Sequence[LinearSpec], tables: Mapping[str, torch.Tensor], 
 
     Args:
         specs: the layers.
-        tables: module path → (r + 1) float64, the loss of keeping k components; the last entry is that of dense.
+        tables: module path → (r + 1) float64, the loss of keeping k components; the last entry is the dense layer.
         budget: the limit; of one bit width.
     """
     losses = [
@@ -58,19 +59,19 @@ def exact_minimise(specs: Sequence[LinearSpec], losses: Sequence[torch.Tensor], 
     """Choose per layer so that the summed loss is least under the budget.
 
     At one bit width, a larger rank counts as losing no more than a smaller one: each loss is replaced by the least loss
-    up to it. Of choices that then lose the same, the cheapest is taken. What the optimum leaves of the budget is spent
-    in single rank steps at the bit width chosen, first those that save most (or cost least) of the loss as given, until
-    none fits any more.
+    up to it. Of choices with equal loss the cheapest is taken. The rest of the budget is spent in single rank steps at
+    the chosen bit width until none fits. These steps use the losses as given; the largest saving per cost is first.
 
-    The loss is the least possible within ``TOLERANCE`` · scale, where the scale is at most twice the summed fall of the
-    losses from the cheapest choice to dense; with losses that are integers below 10¹¹ in sum it is the least possible.
-    There is one exception, bounded by ``MAX_STATES`` states and ``MAX_PAIRS`` pairs of a state and a choice
-    (:mod:`ara.solver.core`). Where more survive dominance and bounds in one layer, the range of the states' losses is
-    cut into as many equal intervals as states may remain, and the cheapest state of each interval is kept. The loss is
-    then above the least one by no more than the widths of these intervals (one per layer) together, by no more than the
-    gap to the Lagrangian bound, and never above that of ``minimise_loss``. This happens where many layers offer long
-    runs of choices at nearly the same loss per cost (losses proportional to the cost but for small noise or a fixed
-    fee; one piecewise linear loss for all layers).
+    The loss is the least possible within ``TOLERANCE`` · scale. The scale is at most twice the summed difference of
+    the losses of the cheapest choice and of dense. Integer losses below 10¹¹ in sum are minimised exactly.
+
+    There is one exception. A layer may leave more than ``MAX_STATES`` states, or ``MAX_PAIRS`` pairs of a state and a
+    choice, after dominance and bounds (:mod:`ara.solver.core`). Then the range of the states' losses is cut into equal
+    intervals, one per permitted state, and the cheapest state of each interval is kept. The loss exceeds the least one
+    by no more than the summed widths of these intervals (one per layer), and by no more than the gap to the Lagrangian
+    bound. It is never above that of ``minimise_loss``. This happens where many layers offer many choices at nearly the
+    same loss per cost (losses proportional to the cost but for small noise or a fixed fee; one piecewise linear loss
+    for all layers).
 
     Args:
         specs: the layers.
@@ -116,9 +117,7 @@ def _total(losses: Sequence[torch.Tensor], picks: Sequence[int]) -> float:
 def _solve(layers: Sequence[Front], capacity: int) -> tuple[list[int], bool]:
     """Return the best choice per layer, and whether it is certain that none is better.
 
-    Args:
-        layers: their choices; the cheapest together cost no more than ``capacity``.
-        capacity: limit on their summed cost.
+    The cheapest choices together cost no more than ``capacity``.
     """
     if sum(int(layer.cost[-1]) for layer in layers) <= capacity:
         return [len(layer.cost) - 1 for layer in layers], True

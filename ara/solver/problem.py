@@ -1,9 +1,8 @@
-"""What the solver decides: one choice per layer, the budget that limits them, and the allocation that they make.
+"""The solver's types: the choices of a layer, the budget over all layers, and the allocation of one choice each.
 
 A layer's choices are the ranks 1·s, 2·s, … (s the rank multiple) that cost less than the dense weight, and dense. A
-rank that costs as much as the dense weight W is not offered, because W itself is then the better layer (ARA, arXiv
-2510.19389, Eq. 8). The parameters of a rank depend on how it is stored, see
-:meth:`ara.models.weights.LinearSpec.cost`.
+rank that costs as much as the dense weight W is not offered, because W itself is the better layer (ARA, arXiv
+2510.19389, Eq. 8). The parameters of a rank depend on the layout, see :meth:`ara.models.weights.LinearSpec.cost`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from ara.errors import UsageError
 from ara.models.weights import LinearSpec
 
-# What a rank is called when the layer stays dense.
+# The rank of a dense layer in files and tables.
 DENSE = "dense"
 
 Unit = Literal["parameters", "bytes"]
@@ -28,7 +27,7 @@ Unit = Literal["parameters", "bytes"]
 
 @dataclass(frozen=True)
 class Module:
-    """A factorised layer as an allocator sees it.
+    """A factorised layer, as an allocator gets it.
 
     Attributes:
         spec: name, layer, kind and widths.
@@ -70,16 +69,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the factorised layers may cost together, and the choices that each of them has.
+    """A limit on the summed cost of the factorised layers, and the choices of each layer.
 
     Attributes:
         limit: largest summed cost.
         rank_multiple: every kept rank is a multiple of this.
-        min_rank: least rank of a layer; rounded up to the multiple.
+        min_rank: least rank of a layer; rounded up to a multiple of ``rank_multiple``.
         min_keep: least share of a layer's dense parameters, in [0, 1].
-        dense: module paths that stay dense whatever it costs.
+        dense: module paths of the layers that always stay dense.
         unit: of the limit and of all costs.
-        bits: bit widths on offer for every layer; ``None`` for the model's own.
+        bits: bit widths offered for every layer; ``None`` for the model's own.
     """
 
     limit: int
@@ -89,7 +88,7 @@ class Budget:
     dense: frozenset[str] = frozenset()
     unit: Unit = "parameters"
     bits: tuple[int, ...] | None = None
-    # Layers of the same shape share their choices; solvers ask for them many times.
+    # Cache: layers of the same shape have the same choices.
     _offered: dict[Hashable, tuple[Choice, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -105,9 +104,9 @@ class Budget:
         """Return the budget in parameters that keeps the fraction ``keep`` of the dense parameters of ``specs``.
 
         Raises:
-            UsageError: even the least ranks cost more.
+            UsageError: the least ranks cost more.
         """
-        # The small addend forgives the rounding of a product such as 0.8 · 1 000 000.
+        # The small term compensates for rounding in products such as 0.8 · 1 000 000.
         limit = int(keep * sum(spec.dense_cost for spec in specs) + 1e-6)
         budget = cls(limit, rank_multiple, min_rank, min_keep, dense)
         least = sum(budget.choices(spec)[0].cost for spec in specs)
@@ -137,19 +136,19 @@ class Budget:
         ranks: Sequence[int] = ()
         if spec.name not in self.dense:
             step = self.rank_multiple
-            # The small number forgives the rounding of a product such as 0.3 · 1 000 000.
+            # The small term compensates for rounding in products such as 0.3 · 1 000 000.
             floor = self.min_keep * spec.dense_cost - 1e-6
             least = max(self.min_rank, 1 + bisect_left(range(1, spec.top_rank + 1), floor, key=spec.cost))
             ranks = range(max(step, -(-least // step) * step), spec.top_rank + 1, step)
         found: list[Choice] = []
         for bits in self.bits or (spec.bits,):
             rising = [Choice.of(spec, rank, self.unit, bits) for rank in (*ranks, None)]
-            # Two ranks may need the same number of whole bytes: then the larger one is offered.
+            # Two ranks may need the same number of bytes: only the larger one is offered.
             found += [choice for choice, after in pairwise(rising) if choice.cost < after.cost] + rising[-1:]
         return tuple(sorted(found, key=lambda choice: (choice.cost, choice.bits)))
 
     def rank_choices(self, spec: LinearSpec) -> tuple[Choice, ...]:
-        """Return :meth:`choices` for a method that knows losses of ranks alone, so that bit widths must not differ.
+        """Return :meth:`choices` for a method that chooses only ranks, so there must be one bit width.
 
         Raises:
             ValueError: the budget offers several bit widths.
@@ -159,18 +158,18 @@ class Budget:
         return self.choices(spec)
 
     def rank_steps(self, spec: LinearSpec, pick: int) -> Sequence[int]:
-        """Return the choices of the bit width of ``pick``, from ``pick`` up; all are indices into :meth:`choices`."""
+        """Return indices into :meth:`choices`: ``pick`` and all larger choices of its bit width."""
         choices = self.choices(spec)
         later = range(pick, len(choices))
         one_width = self.bits is None or len(self.bits) == 1
         return later if one_width else [at for at in later if choices[at].bits == choices[pick].bits]
 
     def dense_cost(self, spec: LinearSpec) -> int:
-        """Return the cost of a layer that stays dense, at the largest bit width."""
+        """Return the cost of the dense layer at the largest bit width."""
         return self.choices(spec)[-1].cost
 
     def in_parameters(self, specs: Sequence[LinearSpec]) -> float:
-        """Return how many parameters the limit is worth: the limit times dense parameters per dense cost."""
+        """Return the limit in parameters: the limit times dense parameters per dense cost."""
         if self.unit == "parameters":
             return self.limit
         return self.limit * sum(spec.dense_cost for spec in specs) / sum(self.dense_cost(spec) for spec in specs)
@@ -178,7 +177,7 @@ class Budget:
     def met_by(self, specs: Sequence[LinearSpec], ranks: Mapping[str, int | None]) -> Allocation | None:
         """Return the allocation of ``ranks`` if it meets the budget exactly, else ``None``.
 
-        It does if every rank is on offer, all fit, and what is left is too little for one more step of any layer.
+        It does if every rank is offered, all fit, and the rest of the budget is too small for a step of any layer.
         """
         picks, steps = [], []
         for spec in specs:
@@ -208,12 +207,12 @@ class Allocation:
     def of_ranks(
         cls, specs: Sequence[LinearSpec], ranks: Mapping[str, int | None], budget: Budget | None = None
     ) -> Allocation:
-        """Return the allocation of ``ranks``, whether they are on offer or not.
+        """Return the allocation of ``ranks``, which need not be offered by the budget.
 
         Args:
             specs: the layers.
             ranks: module path → rank, or ``None`` for dense.
-            budget: says the unit of costs and the one bit width; without it, costs are parameters and bits the model's.
+            budget: gives the unit of costs and the bit width; by default parameters and the model's bits.
         """
         unit: Unit = "parameters" if budget is None else budget.unit
         bits = None if budget is None or budget.bits is None else budget.bits[0]
@@ -230,17 +229,17 @@ class Allocation:
         return sum(choice.cost for choice in self.choices.values())
 
     def parameters(self, specs: Sequence[LinearSpec]) -> int:
-        """Return the parameters of all ``specs`` under this allocation, whatever their bits."""
+        """Return the parameters of all ``specs`` under this allocation; bits do not matter."""
         return sum(Choice.of(spec, self.choices[spec.name].rank).cost for spec in specs)
 
     def keep(self, specs: Sequence[LinearSpec]) -> float:
-        """Return the fraction of the layers' dense parameters that stays."""
+        """Return the kept fraction of the layers' dense parameters."""
         return self.parameters(specs) / sum(spec.dense_cost for spec in specs)
 
     def low_rank(self) -> dict[str, int]:
-        """Return module path → rank of the layers that do not stay dense."""
+        """Return module path → rank of the layers that are not dense."""
         return {name: choice.rank for name, choice in self.choices.items() if choice.rank is not None}
 
     def dense_count(self) -> int:
-        """Return how many layers stay dense."""
+        """Return the number of dense layers."""
         return sum(choice.rank is None for choice in self.choices.values())

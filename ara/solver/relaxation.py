@@ -1,4 +1,4 @@
-"""The choices of a layer that can be part of an optimum, and the Lagrangian relaxation of the budget over them."""
+"""The choices of a layer that can be optimal, and the Lagrangian relaxation of the budget over them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ara.solver.problem import Choice
 
 @dataclass(frozen=True, eq=False)
 class Front:
-    """The choices of a layer that lose less than all cheaper ones.
+    """The choices of a layer whose loss is below that of all cheaper ones.
 
     Attributes:
         choice: (c) int64, index into ``budget.choices(spec)``, increasing.
         cost: (c) int64, in the unit of the budget, increasing.
         loss: (c) float64, decreasing to 0.
-        perimeter: m + n; layers that share it reach the same costs.
+        perimeter: m + n; layers with the same one have the same possible costs.
     """
 
     choice: np.ndarray
@@ -29,7 +29,7 @@ class Front:
 
 
 def front_of(spec: LinearSpec, options: Sequence[Choice], loss: np.ndarray) -> Front:
-    """Return the choices of ``spec`` that are worth their cost.
+    """Return the choices of ``spec`` that lose less than all cheaper ones.
 
     Args:
         spec: the layer.
@@ -37,7 +37,7 @@ def front_of(spec: LinearSpec, options: Sequence[Choice], loss: np.ndarray) -> F
         loss: (c) float64, of each choice.
 
     Raises:
-        ValueError: a loss is not finite, or their number is not that of the choices.
+        ValueError: a loss is not finite, or losses and choices differ in number.
     """
     if loss.shape != (len(options),):
         raise ValueError(f"{spec.name} has {len(options)} choices, but losses of shape {loss.shape}")
@@ -46,21 +46,21 @@ def front_of(spec: LinearSpec, options: Sequence[Choice], loss: np.ndarray) -> F
     falling = np.minimum.accumulate(loss)
     choice = np.flatnonzero(np.diff(falling, prepend=np.inf) < 0)
     cost = np.array([choice.cost for choice in options], dtype=np.int64)
-    # Of choices that cost the same, as different bit widths may, the last one loses least.
+    # Choices of different bit widths may cost the same; the last of them loses least.
     choice = choice[np.diff(cost[choice], append=-1) != 0]
     return Front(choice, cost[choice], falling[choice] - falling[-1], spec.m + spec.n)
 
 
 @dataclass(frozen=True, eq=False)
 class Relaxation:
-    """Optimum of the Lagrangian dual of the budget, which is that of the linear relaxation.
+    """Optimum of the Lagrangian dual of the budget; it equals that of the linear relaxation.
 
     Attributes:
         price: loss per unit of cost.
-        reduced: per layer, (c) float64: loss + price · cost, less the least of the layer; 0 is what the price chooses.
-        picks: what the price chooses, from the cheapest end: a solution.
-        gap: loss of ``picks`` less the bound.
-        scale: loss of ``picks`` plus what the budget beyond the cheapest choices is worth at the price.
+        reduced: per layer, (c) float64: loss + price · cost, minus the least of the layer; 0 for optimal choices.
+        picks: a solution within the budget, made of optimal choices at this price.
+        gap: loss of ``picks`` minus the bound.
+        scale: loss of ``picks`` + price · budget left by the cheapest choices.
     """
 
     price: float
@@ -74,8 +74,8 @@ def relax(layers: Sequence[Front], capacity: int) -> Relaxation:
     """Maximise the dual: Σ min(loss + price · cost) - price · capacity over the price.
 
     The dual is concave and piecewise linear. Each iteration takes the price at which a solution within the capacity and
-    one beyond it are worth the same, and replaces one of them by what is better at that price; where nothing is, the
-    price is the optimum. Any price gives a valid bound.
+    one above it have the same value, and replaces one of them by a better solution at that price. When there is none,
+    the price is optimal. Any price gives a valid bound.
     """
     sizes = np.array([len(layer.cost) for layer in layers])
     starts = np.cumsum(sizes) - sizes
@@ -91,7 +91,7 @@ def relax(layers: Sequence[Front], capacity: int) -> Relaxation:
         zeros = np.flatnonzero(reduced == 0)
         better = zeros[np.searchsorted(zeros, starts)]
         between = int(cost[better].sum())
-        # A gain of rounding errors is none.
+        # A gain within rounding errors does not count.
         if not spent < between < asked or reduced[within].sum() <= 1e-14 * value[within].sum():
             break
         if between <= room:

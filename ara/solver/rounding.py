@@ -1,4 +1,4 @@
-"""From a wished share of every layer to ranks that meet the budget exactly: one factor on all of them."""
+"""Turn a wanted share per layer into ranks that meet the budget: all shares are scaled by one factor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ara.models.weights import LinearSpec
 from ara.solver.problem import Allocation, Budget, Choice
 
 _BISECTIONS = 100
-# Cost by which a choice may exceed its share: forgives the rounding of a product such as 0.8 · 1 000 000.
+# Cost by which a choice may exceed its share: compensates for rounding in products such as 0.8 · 1 000 000.
 _SLACK = 1e-6
 
 
@@ -19,16 +19,16 @@ def proportional(
     """Scale all shares by the largest factor that the budget allows, and spend the rest in single steps.
 
     A layer gets the largest rank within factor · share · dense cost, at least the least rank that the budget offers.
-    What rounding leaves of the budget goes to the layers that lost most.
+    The rest of the budget goes to the layers that lost most by rounding.
 
     Args:
         specs: the layers.
         shares: R = k(m + n) / mn per layer, positive, may exceed 1.
         budget: the limit; of one bit width.
-        keep_dense: the shares say which layers are dense (ARA, arXiv 2510.19389, Eq. 8): those of 1 or more stay so and
-            only the others are scaled, up to their highest rank below break-even. If the dense ones leave no room for
-            the least ranks of the others, those with the smallest share are made low-rank first. Else all are scaled,
-            and dense is what the scaling brings to 1.
+        keep_dense: layers of share 1 or more stay dense (ARA, arXiv 2510.19389, Eq. 8). Only the others are scaled, up
+            to their highest rank below break-even. If the dense layers leave no room for the least ranks of the others,
+            those with the smallest share are made low-rank first. If false, all are scaled, and a layer is dense where
+            its scaled share reaches 1.
     """
     choices = [budget.rank_choices(spec) for spec in specs]
     offered = choices
@@ -94,12 +94,12 @@ def spend_rest(specs: Sequence[LinearSpec], picks: list[int], budget: Budget, pr
 
 
 def without_choice(specs: Sequence[LinearSpec], budget: Budget) -> list[bool]:
-    """Return which layers are dense in every allocation: named so by the budget, or too small for any rank to pay."""
+    """Return which layers are dense in every allocation: fixed by the budget, or so small that no rank is cheaper."""
     return [len(budget.rank_choices(spec)) == 1 for spec in specs]
 
 
 def _dense_that_fit(choices: Sequence[Sequence[Choice]], shares: Sequence[float], budget: Budget) -> list[bool]:
-    """Return which layers stay dense: those of share 1 or more, less the smallest while the least ranks do not fit."""
+    """Return which layers stay dense: share 1 or more, except the smallest while the least ranks do not fit."""
     whole = [share >= 1 for share in shares]
     least = sum(options[-1 if dense else 0].cost for options, dense in zip(choices, whole, strict=True))
     for i in sorted((i for i, dense in enumerate(whole) if dense), key=lambda i: shares[i]):

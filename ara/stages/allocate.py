@@ -27,7 +27,7 @@ from ara.workspace.manifest import file_sha256
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 
-# The method that stands for the best one that needs no further command.
+# Resolved to `ara` if trained masks exist, else to `sensitivity`.
 AUTO = "auto"
 
 
@@ -46,8 +46,8 @@ def allocate(
         config: budget and method.
         run: workspace and reporter.
         factors: name of the decomposition; the latest by default.
-        name: of the result; says method and keep by default.
-        ranks: take the ranks from this file instead of a method; with ``config.keep`` they are held to that budget.
+        name: of the result; consists of method and keep by default.
+        ranks: read the ranks from this file instead; with ``config.keep`` they must meet that budget.
         masks: name of the training that ``--method ara`` uses; by default the one that fits best, see
             :func:`ara.stages.trainings.find_training`.
 
@@ -57,7 +57,7 @@ def allocate(
     started = begin(name, factors, masks)
     if ranks is not None and masks is not None:
         raise UsageError(
-            f"--ranks FILE and --masks {masks} are both given", "the file says every rank: use one of them"
+            f"--ranks FILE and --masks {masks} are both given", "the file gives every rank: use one of them"
         )
     with open_task("allocate", run, started) as task:
         workspace = task.workspace
@@ -68,7 +68,7 @@ def allocate(
         if ranks is None:
             if config.keep is None:
                 raise UsageError("no budget given", "add --keep 0.8, for example")
-            config, trained = _decided(config, workspace, decomposition, masks, run)
+            config, trained = _resolve_method(config, workspace, decomposition, masks, run)
             config = with_text_of(config, trained, run.report)
             refuse_layout(config.method, config.layout)
             run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}")
@@ -76,9 +76,12 @@ def allocate(
             run.report.step(f"Reading ranks from {ranks}")
             _refuse_method_settings(config)
             trained = None
-        resolved = _resolved(config, ranks, run)
+        resolved = placed(config, run) if ranks is None and _needs_model(config) else config
+        # read_ranks reports a file that cannot be read.
+        if ranks is not None and ranks.is_file():
+            resolved = config.model_copy(update={"ranks_sha256": file_sha256(ranks)})
         parents = [view for view in (decomposition, trained) if view]
-        task.describe(name or _name(config, decomposition.name, ranks), _decisive(resolved, ranks), parents)
+        task.describe(name or _name(config, decomposition.name, ranks), _recorded(resolved, ranks), parents)
         if (done := task.done()) is not None:
             return done
         verdict = None
@@ -88,60 +91,49 @@ def allocate(
             allocation, verdict = _by_method(resolved, decomposition, trained, workspace, run)
         results = summary(allocation, specs, FactorsResults.read(decomposition).model_parameters)
         with task.writer() as stage:
-            figures = results.plain()
-            left_out = ("kinds", "guard")
             about = {"method": "file" if ranks else config.method}
-            about.update({name: value for name, value in figures.items() if name not in left_out})
+            about.update({key: value for key, value in results.plain().items() if key not in ("kinds", "guard")})
             (stage.folder / RANKS_FILE).write_text(ranks_document(allocation, config.layout, about), encoding="utf-8")
             guard = GuardResults.of(verdict.winner, verdict.held_out, verdict.stderr) if verdict else None
             replace(results, guard=guard).write(stage)
         return task.view()
 
 
-def _decided(
+def _resolve_method(
     config: AllocateConfig, workspace: Workspace, decomposition: StageView, masks: str | None, run: Run
 ) -> tuple[AllocateConfig, StageView | None]:
-    """Return ``config`` with a method in the place of ``auto`` (say which and why), and the training that it uses."""
+    """Return ``config`` with ``auto`` replaced by a method, and the training that the method uses."""
     if config.method != AUTO:
         return config, _training(config, workspace, decomposition, masks, run)
     if config.options:
-        raise UsageError(f"-O {next(iter(config.options))}=… is given, and no method", "name the method: --method NAME")
+        raise UsageError(f"-O {next(iter(config.options))}=… is given without a method", "add --method NAME")
     trained = find_training(workspace, decomposition, config.layout, config.keep, run.report, masks)
-    method, why = ("ara", "masks") if trained else ("sensitivity", "no masks")
-    run.report.fact(f"method {method}: {why} have been trained on {decomposition.key}")
+    method, why = ("ara", "") if trained else ("sensitivity", "no ")
+    run.report.fact(f"method {method}: there are {why}trained masks for {decomposition.key}")
     return config.model_copy(update={"method": method}), trained
 
 
 def refuse_layout(method: str, layout: LayoutName) -> None:
-    """Refuse a layout that an allocator cannot allocate ranks for.
+    """Check that an allocator supports a layout.
 
     Raises:
-        UsageError: the allocator does not name the layout, or there is no such allocator.
+        UsageError: it does not, or there is no such allocator.
     """
     known = ALLOCATORS.load(method).layouts
     if layout not in known:
         raise UsageError(
-            f"--method {method} does not know what --layout {layout} costs",
-            f"use --layout {known[0]}, or another method",
+            f"--method {method} does not support --layout {layout}", f"use --layout {known[0]}, or another method"
         )
 
 
-def needs_model(config: AllocateConfig) -> bool:
-    """Tell whether the method of ``config`` looks at the model."""
+def _needs_model(config: AllocateConfig) -> bool:
     return bool(ALLOCATORS.load(config.method).needs_model)
 
 
-def _resolved(config: AllocateConfig, ranks: Path | None, run: Run) -> AllocateConfig:
-    """Decide device and dtype where they matter, and take the checksum of a ranks file."""
-    if ranks is not None:
-        return config.model_copy(update={"ranks_sha256": _checksum(ranks)})
-    return placed(config, run) if needs_model(config) else config
-
-
-def _decisive(config: AllocateConfig, ranks: Path | None) -> dict[str, Any]:
-    """Return the settings without those that mean nothing to a method that looks at spectra alone."""
+def _recorded(config: AllocateConfig, ranks: Path | None) -> dict[str, Any]:
+    """Return the settings for the manifest; those of the tuning context only if the method uses the model."""
     values = config.model_dump(mode="json")
-    if ranks is None and needs_model(config):
+    if ranks is None and _needs_model(config):
         return values
     return {key: value for key, value in values.items() if key not in {*TuningConfig.model_fields, "guard"}}
 
@@ -156,7 +148,7 @@ def _training(
         return None
     if config.options:
         raise UsageError(
-            f"--method ara takes no option here, got {next(iter(config.options))}", "give it to ara train-masks"
+            f"--method ara takes no options here, got {next(iter(config.options))}", "give it to ara train-masks"
         )
     found = find_training(workspace, decomposition, config.layout, config.keep, run.report, masks)
     if found is None and not workspace.views("training"):
@@ -165,14 +157,14 @@ def _training(
             f"{workspace.root} has no trained masks", f"run first: ara train-masks --keep {config.keep:g}{layout}"
         )
     if found is None:
-        # There are some, and none serves: say what is wrong with the latest one.
+        # There are some, but none fits: report the problem of the latest one.
         latest = require_training(workspace, decomposition, None)
         found = find_training(workspace, decomposition, config.layout, config.keep, run.report, latest.name)
     return found
 
 
 def _name(config: AllocateConfig, factors: str, ranks: Path | None) -> str:
-    """Return a name that says decomposition, method and keep, such as ``energy-0.80``, or the name of a file."""
+    """Return a name of decomposition, method and keep, such as ``energy-0.80``, or of the ranks file."""
     if ranks is not None:
         return default_name(factors, ranks.stem)
     multiple = [f"x{config.rank_multiple}"] if config.rank_multiple > 1 else []
@@ -180,7 +172,7 @@ def _name(config: AllocateConfig, factors: str, ranks: Path | None) -> str:
 
 
 def load_modules(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) -> list[Module]:
-    """Read the spectra of a decomposition, and nothing else of its factors."""
+    """Read the spectra of a decomposition, but not its factors."""
     modules, specs = [], specs_of(decomposition, layout)
     for layer in dict.fromkeys(spec.layer for spec in specs):
         with safe_open(decomposition.path / layer_file(layer), "pt") as file:
@@ -190,7 +182,7 @@ def load_modules(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) 
 
 
 def summary(allocation: Allocation, specs: list[LinearSpec], model_parameters: int) -> RanksResults:
-    """Return what an allocation keeps of the linear layers and of the whole model, and by kind of layer."""
+    """Return the parameters that an allocation keeps: in the linear layers, in the model, and by kind of layer."""
     linear_parameters = sum(spec.dense_cost for spec in specs)
     parameters = allocation.parameters(specs)
     kept = model_parameters - linear_parameters + parameters
@@ -220,7 +212,7 @@ def summary(allocation: Allocation, specs: list[LinearSpec], model_parameters: i
 
 
 def budget_of(config: BudgetConfig, specs: list[LinearSpec], keep: float) -> Budget:
-    """Return the budget at ``keep`` with the floors of ``config``."""
+    """Return the budget at ``keep`` with the limits of ``config``."""
     return Budget.for_keep(
         specs, keep, config.rank_multiple, config.min_rank, config.min_keep, matching(specs, config.exclude)
     )
@@ -229,7 +221,7 @@ def budget_of(config: BudgetConfig, specs: list[LinearSpec], keep: float) -> Bud
 def _by_method(
     config: AllocateConfig, decomposition: StageView, trained: StageView | None, workspace: Workspace, run: Run
 ) -> tuple[Allocation, Verdict | None]:
-    """Allocate by the method, and let the guard choose between its result and simpler ones."""
+    """Allocate by the method; the guard chooses between its result and simpler ones."""
     kind: type[Allocator] = ALLOCATORS.load(config.method)
     allocator = kind(method_options(kind.Options, config.options))
     assert config.keep is not None
@@ -240,23 +232,23 @@ def _by_method(
     if allocator.needs_model:
         context = with_training(open_tuning_context(decomposition, specs, config, workspace, run), trained)
     allocation = allocator.allocate(modules, budget, context)
-    assert allocation.cost <= budget.limit, f"{config.method} went over the budget"
+    assert allocation.cost <= budget.limit, f"{config.method} exceeds the budget"
     if context is None or not config.guard:
         return allocation, None
     candidates = {config.method: allocation, **allocator.starts(modules, budget, context)}
     candidates.setdefault("uniform", Uniform().allocate(modules, budget))
     verdict = compare_candidates(candidates, context)
-    told = ", ".join(f"{name} {verdict.held_out[name]:.4f}" for name in ("dense", *candidates))
-    run.report.fact(f"held-out negative log-likelihood, nats per token: {told}")
+    shown = ", ".join(f"{name} {verdict.held_out[name]:.4f}" for name in ("dense", *candidates))
+    run.report.fact(f"held-out negative log-likelihood, nats per token: {shown}")
     if verdict.winner != config.method:
         run.report.warn(
-            f"{verdict.winner} is better than {config.method} on held-out text and is handed out instead (--no-guard)"
+            f"{verdict.winner} is better than {config.method} on held-out text and is used instead (off: --no-guard)"
         )
     return candidates[verdict.winner], verdict
 
 
 def _refuse_method_settings(config: AllocateConfig) -> None:
-    """Settings of a method mean nothing when the ranks come from a file."""
+    """Check that no setting of a method is given together with a ranks file."""
     unset = AllocateConfig(keep=config.keep)
     given = [
         key
@@ -265,29 +257,24 @@ def _refuse_method_settings(config: AllocateConfig) -> None:
     ]
     if given:
         flags = ", ".join(f"--{key.replace('_', '-').removesuffix('s')}" for key in given)
-        raise UsageError(f"--ranks FILE and {flags} are both given", "the file says every rank: leave the others out")
+        raise UsageError(f"--ranks FILE and {flags} are both given", "the file gives every rank: omit the others")
 
 
 def _from_file(config: AllocateConfig, path: Path, specs: list[LinearSpec]) -> Allocation:
     allocation = read_ranks(path, specs)
     if config.keep is not None:
-        limit, spent = Budget.for_keep(specs, config.keep).limit, allocation.cost
-        if spent > limit:
+        limit = Budget.for_keep(specs, config.keep).limit
+        if allocation.cost > limit:
             raise UsageError(
-                f"the ranks in {path} cost {spent:,} parameters; keep {config.keep:g} allows {limit:,}",
+                f"the ranks in {path} cost {allocation.cost:,} parameters; keep {config.keep:g} allows {limit:,}",
                 f"lower some ranks, or give --keep {allocation.keep(specs) + 0.0005:.3f}, or no --keep at all",
             )
     return allocation
 
 
 def _layout_in(path: Path, asked: LayoutName) -> LayoutName:
-    """Return the layout that a ranks file names, which is that of its costs."""
+    """Return the layout that a ranks file names."""
     layout = read_layout(path)
     if asked not in (DEFAULT_LAYOUT, layout):
-        raise UsageError(f"{path} names the layout {layout}, --layout {asked} is given", "leave --layout out")
+        raise UsageError(f"{path} names the layout {layout}, but --layout {asked} is given", "omit --layout")
     return layout
-
-
-def _checksum(path: Path) -> str | None:
-    # A file that cannot be read is reported by read_ranks, in full.
-    return file_sha256(path) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""``ara compare``: all allocators side by side, on the same factors, the same budget and the same text, in one run."""
+"""``ara compare``: measure all allocators on the same factors, budget and texts, in one run."""
 
 from __future__ import annotations
 
@@ -37,17 +37,15 @@ from ara.workspace.writer import StageWriter
 def compare(
     config: CompareConfig, run: Run, *, factors: str | None = None, masks: str | None = None, name: str | None = None
 ) -> StageView:
-    """Allocate by every method, measure each, and store figures, ranks and a picture; finished methods are kept.
-
-    No guard is at work here: every method is shown as it is.
+    """Allocate by every method and measure the results, without the guard; an interrupted run resumes.
 
     Args:
         config: budget, methods, texts.
         run: workspace and reporter.
         factors: name of the decomposition; the latest by default.
         masks: name of the training that ``ara`` uses; by default the one that fits best, see
-            :func:`ara.stages.trainings.find_training`. Where there is none, ``ara`` trains here with default options.
-        name: of the result; says decomposition (unless it is the default one) and keep by default.
+            :func:`ara.stages.trainings.find_training`. If there is none, ``ara`` trains here with default options.
+        name: of the result; consists of decomposition (unless the default one) and keep by default.
 
     Raises:
         AraError: no decomposition, an unknown method, a budget that cannot be met, a missing text.
@@ -92,7 +90,7 @@ def compare(
             for task, documents in texts.items()
         }
         with work.writer(seed=config.seed, resumable=True) as stage:
-            # Every method pays for what it measures: no table of another command.
+            # No cached table: the time of every method includes all of its work.
             tuning = open_tuning_context(decomposition, specs, resolved, workspace, run)
             context = with_training(replace(tuning, table_cache=None), trained)
             rows = _measure_all(resolved, modules, context, windows, trained, stage, run)
@@ -102,12 +100,12 @@ def compare(
 
 
 def gap_closed(loss: float, uniform: float, dense: float) -> float | None:
-    """Return (uniform − loss) / (uniform − dense) of mean negative log-likelihoods; ``None`` where there is no gap."""
+    """Return (uniform − loss) / (uniform − dense) of mean negative log-likelihoods; ``None`` if there is no gap."""
     return (uniform - loss) / (uniform - dense) if uniform > dense else None
 
 
 def methods_for(layout: LayoutName) -> tuple[str, ...]:
-    """Return the allocators that know ``layout``."""
+    """Return the allocators that support ``layout``."""
     return tuple(name for name in ALLOCATORS.names() if layout in ALLOCATORS.load(name).layouts)
 
 
@@ -120,7 +118,7 @@ def _measure_all(
     stage: StageWriter,
     run: Run,
 ) -> dict[str, ComparedMethod]:
-    """Measure dense and every method that an interrupted run has not measured; returns all rows."""
+    """Measure the dense model and every method not measured yet; returns all rows."""
     rows = dict(ComparisonResults.parse(stage.results).methods)
 
     def keep(name: str, row: ComparedMethod) -> None:
@@ -134,7 +132,7 @@ def _measure_all(
         keep(DENSE, ComparedMethod(ranks={}, **_quality(dense, config, context, windows, DENSE)))
     for method in config.methods:
         if method in rows:
-            run.report.fact(f"{method} was measured before the interruption")
+            run.report.fact(f"{method} was measured by an interrupted run")
             continue
         run.report.step(f"Allocating by {method}")
         try:
@@ -142,13 +140,10 @@ def _measure_all(
             if method == "ara" and trained is not None and context.learned:
                 spent = training_cost(trained, nearest(context.learned, config.keep).keep)
                 assert row.seconds is not None and row.backward_passes is not None
-                row = replace(
-                    row,
-                    seconds=row.seconds + spent.seconds,
-                    backward_passes=row.backward_passes + spent.backward_passes,
-                )
+                passes = row.backward_passes + spent.backward_passes
+                row = replace(row, seconds=row.seconds + spent.seconds, backward_passes=passes)
         except NumericalError as error:
-            # One method that yields NaN is a result; the others are still of use.
+            # NaN in one method is a result and does not stop the others.
             run.report.warn(f"{method}: {error}")
             row = ComparedMethod(error=str(error))
         keep(method, row)
@@ -178,23 +173,23 @@ def _measure(
 def _quality(
     allocation: Allocation, config: CompareConfig, context: TuningContext, windows: dict[str, TokenWindows], name: str
 ) -> dict[str, Any]:
-    """Return held-out loss and texts of an allocation, as :class:`ComparedMethod` takes them."""
+    """Return the held-out loss and the results on texts, as fields of :class:`ComparedMethod`."""
     context.model.use(allocation.ranks)
     held_out = float(
         context.model.nll(context.held_out, context.batch_size, context.report, f"Reading held-out text: {name}").mean()
     )
-    _refuse_infinite(held_out, name, "held-out text")
+    _check_finite(held_out, name, "held-out text")
     tasks = {}
     for task, text in windows.items():
         losses = context.model.nll(text.ids, config.eval_batch_size, context.report, f"Reading {task}: {name}")
         loss = float(losses.mean())
-        _refuse_infinite(loss, name, task)
+        _check_finite(loss, name, task)
         tasks[task] = ComparedText(loss, math.exp(loss), tuple(losses.tolist()))
     context.model.use_dense()
     return {"held_out": held_out, "tasks": tasks}
 
 
-def _refuse_infinite(loss: float, name: str, text: str) -> None:
+def _check_finite(loss: float, name: str, text: str) -> None:
     if not math.isfinite(loss):
         raise NumericalError(f"{name} gives a loss of {loss} on {text}", "try --dtype float32")
 
@@ -207,7 +202,7 @@ def _conclude(
     stage: StageWriter,
     trained: StageView | None,
 ) -> None:
-    """Add what needs all rows, the gap closed, and write the JSON and the picture."""
+    """Add the gap closed and the kept parameters, and write the JSON and the picture."""
     specs = [module.spec for module in modules]
     allocations = {name: from_table(row.ranks, specs) for name, row in rows.items() if name != DENSE and row.ranks}
     dense = rows[DENSE].tasks or {}
@@ -227,7 +222,7 @@ def _conclude(
 def _gaps(
     tasks: Mapping[str, ComparedText], uniform: Mapping[str, ComparedText] | None, dense: Mapping[str, ComparedText]
 ) -> dict[str, ComparedText]:
-    """Return the figures of one allocation with the gap that it closes."""
+    """Return the results of one allocation with the gap that it closes."""
     if not uniform:
         return dict(tasks)
     return {

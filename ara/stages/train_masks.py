@@ -1,4 +1,4 @@
-"""``ara train-masks``: learn what every rank of every layer is worth; goes on from its checkpoint after a kill."""
+"""``ara train-masks``: learn the loss of every rank of every layer; an interrupted run resumes from its checkpoint."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ from ara.artifacts.training import (
 )
 from ara.config import MaskTrainingOptions, TrainMasksConfig
 from ara.errors import NumericalError, UnavailableError
-from ara.masks.ara_family import AraFamily, ara_family, check_layout, learned_tables, needs_table, sensitivity_table
+from ara.masks.ara_family import AraFamily, ara_family, check_layout, needs_table
 from ara.masks.context import TuningContext
 from ara.masks.loop import train
 from ara.masks.rank_losses import LearnedLosses
+from ara.masks.sensitivity_table import sensitivity_table
 from ara.masks.state import TrainingSettings, TrainingState
 from ara.solver.problem import Allocation, Module
 from ara.stages.allocate import budget_of, load_modules
@@ -58,11 +59,11 @@ def train_masks(
         config: budgets, objective, steps.
         run: workspace and reporter.
         factors: name of the decomposition; the latest by default.
-        name: of the result; says decomposition (unless it is the default one), objective and budgets by default.
-            Without it a finished training of the same settings that has these budgets among its own is taken for it.
-        keep_on_interrupt: after Ctrl+C store the best so far as the result, unless that would replace a complete one;
-            no further budget is trained. Otherwise the interrupt passes through. In any case the next call goes on from
-            the last checkpoint.
+        name: of the result. By default it consists of decomposition (unless the default one), objective and budgets,
+            and a finished training with the same settings that covers these budgets is reused.
+        keep_on_interrupt: on Ctrl+C store the best allocations so far as the result, unless that would replace a
+            complete one, and train no further budget. Otherwise Ctrl+C raises ``KeyboardInterrupt``. In both cases the
+            next call resumes from the last checkpoint.
 
     Raises:
         AraError: no decomposition, a budget that cannot be met, a loss that is NaN or diverges.
@@ -90,11 +91,11 @@ def train_masks(
             if stopped := stopped_early(done):
                 run.report.warn(f"{done.key} is not complete: {stopped}; to train again: --force")
             return already_done(done, run)
-        standing = task.view()
-        complete = standing.state == "done" and not stopped_early(standing)
+        earlier = task.view()
+        if earlier.state == "done" and not stopped_early(earlier):
+            keep_on_interrupt = False
         with task.writer(seed=config.seed, resumable=True) as stage:
-            keeps = keep_on_interrupt and not complete
-            _Training(resolved, modules, decomposition, task.workspace, stage, run, keeps).all_budgets()
+            _Training(resolved, modules, decomposition, task.workspace, stage, run, keep_on_interrupt).all_budgets()
         return task.view()
 
 
@@ -103,7 +104,7 @@ def _options(config: TrainMasksConfig) -> MaskTrainingOptions:
 
 
 class _Training:
-    """One run of the stage: what its parts share."""
+    """One run of the stage."""
 
     def __init__(
         self,
@@ -126,31 +127,25 @@ class _Training:
         again = run.force and results.stopped
         if again:
             self.checkpoint = None
-        # What was stored after Ctrl+C is trained to its end.
+        # Budgets stored after Ctrl+C have fewer steps: their training is completed.
         short = [keep for keep, row in results.budgets.items() if again or row.steps < config.steps]
         self.finished -= {masks_file(float(keep)) for keep in short}
-        self._note(
-            replace(
-                results,
-                budgets={keep: row for keep, row in results.budgets.items() if keep not in short},
-                log={keep: rows for keep, rows in results.log.items() if keep not in short},
-                stopped=None,
-            )
-        )
+        budgets = {keep: row for keep, row in results.budgets.items() if keep not in short}
+        log = {keep: rows for keep, rows in results.log.items() if keep not in short}
+        self._write_results(replace(results, budgets=budgets, log=log, stopped=None))
 
-    def _note(self, results: TrainingResults) -> None:
-        """Make ``results`` those of the stage."""
+    def _write_results(self, results: TrainingResults) -> None:
         self.results = results
         results.write(self.stage)
 
     def all_budgets(self) -> None:
-        """Train at each budget, largest first; each may start from the losses that the one before has learned.
+        """Train at each budget, largest first; each may start from the losses learned at the previous one.
 
-        The paper's form learns ranks, not losses: with it every budget starts as the first.
+        The paper's form learns ranks instead of losses, so all its budgets have the same start.
 
         Raises:
-            NumericalError: NaN or divergence at the first budget; at a later one, those before are kept.
-            KeyboardInterrupt: Ctrl+C, where the best so far is not to be kept, or there is none.
+            NumericalError: NaN or divergence at the first budget; at a later one, the earlier results are kept.
+            KeyboardInterrupt: Ctrl+C, without ``keep_on_interrupt`` or without any result.
         """
         table = self._table()
         learned: LearnedLosses | None = None
@@ -164,24 +159,24 @@ class _Training:
                 except NumericalError as error:
                     if not self.results.budgets:
                         raise
-                    self._note(replace(self.results, stopped=f"at keep {keep:g} {error}"))
-                    self.run.report.warn(f"keep {keep:g} is left out: {error} ({error.hint}); to train again: --force")
+                    self._write_results(replace(self.results, stopped=f"at keep {keep:g} {error}"))
+                    self.run.report.warn(f"no result at keep {keep:g}: {error} ({error.hint}); to train again: --force")
                     break
                 except KeyboardInterrupt:
                     if not self.keep_on_interrupt or not self.results.budgets:
                         raise
                     stopped = self.results.stopped or f"interrupted at keep {keep:g}"
-                    self._note(replace(self.results, stopped=stopped))
+                    self._write_results(replace(self.results, stopped=stopped))
             if f"{keep:g}" in self.results.log:
                 self._write_log(keep, None)
             if self.results.stopped:
                 self.stage.to_go_on = True
                 same = "the same command" + (" without --force" if self.run.force else "")
-                self.run.report.warn(f"{self.results.stopped}: the best so far is kept, and {same} goes on")
+                self.run.report.warn(f"{self.results.stopped}: the best so far is stored; {same} resumes the training")
                 break
 
     def _table(self) -> dict[str, torch.Tensor] | None:
-        """Return the sensitivity table, read back when an interrupted run had it already."""
+        """Return the sensitivity table, from its file if an interrupted run has stored it."""
         if not needs_table(self.options):
             return None
         if TABLE_FILE not in self.finished:
@@ -194,18 +189,18 @@ class _Training:
     def _one_budget(
         self, keep: float, table: dict[str, torch.Tensor] | None, learned: LearnedLosses | None
     ) -> LearnedLosses:
-        """Train at one budget, and store and return what it has learned."""
+        """Train at one budget, store the result and return it."""
         config, report = self.config, self.run.report
         budget = budget_of(config, self.specs, keep)
         families: dict[str, AraFamily] = {config.start: ara_family(self.options, self.modules, budget, table)}
         if learned is not None and learned.tables is not None:
             families[LEARNED] = ara_family(self.options, self.modules, budget, table, learned)
         resumed = self._resumed(keep)
-        # Before this was noted, what could be learned from was.
+        # Checkpoints of older versions have no start: they used the learned one if there was any.
         start = list(families)[-1] if resumed is None else resumed[1] or list(families)[-1]
         if resumed is not None and start in families:
             state = resumed[0]
-            report.fact(f"going on after step {state.step} of {config.steps} at keep {keep:g}")
+            report.fact(f"resuming after step {state.step} of {config.steps} at keep {keep:g}")
         else:
             begun = time.monotonic()
             start = self._best_start(families)
@@ -229,18 +224,18 @@ class _Training:
             report=report,
             label=f"Training at keep {keep:g}",
         )
-        tables = learned_tables(family, state.best_tensors)
+        tables = family.tables(state.best_tensors)
         ranks = Allocation.of_ranks(self.specs, state.best, budget)
         before = state.log[0].held_out
         assert before is not None
         report.fact(
             f"keep {keep:g}: best after step {state.best_step}, held-out loss {state.best_held_out:.4f} nats/token, "
-            f"{before - state.best_held_out:.4f} less than the start's"
+            f"{before - state.best_held_out:.4f} below the start"
         )
         stopped = self.results.stopped
         if state.interrupted:
             stopped = f"interrupted after step {state.step} of {config.steps} at keep {keep:g}"
-            self._note(replace(self.results, stopped=stopped))
+            self._write_results(replace(self.results, stopped=stopped))
         result = TrainedBudget(
             ranks=ranks_table(ranks),
             start=start,
@@ -251,18 +246,15 @@ class _Training:
             seconds=state.seconds,
             backward_passes=state.backward_passes,
         )
-        results = replace(
-            self.results,
-            budgets={**self.results.budgets, f"{keep:g}": result},
-            log={**self.results.log, f"{keep:g}": _logged(state)},
-        )
-        # Named only when the file is there, whatever comes in between.
+        budgets = {**self.results.budgets, f"{keep:g}": result}
+        results = replace(self.results, budgets=budgets, log={**self.results.log, f"{keep:g}": _logged(state)})
+        # The results name the budget only after its file is written, in case of an interruption.
         self.stage.tensors(masks_file(keep), tables or state.best_tensors, results.plain())
         self.results = results
         return LearnedLosses(keep, tables, ranks)
 
     def _resumed(self, keep: float) -> tuple[TrainingState, str | None] | None:
-        """Return what an interrupted run has reached at this budget, and from which start, if it has come to it."""
+        """Return state and start of an interrupted run at this budget, or ``None``."""
         tensors, values = self.checkpoint or ({}, {})
         if values.get("keep") != keep:
             return None
@@ -270,11 +262,11 @@ class _Training:
             start = values.get("start")
             return TrainingState.from_plain(values.get("state", {}), tensors), None if start is None else str(start)
         except ValueError:
-            self.run.report.warn(f"what an earlier run has left at keep {keep:g} is not one of ours: it begins again")
+            self.run.report.warn(f"the checkpoint at keep {keep:g} is not valid: the training starts again")
             return None
 
     def _best_start(self, families: Mapping[str, AraFamily]) -> str:
-        """Return the name of the family whose first allocation is best on held-out text; NaN never is."""
+        """Return the name of the family whose first allocation is best on held-out text; NaN is never the best."""
         if len(families) == 1:
             return next(iter(families))
         model, losses = self.context.model, {}
@@ -284,12 +276,12 @@ class _Training:
                 losses[name] = float(model.nll(self.context.held_out, self.context.batch_size).mean())
         finally:
             model.use_dense()
-        told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        self.run.report.fact(f"held-out loss of the places to start from, nats/token: {told}")
+        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        self.run.report.fact(f"held-out loss of the possible starts, nats/token: {shown}")
         return min(losses, key=lambda name: losses[name] if losses[name] == losses[name] else math.inf)
 
     def _write_log(self, keep: float, state: TrainingState | None) -> None:
-        """Write the log of all budgets so far, anew: a resumed run continues it without a gap or a repeated row."""
+        """Write the whole log of all budgets so far: after a resumed run it has no gap and no repeated row."""
         logs = dict(self.results.log)
         if state is not None:
             logs[f"{keep:g}"] = _logged(state)
@@ -300,7 +292,7 @@ class _Training:
         for name, rows in logs.items():
             writer.writerows({"budget": name, **row.plain()} for row in rows)
         (self.stage.folder / LOG_FILE).write_text(text.getvalue(), encoding="utf-8")
-        # Logs tell times, which differ between runs of the same content.
+        # Logs contain times, so they are excluded from the content hash.
         self.stage.loose(LOG_FILE)
         if self.config.tensorboard:
             for path in _write_events(self.stage.folder / EVENTS_FOLDER / f"keep-{keep:g}", logs[f"{keep:g}"]):
@@ -317,13 +309,13 @@ def _event_writer_class() -> Any:
     except ImportError as error:
         raise UnavailableError(
             f"--tensorboard needs the package tensorboard ({error})",
-            "pip install tensorboard, or leave the option out: log.csv has the same figures",
+            "pip install tensorboard, or omit the option: log.csv has the same numbers",
         ) from None
     return SummaryWriter
 
 
 def _write_events(folder: Path, rows: Sequence[LoggedStep]) -> list[Path]:
-    """Write the TensorBoard run of a budget in the place of what ``folder`` had of it before; returns its files."""
+    """Replace the TensorBoard run in ``folder`` and return its files."""
     shutil.rmtree(folder, ignore_errors=True)
     with _event_writer_class()(folder) as events:
         for row in rows:

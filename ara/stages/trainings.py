@@ -1,4 +1,4 @@
-"""Training runs in the workspace: which one a stage uses, and what it has learned."""
+"""Training runs in the workspace: finding the one that a stage uses, and reading its results."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ C = TypeVar("C", bound=TuningConfig)
 
 
 def fits(training: StageView, decomposition: StageView) -> bool:
-    """Tell whether a training was made on these factors."""
+    """Tell whether a training used these factors."""
     return training.manifest is not None and parent_of(decomposition) in training.manifest.parents
 
 
 def require_training(workspace: Workspace, decomposition: StageView, name: str | None) -> StageView:
-    """Return a finished training on these factors, the latest one unless ``name`` says which.
+    """Return the training called ``name``, or the latest one; it must be finished.
 
     Raises:
-        WorkspaceError: there is none, or it was made on other factors.
+        WorkspaceError: there is none, or it used other factors.
     """
     view = workspace.require("training", name)
     if not fits(view, decomposition):
         raise WorkspaceError(
             f"{view.key} was trained on other factors than {decomposition.key}",
-            "name the right ones with --masks and --factors, or run ara train-masks again",
+            "name matching ones with --masks and --factors, or run ara train-masks again",
         )
     return view
 
@@ -54,41 +54,43 @@ def find_training(
     report: Reporter,
     name: str | None = None,
 ) -> StageView | None:
-    """Return the training called ``name``, or the finished one that serves best, or ``None``.
+    """Return the training called ``name``, or the finished one that fits best, or ``None``.
 
-    It must have been made on these factors. One of the same layout is preferred, then one at a budget near to ``keep``,
-    then a complete one, then the latest. Rank losses do not depend on the layout; a mismatch is reported. A training of
-    the paper's form learns shares of k(m + n) instead, so it fits its own layout only.
+    It must have used these factors. Preferred are, in this order, the same layout, a budget near ``keep``, a complete
+    training, the latest one. Rank losses do not depend on the layout; a mismatch is reported. A training of the paper's
+    form learns shares of k(m + n), so it fits only its own layout.
 
     Raises:
-        WorkspaceError: there is none of that name, or it was made on other factors, or does not serve the layout.
+        WorkspaceError: there is none of that name, it used other factors, or it does not fit the layout.
     """
     if name is not None:
         view = require_training(workspace, decomposition, name)
-        if not _serves(view, layout):
+        if not _supports(view, layout):
             raise WorkspaceError(
-                f"{view.key} was trained by the paper's form, which does not know what layout {layout} costs",
+                f"{view.key} was trained by the paper's form, which does not support layout {layout}",
                 f"train with --objective priced, or allocate with --layout {_layout(view)}",
             )
-        return _told(view, layout, report)
+        return _reported(view, layout, report)
     fitting = [
         view
         for view in workspace.views("training")
-        if view.state == "done" and fits(view, decomposition) and _serves(view, layout)
+        if view.state == "done" and fits(view, decomposition) and _supports(view, layout)
     ]
-    # Stable: of equally good ones the latest comes last.
+    # The sort is stable: of equally good ones the latest is last.
     fitting.sort(key=lambda view: (_layout(view) == layout, -_distance(view, keep), not stopped_early(view)))
-    return _told(workspace.require("training", fitting[-1].key), layout, report) if fitting else None
+    return _reported(workspace.require("training", fitting[-1].key), layout, report) if fitting else None
 
 
-def _told(training: StageView, layout: LayoutName, report: Reporter) -> StageView:
+def _reported(training: StageView, layout: LayoutName, report: Reporter) -> StageView:
     if _layout(training) != layout:
-        report.fact(f"{training.key} was made for layout {_layout(training)}; losses of ranks serve {layout}, too")
+        report.fact(
+            f"{training.key} was trained for layout {_layout(training)}; its rank losses also hold for {layout}"
+        )
     return training
 
 
 def _distance(training: StageView, keep: float | None) -> float:
-    """Return how far the nearest budget of a training is from ``keep``."""
+    """Return the distance of ``keep`` from the nearest budget of a training."""
     budgets = [float(budget) for budget in TrainingResults.read(training).budgets]
     return 0.0 if keep is None else round(min(abs(budget - keep) for budget in budgets), 4)
 
@@ -96,9 +98,9 @@ def _distance(training: StageView, keep: float | None) -> float:
 def covering_training(
     workspace: Workspace, decomposition: StageView, config: TrainMasksConfig, ignoring: Collection[str] = ()
 ) -> StageView | None:
-    """Return the latest complete training on these factors that has all budgets of ``config`` among its own.
+    """Return the latest complete training on these factors that covers all budgets of ``config``.
 
-    Its other settings are the same, but for those called ``ignoring`` and those that do not change the result.
+    Its other settings must be the same, except those named in ``ignoring`` and those that do not change the result.
     """
     assert decomposition.manifest is not None
     decisive = essence("train-masks", config, decomposition.manifest.model, ())["config"]
@@ -117,12 +119,12 @@ def _layout(training: StageView) -> LayoutName:
     return TrainingSettings.read(training).layout
 
 
-def _serves(training: StageView, layout: LayoutName) -> bool:
+def _supports(training: StageView, layout: LayoutName) -> bool:
     return TrainingSettings.read(training).objective == "priced" or _layout(training) == layout
 
 
 def with_text_of(config: C, trained: StageView | None, report: Reporter) -> C:
-    """Return ``config`` with the calibration windows of a training: what it learned from must not be held out here."""
+    """Return ``config`` with the calibration windows of a training, so that none it learned from is held out here."""
     if trained is None:
         return config
     settings = TrainingSettings.read(trained)
@@ -133,7 +135,7 @@ def with_text_of(config: C, trained: StageView | None, report: Reporter) -> C:
 
 
 def with_training(context: TuningContext, trained: StageView | None) -> TuningContext:
-    """Return ``context`` with what a finished training has learned, and the table that it began with."""
+    """Return ``context`` with the results of a finished training and its sensitivity table."""
     if trained is None:
         return context
     assert trained.manifest is not None
@@ -147,14 +149,14 @@ def with_training(context: TuningContext, trained: StageView | None) -> TuningCo
 
 
 def _check_tables(trained: StageView, tables: Mapping[str, torch.Tensor] | None, specs: Sequence[LinearSpec]) -> None:
-    """Refuse losses that are not those of these layers, from no component to all of them."""
+    """Check that the losses are those of these layers, from rank 0 to full rank."""
     found = None if tables is None else {name: tuple(table.shape) for name, table in tables.items()}
     if found is not None and found != {spec.name: (spec.full_rank + 1,) for spec in specs}:
         raise CorruptedError(f"{trained.key} holds losses of other layers than the factors have", _again(trained))
 
 
 def _check_ranks(trained: StageView, ranks: Mapping[str, int | str], specs: Sequence[LinearSpec]) -> None:
-    """Refuse ranks that are not those of these layers."""
+    """Check that the ranks are those of these layers."""
     full = {spec.name: spec.full_rank for spec in specs}
     if set(ranks) != set(full) or any(rank != DENSE and int(rank) > full[name] for name, rank in ranks.items()):
         raise CorruptedError(f"{trained.key} holds ranks of other layers than the factors have", _again(trained))
@@ -166,7 +168,7 @@ def _again(trained: StageView) -> str:
 
 
 def read_learned(view: StageView, specs: Sequence[LinearSpec]) -> list[LearnedLosses]:
-    """Read what a finished training has learned about the layers ``specs``, one entry per budget."""
+    """Read the results of a finished training, one per budget."""
     assert view.manifest is not None
     learned, priced = [], TrainingSettings.read(view).objective == "priced"
     for keep, result in TrainingResults.read(view).budgets.items():

@@ -1,4 +1,4 @@
-"""Model, factors and calibration text, put together for the stages that choose ranks by looking at the model."""
+"""Opens the tuning context: model, factors and calibration windows for the stages that choose ranks with the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ C = TypeVar("C", bound=TuningConfig)
 
 
 def placed(config: C, run: Run) -> C:
-    """Return ``config`` with device and dtype decided, and say why they are what they are."""
+    """Return ``config`` with device and dtype resolved; the reason is reported."""
     placement = choose_placement(config.device, config.dtype)
     run.report.fact(placement.why)
     return config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
@@ -31,23 +31,23 @@ def placed(config: C, run: Run) -> C:
 def open_tuning_context(
     decomposition: StageView, specs: Sequence[LinearSpec], config: TuningConfig, workspace: Workspace, run: Run
 ) -> TuningContext:
-    """Load the model with its factors, and two sets of calibration windows, apart from each other.
+    """Load the model with its factors, and two separate sets of calibration windows.
 
-    Windows are cut from the text of the decomposition in its order: first those that the factors were fitted to,
-    then ``samples`` to learn ranks from, one that is thrown away (a document may reach across the border; one longer
-    than a window still does), then ``held_out``. A text that is too short for all is shared out: at most a fifth is
-    held out, and the windows of the decomposition are read again.
+    Windows come from the text of the decomposition, in its order: first those that the factors were fitted to, then
+    ``samples`` to learn ranks from, then one that is skipped (a document may extend into it; one longer than a window
+    extends beyond it), then ``held_out``. If the text is too short, at most a fifth is held out, and windows of the
+    decomposition are used again.
 
     Args:
         decomposition: a verified result of ``ara decompose``.
-        specs: its layers, in the layout that they are to have.
-        config: with device and dtype decided.
-        workspace: for the cache of calibration windows.
+        specs: its layers, in the wanted layout.
+        config: with resolved device and dtype.
+        workspace: for the caches.
         run: reporter.
 
     Raises:
-        ModelError: the model is gone or has changed.
-        DataError: the text holds less than three windows.
+        ModelError: the model is missing or has changed.
+        DataError: the text has fewer than three windows.
     """
     from ara.data.texts import load_documents
     from ara.data.tokens import cached_calibration_windows
@@ -70,7 +70,7 @@ def open_tuning_context(
     ).ids
     if len(windows) < 3:
         raise DataError(
-            f"the text {made.text} holds {len(windows)} windows of {made.seq_len} tokens, at least 3 are needed",
+            f"the text {made.text} has {len(windows)} windows of {made.seq_len} tokens, at least 3 are needed",
             "decompose with a longer text or a smaller --seq-len",
         )
     held = config.held_out
@@ -78,12 +78,12 @@ def open_tuning_context(
         held = min(held, max(1, len(windows) // 5))
     train = windows[: len(windows) - held - 1][-config.samples :]
     if len(windows) < wanted:
-        told = f"{held} are held out"
+        notes = f"{held} are held out"
         if made.samples > len(windows) - held - 1 - len(train):
-            told += ", and ranks are learned in part from windows that the factors were fitted to"
+            notes += "; the windows for ranks overlap with those that the factors were fitted to"
         if made.samples > len(windows) - held:
-            told += f"; so are those held out (decompose with --samples {len(windows) - held} to avoid it)"
-        run.report.warn(f"the text holds {len(windows)} windows of {made.seq_len} tokens, {wanted} were wanted: {told}")
+            notes += f"; so do the held-out windows (decompose with --samples {len(windows) - held} to avoid it)"
+        run.report.warn(f"the text has {len(windows)} windows of {made.seq_len} tokens, {wanted} are needed: {notes}")
     run.report.fact(
         f"{len(train)} windows of {made.seq_len} tokens to learn from, {held} held out ({documents.origin})"
     )

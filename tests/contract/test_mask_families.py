@@ -15,14 +15,15 @@ import ara.masks
 from ara.allocation.gumbel import GumbelMasks, GumbelOptions
 from ara.allocation.tanh import TanhMasks, TanhOptions
 from ara.config import MaskTrainingOptions, MethodOptions
-from ara.masks.ara_family import ara_family, sensitivity_table
+from ara.masks.ara_family import ara_family
 from ara.masks.context import TuningContext
 from ara.masks.mask_family import Cut, MaskFamily
 from ara.masks.model import MaskGradients
 from ara.masks.newton import NewtonMasks
-from ara.masks.optimisers import Adam, OwnStep, learner_of
+from ara.masks.optimisers import Adam, OwnStep, optimiser_for
 from ara.masks.paper import PaperStaircase
 from ara.masks.priced import PricedStaircase
+from ara.masks.sensitivity_table import sensitivity_table
 from ara.masks.state import TrainingSettings, TrainingState
 from ara.solver.problem import Budget, Module
 from tests.toy import toy_problem
@@ -79,34 +80,34 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     return Toy(*toy_problem(tmp_path_factory.mktemp("toy"), SHAPES))
 
 
-def _learner(family: MaskFamily, state: TrainingState) -> OwnStep | Adam:
+def _optimiser(family: MaskFamily, state: TrainingState) -> OwnStep | Adam:
     settings = TrainingSettings.of(FAMILIES[type(family)][0], micro_batch=3, seed=0)
-    return learner_of(family, replace(settings, steps=_STEPS), state)
+    return optimiser_for(family, replace(settings, steps=_STEPS), state)
 
 
 def _train(family: MaskFamily, toy: Toy, state: TrainingState | None = None, until: int = _STEPS) -> TrainingState:
     """Take steps as the training loop does; returns everything that further ones depend on."""
     state, model = state or TrainingState(), toy.context.model
-    learner = _learner(family, state)
+    optimiser = _optimiser(family, state)
     for step in range(state.step, until):
         cut = family.cut(step / _STEPS, torch.Generator().manual_seed(step))
         if cut.ranks is None:
             model.use_soft(cut.masks)
         else:
             model.use(cut.ranks)
-        learner.learn(cut, model.gradients(toy.context.train, "ce", 3, step), step / _STEPS)
+        optimiser.step(cut, model.gradients(toy.context.train, "ce", 3, step), step / _STEPS)
     model.use_dense()
-    return TrainingState(until, learner.state())
+    return TrainingState(until, optimiser.state())
 
 
 def _pulled(family: MaskFamily, toy: Toy, favourite: str) -> None:
     """Take steps along a gradient by which every component of one layer lowers the loss, and no other does anything."""
-    learner = _learner(family, TrainingState())
+    optimiser = _optimiser(family, TrainingState())
     gradients = {spec.name: torch.zeros(spec.full_rank) for spec in toy.specs}
     gradients[favourite] -= _PULL
     for step in range(_PULLS):
         cut = family.cut(0.0, torch.Generator().manual_seed(step))
-        learner.learn(cut, MaskGradients(1.0, 0.1, gradients), 0.0)
+        optimiser.step(cut, MaskGradients(1.0, 0.1, gradients), 0.0)
 
 
 def _leaves(kind: type[MaskFamily]) -> Iterator[type[MaskFamily]]:

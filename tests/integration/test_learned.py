@@ -184,9 +184,9 @@ def test_masks_with_another_method_are_refused(learned):
 
 def test_a_budget_that_was_not_trained_is_told(learned):
     told = invoke("allocate", "--keep", "0.69", "--samples", "6", "--held-out", "3", "-w", learned).output
-    assert "keep 0.69 was not trained: going by what was learned at 0.6" in told
+    assert "there is no training at keep 0.69: the one at 0.6 is used" in told
     told = invoke("allocate", "--keep", "0.6", "--samples", "6", "--held-out", "3", "-w", learned).output
-    assert "was not trained" not in told
+    assert "there is no training" not in told
 
 
 def test_excluded_layers_stay_dense_and_floors_hold(learned):
@@ -261,7 +261,10 @@ def test_ctrl_c_keeps_the_best_and_says_so(learned, monkeypatch):
     result = invoke(*train_words(learned, "--name", "stopped"))
     assert result.exit_code == 0, result.output
     told = " ".join(result.output.split())
-    assert "interrupted after step 2 of 4 at keep 0.8: the best so far is kept, and the same command goes on" in told
+    assert (
+        "interrupted after step 2 of 4 at keep 0.8: the best so far is stored; the same command resumes the training"
+        in told
+    )
     budgets = read_manifest(learned / "train-masks" / "stopped").results["budgets"]
     assert list(budgets) == ["0.8"]
     assert budgets["0.8"]["steps"] == 2 and len(budgets["0.8"]["ranks"]) == 21
@@ -357,11 +360,11 @@ def test_text_that_is_too_short_is_shared_out(learned, samples):
     heard = Heard()
     config = AllocateConfig(keep=0.8, method="sensitivity", **{**TUNING, "samples": samples, "held_out": 4000})
     allocate(config, Run(learned, report=heard))
-    told = next(text for text in heard.facts if "were wanted" in text)
+    told = next(text for text in heard.facts if "are needed:" in text)
     made = Run(learned).open().require("factors").manifest.config["samples"]
-    total, held = (int(word) for word in re.match(r"the text holds (\d+) .* wanted: (\d+) are", told).groups())
-    assert ("so are those held out" in told) == (made > total - held)
-    assert ("windows that the factors were fitted to" in told) == (made > max(0, total - held - 1 - samples))
+    total, held = (int(word) for word in re.match(r"the text has (\d+) .* needed: (\d+) are", told).groups())
+    assert ("so do the held-out windows" in told) == (made > total - held)
+    assert ("those that the factors were fitted to" in told) == (made > max(0, total - held - 1 - samples))
 
 
 # -- pivoted layers ---------------------------------------------------------------------------------------------
@@ -407,7 +410,7 @@ def test_ranks_from_a_file_are_counted_in_the_layout_asked_for(learned, tmp_path
     file.write_text(json.dumps({**document, "layout": "factors"}))
     with pytest.raises(ProblemsError, match=r"costs as much as the dense weight"):
         allocate(AllocateConfig(keep=None), Run(learned), ranks=file)
-    with pytest.raises(UsageError, match="names the layout factors, --layout pivoted is given"):
+    with pytest.raises(UsageError, match="names the layout factors, but --layout pivoted is given"):
         allocate(AllocateConfig(keep=None, layout="pivoted"), Run(learned), ranks=file)
     file.write_text(json.dumps({**document, "layout": "columns"}))
     with pytest.raises(DataError, match="has layout 'columns', known are factors, pivoted"):
@@ -423,12 +426,12 @@ def test_a_training_of_the_same_layout_is_preferred_and_the_papers_serves_only_i
             (p.key for p in view.manifest.parents if p.key.startswith("train-masks/")), view.manifest.config["method"]
         )
 
-    assert used(pivoted, "a") == f"train-masks/{NAME}"  # losses of ranks serve any layout
+    assert used(pivoted, "a") == f"train-masks/{NAME}"  # rank losses hold for any layout
     train_masks(TrainMasksConfig(**{**TRAINING, "steps": 1}, layout="pivoted"), Run(learned))
     train_masks(TrainMasksConfig(**{**TRAINING, "steps": 1}, objective="paper"), Run(learned))
     assert used(pivoted, "b") == f"train-masks/{NAME}-pivoted"
     assert used(AllocateConfig(keep=0.8, **TUNING), "c") == "train-masks/paper-0.80-0.60"
-    with pytest.raises(WorkspaceError, match="paper's form, which does not know what layout pivoted costs"):
+    with pytest.raises(WorkspaceError, match="paper's form, which does not support layout pivoted"):
         allocate(pivoted, Run(learned), masks="paper-0.80-0.60")
     for name in (NAME, f"{NAME}-pivoted"):
         shutil.rmtree(learned / "train-masks" / name)
@@ -437,9 +440,9 @@ def test_a_training_of_the_same_layout_is_preferred_and_the_papers_serves_only_i
 
 def test_options_need_a_method_that_takes_them(learned):
     config = {"keep": 0.8, "options": {"sums": "window"}, **TUNING}
-    with pytest.raises(UsageError, match="-O sums=… is given, and no method"):
+    with pytest.raises(UsageError, match="-O sums=… is given without a method"):
         allocate(AllocateConfig(**config), Run(learned))
-    with pytest.raises(UsageError, match="--method ara takes no option here, got sums"):
+    with pytest.raises(UsageError, match="--method ara takes no options here, got sums"):
         allocate(AllocateConfig(**config, method="ara"), Run(learned))
     assert allocate(AllocateConfig(**config, method="sensitivity"), Run(learned)).manifest is not None
 
@@ -478,7 +481,7 @@ def test_run_trains_and_allocates_in_the_layout_asked_for(tmp_path, tiny_setting
 
 
 def test_what_knows_only_factors_refuses_pivoted_layers(learned):
-    with pytest.raises(UsageError, match="--method tanh does not know what --layout pivoted costs"):
+    with pytest.raises(UsageError, match="--method tanh does not support --layout pivoted"):
         allocate(AllocateConfig(keep=0.8, method="tanh", layout="pivoted", **TUNING), Run(learned))
     with pytest.raises(UsageError, match="--objective paper and --layout pivoted are both given"):
         train_masks(TrainMasksConfig(**TRAINING, objective="paper", layout="pivoted"), Run(learned))
@@ -498,6 +501,6 @@ def test_compare_leaves_out_what_does_not_know_the_layout(learned, tiny_text):
     assert view.name == "0.70-pivoted"
     rows = view.manifest.results["methods"]
     assert all(0.69 < rows[name]["linear_keep"] <= 0.7 for name in quick)
-    with pytest.raises(UsageError, match="--method tanh does not know"):
+    with pytest.raises(UsageError, match="--method tanh does not support"):
         compare(CompareConfig(**config, methods=("tanh",), **TUNING), Run(learned))
     assert methods_for("pivoted") == tuple(name for name in ALLOCATORS.names() if name not in ("gumbel", "tanh"))

@@ -11,7 +11,7 @@ import torch
 from ara.allocation.dp_kl import DpKl, interpolate
 from ara.allocation.strs import Strs, search
 from ara.masks.context import TuningContext
-from ara.masks.probing import ProbeOptions
+from ara.masks.single_layer_probes import ProbeOptions
 from ara.models.weights import LinearSpec
 from ara.solver.problem import Budget, Choice
 from tests.oracles.allocation import least_loss

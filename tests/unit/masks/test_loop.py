@@ -7,8 +7,9 @@ import torch
 
 from ara.config import MaskTrainingOptions
 from ara.errors import NumericalError
-from ara.masks.ara_family import ara_family, needs_table, sensitivity_table
+from ara.masks.ara_family import ara_family, needs_table
 from ara.masks.loop import batch_indices, train
+from ara.masks.sensitivity_table import sensitivity_table
 from ara.masks.state import TrainingSettings, TrainingState
 from ara.solver.problem import Budget
 from tests.toy import toy_problem
@@ -149,7 +150,7 @@ def test_divergence_stops_with_advice(toy, monkeypatch):
 
 def test_a_start_of_nan_is_refused(toy, monkeypatch):
     _checks_give(monkeypatch, [float("nan")])
-    with pytest.raises(NumericalError, match="to start from gives a held-out loss of nan"):
+    with pytest.raises(NumericalError, match="the starting allocation gives a held-out loss of nan"):
         _run(toy, "adam", steps=4)
 
 

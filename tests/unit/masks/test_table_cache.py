@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ara.allocation.sensitivity import SensitivityOptions, sensitivity_of
+from ara.allocation.sensitivity import SensitivityOptions, sensitivity_table
 from ara.masks.context import TuningContext
 from ara.masks.table_cache import SensitivityTable, TableCache, _write
 from ara.progress import SilentReporter
@@ -32,7 +32,7 @@ def context(tmp_path: Path) -> TuningContext:
 
 def _passes(context: TuningContext, **options: str) -> tuple[dict[str, torch.Tensor], int]:
     before = context.model.backward_passes
-    return sensitivity_of(context, SensitivityOptions(**options)).losses, context.model.backward_passes - before
+    return sensitivity_table(context, SensitivityOptions(**options)).losses, context.model.backward_passes - before
 
 
 def test_a_table_is_made_once_and_read_back_as_it_was(context: TuningContext, tmp_path: Path) -> None:
@@ -46,8 +46,8 @@ def test_a_table_is_made_once_and_read_back_as_it_was(context: TuningContext, tm
     for name, losses in fresh.items():
         assert torch.equal(first[name], losses) and torch.equal(again[name], losses)
     assert [path.suffix for path in (tmp_path / "tables").iterdir()] == [".safetensors"]
-    made = sensitivity_of(replace(context, table_cache=None), SensitivityOptions()).seconds
-    assert sensitivity_of(context, SensitivityOptions()).seconds > 0 and made > 0
+    made = sensitivity_table(replace(context, table_cache=None), SensitivityOptions()).seconds
+    assert sensitivity_table(context, SensitivityOptions()).seconds > 0 and made > 0
 
 
 @pytest.mark.parametrize(
@@ -115,5 +115,5 @@ def test_no_table_is_read_through_a_link_or_a_pipe(context: TuningContext, tmp_p
     path.unlink()
     make(path)
     _passes(context)
-    assert "no plain file" in listener.warnings[0]
+    assert "not a regular file" in listener.warnings[0]
     assert path.is_file() and not path.is_symlink()

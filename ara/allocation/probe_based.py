@@ -1,4 +1,4 @@
-"""Base of the methods that cut every layer alone at a few ranks and choose by what that does to the loss."""
+"""Base class of the methods that use single-layer probes."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import ClassVar
 
 from ara.allocation.base import Allocator
 from ara.masks.context import TuningContext
-from ara.masks.probing import Measure, ProbeOptions, probe_choices
+from ara.masks.single_layer_probes import Measure, ProbeOptions, probe_choices
 from ara.models.weights import LinearSpec
 from ara.solver.problem import Allocation, Budget, Module
 
 
-class Probed(Allocator):
-    """Probes, then a choice that needs no model.
+class ProbeBased(Allocator):
+    """Probes the layers, then chooses without the model.
 
     Class attributes:
-        measure: what a probe measures; see :func:`ara.masks.probing.probe`.
+        measure: see :func:`ara.masks.single_layer_probes.probe`.
     """
 
     Options = ProbeOptions
@@ -30,10 +30,10 @@ class Probed(Allocator):
         return self.choose(specs, self.probes(specs, budget, context), budget)
 
     def probes(self, specs: Sequence[LinearSpec], budget: Budget, context: TuningContext) -> list[dict[int, float]]:
-        """Return, per layer, index into ``budget.choices(spec)`` → loss; the size of the budget does not matter."""
+        """Return, per layer, index into ``budget.choices(spec)`` → loss; ``budget.limit`` has no influence."""
         assert isinstance(self.options, ProbeOptions)
         return probe_choices(context, specs, budget, self.options, self.measure)
 
     def choose(self, specs: Sequence[LinearSpec], curves: Sequence[Mapping[int, float]], budget: Budget) -> Allocation:
-        """Return the allocation that the probed losses lead to."""
+        """Return the allocation for the probed losses."""
         raise NotImplementedError

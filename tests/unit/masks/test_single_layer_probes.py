@@ -17,7 +17,7 @@ from ara.decomposition.subspace import weighted_factors
 from ara.errors import NumericalError
 from ara.masks.context import TuningContext
 from ara.masks.model import MaskedModel
-from ara.masks.probing import ProbeOptions, probe, probe_choices
+from ara.masks.single_layer_probes import ProbeOptions, probe, probe_choices
 from ara.models.weights import LinearSpec, find_blocks, find_linears
 from ara.progress import SilentReporter
 from ara.solver.problem import Budget
@@ -89,7 +89,7 @@ def test_blocks_that_reuse_keys_and_values_of_earlier_ones_are_probed_by_whole_p
     said: list[str] = []
     report = SimpleNamespace(bar=SilentReporter().bar, fact=said.append)
     assert probe(model, windows, ranks, measure, report) == _by_whole_passes(model, windows, ranks, measure)
-    assert len(said) == 1 and said[0].startswith("3 of 4 blocks were probed by whole passes")
+    assert len(said) == 1 and said[0].startswith("3 of 4 blocks were probed by passes through the whole model")
 
 
 class _Tuples(ToyModel):

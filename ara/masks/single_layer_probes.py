@@ -1,9 +1,9 @@
-"""Probes: the loss with a single layer cut and all others dense.
+"""Single-layer probes: the loss with one layer cut and all others dense.
 
-The dense model runs once and the output of every block is kept. A probe of a layer of block l starts at block l, from
-what block l − 1 gave the dense model (:mod:`ara.models.blocks`): it runs half of the blocks on average.
-That asks of a block that it sees nothing of the blocks before but the output of the last. Where it sees more (the keys
-and values of an earlier block, in Gemma 3n and 4), the whole model runs: a dense run tells, block by block.
+The dense model runs once and the outputs of all blocks are kept. A probe of a layer in block l starts at block l, with
+the dense output of block l − 1 (:mod:`ara.models.blocks`). On average it runs half of the blocks.
+This is only correct if the output of the previous block is all that a block uses. A dense pass from each block checks
+it. Where it fails (Gemma 3n and 4 use the keys and values of an earlier block), the whole model runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Measure = Literal["kl", "nll"]
 
-# Nats per token that two runs of the dense model may differ by: far below any cut, far above rounding.
+# Allowed difference of two dense passes, nats per token: far below the effect of a cut, far above rounding errors.
 _SAME = 1e-4
 
 
@@ -43,10 +43,10 @@ def probe(
     measure: Measure,
     report: Reporter = SILENT,
 ) -> dict[str, list[float]]:
-    """Return the loss with one layer cut at one rank and all others dense, for every layer and rank asked for.
+    """Return the loss with one layer cut to one rank and all others dense, for all ``ranks``.
 
-    All windows go through in one batch. Kept in memory: the block outputs, blocks · w · t · hidden numbers, and for
-    ``kl`` the dense logits, w · t · vocabulary (SmolLM2-135M in bfloat16, 2 windows of 512 tokens: 34 and 96 MiB).
+    All windows form one batch. Memory: the block outputs, blocks · w · t · hidden numbers, and for ``kl`` the dense
+    logits, w · t · vocabulary numbers (SmolLM2-135M in bfloat16, 2 windows of 512 tokens: 34 and 96 MiB).
 
     Args:
         model: left dense.
@@ -71,10 +71,10 @@ def probe(
         teacher = dense if measure == "kl" else None
         expected = 0.0 if measure == "kl" else window_nll(dense, windows.to(dense.device)).mean().item()
         del dense
-        befores = [None, *outputs[:-1]] if len(outputs) == len(blocks) else [None] * len(blocks)
+        inputs = [None, *outputs[:-1]] if len(outputs) == len(blocks) else [None] * len(blocks)
         whole = 0
         with report.bar("Probing layers", sum(len(wanted) for wanted in ranks.values())) as bar:
-            for index, before in enumerate(befores):
+            for index, before in enumerate(inputs):
                 start = index if before is not None else 0
                 if start and not _same_from(start, before, blocks, model, windows, teacher, expected):
                     start = 0
@@ -88,8 +88,8 @@ def probe(
                         model.use({name: None})
         if whole:
             report.fact(
-                f"{whole} of {len(blocks)} blocks were probed by whole passes, which takes longer: later blocks reuse "
-                "what earlier ones compute"
+                f"{whole} of {len(blocks)} blocks were probed by passes through the whole model, which takes longer: "
+                "they use values computed by earlier blocks"
             )
     finally:
         model.use_dense()
@@ -97,7 +97,7 @@ def probe(
 
 
 class ProbeOptions(MethodOptions):
-    """Options of the methods that cut every layer alone."""
+    """Options of the methods that use single-layer probes."""
 
     ratios: int = Field(
         5, ge=1, le=64, description="parameter ratios probed per layer, evenly spaced from the least rank"
@@ -110,7 +110,7 @@ def probe_choices(
 ) -> list[dict[int, float]]:
     """Probe some of the ranks that a budget offers, on the first ``options.windows`` training windows.
 
-    Per layer: for i = 0 … ratios − 1 the largest rank that keeps at most i/ratios of its parameters, or the least rank.
+    For i = 0 … ratios − 1 it is the largest rank with at most i/ratios of the layer's parameters, or the least rank.
 
     Returns:
         Per layer, index into ``budget.choices(spec)`` → loss; see :func:`probe`. Dense is not among them.
@@ -122,7 +122,7 @@ def probe_choices(
 
 
 def _points(spec: LinearSpec, budget: Budget, ratios: int) -> dict[int, int]:
-    """Return the choices to probe, as index → rank; empty for a layer that no rank makes cheaper."""
+    """Return the choices to probe, as index → rank; empty for a layer that can only be dense."""
     choices = budget.rank_choices(spec)
     ranks = [choice.rank for choice in choices if choice.rank is not None]
     costs = [choice.cost for choice in choices[: len(ranks)]]
@@ -131,7 +131,7 @@ def _points(spec: LinearSpec, budget: Budget, ratios: int) -> dict[int, int]:
 
 
 def _loss(model: MaskedModel, windows: torch.Tensor, teacher: torch.Tensor | None, what: str) -> float:
-    """Return the mean NLL, or KL to the ``teacher`` (w, t, v), of the present cut; ``what`` names it in errors."""
+    """Return the mean NLL, or KL to the ``teacher`` (w, t, v), of the current cut; ``what`` names it in errors."""
     values = model.nll(windows, len(windows)) if teacher is None else model.kl(windows, teacher)
     value = values.mean().item()
     if not math.isfinite(value):
@@ -150,12 +150,12 @@ def _same_from(
     teacher: torch.Tensor | None,
     expected: float,
 ) -> bool:
-    """Tell whether the dense model still gives the loss ``expected`` when passes start at block ``start``."""
+    """Tell whether the dense model has the loss ``expected`` when the pass starts at block ``start``."""
     try:
         with starting_at(blocks, start, output):
-            found = _loss(model, windows, teacher, "no layer")
-    except Exception as error:  # whatever a block says that does not find what it looks for
+            loss = _loss(model, windows, teacher, "no layer")
+    except Exception as error:  # a block that lacks values of earlier blocks may raise anything
         if is_out_of_memory(error):
             raise
         return False
-    return abs(found - expected) <= _SAME
+    return abs(loss - expected) <= _SAME
