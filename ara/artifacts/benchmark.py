@@ -38,7 +38,7 @@ class Percentiles(Part):
 
 @dataclass(frozen=True)
 class RatioFigures(SpreadFigures):
-    """How many times as fast as dense, with a confidence interval; see :class:`ara.evaluation.speed.Ratio`."""
+    """How many times as fast as dense, with a confidence interval; see :func:`ara.evaluation.speed.ratio`."""
 
 
 @dataclass(frozen=True)
