@@ -194,7 +194,7 @@ def show(console: Console, case: Case, runners: dict[str, Runner], seconds: dict
         Column("predicted"),
         Column("off"),
     ]
-    what = f"decode behind {case.past}" if case.past else f"prefill {case.new}"
+    what = f"decode at {case.past}" if case.past else f"prefill {case.new}"
     console.table(f"{what}, batch {case.batch}", columns, rows)
 
 
