@@ -89,7 +89,7 @@ class Bench:
     def first_losses(self, key: str, factors: str, ranks: Mapping[str, int | None], windows: int) -> list[float]:
         """Return WikiText-2 losses of the first windows: of row ``key`` if this run has measured it, else measured now.
 
-        Rows of other runs are not used: in bfloat16 another processor rounds differently, by more than the checks allow.
+        Rows of other runs are not used: in bfloat16 another processor rounds differently, more than the checks allow.
         """
         row = self.rows[key]
         if row["run"] == self.__dict__.get("number"):
