@@ -31,28 +31,10 @@ if TYPE_CHECKING:
 # Wider than any table: a file or a pipe has no width to fold at.
 _UNLIMITED_COLUMNS = 1000
 
-_ASCII = str.maketrans(
-    {
-        "·": "-",
-        "–": "-",
-        "—": "-",
-        "…": "...",
-        "×": "x",
-        "→": "->",
-        "≤": "<=",
-        "≥": ">=",
-        "≈": "~",
-        "Δ": "d",
-        "²": "^2",
-        "µ": "u",
-        "─": "-",
-        "“": '"',
-        "”": '"',
-        "‘": "'",
-        "’": "'",
-        "\u00a0": " ",
-    }
-)
+_ASCII = {
+    **str.maketrans("·–—─≈Δµ“”‘’\u00a0", "----~du\"\"'' "),
+    **str.maketrans({"…": "...", "×": "x", "→": "->", "≤": "<=", "≥": ">=", "²": "^2"}),
+}
 _SIMPLE_BOX = "    \n    \n -- \n    \n    \n    \n    \n    \n"
 
 
@@ -67,6 +49,11 @@ class Column:
 
     header: str
     justify: Literal["left", "right"] = "right"
+
+
+def columns(first: str, *others: str) -> list[Column]:
+    """Return columns with these headers: text on the left in the first one, numbers on the right in the others."""
+    return [Column(first, "left"), *map(Column, others)]
 
 
 class Console:

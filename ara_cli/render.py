@@ -21,7 +21,7 @@ from ara.pipeline import steps
 from ara.workspace.following import next_command
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
-from ara_cli.console import Column, Console
+from ara_cli.console import Column, Console, columns
 from ara_cli.formatting import bytes_text, count_text, percent, seconds_text
 from ara_cli.render_bench import bench_figure
 from ara_cli.render_eval import show_evaluation
@@ -40,17 +40,10 @@ def show_decomposition(console: Console, view: StageView) -> None:
         rows.append(
             (kind, len(layers), f"{m} × {n}", min(m, n), (m * n - 1) // (m + n), count_text(len(layers) * m * n))
         )
-    columns = [
-        Column("layers", "left"),
-        Column("count"),
-        Column("shape (out × in)"),
-        Column("full rank"),
-        Column("highest paying rank (factors)"),
-        Column("parameters"),
-    ]
+    headers = columns("layers", "count", "shape (out × in)", "full rank", "break-even rank (factors)", "parameters")
     linear, model = count_text(results.linear_parameters), count_text(results.model_parameters)
     count = len(results.modules)
-    console.table(f"Factored {count} layers, {linear} of the model's {model} parameters", columns, rows)
+    console.table(f"Factored {count} layers, {linear} of the model's {model} parameters", headers, rows)
 
 
 @shows_results
@@ -62,18 +55,12 @@ def show_allocation(console: Console, view: StageView) -> None:
         ranks = "–" if row.rank_mean is None else f"{row.rank_min} / {row.rank_mean:.0f} / {row.rank_max}"
         m, n = row.shape
         rows.append((kind, f"{m} × {n}", f"{row.dense} of {row.layers}", ranks, percent(row.keep)))
-    columns = [
-        Column("layers", "left"),
-        Column("shape (out × in)"),
-        Column("dense"),
-        Column("rank min / mean / max"),
-        Column("kept"),
-    ]
+    headers = columns("layers", "shape (out × in)", "dense", "rank min / mean / max", "kept")
     title = (
         f"{view.name}: {percent(results.linear_keep, 2)} of the linear layers' parameters kept, "
         f"{percent(results.model_keep, 2)} of the whole model's"
     )
-    console.table(title, columns, rows)
+    console.table(title, headers, rows)
     if results.guard is not None:
         console.text(_guard_text(results.guard))
 
@@ -106,17 +93,9 @@ def show_training(console: Console, view: StageView) -> None:
         )
         for keep, row in TrainingResults.read(view).budgets.items()
     ]
-    columns = [
-        Column("keep", "left"),
-        Column("held-out loss of the start (nats/token)"),
-        Column("of the best"),
-        Column("gain"),
-        Column("best step"),
-        Column("dense layers"),
-        Column("backward passes"),
-        Column("time"),
-    ]
-    console.table(f"{view.name}: trained masks", columns, rows)
+    losses = ("loss at the start (held-out, nats/token)", "at the best step", "gain")
+    headers = columns("keep", *losses, "best step", "dense layers", "backward passes", "time")
+    console.table(f"{view.name}: trained masks", headers, rows)
 
 
 @shows_results
@@ -139,17 +118,10 @@ def show_comparison(console: Console, view: StageView) -> None:
         for name in order
         for row in (methods[name],)
     ]
-    columns = [
-        Column("allocator", "left"),
-        Column("held-out loss (nats/token)"),
-        *(Column(f"{task} perplexity (gap closed)") for task in tasks),
-        Column("linear kept"),
-        Column("model kept"),
-        Column("dense layers"),
-        Column("time"),
-        Column("backward passes"),
-    ]
-    console.table(f"{view.name}: gap closed = (ln uniform − ln x) / (ln uniform − ln dense)", columns, rows)
+    texts = [f"{task} perplexity (gap closed)" for task in tasks]
+    figures = ("linear kept", "model kept", "dense layers", "time", "backward passes")
+    headers = columns("allocator", "held-out loss (nats/token)", *texts, *figures)
+    console.table(f"{view.name}: gap closed = (ln uniform − ln x) / (ln uniform − ln dense)", headers, rows)
     for name, row in methods.items():
         if row.error is not None:
             console.text(f"{name} failed: {row.error}")
@@ -176,7 +148,7 @@ def show_checkpoint(console: Console, view: StageView) -> None:
         ("low-rank / dense layers", f"{results.low_rank_layers} / {results.dense_layers}"),
         ("weights on disk", f"{bytes_text(disk)} (dense {bytes_text(dense)}, {percent(disk / dense)})"),
     ]
-    console.table(f"{view.name}", [Column("", "left"), Column("")], rows)
+    console.table(f"{view.name}", columns("", ""), rows)
 
 
 def show_export(console: Console, results: GraphResults) -> None:
@@ -196,16 +168,10 @@ def show_export(console: Console, results: GraphResults) -> None:
         )
         for case in results.parity.cases
     ]
-    columns = [
-        Column("run as", "left"),
-        Column("tokens"),
-        Column("largest difference of a logit"),
-        Column("same token"),
-        Column("KL, nats"),
-        Column("NLL torch"),
-        Column("NLL ONNX"),
-    ]
-    console.table(f"{results.precision} graph in ONNX Runtime against torch", columns, rows)
+    headers = columns(
+        "run as", "tokens", "largest difference of a logit", "same token", "KL, nats", "NLL torch", "NLL ONNX"
+    )
+    console.table(f"{results.precision} graph in ONNX Runtime against torch", headers, rows)
 
 
 @shows_results

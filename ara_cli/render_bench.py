@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ara.artifacts.benchmark import BenchmarkResults, BenchmarkSettings, CaseResults
 from ara.workspace.view import StageView
-from ara_cli.console import Column, Console
+from ara_cli.console import Column, Console, columns
 from ara_cli.formatting import count_text
 from ara_cli.shown import shows_results
 
@@ -19,22 +19,13 @@ def show_bench(console: Console, view: StageView) -> None:
         (name, count_text(row.parameters), _mib(row.weight_bytes), _mib(row.disk_bytes), _mib(row.peak_memory_bytes))
         for name, row in results.models.items()
     ]
-    sizes = [Column("model", "left"), Column("parameters")]
-    sizes += [Column(f"{what} (MiB)") for what in ("weights", "on disk", "peak memory")]
-    console.table(f"Sizes: {where}", sizes, rows)
-    columns = [
-        Column("case", "left"),
-        Column("model", "left"),
-        Column("ms"),
-        Column("tokens/s (p10 – p90)"),
-        Column("times as fast as dense (95 % interval)"),
-        Column("predicted"),
-        Column("off by"),
-    ]
+    headers = columns("model", "parameters", "weights (MiB)", "on disk (MiB)", "peak memory (MiB)")
+    console.table(f"Sizes: {where}", headers, rows)
+    figures = ("ms", "tokens/s (p10 – p90)", "times as fast as dense (95 % interval)", "predicted", "off by")
     order = "in turn" if results.interleaved else "one after the other"
     console.table(
         f"Speed: models {order}, medians of {BenchmarkSettings.read(view).rounds} rounds",
-        columns,
+        [Column("case", "left"), *columns("model", *figures)],
         [_row(case, name) for case in results.cases for name in results.models],
     )
 
