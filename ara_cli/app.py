@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     **{stage.name: (f"{stage.name.replace('-', '_')}:command", stage.help) for stage in stages()},
     "generate": ("generate:command", "Answer a prompt with the compressed model, in torch or ONNX Runtime"),
     "status": ("status:command", "What the workspace holds, what is stale or missing, the next command"),
-    "models": ("info:models", "Names for models"),
+    "models": ("info:models", "Aliases of models"),
     "methods": ("info:methods", "Decompositions and allocators with their options"),
 }
 
@@ -48,7 +48,7 @@ class _LazyGroup(TyperGroup):
         return typer.main.get_command(single)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> Any:
-        """Run a command line; whatever ends it outside a command is told like what ends it inside one."""
+        """Run a command line; errors outside a command are reported like those inside one."""
         given = sys.argv[1:] if args is None else list(args)
         try:
             _check_arguments(given)
@@ -58,13 +58,13 @@ class _LazyGroup(TyperGroup):
             raise
 
     def make_context(self, *args: Any, **named: Any) -> Any:
-        """Read the arguments; the help is written here."""
-        with _ends():
+        """Read the arguments; this also writes the help."""
+        with _exit_codes():
             return super().make_context(*args, **named)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        with _ends():
+        with _exit_codes():
             return super().invoke(ctx)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -98,23 +98,22 @@ def _main(
 
 
 @contextmanager
-def _ends() -> Iterator[None]:
-    """End by Ctrl+C and by a reader that has gone with the exit codes of a command; typer has others."""
+def _exit_codes() -> Iterator[None]:
+    """Exit with a command's codes after Ctrl+C or when the reader of a pipe has ended; typer has other codes."""
     try:
         yield
     except (KeyboardInterrupt, BrokenPipeError) as error:
         from ara_cli.console import Console
-        from ara_cli.session import tell
+        from ara_cli.session import report_error
 
-        code = tell(error, Console())
-        raise typer.Exit(1 if code is None else code) from None
+        raise typer.Exit(report_error(error, Console()) or 1) from None
 
 
 def _check_arguments(given: Sequence[str]) -> None:
-    """Refuse what is not text: names, paths and texts go into manifests, which are UTF-8.
+    """Refuse arguments that are not UTF-8: names, paths and texts go into manifests, which are UTF-8.
 
     Raises:
-        UsageError: an argument holds other bytes.
+        UsageError: names the argument.
     """
     for argument in given:
         if not argument.isascii():
@@ -128,16 +127,16 @@ def _check_arguments(given: Sequence[str]) -> None:
 
 
 def _end(error: BaseException, given: Sequence[str]) -> None:
-    """Say what was raised outside a command and exit, unless it is a way to exit itself."""
+    """Report an error that was raised outside a command, and exit."""
     if isinstance(error, SystemExit):
         return
-    # A usage error that could not be written to stderr is one all the same.
+    # A usage error whose message could not be written to stderr keeps its exit code.
     if isinstance(error, OSError) and hasattr(error.__context__, "show"):
         sys.exit(2)
     from ara_cli.console import Console
-    from ara_cli.session import tell
+    from ara_cli.session import report_error
 
-    code = tell(error, Console(as_json="--json" in given))
+    code = report_error(error, Console(as_json="--json" in given))
     if code is not None:
         sys.exit(code)
 

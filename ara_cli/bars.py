@@ -1,4 +1,4 @@
-"""Progress bars: moving ones for a terminal, lines for a log. Opened by :class:`ara_cli.console.Console` only."""
+"""Progress bars for :class:`ara_cli.console.Console`: moving bars on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -13,58 +13,48 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.progress import Progress, TaskID
 
-# Shorter work needs no line of its own in a log.
+# Work that takes less time is not logged.
 _SHORT_SECONDS = 2.0
-# How often long work reports to a log.
+# Interval between two lines about the same work.
 _LOG_EVERY_SECONDS = 30.0
-
-
-class QuietBar:
-    """A bar that shows nothing."""
-
-    def advance(self, amount: float = 1) -> None:
-        """Do nothing."""
 
 
 class LoggedBar:
     """A bar as lines of a log.
 
     Args:
-        label: what is being done.
-        total: how many units there are.
-        tell: prints a line.
-        clock: seconds that never run backwards.
+        label: the work.
+        total: number of units.
+        write: prints a line.
+        clock: monotonic, in seconds.
     """
 
-    def __init__(self, label: str, total: float, tell: Callable[[str], None], clock: Callable[[], float]) -> None:
-        self._label = label
-        self._total = total
-        self._tell = tell
-        self._clock = clock
+    def __init__(self, label: str, total: float, write: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._label, self._total, self._write, self._clock = label, total, write, clock
         self._done = 0.0
-        self._start = self._told = clock()
+        self._start = self._last_line = clock()
 
     def advance(self, amount: float = 1) -> None:
-        """Count, and report when the last report is half a minute old."""
+        """Count units; print a line if the last one is half a minute old."""
         self._done += amount
         now = self._clock()
-        if now - self._told < _LOG_EVERY_SECONDS or not 0 < self._done < self._total:
+        if now - self._last_line < _LOG_EVERY_SECONDS or not 0 < self._done < self._total:
             return
-        self._told = now
+        self._last_line = now
         elapsed = now - self._start
         left = elapsed * (self._total - self._done) / self._done
         share = percent(self._done / self._total, digits=0)
-        self._tell(f"{self._label}: {share} after {seconds_text(elapsed)}, about {seconds_text(left)} left")
+        self._write(f"{self._label}: {share} after {seconds_text(elapsed)}, about {seconds_text(left)} left")
 
     def finish(self) -> None:
-        """Say how long it took, if it took long."""
+        """Print the duration, unless it is short."""
         elapsed = self._clock() - self._start
         if elapsed > _SHORT_SECONDS:
-            self._tell(f"{self._label}: done in {seconds_text(elapsed)}")
+            self._write(f"{self._label}: done in {seconds_text(elapsed)}")
 
 
 class LiveBars:
-    """Moving bars below the lines of ``console``; they vanish when done."""
+    """Moving bars below the lines of ``console``; they disappear when done."""
 
     def __init__(self, console: RichConsole) -> None:
         self._console = console
@@ -72,7 +62,7 @@ class LiveBars:
 
     @contextmanager
     def open(self, label: str, total: float) -> Iterator[Bar]:
-        """Show a bar; one opened inside another is one more line of the same display."""
+        """Show a bar; nested bars are further lines of the same display."""
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         outermost = self._progress is None
@@ -99,8 +89,7 @@ class LiveBars:
 
 class _LiveBar:
     def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
+        self._progress, self._task = progress, task
 
     def advance(self, amount: float = 1) -> None:
         """Move the bar."""

@@ -1,9 +1,8 @@
-"""The one place that prints.
+"""The only module that prints.
 
-What a command *is doing* goes to stderr: verb lines, facts, bars, warnings. What it *found* goes to stdout: tables,
-text, or with ``--json`` exactly one JSON document. Colours and moving bars appear on a terminal only; without one every
-line is plain text. Rich is imported when the first line reaches a terminal or the first table is drawn, so that
-``ara --help`` stays cheap.
+Progress goes to stderr: verb lines, facts, bars, warnings. Results go to stdout: tables, text, or with ``--json``
+exactly one JSON document. Only terminals get colours and moving bars. Rich is imported when it is first used, so that
+``ara --help`` is fast.
 """
 
 from __future__ import annotations
@@ -23,37 +22,19 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from ara.errors import AraError, ProblemsError
 from ara.printable import printable
-from ara.progress import Bar
-from ara_cli.bars import LiveBars, LoggedBar, QuietBar
+from ara.progress import SILENT, Bar
+from ara_cli.bars import LiveBars, LoggedBar
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
-# Wide enough for any table of ours: a file or a pipe has no width to fold at.
+# Wider than any table: a file or a pipe has no width to fold at.
 _UNLIMITED_COLUMNS = 1000
 
-_ASCII = str.maketrans(
-    {
-        "·": "-",
-        "–": "-",
-        "—": "-",
-        "…": "...",
-        "×": "x",
-        "→": "->",
-        "≤": "<=",
-        "≥": ">=",
-        "≈": "~",
-        "Δ": "d",
-        "²": "^2",
-        "µ": "u",
-        "─": "-",
-        "“": '"',
-        "”": '"',
-        "‘": "'",
-        "’": "'",
-        "\u00a0": " ",
-    }
-)
+_ASCII = {
+    **str.maketrans("·–—─≈Δµ“”‘’\u00a0", "----~du\"\"'' "),
+    **str.maketrans({"…": "...", "×": "x", "→": "->", "≤": "<=", "≥": ">=", "²": "^2"}),
+}
 _SIMPLE_BOX = "    \n    \n -- \n    \n    \n    \n    \n    \n"
 
 
@@ -62,27 +43,32 @@ class Column:
     """One column of a table.
 
     Attributes:
-        header: what the numbers are, with their unit: ``"size (MiB)"``.
-        justify: text stands left, numbers stand right.
+        header: quantity with its unit: ``"size (MiB)"``.
+        justify: left for text, right for numbers.
     """
 
     header: str
     justify: Literal["left", "right"] = "right"
 
 
+def columns(first: str, *others: str) -> list[Column]:
+    """Return columns with these headers: text on the left in the first one, numbers on the right in the others."""
+    return [Column(first, "left"), *map(Column, others)]
+
+
 class Console:
-    """Everything ``ara`` says; implements :class:`ara.progress.Reporter`.
+    """Prints everything; implements :class:`ara.progress.Reporter`.
 
     Args:
-        quiet: no verb lines, facts, bars or closing lines; warnings, errors and results stay.
-        as_json: stdout carries one JSON document and nothing else; tables and text move to stderr.
-        stdout: where results go; ``sys.stdout`` as it is now when ``None``.
-        stderr: where everything else goes; ``sys.stderr`` as it is now when ``None``.
-        environ: where NO_COLOR and TERM are looked up; ``os.environ`` when ``None``.
-        clock: seconds that never run backwards.
+        quiet: print only warnings, errors and results.
+        as_json: stdout gets only one JSON document; tables and text go to stderr.
+        stdout: for results; the present ``sys.stdout`` by default.
+        stderr: for everything else; the present ``sys.stderr`` by default.
+        environ: variables (NO_COLOR, TERM); ``os.environ`` by default.
+        clock: monotonic, in seconds.
 
     Attributes:
-        reader_gone: nobody reads a stream any more, as with ``ara models | head -1`` or a closed stdout.
+        reader_gone: a stream has no reader any more, as with ``ara models | head -1`` or a closed stdout.
     """
 
     def __init__(
@@ -104,7 +90,7 @@ class Console:
         self._document_written = False
         self.reader_gone = False
 
-    # -- what is being done: stderr ------------------------------------------------------------------------------
+    # -- progress: stderr ----------------------------------------------------------------------------------------
 
     def step(self, text: str) -> None:
         """Start a new piece of work with a verb line: ``Decomposing 210 linear layers``."""
@@ -112,23 +98,24 @@ class Console:
             self._tell(text, style="bold")
 
     def fact(self, text: str) -> None:
-        """Tell a fact about the running step, indented below its verb line."""
+        """Print a fact about the running step, indented below its verb line."""
         if not self.quiet:
             self._tell(_indented(text))
 
     def warn(self, text: str) -> None:
-        """Tell something that deserves a look but does not stop the work; never silenced."""
+        """Print a warning; ``quiet`` does not suppress it."""
         self._tell(text, label="warning: ", label_style="bold yellow")
 
     @contextmanager
     def bar(self, label: str, total: float) -> Iterator[Bar]:
-        """Open a bar of ``total`` units with the time left.
+        """Open a bar of ``total`` units.
 
-        It moves, and vanishes when done, on a terminal. In a log, work longer than two seconds ends with one line and
-        reports every half minute before that.
+        On a terminal it moves, shows the time left and disappears when done. In a log there is a line every half
+        minute, and one at the end if the work took more than two seconds.
         """
         if self.quiet:
-            yield QuietBar()
+            with SILENT.bar(label, total) as silent:
+                yield silent
         elif self._is_terminal(self._stderr):
             with self._live_bars.open(_printable(label, self._stderr), total) as live:
                 yield live
@@ -138,24 +125,21 @@ class Console:
             logged.finish()
 
     def saved(self, path: Path | str) -> None:
-        """Tell which folder or file a stage wrote."""
+        """Print the folder or file that was written."""
         if not self.quiet:
             self._tell(f"Saved in {_short(Path(path))}")
 
     def next_command(self, text: str) -> None:
-        """Tell the command that comes next."""
+        """Print the command that comes next."""
         if not self.quiet:
             self._tell(text, label="Next: ", label_style="bold")
 
     def error(self, error: AraError) -> None:
-        """Tell what went wrong and what to do; with ``--json`` also as the document on stdout.
-
-        A document that was already written stays the only one.
-        """
-        said = str(error)
-        if not isinstance(error, ProblemsError):  # a line break in a name that is quoted is none of ours
-            said = said.replace("\n", "\\n")
-        self._tell(said, label="error: ", label_style="bold red")
+        """Print an error and its hint; with ``--json`` also as the document on stdout, unless there is one already."""
+        message = str(error)
+        if not isinstance(error, ProblemsError):  # errors have one line; a quoted name may contain a line break
+            message = message.replace("\n", "\\n")
+        self._tell(message, label="error: ", label_style="bold red")
         if error.hint:
             self._tell(error.hint, label="hint: ", label_style="bold cyan")
         if self.as_json and not self._document_written:
@@ -163,10 +147,10 @@ class Console:
 
     @property
     def is_live(self) -> bool:
-        """Whether moving bars may appear: stderr is a terminal and nobody asked for quiet."""
+        """Whether moving bars may appear: stderr is a terminal, and ``quiet`` is off."""
         return not self.quiet and self._is_terminal(self._stderr)
 
-    # -- what was found: stdout ----------------------------------------------------------------------------------
+    # -- results: stdout -----------------------------------------------------------------------------------------
 
     def table(self, title: str, columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> None:
         """Print a table.
@@ -174,7 +158,7 @@ class Console:
         Args:
             title: one line above the table; may be empty.
             columns: headers with their units.
-            rows: cells in the order of ``columns``; ``None`` shows as ``-``, everything else as ``str`` has it.
+            rows: cells in the order of ``columns``, shown by ``str``; ``None`` is shown as ``-``.
         """
         if self._results is None:
             return
@@ -182,12 +166,12 @@ class Console:
         self._write(self._results, "\n".join(["", title, *lines, ""] if title else ["", *lines, ""]))
 
     def text(self, text: str) -> None:
-        """Print a result that is neither a table nor data: a generated sentence, for example."""
+        """Print a result that is a line of text."""
         if self._results is not None:
             self._write(self._results, text)
 
     def stream(self, piece: str) -> None:
-        """Print a piece of text as it arrives, without a line break behind it."""
+        """Print a piece of generated text without a line break."""
         if self._results is not None:
             self._write(self._results, piece, end="")
 
@@ -195,7 +179,7 @@ class Console:
         """Print the JSON document with ``--json``, otherwise nothing.
 
         Args:
-            data: plain values and paths; numbers must be finite, because JSON knows no others.
+            data: plain values and paths; numbers must be finite, as JSON requires.
 
         Raises:
             ValueError: a number is NaN or infinite.
@@ -204,38 +188,38 @@ class Console:
         if not self.as_json:
             return
         assert not self._document_written, "a command prints one JSON document"
-        # ASCII escapes keep the document readable under every encoding and free of control characters.
+        # With ASCII escapes the document suits every encoding and has no control characters.
         document = json.dumps(data, indent=2, ensure_ascii=True, allow_nan=False, default=_json_default)
         self._document_written = True
         self._write(self._stdout, document)
 
     @contextmanager
     def only_results_on_stdout(self) -> Iterator[None]:
-        """Send whatever libraries print to stdout to stderr while this is open; our own results are not touched."""
+        """Redirect to stderr what libraries print to stdout inside the block; results still go to stdout."""
         with redirect_stdout(self._stderr):
             yield
 
     def silence(self, stdout_only: bool = False) -> None:
-        """Say nothing more: whoever read a stream has gone, and flushing it at exit would fail again."""
+        """Discard all further output: the reader has ended, and flushing at exit would fail again."""
         _silence(self._stdout)
         if not stdout_only:
             _silence(self._stderr)
 
     @property
     def _results(self) -> TextIO | None:
-        """Where tables and text go, if anywhere."""
+        """The stream for tables and text; ``None`` if they are not printed."""
         if not self.as_json:
             return self._stdout
         return None if self.quiet else self._stderr
 
-    # -- how it reaches the streams ------------------------------------------------------------------------------
+    # -- streams -------------------------------------------------------------------------------------------------
 
     def _is_terminal(self, stream: TextIO) -> bool:
         return self._environ.get("TERM") != "dumb" and stream.isatty()
 
     @cached_property
     def _rich_stderr(self) -> RichConsole:
-        """Stderr on a terminal: one object, so that lines appear above a moving bar."""
+        """Rich's view of stderr: one object, so that lines appear above a moving bar."""
         from rich.console import Console as RichConsole
 
         return RichConsole(
@@ -253,7 +237,7 @@ class Console:
         return LiveBars(self._rich_stderr)
 
     def _tell(self, text: str, *, style: str = "", label: str = "", label_style: str = "") -> None:
-        """Write one line to stderr, ``label`` in its own style before the text."""
+        """Write one line to stderr: ``label`` in its style, then the text."""
         if not self._is_terminal(self._stderr):
             self._write(self._stderr, label + text)
             return
@@ -272,7 +256,7 @@ class Console:
             if is_reader_gone(error):
                 self.reader_gone = True
                 raise
-            # What could not be written would fail again at exit. Progress is not what a command is for: work goes on.
+            # Flushing at exit would fail again. Lost progress lines are no reason to stop the work.
             _silence(stream)
             if stream is self._stdout:
                 raise stdout_error(error) from None
@@ -291,7 +275,7 @@ class Console:
         for row in rows:
             assert len(row) == len(columns), f"a row of {len(row)} cells in a table of {len(columns)} columns"
             table.add_row(*(Text(_printable("-" if cell is None else str(cell), stream)) for cell in row))
-        # Drawn into a string without any control character; a terminal gives only the width to fold at.
+        # Drawn into a string without control characters; of a terminal only the width matters.
         width = RichConsole(file=stream).width if self._is_terminal(stream) else _UNLIMITED_COLUMNS
         canvas = RichConsole(file=io.StringIO(), width=width, force_terminal=False, color_system=None)
         with canvas.capture() as captured:
@@ -300,15 +284,15 @@ class Console:
 
 
 def is_reader_gone(error: OSError) -> bool:
-    """Tell whether a stream could not be written because nobody reads it: a closed stdout is one, too."""
+    """Tell whether a stream could not be written because its reader has ended or because it is closed."""
     return error.filename is None and error.errno in (errno.EPIPE, errno.EBADF)
 
 
 def stdout_error(error: OSError) -> AraError:
-    """Return what to say when results cannot be written."""
+    """Return the error for results that cannot be written."""
     return AraError(
         f"the results cannot be written to stdout ({error.strerror})",
-        "what was finished is kept; run the same command again with another stdout",
+        "finished work is kept; run the same command again with another stdout",
     )
 
 
@@ -324,7 +308,7 @@ def _indented(text: str) -> str:
 
 
 def _short(path: Path) -> str:
-    """Return ``path`` as seen from the current folder when it lies below it."""
+    """Return ``path`` relative to the current folder if it is inside, else unchanged."""
     try:
         return str(path.absolute().relative_to(Path.cwd()))
     except ValueError:
@@ -336,7 +320,7 @@ def _is_unicode(stream: TextIO) -> bool:
 
 
 def _printable(text: str, stream: TextIO) -> str:
-    """Return ``text`` as the stream can show it: a model's name or its text must not steer the terminal."""
+    """Return ``text`` without characters that control a terminal or that the stream cannot show."""
     text = printable(text)
     if _is_unicode(stream):
         return text

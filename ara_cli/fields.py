@@ -1,4 +1,4 @@
-"""Fields of configs as options of a command: what Typer makes the option from, and what its text means."""
+"""Turns the fields of a config into options of a command, and the values of the options into fields."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ara_cli.options import RemoveOption
 from ara_cli.values import keep_of, names, pairs, whole_numbers
 from export.targets import TARGETS, backends
 
-# Fields with choices that the config cannot name, because they are registered in a package above it.
+# Fields whose choices are registered in a package that the config may not import.
 _REGISTERED: dict[str, Callable[[], list[str]]] = {"backend": backends, "target": TARGETS.names}
 
 
@@ -26,13 +26,13 @@ class FieldOption:
 
     Attributes:
         field: name of the field.
-        flag: what differs from the rule.
-        name: of the parameter that Typer makes the option from.
+        flag: what differs from ``--field-name``.
+        name: of the option's parameter.
         long: the option as it is typed.
     """
 
     def __init__(self, config: type[StageConfig], field: str, name: str | None = None) -> None:
-        """Take a field; ``name`` is that of the option where a command calls it otherwise."""
+        """Take a field; ``name`` is the option's name if it differs."""
         self.field = field
         self._info = config.model_fields[field]
         self.flag = flag_of(self._info.metadata)
@@ -40,14 +40,14 @@ class FieldOption:
             self.flag = replace(self.flag, name=name, short=None)
         self.name = self.flag.name or field
         self.long = long_flag(self.name)
-        # X of X | None, of tuple[X, ...] and of dict[str, X].
+        # The item type is X for X | None, tuple[X, ...] and dict[str, X].
         self._type = _without_none(self._info.annotation)
         self._collection = get_origin(self._type) if get_origin(self._type) in (tuple, dict) else None
         self._item = _without_annotation(get_args(self._type)[0]) if self._collection else self._type
         self._repeated = self._collection is not None and self.flag.commas is None
 
     def parameters(self) -> Iterator[inspect.Parameter]:
-        """Yield what Typer makes the option from, and ``--remove`` for one that it complements."""
+        """Yield the option as a parameter for Typer, and ``--remove`` after the option that it complements."""
         kind = self._item if self._item in (int, float, bool) and not self.flag.commas else str
         yield parameter_of(self.name, list[kind] if self._repeated else kind, self._about(), self._default())  # type: ignore[valid-type]
         if self.flag.removable:
@@ -55,10 +55,10 @@ class FieldOption:
             yield parameter_of("remove", remove, about, None)
 
     def value(self, given: Mapping[str, Any]) -> Any:
-        """Return the value of the field from what Typer gives; ``None`` stands for the default.
+        """Return the value of the field from the values of all options; ``None`` means the default.
 
         Raises:
-            UsageError: a text cannot be read.
+            UsageError: the value cannot be parsed.
         """
         value = given[self.name]
         if self.flag.removable:
@@ -74,7 +74,7 @@ class FieldOption:
         return str(expand_user(value, self.long)) if self.flag.user_path else value
 
     def _about(self) -> Any:
-        """Return names, help and what stands for the value in the help."""
+        """Return the option's flags, help text and metavar."""
         text = self._info.description
         if self.flag.argument:
             return typer.Argument(help=text, metavar=self.flag.metavar)
@@ -89,7 +89,7 @@ class FieldOption:
         return list(get_args(self._type)) if self.flag.choices and get_origin(self._type) is Literal else []
 
     def _default(self) -> Any:
-        """Return the default that the help shows, ``None`` for none."""
+        """Return the default for the help; ``None``: the help shows none."""
         if self._info.is_required():
             return inspect.Parameter.empty
         if self._repeated or self.flag.removable:
@@ -99,11 +99,11 @@ class FieldOption:
 
 
 class Only:
-    """Names the fields of a config that a command has options for.
+    """Names the fields of a config for which a command has options.
 
     Args:
-        fields: their options are called as at every command.
-        renamed: option → field, where this command calls it otherwise.
+        fields: fields whose options have their usual names.
+        renamed: option → field, for options with another name.
     """
 
     def __init__(self, *fields: str, **renamed: str) -> None:
@@ -111,14 +111,14 @@ class Only:
 
 
 def field_options(config: type[StageConfig], only: Only | None = None) -> list[FieldOption]:
-    """Return the options of a config's fields, in the order of the help: its own fields, then those of its bases."""
+    """Return the options of a config in the order of the help: its own fields, then those of its bases."""
     if only is not None:
         return [FieldOption(config, field, name) for field, name in only.options.items()]
     return [option for option in (FieldOption(config, field) for field in _ordered(config)) if not option.flag.hidden]
 
 
 def parameter_of(name: str, kind: Any, about: Any, default: Any) -> inspect.Parameter:
-    """Return a parameter of a function as Typer reads it."""
+    """Return a function parameter that Typer turns into an option."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, about])
 
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them: sizes, times, counts and shares."""
+"""Sizes, durations, counts and shares as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _COUNT_UNITS = ("", "k", "M", "B", "T")
 
 
 def _scaled(value: float, base: float, last: int, digits: int) -> tuple[float, int]:
-    """Divide ``value`` by ``base`` until it reads below ``base`` when rounded; return it and the divisions."""
+    """Divide ``value`` by ``base`` until it is below ``base`` after rounding; return it and the number of divisions."""
     steps = 0
     while steps < last and round(abs(value), digits if steps else 0) >= base:
         value /= base
@@ -24,13 +24,13 @@ def bytes_text(size: float) -> str:
 
 
 def count_text(count: float) -> str:
-    """Return a count (parameters, tokens) in short: ``"999"``, ``"113.0k"``, ``"134.5M"``, ``"7.2B"``."""
+    """Return a count with a suffix: ``"999"``, ``"113.0k"``, ``"134.5M"``, ``"7.2B"``."""
     value, steps = _scaled(count, 1000, len(_COUNT_UNITS) - 1, digits=1)
     return f"{value:.1f}{_COUNT_UNITS[steps]}" if steps else f"{value:.0f}"
 
 
 def seconds_text(seconds: float) -> str:
-    """Return a duration in seconds as words: ``"0.42 s"``, ``"4.2 s"``, ``"1 min 12 s"``, ``"2 h 5 min"``."""
+    """Return a duration as text: ``"0.42 s"``, ``"4.2 s"``, ``"1 min 12 s"``, ``"2 h 5 min"``."""
     if not math.isfinite(seconds):
         return "unknown time"
     if round(seconds, 2) < 1:

@@ -1,4 +1,4 @@
-"""Ctrl+C, also where a library in C makes something else of it."""
+"""Detects Ctrl+C, even if a C library turns it into another exception."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ from types import FrameType
 
 
 @contextmanager
-def noting_interrupts(heard: list[int]) -> Iterator[None]:
-    """Note every Ctrl+C inside the block.
+def recording_interrupts(received: list[int]) -> Iterator[None]:
+    """Append to ``received`` the signal number of every Ctrl+C inside the block.
 
-    Of its KeyboardInterrupt, code in C may make any other error: onnxruntime an ImportError, torch a ValueError.
-
-    Args:
-        heard: gets the number of every signal.
+    C code may turn the KeyboardInterrupt into another error: onnxruntime into an ImportError, torch into a ValueError.
     """
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        heard.append(number)
+    def record(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         signal.default_int_handler(number, frame)
 
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, hear)
+    signal.signal(signal.SIGINT, record)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Options that commands share and that set no field of a config."""
+"""Options that several commands share and that are not fields of a config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from export.targets import TARGETS, TORCH
 
 
 def path_option(*flags: str, help: str, metavar: str, envvar: str | None = None) -> Any:
-    """Return a Typer option for a path, in which ``~`` is written out; one that cannot be a path is a usage error."""
+    """Return a Typer option for a path; ``~`` is expanded, and an impossible path is a usage error."""
     return typer.Option(*flags, help=help, metavar=metavar, envvar=envvar, parser=existing_or_new_path)
 
 
@@ -32,11 +32,15 @@ WorkspaceOption = Annotated[
         metavar="PATH",
     ),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but results, warnings and errors")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print only results, warnings and errors")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
-ForceOption = Annotated[bool, typer.Option("--force", help="do it again even if the same result is there")]
-NameOption = Annotated[str | None, typer.Option("--name", help="name of the result [default: says method and keep]")]
-FactorsOption = Annotated[str | None, typer.Option(help="decomposition to cut [default: the latest]")]
+ForceOption = Annotated[bool, typer.Option("--force", help="make the result again even if it exists")]
+NameOption = Annotated[str | None, typer.Option("--name", help="name of the result [default: made from the settings]")]
+FactorsOption = Annotated[str | None, typer.Option(help="result of ara decompose to use [default: the latest]")]
+MasksOption = Annotated[
+    str | None,
+    typer.Option(help="result of ara train-masks for the method ara [default: the one with the nearest budget]"),
+]
 RemoveOption = Annotated[float | None, typer.Option(help="fraction to remove instead: --remove 0.2 is --keep 0.8")]
 
 WORKSPACE = Path(DEFAULT_ROOT)
@@ -44,7 +48,7 @@ WORKSPACE = Path(DEFAULT_ROOT)
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """Where a command works and how it speaks; the last options of every command."""
+    """Workspace and output; the last options of every command."""
 
     workspace: WorkspaceOption = WORKSPACE
     force: ForceOption = False
@@ -54,17 +58,21 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class WhichCheckpoint:
-    """Names the checkpoint of a command, which says what it is for: ``Annotated[WhichCheckpoint, "to measure"]``."""
+    """Names a checkpoint. The text of ``Annotated[WhichCheckpoint, "to measure"]`` completes the help."""
 
     checkpoint: Annotated[str | None, typer.Option(help="result of ara truncate {use} [default: the latest]")] = None
     origin: Annotated[
         str | None,
-        typer.Option("--from", metavar="STAGE/NAME", help="the same by stage and name, whichever stage wrote it"),
+        typer.Option(
+            "--from",
+            metavar="STAGE/NAME",
+            help="checkpoint named by the stage that wrote it, such as truncate/ara-0.80; instead of --checkpoint",
+        ),
     ] = None
 
     @property
     def given(self) -> dict[str, str | None]:
-        """Flag → value of both ways to name a checkpoint."""
+        """Flag → value."""
         return {"--checkpoint": self.checkpoint, "--from": self.origin}
 
     @property
@@ -72,7 +80,7 @@ class WhichCheckpoint:
         """NAME or STAGE/NAME of the checkpoint; ``None`` for the latest.
 
         Raises:
-            UsageError: it is named in both ways, or ``--from`` names no stage.
+            UsageError: both options are given, or ``--from`` names no stage.
         """
         if self.origin is None:
             return self.checkpoint
@@ -89,18 +97,17 @@ class WhichCheckpoint:
 
 @dataclass(frozen=True)
 class WhichExport:
-    """Names the export that ``--backend`` runs; the command says its verb: ``Annotated[WhichExport, "measures"]``."""
+    """Names an export. The text of ``Annotated[WhichExport, "measures"]`` completes the help."""
 
-    export: Annotated[str | None, typer.Option(help="export that --backend onnx {use} [default: the latest]")] = None
+    export: Annotated[
+        str | None, typer.Option(help="result of ara export that --backend onnx {use} [default: the latest]")
+    ] = None
 
     def asked(self, backend: str) -> str | None:
         """Return the name of the export; ``None`` for the latest.
 
-        Args:
-            backend: what runs the model.
-
         Raises:
-            UsageError: an export is named, and the backend is torch or no result can have that name.
+            UsageError: an export is named although the backend is torch, or the name is invalid.
         """
         if self.export is not None and backend == TORCH:
             others = " or ".join(f"--backend {name}" for name in TARGETS.names())

@@ -1,11 +1,11 @@
-"""Tables of results; each function draws one stage's figures from its manifest."""
+"""Tables of results, one function per stage."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ara.artifacts.base import manifest_of
 from ara.artifacts.checkpoint import CheckpointResults
@@ -21,13 +21,11 @@ from ara.pipeline import steps
 from ara.workspace.following import next_command
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
-from ara_cli.console import Column, Console
+from ara_cli.console import Column, Console, columns
 from ara_cli.formatting import bytes_text, count_text, percent, seconds_text
 from ara_cli.render_bench import bench_figure
 from ara_cli.render_eval import show_evaluation
 from ara_cli.shown import shown, shows_results
-
-_LEFT: Literal["left"] = "left"
 
 
 def show_decomposition(console: Console, view: StageView) -> None:
@@ -42,40 +40,27 @@ def show_decomposition(console: Console, view: StageView) -> None:
         rows.append(
             (kind, len(layers), f"{m} × {n}", min(m, n), (m * n - 1) // (m + n), count_text(len(layers) * m * n))
         )
-    columns = [
-        Column("layers", _LEFT),
-        Column("count"),
-        Column("shape (out × in)"),
-        Column("full rank"),
-        Column("highest paying rank (factors)"),
-        Column("parameters"),
-    ]
+    headers = columns("layers", "count", "shape (out × in)", "full rank", "break-even rank (factors)", "parameters")
     linear, model = count_text(results.linear_parameters), count_text(results.model_parameters)
     count = len(results.modules)
-    console.table(f"Factored {count} layers, {linear} of the model's {model} parameters", columns, rows)
+    console.table(f"Factored {count} layers, {linear} of the model's {model} parameters", headers, rows)
 
 
 @shows_results
 def show_allocation(console: Console, view: StageView) -> None:
-    """Show kept ranks by kind, and what is kept of linear layers and of the whole model."""
+    """Show ranks by kind of layer, and the shares kept of linear layers and of the whole model."""
     results = RanksResults.read(view)
     rows = []
     for kind, row in results.kinds.items():
         ranks = "–" if row.rank_mean is None else f"{row.rank_min} / {row.rank_mean:.0f} / {row.rank_max}"
         m, n = row.shape
         rows.append((kind, f"{m} × {n}", f"{row.dense} of {row.layers}", ranks, percent(row.keep)))
-    columns = [
-        Column("layers", _LEFT),
-        Column("shape (out × in)"),
-        Column("dense"),
-        Column("rank min / mean / max"),
-        Column("kept"),
-    ]
+    headers = columns("layers", "shape (out × in)", "dense", "rank min / mean / max", "kept")
     title = (
         f"{view.name}: {percent(results.linear_keep, 2)} of the linear layers' parameters kept, "
         f"{percent(results.model_keep, 2)} of the whole model's"
     )
-    console.table(title, columns, rows)
+    console.table(title, headers, rows)
     if results.guard is not None:
         console.text(_guard_text(results.guard))
 
@@ -83,18 +68,18 @@ def show_allocation(console: Console, view: StageView) -> None:
 def _guard_text(guard: GuardResults) -> str:
     losses, winner = guard.held_out, guard.winner
     best = losses[winner]
-    # What JSON cannot say, NaN and infinity, is stored as null.
-    told = {name: "not finite" if loss is None else f"{loss:.4f}" for name, loss in losses.items()}
+    # NaN and infinity are stored as null.
+    texts = {name: "not finite" if loss is None else f"{loss:.4f}" for name, loss in losses.items()}
     for name, stderr in guard.stderr.items():
         loss = losses[name]
         if name != winner and loss is not None and best is not None:
-            told[name] += f" (+{loss - best:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}") + ")"
-    each = ", ".join(f"{name} {told[name]}" for name in losses if name != DENSE)
-    return f"guard, held-out loss in nats per token (dense {told[DENSE]}): {each}; {winner} won"
+            texts[name] += f" (+{loss - best:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}") + ")"
+    candidates = ", ".join(f"{name} {texts[name]}" for name in losses if name != DENSE)
+    return f"guard, held-out loss in nats per token (dense {texts[DENSE]}): {candidates}; {winner} won"
 
 
 def show_training(console: Console, view: StageView) -> None:
-    """Show what the training has won at each budget."""
+    """Show what the training has gained at each budget."""
     rows = [
         (
             keep,
@@ -108,22 +93,14 @@ def show_training(console: Console, view: StageView) -> None:
         )
         for keep, row in TrainingResults.read(view).budgets.items()
     ]
-    columns = [
-        Column("keep", _LEFT),
-        Column("held-out loss of the start (nats/token)"),
-        Column("of the best"),
-        Column("won"),
-        Column("best step"),
-        Column("dense layers"),
-        Column("backward passes"),
-        Column("time"),
-    ]
-    console.table(f"{view.name}: trained masks", columns, rows)
+    losses = ("loss at the start (held-out, nats/token)", "at the best step", "gain")
+    headers = columns("keep", *losses, "best step", "dense layers", "backward passes", "time")
+    console.table(f"{view.name}: trained masks", headers, rows)
 
 
 @shows_results
 def show_comparison(console: Console, view: StageView) -> None:
-    """Show all allocators, best held-out loss first, the dense model on top."""
+    """Show the dense model, then all allocators by held-out loss."""
     methods = ComparisonResults.read(view).methods
     tasks = list(methods[DENSE].tasks or {})
     order = [DENSE, *sorted((n for n, row in methods.items() if n != DENSE and row.tasks), key=_held_out(methods))]
@@ -141,24 +118,17 @@ def show_comparison(console: Console, view: StageView) -> None:
         for name in order
         for row in (methods[name],)
     ]
-    columns = [
-        Column("allocator", _LEFT),
-        Column("held-out loss (nats/token)"),
-        *(Column(f"{task} perplexity (gap closed)") for task in tasks),
-        Column("linear kept"),
-        Column("model kept"),
-        Column("dense layers"),
-        Column("time"),
-        Column("backward passes"),
-    ]
-    console.table(f"{view.name}: gap closed = (ln uniform − ln x) / (ln uniform − ln dense)", columns, rows)
+    texts = [f"{task} perplexity (gap closed)" for task in tasks]
+    figures = ("linear kept", "model kept", "dense layers", "time", "backward passes")
+    headers = columns("allocator", "held-out loss (nats/token)", *texts, *figures)
+    console.table(f"{view.name}: gap closed = (ln uniform − ln x) / (ln uniform − ln dense)", headers, rows)
     for name, row in methods.items():
         if row.error is not None:
             console.text(f"{name} failed: {row.error}")
 
 
 def _held_out(methods: Mapping[str, ComparedMethod]) -> Callable[[str], float]:
-    """Return a function that gives a method's held-out loss; one without comes last."""
+    """Return a sort key: a method's held-out loss; methods without one come last."""
     return lambda name: math.inf if (loss := methods[name].held_out) is None else loss
 
 
@@ -168,7 +138,7 @@ def _perplexity(figures: ComparedText) -> str:
 
 
 def show_checkpoint(console: Console, view: StageView) -> None:
-    """Show the size of a checkpoint beside the dense one."""
+    """Show the size of a checkpoint and of the dense model."""
     results = CheckpointResults.read(view)
     dense, disk = results.dense_weight_bytes, results.disk_bytes
     rows = [
@@ -178,11 +148,11 @@ def show_checkpoint(console: Console, view: StageView) -> None:
         ("low-rank / dense layers", f"{results.low_rank_layers} / {results.dense_layers}"),
         ("weights on disk", f"{bytes_text(disk)} (dense {bytes_text(dense)}, {percent(disk / dense)})"),
     ]
-    console.table(f"{view.name}", [Column("", _LEFT), Column("")], rows)
+    console.table(f"{view.name}", columns("", ""), rows)
 
 
 def show_export(console: Console, results: GraphResults) -> None:
-    """Show how far the graph is from the checkpoint."""
+    """Show how much the graph differs from the checkpoint in torch."""
     if results.parity is None:
         console.warn("the graph was not compared with the checkpoint (--no-parity)")
         return
@@ -198,21 +168,15 @@ def show_export(console: Console, results: GraphResults) -> None:
         )
         for case in results.parity.cases
     ]
-    columns = [
-        Column("run as", _LEFT),
-        Column("tokens"),
-        Column("largest difference of a logit"),
-        Column("same token"),
-        Column("KL, nats"),
-        Column("NLL torch"),
-        Column("NLL ONNX"),
-    ]
-    console.table(f"{results.precision} graph in ONNX Runtime against torch", columns, rows)
+    headers = columns(
+        "run as", "tokens", "largest difference of a logit", "same token", "KL, nats", "NLL torch", "NLL ONNX"
+    )
+    console.table(f"{results.precision} graph in ONNX Runtime against torch", headers, rows)
 
 
 @shows_results
 def show_report(console: Console, view: StageView, root: Path, copies: Sequence[Path]) -> None:
-    """Show the sentence of a report, what it lacks, and where it is."""
+    """Show the verdict of a report, the missing results, and the files."""
     results = ReportResults.read(view)
     console.text(results.verdict)
     for item in results.missing:
@@ -225,9 +189,9 @@ def show_report(console: Console, view: StageView, root: Path, copies: Sequence[
 
 
 def show_end(console: Console, view: StageView, root: Path) -> None:
-    """Say what was written and what comes next; in JSON mode, print the manifest."""
-    manifest = _manifest(view)
-    console.fact(f"{seconds_text(manifest['seconds'])}, peak memory {bytes_text(manifest['peak_memory_bytes'])}")
+    """Show what was written and what comes next; in JSON mode, print the manifest."""
+    manifest = manifest_of(view)
+    console.fact(f"{seconds_text(manifest.seconds)}, peak memory {bytes_text(manifest.peak_memory_bytes)}")
     console.saved(view.path)
     console.next_command(next_command(Workspace.open(root), view))
     console.result(_document(view))
@@ -240,10 +204,8 @@ def show_pipeline(console: Console, views: Sequence[StageView], root: Path) -> N
         if view.kind in shown_kinds:
             shown_kinds[view.kind](console, view)
     for view in views:
-        manifest = _manifest(view)
-        console.fact(
-            f"{view.key}: {seconds_text(manifest['seconds'])}, {bytes_text(manifest['peak_memory_bytes'])} peak"
-        )
+        manifest = manifest_of(view)
+        console.fact(f"{view.key}: {seconds_text(manifest.seconds)}, {bytes_text(manifest.peak_memory_bytes)} peak")
     console.saved(views[-1].path)
     console.next_command(next_command(Workspace.open(root), views[-1]))
     console.result({"stages": [_document(view) for view in views]})
@@ -262,7 +224,7 @@ def show_status(console: Console, workspace: Workspace) -> None:
     rows += [_status_row(view) for view in views if view.stage not in known]
     model = (workspace.model or {}).get("requested", "no model yet")
     titles = ("stage", "name", "state", "made", "took", "what")
-    console.table(f"{workspace.root}: {model}", [Column(title, _LEFT) for title in titles], rows)
+    console.table(f"{workspace.root}: {model}", [Column(title, "left") for title in titles], rows)
     following = next_command(workspace)
     console.next_command(following)
     console.result(
@@ -287,7 +249,7 @@ def _status_row(view: StageView) -> tuple[str, ...]:
 
 
 def _figure_if_any(view: StageView) -> str:
-    """Return what a result's figures say in one line; one of another form is named, and does not end the list."""
+    """Return a result's figures in one line; an unreadable one is named, and the list continues."""
     figure = _FIGURES.get(view.kind)
     if view.manifest is None or figure is None:
         return ""
@@ -304,7 +266,9 @@ def _factors_figure(view: StageView) -> str:
 
 
 def _training_figure(view: StageView) -> str:
-    return ", ".join(f"keep {keep}: {row.won:.4f} nats won" for keep, row in TrainingResults.read(view).budgets.items())
+    return ", ".join(
+        f"keep {keep}: {row.won:.4f} nats gained" for keep, row in TrainingResults.read(view).budgets.items()
+    )
 
 
 def _ranks_figure(view: StageView) -> str:
@@ -347,11 +311,7 @@ _FIGURES: dict[str, Callable[[StageView], str]] = {
 }
 
 
-def _manifest(view: StageView) -> dict[str, Any]:
-    return manifest_of(view).model_dump(mode="json")
-
-
 def _document(view: StageView) -> dict[str, Any]:
-    manifest = _manifest(view)
+    manifest = manifest_of(view).model_dump(mode="json")
     kept = ("stage", "name", "id", "parents", "config", "model", "seconds", "peak_memory_bytes", "results")
     return {"path": str(view.path), **{key: manifest[key] for key in kept}}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from ara.artifacts.benchmark import BenchmarkResults, BenchmarkSettings, CaseResults
 from ara.workspace.view import StageView
-from ara_cli.console import Column, Console
+from ara_cli.console import Column, Console, columns
 from ara_cli.formatting import count_text
 from ara_cli.shown import shows_results
 
 
 @shows_results
 def show_bench(console: Console, view: StageView) -> None:
-    """Show how large the models are, and how fast beside the dense one and beside what the arithmetic predicts."""
+    """Show the sizes and speeds of the models, relative to the dense one, with the predicted ratios."""
     results = BenchmarkResults.read(view)
     threads = f"{results.threads} thread{'s' if results.threads > 1 else ''}"
     where = f"{results.backend}, {results.device}, {results.precision}, {threads}"
@@ -19,28 +19,19 @@ def show_bench(console: Console, view: StageView) -> None:
         (name, count_text(row.parameters), _mib(row.weight_bytes), _mib(row.disk_bytes), _mib(row.peak_memory_bytes))
         for name, row in results.models.items()
     ]
-    sizes = [Column("model", "left"), Column("parameters")]
-    sizes += [Column(f"{what} (MiB)") for what in ("weights", "on disk", "peak memory")]
-    console.table(f"Sizes: {where}", sizes, rows)
-    columns = [
-        Column("case", "left"),
-        Column("model", "left"),
-        Column("ms"),
-        Column("tokens/s (p10 – p90)"),
-        Column("times as fast as dense (95 % interval)"),
-        Column("predicted"),
-        Column("off by"),
-    ]
+    headers = columns("model", "parameters", "weights (MiB)", "on disk (MiB)", "peak memory (MiB)")
+    console.table(f"Sizes: {where}", headers, rows)
+    figures = ("ms", "tokens/s (p10 – p90)", "times as fast as dense (95 % interval)", "predicted", "off by")
     order = "in turn" if results.interleaved else "one after the other"
     console.table(
         f"Speed: models {order}, medians of {BenchmarkSettings.read(view).rounds} rounds",
-        columns,
+        [Column("case", "left"), *columns("model", *figures)],
         [_row(case, name) for case in results.cases for name in results.models],
     )
 
 
 def bench_figure(view: StageView) -> str:
-    """Return the least and the largest ratio to dense, where models ran in turn, for one line of a table."""
+    """Return the smallest and the largest speed-up in one line; without one if the models did not run in turn."""
     results = BenchmarkResults.read(view)
     ratios = [ratio.median for case in results.cases if (ratio := case.models[results.chosen].ratio)]
     if not ratios:
@@ -50,23 +41,17 @@ def bench_figure(view: StageView) -> str:
 
 def _row(case: CaseResults, name: str) -> tuple[str | None, ...]:
     row = case.models[name]
-    what = f"decode behind {case.past}" if case.kind == "decode" else f"prefill {case.new}"
+    what = f"decode at {case.past}" if case.kind == "decode" else f"prefill {case.new}"
     speed, ratio = row.tokens_per_second, row.ratio
-    compared: tuple[str | None, ...] = (None, None, None)
-    if name != next(iter(case.models)):
-        compared = (None, f"{row.predicted:.2f}", None)
-        if ratio is not None:
-            compared = (
-                f"{ratio.median:.2f} ({ratio.low:.2f} – {ratio.high:.2f})",
-                f"{row.predicted:.2f}",
-                f"{ratio.median / row.predicted - 1:+.0%}",
-            )
+    is_dense = name == next(iter(case.models))
     return (
         f"{what}, batch {case.batch}",
         name,
         f"{1000 * row.seconds.median:,.1f}",
         f"{speed.median:,.0f} ({speed.p10:,.0f} – {speed.p90:,.0f})",
-        *compared,
+        f"{ratio.median:.2f} ({ratio.low:.2f} – {ratio.high:.2f})" if ratio and not is_dense else None,
+        None if is_dense else f"{row.predicted:.2f}",
+        f"{ratio.median / row.predicted - 1:+.0%}" if ratio and not is_dense else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Tables of ``ara eval``: perplexity and speed, accuracy on tasks, and what the models write."""
+"""Tables of ``ara eval``: perplexity and speed, scores on tasks, continuations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ara_cli.console import Column, Console
 from ara_cli.formatting import count_text, percent
 from ara_cli.shown import shows_results
 
-# Metrics that are shares of questions or of words, beside all that begin with acc.
+# Metrics that are shares of questions or of words; so is every metric that begins with acc.
 _SHARES = {"exact_match", "em", "f1", "contains", "precision", "recall", "mc1", "mc2", "pass@1"}
 
 
@@ -70,7 +70,7 @@ def _show_texts(console: Console, results: EvaluationResults) -> None:
 
 
 def _show_tasks(console: Console, results: EvaluationResults) -> None:
-    """Show every model's figure ± standard error; a difference that may be chance is marked."""
+    """Show every model's score ± standard error, and differences with p; ≈ marks those that may be chance."""
     models, chosen = list(results.variants), results.chosen
     rivals = [name for name in (DENSE, UNIFORM) if name in models and name != chosen]
     columns = [Column("task", "left"), Column("metric", "left"), Column("questions")]
@@ -103,9 +103,7 @@ def _show_tasks(console: Console, results: EvaluationResults) -> None:
         rows.append([*first, *cells(mean.models, values, "acc", mean.compared)])
     console.table("Tasks of lm-eval", columns, rows)
     if rivals:
-        console.text(
-            f"Δ: {chosen} minus the other model, on the same questions; ≈ marks what may be chance: p > {NOISE}"
-        )
+        console.text(f"Δ: {chosen} minus the other model, on the same questions; ≈: may be chance (p > {NOISE})")
 
 
 def _is_share(metric: str, values: Iterable[float]) -> bool:

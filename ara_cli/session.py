@@ -1,4 +1,4 @@
-"""What surrounds every command: a console, errors turned into exit codes, quiet libraries."""
+"""The session of a command: its console, exit codes for errors, silenced libraries."""
 
 from __future__ import annotations
 
@@ -30,35 +30,35 @@ from ara.errors import (
 )
 from ara.models.cache import cache_dir, hub_dir
 from ara_cli.console import Console, is_reader_gone, stdout_error
-from ara_cli.interrupts import noting_interrupts
+from ara_cli.interrupts import recording_interrupts
 
 if TYPE_CHECKING:
     from ara.stages.common import Run
 
-# Exit code of a command ended by Ctrl+C, as shells have it.
+# Exit code after Ctrl+C: 128 + SIGINT, as in shells.
 _INTERRUPTED = 130
-# Exit code when the reader of a pipe has gone (`ara models | head -1`): 128 + SIGPIPE, as shells have it.
+# Exit code when the reader of a pipe has ended (`ara models | head -1`): 128 + SIGPIPE, as in shells.
 _NO_READER = 141
 
-# Set to 1, the traceback of a bug of ours is shown instead of kept.
+# If 1, the traceback of a bug in ARA is shown instead of written to a file.
 DEBUG_VARIABLE = "ARA_DEBUG"
-# Characters of a library's message that are shown.
+# Longest part of a library's message that is shown, in characters.
 _SHOWN = 200
 
-# An import that fails within these is a bug of ours.
+# A failed import of one of these is a bug in ARA.
 _OWN_PACKAGES = ("", "ara", "ara_cli", "export")
 
 
 @dataclass(frozen=True)
 class Session:
-    """One command being run."""
+    """One run of a command."""
 
     console: Console
     root: Path
     force: bool
 
     def run(self) -> Run:
-        """Return the circumstances that stages want."""
+        """Return what stages need besides their config."""
         from ara.stages.common import Run
 
         return Run(self.root, command_line(), self.console, self.force)
@@ -66,35 +66,34 @@ class Session:
 
 @contextmanager
 def session(root: Path, quiet: bool = False, as_json: bool = False, force: bool = False) -> Iterator[Session]:
-    """Run a command's body; an :class:`AraError` becomes one line and its exit code.
-
-    So does what the machine lacks: memory, permissions, a working disk; and so do our own bugs, see :func:`our_bug`.
-    """
+    """Run a command's body; an error becomes one line and an exit code, see :func:`report_error`."""
     console = Console(quiet=quiet, as_json=as_json)
     _quiet_libraries(downloads=console.is_live)
-    heard: list[int] = []
+    interrupts: list[int] = []
     try:
-        with noting_interrupts(heard), console.only_results_on_stdout():
+        with recording_interrupts(interrupts), console.only_results_on_stdout():
             yield Session(console, root, force)
     except BaseException as error:
-        if heard and _may_be_interrupt(error, root):
+        if interrupts and _may_be_interrupt(error, root):
             error = KeyboardInterrupt()
         if isinstance(error, KeyboardInterrupt):
             with suppress(OSError):
-                console.warn("interrupted; what was finished is kept, and the same command goes on from there")
-        code = tell(error, console, root)
+                console.warn("interrupted; finished work is kept, and the same command continues from there")
+        code = report_error(error, console, root)
         if code is None:
             raise
         raise typer.Exit(code) from None
 
 
-def tell(error: BaseException, console: Console, root: Path | None = None) -> int | None:
-    """Say in one line what ended a command, and return its exit code; ``None`` for what is no error of a command.
+def report_error(error: BaseException, console: Console, root: Path | None = None) -> int | None:
+    """Report in one line the error that ended a command, and return its exit code; ``None``: not an error.
+
+    Besides :class:`AraError` these are errors of the machine (memory, permissions, disk) and bugs in ARA.
 
     Args:
         error: what was raised.
-        console: where to say it.
-        root: workspace folder; ``None`` outside a command, where help is all that is written.
+        console: for the message.
+        root: workspace folder; ``None`` outside a command, where only help is written to stdout.
     """
     if isinstance(error, KeyboardInterrupt):
         return _INTERRUPTED
@@ -105,36 +104,32 @@ def tell(error: BaseException, console: Console, root: Path | None = None) -> in
     if console.reader_gone:
         console.silence()
         return _NO_READER
-    told = error if isinstance(error, AraError) else _machine_error(error, root) or our_bug(error)
-    if told is None:
+    reported = error if isinstance(error, AraError) else _machine_error(error, root) or _bug(error)
+    if reported is None:
         return None
     try:
-        console.error(open_files_error(told) or told)
-    except (OSError, AraError):  # nobody hears it; the exit code says it
+        console.error(open_files_error(reported) or reported)
+    except (OSError, AraError):  # stderr cannot be written; the exit code remains
         console.silence()
-    return told.exit_code
+    return reported.exit_code
 
 
 def _may_be_interrupt(error: BaseException, root: Path) -> bool:
-    """Tell whether code in C may have made this of a Ctrl+C: an exception that nothing else explains."""
-    explained = isinstance(error, AraError) or _is_way_to_end(error) or _machine_error(error, root) is not None
-    return not explained
+    """Tell whether C code may have turned a Ctrl+C into this exception: one with no other explanation."""
+    return not (isinstance(error, AraError) or _is_regular_exit(error) or _machine_error(error, root) is not None)
 
 
-def _is_way_to_end(error: BaseException) -> bool:
-    """Tell whether this is one of Python's or typer's own ways to end; the latter test: usage errors of any typer."""
-    ends = SystemExit | GeneratorExit | typer.Exit | typer.Abort
-    return isinstance(error, ends) or hasattr(error, "show")
+def _is_regular_exit(error: BaseException) -> bool:
+    """Tell whether Python or typer ends a command by this exception; typer's usage errors have ``show``."""
+    return isinstance(error, SystemExit | GeneratorExit | typer.Exit | typer.Abort) or hasattr(error, "show")
 
 
-def our_bug(error: BaseException) -> InternalError | None:
-    """Keep the traceback of a bug of ours in a file, and return the line that says so.
+def _bug(error: BaseException) -> InternalError | None:
+    """Write the traceback of a bug in ARA to a file, and return the error that names the file.
 
-    ``None`` where ``ARA_DEBUG`` is set, and for what is no bug: Python's and typer's own ways to end a command.
+    ``None`` if ``ARA_DEBUG`` is set, or if the exception is a regular exit.
     """
-    if _is_way_to_end(error):
-        return None
-    if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+    if _is_regular_exit(error) or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
         return None
     kept = None
     with suppress(OSError):
@@ -150,11 +145,11 @@ def our_bug(error: BaseException) -> InternalError | None:
 
 
 def _quiet_libraries(downloads: bool) -> None:
-    """Set before transformers and datasets are imported; the user's own settings win.
+    """Set variables before transformers and datasets are imported; the user's own settings have priority.
 
     Args:
-        downloads: leave the hub's download bars to :func:`ara.models.silence.silence_transformers`, which a variable
-            would overrule.
+        downloads: do not set the variable for download bars; it would overrule
+            :func:`ara.models.silence.silence_transformers`.
     """
     settings = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -169,50 +164,50 @@ def _quiet_libraries(downloads: bool) -> None:
 
 
 def _machine_error(error: BaseException, root: Path | None) -> AraError | None:
-    """Return what to say of a failure of the machine: out of memory, or the operating system refused; else ``None``.
+    """Return the error for a failure of the machine: memory, operating system, a package that cannot be imported.
 
-    So is a package that is missing or does not fit: what is imported was installed with ara.
+    ``None`` for other exceptions.
     """
-    words = (text_of(error).strip().splitlines() or [""])[0]
+    message = (text_of(error).strip().splitlines() or [""])[0]
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in _OWN_PACKAGES:
         return AraError(
-            f"a package that ara needs cannot be imported: {words[:_SHOWN]}",
+            f"a package that ara needs cannot be imported: {message[:_SHOWN]}",
             "install ara again in a fresh environment: pip install --force-reinstall ara-svd",
         )
     if is_out_of_memory(error):
-        # Torch goes on with pages of statistics.
-        short = re.match(r".*?allocate [\d.]+ \w+", words)
-        said = (short[0] if short else words[:200]).rstrip(".")
+        # Torch adds pages of statistics.
+        short = re.match(r".*?allocate [\d.]+ \w+", message)
+        detail = (short[0] if short else message[:_SHOWN]).rstrip(".")
         return AraError(
-            f"out of memory{f': {said}' if said else ''}",
+            f"out of memory{f': {detail}' if detail else ''}",
             "try --device cpu, or decompose and eval one by one with a smaller --batch-size or --moment-memory",
         )
     named = getattr(error, "filename", None)
     file = None if named is None else str(named)
     full = disk_full_error(error, Path(file or root or ".")) if isinstance(error, Exception) else None
     if full is not None:
-        return DiskFullError(str(full), _elsewhere(file, root) or full.hint)
-    more = open_files_error(error)
-    if more is not None or not isinstance(error, OSError):
-        return more
+        return DiskFullError(str(full), _cache_hint(file, root) or full.hint)
+    too_many_files = open_files_error(error)
+    if too_many_files is not None or not isinstance(error, OSError):
+        return too_many_files
     if file is None:
-        return AraError(f"{type(error).__name__}: {words or 'no reason'}", "check the disk, permissions and network")
-    ours = "check that you may read and write it" + (
+        return AraError(f"{type(error).__name__}: {message or 'no reason'}", "check the disk, permissions and network")
+    hint = "check that you may read and write it" + (
         f", or choose another workspace than {root} with -w" if root else ""
     )
-    return AraError(f"{file}: {error.strerror or type(error).__name__}", _elsewhere(file, root) or ours)
+    return AraError(f"{file}: {error.strerror or type(error).__name__}", _cache_hint(file, root) or hint)
 
 
-def _elsewhere(file: str | None, root: Path | None) -> str | None:
-    """Return how a cache is put elsewhere, if ``file`` lies in one or on the way to one: -w would not help."""
+def _cache_hint(file: str | None, root: Path | None) -> str | None:
+    """Return how to move a cache if ``file`` is in one or is a parent of one: -w would not help."""
     if file is None:
         return None
     path = Path(file).absolute()
     workspace = (root or Path()).absolute()
     for variable, folder in {"ARA_CACHE_DIR": _cache_dir(), "HF_HOME": hub_dir()}.items():
-        on_the_way = folder is not None and folder.is_relative_to(path) and not workspace.is_relative_to(path)
-        if folder is not None and (path.is_relative_to(folder) or on_the_way):
-            return f"set {variable} to a folder that you may write and that has room, then run the same command again"
+        is_parent = folder is not None and folder.is_relative_to(path) and not workspace.is_relative_to(path)
+        if folder is not None and (path.is_relative_to(folder) or is_parent):
+            return f"set {variable} to a writable folder with free space, then run the same command again"
     return None
 
 
@@ -224,5 +219,5 @@ def _cache_dir() -> Path | None:
 
 
 def command_line() -> str:
-    """Return what the user typed, for the manifest; the program's folder is left out."""
+    """Return the command as typed, without the folder of the program; it goes into the manifest."""
     return shlex.join(["ara", *sys.argv[1:]])

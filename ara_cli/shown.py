@@ -1,4 +1,4 @@
-"""What is shown of a result's figures, whoever wrote them: what does not fit a table is told in one line."""
+"""Turns errors while showing a result into one line: its manifest may have been written by another program."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _Rest = ParamSpec("_Rest")
 
 @contextmanager
 def shown(view: StageView) -> Iterator[None]:
-    """Turn a figure that is missing, or of another type, into an error that names the result.
+    """Turn the errors over missing or wrong figures into one that names the result.
 
     Raises:
-        CorruptedError: see there.
+        CorruptedError: instead of these errors.
     """
     try:
         yield
@@ -35,7 +35,7 @@ def shown(view: StageView) -> Iterator[None]:
 def shows_results(
     show: Callable[Concatenate[Console, StageView, _Rest], None],
 ) -> Callable[Concatenate[Console, StageView, _Rest], None]:
-    """Decorate a function that shows one result; see :func:`shown`."""
+    """Decorate a function that shows one result with :func:`shown`."""
 
     @wraps(show)
     def guarded(console: Console, view: StageView, /, *rest: _Rest.args, **named: _Rest.kwargs) -> None:

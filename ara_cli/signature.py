@@ -1,14 +1,14 @@
-"""Makes the options of a command from what its function takes: configs, groups of options, single options.
+"""Makes the options of a command from the parameters of its function.
 
 A command is a function of keyword-only parameters, one of them ``s: Session``. :func:`command_line` reads their types:
 
 - a config (``config: EvalConfig``): every field is an option, and the function gets the config, built and checked;
-- ``Maker[EvalConfig]``: the same, but the function builds the config itself, as often as it wants;
+- ``Maker[EvalConfig]``: the same options, but the function builds the config itself;
 - a frozen dataclass of options (``which: WhichCheckpoint``): the function gets an instance;
-- ``Session``: the options of every command, the last ones in the help; the function runs within the session;
-- anything else is an option, as Typer has it.
+- ``Session``: the options of every command, last in the help; the function runs within the session;
+- any other type is an option, as in Typer.
 
-An option that several configs share stands in the help once, as the first of them describes it.
+An option that several configs share appears once, with the help text of the first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ara_cli.options import SessionOptions
 from ara_cli.session import Session, session
 
 C = TypeVar("C", bound=StageConfig, covariant=True)
-# What Typer gives: parameter → value.
+# Values of all options: parameter → value.
 Given = Mapping[str, Any]
 
 
@@ -36,7 +36,7 @@ class Maker(Protocol[C]):
     """Builds a config from the options."""
 
     def __call__(self, **more: Any) -> C:
-        """Return the config; ``more`` are fields without an option of their own, ``None`` stands for the default."""
+        """Return the config; ``more`` are fields without an option, and ``None`` means the default."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class _Part:
     """One parameter of a command's function.
 
     Attributes:
-        parameters: what Typer makes its options from.
-        value: returns what the function gets.
-        may_be_empty: options for which an empty text is a value.
+        parameters: its options, as parameters for Typer.
+        value: returns the argument of the function from the values of all options.
+        may_be_empty: options for which an empty text is allowed.
     """
 
     parameters: tuple[inspect.Parameter, ...]
@@ -60,8 +60,8 @@ def command_line(
     """Return a decorator that gives a command's function its options.
 
     Args:
-        after: option → options that follow it in the help; the others stand in the order of the parameters.
-        without: those of :class:`ara_cli.options.SessionOptions` that the command does not have.
+        after: option → options that follow it in the help; the others are in the order of the parameters.
+        without: options of :class:`ara_cli.options.SessionOptions` that the command does not have.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -90,7 +90,7 @@ def command_line(
 
 
 def _part(parameter: inspect.Parameter) -> _Part:
-    """Return the part that the type of a parameter asks for."""
+    """Return the part for a parameter, by its type."""
     hint = parameter.annotation
     kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     if get_origin(kind) is Maker:
@@ -112,10 +112,10 @@ def _makers(config: type[StageConfig], only: Only | None = None) -> _Part:
 
 
 def _make(config: type[StageConfig], options: Iterable[FieldOption], given: Given, /, **more: Any) -> Any:
-    """Build a config from what Typer gives and ``more`` fields; ``None`` stands for the default.
+    """Build a config from the values of options and ``more`` fields; ``None`` means the default.
 
     Raises:
-        UsageError: the text of an option cannot be read.
+        UsageError: the value of an option cannot be parsed.
         ProblemsError: a value is out of range or has the wrong type.
     """
     values = {**{option.field: option.value(given) for option in options}, **more}
@@ -123,7 +123,7 @@ def _make(config: type[StageConfig], options: Iterable[FieldOption], given: Give
 
 
 def _group(kind: Any, use: str = "", without: Collection[str] = ()) -> _Part:
-    """Return the options of a frozen dataclass; ``use`` is put into their help texts."""
+    """Return the options of a frozen dataclass; ``use`` fills the placeholder in their help texts."""
     hints = get_type_hints(kind, include_extras=True)
     parameters = []
     for field in fields(kind):
@@ -137,7 +137,7 @@ def _group(kind: Any, use: str = "", without: Collection[str] = ()) -> _Part:
 
 
 def _in_order(parts: Iterable[_Part], after: Mapping[str, tuple[str, ...]]) -> list[inspect.Parameter]:
-    """Return the parameters of all parts in the order of the help; of those with one name, the first."""
+    """Return the parameters of all parts in the order of the help; of equal names only the first."""
     found: dict[str, inspect.Parameter] = {}
     for part in parts:
         for parameter in part.parameters:
@@ -151,9 +151,7 @@ def _in_order(parts: Iterable[_Part], after: Mapping[str, tuple[str, ...]]) -> l
 
 
 def _refuse_empty(given: Given, parameters: Iterable[inspect.Parameter]) -> None:
-    """Refuse texts that are given but empty: none of them means anything.
-
-    A script with an unset variable would otherwise get what it did not ask for: ``--name "$NAME"`` the default name.
+    """Refuse empty values: with an unset variable, ``--name "$NAME"`` would otherwise silently mean the default.
 
     Raises:
         BadParameter: names the option.

@@ -1,4 +1,4 @@
-"""Standard streams that were closed before the program began: ``ara status >&-``."""
+"""Replaces standard streams that were closed before the program started: ``ara status >&-``."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import sys
 
 
 def replace_closed() -> None:
-    """Put something in the place of closed streams, for Python has ``None`` there.
+    """Replace closed streams, which are ``None`` in Python.
 
-    Without it the next file that is opened would get the number of the closed stream, and everything that a library
-    prints would end up in it. An empty input stands in for stdin. What goes to stderr is lost. Writing to stdout fails,
-    as it does when the reader of a pipe has gone: results are what a command is for.
+    Otherwise the next opened file would get the stream's descriptor, and libraries would print into that file. Stdin
+    becomes empty. Output to stderr is lost. Writing to stdout fails, because results must not be lost silently.
     """
     for name, mode, access in (("stdin", "r", os.O_RDONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY)):
         if getattr(sys, name) is None:
-            # The lowest free number: that of the stream.
+            # The lowest free descriptor is that of the stream.
             descriptor = os.open(os.devnull, access)
             setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8", errors="backslashreplace"))

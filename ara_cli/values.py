@@ -1,4 +1,4 @@
-"""What the texts of options mean: paths, pairs, lists with commas, the fraction to keep."""
+"""Parses the values of options: paths, pairs, lists with commas, the fraction to keep."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ara.files import expand_user
 
 
 def existing_or_new_path(text: str | Path) -> Path:
-    """Return a path in which ``~`` is written out.
+    """Return a path with ``~`` expanded.
 
     Raises:
-        BadParameter: it cannot be a path.
+        BadParameter: not a possible path.
     """
     if not str(text):
         raise typer.BadParameter("it is empty, expected a path")
@@ -51,7 +51,7 @@ def pairs(values: Sequence[str]) -> dict[str, str]:
 
 
 def keep_of(keep: float | None, remove: float | None) -> float | None:
-    """Return the fraction to keep from ``--keep`` or ``--remove``; ``None`` where neither is given.
+    """Return the fraction to keep from ``--keep`` or ``--remove``; ``None`` if neither is given.
 
     Raises:
         UsageError: both are given, or one is outside its range.
@@ -72,10 +72,10 @@ def keep_of(keep: float | None, remove: float | None) -> float | None:
 
 
 def names(text: str, flag: str, what: str, example: str) -> tuple[str, ...]:
-    """Split ``a,b`` into names, each once, in their order; the path of a ``file:`` may hold commas.
+    """Split ``a,b`` into names in their order, without repetitions; the path of ``file:PATH`` may contain commas.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there are none.
     """
     from ara.data.filespecs import split_names
 
@@ -86,10 +86,10 @@ def names(text: str, flag: str, what: str, example: str) -> tuple[str, ...]:
 
 
 def whole_numbers(text: str, flag: str) -> tuple[int, ...]:
-    """Split ``1,4`` into numbers, each once, in their order; an empty text gives none.
+    """Split ``1,4`` into numbers in their order, without repetitions; an empty text gives none.
 
     Raises:
-        UsageError: a part is no whole number.
+        UsageError: a part is not a whole number.
     """
     try:
         return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))

@@ -1,11 +1,11 @@
-"""What matters in mask training: one setting changed at a time, judged on held-out calibration text.
+"""Variants of mask training: each changes one setting and is compared by its held-out loss.
 
     ARA_DATA_DIR=... make bench-ablation
     python benchmarks/ablation.py --workspace bench-quality --only default --only adam
 
-All variants have the same factors, the same budget, and read as many windows, in the same order: those of fewer windows
-per step take more steps. Unless they say so they start from the same sensitivity table. No evaluation text is read. A
-variant that is finished is not trained again, and one that was interrupted goes on.
+All variants have the same factors and budget, and read the same number of windows in the same order: variants with
+fewer windows per step make more steps. Most start from the same sensitivity table. No evaluation text is read. A
+finished variant is not trained again. An interrupted one continues.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ara.stages.train_masks import train_masks
 from ara_cli.console import Column, Console
 from ara_cli.formatting import seconds_text
 
-# Adam moves little per step, and is given many.
+# One step of Adam changes little, so it makes more steps of fewer windows.
 SMALL_STEPS = {"batch": 4}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -52,7 +52,7 @@ _BATCH = 16
 
 
 def main() -> None:
-    """Train all variants and print what each has won."""
+    """Train all variants and print the gain of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="model to compress")
     parser.add_argument("--keep", type=float, default=0.8, help="budget")

@@ -3,10 +3,10 @@
     python benchmarks/chunks.py --before TREE --after TREE
     python benchmarks/chunks.py --before TREE --after TREE --samples 64 --rounds 5 --json FILE
 
-``--moment-memory`` is so small that the 30 blocks of SmolLM2-135M are factored in five chunks of six. Each command is a
-process of its own and ends with an empty workspace; the trees take turns (A B A B …), so that a change of the machine's
-speed meets both. Printed are medians and ranges of wall seconds, processor seconds, and seconds of the stage without
-the imports, and whether the factors are the same bytes. ``--chunks 1`` measures what five chunks cost over one.
+``--moment-memory`` is so small that the 30 blocks of SmolLM2-135M are factored in five chunks of six. Each command
+runs in its own process and in a new workspace. The trees alternate (A B A B …), so that a change of the machine's speed
+affects both. The output has medians and ranges of wall seconds, processor seconds, and seconds of the stage without
+imports. It also says whether the factors have the same bytes. ``--chunks 1`` measures what five chunks cost over one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MEASURES = ("wall", "processor", "stage")
 
 
 def main() -> None:
-    """Measure in turn, print and store the table."""
+    """Measure both trees in turn, print and store the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, metavar="TREE", help="root of the code before")
     parser.add_argument("--after", type=Path, required=True, metavar="TREE", help="root of the code after")
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _decompose(tree: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run one command; returns its seconds by measure, and the checksums of what it wrote."""
+    """Run one command; returns its seconds by measure, and the checksums of its files."""
     from benchmarks.same_results import environment
 
     words = ["demo", "--text", "python-docs", "--samples", arguments.samples, "--seq-len", arguments.seq_len]
@@ -92,7 +92,7 @@ def _show(rows: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) 
 
 
 def _spread(values: list[float]) -> tuple[float, float, float]:
-    """Return median, least and greatest."""
+    """Return median, smallest and largest value."""
     return statistics.median(values), min(values), max(values)
 
 

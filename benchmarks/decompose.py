@@ -1,17 +1,17 @@
-"""Whitened decomposition: ours against the textbook route, on the same matrices in one run.
+"""Whitened decomposition: ARA compared with the textbook route, on the same matrices in one run.
 
     make bench-decompose            # or: python benchmarks/decompose.py --blocks 2
 
 Textbook route (SVD-LLM, arXiv 2403.07378): Cholesky of the second moment G = L Lᵀ, full ``torch.linalg.svd`` of W L,
-triangular solve for the right factor; all in float64. Ours: eigenvectors of W G Wᵀ in float64, see
-``ara/decomposition/subspace.py``, and several layers side by side with one thread each, see ``parallel.py``. Measured:
+triangular solve for the right factor; all in float64. ARA: eigenvectors of W G Wᵀ in float64
+(``ara/decomposition/subspace.py``), several layers side by side with one thread each (``parallel.py``). Measured are:
 
-- per matrix, both routes in turn with all threads, and the truncated weights at keep 0.8 and 0.6 compared;
-- per block of seven matrices, as each is used: the textbook route one matrix after the other, ours as ``ara decompose``
-  runs it, and for fairness the textbook route in our thread pool; in turn, several rounds, medians;
+- per matrix: both routes in turn with all threads, and the difference of the truncated weights at keep 0.8 and 0.6;
+- per block of seven matrices: the textbook route one matrix after the other, ARA as ``ara decompose`` runs it, and for
+  fairness the textbook route in ARA's thread pool; in turn, medians over several rounds;
 - memory: the peak of a process that runs one route alone, one matrix at a time.
 
-``--busy N`` starts N processes that keep a core busy, as on a machine that does something else as well.
+``--busy N`` starts N processes that each keep a core busy, as on a shared machine.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def compare(tensors: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
 
 
 def blocks_in_turn(tensors: dict[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
-    """Time whole blocks by three ways in turn; returns seconds per block and round."""
+    """Time whole blocks in three ways in turn; returns seconds per block and round."""
     blocks: dict[str, list[tuple[LinearSpec, torch.Tensor]]] = {}
     for name in (key.removesuffix(".weight") for key in tensors if key.endswith(".weight")):
         m, n = tensors[f"{name}.weight"].shape
@@ -149,16 +149,16 @@ def blocks_in_turn(tensors: dict[str, torch.Tensor], rounds: int) -> dict[str, l
 
 
 def memory(route: str, file: Path) -> int:
-    """Return by how many bytes ``route`` over all matrices raises the peak of a process of its own (Linux)."""
+    """Return by how many bytes ``route`` over all matrices raises the peak memory of a separate process (Linux)."""
     command = [sys.executable, __file__, "--measure-memory", route, "--matrices", str(file)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def measure_memory(route: str, file: Path) -> int:
-    """Child process: resident peak while one route runs over all matrices, above what was resident before."""
+    """Child process: print the peak memory of one route over all matrices, above the memory used before."""
     tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
     for warm_up in (False, True):
-        # 5 resets the peak (VmHWM) to what is resident now.
+        # 5 resets the peak (VmHWM) to the present resident memory.
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         for key in list(tensors)[:2] if not warm_up else tensors:
@@ -190,7 +190,7 @@ def main() -> None:
         print(measure_memory(arguments.measure_memory, arguments.matrices))
         return
     tensors = synthetic(arguments.shape) if arguments.shape else matrices(arguments.blocks, arguments.samples)
-    # Both routes once on a small matrix, so that neither pays for loading libraries.
+    # Both routes run once on a small matrix, so that neither timing includes loading libraries.
     for route in ROUTES.values():
         route(torch.randn(60, 50, dtype=torch.float64), torch.eye(50, dtype=torch.float64))
     rows = compare(tensors)

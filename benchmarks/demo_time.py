@@ -1,8 +1,8 @@
-"""Says about how long `make demo` will take on this machine, before it begins.
+"""Estimates how long `make demo` will take on this machine.
 
-The demo's work is known: passes of SmolLM2-135M over a known number of windows. How fast this machine multiplies
-matrices is not, so that is measured for about a second, in the precision that ARA would choose and with the shapes of
-that model. Other work on the machine slows both down.
+The work of the demo is known: passes of SmolLM2-135M over a known number of windows. The speed of the machine is
+measured for about a second: matrix products in the precision that ARA would choose, with the shapes of that model.
+Other work on the machine slows both down.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 
 from ara.models.placement import choose_placement, torch_dtype
 
-# Multiplications and additions, as if all of the demo (DEMO_FLAGS of the Makefile) were products of this kind: it took
-# 269 s in float32 with AVX2 on 2 cores of an AMD EPYC that does 192 GFLOP/s of them.
+# Multiplications and additions of the demo (DEMO_FLAGS of the Makefile), as if it were matrix products only: it took
+# 269 s in float32 with AVX2 on 2 cores of an AMD EPYC, whose speed for such products is 192 GFLOP/s.
 _WORK = 4.0e13
-# What does not depend on that: reading the GGUF file, decomposing, writing, in seconds of that processor.
+# Other work, in seconds on that processor: reading the GGUF file, decomposing, writing.
 _REST = 60.0
 # Products of the model's widest layer for one window: (tokens, in) × (in, out).
 _TOKENS, _IN, _OUT = 512, 576, 1536
@@ -24,7 +24,7 @@ _SECONDS = 1.0
 
 
 def rate(dtype: torch.dtype) -> float:
-    """Return how many multiplications and additions per second this machine does, in ``dtype``."""
+    """Return the speed of matrix products on this machine in ``dtype``: multiplications and additions per second."""
     x, w = torch.randn(_TOKENS, _IN).to(dtype), torch.randn(_IN, _OUT).to(dtype)
     best = 0.0
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Memory of an export: a synthetic checkpoint of LLaMA-2-7B's shape, written once, exported in a process of its own.
+"""Memory of an export: a synthetic checkpoint of LLaMA-2-7B's shape, written once, exported in a separate process.
 
     make bench-export-memory
     python benchmarks/export_memory.py --workspace bench-export --layers 32
@@ -38,7 +38,7 @@ SHAPES = {
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
 KEEP = 0.8
-# What an export may hold beside three of the largest tensor.
+# Memory that an export may use besides three times the largest tensor.
 ALLOWANCE = 300 * 10**6
 
 
@@ -84,7 +84,7 @@ def write_checkpoint(folder: Path, layers: int) -> None:
 
 
 def main() -> None:
-    """Write, export, compare the peak with the limit."""
+    """Write and export the checkpoint; compare the peak with the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32, help="blocks of the model")
     parser.add_argument("--precision", default="fp16", help="of the export: fp16, fp32 or int8")
@@ -96,7 +96,7 @@ def main() -> None:
     if not (source / "config.json").exists():
         console.step(f"Writing a checkpoint of {arguments.layers} blocks")
         shutil.rmtree(source, ignore_errors=True)
-        # In a process of its own: Linux counts what a parent has held to the peak of its children.
+        # In a separate process, because Linux includes the memory of a parent in the peak of its children.
         writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=(source, arguments.layers))
         writer.start()
         writer.join()

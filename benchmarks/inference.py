@@ -3,13 +3,13 @@
     make bench-inference
     python benchmarks/inference.py --shapes llama-7b --rounds 5
 
-Prefill of several lengths and decoding behind several contexts, each for several batch sizes. All models do one
-measurement after the other, in rotating order, round after round; a figure is the median over the rounds, with the
-10th and 90th percentile. Beside each ratio to dense stands what the arithmetic predicts: counted multiplications for
-prefill, bytes read (weights and caches) for decoding.
+Prefill of several lengths and decoding at several context lengths, each for several batch sizes. In every round each
+model is measured once, in rotating order. A figure is the median over the rounds, with the 10th and 90th percentile.
+Each ratio to dense comes with a prediction: counted multiplications for prefill, bytes read (weights and caches) for
+decoding.
 
 Models: SmolLM2-135M (``--shapes demo``), or two blocks of LLaMA-7B's shape with random weights and random low-rank
-layers (``--shapes llama-7b``), at uniform ranks: every layer is low-rank, so no layer is spared the second product.
+layers (``--shapes llama-7b``), at uniform ranks: every layer is low-rank and needs two products.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_head
 
 
 def dense_folder(arguments: argparse.Namespace, run: Run) -> Path:
-    """Return a folder with the dense model, made if need be."""
+    """Return a folder with the dense model; it is made if it does not exist."""
     folder: Path = arguments.workspace / "dense"
     if (folder / "config.json").exists():
         return folder
@@ -73,7 +73,7 @@ def dense_folder(arguments: argparse.Namespace, run: Run) -> Path:
 
 
 def compressed_folder(arguments: argparse.Namespace, run: Run, dense: Path, keep: float, layout: LayoutName) -> Path:
-    """Return a folder with the model at uniform ranks, made if need be; plain SVD does for a question of speed."""
+    """Return a folder with the model at uniform ranks; it is made if it does not exist, by plain SVD."""
     folder: Path = arguments.workspace / f"keep-{keep:g}-{layout}"
     if (folder / "config.json").exists():
         return folder
@@ -92,7 +92,7 @@ def compressed_folder(arguments: argparse.Namespace, run: Run, dense: Path, keep
 
 
 def draw_layers(dense: Path, folder: Path, keep: float, layout: LayoutName) -> None:
-    """Write a random model's checkpoint with random low-rank layers: factoring it would take minutes for nothing."""
+    """Write a random model's checkpoint with random low-rank layers; factoring it would take minutes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
@@ -100,7 +100,7 @@ def draw_layers(dense: Path, folder: Path, keep: float, layout: LayoutName) -> N
     flat = [Module(spec, torch.ones(spec.full_rank, dtype=torch.float64)) for spec in specs]
     ranks = Uniform().allocate(flat, Budget.for_keep(specs, keep)).low_rank()
     for spec in (spec for spec in specs if spec.name in ranks):
-        # A new layer has random weights; its indices are in order, which would be faster than those of a real one.
+        # A new layer has random weights, but its indices are in order, which would be faster than in a real layer.
         layer = layout_named(layout).module(spec.n, spec.m, ranks[spec.name], bias=False)
         for indices in layer.buffers(recurse=False):
             indices.copy_(torch.randperm(len(indices)))
@@ -109,7 +109,7 @@ def draw_layers(dense: Path, folder: Path, keep: float, layout: LayoutName) -> N
 
 
 def onnx_runner(folder: Path, precision: str, arguments: argparse.Namespace, run: Run) -> Runner:
-    """Export a checkpoint and return what runs it."""
+    """Export a checkpoint and return its runner."""
     output: Path = arguments.workspace / "onnx" / f"{folder.name}-{precision}"
     if not (output / "ara_export.json").exists():
         config = ExportConfig(precision=precision, execution_provider="cpu", parity=False)
@@ -120,7 +120,7 @@ def onnx_runner(folder: Path, precision: str, arguments: argparse.Namespace, run
 
 
 def torch_runner(folder: Path, compiled: bool) -> Runner:
-    """Load a checkpoint in torch; like the graphs, it gives the logits of all positions."""
+    """Return the runner of a checkpoint in torch; like the graphs it computes the logits of all positions."""
     model = load(folder, "cpu", "float32")
     call = torch.compile(model, dynamic=True) if compiled else None
     return TorchRunner(model, last_logits=False, call=call)
@@ -194,7 +194,7 @@ def show(console: Console, case: Case, runners: dict[str, Runner], seconds: dict
         Column("predicted"),
         Column("off"),
     ]
-    what = f"decode behind {case.past}" if case.past else f"prefill {case.new}"
+    what = f"decode at {case.past}" if case.past else f"prefill {case.new}"
     console.table(f"{what}, batch {case.batch}", columns, rows)
 
 

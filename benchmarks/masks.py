@@ -1,12 +1,11 @@
-"""Speed of mask training: tokens/s of its forward and backward pass over those of the dense model, in turn in one run.
+"""Speed of mask training: its forward and backward pass compared with that of the dense model, in turn in one run.
 
     python benchmarks/masks.py --workspace bench-quality --factors two-sided
 
-Dense means: the same model, the same text, the gradient carried back to the embeddings and to no weight, as mask
-training does it. Also printed with gradients of all weights of the linear layers, which is what training a model takes.
-The loss is cross-entropy; rows that say KL have that of ``ara train-masks``, for which the dense model reads the text,
-too.
-The cut is the one of ``--keep`` by uniform ranks, and by the energy allocator, which leaves layers dense.
+The dense pass reads the same text. It computes gradients back to the embeddings and of no weight, as mask training
+does. A second dense row has gradients of all weights of the linear layers, as in training of a model. The loss is
+cross-entropy. Rows with KL have the loss of ``ara train-masks``, which also needs a pass of the dense model.
+The ranks are those of ``--keep``: uniform, and by the energy allocator, which leaves layers dense.
 """
 
 from __future__ import annotations

@@ -1,19 +1,18 @@
 """Quality per parameter on SmolLM2-135M: every allocator and decomposition, the same budget, the same text.
 
-    ARA_DATA_DIR=... make bench-quality                                          # measure anew, in ./bench-quality
+    ARA_DATA_DIR=... make bench-quality                                          # in ./bench-quality
     python benchmarks/quality.py --seeds 1 --only 'two-sided/*/0.8/*'            # a part of it
-    python benchmarks/quality.py --results benchmarks/results/quality.json       # go on with the published rows
+    python benchmarks/quality.py --results benchmarks/results/quality.json       # add to the published rows
 
-Factors are calibrated on C4 (256 windows of 512 tokens, seed 0) once; ranks are learned from other windows of the
-same documents; what is printed is measured on WikiText-2 (test) and on C4 documents that no calibration has seen. Gap
-closed = (ln ppl_uniform − ln ppl) / (ln ppl_uniform − ln ppl_dense), uniform being whitened factors at uniform ranks.
-Learned methods run once per seed (batches, drawn targets); their row is the mean, with the range. No guard is at work.
-Every row is stored as soon as it is measured, so an interrupted run goes on, on another machine if need be: rows fit
-together when model, text and settings are the same, and each says which run it comes from. Printing and drawing is
-``benchmarks/quality_table.py``.
+Factors are calibrated once, on C4 (256 windows of 512 tokens, seed 0). Ranks are learned from other windows of the same
+documents. Perplexity is measured on WikiText-2 (test) and on C4 documents that no calibration has seen. Gap closed =
+(ln ppl_uniform − ln ppl) / (ln ppl_uniform − ln ppl_dense), where uniform means whitened factors at uniform ranks.
+Learned methods run once per seed (batches, drawn targets); tables show the mean and the range. The guard is off.
+Every row is stored as soon as it is measured, so an interrupted run continues, also on another machine. Rows with the
+same model, text and settings belong together; each names its run. ``benchmarks/quality_table.py`` prints and draws.
 
-At the end the first windows are computed once more, dense and with stored layers, by a few lines that share no code
-with ARA's evaluation (``benchmarks/quality_checks.py``); both must agree.
+At the end ``benchmarks/quality_checks.py`` computes the first windows again, dense and with stored layers, without
+code of ARA's evaluation. The results must agree.
 """
 
 from __future__ import annotations
@@ -61,11 +60,11 @@ class Bench:
         self.document = self._finished()
         self.rows: dict[str, Any] = self.document["rows"]
         self.loaded: str | None = None
-        # Probes of the loaded factors: the same for all budgets.
+        # Probes of the loaded factors; all budgets share them.
         self.measured: dict[str, tuple[Any, float]] = {}
 
     def _finished(self) -> dict[str, Any]:
-        """Return the document to go on with; rows that were measured otherwise are an error, not thrown away."""
+        """Return the stored rows to continue; rows with other settings are an error, they are not deleted."""
         made = {name: view.manifest for name, view in self.views.items()}
         recipes = {name: {"fingerprint": m.model["fingerprint"], **m.config} for name, m in made.items() if m}
         settings = {name: getattr(self.arguments, name) for name in ("windows", "seq_len", "steps")}
@@ -82,15 +81,15 @@ class Bench:
 
     @cached_property
     def number(self) -> int:
-        """Which of the document's runs this one is; its first row enters it there."""
+        """Index of this run in the document; its first row adds it."""
         facts = {"started": now(), "commit": _commit(), "machine": machine(), "versions": versions()}
         self.document["runs"].append(facts)
         return len(self.document["runs"]) - 1
 
     def first_losses(self, key: str, factors: str, ranks: Mapping[str, int | None], windows: int) -> list[float]:
-        """Return WikiText-2 losses of the first windows: those of row ``key`` if this run has measured it, else anew.
+        """Return WikiText-2 losses of the first windows: of row ``key`` if this run has measured it, else measured now.
 
-        In bfloat16 another processor rounds otherwise: its rows differ by more than checks may forgive.
+        Rows of other runs are not used: in bfloat16 another processor rounds differently, more than the checks allow.
         """
         row = self.rows[key]
         if row["run"] == self.__dict__.get("number"):
@@ -103,7 +102,7 @@ class Bench:
         return [float(loss) for loss in losses]
 
     def keep_row(self, key: str, row: dict[str, Any]) -> None:
-        """Add a finished row and write all of them."""
+        """Add a finished row and write all rows."""
         self.rows[key] = {**row, "run": self.number}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         aside = self.file.with_suffix(".partial")
@@ -111,7 +110,7 @@ class Bench:
         os.replace(aside, self.file)
 
     def load(self, factors: str) -> None:
-        """Bring a model with these factors, and the texts, into memory."""
+        """Load a model with these factors, and the texts."""
         from ara.artifacts.factors import specs_of
         from ara.data.texts import load_documents
         from ara.data.tokens import evaluation_windows
@@ -169,7 +168,7 @@ class Bench:
         self.keep_row(row.key, {**facts, **self.quality(allocation.ranks)})
 
     def _settings(self, row: Row) -> dict[str, Any]:
-        """Return what a row of a training notes about it; empty for other methods."""
+        """Return the fields of a row that describe its training; empty for other methods."""
         if row.method not in FORMS:
             return {}
         options = MaskTrainingOptions(**FORMS[row.method]).model_dump(mode="json")
@@ -178,7 +177,7 @@ class Bench:
         return {"trained_at": list(self.arguments.keep), "options": options}
 
     def _refuse_mixture(self, row: Row) -> None:
-        """Seeds that are averaged must have been trained alike, at the same budgets."""
+        """Refuse to average rows of trainings with different settings."""
         asked = self._settings(row)
         for seed in range(self.arguments.seeds):
             key = replace(row, seed=seed).key
@@ -221,7 +220,7 @@ class Bench:
         return allocation, {"seconds": seconds, "backward_passes": context.model.backward_passes - passes}
 
     def _once(self, name: str, measure: Callable[[], Any]) -> tuple[Any, float]:
-        """Measure what all budgets share; returns it with the seconds that it took, which count for each budget."""
+        """Compute what all budgets share; returns it with its seconds, which count for each budget."""
         if name not in self.measured:
             begun = time.monotonic()
             found = measure()
@@ -229,12 +228,12 @@ class Bench:
         return self.measured[name]
 
     def training(self, row: Row) -> str:
-        """Return the name of the training that serves ``row``; budgets of the table need no mention in it."""
+        """Return the name of the training for ``row``; the budgets of the table are not part of it."""
         keeps = () if tuple(self.arguments.keep) == TABLE_KEEPS else (f"{keep:g}" for keep in self.arguments.keep)
         return "-".join((row.method, row.layout, str(row.seed), *keeps))
 
     def _trained(self, row: Row) -> tuple[Allocation, dict[str, Any]]:
-        """Train as ``ara train-masks`` does, at all budgets in one go."""
+        """Train as ``ara train-masks`` does, at all budgets in one run."""
         from ara.artifacts.factors import specs_of
         from ara.artifacts.ranks_file import from_table
         from ara.artifacts.training import TrainingResults, training_cost
@@ -261,7 +260,7 @@ class Bench:
 
 
 def _commit() -> str | None:
-    """Return which code this is, with a mark if it has been changed since; ``None`` outside of a clone."""
+    """Return the commit of the code, marked if there are changes; ``None`` outside a clone."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
@@ -271,7 +270,7 @@ def _commit() -> str | None:
 
 
 def check(bench: Bench, windows: int) -> None:
-    """Compare the dense row, and that of ara at the largest budget in each layout, with independent computations."""
+    """Check the dense row, and the row of ara at the largest budget of each layout, by independent computations."""
     from ara.artifacts.factors import specs_of
     from ara.artifacts.ranks_file import from_table
     from ara.artifacts.training import TrainingResults

@@ -1,4 +1,4 @@
-"""Checks on rows of ``benchmarks/quality.py``, sharing no code with ARA's evaluation: the dense row, stored layers."""
+"""Checks of rows of ``benchmarks/quality.py`` without code of ARA's evaluation: the dense row, and stored layers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_dense(run: Run, view: StageView, losses: Sequence[float], seq_len: int
 def check_stored(
     run: Run, view: StageView, allocation: Allocation, layout: LayoutName, losses: Sequence[float], seq_len: int
 ) -> None:
-    """Compare losses measured with masks to the layers that a checkpoint holds; more than 1 % off is a failure.
+    """Compare losses measured with masks with those of stored layers; more than 1 % off is a failure.
 
     All rows are measured by one masked model that computes with A and B; a checkpoint may hold pivoted layers, whose
     rounding is another one.

@@ -1,4 +1,4 @@
-"""What ``benchmarks/quality.py`` is to measure, and in which order."""
+"""The measurements of ``benchmarks/quality.py``, in their order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 
 # Allocators whose result depends on the seed.
 LEARNED = ("ara", "ara-paper", "gumbel", "tanh")
-# The paper's form walks by Adam, as tanh and gumbel do, and gets as many steps of as many windows as they.
+# The paper's form uses Adam, with as many steps and windows as tanh and gumbel.
 FORMS: dict[str, dict[str, Any]] = {
     "ara": {},
     "ara-paper": {
@@ -22,7 +22,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "check_every": 10,
     },
 }
-# All of them, in the order in which they are measured.
+# All allocators, in the order in which they are measured.
 OURS = ("uniform", "energy", "sensitivity", "ara")
 RIVALS = ("ara-paper", "dp-kl", "strs", "tanh", "gumbel")
 METHODS = OURS + RIVALS
@@ -40,13 +40,13 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Name in the file of finished rows."""
+        """Key in the file of finished rows."""
         layout = "" if self.layout == DEFAULT_LAYOUT else f", {self.layout}"
         return f"{self.factors}{layout}/{self.method}/{self.keep:g}/{self.seed}"
 
 
 def wanted(keeps: list[float], seeds: int) -> Iterator[Row]:
-    """List what is to be measured, most telling first: one seed of everything, then further seeds."""
+    """List the measurements: first one seed of everything, then further seeds."""
     groups: list[tuple[str, LayoutName, tuple[str, ...], range]] = [
         ("whitened", "factors", ("uniform", "sensitivity"), range(1)),
         ("two-sided", "factors", OURS, range(1)),

@@ -6,8 +6,8 @@
     python benchmarks/quality_table.py --curves              # held-out loss by step, for docs/measurements/quality.md
     python benchmarks/quality_table.py --figure docs/quality.svg
 
-Gap closed = (ln ppl_uniform − ln ppl) / (ln ppl_uniform − ln ppl_dense), uniform being whitened factors at uniform
-ranks. Where a row was measured with several seeds, cells are means, with the range.
+Gap closed = (ln ppl_uniform − ln ppl) / (ln ppl_uniform − ln ppl_dense), where uniform means whitened factors at
+uniform ranks. Rows with several seeds show means, with the range.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SUMMARY = (
     ("two-sided", "ara", "**ARA**", "factors"),
     ("two-sided, pivoted", "ara", "**ARA**", "pivoted"),
 )
-# Methods whose name says too little.
+# Longer names of some methods.
 NAMES = {"ara": "**ara**", "ara-paper": "the paper's form"}
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -47,7 +47,7 @@ def keeps_of(rows: Rows) -> list[float]:
 
 
 def groups_of(rows: Rows, keep: float) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
-    """Return (factors, method) → its rows at one budget, a row per seed; by factors, then the worst first."""
+    """Return (factors, method) → its rows at one budget, one per seed; sorted by factors, then from worst to best."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for key, row in rows.items():
         parts = key.split("/")
@@ -78,12 +78,12 @@ def mean_and_range(values: Sequence[float], text: Callable[[float], str], unit: 
 
 
 def perplexity_text(value: float) -> str:
-    """Return a perplexity with the digits that mean something."""
+    """Return a perplexity with its significant digits."""
     return f"{value:.1f}" if value < 200 else f"{value:.0f}"
 
 
 def cells_of(rows: Rows, found: Sequence[Mapping[str, Any]], keep: float) -> list[str]:
-    """Return perplexity and gap closed for each text, then how many layers are dense."""
+    """Return perplexity and gap closed for each text, then the number of dense layers."""
     cells = []
     for task in TASKS:
         cells.append(mean_and_range([math.exp(row[task]) for row in found], perplexity_text))

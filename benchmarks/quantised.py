@@ -1,10 +1,10 @@
-"""What rounding weights to 8 and 4 bits costs: dense, factors and pivoted layers, to nearest, blocks of 16.
+"""Loss from rounding weights to 8 and 4 bits: dense, factors and pivoted layers; to nearest, in blocks of 16.
 
     make bench-quantised
     python benchmarks/quantised.py --source dense=FOLDER --source factors=FOLDER
 
-Weights are rounded and multiplied out in torch; embeddings and head stay as they are. Text: the evaluation part of
-Python's documentation. Without --source: the folders of bench-inference, uniform ranks of plain SVD.
+The weights of linear layers are rounded in torch; embeddings and head are not. The text is the evaluation part of
+Python's documentation. Without --source the folders of bench-inference are used (uniform ranks, plain SVD).
 """
 
 from __future__ import annotations

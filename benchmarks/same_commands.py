@@ -37,7 +37,7 @@ def prepare(case: str, folder: Path) -> None:
 
 
 def commands(case: str) -> list[list[str]]:
-    """Return the words of every command of ``case``, without the program's name."""
+    """Return the arguments of every command of ``case``, without the program's name."""
     lines = {"llama": [*_NAMES, *_FULL, *_EXPORT], "gpt2": _SHORT, "qwen2": [*_SHORT, *_EXPORT], "demo": _DEMO}[case]
     return [" ".join(parts).split() for parts in lines]
 
@@ -72,7 +72,7 @@ _NAMES = [("models --json",), ("methods --json",), _do("status")]
 _FULL = [
     _decompose(""),
     _decompose(""),  # is there already
-    # Two blocks at a time, then one: results must not depend on it beyond their names.
+    # Two blocks at a time, then one: only the names of results may depend on that.
     _decompose("--moment-memory 0.0008 --name two-chunks"),
     _decompose("--moment-memory 0.00001 --name one-each"),
     _decompose("-O targets=text -O gradient_share=0.25 --name text-targets --batch-size 3"),
@@ -158,7 +158,7 @@ _SHORT = [
 
 _PROVIDER = "--execution-provider cpu"
 _EXPORT = [
-    # Of random weights, only a mild cut is near enough to the weights that --rewrite looks for.
+    # Random weights must be cut little: --rewrite refuses factors that are far from the dense weight.
     _do("allocate --keep 0.95 --method uniform --factors two-sided --name plain"),
     _do("truncate --allocation plain"),
     _do(f"export --checkpoint sensitivity-0.80 {_PROVIDER}"),

@@ -1,4 +1,4 @@
-"""What ``same_results.py`` keeps of a working folder, and how it compares two of them."""
+"""Describes the contents of a working folder for ``same_results.py``, and compares two descriptions."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ MEASURED = {
     "table_seconds",
     "tokens_per_second",
 }
-# Stages whose files hold times, and whose ids therefore differ between two runs of the same code.
+# Stages whose files contain times, so that their ids differ between two runs of the same code.
 _TIMED_STAGES = ("bench", "compare", "eval", "report")
-# A table of losses is kept with the seconds that it took.
+# A stored table of losses contains its seconds.
 _ALLOWED = ["*/cache/tables/*/metadata/digest", "*/cache/tables/*/metadata/seconds"]
-# How a verdict ends, and the figures in the tables of a model card, some of which are speeds.
+# The end of a verdict, and figures in the tables of a model card: some are speeds.
 _SPEED, _FIGURE = re.compile(r"(generation|reading) speed .*"), re.compile(r"\d[\d.,]*")
-# Files of which only the presence counts: pages and pictures show times, and their data are in JSON beside them.
+# Only the existence of these files is compared: pages and pictures show times, and JSON files have their data.
 _SHOWN_ONLY = {".html", ".png", ".svg", ".csv"}
-# What the library datasets keeps of questions, under names that depend on the working folder.
+# Caches of the library datasets, with names that depend on the working folder.
 _OTHERS = "cache/tasks/"
 _PLACE = "{folder}"
 
 
 def document(folder: Path, commands: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return what a case is compared by: what its commands printed, and every file below its working folder.
+    """Return the description of a case: what its commands printed, and every file in its working folder.
 
     Args:
         folder: the working folder; its path is taken out of all texts, so that it may be another one next time.
@@ -56,7 +56,7 @@ def document(folder: Path, commands: dict[str, dict[str, Any]]) -> dict[str, Any
 
 
 def _timed_ids(commands: dict[str, dict[str, Any]], files: dict[str, Any]) -> dict[str, str]:
-    """Return the id of every result that holds times, also of those that were replaced since → what to call it."""
+    """Return id → a fixed name, for every result that contains times, including replaced ones."""
     manifests = [content for path, content in files.items() if path.endswith("manifest.json")]
     printed = [row["document"] for row in commands.values()]
     return {
@@ -78,7 +78,7 @@ def _describe(path: Path) -> Any:
         return _sha(content)
     found = json.loads(content)
     if path.name == "manifest.json" and found["stage"] in _TIMED_STAGES:
-        # What of these files can be compared is compared on its own.
+        # The comparable parts of these files are compared separately.
         found["files"] = sorted(found["files"])
     return found
 

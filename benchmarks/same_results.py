@@ -1,15 +1,15 @@
-"""Compare what two trees of this code compute: the same commands, the same inputs, every file and every document.
+"""Compare the results of two trees of this code: the same commands and inputs, every file and every document.
 
     python benchmarks/same_results.py --before TREE --after TREE
     python benchmarks/same_results.py --before TREE --save before.json
     python benchmarks/same_results.py --against before.json --after TREE --models tiny --allow 'remedy'
 
-Each tree runs the commands of ``same_commands.py`` in a fresh folder. Compared are tensors (names, order, bytes), the
-parsed ``--json`` document of every command, its exit code, every JSON file, and the checksums of all other files;
-times, memory and speeds are not. Each difference is printed on a line of its own. The exit code is 1 when there is any.
+Each tree runs the commands of ``same_commands.py`` in a fresh folder. It compares tensors (names, order, bytes), the
+parsed ``--json`` document and the exit code of every command, every JSON file, and the checksums of all other files,
+but no times, memory or speeds. Each difference is one line. The exit code is 1 if there are differences.
 
-A stored document belongs to one machine: floating-point results differ between processors.
-The tiny models are made by this script's own tree, so that the trees compared may keep their tests anywhere.
+A saved document is valid for one machine only: floating-point results differ between processors.
+This script's own tree makes the tiny models, so the compared trees need no tests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-# Without the network, with seeds of our own; set before any library is imported.
+# No network, fixed seeds; set before any library is imported.
 _SETTINGS = {
     "COLUMNS": "120",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def run_tree(tree: Path, label: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run all cases with the code of ``tree``; returns case → commands and files, and where it was run."""
+    """Run all cases with the code of ``tree``; returns the processor, and case → commands and files."""
     from benchmarks.same_commands import CASES, TINY, prepare
 
     wanted = {"tiny": list(TINY), "demo": ["demo"], "all": list(CASES)}[arguments.models]
@@ -133,7 +133,7 @@ def _case(tree: Path, root: Path, threads: int, case: str) -> dict[str, Any]:
 
 
 def _link_demo(cache: Path) -> None:
-    """Let the demo's model be found where it has been fetched before; its conversion is done anew."""
+    """Reuse the downloaded model of the demo; it is converted again."""
     from ara.models.cache import cache_dir
 
     (cache / "demo").mkdir(parents=True)
@@ -157,7 +157,7 @@ def _compare(before: dict[str, Any], after: dict[str, Any], arguments: argparse.
 
 
 def _run_commands(todo: Path) -> None:
-    """Child process: run every command in a fork of its own, so that libraries are imported once."""
+    """Child process: run every command in a fork, so that libraries are imported once."""
     sys.path[:] = [entry for entry in sys.path if entry != str(Path(__file__).resolve().parent)]
     import onnxruntime
     import torch
@@ -176,7 +176,7 @@ def _run_commands(todo: Path) -> None:
 
 
 def _forked(words: list[str]) -> dict[str, Any]:
-    """Run ``python -m ara_cli`` with these words in a fork; returns stdout, the exit code and the last error."""
+    """Run ``python -m ara_cli`` with these arguments in a fork; returns stdout, the exit code and the last error."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as told, open(os.devnull) as nothing:
         pid = os.fork()
         if pid == 0:

@@ -1,13 +1,13 @@
-"""Zero-shot accuracy of SmolLM2-135M: dense, uniform ranks and the chosen ones, the same questions, in pairs.
+"""Zero-shot accuracy of SmolLM2-135M: dense, uniform ranks and chosen ranks, on the same questions, in pairs.
 
     ARA_DATA_DIR=... make bench-zero-shot
     python benchmarks/zero_shot.py --workspace WS --checkpoint NAME --limit 400
     python benchmarks/zero_shot.py --workspace WS --checkpoint NAME --tasks wikitext --limit 8    # whole articles
 
 Without --checkpoint the pipeline runs first: two-sided factors calibrated on C4, ranks by the sensitivity table at
---keep. Afterwards lm-eval's own command asks the dense model the same questions, in a process of its own: the last
-table says how many of them it scores as we do. A task whose accuracy differs from ours by more than one standard error,
-or that was asked other questions, is a failure.
+--keep. Afterwards lm-eval's own command asks the dense model the same questions, in a separate process. The last table
+shows how many of them get the same score from both. The script fails if an accuracy differs by more than one standard
+error, or if the questions differ.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def check(view: StageView, factors: StageView, run: Run, console: Console) -> No
         row, metric = task.models["dense"], task.metric
         other = theirs[name][f"{metric},none"]
         distance = abs(row.value - other)
-        # Perplexities have no standard error here: they are held to 1 %.
+        # Perplexities have no standard error here: they may differ by 1 %.
         allowed = row.stderr if row.stderr is not None else 0.01 * other
         off += [name] if distance > allowed else []
         figures = (f"{row.value:.4f}", f"{other:.4f}", f"{distance:.4f}", f"{allowed:.4f}")
@@ -112,16 +112,16 @@ def check(view: StageView, factors: StageView, run: Run, console: Console) -> No
 
 
 def answers(view: StageView, task: str) -> list[dict[str, Any]]:
-    """Return what the dense model answered, question by question."""
+    """Return the dense model's answers, question by question."""
     (path,) = view.path.glob(f"[0-9][0-9]-{task}.0-dense.json")
     found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["answers"]
     return found
 
 
 def samples(folder: Path, task: str) -> list[dict[str, Any]]:
-    """Return what lm-eval's command has logged of a task, question by question."""
+    """Return the samples of a task that lm-eval's command has logged, question by question."""
     (path,) = folder.glob(f"samples_{task}_[0-9]*.jsonl")
-    # Questions may hold other ends of lines than this one.
+    # Not splitlines: questions may contain other line separators.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 

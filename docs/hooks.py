@@ -1,4 +1,4 @@
-"""Pages of the site that stand at the top of the repository: CONTRIBUTING.md and CHANGELOG.md, their links adapted."""
+"""Takes CONTRIBUTING.md and CHANGELOG.md from the top of the repository into the site, with adapted links."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def into_site(text: str) -> str:
-    """Return a page of the top folder with links as the site needs them: to pages, or, for other files, no link."""
-
+    """Return the text of a page with links to pages of the site; links to other files become plain text."""
     pages = {source: page for page, source in INCLUDED.items()}
 
     def adapted(link: re.Match[str]) -> str:

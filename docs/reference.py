@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "docs" / "reference"
-# Options that at least so many commands share stand in one table at the top of the page.
+# Options that at least this many commands share are in one table at the top of the page.
 _SHARED = 8
 _NOTE = "<!-- Written by docs/reference.py: change the code, then run `make reference`. -->"
 _DEFAULT = re.compile(r"\s*\[default: (.+)\]$")
@@ -48,10 +48,9 @@ def commands() -> str:
     shared = [row for row in dict.fromkeys(everywhere) if everywhere.count(row) >= _SHARED]
     header = ("option", "meaning", "values", "default")
     text = [
-        "Every command prints this page's options for itself with `--help`. A number outside its range is refused "
-        "before any work begins.",
+        "Every command prints its options with `--help`. A number outside its range is refused before any work begins.",
         "## Shared options",
-        "Most commands take these. The last line of each section names those that the command takes.",
+        "Most commands take these options. The last line of each section names those that the command takes.",
         _table(header, shared),
     ]
     for name, command in found.items():
@@ -68,12 +67,16 @@ def stages() -> str:
     """Return the page of the pipeline's stages, in their order."""
     from ara.pipeline import stages
 
-    intro = "One command makes one stage. `ara run` goes through all stages that are not optional, in this order."
+    intro = (
+        "Each stage is a command. It consumes results of some kinds and produces a result of one kind. `ara run` runs "
+        "the stages that are neither optional nor aside, in this order; `--method ara` adds `train-masks`. *Optional* "
+        "stages are not needed for a complete pipeline. Stages *aside* only measure or show results."
+    )
     return _page("Stages", [intro, _records(stages(), leave_out=("run", "flow"))])
 
 
 def registries() -> str:
-    """Return the page of everything registered: methods, texts, export targets and whatever else has a registry."""
+    """Return the page of all registries: methods, layouts, texts, export targets."""
     text = ["`ara methods` prints decompositions and allocators. `-O NAME=VALUE` sets an option of a method."]
     for registry in _registries():
         text += [
@@ -93,12 +96,12 @@ def models() -> str:
     """Return the page of model aliases."""
     from ara.models.aliases import ALIASES
 
-    intro = "Short names for models. Any hub id, local folder or GGUF file works as well."
-    return _page("Model names", [intro, _records(ALIASES.values())])
+    intro = "Aliases can be given instead of a hub id, local folder or GGUF file. `ara models` prints them."
+    return _page("Model aliases", [intro, _records(ALIASES.values())])
 
 
 def _registries() -> list[Any]:
-    """Return every registry of the code, found by the line that makes it."""
+    """Return every registry of the code; found by searching the source for the lines that create them."""
     from ara.registry import Registry
 
     found: dict[int, Registry] = {}
@@ -213,7 +216,7 @@ def _page(title: str, parts: Iterable[str]) -> str:
 def main() -> None:
     """Write the pages, or compare them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say which pages differ")
+    parser.add_argument("--check", action="store_true", help="only list the pages that differ")
     check = parser.parse_args().check
     different = []
     FOLDER.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What an export target is: a runtime, how checkpoints are written for it, and how its exports are run."""
+"""The interface of an export target: writing checkpoints for a runtime, and running its exports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPORT_FILE = "ara_export.json"
 
 
 class TargetReport(Protocol):
-    """What ``ara_export.json`` says about an export; a pydantic model of the target's own, with at least these fields.
+    """The contents of ``ara_export.json``: a pydantic model of the target with at least these fields.
 
     Attributes:
         precision: of the weights, as the command line names it.
@@ -31,7 +31,7 @@ class TargetReport(Protocol):
         ranks: module path → rank of every low-rank layer; empty for a dense checkpoint.
         files: name → size and checksum of the files that the runtime reads.
         last_logits: whether the export gives the logits of the last position only.
-        parity: the comparison with torch; ``None`` where the export was not compared.
+        parity: the comparison with torch; ``None`` if there was none.
     """
 
     @property
@@ -53,11 +53,11 @@ class TargetReport(Protocol):
     def parity(self) -> Any: ...  # noqa: D102
 
     def model_dump(self, *, mode: str) -> dict[str, Any]:
-        """Return the report as data; ``mode="json"`` gives what JSON can hold."""
+        """Return the report as plain data; with ``mode="json"`` only types that JSON has."""
 
 
 class TextDecoder(Protocol):
-    """An export that is loaded, for ``ara generate``."""
+    """A loaded export, for ``ara generate``."""
 
     @property
     def context(self) -> int:
@@ -75,8 +75,8 @@ class Target(ABC):
     """A runtime that checkpoints are exported for; its class is named in :mod:`export.targets`.
 
     Attributes:
-        name: what ``--target`` and ``--backend`` call it.
-        title: what messages call the exported form.
+        name: value of ``--target`` and ``--backend``.
+        title: name of the exported form in messages.
         command: the command that makes such an export.
     """
 
@@ -91,12 +91,12 @@ class Target(ABC):
         """Return the config with every automatic choice made, such as provider and precision.
 
         Raises:
-            UsageError: a combination of settings that this target cannot write.
-            UnavailableError: something that this machine lacks.
+            UsageError: this target cannot write such a combination of settings.
+            UnavailableError: this machine lacks something.
         """
 
     def inputs(self, config: ExportConfig) -> list[Path]:
-        """Return the files that are read beside the checkpoint.
+        """Return the files that are read besides the checkpoint.
 
         Raises:
             UsageError: one of them does not exist.
@@ -129,7 +129,7 @@ class Target(ABC):
 
         Raises:
             ModelError: the checkpoint is damaged, or this target does not support the model.
-            NumericalError: the export computes something else than the checkpoint.
+            NumericalError: the results of the export differ from those of the checkpoint.
             DiskFullError: the disk is full.
         """
 
@@ -149,7 +149,7 @@ class Target(ABC):
 
     @abstractmethod
     def for_eval(self, view: StageView, checkpoint: Path) -> Callable[[], Any]:
-        """Return a function that loads an export with all its logits, to be called like a model of transformers.
+        """Return a function that loads an export; the result gives all logits and is called like a transformers model.
 
         Args:
             view: the export.
@@ -158,7 +158,7 @@ class Target(ABC):
 
     @abstractmethod
     def for_bench(self, view: StageView) -> Exported:
-        """Return the export as ``ara bench`` measures it, with a dense counterpart made on demand.
+        """Return the export for ``ara bench``; it can also make its dense counterpart.
 
         Raises:
             WorkspaceError: this export has no dense counterpart.
@@ -170,5 +170,5 @@ class Target(ABC):
 
         Raises:
             ModelError: the folder is not an export for this target, or the runtime cannot load it.
-            UnavailableError: the runtime lacks what the export was made for.
+            UnavailableError: the runtime lacks the execution provider of the export.
         """

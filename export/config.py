@@ -14,7 +14,7 @@ from ara.config.flags import Flag
 class ExportConfig(StageConfig):
     """``ara export``: write the chosen checkpoint for another runtime.
 
-    Some fields mean something to one target only; a target refuses the values that it cannot honour.
+    Some fields apply to one target only. A target refuses values that it does not support.
     """
 
     target: str = Field("onnx", description="runtime to write for")
@@ -25,20 +25,21 @@ class ExportConfig(StageConfig):
         "auto", description="where the graph will run: cpu, cuda, or auto (CUDA if available)"
     )
     merge_shared_inputs: bool = Field(
-        False, description="multiply by the first factors of q, k, v in one product, and of gate, up in another"
+        False, description="compute the first products of q, k, v as one, and those of gate, up as another"
     )
     rewrite: Annotated[str | None, Flag(metavar="DENSE.onnx", user_path=True)] = Field(
         None, description="put the factors into this ONNX graph of the dense model instead of building one"
     )
     last_logits: bool = Field(
-        False, description="output the logits of the last position only: for generation, not for evaluation"
+        False, description="output only the logits of the last position: for generation, not for evaluation"
     )
     parity_tokens: int = Field(
         96,
         ge=16,
         le=bounds.MAX_TOKENS,
-        description="tokens of each text for the comparison (a sliding window is tested if it is shorter)",
+        description="tokens per text in the comparison; a sliding window is tested only if it is shorter",
     )
     parity: bool = Field(
-        True, description="compare the graph with the checkpoint in torch on real text, and fail beyond tolerance"
+        True,
+        description="compare the graph with the checkpoint in torch on real text; fail if the difference is too large",
     )

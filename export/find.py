@@ -25,8 +25,7 @@ def find_for_eval(backend: str, export: str | None = None) -> evaluate.FindExpor
     Raises:
         AraError: as :func:`export.targets.target_of`. The returned function raises as :func:`latest_export`.
     """
-    target = target_of(backend)
-    if target is None:
+    if (target := target_of(backend)) is None:
         return None
 
     def find(workspace: Workspace, truncated: StageView) -> evaluate.RunnableExport:
@@ -43,17 +42,8 @@ def find_for_eval(backend: str, export: str | None = None) -> evaluate.FindExpor
 
 
 def find_for_bench(backend: str, export: str | None = None) -> bench_models.FindExport | None:
-    """Return a function that finds the export that ``ara bench`` measures; ``None`` for torch.
-
-    Args:
-        backend: torch, or the name of a target.
-        export: name of the export; the latest of the checkpoint by default.
-
-    Raises:
-        AraError: as :func:`export.targets.target_of`. The returned function raises as :func:`latest_export`.
-    """
-    target = target_of(backend)
-    if target is None:
+    """Return a function that finds the export that ``ara bench`` measures; arguments as for :func:`find_for_eval`."""
+    if (target := target_of(backend)) is None:
         return None
     return lambda workspace, truncated: target.for_bench(latest_export(target, workspace, truncated, export))
 
@@ -62,7 +52,7 @@ def latest_export(target: Target, workspace: Workspace, truncated: StageView, na
     """Return the export called ``name``, or the latest finished one of a checkpoint for a target, verified.
 
     Raises:
-        WorkspaceError: there is none, it belongs to another checkpoint or target, or one cannot be read.
+        WorkspaceError: there is none, it belongs to another checkpoint or target, or its manifest cannot be read.
     """
     if name is not None:
         view = workspace.require("graph", name)
@@ -78,7 +68,7 @@ def latest_export(target: Target, workspace: Workspace, truncated: StageView, na
     views = workspace.views("graph")
     for view in views:
         if view.state == "damaged":
-            # Its manifest cannot be read, so it may be the latest one: this raises what is wrong with it.
+            # It may be the latest one. This raises the error that says what is damaged.
             workspace.require("graph", view.key)
     fitting = [
         view
@@ -102,7 +92,7 @@ def _is_for(target: Target, view: StageView) -> bool:
 
 
 def _why_not(view: StageView, truncated: StageView) -> str:
-    """Return why an export is not the one that was looked for."""
+    """Return why an export does not fit."""
     if view.state != "done" or view.manifest is None:
         return f"{view.key} is {view.state}{f' ({view.why})' if view.why else ''}"
     if parent_of(truncated) in view.manifest.parents:

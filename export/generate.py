@@ -45,8 +45,8 @@ def answer(
         export: which export of the checkpoint; the latest by default.
 
     Raises:
-        AraError: no checkpoint, no export, a chat template that cannot be used, or a prompt that is too long, is no
-            text, or contains a token without a row in the embedding.
+        AraError: no checkpoint, no export, an unusable chat template, or a prompt that is too long, is no text, or has
+            a token without a row in the embedding.
     """
     prompt = check_prompt(prompt)
     target = target_of(config.backend)
@@ -67,7 +67,7 @@ def _exported(config: GenerateConfig, target: Target, folder: Path, prompt: str)
 
 
 def _in_torch(config: GenerateConfig, folder: Path, prompt: str) -> Iterator[str]:
-    """Yield the answer of a checkpoint; the prompt is checked as far as possible before the weights are read."""
+    """Yield the answer of a checkpoint; what needs no weights is checked before they are read."""
     tokenizer = load_tokenizer(folder)
     ids = prompt_ids(tokenizer, prompt, config.chat)
     model = load(folder, config.device, config.dtype)
@@ -77,7 +77,7 @@ def _in_torch(config: GenerateConfig, folder: Path, prompt: str) -> Iterator[str
 
 
 def _folder(target: Target | None, run: Run, checkpoint: str | None, export: str | None) -> Path:
-    """Return the folder of the workspace that is run."""
+    """Return the folder of the checkpoint, or of its export for the target."""
     for which in (checkpoint, export):
         if which is not None:
             check_which(which)
@@ -89,11 +89,7 @@ def _folder(target: Target | None, run: Run, checkpoint: str | None, export: str
 
 
 def _given(source: Path, target: Target | None) -> Path:
-    """Return the folder that ``--source`` names, if the backend can run it.
-
-    Raises:
-        ModelError: it cannot.
-    """
+    """Return the folder that ``--source`` names; one that the backend cannot run is a ``ModelError``."""
     names = " or ".join(f"--backend {name}" for name in TARGETS.names())
     folder = expand_user(source, "--source")
     if not folder.is_dir():

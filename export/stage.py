@@ -1,6 +1,6 @@
-"""``ara export``: writes a checkpoint for another runtime, proves the result, and only then gives it its name.
+"""``ara export``: writes a checkpoint for another runtime; the result gets its name after the comparison with torch.
 
-This module knows no runtime: :mod:`export.targets` names them, :class:`export.base.Target` says what each can do.
+Nothing here depends on the runtime: :mod:`export.targets` lists them, :class:`export.base.Target` is their interface.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from export.base import REPORT_FILE, TargetReport
 from export.config import ExportConfig
 from export.targets import load_target
 
-# While a folder NAME is written, .NAME.ara-export lies beside it and holds the new folder and, at the end, the old one.
+# Folder beside the output NAME while it is written: .NAME.ara-export has the new folder and, at the end, the old one.
 _WORK = ".ara-export"
 _BEFORE = "before"
 
@@ -67,7 +67,7 @@ def export_folder(
         config: target, precision, provider, form of the graph.
         run: reporter.
         source: folder of a checkpoint, compressed or dense.
-        output: folder to write. Its old content stays until the new one is complete and proven.
+        output: folder to write. Its old content is kept until the new one is complete and compared.
         overwrite: replace an earlier export in ``output``.
 
     Raises:
@@ -92,7 +92,7 @@ def export_folder(
         with disk_errors(output):
             new.mkdir()
         about = target.write(source, new, resolved, source_hash(source), run.report)
-        # Another program may have written to ``output`` meanwhile.
+        # Another program may have written to ``output`` in the meantime.
         _refuse_output(output, needed, overwrite)
         try:
             if output.exists():
@@ -116,10 +116,7 @@ def source_hash(folder: Path) -> str:
 def _work_folder(output: Path, command: str) -> Iterator[Path]:
     """Yield an empty folder beside ``output``, locked against other exports to it; it is removed afterwards.
 
-    Files that a killed run left there are put back or removed first.
-
-    Raises:
-        LockedError: another export to ``output`` is running.
+    Files that a killed run left there are put back or removed first. A second export is refused with ``LockedError``.
     """
     work = output.with_name(f".{output.name}{_WORK}")
     made = [parent for parent in output.parents if not parent.exists()]
@@ -150,14 +147,10 @@ def _put_back(before: Path, output: Path) -> None:
 
 
 def _refuse_output(output: Path, needed: list[Path], overwrite: bool) -> None:
-    """Refuse a folder with anything but an earlier export, or one that contains, or lies in, a folder that is needed.
-
-    Raises:
-        OutputError: such a folder.
-    """
+    """Refuse a folder that contains a needed one or is inside it, or that has other content than an earlier export."""
     for path in (*needed, Path.cwd()):
         if path.is_relative_to(output) or (path != Path.cwd() and output.is_relative_to(path)):
-            raise OutputError(f"--output {output} and {path} lie in one another", "choose another folder")
+            raise OutputError(f"--output {output} and {path} contain one another", "choose another folder")
     if not output.exists():
         return
     if not output.is_dir() or any(output.iterdir()):

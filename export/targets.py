@@ -1,4 +1,4 @@
-"""Every runtime that checkpoints are exported for; a new one is its folder and one line here."""
+"""The registry of export targets: the runtimes that checkpoints are exported for."""
 
 from __future__ import annotations
 

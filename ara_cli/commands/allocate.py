@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ara.config import AllocateConfig
-from ara_cli.options import FactorsOption, NameOption, path_option
+from ara_cli.options import FactorsOption, MasksOption, NameOption, path_option
 from ara_cli.session import Session
 from ara_cli.signature import command_line
 
@@ -19,16 +17,14 @@ def command(
     config: AllocateConfig,
     ranks: Annotated[
         Path | None,
-        path_option("--ranks", help="take the ranks from this (edited) ranks.json instead of a method", metavar="FILE"),
+        path_option("--ranks", help="take the ranks from this (edited) ranks.json; no method is run", metavar="FILE"),
     ] = None,
     factors: FactorsOption = None,
-    masks: Annotated[
-        str | None, typer.Option(help="training that --method ara uses [default: at the nearest budget]")
-    ] = None,
+    masks: MasksOption = None,
     name: NameOption = None,
     s: Session,
 ) -> None:
-    """Give every layer a rank, or leave it dense, under one budget. Factors are only read, never computed again."""
+    """Give every layer a rank, or leave it dense, within one budget. The factors are only read, not computed again."""
     from ara.stages.allocate import allocate
     from ara_cli.render import show_allocation, show_end
 

@@ -19,7 +19,7 @@ def command(
     name: NameOption = None,
     s: Session,
 ) -> None:
-    """Measure speed, memory and size of the dense and the compressed model, in turn in one run."""
+    """Measure speed, memory and size of the compressed model and of the dense one. Both run in turn, in one run."""
     from ara.stages.bench import bench
     from ara_cli.render import show_end
     from ara_cli.render_bench import show_bench

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from ara.config import CompareConfig
-from ara_cli.options import FactorsOption, NameOption
+from ara_cli.options import FactorsOption, MasksOption, NameOption
 from ara_cli.session import Session
 from ara_cli.signature import command_line
 
@@ -17,7 +13,7 @@ def command(
     *,
     config: CompareConfig,
     factors: FactorsOption = None,
-    masks: Annotated[str | None, typer.Option(help="training that ara uses [default: at the nearest budget]")] = None,
+    masks: MasksOption = None,
     name: NameOption = None,
     s: Session,
 ) -> None:

@@ -18,7 +18,7 @@ def command(
     name: Annotated[str | None, typer.Option(help="name of the result [default: the method]")] = None,
     s: Session,
 ) -> None:
-    """Factor every linear layer of MODEL once; every later budget is cut from these factors."""
+    """Factor every linear layer of MODEL once. All later budgets reuse these factors."""
     from ara.stages.decompose import decompose
     from ara_cli.render import show_decomposition, show_end
 

@@ -26,7 +26,7 @@ def command(
     name: NameOption = None,
     s: Session,
 ) -> None:
-    """Measure the dense, the uniform and the chosen model side by side, in one run."""
+    """Measure the dense model, uniform ranks and the compressed model side by side, in one run."""
     from ara.stages.evaluate import evaluate
     from ara_cli.render import show_end
     from ara_cli.render_eval import show_evaluation

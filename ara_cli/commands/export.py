@@ -21,23 +21,25 @@ def command(
     *,
     config: ExportConfig,
     onnx: Annotated[
-        bool, typer.Option("--onnx", help="write an ONNX graph for onnxruntime (the only target so far)")
+        bool, typer.Option("--onnx", help="short for --target onnx, the only target so far", show_default=False)
     ] = True,
     which: Annotated[WhichCheckpoint, "to export"],
     source: Annotated[
         Path | None,
-        path_option("--source", help="export this checkpoint folder instead, into --output", metavar="FOLDER"),
+        path_option(
+            "--source", help="export this checkpoint folder into --output, without a workspace", metavar="FOLDER"
+        ),
     ] = None,
     output: Annotated[
         Path | None, path_option("--output", help="folder for the export of --source", metavar="FOLDER")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in --output")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier export in --output")] = False,
     name: NameOption = None,
     s: Session,
 ) -> None:
-    """Write the chosen checkpoint as an ONNX graph and prove it against torch."""
+    """Write a checkpoint as an ONNX graph, and compare the graph with torch."""
     if source is not None:
-        # It goes into the report of the export, with the folder that it is relative to.
+        # Absolute, because the report of the export contains it.
         source = expand_user(source.resolve(), "--source")
     if (source is None) != (output is None):
         raise UsageError("--source and --output belong together", "give both, or neither to export a workspace's")

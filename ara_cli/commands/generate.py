@@ -27,7 +27,7 @@ def command(
     source: Annotated[
         Path | None,
         path_option(
-            "--source", help="a checkpoint folder or an exported folder instead of a workspace's", metavar="FOLDER"
+            "--source", help="run this checkpoint folder or exported folder, without a workspace", metavar="FOLDER"
         ),
     ] = None,
     s: Session,
@@ -47,10 +47,10 @@ def command(
 
 
 def _piped() -> str:
-    """Return the prompt that comes from stdin.
+    """Return the prompt from stdin.
 
     Raises:
-        UsageError: there is no stdin, or what comes is no prompt.
+        UsageError: stdin is closed, or its content is not a prompt.
     """
     if sys.stdin is None or sys.stdin.closed:
         raise UsageError("the prompt - is read from stdin, which is closed", "echo 'Who are you?' | ara generate -")

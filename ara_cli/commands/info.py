@@ -1,4 +1,4 @@
-"""``ara models`` and ``ara methods``: what can be named."""
+"""``ara models`` and ``ara methods``."""
 
 from __future__ import annotations
 

@@ -18,16 +18,22 @@ def command(
     which: Annotated[WhichCheckpoint, "to report on"],
     output: Annotated[
         Path | None,
-        path_option("--output", help="also put the page here; an earlier report is replaced", metavar="FILE.html"),
+        path_option(
+            "--output",
+            help="also write the page to this file; an earlier report there is replaced",
+            metavar="FILE.html",
+        ),
     ] = None,
     model_card: Annotated[
         Path | None,
-        path_option("--model-card", help="also write the model card, with all that was measured", metavar="FILE.md"),
+        path_option(
+            "--model-card", help="also write the model card, with all results, to this file", metavar="FILE.md"
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="name of the result [default: that of the checkpoint]")] = None,
     s: Session,
 ) -> None:
-    """Put everything that is known of a checkpoint on one page that needs no network, and into report.json."""
+    """Write all results about a checkpoint as one HTML page, and as report.json."""
     from ara.stages.report import report
     from ara_cli.render import show_report
 

@@ -34,10 +34,13 @@ def command(
         list[float] | None, typer.Option(help=AllocateConfig.model_fields["keep"].description, metavar="FLOAT")
     ] = None,
     remove: RemoveOption = None,
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="stop after the checkpoint")] = False,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="stop after the checkpoint is written")] = False,
     s: Session,
 ) -> None:
-    """Decompose, allocate, truncate and evaluate MODEL, resuming what is done. --keep may be repeated."""
+    """Decompose, allocate, truncate and evaluate MODEL. Finished stages are reused.
+
+    --method ara also trains masks. --keep may be repeated, for several compressed models.
+    """
     decompose_config = decomposition()
     keeps = dict.fromkeys(keep_of(value, remove) for value in keep or (None,))
     allocate_configs = [allocation(keep=value) for value in keeps]

@@ -16,11 +16,13 @@ from ara_cli.signature import command_line
 def command(
     *,
     config: TrainMasksConfig,
-    factors: Annotated[str | None, typer.Option(help="decomposition to train on [default: the latest]")] = None,
+    factors: Annotated[
+        str | None, typer.Option(help="result of ara decompose to train on [default: the latest]")
+    ] = None,
     name: NameOption = None,
     s: Session,
 ) -> None:
-    """Learn what every rank of every layer is worth; ara allocate --method ara meets any budget with it."""
+    """Learn what loss every rank of every layer costs. ara allocate --method ara then meets any budget."""
     from ara.stages.train_masks import train_masks
     from ara_cli.render import show_end, show_training
 

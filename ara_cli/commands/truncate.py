@@ -15,7 +15,9 @@ from ara_cli.signature import command_line
 @command_line()
 def command(
     *,
-    allocation: Annotated[str | None, typer.Option(help="allocation to cut at [default: the latest]")] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="result of ara allocate to apply [default: the latest]")
+    ] = None,
     config: TruncateConfig,
     name: NameOption = None,
     s: Session,

@@ -2,6 +2,6 @@
 
 import os
 
-# Since 1.29, ONNX Runtime on Linux reports every session to its maker unless this variable is set when it is imported.
-# Only this package imports ONNX Runtime. Users who want the reports set the variable to 0.
+# Since 1.29, ONNX Runtime on Linux sends telemetry unless this variable is set before the import. Only this package
+# imports ONNX Runtime. Users who want telemetry set the variable to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -148,7 +148,7 @@ def read_decoder(config: PreTrainedConfig) -> Decoder:
     rotated = 2 * len(frequencies)
     if head % _HEAD_MULTIPLE or rotated % _HEAD_MULTIPLE:
         raise UnsupportedModelError(
-            f"heads are {head} wide and {rotated} of that is rotated; ONNX Runtime's GroupQueryAttention wants "
+            f"heads are {head} wide and {rotated} of that is rotated; ONNX Runtime's GroupQueryAttention needs "
             f"multiples of {_HEAD_MULTIPLE}",
             "this model cannot be exported with fused attention",
         )
@@ -186,7 +186,7 @@ def _rotary(config: PreTrainedConfig, fields: ConfigFields, family: Family) -> t
     if kind not in _ROPES:
         raise UnsupportedModelError(
             f"rotary embeddings of type {kind!r} depend on more than the position; known are {', '.join(_ROPES)}",
-            "this model cannot be exported exactly, so it is not",
+            "this model cannot be exported exactly, so ARA does not export it",
         )
     if kind == "default":
         rotated = int(fields.head * (rope.partial_rotary_factor if family.partial_rotation else 1.0))

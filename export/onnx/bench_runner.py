@@ -6,14 +6,12 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ara.evaluation.cost import Case, Cost, cost_of
 from ara.evaluation.speed import Prepared
 from ara.layouts import layout_named
-from ara.models.silence import silence_transformers
 from ara.stages.bench_models import BenchModel
 from ara.stages.common import Run
 from ara.workspace.view import StageView
@@ -22,10 +20,8 @@ from export.onnx.export_report import DATA_FILE, ExportReport, read_report
 from export.onnx.quantize import BITS, BLOCK
 from export.onnx.runner import OnnxDecoder
 from export.onnx.stored_weights import Checkpoint
+from export.onnx.writing import model_config
 from export.stage import export_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 class OnnxRunner:
@@ -98,7 +94,7 @@ def count_checkpoint(checkpoint: Checkpoint, about: ExportReport) -> Cost:
         checkpoint: compressed or dense, with Llama's module names, as the graph builder requires.
         about: precision and form of the graph.
     """
-    config = _config(checkpoint.folder)
+    config = model_config(checkpoint.folder)
     number = 2 if about.execution_provider == "cuda" or about.precision == "fp16" else 4
     shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
     linear = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2)
@@ -113,7 +109,7 @@ def count_checkpoint(checkpoint: Checkpoint, about: ExportReport) -> Cost:
 
 
 def parameters_of(checkpoint: Checkpoint) -> int:
-    """Return the number of parameters of a checkpoint; the indices that a layout stores are none."""
+    """Return the number of parameters of a checkpoint; the indices of a layout do not count."""
     indices = tuple(f".{name}" for name in layout_named(checkpoint.layout).indices)
     return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names() if not name.endswith(indices))
 
@@ -127,10 +123,3 @@ def _bench_model(name: str, folder: Path, about: ExportReport, source: Path, thr
         # ONNX Runtime does not report its memory on a GPU.
         measurable=about.execution_provider == "cpu",
     )
-
-
-def _config(folder: Path) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    with silence_transformers():
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)

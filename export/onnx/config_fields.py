@@ -13,7 +13,7 @@ from ara.models.context import context_length
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Far above any model's, and small enough to be held in memory and counted in ONNX.
+# Far above those of any model, and small enough for memory and for ONNX's integers.
 _MOST_LAYERS, _WIDEST_HEAD, _MOST_POSITIONS = 10_000, 65_536, 2**31 - 1
 
 
@@ -83,7 +83,9 @@ def read_fields(config: PreTrainedConfig) -> ConfigFields:
 
 def wrong_config(what: str) -> ModelError:
     """Return the error for a config with a wrong value."""
-    return ModelError(f"the checkpoint's config.json cannot be used: {what}", "take it from where the weights are from")
+    return ModelError(
+        f"the checkpoint's config.json cannot be used: {what}", "use the config.json that belongs to these weights"
+    )
 
 
 def read_context(config: PreTrainedConfig) -> int:

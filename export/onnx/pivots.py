@@ -21,6 +21,8 @@ from export.onnx.export_report import Provider
 from export.onnx.stored_weights import Checkpoint, LinearLayer
 
 BLOCK = 16
+# Tensors of a pivoted layer that change with its pivots.
+_PARTS = ("A.weight", "C.weight", "order")
 
 
 class BlockPivots:
@@ -63,7 +65,7 @@ class BlockPivots:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
-        path, _, part = _split(name)
+        path, part = _split(name)
         layer = self._layers.get(path)
         if layer is None:
             return self.checkpoint.shape(name)
@@ -77,13 +79,13 @@ class BlockPivots:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return one tensor; those of one layer are computed together and kept until another is read."""
-        path, _, part = _split(name)
-        if path not in self._layers or part not in ("A.weight", "C.weight", "order"):
+        path, part = _split(name)
+        if path not in self._layers or part not in _PARTS:
             return self.checkpoint.tensor(name)
         if self._last is None or self._last[0] != path:
             self._last = None  # release one layer before the next one is computed
-            a, c, order = (self.checkpoint.tensor(f"{path}.{part}") for part in ("A.weight", "C.weight", "order"))
-            self._last = path, dict(zip(("A.weight", "C.weight", "order"), in_blocks(a, c, order), strict=True))
+            a, c, order = (self.checkpoint.tensor(f"{path}.{part}") for part in _PARTS)
+            self._last = path, dict(zip(_PARTS, in_blocks(a, c, order), strict=True))
         return self._last[1][part]
 
 
@@ -158,9 +160,7 @@ def choose_blocks(b: torch.Tensor, size: int) -> list[int]:
     return chosen
 
 
-def _split(name: str) -> tuple[str, str, str]:
-    """Split the name of a tensor into module, dot, and part: ``….up_proj``, ``.``, ``A.weight``."""
-    for part in ("A.weight", "C.weight", "order"):
-        if name.endswith(f".{part}"):
-            return name.removesuffix(f".{part}"), ".", part
-    return name, "", ""
+def _split(name: str) -> tuple[str, str]:
+    """Split the name of a pivoted layer's tensor into module and part: ``….up_proj``, ``A.weight``."""
+    part = next((part for part in _PARTS if name.endswith(f".{part}")), "")
+    return name.removesuffix(f".{part}"), part

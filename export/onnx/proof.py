@@ -1,4 +1,4 @@
-"""The proof of an export: it fails if the graph in ONNX Runtime differs too much from the checkpoint in torch."""
+"""Compares an exported graph in ONNX Runtime with its checkpoint in torch; fails if they differ too much."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def prove(source: Path, folder: Path, decoder: Decoder | None, tokens: int, repo
     Args:
         source: folder of the checkpoint.
         folder: the graph, with its ``ara_export.json``.
-        decoder: what the graph was built from; ``None`` for a graph of another exporter.
+        decoder: sizes that the graph was built from; ``None`` for a graph of another exporter.
         tokens: length of each of two windows of text; at most half of the context is used.
         report: progress.
 

@@ -86,17 +86,13 @@ def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
 
 
 def _check_external(tensor: ir.ExternalTensor, path: Path) -> None:
-    """Check that a tensor lies completely in a file of the graph's folder, as ONNX requires. The file is not read.
-
-    Raises:
-        ModelError: it does not.
-    """
+    """Check that a tensor is completely inside a file of the graph's folder, as ONNX requires. The file is not read."""
     folder, location = path.parent.resolve(), Path(tensor.location)
     file = (folder / location).resolve()
     if location.is_absolute() or ".." in location.parts or not file.is_relative_to(folder):
         raise ModelError(
-            f"{path} wants the weight {tensor.name} from {str(location)!r}, outside its folder",
-            "do not use it: weights lie beside their graph",
+            f"{path} takes the weight {tensor.name} from {str(location)!r}, outside its folder",
+            "do not use it: weights belong in the folder of their graph",
         )
     try:
         with open_regular(file) as opened:
@@ -146,11 +142,7 @@ def rewrite(
 
 
 def _linear_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
-    """Return module path → node, for nodes that multiply by a weight of their own.
-
-    Raises:
-        ModelError: two nodes are named after one module.
-    """
+    """Return module path → node, for nodes that multiply by a weight; two nodes of one module are a ``ModelError``."""
     found: dict[str, ir.Node] = {}
     for node in graph:
         if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
@@ -208,7 +200,7 @@ def _replace(graph: ir.Graph, node: ir.Node, checkpoint: Checkpoint, path: str, 
 
 
 class _Replacement(LowRankGraph):
-    """The nodes that are to replace one linear layer of another exporter's graph; the graph gets their weights at once.
+    """Collects the nodes that replace a linear layer of another exporter's graph; the graph gets their weights at once.
 
     Args:
         graph: of the other exporter.
@@ -255,11 +247,7 @@ def _axes(node: ir.Node) -> int | None:
 
 
 def _check(dense: torch.Tensor, checkpoint: Checkpoint, layer: LinearLayer) -> None:
-    """Check that the factors approximate this weight, (m, n) float64.
-
-    Raises:
-        ModelError: they approximate another one.
-    """
+    """Check that the factors approximate this weight, (m, n) float64."""
     assert layer.layout is not None and layer.rank is not None
     layout = layout_named(layer.layout)
     names = layout.store(layer.m, layer.n, layer.rank)

@@ -8,7 +8,7 @@ Shapes: b batch, s new tokens, p past tokens, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ara.models.context import check_room
 from export.onnx.export_report import GRAPH_FILE, Provider, read_report
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# Log level of ONNX Runtime: errors; lower levels print warnings that a user can do nothing about.
+# Log level of ONNX Runtime: errors only. Its warnings do not help a user.
 _ERRORS_ONLY = 3
 
 
@@ -59,25 +59,24 @@ class OnnxDecoder:
         if got != wanted:
             raise UnavailableError(f"ONNX Runtime runs on {got}, expected {wanted}", _INSTALL[self.provider])
         self._inputs = {value.name: value for value in self.session.get_inputs()}
-        present = {_present(name) for name in self._caches()}
         names = [value.name for value in self.session.get_outputs()]
+        self._caches = [name for name in self._inputs if name.startswith("past_key_values.")]
         # Logits first, then the caches in the order of the inputs.
-        self._outputs = ["logits", *(_present(name) for name in self._caches())]
-        if not {"logits", *present} <= set(names):
+        self._outputs = ["logits", *map(_present, self._caches)]
+        if not set(self._outputs) <= set(names):
             raise ModelError(
-                f"{folder / GRAPH_FILE} gives {', '.join(names[:3])} …, expected logits and present.0.key …",
-                "export the dense model with the names of ONNX Runtime GenAI, or without comparing: --no-parity",
+                f"{folder / GRAPH_FILE} gives {', '.join(names[:3])} …, expected logits and present.0.key …", _NAMES
             )
-        unknown = [name for name in self._inputs if name not in _KNOWN and name not in self._caches()]
-        if unknown or not self._caches():
+        unknown = [name for name in self._inputs if name not in _KNOWN and name not in self._caches]
+        if unknown or not self._caches:
             raise ModelError(
                 f"{folder / GRAPH_FILE} wants {', '.join(unknown) or 'no past_key_values'}; known inputs are "
                 f"{', '.join(_KNOWN)} and past_key_values",
-                "export the dense model with the names of ONNX Runtime GenAI, or without comparing: --no-parity",
+                _NAMES,
             )
-        for name in self._caches():
+        for name in self._caches:
             self._fixed(name, self._inputs[name].shape[1::2], 2)
-        self._float = np.float16 if "float16" in self._inputs[self._caches()[0]].type else np.float32
+        self._float = np.float16 if "float16" in self._inputs[self._caches[0]].type else np.float32
 
     @property
     def context(self) -> int:
@@ -98,7 +97,7 @@ class OnnxDecoder:
         """Return caches of zeros for ``length`` positions: input name → (b, kv heads, length, head)."""
         return {
             name: np.zeros((batch, self._inputs[name].shape[1], length, self._inputs[name].shape[3]), self._float)
-            for name in self._caches()
+            for name in self._caches
         }
 
     def forward(
@@ -122,7 +121,7 @@ class OnnxDecoder:
         fed = {name: value for name, value in feed.items() if name in self._inputs}
         with self._running():
             logits, *present = self.session.run(self._outputs, {**fed, **past})
-        return logits.astype(np.float32, copy=False), dict(zip(self._caches(), present, strict=True))
+        return logits.astype(np.float32, copy=False), dict(zip(self._caches, present, strict=True))
 
     def generate(self, ids: np.ndarray, max_new_tokens: int, stop: set[int] | None = None) -> Iterator[int]:
         """Yield the most likely next tokens one by one, up to the first token of ``stop``, which is not yielded.
@@ -137,12 +136,17 @@ class OnnxDecoder:
             NumericalError: the graph gives NaN.
         """
         check_room(len(ids), max_new_tokens, self.context)
-        total = len(ids) + max_new_tokens
         stop = set(self.about.decoder.eos) if stop is None else stop
-        read = self._reader(total)
-        new = ids[None]
+        bound = self.bind(1, len(ids) + max_new_tokens) if self.about.decoder.shared_caches else None
+        past: dict[str, np.ndarray] | None = None
+        new, length = ids[None], 0
         for _ in range(max_new_tokens):
-            logits = read(new)[0, -1]
+            length += new.shape[1]
+            if bound is not None:
+                read = self.step(bound, new, np.ones((1, length), np.int64))
+            else:
+                read, past = self.forward(new, None, past)
+            logits = read[0, -1]
             if not np.isfinite(logits.max()):
                 raise NumericalError(
                     f"the graph gives logits of {logits.max()}, expected finite numbers",
@@ -153,22 +157,6 @@ class OnnxDecoder:
                 return
             yield token
             new = np.array([[token]], np.int64)
-
-    def _reader(self, total: int) -> Callable[[np.ndarray], np.ndarray]:
-        """Return a function from the next tokens of one row to their logits; for ``total`` tokens in all."""
-        past: dict[str, np.ndarray] | None = None
-        bound = self.bind(1, total) if self.about.decoder.shared_caches else None
-        length = 0
-
-        def read(new: np.ndarray) -> np.ndarray:
-            nonlocal past, length
-            length += new.shape[1]
-            if bound is not None:
-                return self.step(bound, new, np.ones((1, length), np.int64))
-            logits, past = self.forward(new, None, past)
-            return logits
-
-        return read
 
     def bind(self, batch: int, total: int) -> ort.IOBinding:
         """Return caches for ``total`` positions of ``batch`` rows, bound to inputs and outputs.
@@ -203,11 +191,7 @@ class OnnxDecoder:
         return logits
 
     def _fixed(self, name: str, sizes: list[Any], count: int) -> list[int]:
-        """Return sizes of an input or output, which must be ``count`` numbers.
-
-        Raises:
-            ModelError: one is a name, or their count is another.
-        """
+        """Return sizes of an input or output after checking that they are ``count`` numbers."""
         if len(sizes) != count or not all(isinstance(size, int) for size in sizes):
             said = ", ".join(map(str, sizes)) or "nothing"
             raise ModelError(
@@ -218,11 +202,7 @@ class OnnxDecoder:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Turn errors of ONNX Runtime into one that names the graph.
-
-        Raises:
-            ModelError: instead of these errors.
-        """
+        """Turn errors of ONNX Runtime into a ``ModelError`` that names the graph."""
         try:
             yield
         except Exception as error:  # ONNX Runtime's exceptions share no base class
@@ -230,11 +210,9 @@ class OnnxDecoder:
                 f"{self.folder / GRAPH_FILE} cannot be run: {first_line(error)}", "export it again: ara export --force"
             ) from error
 
-    def _caches(self) -> list[str]:
-        return [name for name in self._inputs if name.startswith("past_key_values.")]
-
 
 _KNOWN = ("input_ids", "attention_mask", "position_ids")
+_NAMES = "export the dense model with the names of ONNX Runtime GenAI, or without comparing: --no-parity"
 _INSTALL = {
     "cpu": "install onnxruntime",
     "cuda": "install onnxruntime-gpu and its CUDA libraries (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use "

@@ -1,4 +1,4 @@
-"""What provider and precision a config leads to in ONNX Runtime on this machine."""
+"""Decides the execution provider and the precision of an export."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from export.onnx.export_report import Precision, Provider
 from export.onnx.runner import PROVIDERS
 
 _BLOCKED_INT4 = (
-    "int4 is not offered: rounding to nearest compounds over two factors (SmolLM2-135M at keep 0.8: NLL 3.11 → 3.80, "
-    "against 2.48 → 2.70 for dense weights), and calibrated rounding is not there yet"
+    "int4 is not supported: errors of rounding to nearest add up over two factors (SmolLM2-135M at keep 0.8: NLL "
+    "3.11 → 3.80; dense weights: 2.48 → 2.70), and calibrated rounding is not implemented"
 )
 
 

@@ -74,7 +74,7 @@ class Checkpoint:
             try:
                 ara = AraConfig(**{key: value for key, value in quantization.items() if key != "quant_method"})
             except (ValueError, TypeError) as error:
-                raise ModelError(f"{folder} cannot be read: {error}", "write it again: ara truncate --force") from None
+                raise ModelError(f"{folder} cannot be read: {error}", _AGAIN) from None
             self.ranks, self.layout = ara.ranks, cast(LayoutName, ara.layout)
         self._files = _files(folder)
         self._shapes = _shapes(self._files)
@@ -83,7 +83,7 @@ class Checkpoint:
             raise ModelError(
                 f"{folder}/config.json gives {unknown[0]} a rank (quantization_config.ranks), and no "
                 f"{unknown[0]}.A.weight is stored{f'; {len(unknown)} such layers in all' if len(unknown) > 1 else ''}",
-                "write it again: ara truncate --force",
+                _AGAIN,
             )
 
     @property
@@ -106,7 +106,7 @@ class Checkpoint:
             ModelError: it does not exist.
         """
         if name not in self._shapes:
-            raise ModelError(f"{self.folder} has no tensor {name}", "write it again: ara truncate --force")
+            raise ModelError(f"{self.folder} has no tensor {name}", _AGAIN)
         return self._shapes[name]
 
     def expect(self, name: str, *shape: int) -> str:
@@ -133,9 +133,7 @@ class Checkpoint:
             with safe_open(self._files[name], "pt") as file:
                 return file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise ModelError(
-                f"{name} cannot be read from {self._files[name]} ({error})", "write it again: ara truncate --force"
-            ) from None
+            raise ModelError(f"{name} cannot be read from {self._files[name]} ({error})", _AGAIN) from None
 
     def linear(self, path: str, m: int, n: int) -> LinearLayer:
         """Return how the linear layer at ``path`` is stored, after checking its shapes.
@@ -166,7 +164,7 @@ def _files(folder: Path) -> Mapping[str, Path]:
     if not os.path.lexists(index):
         single = folder / SINGLE
         if not single.is_file():
-            raise ModelError(f"{folder} holds no {SINGLE}", "write it again: ara truncate --force")
+            raise ModelError(f"{folder} holds no {SINGLE}", _AGAIN)
         return _Everything(single)
     return read_index(index, _AGAIN)
 

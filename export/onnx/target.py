@@ -86,7 +86,7 @@ class OnnxTarget(Target):
 
         if read_report(view.path).rewritten:
             raise WorkspaceError(
-                f"{view.key} was made with --rewrite from another exporter's graph: ara has no dense one like it",
+                f"{view.key} was made with --rewrite from another exporter's graph: ara has no matching dense one",
                 "export without --rewrite to measure, or name another export with --export",
             )
         return OnnxExport(view)
@@ -99,11 +99,7 @@ class OnnxTarget(Target):
 
 
 def _dense_graph(config: ExportConfig) -> Path | None:
-    """Return the graph of ``--rewrite``, if there is one.
-
-    Raises:
-        UsageError: the file does not exist.
-    """
+    """Return the graph of ``--rewrite``, if the option is given; a missing file is a ``UsageError``."""
     if config.rewrite is None:
         return None
     # os.path refuses a link that leads back to itself, where Path raises.

@@ -16,8 +16,7 @@ class Tolerance:
         difference: largest difference of a logit, as a share of the largest logit (at least 1); ``None``: no limit.
         agreement: least share of positions with the same most likely token.
         kl: largest mean KL(torch ‖ ONNX), nats per token.
-        nll: largest difference of the mean negative log-likelihood, nats per token, beyond three
-            standard errors, which a short text leaves to chance.
+        nll: largest difference of the mean negative log-likelihood, nats per token; three standard errors are added.
     """
 
     difference: float | None
@@ -60,7 +59,7 @@ class Parity:
     nll_stderr: float
 
     def misses(self, tolerance: Tolerance) -> list[str]:
-        """Return one text per limit that is exceeded."""
+        """Return one line per exceeded limit."""
         nll = self.nll_onnx - self.nll_torch
         found = []
         if tolerance.difference is not None:

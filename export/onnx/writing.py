@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a folder that ONNX Runtime and ONNX Runtime GenAI run, and proves it against torch.
+"""Writes a checkpoint as a folder for ONNX Runtime and ONNX Runtime GenAI, and compares it with torch.
 
 Weights go from safetensors to the external data file one at a time; only the parity check loads the model into torch.
 """
@@ -71,19 +71,15 @@ def write_onnx(
 
     Raises:
         ModelError: the checkpoint is damaged, or the graph builder does not know its family.
-        NumericalError: the graph computes something else than the checkpoint.
+        NumericalError: the results of the graph differ from those of the checkpoint.
         DiskFullError: the disk is full.
     """
     if not checkpoint.compressed:
-        report.warn(f"{checkpoint.folder} is not compressed: it is exported as it is, dense")
-    model_config = _model_config(checkpoint.folder)
+        report.warn(f"{checkpoint.folder} is not compressed: the export is dense")
+    loaded = model_config(checkpoint.folder)
     # The family comes first: the config of an unknown one may lack the fields that the facts need.
-    decoder = read_decoder(model_config) if config.rewrite is None else None
-    facts = DecoderFacts(
-        family=model_config.model_type,
-        context=read_context(model_config),
-        eos=_eos(checkpoint.folder, model_config),
-    )
+    decoder = read_decoder(loaded) if config.rewrite is None else None
+    facts = DecoderFacts(family=loaded.model_type, context=read_context(loaded), eos=_eos(checkpoint.folder, loaded))
     model, genai = _graph(checkpoint, decoder, facts, config, report)
     report.fact(
         f"{facts.family}: {len(checkpoint.ranks)} low-rank layers; {config.precision} for {provider_of(config)}"
@@ -126,7 +122,12 @@ def _about(
     )
 
 
-def _model_config(folder: Path) -> PreTrainedConfig:
+def model_config(folder: Path) -> PreTrainedConfig:
+    """Return the config of a checkpoint.
+
+    Raises:
+        ModelError: transformers cannot read it.
+    """
     from transformers import AutoConfig
 
     try:
@@ -187,9 +188,9 @@ def _stored_precision(model: ir.Model) -> Precision:
     return "fp16" if ir.DataType.FLOAT16 in kinds else "fp32"
 
 
-def _eos(source: Path, model_config: PreTrainedConfig) -> tuple[int, ...]:
+def _eos(source: Path, loaded: PreTrainedConfig) -> tuple[int, ...]:
     """Return the tokens that end a text. Chat models name the end of a turn only in ``generation_config.json``."""
-    value, hint = model_config.eos_token_id, "write the checkpoint again: ara truncate --force"
+    value, hint = loaded.eos_token_id, "write the checkpoint again: ara truncate --force"
     path = source / "generation_config.json"
     if path.is_file():
         value = read_object(path, hint).get("eos_token_id", value)
@@ -204,7 +205,7 @@ def _save(model: ir.Model, folder: Path, report: Reporter) -> None:
             folder / GRAPH_FILE,
             external_data=DATA_FILE,
             callback=lambda tensor, info: bar.advance(),
-            # One weight at a time: none waits in memory while another is written.
+            # One weight in memory at a time.
             max_workers=1,
             max_in_flight_bytes=1,
         )

@@ -99,7 +99,7 @@ def test_a_cache_that_cannot_be_written_names_its_own_variable(stderr, tmp_path,
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     assert failing(OSError(error, os.strerror(error), str(tmp_path / folder)), tmp_path / "ws") == 1
     said = stderr()
-    assert f"hint: set {variable} to a folder" in said and " -w" not in said
+    assert f"hint: set {variable} to a writable folder" in said and " -w" not in said
 
 
 def test_a_home_that_cannot_be_written_is_on_the_way_to_the_cache(stderr, tmp_path, monkeypatch):

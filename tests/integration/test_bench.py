@@ -142,7 +142,7 @@ def test_dense_and_chosen_are_measured_and_counted(copied: Path, peaks: list[tup
 def test_figures_are_shown_and_measured_once(copied: Path, peaks: list[tuple[Any, list[Case]]]) -> None:
     words = ["bench", *SHORT, *CPU, "-w", copied]
     result = done(*words)
-    for word in ("prefill 19, batch 3", "decode behind 23, batch 1", NAME, "predicted", "peak memory (MiB)", "117.7"):
+    for word in ("prefill 19, batch 3", "decode at 23, batch 1", NAME, "predicted", "peak memory (MiB)", "117.7"):
         assert word in result.stdout, word
     assert f"Saved in {copied}" in result.stderr
     first = contents(copied / "bench")

@@ -340,7 +340,7 @@ def test_compare_from_the_command_line(learned, tiny_text):
     assert result.exit_code == 0, result.output
     assert "gap closed" in result.output and "energy" in result.output
     status = invoke("status", "-w", learned)
-    assert "best on held-out text:" in status.output and "nats won" in status.output
+    assert "best on held-out text:" in status.output and "nats gained" in status.output
     as_json = invoke("compare", "--keep", "0.7", "--methods", "uniform,energy", *words, "-w", learned, "--json", "-q")
     assert json.loads(as_json.stdout)["results"]["methods"]["energy"]["dense_layers"] >= 0
 

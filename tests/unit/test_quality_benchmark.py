@@ -27,6 +27,7 @@ from benchmarks.quality_table import (
     share_closed,
     summary,
 )
+from tests.reported import training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = REPOSITORY / "README.md"
@@ -128,7 +129,8 @@ def test_seeds_that_were_trained_otherwise_are_not_averaged(tmp_path, rows):
 
 
 def test_a_budget_that_a_training_has_left_out_is_a_failed_row(tmp_path, rows, monkeypatch):
-    results = {"budgets": {"0.8": {}}, "log": {}, "stopped": "at keep 0.6 the training diverges"}
+    budgets = {"0.8": training().results["budgets"]["0.8"]}
+    results = {"budgets": budgets, "log": {}, "stopped": "at keep 0.6 the training diverges"}
     view = SimpleNamespace(manifest=SimpleNamespace(results=results))
     monkeypatch.setattr("ara.stages.train_masks.train_masks", lambda *args, **kwargs: view)
     with pytest.raises(NumericalError, match=r"at keep 0\.6 the training diverges"):

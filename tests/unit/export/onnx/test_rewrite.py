@@ -174,7 +174,7 @@ def test_weights_outside_the_folder_are_not_read(location: str, place: str, tmp_
     path = saved(tmp_path)
     (tmp_path / "link.data").symlink_to("/etc/passwd")
     moved(path, location, place=place)
-    with pytest.raises(ModelError, match=rf"wants the weight {FIRST} from .*, outside its folder"):
+    with pytest.raises(ModelError, match=rf"takes the weight {FIRST} from .*, outside its folder"):
         load_graph(path)
 
 
