@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Wider than any table: a file or a pipe has no width to fold at.
 _UNLIMITED_COLUMNS = 1000
 
-_ASCII = {
+_ASCII: dict[int, int | str] = {
     **str.maketrans("·–—─≈Δµ“”‘’\u00a0", "----~du\"\"'' "),
     **str.maketrans({"…": "...", "×": "x", "→": "->", "≤": "<=", "≥": ">=", "²": "^2"}),
 }
