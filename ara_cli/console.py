@@ -31,10 +31,28 @@ if TYPE_CHECKING:
 # Wider than any table: a file or a pipe has no width to fold at.
 _UNLIMITED_COLUMNS = 1000
 
-_ASCII: dict[int, int | str] = {
-    **str.maketrans("·–—─≈Δµ“”‘’\u00a0", "----~du\"\"'' "),
-    **str.maketrans({"…": "...", "×": "x", "→": "->", "≤": "<=", "≥": ">=", "²": "^2"}),
-}
+_ASCII = str.maketrans(
+    {
+        "·": "-",
+        "–": "-",
+        "—": "-",
+        "…": "...",
+        "×": "x",
+        "→": "->",
+        "≤": "<=",
+        "≥": ">=",
+        "≈": "~",
+        "Δ": "d",
+        "²": "^2",
+        "µ": "u",
+        "─": "-",
+        "“": '"',
+        "”": '"',
+        "‘": "'",
+        "’": "'",
+        "\u00a0": " ",
+    }
+)
 _SIMPLE_BOX = "    \n    \n -- \n    \n    \n    \n    \n    \n"
 
 
