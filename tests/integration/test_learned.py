@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-import ara
 import ara.masks.sensitivity_table as sensitivity
+from ara import load
 from ara.allocation import ALLOCATORS
 from ara.artifacts.factors import factor_files, specs_of
 from ara.config import (
@@ -40,7 +39,7 @@ from ara.stages.evaluate import evaluate
 from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
 from ara.workspace.manifest import read_manifest
-from ara_cli.app import app
+from tests.commands import ara, done
 from tests.integration.test_resume import Heard, killed  # noqa: F401
 
 TRAINING = {
@@ -70,10 +69,6 @@ def learned_base(tmp_path_factory, tiny_settings):
 def learned(learned_base, tmp_path):
     """Return a workspace with two-sided factors and trained masks, to be changed at will."""
     return Path(shutil.copytree(learned_base, tmp_path / "ws"))
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_training_stores_losses_ranks_and_a_log(learned):
@@ -133,8 +128,7 @@ def test_a_candidate_without_a_finite_loss_is_told_as_such(learned, monkeypatch)
     verdict = Verdict("ara", losses, {"ara": 0.0, "sensitivity": 0.02, "uniform": float("nan")})
     monkeypatch.setattr("ara.stages.allocate.compare_candidates", lambda *_: verdict)
     tuning = [word for key, value in TUNING.items() for word in (f"--{key.replace('_', '-')}", value)]
-    result = invoke("allocate", "--keep", "0.8", *tuning, "-w", learned)
-    assert result.exit_code == 0, result.output
+    result = done("allocate", "--keep", "0.8", *tuning, "-w", learned)
     assert "ara 2.0000, sensitivity 3.0000 (+1.0000 ± 0.0200), uniform not finite; ara won" in " ".join(
         result.output.split()
     )
@@ -145,8 +139,7 @@ def test_run_trains_for_all_its_budgets_at_once(tmp_path, tiny_settings):
     settings = {key.replace("_", "-"): value for key, value in tiny_settings.items() if key != "model"}
     words = [word for key, value in settings.items() for word in (f"--{key}", value)]
     budgets = ["--method", "ara", "--keep", "0.6", "--keep", "0.8", "--no-eval"]
-    result = invoke("run", tiny_settings["model"], *words, *budgets, "-w", root)
-    assert result.exit_code == 0, result.output
+    done("run", tiny_settings["model"], *words, *budgets, "-w", root)
     assert list(Run(root).open().require("training").manifest.results["budgets"]) == ["0.8", "0.6"]
     assert {view.name for view in Run(root).open().views("checkpoint")} == {"ara-0.60", "ara-0.80"}
 
@@ -183,9 +176,9 @@ def test_masks_with_another_method_are_refused(learned):
 
 
 def test_a_budget_that_was_not_trained_is_told(learned):
-    told = invoke("allocate", "--keep", "0.69", "--samples", "6", "--held-out", "3", "-w", learned).output
+    told = ara("allocate", "--keep", "0.69", "--samples", "6", "--held-out", "3", "-w", learned).output
     assert "keep 0.69 was not trained: going by what was learned at 0.6" in told
-    told = invoke("allocate", "--keep", "0.6", "--samples", "6", "--held-out", "3", "-w", learned).output
+    told = ara("allocate", "--keep", "0.6", "--samples", "6", "--held-out", "3", "-w", learned).output
     assert "was not trained" not in told
 
 
@@ -230,8 +223,7 @@ def test_a_killed_training_ends_in_the_same_bytes(killed, learned, place, count)
     whole = read_manifest(learned / "train-masks" / NAME)
     shutil.rmtree(learned / "train-masks")
     killed(place, count, "before", *train_words(learned))
-    result = invoke(*train_words(learned))
-    assert result.exit_code == 0, result.output
+    done(*train_words(learned))
     again = read_manifest(learned / "train-masks" / NAME)
     for name in ("masks-0.8.safetensors", "masks-0.6.safetensors", "sensitivity.safetensors"):
         assert again.files[name] == whole.files[name], name
@@ -258,14 +250,13 @@ def break_at(monkeypatch, call, error):
 
 def test_ctrl_c_keeps_the_best_and_says_so(learned, monkeypatch):
     break_at(monkeypatch, 3, KeyboardInterrupt)
-    result = invoke(*train_words(learned, "--name", "stopped"))
-    assert result.exit_code == 0, result.output
+    result = done(*train_words(learned, "--name", "stopped"))
     told = " ".join(result.output.split())
     assert "interrupted after step 2 of 4 at keep 0.8: the best so far is kept, and the same command goes on" in told
     budgets = read_manifest(learned / "train-masks" / "stopped").results["budgets"]
     assert list(budgets) == ["0.8"]
     assert budgets["0.8"]["steps"] == 2 and len(budgets["0.8"]["ranks"]) == 21
-    told = invoke("allocate", "--keep", "0.8", "--masks", "stopped", "-w", learned).output
+    told = ara("allocate", "--keep", "0.8", "--masks", "stopped", "-w", learned).output
     assert "train-masks/stopped is not complete: interrupted after step 2" in " ".join(told.split())
 
 
@@ -277,7 +268,7 @@ def test_divergence_is_one_line(learned, monkeypatch):
         raise NumericalError("the loss is nan", "try --dtype float32")
 
     monkeypatch.setattr(MaskedModel, "gradients", broken)
-    result = invoke(*train_words(learned, "--name", "broken"))
+    result = ara(*train_words(learned, "--name", "broken"))
     assert result.exit_code == 1 and "error: the loss is nan" in result.output
     assert not (learned / "train-masks" / "broken").exists()
 
@@ -286,7 +277,7 @@ def test_tensorboard_without_its_package_says_what_to_do(learned, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    result = invoke(*train_words(learned, "--tensorboard", "--name", "t"))
+    result = ara(*train_words(learned, "--tensorboard", "--name", "t"))
     assert result.exit_code == 1 and "pip install tensorboard" in result.output
 
 
@@ -333,17 +324,16 @@ def test_an_interrupted_comparison_keeps_what_it_has(learned, tiny_text, monkeyp
 
 def test_compare_from_the_command_line(learned, tiny_text):
     words = ["--tasks", tiny_text, "--eval-seq-len", "64", "--max-windows", "2", "--samples", "6", "--held-out", "3"]
-    result = invoke("compare", "--keep", "0.7", "--methods", "uniform,energy", *words, "-w", learned)
-    assert result.exit_code == 0, result.output
+    result = done("compare", "--keep", "0.7", "--methods", "uniform,energy", *words, "-w", learned)
     assert "gap closed" in result.output and "energy" in result.output
-    status = invoke("status", "-w", learned)
+    status = ara("status", "-w", learned)
     assert "best on held-out text:" in status.output and "nats won" in status.output
-    as_json = invoke("compare", "--keep", "0.7", "--methods", "uniform,energy", *words, "-w", learned, "--json", "-q")
+    as_json = ara("compare", "--keep", "0.7", "--methods", "uniform,energy", *words, "-w", learned, "--json", "-q")
     assert json.loads(as_json.stdout)["results"]["methods"]["energy"]["dense_layers"] >= 0
 
 
 def test_unknown_methods_of_compare_are_refused_before_any_work(learned):
-    result = invoke("compare", "--methods", "uniform,enrgy", "-w", learned)
+    result = ara("compare", "--methods", "uniform,enrgy", "-w", learned)
     assert result.exit_code == 2 and "did you mean energy" in result.output
 
 
@@ -380,7 +370,7 @@ def test_pivoted_layers_through_all_stages(learned, tiny_text):
     planned = read_manifest(ranks.path).results
     assert results["parameters"] == planned["model_parameters"]
     assert 0.59 < planned["linear_keep"] <= 0.6
-    model = ara.load(checkpoint.path / "checkpoint", device="cpu")
+    model = load(checkpoint.path / "checkpoint", device="cpu")
     layers = [module for module in model.modules() if isinstance(module, PivotedLinear)]
     assert len(layers) == results["low_rank_layers"] > 0
     # The same ranks as two factors are the same function, and more parameters.
@@ -469,8 +459,7 @@ def test_run_trains_and_allocates_in_the_layout_asked_for(tmp_path, tiny_setting
     words = [word for key, value in settings.items() for word in (f"--{key}", value)]
     for layout in ("pivoted", "factors", "pivoted"):
         asked = ["--method", "ara", "--keep", "0.8", "--layout", layout, "--no-eval"]
-        result = invoke("run", tiny_settings["model"], *words, *asked, "-w", root)
-        assert result.exit_code == 0, result.output
+        result = done("run", tiny_settings["model"], *words, *asked, "-w", root)
     parents = {view.name: [p.key for p in view.manifest.parents] for view in Run(root).open().views("ranks")}
     assert "train-masks/priced-0.80-pivoted" in parents["ara-0.80-pivoted"]
     assert "train-masks/priced-0.80" in parents["ara-0.80"]

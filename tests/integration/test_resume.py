@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
 from ara.errors import WorkspaceError
@@ -21,7 +20,7 @@ from ara.stages.evaluate import evaluate
 from ara.stages.truncate import truncate
 from ara.workspace.manifest import read_manifest, verify_files
 from ara.workspace.store import Workspace
-from ara_cli.app import app
+from tests.commands import ara, done
 from tests.damage import contents, flip, listing, stamps
 from tests.tiny import save_tiny, story
 
@@ -95,9 +94,8 @@ def decompose_arguments(settings, root):
 
 
 def status(root):
-    result = CliRunner().invoke(app, ["status", "-w", str(root), "--json"])
-    assert result.exit_code == 0, result.output
-    return {f"{stage['stage']}/{stage['name']}": stage["state"] for stage in json.loads(result.stdout)["stages"]}
+    stages = json.loads(done("status", "-w", root, "--json").stdout)["stages"]
+    return {f"{stage['stage']}/{stage['name']}": stage["state"] for stage in stages}
 
 
 class Heard:
@@ -139,7 +137,7 @@ def test_killed_decomposition_leaves_a_part_that_status_shows(cut):
     assert listing(partial) == {"layer-000.safetensors", "layer-001.safetensors", ".journal.json"}
     assert not (cut / "decompose" / "two-sided").exists()
     assert status(cut) == {"decompose/two-sided": "partial"}
-    result = CliRunner().invoke(app, ["allocate", "-w", str(cut)])
+    result = ara("allocate", "-w", str(cut))
     assert result.exit_code == 1
     assert "has no result of ara decompose yet" in result.stderr
 

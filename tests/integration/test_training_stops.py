@@ -18,13 +18,13 @@ from ara.stages.truncate import truncate
 from ara.workspace.following import next_command
 from ara.workspace.manifest import read_manifest, verify_files
 from ara.workspace.writer import StageWriter
+from tests.commands import ara, done
 from tests.integration.test_learned import (  # noqa: F401
     NAME,
     TRAINING,
     TUNING,
     break_at,
     compare_config,
-    invoke,
     learned,
     learned_base,
     train_words,
@@ -82,21 +82,19 @@ def test_run_stops_at_an_interrupt_and_goes_on(tmp_path, tiny_settings, monkeypa
     words = [word for key, value in settings.items() for word in (f"--{key}", value)]
     words = ["run", tiny_settings["model"], *words, "--method", "ara", "--keep", "0.8", "--no-eval", "-w", tmp_path]
     break_at(monkeypatch, 3, KeyboardInterrupt)
-    first = invoke(*words)
+    first = ara(*words)
     assert first.exit_code == 130 and not (tmp_path / "allocate").exists()
-    second = invoke(*words)
-    assert second.exit_code == 0, second.output
+    done(*words)
     assert read_manifest(tmp_path / "train-masks" / "priced-0.80").results["budgets"]["0.8"]["steps"] == 12
 
 
 def test_divergence_at_a_later_budget_keeps_those_before(learned, monkeypatch):  # noqa: F811
     break_at(monkeypatch, 6, NumericalError("the loss is nan", "try --dtype float32"))
-    result = invoke(*train_words(learned, "--name", "half"))
-    assert result.exit_code == 0, result.output
+    result = done(*train_words(learned, "--name", "half"))
     assert "keep 0.6 is left out: the loss is nan (try --dtype float32)" in " ".join(result.output.split())
     results = read_manifest(learned / "train-masks" / "half").results
     assert list(results["budgets"]) == ["0.8"] and "keep 0.6" in results["stopped"]
-    again = invoke(*train_words(learned, "--name", "half"))
+    again = ara(*train_words(learned, "--name", "half"))
     assert "is not complete: at keep 0.6 the loss is nan" in " ".join(again.output.split())
 
 
@@ -213,8 +211,7 @@ def test_a_report_on_a_training_that_can_go_on(learned, monkeypatch, tiny_text):
         train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped", keep_on_interrupt=True)
     allocate(AllocateConfig(keep=0.8, method="ara", guard=False, **TUNING), Run(learned), masks="stopped")
     truncate(TruncateConfig(), Run(learned))
-    result = invoke("report", "-w", learned)
-    assert result.exit_code == 0, result.output
+    done("report", "-w", learned)
 
 
 def test_ctrl_c_does_not_replace_a_complete_training(learned, monkeypatch):  # noqa: F811
@@ -222,11 +219,11 @@ def test_ctrl_c_does_not_replace_a_complete_training(learned, monkeypatch):  # n
     words = train_words(learned, "--name", NAME, "--steps", "9")
     with monkeypatch.context() as during:
         break_at(during, 7, KeyboardInterrupt)
-        result = invoke(*words)
+        result = ara(*words)
     assert result.exit_code == 130 and "the same command goes on" in result.output
     assert read_manifest(learned / "train-masks" / NAME) == before
     # Nor does it stand in the way of what was begun.
-    result = invoke(*words)
+    result = ara(*words)
     assert result.exit_code == 0 and "going on after step 6 of 9" in " ".join(result.output.split())
     assert read_manifest(learned / "train-masks" / NAME).results["budgets"]["0.8"]["steps"] == 9
 
@@ -293,7 +290,7 @@ def test_run_takes_a_training_that_was_made_otherwise(tmp_path, tiny_settings, m
         name="mine",
     )
     monkeypatch.setattr(MaskedModel, "gradients", raising(AssertionError))
-    assert invoke(*words).exit_code == 0
+    assert ara(*words).exit_code == 0
     (ranks,) = Run(tmp_path).open().views("ranks")
     assert longer.key in [parent.key for parent in ranks.manifest.parents]
 
