@@ -21,16 +21,20 @@ def done(*words: Any, env: dict[str, str] | None = None) -> Any:
     return result
 
 
-def refused(result: Any, code: int, *words: str) -> str:
-    """Check for one error with its hint on stderr and nothing on stdout; return stderr, which holds all ``words``."""
+def refused(result: Any, code: int, *words: str, hint: bool = True) -> str:
+    """Check for one error with its hint on stderr and nothing on stdout; return stderr, which holds all ``words``.
+
+    ``hint=False`` is for errors that need none.
+    """
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
     assert result.stdout == ""
     lines = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
     assert lines[0].startswith("error: "), result.stderr
-    assert lines[-1].startswith("hint: "), result.stderr
-    assert all(line.startswith("  - ") for line in lines[1:-1]), result.stderr
+    if hint or lines[-1].startswith("hint: "):
+        assert lines.pop().startswith("hint: "), result.stderr
+    assert all(line.startswith("  - ") for line in lines[1:]), result.stderr
     for word in words:
         assert word in result.stderr, result.stderr
     return str(result.stderr)

@@ -40,35 +40,8 @@ from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
 from ara.workspace.manifest import read_manifest
 from tests.commands import ara, done
-from tests.integration.test_resume import Heard, killed  # noqa: F401
-
-TRAINING = {
-    "keep": (0.8, 0.6),
-    "steps": 4,
-    "batch": 3,
-    "check_every": 2,
-    "save_every": 1,
-    "samples": 8,
-    "held_out": 4,
-    "device": "cpu",
-    "dtype": "float32",
-}
-NAME = "priced-0.80-0.60"
-TUNING = {"samples": 8, "held_out": 4, "device": "cpu", "dtype": "float32"}
-
-
-@pytest.fixture(scope="session")
-def learned_base(tmp_path_factory, tiny_settings):
-    root = tmp_path_factory.mktemp("learned") / "ws"
-    decompose(DecomposeConfig(**tiny_settings, method="two-sided"), Run(root))
-    train_masks(TrainMasksConfig(**TRAINING), Run(root))
-    return root
-
-
-@pytest.fixture
-def learned(learned_base, tmp_path):
-    """Return a workspace with two-sided factors and trained masks, to be changed at will."""
-    return Path(shutil.copytree(learned_base, tmp_path / "ws"))
+from tests.recorder import Recorder
+from tests.training import NAME, TRAINING, TUNING, break_at, compare_config, train_words
 
 
 def test_training_stores_losses_ranks_and_a_log(learned):
@@ -204,12 +177,6 @@ def test_every_form_runs_through_the_stages(learned, form):
         assert view.manifest.results["linear_keep"] <= keep
 
 
-def train_words(root, *more):
-    flags = {key: value for key, value in TRAINING.items() if key != "keep"}
-    words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    return ["train-masks", "--keep", "0.8", "--keep", "0.6", *words, "-w", str(root), *more]
-
-
 @pytest.mark.parametrize(
     ("place", "count"),
     [
@@ -219,7 +186,7 @@ def train_words(root, *more):
         ("ara.workspace.writer:StageWriter.tensors", 2),  # before the first budget is stored
     ],
 )
-def test_a_killed_training_ends_in_the_same_bytes(killed, learned, place, count):  # noqa: F811
+def test_a_killed_training_ends_in_the_same_bytes(killed, learned, place, count):
     whole = read_manifest(learned / "train-masks" / NAME)
     shutil.rmtree(learned / "train-masks")
     killed(place, count, "before", *train_words(learned))
@@ -231,21 +198,6 @@ def test_a_killed_training_ends_in_the_same_bytes(killed, learned, place, count)
         assert again.results["budgets"][keep]["ranks"] == row["ranks"]
         assert [r["loss"] for r in again.results["log"][keep]] == [r["loss"] for r in whole.results["log"][keep]]
     assert not list((learned / "train-masks").glob("*/.*")), os.listdir(learned / "train-masks")
-
-
-def break_at(monkeypatch, call, error):
-    """Let the training step number ``call`` of this process raise ``error``."""
-    from ara.masks.model import MaskedModel
-
-    real, calls = MaskedModel.gradients, []
-
-    def gradients(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise error
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(MaskedModel, "gradients", gradients)
 
 
 def test_ctrl_c_keeps_the_best_and_says_so(learned, monkeypatch):
@@ -279,10 +231,6 @@ def test_tensorboard_without_its_package_says_what_to_do(learned, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     result = ara(*train_words(learned, "--tensorboard", "--name", "t"))
     assert result.exit_code == 1 and "pip install tensorboard" in result.output
-
-
-def compare_config(tiny_text, **more):
-    return CompareConfig(keep=0.7, tasks=(tiny_text,), eval_seq_len=64, max_windows=3, **{**TUNING, **more})
 
 
 def test_compare_puts_all_side_by_side(learned, tiny_text):
@@ -344,10 +292,10 @@ def test_every_allocator_is_offered():
 
 @pytest.mark.parametrize("samples", [5000, 3])
 def test_text_that_is_too_short_is_shared_out(learned, samples):
-    heard = Heard()
+    heard = Recorder()
     config = AllocateConfig(keep=0.8, method="sensitivity", **{**TUNING, "samples": samples, "held_out": 4000})
     allocate(config, Run(learned, report=heard))
-    told = next(text for text in heard.facts if "were wanted" in text)
+    told = next(text for text in heard.warnings if "were wanted" in text)
     made = Run(learned).open().require("factors").manifest.config["samples"]
     total, held = (int(word) for word in re.match(r"the text holds (\d+) .* wanted: (\d+) are", told).groups())
     assert ("so are those held out" in told) == (made > total - held)

@@ -107,7 +107,7 @@ def test_every_command_takes_the_checkpoint_of_either_stage(polished: Path, tiny
         stage: document(polished, "generate", "hello", "--no-chat", "--from", f"{stage}/{name}", *CPU)["answer"]
         for stage in ("truncate", "polish")
     }
-    assert set(answers) == {"truncate", "polish"}
+    assert answers["polish"] == answers["truncate"] != ""  # all logits are doubled
 
 
 def test_without_a_name_the_latest_checkpoint_is_taken(polished: Path) -> None:
