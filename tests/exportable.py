@@ -15,6 +15,11 @@ from ara.models.checkpoint import save_checkpoint
 from ara.models.low_rank import apply_factors
 from ara.models.silence import silence_transformers
 from ara.models.weights import find_linears
+from ara.progress import SILENT
+from export.config import ExportConfig
+from export.onnx.settings import resolve
+from export.onnx.stored_weights import Checkpoint
+from export.onnx.writing import write_onnx
 from tests.tiny import tiny_config, tiny_tokenizer
 
 SIZES: dict[str, Any] = {"hidden_size": 102, "head_dim": 16, "max_position_embeddings": 200}
@@ -61,3 +66,10 @@ def make_checkpoint(root: Path, family: str, layout: Any, **changes: Any) -> Mad
             apply_factors(model, ranks, {spec.name: root / "factors.safetensors" for spec in linears}, layout)
             save_checkpoint(model, tiny_tokenizer(), folder, ranks=ranks, provenance={}, layout=layout)
     return Made(folder, model)
+
+
+def exported(source: Path, folder: Path, **settings: Any) -> dict[str, Any]:
+    """Export a checkpoint folder for a processor, and return what the manifest would say about it."""
+    folder.mkdir(exist_ok=True)
+    config = resolve(ExportConfig(**{"execution_provider": "cpu", **settings}))
+    return write_onnx(Checkpoint(source), folder, config, "0" * 64, SILENT).model_dump(mode="json")

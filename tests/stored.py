@@ -1,9 +1,14 @@
-"""Settings and figures of made-up results: the least that each stage's must have."""
+"""Made-up results: the least settings and figures that each stage's must have, and how to store them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from ara.workspace.store import Workspace
+from ara.workspace.view import StageView, parent_of
+
+MODEL = {"requested": "demo", "fingerprint": "a" * 64}
 SETTINGS: dict[str, dict[str, Any]] = {
     "decompose": {"method": "plain", "text": "c4", "samples": 4, "seq_len": 8, "seed": 0, "dtype": "float32"},
     "train-masks": {"objective": "priced", "samples": 4, "held_out": 2, "keep": [0.8]},
@@ -54,3 +59,19 @@ FIGURES: dict[str, dict[str, Any]] = {
         "cases": [],
     },
 }
+
+
+def store(
+    workspace: Workspace, key: str, text: str = "content", parents: Sequence[str] = (), seed: int = 0
+) -> StageView:
+    """Store a result of one text file, made from the results named in ``parents``."""
+    stage, _, name = key.partition("/")
+    facts = {
+        "config": {**SETTINGS.get(stage, {}), "seed": seed},
+        "model": MODEL,
+        "parents": tuple(parent_of(workspace.view(parent)) for parent in parents),
+    }
+    with workspace.lock("ara test"), workspace.writer(stage, name, facts, command="ara test") as writer:
+        writer.results.update(FIGURES[stage])
+        (writer.folder / "x.txt").write_text(text)
+    return workspace.view(key)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from ara.models.sources import ModelSource
 from ara.pipeline import steps
 from ara.version import __version__
 from ara_cli.app import app
+from tests.commands import ara, done
 from tests.damage import contents, stamps
 from tests.tiny import story
 
@@ -24,16 +24,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 GROUP = typer.main.get_command(app)
 COMMANDS = {name: GROUP.get_command(None, name) for name in GROUP.list_commands(None)}
 NAME = "energy-0.70"
-
-
-def ara(*arguments, env=None):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=env)
-
-
-def done(*arguments, env=None):
-    result = ara(*arguments, env=env)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 @pytest.fixture

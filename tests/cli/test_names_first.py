@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from ara_cli.app import app
+from tests.commands import ara
 
 BAD = ("../x", "a b", ".x", "x.partial", "x" * 201)
 OPTIONS = {
@@ -30,11 +29,11 @@ def test_a_name_is_refused_before_any_work(tmp_path: Path, command: str, flag: s
     words = {"decompose": ["nobody/nothing"], "generate": ["hello"]}.get(command, [])
     backend = ["--backend", "onnx"] if flag == "--export" else []
     for name in BAD:
-        result = CliRunner().invoke(app, [command, *words, *backend, flag, name, "-w", str(tmp_path / "ws"), "-q"])
+        result = ara(command, *words, *backend, flag, name, "-w", str(tmp_path / "ws"), "-q")
         assert result.exit_code == 2, result.output
         assert "cannot be the name of a result" in result.stderr
         assert result.stderr.count("\n") == 2
-    result = CliRunner().invoke(app, [command, *words, *backend, flag, "", "-w", str(tmp_path / "ws"), "-q"])
+    result = ara(command, *words, *backend, flag, "", "-w", str(tmp_path / "ws"), "-q")
     assert result.exit_code == 2 and f"Invalid value for {flag}: it is empty" in result.stderr
     assert not (tmp_path / "ws").exists()
 
@@ -42,8 +41,8 @@ def test_a_name_is_refused_before_any_work(tmp_path: Path, command: str, flag: s
 def test_an_empty_workspace_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, it was the current one."""
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(app, ["status", "-w", ""])
+    result = ara("status", "-w", "")
     assert result.exit_code == 2 and "it is empty, expected a path" in result.stderr
-    result = CliRunner().invoke(app, ["status"], env={"ARA_WORKSPACE": ""})
+    result = ara("status", env={"ARA_WORKSPACE": ""})
     assert result.exit_code == 1 and "there is no workspace at ara-workspace" in result.stderr
     assert list(tmp_path.iterdir()) == []

@@ -3,11 +3,11 @@
 import shutil
 
 import pytest
-from typer.testing import CliRunner
 
 from ara.errors import AraError
 from ara.models.sources import ModelSource
 from ara_cli.app import app
+from tests.commands import ara
 from tests.odd import NOT_UTF8, commands, odd_lines
 
 COMMANDS = commands()
@@ -77,10 +77,9 @@ def test_odd_values(name, no_work, one_parser, finished, tiny_llama, tiny_text, 
     base = [{"MODEL": str(tiny_llama), "TEXT": tiny_text}.get(word, word) for word in VALID[name]]
     if name not in ("models", "methods"):
         base += ["-w", str(workspace)]
-    runner = CliRunner()
     for what, words in odd_lines(COMMANDS[name]):
         line = [name, *base[1:], *words] if words[0] == "--" else [name, *base, *words]
-        result = runner.invoke(app, line)
+        result = ara(*line)
         said = f"ara {name} {what}: exit code {result.exit_code}, {result.exception!r}\n{result.output}"
         assert result.exit_code in (0, 1, 2), said
         assert result.exception is None or isinstance(result.exception, SystemExit), said

@@ -14,38 +14,18 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig
-from typer.testing import CliRunner
 
 from ara.evaluation import tasks
 from ara.layouts.modeling_ara import AraQuantizer
 from ara.stages import measure
 from ara.workspace.store import Workspace
-from ara_cli.app import app
+from tests.commands import ara, refused
 from tests.damage import contents, flip, listing
 from tests.tiny import save_tiny, tiny_config, tiny_model, tiny_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAME = "energy-0.70"
 FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refused(result, code, *words):
-    """Check for exactly one error and one hint on stderr, nothing on stdout; return the message."""
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
-    assert lines[0].startswith("error: ")
-    assert lines[-1].startswith("hint: ")
-    assert all(line.startswith("  - ") for line in lines[1:-1]), lines
-    for word in words:
-        assert word in result.stderr, result.stderr
-    return result.stderr
 
 
 @pytest.fixture
@@ -68,7 +48,7 @@ def unchanged(copied):
 
 def decompose(model, text, root, *more):
     words = ["--samples", 8, "--seq-len", 40, "--device", "cpu", "--dtype", "float32", "-q"]
-    return run("decompose", model, "--text", text, "-w", root, *words, *more)
+    return ara("decompose", model, "--text", text, "-w", root, *words, *more)
 
 
 def save_broken(path, change):
@@ -145,7 +125,7 @@ def test_a_checkpoint_that_does_not_load_is_not_handed_out(unchanged, monkeypatc
         raise AttributeError("'NoneType' object has no attribute 'shape'")
 
     monkeypatch.setattr(AraQuantizer, "_process_model_after_weight_loading", fail)
-    message = refused(run("truncate", "--name", "x", "-w", unchanged, "-q"), 1, "has no attribute 'shape'")
+    message = refused(ara("truncate", "--name", "x", "-w", unchanged, "-q"), 1, "has no attribute 'shape'")
     assert "does not load" in message and "--densify" in message
 
 
@@ -193,10 +173,10 @@ def test_model_that_changed_since(unchanged, tmp_path):
     aside = location.with_name("aside")
     location.rename(aside)
     try:
-        refused(run("truncate", "--name", "x", "-w", unchanged, "-q"), 1, "does not exist")
+        refused(ara("truncate", "--name", "x", "-w", unchanged, "-q"), 1, "does not exist")
         save_tiny(location, "llama", seed=9)
         refused(
-            run("truncate", "--name", "x", "-w", unchanged, "-q"), 1, "has changed since decompose/two-sided was made"
+            ara("truncate", "--name", "x", "-w", unchanged, "-q"), 1, "has changed since decompose/two-sided was made"
         )
     finally:
         shutil.rmtree(location, ignore_errors=True)
@@ -209,36 +189,36 @@ def test_model_that_changed_since(unchanged, tmp_path):
 @pytest.mark.parametrize("keep", ["0", "1.5", "-1", "nan", "inf", "-0.0"])
 def test_keep_outside_its_range(unchanged, tiny_llama, root, keep):
     refused(
-        run("allocate", "--keep", keep, "-w", unchanged, "-q"), 2, "--keep must be in (0, 1]", f"got {float(keep):g}"
+        ara("allocate", "--keep", keep, "-w", unchanged, "-q"), 2, "--keep must be in (0, 1]", f"got {float(keep):g}"
     )
-    refused(run("run", tiny_llama, "--keep", "0.8", "--keep", keep, "-w", root, "-q"), 2, "--keep must be in (0, 1]")
+    refused(ara("run", tiny_llama, "--keep", "0.8", "--keep", keep, "-w", root, "-q"), 2, "--keep must be in (0, 1]")
 
 
 @pytest.mark.parametrize("remove", ["1", "-0.1", "nan", "20"])
 def test_remove_outside_its_range(unchanged, tiny_llama, root, remove):
-    refused(run("allocate", "--remove", remove, "-w", unchanged, "-q"), 2, "--remove must be in [0, 1)")
-    refused(run("run", tiny_llama, "--remove", remove, "-w", root, "-q"), 2, "--remove must be in [0, 1)")
+    refused(ara("allocate", "--remove", remove, "-w", unchanged, "-q"), 2, "--remove must be in [0, 1)")
+    refused(ara("run", tiny_llama, "--remove", remove, "-w", root, "-q"), 2, "--remove must be in [0, 1)")
 
 
 def test_keep_and_remove_together(unchanged, tiny_llama, root):
     words = ("--keep", "0.8", "--remove", "0.2", "-q")
-    refused(run("allocate", *words, "-w", unchanged), 2, "both given", "--keep 0.8 is --remove 0.2")
-    refused(run("run", tiny_llama, *words, "-w", root), 2, "both given")
+    refused(ara("allocate", *words, "-w", unchanged), 2, "both given", "--keep 0.8 is --remove 0.2")
+    refused(ara("run", tiny_llama, *words, "-w", root), 2, "both given")
 
 
 def test_keep_that_is_no_number(unchanged):
-    result = run("allocate", "--keep", "most", "-w", unchanged)
+    result = ara("allocate", "--keep", "most", "-w", unchanged)
     assert result.exit_code == 2
     assert "Invalid value for '--keep'" in result.stderr
     assert "Traceback" not in result.output
 
 
 def test_keep_below_the_least_ranks_says_what_would_do(unchanged):
-    refused(run("allocate", "--keep", "0.01", "-w", unchanged, "-q"), 2, "keep 0.01 allows 900", "use --keep 0.0")
+    refused(ara("allocate", "--keep", "0.01", "-w", unchanged, "-q"), 2, "keep 0.01 allows 900", "use --keep 0.0")
 
 
 def test_all_wrong_settings_are_shown_together(root, tiny_llama):
-    result = run("decompose", tiny_llama, "--samples", 0, "--seq-len", 1, "--seed", -1, "--dtype", "int3", "-w", root)
+    result = ara("decompose", tiny_llama, "--samples", 0, "--seq-len", 1, "--seed", -1, "--dtype", "int3", "-w", root)
     assert result.exit_code == 2
     for field in ("samples", "seq-len", "seed", "dtype"):
         assert f"  - {field}: " in result.stderr
@@ -274,7 +254,7 @@ def test_windows_longer_than_learned_positions(root, tiny_text, tmp_path):
 
 @pytest.mark.parametrize("size", ["banana", "5", "-5GB", "5 giga", "0x5GB"])
 def test_shard_size_that_is_none(unchanged, size):
-    result = run("truncate", "--max-shard-size", size, "--name", "x", "-w", unchanged, "-q")
+    result = ara("truncate", "--max-shard-size", size, "--name", "x", "-w", unchanged, "-q")
     assert result.exit_code == 2
     assert isinstance(result.exception, SystemExit)
     assert "max-shard-size" in result.stderr
@@ -282,11 +262,11 @@ def test_shard_size_that_is_none(unchanged, size):
 
 def test_ranks_file_that_is_none(unchanged, tmp_path):
     words = ("allocate", "-w", unchanged, "-q", "--ranks")
-    refused(run(*words, tmp_path / "none.json"), 1, "none.json cannot be read")
+    refused(ara(*words, tmp_path / "none.json"), 1, "none.json cannot be read")
     (tmp_path / "bad.json").write_text("{")
-    refused(run(*words, tmp_path / "bad.json"), 1, "bad.json is not JSON")
+    refused(ara(*words, tmp_path / "bad.json"), 1, "bad.json is not JSON")
     (tmp_path / "new.json").write_text('{"format_version": 2, "ranks": {}}')
-    refused(run(*words, tmp_path / "new.json"), 1, "format_version 2, expected 1")
+    refused(ara(*words, tmp_path / "new.json"), 1, "format_version 2, expected 1")
 
 
 # -- texts ----------------------------------------------------------------------------------------------------------
@@ -340,15 +320,15 @@ def test_text_that_cannot_be_used(root, tiny_llama, tmp_path, name, data, word):
 def test_unknown_text_and_task(root, unchanged, tiny_llama, monkeypatch):
     refused(decompose(tiny_llama, "wikitext", root), 2, "did you mean wikitext2", "file:PATH")
     monkeypatch.setattr(tasks, "_manager", lambda folder: SimpleNamespace(all_tasks=["boolq"]))
-    refused(run("eval", "--tasks", "wikitex2", "-w", unchanged, "-q"), 1, "did you mean wikitext2")
-    refused(run("eval", "--tasks", " , ", "-w", unchanged, "-q"), 2, "names no task")
+    refused(ara("eval", "--tasks", "wikitex2", "-w", unchanged, "-q"), 1, "did you mean wikitext2")
+    refused(ara("eval", "--tasks", " , ", "-w", unchanged, "-q"), 2, "names no task")
 
 
 def test_task_that_cannot_be_used(unchanged, tmp_path):
-    refused(run("eval", "--tasks", f"file:{tmp_path}/none.txt", "-w", unchanged, "-q"), 1, "none.txt does not exist")
+    refused(ara("eval", "--tasks", f"file:{tmp_path}/none.txt", "-w", unchanged, "-q"), 1, "none.txt does not exist")
     (tmp_path / "short.txt").write_text("short")
-    refused(run("eval", "--tasks", f"file:{tmp_path}/short.txt", "-w", unchanged, "-q"), 1, "one window needs 256")
-    refused(run("eval", "--seq-len", 999, "-w", unchanged, "-q"), 2, "999 is more than the 256 positions")
+    refused(ara("eval", "--tasks", f"file:{tmp_path}/short.txt", "-w", unchanged, "-q"), 1, "one window needs 256")
+    refused(ara("eval", "--seq-len", 999, "-w", unchanged, "-q"), 2, "999 is more than the 256 positions")
 
 
 def test_data_folder_without_the_text(root, tiny_llama, tmp_path, monkeypatch):
@@ -361,7 +341,7 @@ def test_data_folder_without_the_text(root, tiny_llama, tmp_path, monkeypatch):
 
 def test_no_workspace(tmp_path):
     for command in ("allocate", "truncate", "eval", "status"):
-        refused(run(command, "-w", tmp_path / "none", "-q"), 1, "there is no workspace at", "ara decompose MODEL")
+        refused(ara(command, "-w", tmp_path / "none", "-q"), 1, "there is no workspace at", "ara decompose MODEL")
     assert listing(tmp_path) == set()
 
 
@@ -373,9 +353,9 @@ def test_folder_of_something_else(tmp_path, tiny_llama, tiny_text):
 
 def test_stage_that_is_missing(tmp_path, tiny_llama, tiny_text):
     decompose(tiny_llama, tiny_text, tmp_path / "ws")
-    refused(run("truncate", "-w", tmp_path / "ws", "-q"), 1, "no result of ara allocate yet", "run ara allocate first")
-    refused(run("eval", "-w", tmp_path / "ws", "-q"), 1, "no result of ara truncate yet")
-    refused(run("allocate", "--factors", "two-side", "-w", tmp_path / "ws", "-q"), 1, "did you mean two-sided")
+    refused(ara("truncate", "-w", tmp_path / "ws", "-q"), 1, "no result of ara allocate yet", "run ara allocate first")
+    refused(ara("eval", "-w", tmp_path / "ws", "-q"), 1, "no result of ara truncate yet")
+    refused(ara("allocate", "--factors", "two-side", "-w", tmp_path / "ws", "-q"), 1, "did you mean two-sided")
 
 
 def test_workspace_of_another_model(unchanged, tiny_text, tmp_path):
@@ -387,13 +367,13 @@ def test_workspace_of_a_newer_format(unchanged, tiny_llama, tiny_text):
     index = unchanged / "workspace.json"
     clean = index.read_text()
     index.write_text(json.dumps({"format_version": 2}))
-    for result in (run("status", "-w", unchanged, "-q"), decompose(tiny_llama, tiny_text, unchanged)):
+    for result in (ara("status", "-w", unchanged, "-q"), decompose(tiny_llama, tiny_text, unchanged)):
         refused(result, 1, "has format 2; this ara reads formats up to 1", "update")
     index.write_text(clean)
     manifest = unchanged / "decompose" / "two-sided" / "manifest.json"
     clean = manifest.read_text()
     manifest.write_text(json.dumps({**json.loads(clean), "format_version": 2}))
-    refused(run("allocate", "-w", unchanged, "-q"), 1, "manifest.json has format 2", "update")
+    refused(ara("allocate", "-w", unchanged, "-q"), 1, "manifest.json has format 2", "update")
     manifest.write_text(clean)
 
 
@@ -412,7 +392,7 @@ def test_one_flipped_byte_in_any_tensor_file_is_named(unchanged, stage, command)
         last = max((name for name in table if name != "__metadata__"), key=lambda name: table[name]["data_offsets"][1])
         for position, words in ((0, ["header"]), (12, []), (8 + header, []), (-1, [f"damaged tensors: {last}"])):
             flip(path, position)
-            refused(run(command, "-w", unchanged, "-q"), 1, str(path), f"ara {stage} --force", *words)
+            refused(ara(command, "-w", unchanged, "-q"), 1, str(path), f"ara {stage} --force", *words)
             path.write_bytes(clean)
         assert last in manifest["tensors"]
 
@@ -424,26 +404,26 @@ def test_edited_manifest_and_other_files_are_named(copied, key):
     for name in ("manifest.json", *(("ranks.json",) if "allocate" in key else ())):
         clean = (folder / name).read_text()
         (folder / name).write_text(clean.replace("0.", "1.", 1))
-        refused(run(command, "-w", copied, "-q"), 1, name)
+        refused(ara(command, "-w", copied, "-q"), 1, name)
         (folder / name).write_text(clean)
-    assert run("status", "-w", copied, "-q").exit_code == 0
+    assert ara("status", "-w", copied, "-q").exit_code == 0
 
 
 def test_missing_and_cut_tensor_files_are_named(unchanged):
     path = unchanged / "decompose" / "two-sided" / "layer-001.safetensors"
     clean = path.read_bytes()
     path.write_bytes(clean[:-1])
-    refused(run("allocate", "-w", unchanged, "-q"), 1, "layer-001.safetensors has ")
+    refused(ara("allocate", "-w", unchanged, "-q"), 1, "layer-001.safetensors has ")
     path.unlink()
-    refused(run("allocate", "-w", unchanged, "-q"), 1, "layer-001.safetensors is missing")
+    refused(ara("allocate", "-w", unchanged, "-q"), 1, "layer-001.safetensors is missing")
     path.write_bytes(clean)
 
 
 def test_locked_workspace(unchanged, tiny_llama, tiny_text):
     with Workspace.open(unchanged).lock("ara decompose demo"):
-        results = [run(command, "-w", unchanged, "-q") for command in ("allocate", "truncate", "eval")]
+        results = [ara(command, "-w", unchanged, "-q") for command in ("allocate", "truncate", "eval")]
         results.append(decompose(tiny_llama, tiny_text, unchanged))
-        assert run("status", "-w", unchanged, "-q").exit_code == 0  # reading is allowed
+        assert ara("status", "-w", unchanged, "-q").exit_code == 0  # reading is allowed
     for result in results:
         refused(result, 1, f"is being written by process {os.getpid()} (ara decompose demo", "wait for it to end")
 
@@ -492,7 +472,7 @@ def test_disk_that_fills_up_after_a_block_keeps_the_block(tmp_path, tiny_llama, 
 def test_disk_that_fills_up_in_truncate_and_allocate(unchanged, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("transformers.modeling_utils.safe_save_file", full)
-        refused(run("truncate", "--name", "x", "-w", unchanged, "-q"), 1, "the disk is full")
+        refused(ara("truncate", "--name", "x", "-w", unchanged, "-q"), 1, "the disk is full")
     write = Path.write_text
 
     def no_room(path, *args, **kwargs):
@@ -501,7 +481,7 @@ def test_disk_that_fills_up_in_truncate_and_allocate(unchanged, monkeypatch):
         return write(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "write_text", no_room)
-    refused(run("allocate", "--keep", "0.5", "--method", "energy", "-w", unchanged, "-q"), 1, "the disk is full")
+    refused(ara("allocate", "--keep", "0.5", "--method", "energy", "-w", unchanged, "-q"), 1, "the disk is full")
 
 
 def test_disk_that_fills_up_in_eval_keeps_what_is_measured(copied, tiny_text, monkeypatch):
@@ -516,10 +496,10 @@ def test_disk_that_fills_up_in_eval_keeps_what_is_measured(copied, tiny_text, mo
     before = contents(copied)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", no_room)
-        refused(run("eval", *words, "-w", copied, "-q", "--name", "full"), 1, "the disk is full")
+        refused(ara("eval", *words, "-w", copied, "-q", "--name", "full"), 1, "the disk is full")
     assert {name: sha for name, sha in contents(copied).items() if name in before} == before
     monkeypatch.setattr(measure, "interleaved_perplexity", None)  # not measured again
-    assert run("eval", *words, "-w", copied, "-q", "--name", "full").exit_code == 0
+    assert ara("eval", *words, "-w", copied, "-q", "--name", "full").exit_code == 0
 
 
 @pytest.fixture
@@ -557,10 +537,10 @@ def test_full_disk_for_real(small_disk, finished, tiny_llama, tiny_text, monkeyp
     disk = small_disk((used + 4095) // 4096 * 4096 + (120 << 10))
     root = Path(shutil.copytree(finished, disk / "ws"))
     before = contents(root)
-    refused(run("truncate", "--name", "x", "-w", root, "-q"), 1, "the disk is full")
+    refused(ara("truncate", "--name", "x", "-w", root, "-q"), 1, "the disk is full")
     assert contents(root) == before
     with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         while True:
             file.write(bytes(4096))
-    refused(run("allocate", "--keep", "0.5", "-w", root, "-q"), 1, "the disk is full")
+    refused(ara("allocate", "--keep", "0.5", "-w", root, "-q"), 1, "the disk is full")
     assert contents(root) == before

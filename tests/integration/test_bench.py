@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from ara.config import AllocateConfig, BenchConfig, DecomposeConfig, TruncateConfig
 from ara.environment import machine
@@ -24,8 +23,8 @@ from ara.stages import bench as stage
 from ara.stages.common import Run
 from ara.stages.run import run_pipeline
 from ara.workspace.store import Workspace
-from ara_cli.app import app
 from export.onnx.runner import OnnxDecoder
+from tests.commands import ara, done, refused
 from tests.damage import contents, listing
 from tests.tiny import tiny_model
 
@@ -33,24 +32,6 @@ NAME = "energy-0.70"
 SHORT = ["--prefill", "7,19", "--decode", 23, "--batch", "1,3", "--rounds", 6]
 CPU = ["--device", "cpu", "--dtype", "float32"]
 PEAK = 123_456_789
-
-
-def ara(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def done(*arguments: Any) -> Any:
-    result = ara(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def refused(result: Any, code: int, words: str) -> None:
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert words in result.stderr, result.stderr
 
 
 @pytest.fixture
@@ -337,7 +318,8 @@ def test_what_cannot_be_measured(copied: Path, words: list[str], code: int, expe
     before = contents(copied)
     usual = {"--prefill": "5", "--decode": "9"}
     usual |= dict(zip(words[::2], words[1::2], strict=True))
-    refused(ara("bench", *(word for pair in usual.items() for word in pair), "-w", copied, "-q"), code, expected)
+    result = ara("bench", *(word for pair in usual.items() for word in pair), "-w", copied, "-q")
+    refused(result, code, expected, hint=False)
     after = contents(copied)
     after.pop(".lock-owner.json", None)
     assert after == before

@@ -10,27 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from ara.config import AllocateConfig, DecomposeConfig, TruncateConfig
 from ara.stages.common import Run
 from ara.stages.run import run_pipeline
-from ara_cli.app import app
 from export.onnx import architecture, writing
+from tests.commands import ara, done, refused
 from tests.damage import flip, listing
 from tests.questions import write_questions
 from tests.tiny import tiny_tokenizer
-
-
-def ara(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refused(result: Any, code: int, words: str) -> None:
-    assert result.exit_code == code, result.output
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("warning")]
-    assert [line.partition(":")[0] for line in lines] == ["error", "hint"], result.stderr
-    assert words in lines[0], result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +40,7 @@ def workspace(finished_base: Path, tmp_path: Path) -> Path:
 
 
 def test_a_workspace_is_exported_and_told_of(workspace: Path) -> None:
-    result = ara("export", "--onnx", "--execution-provider", "cpu", "-w", workspace)
-    assert result.exit_code == 0, result.output
+    result = done("export", "--onnx", "--execution-provider", "cpu", "-w", workspace)
     for word in ("prefill", "decode", "chunks", "padded", "100.00%", "energy-0.70-pivoted-fp32"):
         assert word in result.stdout + result.stderr
     folder = workspace / "export" / "energy-0.70-pivoted-fp32"
@@ -167,8 +154,7 @@ def test_an_export_answers_questions_as_its_checkpoint_does(workspace: Path, mon
     monkeypatch.setenv("ARA_CACHE_DIR", str(workspace.parent / "cache"))
     assert ara("export", "--execution-provider", "cpu", "-w", workspace).exit_code == 0
     words = ["--tasks", "piqa,lambada_openai,wikitext", "--batch-size", 3, "--device", "cpu", "--dtype", "float32"]
-    result = ara("eval", "--backend", "onnx", *words, "-w", workspace, "--json")
-    assert result.exit_code == 0, result.output
+    result = done("eval", "--backend", "onnx", *words, "-w", workspace, "--json")
     for task in json.loads(result.stdout)["results"]["tasks"].values():
         ours, torch = (task["models"][name] for name in ("export/energy-0.70-pivoted-fp32", "energy-0.70-pivoted"))
         assert ours["metrics"] == pytest.approx(torch["metrics"], rel=1e-4)

@@ -15,12 +15,12 @@ from ara.data.texts import load_documents
 from ara.data.tokens import evaluation_windows
 from ara.models.checkpoint import load
 from ara.models.low_rank import low_rank_layers
-from ara.progress import SilentReporter
 from ara.stages.allocate import allocate
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
 from ara.stages.evaluate import evaluate
 from ara.stages.truncate import truncate
+from tests.recorder import Recorder
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 _SIZES: dict[str, Any] = {
@@ -41,14 +41,6 @@ _RECURRENT = {
 }
 _MAMBA = {"num_hidden_layers": 2, "state_size": 7, "time_step_rank": 9}
 _GATES = "weights that belong to no linear layer (model.layers.0.temporal_block.rg_lru.input_gate_weight, "
-
-
-class _Facts(SilentReporter):
-    def __init__(self) -> None:
-        self.facts: list[str] = []
-
-    def fact(self, text: str) -> None:
-        self.facts.append(text)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +67,7 @@ def test_parts_that_stay_dense(
     model.save_pretrained(tmp_path / kind)
     tiny_tokenizer().save_pretrained(tmp_path / kind)
     place = {"device": "cpu", "dtype": "float32"}
-    report = _Facts()
+    report = Recorder()
     run = Run(tmp_path / "ws", report=report)
     decomposed = {
         "model": str(tmp_path / kind),

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from ara.errors import CorruptedError
 from ara.workspace.index import write_index
 from ara.workspace.manifest import MANIFEST, FileRecord, Manifest, Parent, file_sha256, read_manifest
 from ara.workspace.store import Workspace
 from ara.workspace.writer import JOURNAL
-from ara_cli.app import app
+from tests.commands import ara, done, refused
 from tests.damage import contents
 from tests.tiny import story
 
@@ -26,21 +25,6 @@ EVALUATION = f"eval/{NAME}-{story()}"
 # The command that builds on a stage's result.
 USERS = {"decompose": ("allocate", "--keep", "0.5"), "allocate": ("truncate", "--name", "x"), "truncate": ("eval",)}
 DEEP = "[" * 100_000
-
-
-def ara(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def told(result: Any, *words: str) -> str:
-    """Check for one error and one hint, in a line each, and return them."""
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code in (1, 2), result.output
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
-    assert [line.partition(":")[0] for line in lines] == ["error", "hint"], result.stderr
-    for word in words:
-        assert word in result.stderr, result.stderr
-    return str(result.stderr)
 
 
 def forge(root: Path, key: str, **changes: Any) -> Manifest:
@@ -85,8 +69,8 @@ def wide(root: Path) -> list[dict[str, Any]]:
 def test_claims_that_cannot_be_are_one_line(copied: Path, key: str, change: Any, word: str) -> None:
     forge(copied, key, **change(copied))
     assert ara("status", "-w", copied, "-q").exit_code == 0
-    told(ara(*USERS[key.partition("/")[0]], "-w", copied, "-q"), word)
-    told(ara("report", "-w", copied, "-q"))
+    refused(ara(*USERS[key.partition("/")[0]], "-w", copied, "-q"), 1, word)
+    refused(ara("report", "-w", copied, "-q"), 1)
 
 
 def test_tensors_are_held_to_the_table_that_was_believed(copied: Path) -> None:
@@ -102,7 +86,7 @@ def test_tensors_are_held_to_the_table_that_was_believed(copied: Path) -> None:
     }
     forge(copied, FACTORS, tensors=tensors, results=results(copied, FACTORS, modules=modules))
     assert Workspace.open(copied).view(FACTORS).state == "done"
-    told(ara("allocate", "--keep", "0.5", "-w", copied, "-q"), "is not what manifest.json says of it")
+    refused(ara("allocate", "--keep", "0.5", "-w", copied, "-q"), 1, "is not what manifest.json says of it")
 
 
 def test_parents_of_each_other_end(copied: Path) -> None:
@@ -110,7 +94,9 @@ def test_parents_of_each_other_end(copied: Path) -> None:
     forge(copied, RANKS, parents=(Parent(key=CHECKPOINT, id="x"),))
     forge(copied, CHECKPOINT, parents=(Parent(key=RANKS, id="x"),))
     assert ara("status", "-w", copied).exit_code == 0
-    told(ara("eval", "-w", copied, "-q"), "is stale: allocate/energy-0.70 is damaged", "make it again: ara allocate")
+    refused(
+        ara("eval", "-w", copied, "-q"), 1, "is stale: allocate/energy-0.70 is damaged", "make it again: ara allocate"
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,14 +106,14 @@ def test_manifests_that_are_none(copied: Path, text: str) -> None:
     for key in (FACTORS, EVALUATION):
         (copied / key / MANIFEST).write_bytes(text.encode("utf-8", "surrogateescape"))
     assert ara("status", "-w", copied).exit_code == 0
-    told(ara("allocate", "-w", copied, "-q"), FACTORS)
-    told(ara("report", "-w", copied, "-q"), "is damaged", f"delete {copied / FACTORS}")
+    refused(ara("allocate", "-w", copied, "-q"), 1, FACTORS)
+    refused(ara("report", "-w", copied, "-q"), 1, "is damaged", f"delete {copied / FACTORS}")
 
 
 def test_an_index_that_is_none(copied: Path) -> None:
     for text in (DEEP, '{"format_version": 1, "model": {"fingerprint": "a", "requested": 7}}'):
         (copied / "workspace.json").write_text(text)
-        told(ara("status", "-w", copied), "workspace.json cannot be read")
+        refused(ara("status", "-w", copied), 1, "workspace.json cannot be read")
 
 
 def test_pipes_and_folders_in_the_place_of_manifests(copied: Path) -> None:
@@ -135,14 +121,14 @@ def test_pipes_and_folders_in_the_place_of_manifests(copied: Path) -> None:
         (copied / key / MANIFEST).unlink()
         make(copied / key / MANIFEST)
     assert "expected a regular file" in ara("status", "-w", copied).stdout
-    told(ara("allocate", "-w", copied, "-q"), "expected a regular file")
+    refused(ara("allocate", "-w", copied, "-q"), 1, "expected a regular file")
 
 
 def test_figures_of_another_form_do_not_end_a_table(copied: Path, tiny_text: str) -> None:
     forge(copied, EVALUATION, results={"tasks": 3, "chosen": None})
     assert "written in another form" in ara("status", "-w", copied).stdout
     words = ("--tasks", tiny_text, "--seq-len", 64, "--max-windows", 4, "--device", "cpu", "--dtype", "float32")
-    told(ara("eval", *words, "-w", copied, "-q"), f"{EVALUATION} was written in another form", "--force")
+    refused(ara("eval", *words, "-w", copied, "-q"), 1, f"{EVALUATION} was written in another form", "--force")
     result = ara("report", "-w", copied)
     assert result.exit_code == 0 and f"{EVALUATION} was written in another form" in result.stderr
 
@@ -160,7 +146,7 @@ def test_damaged_measurements_are_named_in_the_report(copied: Path) -> None:
 def test_the_damaged_factors_are_named_first(copied: Path) -> None:
     (copied / FACTORS / MANIFEST).write_text("{}")
     for command in ("truncate", "eval", "report"):
-        told(ara(command, "-w", copied, "-q"), "decompose/two-sided is damaged", f"delete {copied / FACTORS}")
+        refused(ara(command, "-w", copied, "-q"), 1, "decompose/two-sided is damaged", f"delete {copied / FACTORS}")
     status = json.loads(ara("status", "-w", copied, "--json").stdout)["stages"]
     assert {row["remedy"] for row in status} == {f"delete {copied / FACTORS} and run ara decompose again"}
 
@@ -229,17 +215,16 @@ def test_links_in_the_place_of_ours_are_refused(copied: Path, elsewhere: Path, p
     shutil.rmtree(path, ignore_errors=True)
     path.unlink(missing_ok=True)
     path.symlink_to(elsewhere / "file" if "." in place else elsewhere)
-    told(ara("allocate", "--keep", "0.5", "--method", "energy", "-w", copied, "-q"), "is a link")
+    refused(ara("allocate", "--keep", "0.5", "--method", "energy", "-w", copied, "-q"), 1, "is a link")
 
 
 def test_a_result_that_is_a_link_is_no_result(copied: Path, elsewhere: Path, tmp_path: Path) -> None:
     (copied / RANKS).rename(tmp_path / "ranks")
     (copied / RANKS).symlink_to(tmp_path / "ranks")
-    told(ara("truncate", "-w", copied, "-q"), "is a link")
+    refused(ara("truncate", "-w", copied, "-q"), 1, "is a link")
     (copied / RANKS).unlink()
     (copied / RANKS).symlink_to(elsewhere)
-    result = ara("allocate", "--keep", "0.7", "--method", "energy", "-w", copied, "-q")
-    assert result.exit_code == 0, result.output
+    done("allocate", "--keep", "0.7", "--method", "energy", "-w", copied, "-q")
     assert not (copied / RANKS).is_symlink()
     assert not list((copied / "allocate").glob(".*"))
 
@@ -249,8 +234,7 @@ def test_links_in_the_place_of_passing_files_are_removed(copied: Path, elsewhere
         (copied / place).symlink_to(elsewhere / "file")
     for place in (".energy-0.50.partial", ".energy-0.50.old", ".gone.copy"):
         (copied / "allocate" / place).symlink_to(elsewhere)
-    result = ara("allocate", "--keep", "0.5", "--method", "energy", "-w", copied, "-q")
-    assert result.exit_code == 0, result.output
+    done("allocate", "--keep", "0.5", "--method", "energy", "-w", copied, "-q")
     write_index(copied, Workspace.open(copied).model)
     assert not [path for path in copied.rglob("*") if path.is_symlink()]
 
@@ -265,7 +249,7 @@ def test_the_model_card_goes_through_no_link(copied: Path, elsewhere: Path, tmp_
     assert not card.is_symlink() and not output.is_symlink()
     card.parent.rename(tmp_path / "moved")
     card.parent.symlink_to(elsewhere)
-    told(ara("report", "-w", copied, "-q"), "is a link")
+    refused(ara("report", "-w", copied, "-q"), 1, "is a link")
 
 
 def test_the_workspace_itself_and_its_cache_may_be_links(copied: Path, tmp_path: Path) -> None:
@@ -273,8 +257,7 @@ def test_the_workspace_itself_and_its_cache_may_be_links(copied: Path, tmp_path:
     (copied / "cache").symlink_to(tmp_path / "cache")
     (tmp_path / "linked").symlink_to(copied)
     words = ("--method", "strs", "--samples", 2, "--held-out", 2, "--device", "cpu", "--dtype", "float32")
-    result = ara("allocate", "--keep", "0.5", *words, "-w", tmp_path / "linked", "-q")
-    assert result.exit_code == 0, result.output
+    done("allocate", "--keep", "0.5", *words, "-w", tmp_path / "linked", "-q")
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2
 
 
@@ -282,7 +265,7 @@ def test_no_files_are_read_through_links(copied: Path, tmp_path: Path) -> None:
     layer = copied / FACTORS / "layer-000.safetensors"
     layer.rename(tmp_path / "layer")
     layer.symlink_to(tmp_path / "layer")
-    told(ara("allocate", "-w", copied, "-q"), "is missing or not a plain file")
+    refused(ara("allocate", "-w", copied, "-q"), 1, "is missing or not a plain file")
     checkpoint = copied / CHECKPOINT / "checkpoint"
     checkpoint.rename(tmp_path / "checkpoint")
     checkpoint.symlink_to(tmp_path / "checkpoint")
@@ -297,7 +280,9 @@ def test_a_tensor_file_that_safetensors_itself_refuses(copied: Path) -> None:
     record = FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path))
     made = read_manifest(copied / FACTORS)
     forge(copied, FACTORS, files={**made.files, path.name: record})
-    told(ara("allocate", "--keep", "0.5", "--method", "energy", "-w", copied), str(path), "is no safetensors file")
+    refused(
+        ara("allocate", "--keep", "0.5", "--method", "energy", "-w", copied), 1, str(path), "is no safetensors file"
+    )
 
 
 def test_a_rewritten_graph_is_no_link_to_itself(copied: Path, tmp_path: Path) -> None:

@@ -7,33 +7,18 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from ara.errors import UsageError, WorkspaceError
 from ara.workspace.store import Workspace
-from ara_cli.app import app
 from ara_cli.commands.generate import _piped
 from export.find import latest_export
 from export.onnx.target import OnnxTarget
+from tests.commands import ara, refused
 
 NAME = "energy-0.70"
 SHORT = ("--max-new-tokens", 3, "--device", "cpu", "-q")
-
-
-def ara(*arguments: Any, piped: bytes | None = None) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=piped)
-
-
-def refused(result: Any, code: int, words: str, hint: str = "") -> None:
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code == code, result.output
-    error, tip = (line for line in result.stderr.splitlines() if not line.startswith("warning: "))
-    assert error.startswith("error: ") and words in error, error
-    assert tip.startswith("hint: ") and hint in tip, tip
-    assert result.stdout == ""
 
 
 @pytest.fixture
@@ -127,5 +112,5 @@ def test_exports_that_cannot_be_run_are_named(copied: Path) -> None:
     facts = {"config": {}, "model": truncated.manifest.model, "parents": ()}  # type: ignore[union-attr]
     with workspace.writer("export", "other", facts, command="ara export"):
         pass
-    with pytest.raises(WorkspaceError, match=r"export/other/manifest\.json: results: last_logits: Field required"):
+    with pytest.raises(WorkspaceError, match=r"export/other/manifest\.json: results: precision: Field required"):
         latest_export(OnnxTarget(), workspace, truncated)

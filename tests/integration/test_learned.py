@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-import ara
 import ara.masks.sensitivity_table as sensitivity
+from ara import load
 from ara.allocation import ALLOCATORS
 from ara.artifacts.factors import factor_files, specs_of
 from ara.config import (
@@ -40,40 +39,9 @@ from ara.stages.evaluate import evaluate
 from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
 from ara.workspace.manifest import read_manifest
-from ara_cli.app import app
-from tests.integration.test_resume import Heard, killed  # noqa: F401
-
-TRAINING = {
-    "keep": (0.8, 0.6),
-    "steps": 4,
-    "batch": 3,
-    "check_every": 2,
-    "save_every": 1,
-    "samples": 8,
-    "held_out": 4,
-    "device": "cpu",
-    "dtype": "float32",
-}
-NAME = "priced-0.80-0.60"
-TUNING = {"samples": 8, "held_out": 4, "device": "cpu", "dtype": "float32"}
-
-
-@pytest.fixture(scope="session")
-def learned_base(tmp_path_factory, tiny_settings):
-    root = tmp_path_factory.mktemp("learned") / "ws"
-    decompose(DecomposeConfig(**tiny_settings, method="two-sided"), Run(root))
-    train_masks(TrainMasksConfig(**TRAINING), Run(root))
-    return root
-
-
-@pytest.fixture
-def learned(learned_base, tmp_path):
-    """Return a workspace with two-sided factors and trained masks, to be changed at will."""
-    return Path(shutil.copytree(learned_base, tmp_path / "ws"))
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+from tests.commands import ara, done
+from tests.recorder import Recorder
+from tests.training import NAME, TRAINING, TUNING, break_at, compare_config, train_words
 
 
 def test_training_stores_losses_ranks_and_a_log(learned):
@@ -133,8 +101,7 @@ def test_a_candidate_without_a_finite_loss_is_told_as_such(learned, monkeypatch)
     verdict = Verdict("ara", losses, {"ara": 0.0, "sensitivity": 0.02, "uniform": float("nan")})
     monkeypatch.setattr("ara.stages.allocate.compare_candidates", lambda *_: verdict)
     tuning = [word for key, value in TUNING.items() for word in (f"--{key.replace('_', '-')}", value)]
-    result = invoke("allocate", "--keep", "0.8", *tuning, "-w", learned)
-    assert result.exit_code == 0, result.output
+    result = done("allocate", "--keep", "0.8", *tuning, "-w", learned)
     assert "ara 2.0000, sensitivity 3.0000 (+1.0000 ± 0.0200), uniform not finite; ara won" in " ".join(
         result.output.split()
     )
@@ -145,8 +112,7 @@ def test_run_trains_for_all_its_budgets_at_once(tmp_path, tiny_settings):
     settings = {key.replace("_", "-"): value for key, value in tiny_settings.items() if key != "model"}
     words = [word for key, value in settings.items() for word in (f"--{key}", value)]
     budgets = ["--method", "ara", "--keep", "0.6", "--keep", "0.8", "--no-eval"]
-    result = invoke("run", tiny_settings["model"], *words, *budgets, "-w", root)
-    assert result.exit_code == 0, result.output
+    done("run", tiny_settings["model"], *words, *budgets, "-w", root)
     assert list(Run(root).open().require("training").manifest.results["budgets"]) == ["0.8", "0.6"]
     assert {view.name for view in Run(root).open().views("checkpoint")} == {"ara-0.60", "ara-0.80"}
 
@@ -183,9 +149,9 @@ def test_masks_with_another_method_are_refused(learned):
 
 
 def test_a_budget_that_was_not_trained_is_told(learned):
-    told = invoke("allocate", "--keep", "0.69", "--samples", "6", "--held-out", "3", "-w", learned).output
+    told = ara("allocate", "--keep", "0.69", "--samples", "6", "--held-out", "3", "-w", learned).output
     assert "there is no training at keep 0.69: the one at 0.6 is used" in told
-    told = invoke("allocate", "--keep", "0.6", "--samples", "6", "--held-out", "3", "-w", learned).output
+    told = ara("allocate", "--keep", "0.6", "--samples", "6", "--held-out", "3", "-w", learned).output
     assert "there is no training" not in told
 
 
@@ -211,12 +177,6 @@ def test_every_form_runs_through_the_stages(learned, form):
         assert view.manifest.results["linear_keep"] <= keep
 
 
-def train_words(root, *more):
-    flags = {key: value for key, value in TRAINING.items() if key != "keep"}
-    words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    return ["train-masks", "--keep", "0.8", "--keep", "0.6", *words, "-w", str(root), *more]
-
-
 @pytest.mark.parametrize(
     ("place", "count"),
     [
@@ -226,12 +186,11 @@ def train_words(root, *more):
         ("ara.workspace.writer:StageWriter.tensors", 2),  # before the first budget is stored
     ],
 )
-def test_a_killed_training_ends_in_the_same_bytes(killed, learned, place, count):  # noqa: F811
+def test_a_killed_training_ends_in_the_same_bytes(killed, learned, place, count):
     whole = read_manifest(learned / "train-masks" / NAME)
     shutil.rmtree(learned / "train-masks")
     killed(place, count, "before", *train_words(learned))
-    result = invoke(*train_words(learned))
-    assert result.exit_code == 0, result.output
+    done(*train_words(learned))
     again = read_manifest(learned / "train-masks" / NAME)
     for name in ("masks-0.8.safetensors", "masks-0.6.safetensors", "sensitivity.safetensors"):
         assert again.files[name] == whole.files[name], name
@@ -241,25 +200,9 @@ def test_a_killed_training_ends_in_the_same_bytes(killed, learned, place, count)
     assert not list((learned / "train-masks").glob("*/.*")), os.listdir(learned / "train-masks")
 
 
-def break_at(monkeypatch, call, error):
-    """Let the training step number ``call`` of this process raise ``error``."""
-    from ara.masks.model import MaskedModel
-
-    real, calls = MaskedModel.gradients, []
-
-    def gradients(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise error
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(MaskedModel, "gradients", gradients)
-
-
 def test_ctrl_c_keeps_the_best_and_says_so(learned, monkeypatch):
     break_at(monkeypatch, 3, KeyboardInterrupt)
-    result = invoke(*train_words(learned, "--name", "stopped"))
-    assert result.exit_code == 0, result.output
+    result = done(*train_words(learned, "--name", "stopped"))
     told = " ".join(result.output.split())
     assert (
         "interrupted after step 2 of 4 at keep 0.8: the best so far is stored; the same command resumes the training"
@@ -268,7 +211,7 @@ def test_ctrl_c_keeps_the_best_and_says_so(learned, monkeypatch):
     budgets = read_manifest(learned / "train-masks" / "stopped").results["budgets"]
     assert list(budgets) == ["0.8"]
     assert budgets["0.8"]["steps"] == 2 and len(budgets["0.8"]["ranks"]) == 21
-    told = invoke("allocate", "--keep", "0.8", "--masks", "stopped", "-w", learned).output
+    told = ara("allocate", "--keep", "0.8", "--masks", "stopped", "-w", learned).output
     assert "train-masks/stopped is not complete: interrupted after step 2" in " ".join(told.split())
 
 
@@ -280,7 +223,7 @@ def test_divergence_is_one_line(learned, monkeypatch):
         raise NumericalError("the loss is nan", "try --dtype float32")
 
     monkeypatch.setattr(MaskedModel, "gradients", broken)
-    result = invoke(*train_words(learned, "--name", "broken"))
+    result = ara(*train_words(learned, "--name", "broken"))
     assert result.exit_code == 1 and "error: the loss is nan" in result.output
     assert not (learned / "train-masks" / "broken").exists()
 
@@ -289,12 +232,8 @@ def test_tensorboard_without_its_package_says_what_to_do(learned, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    result = invoke(*train_words(learned, "--tensorboard", "--name", "t"))
+    result = ara(*train_words(learned, "--tensorboard", "--name", "t"))
     assert result.exit_code == 1 and "pip install tensorboard" in result.output
-
-
-def compare_config(tiny_text, **more):
-    return CompareConfig(keep=0.7, tasks=(tiny_text,), eval_seq_len=64, max_windows=3, **{**TUNING, **more})
 
 
 def test_compare_puts_all_side_by_side(learned, tiny_text):
@@ -336,17 +275,16 @@ def test_an_interrupted_comparison_keeps_what_it_has(learned, tiny_text, monkeyp
 
 def test_compare_from_the_command_line(learned, tiny_text):
     words = ["--tasks", tiny_text, "--eval-seq-len", "64", "--max-windows", "2", "--samples", "6", "--held-out", "3"]
-    result = invoke("compare", "--keep", "0.7", "--methods", "uniform,energy", *words, "-w", learned)
-    assert result.exit_code == 0, result.output
+    result = done("compare", "--keep", "0.7", "--methods", "uniform,energy", *words, "-w", learned)
     assert "gap closed" in result.output and "energy" in result.output
-    status = invoke("status", "-w", learned)
+    status = ara("status", "-w", learned)
     assert "best on held-out text:" in status.output and "nats gained" in status.output
-    as_json = invoke("compare", "--keep", "0.7", "--methods", "uniform,energy", *words, "-w", learned, "--json", "-q")
+    as_json = ara("compare", "--keep", "0.7", "--methods", "uniform,energy", *words, "-w", learned, "--json", "-q")
     assert json.loads(as_json.stdout)["results"]["methods"]["energy"]["dense_layers"] >= 0
 
 
 def test_unknown_methods_of_compare_are_refused_before_any_work(learned):
-    result = invoke("compare", "--methods", "uniform,enrgy", "-w", learned)
+    result = ara("compare", "--methods", "uniform,enrgy", "-w", learned)
     assert result.exit_code == 2 and "did you mean energy" in result.output
 
 
@@ -357,7 +295,7 @@ def test_every_allocator_is_offered():
 
 @pytest.mark.parametrize("samples", [5000, 3])
 def test_text_that_is_too_short_is_shared_out(learned, samples):
-    heard = Heard()
+    heard = Recorder()
     config = AllocateConfig(keep=0.8, method="sensitivity", **{**TUNING, "samples": samples, "held_out": 4000})
     allocate(config, Run(learned, report=heard))
     told = next(text for text in heard.facts if "are needed:" in text)
@@ -383,7 +321,7 @@ def test_pivoted_layers_through_all_stages(learned, tiny_text):
     planned = read_manifest(ranks.path).results
     assert results["parameters"] == planned["model_parameters"]
     assert 0.59 < planned["linear_keep"] <= 0.6
-    model = ara.load(checkpoint.path / "checkpoint", device="cpu")
+    model = load(checkpoint.path / "checkpoint", device="cpu")
     layers = [module for module in model.modules() if isinstance(module, PivotedLinear)]
     assert len(layers) == results["low_rank_layers"] > 0
     # The same ranks as two factors are the same function, and more parameters.
@@ -472,8 +410,7 @@ def test_run_trains_and_allocates_in_the_layout_asked_for(tmp_path, tiny_setting
     words = [word for key, value in settings.items() for word in (f"--{key}", value)]
     for layout in ("pivoted", "factors", "pivoted"):
         asked = ["--method", "ara", "--keep", "0.8", "--layout", layout, "--no-eval"]
-        result = invoke("run", tiny_settings["model"], *words, *asked, "-w", root)
-        assert result.exit_code == 0, result.output
+        result = done("run", tiny_settings["model"], *words, *asked, "-w", root)
     parents = {view.name: [p.key for p in view.manifest.parents] for view in Run(root).open().views("ranks")}
     assert "train-masks/priced-0.80-pivoted" in parents["ara-0.80-pivoted"]
     assert "train-masks/priced-0.80" in parents["ara-0.80"]

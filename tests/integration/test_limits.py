@@ -10,14 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from ara_cli.app import app
+from tests.commands import ara, refused
 from tests.damage import contents, listing
-
-
-def ara(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @contextmanager
@@ -28,15 +23,6 @@ def limited(kind: int, value: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(kind, (soft, hard))
-
-
-def told(result: Any, *words: str) -> None:
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code == 1, result.output
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
-    assert [line.partition(":")[0] for line in lines] == ["error", "hint"], result.stderr
-    for word in words:
-        assert word in result.stderr, result.stderr
 
 
 def stages(root: Path, text: str) -> dict[str, tuple[object, ...]]:
@@ -62,7 +48,7 @@ def _model(root: Path) -> str:
 def test_a_limit_on_the_size_of_files(copied: Path, tiny_text: str, stage: str) -> None:
     command, before = stages(copied, tiny_text)[stage], contents(copied)
     with limited(resource.RLIMIT_FSIZE, {"eval": 100, "report": 5_000}.get(stage, 20_000)):
-        told(ara(*command), "a file exceeds the size limit", "ulimit -f")
+        refused(ara(*command), 1, "a file exceeds the size limit", "ulimit -f")
     assert contents(copied) == before
     assert not list((copied / stage).glob(".x.*"))
 
@@ -71,7 +57,7 @@ def test_a_limit_on_the_size_of_exported_files(checkpoint: Callable[..., Any], t
     """numpy writes the weights, and says neither errno nor reason."""
     command = ("export", "--source", checkpoint("llama").folder, "--output", tmp_path / "out", "--no-parity", "-q")
     with limited(resource.RLIMIT_FSIZE, 20_000):
-        told(ara(*command), "a file exceeds the size limit", "ulimit -f")
+        refused(ara(*command), 1, "a file exceeds the size limit", "ulimit -f")
     assert listing(tmp_path) == set() and not os.listdir(tmp_path)
 
 
@@ -103,7 +89,7 @@ def test_a_limit_on_open_files(copied: Path, tiny_text: str, stage: str) -> None
             result = ara(*command)
         if result.exit_code == 0:
             break
-        told(result, "oo many open files", "ulimit -n")
+        refused(result, 1, "oo many open files", "ulimit -n")
         assert contents(copied) == before
         assert not list((copied / stage).glob(".x.*"))
     assert 1 < count < 11

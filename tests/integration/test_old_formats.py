@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-import ara
+from ara import load
 from ara.workspace.manifest import digest
-from ara_cli.app import app
+from tests.commands import done
 from tests.old_formats.make import CHECKPOINTS, COMMANDS, DATA, PLACE, TOKENS
 
 NAME = "energy-0.70"
@@ -45,9 +44,7 @@ def _moved(path: Path, folder: Path) -> None:
 
 
 def command(line: str) -> Any:
-    result = CliRunner().invoke(app, [*line.split(), "-w", "workspace"])
-    assert result.exit_code == 0, result.output
-    return result
+    return done(*line.split(), "-w", "workspace")
 
 
 def expected(name: str) -> torch.Tensor:
@@ -60,7 +57,7 @@ def test_checkpoints_give_the_logits_that_they_gave(place: str, name: str) -> No
     assert about["format_version"] == (2 if "pivoted" in name else 1)
     ids = torch.tensor([TOKENS])
     plain = AutoModelForCausalLM.from_pretrained(DATA / place, dtype=torch.float32).eval()
-    for model in (ara.load(DATA / place, "cpu"), plain):
+    for model in (load(DATA / place, "cpu"), plain):
         with torch.inference_mode():
             torch.testing.assert_close(model(input_ids=ids).logits, expected(name), **CLOSE)
 

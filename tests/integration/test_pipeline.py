@@ -22,7 +22,6 @@ from ara.errors import ProblemsError, UsageError, WorkspaceError
 from ara.models.checkpoint import read_config
 from ara.models.low_rank import low_rank_layers
 from ara.models.weights import WeightRef, find_linears
-from ara.progress import SilentReporter
 from ara.stages.allocate import allocate
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
@@ -33,6 +32,7 @@ from ara.version import __version__
 from ara.workspace.store import Workspace
 from tests.damage import contents, listing, stamps
 from tests.oracles.perplexity import perplexity
+from tests.recorder import Recorder
 from tests.tiny import FAMILIES, save_tiny, story, tiny_config, tiny_model, tiny_tokenizer
 
 NAME = "energy-0.70"
@@ -549,14 +549,9 @@ def test_memory_and_batches_change_no_more_than_rounding(finished, tiny_settings
 
 def test_another_batch_size_is_another_decomposition(copied, tiny_settings):
     """Rounding differs, so the bytes do: never called the same, never mixed, and said before anything is replaced."""
-    warnings = []
-
-    class Heard(SilentReporter):
-        def warn(self, text):
-            warnings.append(text)
-
-    decompose(DecomposeConfig(**tiny_settings, batch_size=1), Run(copied, report=Heard()))
-    (warning,) = [text for text in warnings if text.startswith("replacing decompose/two-sided")]
+    recorder = Recorder()
+    decompose(DecomposeConfig(**tiny_settings, batch_size=1), Run(copied, report=recorder))
+    (warning,) = [text for text in recorder.warnings if text.startswith("replacing decompose/two-sided")]
     assert "(batch_size)" in warning and "become stale" in warning
 
 

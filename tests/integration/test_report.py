@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from typer.testing import CliRunner
 
 from ara.config import AllocateConfig, CompareConfig, EvalConfig, TrainMasksConfig, TruncateConfig
 from ara.reporting.document import Report
@@ -21,27 +20,11 @@ from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
 from ara.workspace.manifest import file_record
 from ara.workspace.store import Workspace
-from ara_cli.app import app
+from tests.commands import ara, done, refused
 from tests.damage import contents, flip, listing
 from tests.tiny import story
 
 NAME = "energy-0.70"
-
-
-def ara(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def done(*arguments):
-    result = ara(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def refused(words, *arguments, code=1):
-    result = ara(*arguments)
-    assert result.exit_code == code and words in result.stderr, result.output
-    assert "hint:" in result.stderr
 
 
 def document(root, name=NAME):
@@ -166,7 +149,7 @@ def test_json_is_the_manifest(copied):
 
 def test_a_copy_of_the_page(copied, tmp_path):
     output = tmp_path / "out" / "page.html"
-    refused("there is no folder", "report", "-w", copied, "--output", output)
+    refused(ara("report", "-w", copied, "--output", output), 1, "there is no folder")
     assert not (copied / "report").exists()  # refused before any work
     output.parent.mkdir()
     result = done("report", "-w", copied, "--output", output)
@@ -174,18 +157,18 @@ def test_a_copy_of_the_page(copied, tmp_path):
     assert output.read_bytes() == (copied / "report" / NAME / "report.html").read_bytes()
     done("report", "-w", copied, "--output", output)  # an earlier report may be replaced
     output.write_text("my own page", encoding="utf-8")
-    refused("is no report of ara", "report", "-w", copied, "--output", output)
+    refused(ara("report", "-w", copied, "--output", output), 1, "is no report of ara")
     assert output.read_text(encoding="utf-8") == "my own page"
     done("report", "-w", copied, "--output", output, "--force")
     assert listing(output.parent) == {"page.html"}
-    refused("is a folder", "report", "-w", copied, "--output", tmp_path)
+    refused(ara("report", "-w", copied, "--output", tmp_path), 1, "is a folder")
 
 
 @pytest.mark.parametrize("place", ["page.html", f"truncate/{NAME}/checkpoint/README.md"])
 @pytest.mark.parametrize("flag", ["--output", "--model-card"])
 def test_nothing_is_put_into_the_workspace(copied, place, flag):
     before = contents(copied)
-    refused("is in the workspace", "report", "-w", copied, flag, copied / place, "--force")
+    refused(ara("report", "-w", copied, flag, copied / place, "--force"), 1, "is in the workspace")
     assert contents(copied) == before
 
 
@@ -200,7 +183,7 @@ def test_the_model_card(copied, tmp_path):
     assert f"{perplexity:,.2f}" in text and f'"value": {perplexity}' in text
     assert str(copied) not in text and str(tmp_path) not in text
     assert (copied / "truncate" / NAME / "checkpoint" / "README.md").read_text(encoding="utf-8") == text
-    refused("is there already", "report", "-w", copied, "--model-card", card)
+    refused(ara("report", "-w", copied, "--model-card", card), 1, "is there already")
     done("report", "-w", copied, "--model-card", card, "--force")
 
 
@@ -248,35 +231,35 @@ def test_a_damaged_spectrum_is_found(copied):
         header = json.loads(file.read(length))
     start, _ = header["model.layers.1.mlp.up_proj.spectrum"]["data_offsets"]
     flip(path, 8 + length + start)
-    refused("model.layers.1.mlp.up_proj.spectrum does not match its checksum", "report", "-w", copied)
+    refused(ara("report", "-w", copied, "-q"), 1, "model.layers.1.mlp.up_proj.spectrum does not match its checksum")
     path.write_bytes(b"x")
-    refused("cannot be read", "report", "-w", copied)
+    refused(ara("report", "-w", copied, "-q"), 1, "cannot be read")
     assert not (copied / "report").exists() or not os.listdir(copied / "report")
 
 
 def test_edited_ranks_are_found(copied):
     path = copied / "allocate" / NAME / "ranks.json"
     flip(path, -20)
-    refused("does not match its checksum", "report", "-w", copied)
+    refused(ara("report", "-w", copied, "-q"), 1, "does not match its checksum")
 
 
 def test_a_damaged_report_is_not_handed_out(copied, tmp_path):
     done("report", "-w", copied)
     flip(copied / "report" / NAME / "report.html", 3000)
-    refused("does not match its checksum", "report", "-w", copied, "--output", tmp_path / "page.html")
+    refused(ara("report", "-w", copied, "--output", tmp_path / "page.html", "-q"), 1, "does not match its checksum")
     assert not (tmp_path / "page.html").exists()
 
 
 def test_no_checkpoint_no_report(copied):
     shutil.rmtree(copied / "truncate")
-    refused("no result of ara truncate yet", "report", "-w", copied)
-    refused("there is no workspace", "report", "-w", copied.parent / "none")
+    refused(ara("report", "-w", copied), 1, "no result of ara truncate yet")
+    refused(ara("report", "-w", copied.parent / "none"), 1, "there is no workspace")
 
 
 def test_name_and_checkpoint(two_budgets):
     done("report", "-w", two_budgets, "--checkpoint", "energy-0.50", "--name", "half")
     assert document(two_budgets, "half").checkpoint.name == "energy-0.50"
-    refused("did you mean energy-0.50", "report", "-w", two_budgets, "--checkpoint", "energy-0.5")
+    refused(ara("report", "-w", two_budgets, "--checkpoint", "energy-0.5"), 1, "did you mean energy-0.50")
 
 
 def test_the_page_names_no_folder_but_in_commands(copied):

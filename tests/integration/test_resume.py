@@ -1,19 +1,13 @@
 """Processes killed in the middle of a stage, for real, and what the next command makes of it."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
 from ara.errors import WorkspaceError
-from ara.progress import SILENT
 from ara.stages.allocate import allocate
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
@@ -21,71 +15,13 @@ from ara.stages.evaluate import evaluate
 from ara.stages.truncate import truncate
 from ara.workspace.manifest import read_manifest, verify_files
 from ara.workspace.store import Workspace
-from ara_cli.app import app
+from tests.commands import ara, done
 from tests.damage import contents, flip, listing, stamps
+from tests.recorder import Recorder
 from tests.tiny import save_tiny, story
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAME = "energy-0.70"
-# Imports everything once. Then, per line of stdin, a forked process runs `ara ARGUMENTS` and kills itself, as kill -9
-# does, at the N-th call of a function (before or after running its body). Answers with the wait status.
-SERVER = """
-import importlib, json, os, signal, sys
-from ara_cli.app import main
-import ara.stages.decompose, ara.stages.evaluate, ara.stages.truncate, transformers.models.llama.modeling_llama
-print("ready", flush=True)
-for line in sys.stdin:
-    place, count, after, arguments, log = json.loads(line)
-    child = os.fork()
-    if child:
-        print(os.waitpid(child, 0)[1], flush=True)
-        continue
-    with open(log, "w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    module, _, path = place.partition(":")
-    owner = importlib.import_module(module)
-    *parents, name = path.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    original, calls = getattr(owner, name), []
-    def killed(*args, **kwargs):
-        calls.append(1)
-        if len(calls) < count:
-            return original(*args, **kwargs)
-        if after == "after":
-            original(*args, **kwargs)
-        os.kill(os.getpid(), signal.SIGKILL)
-    setattr(owner, name, killed)
-    sys.argv = ["ara", *arguments]
-    main()
-    os._exit(0)
-"""
-
-
-@pytest.fixture(scope="session")
-def killed(tmp_path_factory):
-    """Return a function that runs a command in a process of its own and has it killed."""
-    log = tmp_path_factory.mktemp("log") / "log.txt"
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as server:
-        assert server.stdout.readline() == "ready\n"
-
-        def run(place, count, after, *arguments):
-            server.stdin.write(json.dumps([place, count, after, arguments, str(log)]) + "\n")
-            server.stdin.flush()
-            status = int(server.stdout.readline())
-            assert os.WIFSIGNALED(status), log.read_text()
-            assert os.WTERMSIG(status) == signal.SIGKILL, log.read_text()
-
-        yield run
-        server.stdin.close()
 
 
 def decompose_arguments(settings, root):
@@ -95,29 +31,8 @@ def decompose_arguments(settings, root):
 
 
 def status(root):
-    result = CliRunner().invoke(app, ["status", "-w", str(root), "--json"])
-    assert result.exit_code == 0, result.output
-    return {f"{stage['stage']}/{stage['name']}": stage["state"] for stage in json.loads(result.stdout)["stages"]}
-
-
-class Heard:
-    """A reporter that remembers facts and the labels of bars."""
-
-    def __init__(self):
-        self.facts, self.bars = [], []
-
-    def step(self, text):
-        pass
-
-    def fact(self, text):
-        self.facts.append(text)
-
-    def warn(self, text):
-        self.facts.append(text)
-
-    def bar(self, label, total):
-        self.bars.append(label)
-        return SILENT.bar(label, total)
+    stages = json.loads(done("status", "-w", root, "--json").stdout)["stages"]
+    return {f"{stage['stage']}/{stage['name']}": stage["state"] for stage in stages}
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +54,7 @@ def test_killed_decomposition_leaves_a_part_that_status_shows(cut):
     assert listing(partial) == {"layer-000.safetensors", "layer-001.safetensors", ".journal.json"}
     assert not (cut / "decompose" / "two-sided").exists()
     assert status(cut) == {"decompose/two-sided": "partial"}
-    result = CliRunner().invoke(app, ["allocate", "-w", str(cut)])
+    result = ara("allocate", "-w", str(cut))
     assert result.exit_code == 1
     assert "has no result of ara decompose yet" in result.stderr
 
@@ -147,7 +62,7 @@ def test_killed_decomposition_leaves_a_part_that_status_shows(cut):
 def test_killed_decomposition_goes_on_and_gives_the_same_bytes(cut, finished, tiny_settings):
     partial = cut / "decompose" / ".two-sided.partial"
     before = {name: stamp for name, stamp in stamps(partial).items() if name.endswith(".safetensors")}
-    heard = Heard()
+    heard = Recorder()
     config = DecomposeConfig(**{**tiny_settings, "moment_memory": 1e-6})
     view = decompose(config, Run(cut, report=heard))
     assert "resuming after an interruption: 2 blocks are done" in heard.facts
@@ -174,7 +89,7 @@ def test_killed_decomposition_goes_on_and_gives_the_same_bytes(cut, finished, ti
 
 @pytest.mark.parametrize("other", [{"seed": 5}, {"batch_size": 1}], ids=str)
 def test_part_made_with_other_settings_is_not_gone_on_with(cut, tiny_settings, other):
-    heard = Heard()
+    heard = Recorder()
     config = DecomposeConfig(**{**tiny_settings, "moment_memory": 1e-6, **other})
     view = decompose(config, Run(cut, report=heard))
     assert not any("going on" in fact for fact in heard.facts)
@@ -184,7 +99,7 @@ def test_part_made_with_other_settings_is_not_gone_on_with(cut, tiny_settings, o
 
 def test_part_with_a_damaged_file_is_not_gone_on_with(cut, finished, tiny_settings):
     flip(cut / "decompose" / ".two-sided.partial" / "layer-000.safetensors", -5)
-    heard = Heard()
+    heard = Recorder()
     view = decompose(DecomposeConfig(**{**tiny_settings, "moment_memory": 1e-6}), Run(cut, report=heard))
     assert not any("going on" in fact for fact in heard.facts)
     assert contents(view.path, "*.safetensors") == contents(finished / "decompose" / "two-sided", "*.safetensors")
@@ -211,7 +126,7 @@ def test_killed_while_its_manifest_is_written_goes_on(killed, tmp_path, tiny_set
     """All layers are there: nothing is computed again."""
     root = tmp_path / "ws"
     killed("ara.workspace.manifest:Manifest.sealed", 1, "after", *decompose_arguments(tiny_settings, root))
-    heard = Heard()
+    heard = Recorder()
     view = decompose(DecomposeConfig(**tiny_settings), Run(root, report=heard))
     assert "resuming after an interruption: 3 blocks are done" in heard.facts
     assert heard.bars == []

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import ara.stages.measure as measure
 from ara.config import EvalConfig
@@ -18,7 +17,7 @@ from ara.names import check_name
 from ara.stages.common import Run
 from ara.stages.evaluate import evaluate, result_name
 from ara.workspace.store import Workspace
-from ara_cli.app import app
+from tests.commands import ara, done
 from tests.questions import write_questions
 from tests.tiny import story
 
@@ -83,15 +82,14 @@ def test_a_limit_never_replaces_the_whole() -> None:
 
 def test_the_table_marks_what_is_noise(copied: Path) -> None:
     words = ["--tasks", "piqa,arc_easy", "--limit", "12", "--device", "cpu", "--dtype", "float32"]
-    result = CliRunner().invoke(app, ["eval", *words, "-w", str(copied)])
-    assert result.exit_code == 0, result.output
+    result = done("eval", *words, "-w", str(copied))
     for word in ("Tasks of lm-eval", "12 of 24", "mean", "≈ marks what may be chance", "±"):
         assert word in result.output
-    again = CliRunner().invoke(app, ["eval", *words, "-w", str(copied)])
+    again = ara("eval", *words, "-w", str(copied))
     assert "is there already" in again.output
-    unknown = CliRunner().invoke(app, ["eval", "--tasks", "piqa,arc_hard", "-w", str(copied), "-q"])
+    unknown = ara("eval", "--tasks", "piqa,arc_hard", "-w", str(copied), "-q")
     assert unknown.exit_code == 1 and "there is no text or lm-eval task 'arc_hard'" in unknown.output
-    missing = CliRunner().invoke(app, ["eval", "--tasks", "zero-shot", "-w", str(copied), "-q"])
+    missing = ara("eval", "--tasks", "zero-shot", "-w", str(copied), "-q")
     assert missing.exit_code == 1 and "task 'hellaswag': no file" in missing.output
 
 
@@ -152,8 +150,7 @@ def test_tasks_of_the_user_and_files_with_commas(copied: Path, tiny_text: str, t
     words += ["--limit", "6", "--device", "cpu", "--dtype", "float32", "-w", str(copied)]
 
     def measured(path: Path) -> Any:
-        result = CliRunner().invoke(app, ["eval", *words, "--include-path", str(path)])
-        assert result.exit_code == 0, result.output
+        result = done("eval", *words, "--include-path", str(path))
         return result
 
     first = measured(folder)
@@ -166,9 +163,9 @@ def test_tasks_of_the_user_and_files_with_commas(copied: Path, tiny_text: str, t
     (tmp_path / "moved" / "code.py").write_text("def prompt(doc):\n    return doc['goal'].upper()\n")
     changed = measured(tmp_path / "moved")
     assert "made with other settings (task_files_sha256)" in changed.output.replace("-", "_")
-    broken = CliRunner().invoke(app, ["eval", *words, "--include-path", str(tmp_path / "none"), "-q"])
+    broken = ara("eval", *words, "--include-path", str(tmp_path / "none"), "-q")
     assert broken.exit_code == 1 and "none does not exist" in broken.output
-    compared = CliRunner().invoke(app, ["compare", "--tasks", f"file:{text}", "-w", str(copied), "-q"])
+    compared = ara("compare", "--tasks", f"file:{text}", "-w", str(copied), "-q")
     assert compared.exit_code == 1 and "file:PATH#content" in compared.output
 
 
@@ -187,10 +184,9 @@ def test_the_pipeline_takes_tasks_of_the_user(
         ["yours", "--include-path", str(folder)],
         ["mine", "--include-path", str(tmp_path / "no")],
     ):
-        result = CliRunner().invoke(app, [*words, "--tasks", *refused])
+        result = ara(*words, "--tasks", *refused)
         assert result.exit_code == 1 and not workspace.exists(), result.output
-    result = CliRunner().invoke(app, [*words, "--tasks", "mine", "--include-path", str(folder)])
-    assert result.exit_code == 0, result.output
+    result = done(*words, "--tasks", "mine", "--include-path", str(folder))
     (view,) = Workspace.open(workspace).views("evaluation")
     assert view.manifest is not None and list(view.manifest.results["tasks"]) == ["mine"]
     assert view.manifest.config["include_path"] == [str(folder)]

@@ -18,18 +18,9 @@ from ara.stages.truncate import truncate
 from ara.workspace.following import next_command
 from ara.workspace.manifest import read_manifest, verify_files
 from ara.workspace.writer import StageWriter
-from tests.integration.test_learned import (  # noqa: F401
-    NAME,
-    TRAINING,
-    TUNING,
-    break_at,
-    compare_config,
-    invoke,
-    learned,
-    learned_base,
-    train_words,
-)
-from tests.integration.test_resume import Heard
+from tests.commands import ara, done
+from tests.recorder import Recorder
+from tests.training import NAME, TRAINING, TUNING, break_at, compare_config, train_words
 
 
 def raising(error):
@@ -64,7 +55,7 @@ def interrupted_at(call, real):
     return function
 
 
-def test_an_interrupt_passes_through_a_library_call_which_then_goes_on(learned, monkeypatch):  # noqa: F811
+def test_an_interrupt_passes_through_a_library_call_which_then_goes_on(learned, monkeypatch):
     whole = read_manifest(learned / "train-masks" / NAME)
     shutil.rmtree(learned / "train-masks")
     config = TrainMasksConfig(**TRAINING)
@@ -82,33 +73,31 @@ def test_run_stops_at_an_interrupt_and_goes_on(tmp_path, tiny_settings, monkeypa
     words = [word for key, value in settings.items() for word in (f"--{key}", value)]
     words = ["run", tiny_settings["model"], *words, "--method", "ara", "--keep", "0.8", "--no-eval", "-w", tmp_path]
     break_at(monkeypatch, 3, KeyboardInterrupt)
-    first = invoke(*words)
+    first = ara(*words)
     assert first.exit_code == 130 and not (tmp_path / "allocate").exists()
-    second = invoke(*words)
-    assert second.exit_code == 0, second.output
+    done(*words)
     assert read_manifest(tmp_path / "train-masks" / "priced-0.80").results["budgets"]["0.8"]["steps"] == 12
 
 
-def test_divergence_at_a_later_budget_keeps_those_before(learned, monkeypatch):  # noqa: F811
+def test_divergence_at_a_later_budget_keeps_those_before(learned, monkeypatch):
     break_at(monkeypatch, 6, NumericalError("the loss is nan", "try --dtype float32"))
-    result = invoke(*train_words(learned, "--name", "half"))
-    assert result.exit_code == 0, result.output
+    result = done(*train_words(learned, "--name", "half"))
     assert "no result at keep 0.6: the loss is nan (try --dtype float32)" in " ".join(result.output.split())
     results = read_manifest(learned / "train-masks" / "half").results
     assert list(results["budgets"]) == ["0.8"] and "keep 0.6" in results["stopped"]
-    again = invoke(*train_words(learned, "--name", "half"))
+    again = ara(*train_words(learned, "--name", "half"))
     assert "is not complete: at keep 0.6 the loss is nan" in " ".join(again.output.split())
 
 
-def test_a_repeated_training_is_the_same_content(learned):  # noqa: F811
+def test_a_repeated_training_is_the_same_content(learned):
     first = read_manifest(learned / "train-masks" / NAME)
     train_masks(TrainMasksConfig(**TRAINING), Run(learned, force=True))
     assert read_manifest(learned / "train-masks" / NAME).files == first.files
 
 
 @pytest.mark.parametrize("command", ["allocate", "compare"])
-def test_what_a_training_learned_from_is_not_held_out(learned, tiny_text, command):  # noqa: F811
-    heard = Heard()
+def test_what_a_training_learned_from_is_not_held_out(learned, tiny_text, command):
+    heard = Recorder()
     other = {**TUNING, "samples": 5, "held_out": 2}
     if command == "allocate":
         view = allocate(AllocateConfig(keep=0.8, method="ara", **other), Run(learned, report=heard))
@@ -121,14 +110,14 @@ def test_what_a_training_learned_from_is_not_held_out(learned, tiny_text, comman
     assert plain.manifest.config["samples"] == 5
 
 
-def test_a_training_of_the_papers_form_does_not_serve_pivoted_layers(learned):  # noqa: F811
+def test_a_training_of_the_papers_form_does_not_serve_pivoted_layers(learned):
     shutil.rmtree(learned / "train-masks")
     train_masks(TrainMasksConfig(**{**TRAINING, "keep": (0.8,), "steps": 1}, objective="paper"), Run(learned))
     with pytest.raises(WorkspaceError, match="does not support layout pivoted"):
         allocate(AllocateConfig(keep=0.8, method="ara", layout="pivoted", **TUNING), Run(learned))
 
 
-def same_training(view, learned):  # noqa: F811
+def same_training(view, learned):
     """Hold a training against the one of the fixture, which was never interrupted."""
     whole, made = read_manifest(learned / "train-masks" / NAME), view.manifest
     assert made.files == whole.files and made.results["stopped"] is None
@@ -141,7 +130,7 @@ def same_training(view, learned):  # noqa: F811
 # Steps 1 to 4 are those of the first budget.
 @pytest.mark.parametrize("step", [1, 3, 5, 7])
 @pytest.mark.parametrize("cut_off", [False, True], ids=["", "and cut off while it is stored"])
-def test_what_ctrl_c_has_stopped_goes_on_from_there(learned, monkeypatch, step, cut_off):  # noqa: F811
+def test_what_ctrl_c_has_stopped_goes_on_from_there(learned, monkeypatch, step, cut_off):
     config, name = TrainMasksConfig(**TRAINING), "stopped"
     with monkeypatch.context() as during:
         break_at(during, step, KeyboardInterrupt)
@@ -161,7 +150,7 @@ def test_what_ctrl_c_has_stopped_goes_on_from_there(learned, monkeypatch, step, 
     assert len(counted) == 9 - step, "no step is taken twice"
 
 
-def test_ctrl_c_between_two_budgets_keeps_the_first(learned, monkeypatch):  # noqa: F811
+def test_ctrl_c_between_two_budgets_keeps_the_first(learned, monkeypatch):
     import ara.stages.train_masks as stage
 
     with monkeypatch.context() as during:
@@ -173,7 +162,7 @@ def test_ctrl_c_between_two_budgets_keeps_the_first(learned, monkeypatch):  # no
     same_training(train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped"), learned)
 
 
-def test_ctrl_c_while_the_last_step_is_checked_leaves_that_step_to_be_taken(learned, monkeypatch):  # noqa: F811
+def test_ctrl_c_while_the_last_step_is_checked_leaves_that_step_to_be_taken(learned, monkeypatch):
     config = TrainMasksConfig(**{**TRAINING, "check_every": 9})
     whole = train_masks(config, Run(learned), name="whole")
     with monkeypatch.context() as during:
@@ -185,7 +174,7 @@ def test_ctrl_c_while_the_last_step_is_checked_leaves_that_step_to_be_taken(lear
     assert view.manifest.files == whole.manifest.files and view.manifest.results["stopped"] is None
 
 
-def test_ctrl_c_while_a_budget_is_stored_leaves_none_without_its_file(learned, monkeypatch):  # noqa: F811
+def test_ctrl_c_while_a_budget_is_stored_leaves_none_without_its_file(learned, monkeypatch):
     config = TrainMasksConfig(**TRAINING)
     with monkeypatch.context() as during:
         # The table, and the two budgets.
@@ -198,7 +187,7 @@ def test_ctrl_c_while_a_budget_is_stored_leaves_none_without_its_file(learned, m
 
 
 @pytest.mark.parametrize("place", ["ara.workspace.writer:shutil.copytree", "ara.workspace.writer:write_text"])
-def test_what_ctrl_c_stopped_goes_on_though_storing_it_failed(learned, monkeypatch, place):  # noqa: F811
+def test_what_ctrl_c_stopped_goes_on_though_storing_it_failed(learned, monkeypatch, place):
     with monkeypatch.context() as during:
         break_at(during, 3, KeyboardInterrupt)
         during.setattr(place.replace(":", "."), raising(OSError("the disk is full")))
@@ -207,46 +196,45 @@ def test_what_ctrl_c_stopped_goes_on_though_storing_it_failed(learned, monkeypat
     same_training(train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped"), learned)
 
 
-def test_a_report_on_a_training_that_can_go_on(learned, monkeypatch, tiny_text):  # noqa: F811
+def test_a_report_on_a_training_that_can_go_on(learned, monkeypatch, tiny_text):
     with monkeypatch.context() as during:
         break_at(during, 3, KeyboardInterrupt)
         train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="stopped", keep_on_interrupt=True)
     allocate(AllocateConfig(keep=0.8, method="ara", guard=False, **TUNING), Run(learned), masks="stopped")
     truncate(TruncateConfig(), Run(learned))
-    result = invoke("report", "-w", learned)
-    assert result.exit_code == 0, result.output
+    done("report", "-w", learned)
 
 
-def test_ctrl_c_does_not_replace_a_complete_training(learned, monkeypatch):  # noqa: F811
+def test_ctrl_c_does_not_replace_a_complete_training(learned, monkeypatch):
     before = read_manifest(learned / "train-masks" / NAME)
     words = train_words(learned, "--name", NAME, "--steps", "9")
     with monkeypatch.context() as during:
         break_at(during, 7, KeyboardInterrupt)
-        result = invoke(*words)
+        result = ara(*words)
     assert result.exit_code == 130 and "the same command resumes the training" in result.output
     assert read_manifest(learned / "train-masks" / NAME) == before
     # Nor does it stand in the way of what was begun.
-    result = invoke(*words)
+    result = ara(*words)
     assert result.exit_code == 0 and "resuming after step 6 of 9" in " ".join(result.output.split())
     assert read_manifest(learned / "train-masks" / NAME).results["budgets"]["0.8"]["steps"] == 9
 
 
-def test_other_settings_than_those_of_an_unfinished_training_are_told(learned, monkeypatch):  # noqa: F811
+def test_other_settings_than_those_of_an_unfinished_training_are_told(learned, monkeypatch):
     with monkeypatch.context() as during:
         break_at(during, 3, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             train_masks(TrainMasksConfig(**TRAINING), Run(learned), name="x")
-    heard = Heard()
+    heard = Recorder()
     other = {**TRAINING, "steps": 1}
     train_masks(TrainMasksConfig(**other), Run(learned, report=heard), name="x")
-    assert "an unfinished train-masks/x was begun with other settings: its work is thrown away" in heard.facts
-    again = Heard()
+    assert "an unfinished train-masks/x was begun with other settings: its work is thrown away" in heard.warnings
+    again = Recorder()
     train_masks(TrainMasksConfig(**other), Run(learned, report=again), name="x")
-    assert not [text for text in again.facts if "unfinished" in text]
+    assert not [text for text in again.warnings if "unfinished" in text]
 
 
 @pytest.mark.parametrize("cut_off", [False, True], ids=["", "and cut off while it is stored"])
-def test_force_trains_anew_what_was_stopped(learned, monkeypatch, cut_off):  # noqa: F811
+def test_force_trains_anew_what_was_stopped(learned, monkeypatch, cut_off):
     config = TrainMasksConfig(**TRAINING)
     with monkeypatch.context() as during:
         break_at(during, 7, KeyboardInterrupt)
@@ -262,7 +250,7 @@ def test_force_trains_anew_what_was_stopped(learned, monkeypatch, cut_off):  # n
     assert len(counted) == 8
 
 
-def test_budgets_that_a_training_has_are_not_trained_again(learned, monkeypatch):  # noqa: F811
+def test_budgets_that_a_training_has_are_not_trained_again(learned, monkeypatch):
     monkeypatch.setattr(MaskedModel, "gradients", raising(AssertionError))
     for keep in [(0.6,), (0.8,), (0.6, 0.8), (0.8, 0.6, 0.8)]:
         assert train_masks(TrainMasksConfig(**{**TRAINING, "keep": keep}), Run(learned)).name == NAME
@@ -271,7 +259,7 @@ def test_budgets_that_a_training_has_are_not_trained_again(learned, monkeypatch)
             train_masks(TrainMasksConfig(**{**TRAINING, **other}), Run(learned))
 
 
-def test_a_training_at_the_budget_is_preferred_to_a_later_one(learned):  # noqa: F811
+def test_a_training_at_the_budget_is_preferred_to_a_later_one(learned):
     train_masks(TrainMasksConfig(**{**TRAINING, "keep": (0.75,), "steps": 1}), Run(learned))
 
     def used(keep):
@@ -293,13 +281,13 @@ def test_run_takes_a_training_that_was_made_otherwise(tmp_path, tiny_settings, m
         name="mine",
     )
     monkeypatch.setattr(MaskedModel, "gradients", raising(AssertionError))
-    assert invoke(*words).exit_code == 0
+    assert ara(*words).exit_code == 0
     (ranks,) = Run(tmp_path).open().views("ranks")
     assert longer.key in [parent.key for parent in ranks.manifest.parents]
 
 
 @pytest.mark.parametrize(("layout", "words"), [("factors", []), ("pivoted", ["--layout", "pivoted"])])
-def test_the_next_command_goes_with_the_training(learned, layout, words):  # noqa: F811
+def test_the_next_command_goes_with_the_training(learned, layout, words):
     shutil.rmtree(learned / "train-masks")
     train_masks(TrainMasksConfig(**{**TRAINING, "keep": (0.75,), "steps": 1}, layout=layout), Run(learned))
     assert shlex.split(next_command(Run(learned).open()))[:-2] == ["ara", "allocate", "--keep", "0.75", *words]
@@ -307,7 +295,7 @@ def test_the_next_command_goes_with_the_training(learned, layout, words):  # noq
 
 @pytest.mark.parametrize("optimiser", ["newton", "adam"])
 @pytest.mark.parametrize("winner", ["sensitivity", "learned"])
-def test_a_later_budget_starts_at_the_better_of_two_places(learned, monkeypatch, winner, optimiser):  # noqa: F811
+def test_a_later_budget_starts_at_the_better_of_two_places(learned, monkeypatch, winner, optimiser):
     real, places = MaskedModel.nll, []
 
     def judged(self, *args, **kwargs):
@@ -321,7 +309,7 @@ def test_a_later_budget_starts_at_the_better_of_two_places(learned, monkeypatch,
     def wanted():
         return any("keep 0.8: best" in text for text in heard.facts)
 
-    heard = Heard()
+    heard = Recorder()
     monkeypatch.setattr(MaskedModel, "nll", judged)
     run = Run(learned, report=heard)
     view = train_masks(TrainMasksConfig(**TRAINING, optimiser=optimiser, atoms=8, learning_rate=3.0), run, name="two")
@@ -335,7 +323,7 @@ def test_a_later_budget_starts_at_the_better_of_two_places(learned, monkeypatch,
 
 
 @pytest.mark.parametrize(("objective", "passes"), [("priced", 8 + 12 + 12), ("paper", 8 + 12)])
-def test_the_cost_of_a_training_that_does_not_say_where_it_started(learned, objective, passes):  # noqa: F811
+def test_the_cost_of_a_training_that_does_not_say_where_it_started(learned, objective, passes):
     view = Run(learned).open().require("training")
     view.manifest.config["objective"] = objective
     for row in view.manifest.results["budgets"].values():
@@ -343,7 +331,7 @@ def test_the_cost_of_a_training_that_does_not_say_where_it_started(learned, obje
     assert training_cost(view, 0.6).backward_passes == passes
 
 
-def test_compare_counts_what_the_training_has_cost(learned, tiny_text):  # noqa: F811
+def test_compare_counts_what_the_training_has_cost(learned, tiny_text):
     trained = Run(learned).open().require("training").manifest.results
     config = CompareConfig(keep=0.61, methods=("ara",), tasks=(tiny_text,), eval_seq_len=64, max_windows=1, **TUNING)
     row = compare(config, Run(learned)).manifest.results["methods"]["ara"]

@@ -130,5 +130,5 @@ def test_options_of_a_method_may_be_called_anything():
 
 
 def test_bounds_do_not_stand_in_the_way():
-    build(DecomposeConfig, model="m", samples=10**5, seq_len=2**20, moment_memory=1e-6)
-    build(EvalConfig, max_windows=10**6, limit=10**6, seq_len=131072)
+    assert build(DecomposeConfig, model="m", samples=10**5, seq_len=2**20, moment_memory=1e-6).seq_len == 2**20
+    assert build(EvalConfig, max_windows=10**6, limit=10**6, seq_len=131072).limit == 10**6

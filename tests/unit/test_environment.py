@@ -157,8 +157,12 @@ def test_freed_memory_is_kept_where_the_c_library_can():
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):
+    asked = []
+
     def missing(name):
+        asked.append(name)
         raise OSError(name)
 
     monkeypatch.setattr("ctypes.CDLL", missing)
     environment.keep_freed_memory()
+    assert asked == ["libc.so.6"]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ara.errors import NumericalError
+from ara.stages import train_masks
+from ara_cli.console import Console
 from benchmarks.quality import Bench
 from benchmarks.quality_rows import METHODS, Row, wanted
 from benchmarks.quality_table import (
@@ -27,7 +29,7 @@ from benchmarks.quality_table import (
     share_closed,
     summary,
 )
-from tests.reported import training
+from tests.tiny import random_model, save_with_tokenizer, tiny_config, tiny_texts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = REPOSITORY / "README.md"
@@ -108,33 +110,51 @@ def test_every_method_is_wanted_at_every_budget_and_learned_ones_with_every_seed
     assert Row("two-sided", "ara", 0.6, 2, "pivoted").key == "two-sided, pivoted/ara/0.6/2"
 
 
-def bench(tmp_path, rows, **more):
-    """Return a benchmark that measures nothing by itself."""
-    made = Bench.__new__(Bench)
-    made.arguments = SimpleNamespace(seeds=2, keep=[0.8, 0.6], steps=None, **more)
-    made.file, made.rows, made.run = tmp_path / "rows.json", rows, None
-    return made
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Return a benchmark of a tiny model, with a few sentences as C4 and WikiText-2."""
+    sentences = tiny_texts()
+    parts = {"c4_sample/c4_rp1": sentences, "c4_sample/c4_rp2": ["Unseen."] * 50, "wikitext2_raw/test": sentences}
+    for name, texts in parts.items():
+        path = tmp_path / "data" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    monkeypatch.setenv("ARA_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("ARA_CACHE_DIR", str(tmp_path / "cache"))
+    config = tiny_config("llama")
+    config.max_position_embeddings = 512  # a calibration window
+    model = save_with_tokenizer(tmp_path / "model", random_model(config))
+    sizes = {"samples": 12, "seq_len": 40, "windows": 2, "steps": 2, "seeds": 2, "keep": [0.8, 0.6]}
+    arguments = argparse.Namespace(model=str(model), workspace=tmp_path / "ws", results=tmp_path / "rows.json", **sizes)
+    return Bench(arguments, Console(quiet=True))
 
 
-def test_seeds_that_were_trained_otherwise_are_not_averaged(tmp_path, rows):
-    made, asked = bench(tmp_path, rows), Row("two-sided", "ara", 0.8, 1)
-    alike = rows["two-sided/ara/0.8/0"] = {**row(40), **made._settings(asked)}
-    rows["two-sided/ara/0.8/1"] = {"error": "the loss is nan"}
-    made._refuse_mixture(asked)
+def test_trainings_that_stop_early_or_do_not_fit_together(bench, monkeypatch):
+    """A budget that a training has left out is a failed row; seeds that were trained otherwise are not averaged."""
+    train, calls = train_masks.train, []
+
+    def diverging(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise NumericalError("the training diverges")
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(train_masks, "train", diverging)
+    for keep in (0.6, 0.8):
+        bench.measure(Row("two-sided", "ara", keep, 0))
+    rows = json.loads(bench.file.read_text(encoding="utf-8"))["rows"]
+    assert rows["two-sided/ara/0.6/0"] == {"error": "not trained: at keep 0.6 the training diverges", "run": 0}
+    alike = rows["two-sided/ara/0.8/0"]
+    assert alike["trained_at"] == [0.8, 0.6] and alike["options"]["steps"] == 2
+    assert 0.7 < alike["linear_keep"] <= 0.8 and len(alike["c4_windows"]) == 2
     for other in ({"trained_at": [0.8]}, {"options": {**alike["options"], "steps": 13}}, {"options": None}):
-        rows["two-sided/ara/0.8/0"] = {**alike, **other}
+        bench.rows["two-sided/ara/0.8/0"] = {**alike, **other}
         with pytest.raises(SystemExit, match=r"two-sided/ara/0\.8/0 in .* trained with other settings"):
-            made._refuse_mixture(asked)
-    made._refuse_mixture(Row("two-sided", "tanh", 0.8, 1))
-
-
-def test_a_budget_that_a_training_has_left_out_is_a_failed_row(tmp_path, rows, monkeypatch):
-    budgets = {"0.8": training().results["budgets"]["0.8"]}
-    results = {"budgets": budgets, "log": {}, "stopped": "at keep 0.6 the training diverges"}
-    view = SimpleNamespace(manifest=SimpleNamespace(results=results))
-    monkeypatch.setattr("ara.stages.train_masks.train_masks", lambda *args, **kwargs: view)
-    with pytest.raises(NumericalError, match=r"at keep 0\.6 the training diverges"):
-        bench(tmp_path, rows)._trained(Row("two-sided", "ara", 0.6, 0))
+            bench.measure(Row("two-sided", "ara", 0.8, 1))
+    assert len(calls) == 2
+    bench.rows["two-sided/ara/0.8/0"] = alike
+    bench.measure(Row("two-sided", "ara", 0.8, 1))
+    assert len(calls) == 4 and "error" not in bench.rows["two-sided/ara/0.8/1"]
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="no published rows")

@@ -49,15 +49,6 @@ def _refused(path: Path | str, *words: str, kind: type[AraError] = DataError) ->
 # -- what is read -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.JSONL", "a.jsonlines", "a.json"])
-@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
-def test_json_lines_by_any_name(tmp_path: Path, name: str, ending: str) -> None:
-    path = tmp_path / (name + ending)
-    path.write_bytes({"": bytes, ".gz": gzip.compress, ".zst": _zstd}[ending](LINES))
-    assert _read(path) == tuple(row.upper() for row in ROWS)
-    assert _read(f"{path}#content") == tuple(ROWS)
-
-
 @pytest.mark.parametrize("pack", [gzip.compress, _zstd])
 def test_packed_text_is_that_of_the_text(tmp_path: Path, pack: Any) -> None:
     """In several members, too, and by its first bytes whatever its name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from ara.data import texts
-from ara.data.texts import TEXTS, Documents, Purpose, check_text_spec, load_documents
+from ara.data.texts import Purpose, check_text_spec, load_documents
 from ara.errors import DataError, UsageError
 
 
@@ -38,28 +37,6 @@ def no_data_dir(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ARA_DATA_DIR", raising=False)
 
 
-# -- every registered text --------------------------------------------------------------------------------------
-
-
-@pytest.mark.data
-@pytest.mark.parametrize("name", TEXTS.names())
-def test_purposes_share_no_document(name: str, data_dir: Path) -> None:
-    calibration, evaluation = (load_documents(name, purpose) for purpose in ("calibration", "evaluation"))
-    assert calibration.documents and evaluation.documents
-    assert not set(calibration.documents) & {text for text in evaluation.documents if text.strip()}
-    assert all(text.strip() for text in calibration.documents)
-    assert calibration.digest != evaluation.digest
-
-
-@pytest.mark.data
-@pytest.mark.parametrize("name", TEXTS.names())
-def test_loading_twice_gives_the_same(name: str, data_dir: Path) -> None:
-    first = load_documents(name, "calibration")
-    assert first == load_documents(name, "calibration")
-    assert (first.name, first.purpose, first.separator) == (name, "calibration", "\n\n")
-    assert first.origin
-
-
 # -- names ------------------------------------------------------------------------------------------------------
 
 
@@ -70,11 +47,6 @@ def test_unknown_name_lists_near_matches_and_the_file_form() -> None:
         check_text_spec("wikitext-2")
     assert "file:PATH" in (error.value.hint or "")
     assert error.value.exit_code == 2
-
-
-@pytest.mark.parametrize("name", TEXTS.names())
-def test_known_names_pass_the_check_without_loading(name: str, no_data_dir: None) -> None:
-    check_text_spec(name)
 
 
 def test_file_spec_is_checked_early(tmp_path: Path) -> None:
@@ -256,14 +228,3 @@ def test_malformed_text(content: bytes, complaint: str, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError, match=complaint):
         load_documents(f"file:{path}", "calibration")
-
-
-def test_digest_tells_documents_apart(tmp_path: Path) -> None:
-    def load(rows: list[str]) -> Documents:
-        return load_documents(f"file:{_write_rows(tmp_path / 'rows.jsonl', rows)}", "calibration")
-
-    digests = [load(rows).digest for rows in (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"])]
-    assert len(set(digests)) == 4
-    assert load(["ab", "c"]).digest == digests[0]
-    expected = hashlib.sha256((3).to_bytes(8, "little") + b"abc").hexdigest()
-    assert load(["abc"]).digest == expected

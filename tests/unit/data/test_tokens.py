@@ -28,24 +28,10 @@ from ara.data.tokens import (
     tokenizer_fingerprint,
 )
 from ara.errors import DataError, UsageError
-from ara.progress import SilentReporter
+from tests.recorder import Recorder
 from tests.tiny import tiny_texts, tiny_tokenizer
 
 BOS, EOS = 1, 2
-
-
-class _Listener(SilentReporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.facts: list[str] = []
-        self.warnings: list[str] = []
-
-    def fact(self, text: str) -> None:
-        self.facts.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 def _documents(texts: list[str]) -> Documents:
@@ -120,7 +106,7 @@ def test_an_eos_that_the_model_has_no_row_for_does_not_stand_between_documents(t
     tokenizer = _other_tokenizers()["no bos"]
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})  # id 260
     texts, sizes = _documents(["one", "two"]), {"samples": 1, "seq_len": 10, "seed": 0}
-    listener = _Listener()
+    listener = Recorder()
     for said in ([], ["built"]):  # the second time from the cache
         ids = cached_calibration_windows(tmp_path, tokenizer, texts, **sizes, rows=260, report=listener).ids[0]
         assert tokenizer.decode(ids) in ("one\n\ntwo\n\n", "two\n\none\n\n")
@@ -304,7 +290,7 @@ def test_few_tokens_of_many_long_documents_read_few_of_them(monkeypatch: pytest.
 
 
 def test_cache_gives_the_same_windows_without_tokenising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, listener = tmp_path / "new" / "cache", _Listener()
+    folder, listener = tmp_path / "new" / "cache", Recorder()
     built = cached_calibration_windows(folder, tiny_tokenizer(), DOCUMENTS, **SIZES, report=listener)
     assert torch.equal(built.ids, calibration_windows(DOCUMENTS, tiny_tokenizer(), **SIZES).ids)
     (path,) = folder.iterdir()  # nothing left aside
@@ -327,7 +313,7 @@ def test_cache_remembers_what_was_asked_of_a_short_text(tmp_path: Path) -> None:
 
 
 def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
-    listener = _Listener()
+    listener = Recorder()
     sizes: dict[str, Any] = {"samples": 2, "seq_len": 5, "seed": 0}
     built = cached_calibration_windows(tmp_path, tiny_tokenizer(), DOCUMENTS, **sizes)
     (path,) = tmp_path.iterdir()
@@ -343,7 +329,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", None])
 def test_truncated_or_foreign_cache_is_rebuilt(content: bytes | None, tmp_path: Path) -> None:
-    listener = _Listener()
+    listener = Recorder()
     built = cached_calibration_windows(tmp_path, tiny_tokenizer(), DOCUMENTS, **SIZES)
     (path,) = tmp_path.iterdir()
     good = path.read_bytes()
@@ -396,7 +382,7 @@ def test_slow_tokenizers_are_known_by_their_vocabulary() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
 def test_a_pipe_in_the_place_of_the_cache_is_not_waited_for(tmp_path: Path) -> None:
-    listener = _Listener()
+    listener = Recorder()
     built = cached_calibration_windows(tmp_path, tiny_tokenizer(), DOCUMENTS, **SIZES)
     (path,) = tmp_path.iterdir()
     path.unlink()

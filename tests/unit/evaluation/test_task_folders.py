@@ -15,7 +15,7 @@ from ara.evaluation import tasks
 from ara.evaluation.harness import ask
 from ara.evaluation.task_folders import TaskFolders, open_task_folders
 from ara.evaluation.tasks import check_task, expand, load_tasks
-from ara.progress import SilentReporter
+from tests.recorder import Recorder
 from tests.tiny import tiny_model, tiny_tokenizer
 
 _TASK = """
@@ -155,16 +155,12 @@ def test_names_that_stand_for_two_things(folder: Path, tmp_path: Path, monkeypat
     with pytest.raises(UsageError, match=r"'c4' is a text of ara, and a task in .*c\.yaml"):
         check_task("c4", own=own)
     assert expand(["zero-shot", "piqa"], own) == ("zero-shot", "piqa")
-    said: list[str] = []
-
-    class Listener(SilentReporter):
-        def warn(self, text: str) -> None:
-            said.append(text)
-
+    recorder = Recorder()
     monkeypatch.setenv("ARA_DATA_DIR", str(tmp_path / "empty"))
-    (task,) = load_tasks("piqa", Listener(), own)
+    (task,) = load_tasks("piqa", recorder, own)
     assert task.documents == 6
-    assert len(said) == 1 and said[0].startswith("piqa is the task in ") and said[0].endswith("not the task of lm-eval")
+    (said,) = recorder.warnings
+    assert said.startswith("piqa is the task in ") and said.endswith("not the task of lm-eval")
     later = tmp_path / "later"
     later.mkdir()
     _more(later, "twin.yaml", "task: twin\n")

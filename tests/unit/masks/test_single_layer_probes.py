@@ -21,6 +21,7 @@ from ara.masks.single_layer_probes import ProbeOptions, probe, probe_choices
 from ara.models.weights import LinearSpec, find_blocks, find_linears
 from ara.progress import SilentReporter
 from ara.solver.problem import Budget
+from tests.recorder import Recorder
 from tests.tiny import FAMILIES, VOCABULARY, gemma_with_shared_keys, tiny_model
 from tests.toy import LAYERS_PER_BLOCK, ToyModel, toy_problem
 
@@ -86,10 +87,10 @@ def test_blocks_that_reuse_keys_and_values_of_earlier_ones_are_probed_by_whole_p
     windows = torch.randint(50, (2, 11), generator=torch.Generator().manual_seed(0))
     # A layer of every block, not all of each: these families have many.
     ranks = {spec.name: [spec.full_rank // 3] for spec in model.specs if spec.kind.endswith(("q_proj", "down_proj"))}
-    said: list[str] = []
-    report = SimpleNamespace(bar=SilentReporter().bar, fact=said.append)
-    assert probe(model, windows, ranks, measure, report) == _by_whole_passes(model, windows, ranks, measure)
-    assert len(said) == 1 and said[0].startswith("3 of 4 blocks were probed by passes through the whole model")
+    recorder = Recorder()
+    assert probe(model, windows, ranks, measure, recorder) == _by_whole_passes(model, windows, ranks, measure)
+    (said,) = recorder.facts
+    assert said.startswith("3 of 4 blocks were probed by passes through the whole model")
 
 
 class _Tuples(ToyModel):

@@ -13,16 +13,8 @@ import torch
 from ara.allocation.sensitivity import SensitivityOptions, sensitivity_table
 from ara.masks.context import TuningContext
 from ara.masks.table_cache import SensitivityTable, TableCache, _write
-from ara.progress import SilentReporter
+from tests.recorder import Recorder
 from tests.toy import toy_problem
-
-
-class _Listener(SilentReporter):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 @pytest.fixture
@@ -80,7 +72,7 @@ def test_anything_else_makes_another_table(context: TuningContext, tmp_path: Pat
     ],
 )
 def test_a_damaged_table_is_reported_and_made_anew(context: TuningContext, tmp_path: Path, damage) -> None:
-    recorder = _Listener()
+    recorder = Recorder()
     context = replace(context, table_cache=TableCache(tmp_path / "tables", "f" * 64, recorder))
     first, _ = _passes(context)
     (path,) = (tmp_path / "tables").iterdir()
@@ -94,7 +86,7 @@ def test_a_damaged_table_is_reported_and_made_anew(context: TuningContext, tmp_p
 @pytest.mark.parametrize("change", [lambda table: {"other": table}, lambda table: {"m0": table[:-1]}])
 def test_a_table_of_other_layers_is_thrown_away(context: TuningContext, tmp_path: Path, change) -> None:  # type: ignore[no-untyped-def]
     """Its checksum says only that it is what somebody wrote."""
-    listener = _Listener()
+    listener = Recorder()
     context = replace(context, table_cache=TableCache(tmp_path / "tables", "f" * 64, listener))
     first, _ = _passes(context)
     (path,) = (tmp_path / "tables").iterdir()
@@ -108,7 +100,7 @@ def test_a_table_of_other_layers_is_thrown_away(context: TuningContext, tmp_path
     "make", [os.mkfifo, lambda path: path.symlink_to("/nowhere"), lambda path: path.symlink_to("/")]
 )
 def test_no_table_is_read_through_a_link_or_a_pipe(context: TuningContext, tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
-    listener = _Listener()
+    listener = Recorder()
     context = replace(context, table_cache=TableCache(tmp_path / "tables", "f" * 64, listener))
     _passes(context)
     (path,) = (tmp_path / "tables").iterdir()

@@ -6,27 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ara.progress import SilentReporter
-
-
-class Recorder(SilentReporter):
-    """Keeps what it is told as ``"kind: text"`` lines."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def step(self, text: str) -> None:
-        self.lines.append(f"step: {text}")
-
-    def fact(self, text: str) -> None:
-        self.lines.append(f"fact: {text}")
-
-    def warn(self, text: str) -> None:
-        self.lines.append(f"warn: {text}")
-
-    def kinds(self) -> list[str]:
-        """Return the first word of every line."""
-        return [line.partition(":")[0] for line in self.lines]
+from tests.recorder import Recorder
 
 
 @pytest.fixture

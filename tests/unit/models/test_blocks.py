@@ -16,6 +16,7 @@ from ara.models import blocks as module
 from ara.models.blocks import BlockRunner, independent_starts, keeping_outputs, starting_at
 from ara.models.weights import find_blocks, find_linears
 from ara.progress import SilentReporter
+from tests.recorder import Recorder
 from tests.tiny import FAMILIES, gemma_with_shared_keys, tiny_model
 
 WIDTH = 22
@@ -156,14 +157,6 @@ class _Twice(_Model):
         return super().body(super().body(x))
 
 
-class _Facts(SilentReporter):
-    def __init__(self) -> None:
-        self.facts: list[str] = []
-
-    def fact(self, text: str) -> None:
-        self.facts.append(text)
-
-
 def _counted(model: nn.Module) -> Counter[int]:
     """Count how often blocks run, inside: what stands in for a block never gets there."""
     runs: Counter[int] = Counter()
@@ -274,7 +267,7 @@ def test_what_does_not_fit_into_memory_is_run_again(room: int, monkeypatch: pyte
     starts = independent_starts(model, _windows(1), [1, 2, 3])
     expected = _read(model, [(0, 1, 2, 3)], None)
     monkeypatch.setattr(module, "available_bytes", lambda device: module._SHARE * room * 5 * 11 * WIDTH * 4)
-    report = _Facts()
+    report = Recorder()
     _assert_same(_read(model, [(0,), (1,), (2,), (3,)], starts, report), expected)
     assert len(report.facts) == {0: 2, 6: 0}.get(room, 1)
     assert all("do not fit into memory" in fact for fact in report.facts)

@@ -14,8 +14,8 @@ from ara.models import sources
 from ara.models.gguf import GgufFile
 from ara.models.sources import resolve
 from tests.gguf_files import gguf_model, split_gguf, write_gguf
+from tests.recorder import Recorder
 from tests.tiny import tiny_model
-from tests.unit.models.conftest import Recorder
 
 _TEXT = "Zwölf\n\n Boxkämpfer\tjagen 3.14159 🙂 <eos>"
 
@@ -62,7 +62,7 @@ def test_everything_after_the_first_time_comes_from_the_cache(
     second = again.load_model(torch.bfloat16).state_dict()
     assert {tensor.dtype for tensor in second.values()} == {torch.bfloat16}
     assert all(torch.equal(second[name], tensor) for name, tensor in weights.items())
-    assert recorder.lines == []
+    assert recorder.kinds() == []
 
 
 def test_the_kept_tokenizer_encodes_as_the_file_itself(gguf_file: Path, cache: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -110,7 +112,12 @@ def test_torch_dtype() -> None:
         torch_dtype("auto")
 
 
-def test_this_machine_can_do_what_is_chosen() -> None:
-    chosen = choose_placement()
-    product = torch.ones(3, 5, dtype=torch_dtype(chosen.dtype), device=chosen.device).sum()
-    assert product.item() == 15
+def test_bf16_is_chosen_where_the_kernel_says_that_the_processor_has_it() -> None:
+    told = Path("/proc/cpuinfo")
+    if not told.exists() or not torch.backends.mkldnn.is_available():
+        pytest.skip("needs Linux and oneDNN")
+    has_bf16 = not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(told.read_text().split())
+    chosen = choose_placement("cpu")
+    assert chosen.dtype == ("bfloat16" if has_bf16 else "float32")
+    product = torch.full((3, 5), 2, dtype=torch_dtype(chosen.dtype)) @ torch.ones(5, 7, dtype=torch_dtype(chosen.dtype))
+    assert product.tolist() == [[10.0] * 7] * 3

@@ -14,8 +14,8 @@ from transformers.utils import logging as transformers_logging
 from ara.errors import ModelError, UnsupportedModelError, UsageError
 from ara.models import sources
 from ara.models.sources import resolve
+from tests.recorder import Recorder
 from tests.tiny import FAMILIES, save_tiny, tiny_model, tiny_tokenizer
-from tests.unit.models.conftest import Recorder
 
 
 @pytest.fixture
@@ -221,8 +221,8 @@ def test_an_alias_wins_over_a_folder_and_says_so(
     with pytest.raises(ModelError, match="no network in tests"):
         resolve("llama2-7b", report=recorder)
     assert asked == ["meta-llama/Llama-2-7b-hf"]
-    assert recorder.lines == [
-        "warn: llama2-7b is an alias; write ./llama2-7b for the folder of that name",
-        "step: Looking up meta-llama/Llama-2-7b-hf",
+    assert recorder.told == [
+        ("warn", "llama2-7b is an alias; write ./llama2-7b for the folder of that name"),
+        ("step", "Looking up meta-llama/Llama-2-7b-hf"),
     ]
     assert resolve("./llama2-7b").identity.kind == "folder"

@@ -12,7 +12,7 @@ import pytest
 
 from ara.errors import DiskFullError, ModelError
 from ara.models import wheel
-from tests.unit.models.conftest import Recorder
+from tests.recorder import Recorder
 
 _CONTENT = b"GGUF" + bytes(range(251)) * 7
 

@@ -120,7 +120,7 @@ def test_a_benchmark_of_models_one_after_the_other_compares_no_speeds():
     report = gather(replace(sources(), current=Made(truncated(), allocation(), (evaluation(),), (apart,))))
     assert {row.ratio for case in report.benches[0].cases for row in case.models.values()} == {None}
     assert "generation" not in report.verdict
-    assert report.speed_front is None or report.speed_front.speed == "reading"
+    assert report.speed_front.speed == "reading"
 
 
 def test_every_layer_has_its_rank_and_what_is_cut_off():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
 from ara.artifacts.evaluation import AnswerPiece, TaskFigures, TaskPiece, TaskResults
-from ara.evaluation.tasks import ZERO_SHOT, Task, mean_label
+from ara.evaluation.task_folders import open_task_folders
+from ara.evaluation.tasks import ZERO_SHOT, load_tasks, mean_label
 from ara.stages.scores import mean_accuracy, task_results
 
 MODELS = ("dense", "mine")
@@ -58,10 +59,27 @@ def test_one_task_has_no_mean() -> None:
     assert mean_accuracy(*asked(("piqa", "wikitext")), MODELS, "mine") is None
 
 
-@pytest.mark.parametrize(("higher", "kept"), [(True, 0.5), (None, 0.5), (False, None)])
-def test_a_share_of_dense_is_kept_only_where_more_is_better(higher: bool | None, kept: float | None) -> None:
-    rows = {model: piece("ter", mean, [0.0, 1.0]) for model, mean in (("dense", 0.6), ("mine", 0.3))}
-    definition = SimpleNamespace(higher_is_better=lambda: {} if higher is None else {"ter": higher})
-    task = Task("made", definition, 2, "made", "")  # type: ignore[arg-type]
-    found = task_results(task, rows, "mine", seed=0)
-    assert found.models["mine"].retained == kept
+_TASK = """
+task: made
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}, cache_dir: {folder}/cache}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: question
+doc_to_choice: ["yes", "no"]
+doc_to_target: label
+metric_list: [{{metric: acc, higher_is_better: {higher}}}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher", "kept"), [("acc", "true", 0.5), ("of its own", "true", 0.5), ("acc", "false", None)]
+)
+def test_a_share_of_dense_is_kept_only_where_more_is_better(
+    tmp_path: Path, metric: str, higher: str, kept: float | None
+) -> None:
+    (tmp_path / "questions.jsonl").write_text('{"question": "Is it?", "label": 0}\n{"question": "No?", "label": 1}\n')
+    (tmp_path / "made.yaml").write_text(_TASK.format(folder=tmp_path, higher=higher))
+    (task,) = load_tasks("made", own=open_task_folders([str(tmp_path)]))
+    rows = {model: piece(metric, mean, [0.0, 1.0]) for model, mean in (("dense", 0.6), ("mine", 0.3))}
+    assert task_results(task, rows, "mine", seed=0).models["mine"].retained == kept

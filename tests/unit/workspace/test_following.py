@@ -7,13 +7,13 @@ import shlex
 
 import pytest
 
+from ara.artifacts.base import Results
 from ara.pipeline import KINDS, kind_named, producers, stages
 from ara.workspace.following import next_command
-from tests.stored import FIGURES
-from tests.unit.workspace.test_store import store, workspace  # noqa: F401
+from tests.stored import FIGURES, store
 
 
-def following(workspace, key=None):  # noqa: F811
+def following(workspace, key=None):
     words = shlex.split(next_command(workspace, workspace.view(key) if key else None))
     assert words[0] == "ara" and words[-2:] == ["-w", str(workspace.root)]
     return " ".join(words[1:-2])
@@ -28,12 +28,12 @@ def test_the_table_of_stages_fits_together():
         function = inspect.signature(stage.load())
         if stage.consumes and stage.name != "report":
             assert kind_named(stage.consumes[0]).argument in function.parameters, stage
-        assert kind_named(stage.produces).load().problem is not None
+        assert issubclass(kind_named(stage.produces).load(), Results)
     assert all(producers(kind) for kind in kinds)
     assert {stage.name for stage in stages()} == set(FIGURES)
 
 
-def test_two_budgets_step_by_step(workspace):  # noqa: F811
+def test_two_budgets_step_by_step(workspace):
     assert following(workspace) == "decompose demo"
     store(workspace, "decompose/plain")
     assert following(workspace, "decompose/plain") == "allocate --keep 0.8"
@@ -46,7 +46,7 @@ def test_two_budgets_step_by_step(workspace):  # noqa: F811
         assert following(workspace, f"eval/{budget}") == "allocate --keep 0.6"
 
 
-def test_an_older_result_is_named(workspace):  # noqa: F811
+def test_an_older_result_is_named(workspace):
     """As when the same command is given again, and its result is there already."""
     store(workspace, "decompose/plain")
     store(workspace, "decompose/whitened")
@@ -66,7 +66,7 @@ def test_an_older_result_is_named(workspace):  # noqa: F811
     assert following(workspace, "allocate/0.60") == "eval --tasks wikitext2"
 
 
-def test_a_damaged_one_beside_it_makes_the_name_needed(workspace):  # noqa: F811
+def test_a_damaged_one_beside_it_makes_the_name_needed(workspace):
     store(workspace, "decompose/plain")
     store(workspace, "allocate/a", parents=["decompose/plain"])
     (workspace.root / "allocate" / "b").mkdir()
@@ -74,14 +74,14 @@ def test_a_damaged_one_beside_it_makes_the_name_needed(workspace):  # noqa: F811
 
 
 @pytest.mark.parametrize("stage", ["export", "bench", "compare"])
-def test_what_leads_nowhere_leaves_the_latest_step(workspace, stage):  # noqa: F811
+def test_what_leads_nowhere_leaves_the_latest_step(workspace, stage):
     store(workspace, "decompose/plain")
     store(workspace, "allocate/a", parents=["decompose/plain"])
     store(workspace, f"{stage}/x")
     assert following(workspace, f"{stage}/x") == "truncate"
 
 
-def test_trainings_lead_to_their_budget(workspace):  # noqa: F811
+def test_trainings_lead_to_their_budget(workspace):
     store(workspace, "decompose/plain")
     store(workspace, "train-masks/a", parents=["decompose/plain"])
     assert following(workspace, "decompose/plain") == "allocate --keep 0.8"

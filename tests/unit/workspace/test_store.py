@@ -17,32 +17,10 @@ from ara.workspace.manifest import FORMAT_VERSION, MANIFEST
 from ara.workspace.store import Workspace
 from ara.workspace.view import parent_of
 from tests.damage import contents, flip, listing
-from tests.stored import FIGURES, SETTINGS
+from tests.stored import MODEL, SETTINGS, store
 
-MODEL = {"requested": "demo", "fingerprint": "a" * 64}
 OTHER = {"requested": "other", "fingerprint": "b" * 64}
 REPOSITORY = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture
-def workspace(tmp_path):
-    made = Workspace.open(tmp_path / "ws", create=True)
-    made.bind(MODEL)
-    return made
-
-
-def store(workspace, key, text="content", parents=(), seed=0):
-    """Store a result of one text file, made from the results named in ``parents``."""
-    stage, _, name = key.partition("/")
-    facts = {
-        "config": {**SETTINGS.get(stage, {}), "seed": seed},
-        "model": MODEL,
-        "parents": tuple(parent_of(workspace.view(parent)) for parent in parents),
-    }
-    with workspace.lock("ara test"), workspace.writer(stage, name, facts, command="ara test") as writer:
-        writer.results.update(FIGURES[stage])
-        (writer.folder / "x.txt").write_text(text)
-    return workspace.view(key)
 
 
 def family(workspace):

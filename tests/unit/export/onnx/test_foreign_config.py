@@ -19,8 +19,7 @@ from export.onnx.rewrite import load_graph
 from export.onnx.settings import resolve
 from export.onnx.stored_weights import Checkpoint
 from export.onnx.writing import write_onnx
-from tests.exportable import Made
-from tests.unit.export.onnx.test_rewrite import exported
+from tests.exportable import Made, exported
 
 
 @pytest.fixture

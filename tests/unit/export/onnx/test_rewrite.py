@@ -14,19 +14,12 @@ from torch import nn
 
 from ara.decomposition.plain import Plain
 from ara.errors import ModelError, UsageError
-from ara.progress import SILENT
 from export.config import ExportConfig
 from export.onnx.rewrite import graph_errors, load_graph, rewrite
 from export.onnx.runner import OnnxDecoder
 from export.onnx.settings import resolve
 from export.onnx.stored_weights import Checkpoint
-from export.onnx.writing import write_onnx
-
-
-def exported(source: Path, folder: Path, **settings: Any) -> dict[str, Any]:
-    folder.mkdir()
-    config = resolve(ExportConfig(execution_provider="cpu", **settings))
-    return write_onnx(Checkpoint(source), folder, config, "0" * 64, SILENT).model_dump(mode="json")
+from tests.exportable import exported
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from ara.errors import ModelError, NumericalError, UnavailableError, UnsupportedModelError, UsageError
-from ara.progress import SILENT, SilentReporter
 from export.config import ExportConfig
 from export.onnx.architecture import FAMILIES, read_decoder
 from export.onnx.graph import _Builder
@@ -23,6 +22,8 @@ from export.onnx.settings import resolve
 from export.onnx.stored_weights import Checkpoint
 from export.onnx.tolerance import TOLERANCES
 from export.onnx.writing import write_onnx
+from tests.exportable import exported
+from tests.recorder import Recorder
 
 CPU = {"execution_provider": "cpu"}
 THETA = {"rope_theta": 10000.0}
@@ -37,22 +38,6 @@ LLAMA3 = {
 }
 
 
-def exported(made: Any, folder: Path, **settings: Any) -> dict[str, Any]:
-    folder.mkdir(exist_ok=True)
-    config = resolve(ExportConfig(**{**CPU, **settings}))
-    return write_onnx(Checkpoint(made.folder), folder, config, "0" * 64, SILENT).model_dump(mode="json")
-
-
-class Telling(SilentReporter):
-    """Keeps the facts that it is told."""
-
-    def __init__(self) -> None:
-        self.facts: list[str] = []
-
-    def fact(self, text: str) -> None:
-        self.facts.append(text)
-
-
 def worst(about: dict[str, Any]) -> float:
     return max(case["difference"] for case in about["parity"]["cases"])
 
@@ -62,7 +47,7 @@ def worst(about: dict[str, Any]) -> float:
 def test_every_family_and_layout_is_the_checkpoint(
     family: str, layout: str | None, checkpoint: Callable[..., Any], tmp_path: Path
 ) -> None:
-    about = exported(checkpoint(family, layout), tmp_path / "out")
+    about = exported(checkpoint(family, layout).folder, tmp_path / "out")
     assert [case["case"] for case in about["parity"]["cases"]] == ["prefill", "decode", "chunks", "padded"]
     assert worst(about) < 1e-4
     assert all(case["agreement"] == 1 for case in about["parity"]["cases"])
@@ -93,13 +78,13 @@ def test_variants_are_exact(
     same = changes.get("rope_parameters", {}).get("rope_type") == "dynamic"  # it differs beyond the context only
     with torch.inference_mode():
         assert torch.allclose(plain.model(ids).logits, changed.model(ids).logits, atol=1e-3) is same
-    assert worst(exported(changed, tmp_path / "out")) < 1e-4
+    assert worst(exported(changed.folder, tmp_path / "out")) < 1e-4
 
 
 def test_late_positions_are_those_of_the_model(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
     """YaRN reaches beyond ``max_position_embeddings``; one late angle that is off is found."""
     made = checkpoint("llama", rope_parameters=YARN, max_position_embeddings=64)
-    about = exported(made, tmp_path / "out")
+    about = exported(made.folder, tmp_path / "out")
     assert about["decoder"]["context"] == 256 and worst(about) < 1e-4
     decoder = read_decoder(made.model.config)
     check_rotary(decoder, made.model)
@@ -115,7 +100,7 @@ def test_a_window_that_the_comparison_does_not_reach_is_told(checkpoint: Callabl
     for tokens, reached in ((30, False), (90, True)):
         (tmp_path / str(tokens)).mkdir()
         config = resolve(ExportConfig(**CPU, parity_tokens=tokens))
-        report = Telling()
+        report = Recorder()
         about = write_onnx(Checkpoint(made.folder), tmp_path / str(tokens), config, "0" * 64, report)
         assert about.parity is not None and about.parity.cases[0].tokens == tokens - 1
         assert any("sliding window of 60 tokens is longer" in line for line in report.facts) is not reached
@@ -126,7 +111,7 @@ def test_a_window_that_the_comparison_does_not_reach_is_told(checkpoint: Callabl
 def test_merged_inputs_give_the_same(
     family: str, layout: str | None, checkpoint: Callable[..., Any], tmp_path: Path
 ) -> None:
-    about = exported(checkpoint(family, layout), tmp_path / "out", merge_shared_inputs=True)
+    about = exported(checkpoint(family, layout).folder, tmp_path / "out", merge_shared_inputs=True)
     assert worst(about) < 1e-4
     nodes = [node.op_type for node in ir.load(tmp_path / "out" / "model.onnx").graph]
     assert nodes.count("Split") == (3 if family == "phi3" else 6)
@@ -134,7 +119,7 @@ def test_merged_inputs_give_the_same(
 
 def test_last_logits_are_those_of_the_last_position(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
     made = checkpoint("llama")
-    about = exported(made, tmp_path / "out", last_logits=True)
+    about = exported(made.folder, tmp_path / "out", last_logits=True)
     assert [case["case"] for case in about["parity"]["cases"]] == ["prefill", "decode", "chunks"]
     logits, _ = OnnxDecoder(tmp_path / "out").forward(np.arange(4, 40)[None])
     assert logits.shape[1] == 1
@@ -145,7 +130,7 @@ def test_last_logits_are_those_of_the_last_position(checkpoint: Callable[..., An
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_half_precision_is_near(family: str, checkpoint: Callable[..., Any], tmp_path: Path) -> None:
-    about = exported(checkpoint(family, "pivoted"), tmp_path / "out", precision="fp16")
+    about = exported(checkpoint(family, "pivoted").folder, tmp_path / "out", precision="fp16")
     assert 1e-5 < worst(about) < 0.1
     graph = ir.load(tmp_path / "out" / "model.onnx").graph
     assert {value.dtype for name, value in graph.initializers.items() if name.endswith(".weight")} == {
@@ -156,20 +141,20 @@ def test_half_precision_is_near(family: str, checkpoint: Callable[..., Any], tmp
 @pytest.mark.parametrize("layout", [None, "factors", "pivoted"])
 def test_eight_bits_are_near_and_small(layout: str | None, checkpoint: Callable[..., Any], tmp_path: Path) -> None:
     made = checkpoint("llama", layout)
-    about = exported(made, tmp_path / "out", precision="int8", parity=False)
+    about = exported(made.folder, tmp_path / "out", precision="int8", parity=False)
     logits, _ = OnnxDecoder(tmp_path / "out").forward(np.arange(4, 40)[None])
     with torch.inference_mode():
         expected = made.model(torch.arange(4, 40)[None]).logits.numpy()
     assert np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
     assert about["parity"] is None
-    exported(made, tmp_path / "full")
+    exported(made.folder, tmp_path / "full")
     sizes = [(tmp_path / name / "model.onnx.data").stat().st_size for name in ("out", "full")]
     assert sizes[0] < 0.6 * sizes[1]
 
 
 def test_what_the_folder_holds_and_says(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
     made = checkpoint("llama", "pivoted")
-    about = exported(made, tmp_path / "out")
+    about = exported(made.folder, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "ara_export.json",
         "chat_template.jinja",
@@ -190,7 +175,7 @@ def test_what_the_folder_holds_and_says(checkpoint: Callable[..., Any], tmp_path
 
 
 def test_nodes_and_weights_are_named_after_their_modules(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
-    exported(checkpoint("llama"), tmp_path / "out", parity=False)
+    exported(checkpoint("llama").folder, tmp_path / "out", parity=False)
     graph = ir.load(tmp_path / "out" / "model.onnx").graph
     names = {node.name for node in graph}
     assert {"model.layers.1.mlp.up_proj.A/MatMul", "model.layers.1.mlp.up_proj.B/MatMul", "lm_head/MatMul"} <= names
@@ -228,7 +213,7 @@ def test_weights_are_read_one_at_a_time(
         return array
 
     monkeypatch.setattr(_Builder, "_array", watched)
-    exported(checkpoint("llama"), tmp_path / "out", parity=False)
+    exported(checkpoint("llama").folder, tmp_path / "out", parity=False)
     assert most <= 3
 
 
@@ -248,7 +233,7 @@ def test_a_graph_that_is_wrong_is_found_out(
         original = Decoder.rotary_tables
         monkeypatch.setattr(Decoder, "rotary_tables", lambda self: tuple(t.flip(1) for t in original(self)))
         with pytest.raises(NumericalError, match="rotary embedding of the graph differs from the model's by"):
-            exported(made, tmp_path / "early")
+            exported(made.folder, tmp_path / "early")
         monkeypatch.setattr("export.onnx.proof.check_rotary", lambda decoder, model: None)
     else:
         original_rest = _Builder._rest
@@ -256,12 +241,12 @@ def test_a_graph_that_is_wrong_is_found_out(
 
         monkeypatch.setattr(_Builder, "_rest", lambda self, h, layer: original_rest(self, h, replace(layer, bias=None)))
         with pytest.raises(ModelError, match=r"9 tensors of the checkpoint have no place in the graph"):
-            exported(made, tmp_path / "early")
+            exported(made.folder, tmp_path / "early")
         monkeypatch.setattr(_Builder, "_refuse_leftovers", lambda self: None)
     with pytest.raises(
         NumericalError, match="the fp32 graph does not match the checkpoint: prefill: largest difference"
     ):
-        exported(made, tmp_path / "out")
+        exported(made.folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -291,7 +276,7 @@ def test_what_is_not_known_is_refused_by_name(
 ) -> None:
     made = checkpoint(family, None, **changes)
     with pytest.raises(UnsupportedModelError, match=complaint) as caught:
-        exported(made, tmp_path / "out")
+        exported(made.folder, tmp_path / "out")
     assert caught.value.hint
 
 
