@@ -298,7 +298,7 @@ def test_text_that_is_too_short_is_shared_out(learned, samples):
     heard = Recorder()
     config = AllocateConfig(keep=0.8, method="sensitivity", **{**TUNING, "samples": samples, "held_out": 4000})
     allocate(config, Run(learned, report=heard))
-    told = next(text for text in heard.facts if "are needed:" in text)
+    told = next(text for text in heard.warnings if "are needed:" in text)
     made = Run(learned).open().require("factors").manifest.config["samples"]
     total, held = (int(word) for word in re.match(r"the text has (\d+) .* needed: (\d+) are", told).groups())
     assert ("so do the held-out windows" in told) == (made > total - held)
