@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,25 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "STAGES", (*pipeline.STAGES[:place], POLISH, *pipeline.STAGES[place:]))
 
 
+@pytest.fixture(scope="module")
+def truncated(checkpoint: Callable[..., Any], tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a workspace with a checkpoint that can be exported; only to be read."""
+    root = tmp_path_factory.mktemp("truncated") / "ws"
+    settings = {"text": tiny_text, "samples": 12, "seq_len": 48, "device": "cpu", "dtype": "float32"}
+    run_pipeline(
+        DecomposeConfig(model=str(checkpoint("llama", None).folder), **settings),
+        [AllocateConfig(keep=0.7, method="energy")],
+        {"truncate": TruncateConfig()},
+        Run(root),
+    )
+    return root
+
+
 @pytest.fixture
-def polished(registered: None, finished: Path, tmp_path: Path) -> Path:
+def polished(registered: None, truncated: Path, tmp_path: Path) -> Path:
     """Return a workspace with a polished checkpoint beside the truncated one."""
     root = tmp_path / "ws"
-    shutil.copytree(finished, root)
+    shutil.copytree(truncated, root)
     polish(PolishConfig(), Run(root))
     return root
 
@@ -103,9 +118,9 @@ def test_every_command_takes_the_checkpoint_of_either_stage(polished: Path, tiny
     assert document(polished, "export", "--from", f"polish/{name}")["parents"][0]["key"] == f"polish/{name}"
     report = document(polished, "report", "--from", f"polish/{name}", "--name", "second")
     assert {parent["key"] for parent in report["parents"]} >= {f"polish/{name}", "eval/second", "decompose/two-sided"}
+    words = ("generate", "hello", "--no-chat", "--max-new-tokens", 9, *CPU)
     answers = {
-        stage: document(polished, "generate", "hello", "--no-chat", "--from", f"{stage}/{name}", *CPU)["answer"]
-        for stage in ("truncate", "polish")
+        stage: document(polished, *words, "--from", f"{stage}/{name}")["answer"] for stage in ("truncate", "polish")
     }
     assert answers["polish"] == answers["truncate"] != ""  # all logits are doubled
 
