@@ -211,7 +211,7 @@ def test_ctrl_c_does_not_replace_a_complete_training(learned, monkeypatch):
     with monkeypatch.context() as during:
         break_at(during, 7, KeyboardInterrupt)
         result = ara(*words)
-    assert result.exit_code == 130 and "the same command resumes the training" in result.output
+    assert result.exit_code == 130 and "the same command continues from there" in result.output
     assert read_manifest(learned / "train-masks" / NAME) == before
     # Nor does it stand in the way of what was begun.
     result = ara(*words)
