@@ -118,7 +118,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "train-masks",
-        "Learn which ranks matter",
+        "Learn the loss of every rank",
         "ara.stages.train_masks:train_masks",
         consumes=("factors",),
         produces="training",
@@ -143,7 +143,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "eval",
-        "Measure dense, uniform and chosen side by side",
+        "Compare compressed, dense and uniform models",
         "ara.stages.evaluate:evaluate",
         consumes=("checkpoint", "factors", "graph"),
         produces="evaluation",

@@ -37,7 +37,7 @@ class ExportConfig(StageConfig):
         96,
         ge=16,
         le=bounds.MAX_TOKENS,
-        description="tokens per text in the comparison; a sliding window is tested only if it is shorter",
+        description="tokens per text in the comparison; a model's sliding window is tested only if shorter",
     )
     parity: bool = Field(
         True,

@@ -56,7 +56,7 @@ class AllocateConfig(TuningConfig, BudgetConfig):
     options: MethodValues = Field(default_factory=dict, description="option of the method; may be repeated")
     guard: bool = Field(
         True,
-        description="use uniform ranks or the method's start instead if they have a lower loss on held-out text",
+        description="use uniform ranks, or those that the method started from, if their loss on held-out text is lower",
     )
     ranks_sha256: Annotated[str | None, Flag(hidden=True)] = Field(
         None, description="checksum of the ranks file that was read instead of a method"

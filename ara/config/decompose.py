@@ -27,7 +27,10 @@ class DecomposeConfig(PlacementConfig):
     seq_len: int = Field(512, ge=2, le=bounds.MAX_TOKENS, description="tokens per calibration window")
     batch_size: int = Field(4, ge=1, le=bounds.MAX_BATCH, description="calibration windows per forward pass")
     seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="random seed for the choice of calibration windows")
-    exclude: Exclude = Field((), description="shell pattern of layers to leave dense, such as '*.down_proj'")
+    exclude: Exclude = Field(
+        (),
+        description="shell pattern of layers to leave dense and out of budgets, such as '*.down_proj'",
+    )
     moment_memory: Annotated[float | None, Flag(metavar="GIB")] = Field(
         None,
         ge=bounds.MIN_GIB,

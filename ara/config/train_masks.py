@@ -47,17 +47,25 @@ class MaskTrainingOptions(MethodOptions):
         description="factor on the curvature; larger moves fewer ranks (optimiser newton)",
     )
     learning_rate: float = Field(
-        0.05, ge=bounds.MIN_RATE, le=bounds.MAX_RATE, description="Adam's first learning rate; falls to a tenth"
+        0.05,
+        ge=bounds.MIN_RATE,
+        le=bounds.MAX_RATE,
+        description="initial learning rate of Adam; falls to a tenth (not with optimiser newton)",
     )
     temperature: float = Field(
         1.0,
         ge=bounds.MIN_SLOPE,
         le=bounds.MAX_SLOPE,
-        description="temperature of the softmax over atoms; lower moves fewer ranks at once",
+        description="temperature of the softmax over candidate ranks (optimiser adam); lower changes fewer at once",
     )
-    atoms: int = Field(64, ge=2, le=bounds.MAX_ATOMS, description="atoms (candidate ranks) per layer's mask")
+    atoms: int = Field(
+        64, ge=2, le=bounds.MAX_ATOMS, description="atoms: candidate ranks per layer (not with optimiser newton)"
+    )
     average: float = Field(
-        0.9, ge=0, lt=1, description="decay of the moving average that gives the ranks; 0: use the last step"
+        0.9,
+        ge=0,
+        lt=1,
+        description="decay of the moving average of the scores; 0: use the last step (not with optimiser newton)",
     )
     budget_weight: float = Field(
         100.0, ge=0, le=bounds.MAX_WEIGHT, description="weight of the budget penalty (objective paper)"
