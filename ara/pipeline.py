@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ara.registry import load_target
+from ara.registry import import_object
 
 
 class TypedResults(Protocol):
@@ -55,7 +55,7 @@ class Kind:
 
     def load(self) -> TypedResults:
         """Import and return the class of the results."""
-        found: TypedResults = load_target(self.results)
+        found: TypedResults = import_object(self.results)
         return found
 
 
@@ -91,7 +91,7 @@ class Stage:
 
     def load(self) -> Any:
         """Import and return the function."""
-        return load_target(self.run)
+        return import_object(self.run)
 
 
 KINDS: tuple[Kind, ...] = (

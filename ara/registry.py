@@ -10,7 +10,7 @@ from typing import Any
 from ara.errors import UsageError, near_matches
 
 
-def load_target(target: str) -> Any:
+def import_object(target: str) -> Any:
     """Import and return ``"package.module:name"``."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
@@ -34,7 +34,7 @@ class Entry:
 
     def load(self) -> Any:
         """Import and return the target."""
-        return load_target(self.target)
+        return import_object(self.target)
 
 
 class Registry:

@@ -65,6 +65,7 @@ def command_line(
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        """Return ``function`` with the signature that Typer reads, run within a session."""
         hints = get_type_hints(function, include_extras=True)
         parts = {
             name: _part(parameter.replace(annotation=hints[name]))

@@ -8,7 +8,7 @@ from ara.progress import Bar, SilentReporter
 
 
 class Recorder(SilentReporter):
-    """Keeps what it is told, in order.
+    """Records all messages, in order.
 
     Attributes:
         told: kind (step, fact, warn or bar) and text.

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", bound="Part")
 
-# Strict: the text "1" is not a number, and 1 is not a truth value.
-Flag = Annotated[bool, Strict()]
+# Strict: the text "1" is not a number.
 Count = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 Least1 = Annotated[int, Strict(), Field(ge=1, lt=2**63)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]

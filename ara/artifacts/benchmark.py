@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ara.artifacts.base import Count, Flag, Least1, Number, Part, Results, Settings
+from pydantic import StrictBool
+
+from ara.artifacts.base import Count, Least1, Number, Part, Results, Settings
 from ara.artifacts.evaluation import SpreadFigures
 
 
@@ -94,7 +96,7 @@ class BenchmarkResults(Results):
     machine: Mapping[str, Any]
     precision: str
     threads: Least1
-    interleaved: Flag
+    interleaved: StrictBool
     models: Mapping[str, ModelCost]
-    last_logits: Flag
+    last_logits: StrictBool
     cases: tuple[CaseResults, ...]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ara.artifacts.base import Count, Flag, Least1, Number, Results, Settings, StoredDtype
+from pydantic import StrictBool
+
+from ara.artifacts.base import Count, Least1, Number, Results, Settings, StoredDtype
 from ara.workspace.view import StageView
 
 CHECKPOINT = "checkpoint"
@@ -41,7 +43,7 @@ class CheckpointResults(Results):
     parameters: Count
     weight_bytes: Count
     dense_weight_bytes: Least1
-    densified: Flag
+    densified: StrictBool
     disk_bytes: Count
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, StrictBool
 
-from ara.artifacts.base import LEFT_OUT, Count, Flag, Number, Part, Results, Settings
+from ara.artifacts.base import LEFT_OUT, Count, Number, Part, Results, Settings
 
 DENSE, UNIFORM = "dense", "uniform"
 
@@ -163,7 +163,7 @@ class EvaluationResults(Results):
     tasks: Mapping[str, Annotated[TextResults | TaskResults, Field(discriminator="kind")]]
     continuations: tuple[ContinuedPrompt, ...]
     zero_shot: MeanResults | None
-    interleaved: Flag
+    interleaved: StrictBool
 
     @property
     def texts(self) -> dict[str, TextResults]:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ara.artifacts.base import Count, Flag, Number, Part, Results, Settings
+from pydantic import StrictBool
+
+from ara.artifacts.base import Count, Number, Part, Results, Settings
 from ara.workspace.writer import StageWriter
 
 
@@ -58,7 +60,7 @@ class GraphResults(Results):
 
     Settings = GraphSettings
     precision: str
-    last_logits: Flag
+    last_logits: StrictBool
     execution_provider: str | None = None
     files: Mapping[str, FileSize] | None = None
     parity: ParityResults | None = None

@@ -12,7 +12,7 @@ from ara.artifacts.checkpoint import CARD
 from ara.artifacts.factors import layer_file, specs_of
 from ara.artifacts.ranks import layout_of, read_allocation
 from ara.artifacts.ranks_file import RANKS_FILE
-from ara.artifacts.report import HTML_FILE, JSON_FILE, MissingPart, ReportResults
+from ara.artifacts.report import HTML_FILE, JSON_FILE, ReportResults
 from ara.errors import CorruptedError, OutputError, disk_errors, first_line
 from ara.files import is_plain_file, open_regular, read_text, write_text
 from ara.jsonfile import read
@@ -29,7 +29,7 @@ from ara.version import __version__
 from ara.workspace.manifest import remake, verify_files
 from ara.workspace.store import DEFAULT_ROOT, Workspace
 from ara.workspace.tensors import tensor_digests, written_aside
-from ara.workspace.view import StageView, ancestor_key, parent_of
+from ara.workspace.view import StageView, ancestor_key, ancestors, parent_of
 
 # The mark of a page is within this many bytes from its start.
 _FRONT = 2000
@@ -84,8 +84,7 @@ def report(
             with task.writer() as stage:
                 write_text(stage.folder / JSON_FILE, document.model_dump_json(indent=1) + "\n")
                 write_text(stage.folder / HTML_FILE, drawn)
-                missing = tuple(MissingPart(item.what, item.command) for item in document.missing)
-                ReportResults(document.title, document.verdict, truncated.name, missing).write(stage)
+                ReportResults(document.title, document.verdict, truncated.name, document.missing).write(stage)
             view = task.view()
         _put_card(truncated, _card(view), run)
         if output is not None:
@@ -134,7 +133,7 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
     whole = {view.key: view for view in everything if view.manifest is not None}
 
     def above(child: StageView, kind: str) -> StageView:
-        return whole[ancestor_key(child, kind, workspace.view)]
+        return whole[ancestor_key(child, kind, whole.__getitem__)]
 
     def measured(kind: str, of: StageView) -> list[StageView]:
         """Return the finished results of a kind that were made from ``of``, oldest first."""
@@ -154,10 +153,10 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
     for other in everything:
         if other.kind != "checkpoint" or other.state != "done" or other.key == truncated.key:
             continue
-        if above(other, "factors").key == decomposition.key:
-            found = measured("evaluation", other), measured("benchmark", other)
-            others.append(_made(other, above(other, "ranks"), *found))
-            parents += [other, above(other, "ranks"), *found[0], *found[1]]
+        if decomposition.key in ancestors(other, whole.__getitem__):
+            ranks, found = above(other, "ranks"), (measured("evaluation", other), measured("benchmark", other))
+            others.append(_made(other, ranks, *found))
+            parents += [other, ranks, *found[0], *found[1]]
     # Made from this checkpoint, or from an earlier one with its key.
     stale = [
         manifest_of(view)

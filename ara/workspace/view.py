@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,22 @@ def parent_of(view: StageView) -> Parent:
     return Parent(key=view.key, id=view.manifest.id)
 
 
+def ancestors(view: StageView, look: Callable[[str], StageView]) -> Iterator[str]:
+    """Yield ``stage/name`` of the results that ``view`` was made from, the nearest first.
+
+    Args:
+        view: the result to start from.
+        look: returns the result of a key.
+    """
+    generation, seen = [view], {view.key}
+    while generation:
+        parents = [parent.key for one in generation if one.manifest is not None for parent in one.manifest.parents]
+        fresh = [key for key in dict.fromkeys(parents) if key not in seen]
+        yield from fresh
+        seen.update(fresh)
+        generation = [look(key) for key in fresh]
+
+
 def ancestor_key(view: StageView, kind: str, look: Callable[[str], StageView]) -> str:
     """Return ``stage/name`` of the nearest ancestor of ``view`` of a kind.
 
@@ -67,15 +83,9 @@ def ancestor_key(view: StageView, kind: str, look: Callable[[str], StageView]) -
     """
     assert view.manifest is not None
     makers = producers(kind)
-    generation, seen = list(view.manifest.parents), {view.key}
-    while generation:
-        for parent in generation:
-            if parent.key.partition("/")[0] in makers:
-                return parent.key
-        fresh = [parent.key for parent in generation if parent.key not in seen]
-        seen.update(fresh)
-        manifests = [look(key).manifest for key in fresh]
-        generation = [parent for manifest in manifests if manifest is not None for parent in manifest.parents]
+    for key in ancestors(view, look):
+        if key.partition("/")[0] in makers:
+            return key
     made_by = " or ".join(f"ara {stage}" for stage in makers)
     raise CorruptedError(
         f"{view.path / MANIFEST} names no result of {made_by} that it was made from", remake(view.manifest, True)

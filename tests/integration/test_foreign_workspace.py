@@ -89,6 +89,13 @@ def test_tensors_are_held_to_the_table_that_was_believed(copied: Path) -> None:
     refused(ara("allocate", "--keep", "0.5", "-w", copied, "-q"), 1, "is not what manifest.json says of it")
 
 
+def test_a_report_ignores_another_checkpoint_that_names_no_factors(copied: Path) -> None:
+    shutil.copytree(copied / CHECKPOINT, copied / "truncate" / "other")
+    forge(copied, "truncate/other", name="other", parents=())
+    document = json.loads(done("report", "--checkpoint", NAME, "-w", copied, "--json").stdout)
+    assert "truncate/other" not in [parent["key"] for parent in document["parents"]]
+
+
 def test_parents_of_each_other_end(copied: Path) -> None:
     """Before, each asked for the other without an end."""
     forge(copied, RANKS, parents=(Parent(key=CHECKPOINT, id="x"),))

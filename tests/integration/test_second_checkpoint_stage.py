@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def polish(config: StageConfig, run: Run, *, checkpoint: str | None = None, name
             tensors["model.norm.weight"] = 2 * tensors["model.norm.weight"]
             save_file(tensors, weights, metadata={"format": "pt"})
             stage.loose(f"{CHECKPOINT}/README.md")
-            replace(CheckpointResults.read(before)).write(stage)
+            CheckpointResults.read(before).write(stage)
         return task.view()
 
 

@@ -262,7 +262,7 @@ def test_odd_models_give_the_bits_of_whole_passes(kind: type[_Model]) -> None:
 
 @pytest.mark.parametrize("room", [0, 1, 2, 3, 6])
 def test_what_does_not_fit_into_memory_is_run_again(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for so many outputs of a block, of all windows."""
+    """Memory holds only ``room`` block outputs, each over all windows."""
     model = _Model()
     starts = independent_starts(model, _windows(1), [1, 2, 3])
     expected = _read(model, [(0, 1, 2, 3)], None)
