@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ara.data.chat import chat_text
 from ara.errors import NAN_HINT, ModelError, NumericalError
-from ara.evaluation.chat import chat_text
 from ara.models.loading import forward_errors
 from ara.models.vocabulary import check_tokens, end_tokens, token_rows
 
@@ -97,7 +97,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> tor
     """Return the tokens (t) int64 of a prompt, in the model's chat template if ``chat`` is set and there is one.
 
     Raises:
-        ModelError: the chat template fails, see :func:`ara.evaluation.chat.chat_text`; or the prompt has no token.
+        ModelError: the chat template fails, see :func:`ara.data.chat.chat_text`; or the prompt has no token.
     """
     if chat and tokenizer.chat_template:
         ids = tokenizer(chat_text(tokenizer, text), add_special_tokens=False, verbose=False)["input_ids"]

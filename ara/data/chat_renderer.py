@@ -1,4 +1,4 @@
-"""Renders one chat template in a separate process with limits; see :mod:`ara.evaluation.chat`.
+"""Renders one chat template in a separate process with limits; see :mod:`ara.data.chat`.
 
 This file is started by its path and imports nothing of ara, so that it starts within a second.
 """

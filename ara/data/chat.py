@@ -13,8 +13,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ara.data import chat_renderer
 from ara.errors import ModelError
-from ara.evaluation import chat_renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from ara.data import chat, chat_renderer
+from ara.data.chat import Limits, chat_text
 from ara.errors import ModelError
-from ara.evaluation import chat, chat_renderer
-from ara.evaluation.chat import Limits, chat_text
 from tests.tiny import tiny_tokenizer
 
 LLAMA3 = """\
