@@ -17,6 +17,7 @@ from ara.config.base import (
 from ara.config.bench import BenchConfig
 from ara.config.decompose import DecomposeConfig
 from ara.config.evaluate import EvalConfig, GenerateConfig
+from ara.config.recover import RecoverConfig
 from ara.config.train_masks import MaskTrainingOptions, TrainMasksConfig
 from ara.config.truncate import TruncateConfig
 
@@ -31,6 +32,7 @@ __all__ = [
     "MaskTrainingOptions",
     "MethodOptions",
     "PlacementConfig",
+    "RecoverConfig",
     "Settings",
     "StageConfig",
     "TrainMasksConfig",

@@ -50,6 +50,13 @@ class Layout(ABC):
     def split(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the stored tensors of the layer with the weight ``b`` (m, k) times ``a`` (k, n), without the bias."""
 
+    @abstractmethod
+    def join(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return factors A (k, n) and B (m, k) of a layer with these stored tensors; the inverse of :meth:`split`.
+
+        They are views of the stored tensors, or new ones in the same dtype.
+        """
+
     def top_rank(self, m: int, n: int) -> int:
         """Return the largest rank that costs less than the dense weight, mn; 0 if there is none."""
         return bisect_left(range(1, min(m, n) + 1), m * n, key=lambda k: self.cost(m, n, k))

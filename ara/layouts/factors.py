@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from ara.layouts.base import Layout, Number
@@ -25,3 +27,7 @@ class FactorsLayout(Layout):
     def split(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return A and B themselves."""
         return {"A.weight": a, "B.weight": b}
+
+    def join(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B themselves."""
+        return tensors["A.weight"], tensors["B.weight"]

@@ -12,6 +12,7 @@ nearly dominant submatrix, "maxvol": Goreinov et al., 2010).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,12 @@ class PivotedLayout(Layout):
         """Return pivots and coefficients in float64, and the order."""
         rows, coefficients, order = pivot(a, b)
         return {"A.weight": rows, "C.weight": coefficients, "order": order}
+
+    def join(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the pivots, and the coefficients of all rows, 1 at the pivots, in the order of the outputs."""
+        a, c = tensors["A.weight"], tensors["C.weight"]
+        rows = torch.cat([torch.eye(len(a), dtype=c.dtype, device=c.device), c])
+        return a, rows.index_select(0, tensors["order"])
 
 
 class Pivots(NamedTuple):

@@ -12,7 +12,7 @@ values of earlier blocks. :func:`independent_starts` checks this.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -126,7 +126,7 @@ class BlockRunner:
 
     def _run(self, ids: torch.Tensor, start: int, before: Any, last: int) -> Any:
         """Run blocks ``start`` to ``last`` on one batch and return the output of the last one."""
-        with starting_at(self._blocks, start, self._placed(before)), _ending_after(self._blocks[last]) as outputs:
+        with starting_at(self._blocks, start, self._placed(before)), ending_after(self._blocks[last]) as outputs:
             self.model(input_ids=ids.to(self.device), use_cache=False)
         return outputs[0] if outputs else None
 
@@ -198,6 +198,80 @@ def independent_starts(model: nn.Module, ids: torch.Tensor, starts: Sequence[int
     return {start: sum(tensor.nbytes for tensor in _tensors(outputs[start])) for start in starts}
 
 
+class Stream:
+    """The output of one block for all windows, advanced from block to block.
+
+    Two streams follow a dense and a compressed model side by side. Each step reads the model's present weights, so a
+    block may be changed before its step.
+
+    Attributes:
+        model: a causal language model in eval mode.
+        blocks: its decoder blocks.
+        at: index of the next block to run.
+    """
+
+    def __init__(self, model: nn.Module, windows: torch.Tensor, batch_size: int, independent: bool) -> None:
+        """Start at the embeddings; nothing runs yet.
+
+        Args:
+            model: a causal language model in eval mode.
+            windows: token ids (w, t) int64.
+            batch_size: windows per pass.
+            independent: whether passes may start at every block, see :func:`independent_starts`. Without it every
+                pass starts at the embeddings.
+        """
+        self.model, self.blocks, self.at = model, list(find_blocks(model)[1]), 0
+        self.batches = windows.split(batch_size)
+        self._device = next(model.parameters()).device
+        self._independent = independent
+        self._before: list[Any] = [None] * len(self.batches)
+
+    def run(self, index: int, last: int | None = None) -> Any:
+        """Run block :attr:`at`, or all from it to ``last``, on batch ``index`` and return the last one's output.
+
+        Gradients flow if they are enabled and parameters of these blocks require them.
+        """
+        end = self.blocks[self.at if last is None else last]
+        with self._starting(index), ending_after(end) as outputs:
+            self.model(input_ids=self.batches[index].to(self._device), use_cache=False)
+        return outputs[0]
+
+    @torch.inference_mode()
+    def input_of(self, index: int, module: nn.Module) -> torch.Tensor:
+        """Run block :attr:`at` on batch ``index`` until ``module`` is called, and return its input (..., n)."""
+        inputs: list[torch.Tensor] = []
+
+        def end(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs.append(args[0])
+            raise PassEnded
+
+        with self._starting(index), module.register_forward_pre_hook(end), suppress(PassEnded):
+            self.model(input_ids=self.batches[index].to(self._device), use_cache=False)
+        return inputs[0]
+
+    @torch.inference_mode()
+    def outputs(self) -> list[Any]:
+        """Return the outputs of block :attr:`at` for all batches, on the CPU."""
+        return [_mapped(self.run(index), _kept) for index in range(len(self.batches))]
+
+    def advance(self, outputs: list[Any]) -> None:
+        """Go to the next block, which starts from these :meth:`outputs`."""
+        if self._independent:
+            self._before = outputs
+        self.at += 1
+
+    def _starting(self, index: int) -> AbstractContextManager[None]:
+        before = _mapped(self._before[index], lambda tensor: tensor.to(self._device))
+        return starting_at(self.blocks, self.at if self._independent else 0, before)
+
+
+def hidden_states(output: Any) -> torch.Tensor:
+    """Return the hidden states (b, t, d) in the output of a block: it, or the first item of a tuple."""
+    found = output if isinstance(output, torch.Tensor) else output[0]
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
 @contextmanager
 def starting_at(blocks: Sequence[nn.Module], start: int, output: Any) -> Iterator[None]:
     """Start passes at block ``start``: the blocks before it return ``output``, whatever their input is."""
@@ -224,20 +298,20 @@ def keeping_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
         yield outputs
 
 
-class _PassEnded(Exception):
+class PassEnded(Exception):
     """Ends a forward pass after the last block of interest."""
 
 
 @contextmanager
-def _ending_after(block: nn.Module) -> Iterator[list[Any]]:
+def ending_after(block: nn.Module) -> Iterator[list[Any]]:
     """End a pass after ``block``; yields a list that then holds its output."""
     outputs: list[Any] = []
 
     def end(module: nn.Module, args: object, output: Any) -> None:
         outputs.append(output)
-        raise _PassEnded
+        raise PassEnded
 
-    with block.register_forward_hook(end), suppress(_PassEnded):
+    with block.register_forward_hook(end), suppress(PassEnded):
         yield outputs
 
 

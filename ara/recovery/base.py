@@ -1,0 +1,187 @@
+"""The interface of a level of recovery: two models and text in, a repaired model out.
+
+Names: x is the input of a layer in the dense model, x' its input in the compressed model.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ara.config import RecoverConfig
+from ara.errors import NumericalError
+from ara.models.likelihood import window_nll
+from ara.models.weights import LinearSpec
+from ara.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class RecoveryText:
+    """Token windows of one length.
+
+    Attributes:
+        ids: (w, t) int64.
+        counted: (w, t) bool, the tokens whose prediction counts in losses; ``None`` for all. The first token of a
+            window is never predicted.
+    """
+
+    ids: torch.Tensor
+    counted: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows."""
+        return self.ids.numel()
+
+    def weights(self, rows: slice | torch.Tensor) -> torch.Tensor | None:
+        """Return which predictions of some windows count: (b, t − 1) bool, or ``None`` for all."""
+        return None if self.counted is None else self.counted[rows, 1:]
+
+
+class Saved(ABC):
+    """Where a level keeps finished parts of its work, so that a killed run resumes; implemented by the stage."""
+
+    @abstractmethod
+    def part(self, name: str) -> Path | None:
+        """Return the safetensors file of a finished part, or ``None``."""
+
+    @abstractmethod
+    def finish_part(self, name: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Store a finished part: tensors, and JSON data that :meth:`values` returns."""
+
+    @abstractmethod
+    def values(self, name: str) -> dict[str, Any]:
+        """Return the JSON data of a finished part."""
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Return the last :meth:`save_state` of an interrupted run of this level, or ``None``."""
+
+    @abstractmethod
+    def save_state(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Store the state of unfinished work in place of the previous one."""
+
+    @abstractmethod
+    def log_file(self, name: str) -> Path:
+        """Return the path of a log file in the result; logs contain times and have no checksum."""
+
+
+@dataclass
+class Recovery:
+    """What a level works on.
+
+    Attributes:
+        dense: the dense model, in evaluation mode; no parameter requires a gradient, and none may change.
+        model: the compressed model, in evaluation mode, changed in place. Its low-rank layers are
+            :class:`~ara.layouts.modeling_ara.LowRankLinear` with balanced factors, whatever the checkpoint's layout.
+        specs: the factorised layers, low-rank or dense, in the order of the model.
+        factors: module path → safetensors file with the full factors ``<path>.A`` (r, n) and ``<path>.B`` (m, r).
+        train: text to repair with.
+        held_out: text to judge by; shares no window with ``train``.
+        config: settings of all levels, with resolved device and dtype.
+        saved: finished parts of an interrupted run.
+        report: progress.
+        keep_on_interrupt: on Ctrl+C a level returns what it has finished, instead of raising ``KeyboardInterrupt``.
+    """
+
+    dense: PreTrainedModel
+    model: PreTrainedModel
+    specs: Sequence[LinearSpec]
+    factors: Mapping[str, Path]
+    train: RecoveryText
+    held_out: RecoveryText
+    config: RecoverConfig
+    saved: Saved
+    report: Reporter = SILENT
+    keep_on_interrupt: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Device of both models."""
+        device: torch.device = self.model.device
+        return device
+
+    def held_out_loss(self) -> float:
+        """Return the loss of the compressed model on the held-out windows, nats per token.
+
+        Raises:
+            NumericalError: it is NaN or infinite.
+        """
+        value = mean_loss(self.model, self.held_out, self.config.batch_size)
+        if not torch.isfinite(torch.tensor(value)):
+            raise NumericalError(
+                f"the compressed model has a held-out loss of {value}", "try --dtype float32 or a higher --keep"
+            )
+        return value
+
+
+@dataclass(frozen=True)
+class LevelOutcome:
+    """What a level has done.
+
+    Attributes:
+        tokens: training tokens read, each pass counted.
+        notes: figures of the level, in words.
+        interrupted: why it ended early; ``None`` if it is complete.
+        details: further figures as JSON data.
+    """
+
+    tokens: int
+    notes: tuple[str, ...] = ()
+    interrupted: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Level(ABC):
+    """One level of recovery.
+
+    The stage takes care of the rest: it measures the held-out loss before and after, takes the level back if the loss
+    has grown, stores the state after each level, and writes the checkpoint.
+
+    Class attributes:
+        trains: whether it needs gradients and an optimiser.
+    """
+
+    trains: ClassVar[bool] = True
+
+    def check(self, config: RecoverConfig) -> None:  # noqa: B027 - most levels have nothing to refuse
+        """Refuse settings that the level cannot fulfil, before anything is loaded.
+
+        Raises:
+            AraError: a package is missing, or settings contradict each other.
+        """
+
+    @abstractmethod
+    def repair(self, recovery: Recovery) -> LevelOutcome:
+        """Repair ``recovery.model`` in place.
+
+        It must not become worse on the held-out windows by much: levels with steps keep the best state.
+
+        Raises:
+            NumericalError: NaN or divergence.
+        """
+
+
+@torch.inference_mode()
+def mean_loss(
+    model: PreTrainedModel, text: RecoveryText, batch_size: int, advance: Callable[[int], None] | None = None
+) -> float:
+    """Return the mean negative log-likelihood of all windows, nats per predicted token; it may be NaN.
+
+    All tokens count, also in a training on answers alone.
+    """
+    found = []
+    for batch in text.ids.split(batch_size):
+        ids = batch.to(model.device)
+        found.append(window_nll(model(input_ids=ids, use_cache=False).logits, ids))
+        if advance is not None:
+            advance(len(batch))
+    return float(torch.cat(found).mean())

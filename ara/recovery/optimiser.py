@@ -1,0 +1,136 @@
+"""AdamW with float32 master copies, a cosine schedule, and a state that is stored as tensors.
+
+Half-precision weights lose small updates: a step of 1e-4 of a weight is below the resolution of bfloat16. So the
+optimiser steps on float32 copies, and each step rounds them into the model. Float32 weights need no copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from ara.errors import NumericalError
+
+# As in the recipes of AA-SVD and others: short warm-up, cosine to a tenth, gradients clipped, no weight decay.
+WARM_UP = 0.1
+_FLOOR = 0.1
+CLIP = 1.0
+_BETAS = (0.9, 0.95)
+
+
+def rate_at(step: int, steps: int, rate: float) -> float:
+    """Return the learning rate of a step: linear warm-up over :data:`WARM_UP` of the steps, then a cosine to a tenth.
+
+    Args:
+        step: from 0.
+        steps: in all.
+        rate: the highest one.
+    """
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return rate * (step + 1) / warm
+    progress = (step - warm) / max(1, steps - warm)
+    return rate * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class MasterAdamW:
+    """AdamW over named parameters of a model.
+
+    Attributes:
+        parameters: name → parameter of the model; gradients are read from its ``grad``.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], steps: int, rate: float) -> None:
+        """Prepare the first of ``steps`` steps with the highest learning rate ``rate``."""
+        self.parameters = dict(parameters)
+        self.steps, self.rate, self.done = steps, rate, 0
+        self._masters = {
+            name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
+            for name, parameter in self.parameters.items()
+        }
+        fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in self._masters.values())
+        self._adam = torch.optim.AdamW(self._masters.values(), lr=rate, betas=_BETAS, weight_decay=0.0, fused=fused)
+
+    def step(self, scale: float = 1.0) -> float:
+        """Clip the gradients, take one step, round the masters into the model, and clear the gradients.
+
+        Args:
+            scale: factor on the gradients, such as 1 / number of accumulated tokens.
+
+        Returns:
+            Norm of all gradients before clipping, with ``scale``.
+
+        Raises:
+            NumericalError: a gradient is NaN or infinite; nothing has changed.
+        """
+        gradients = []
+        for name, parameter in self.parameters.items():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = None
+            gradients.append(gradient.float().mul_(scale))
+            self._masters[name].grad = gradients[-1]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self.clear()
+            raise NumericalError(
+                f"the gradient of a training step has the norm {norm}",
+                "lower the learning rate (--block-rate, --rate), or try --dtype float32",
+            )
+        torch.nn.utils.clip_grads_with_norm_(self._masters.values(), CLIP, torch.tensor(norm))
+        for group in self._adam.param_groups:
+            group["lr"] = rate_at(self.done, self.steps, self.rate)
+        self._adam.step()
+        self.clear()
+        self.done += 1
+        self._round()
+        return norm
+
+    def clear(self) -> None:
+        """Remove all gradients."""
+        for parameter in (*self.parameters.values(), *self._masters.values()):
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for name, parameter in self.parameters.items():
+            if self._masters[name] is not parameter:
+                parameter.copy_(self._masters[name])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return float32 weights and moments by name, for a later :meth:`restore`; not copied."""
+        found: dict[str, torch.Tensor] = {}
+        for name, master in self._masters.items():
+            found[f"weight:{name}"] = master.detach()
+            for key in ("exp_avg", "exp_avg_sq") if self.done else ():
+                found[f"{key}:{name}"] = self._adam.state[master][key]
+        return found
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, torch.Tensor], done: int) -> None:
+        """Continue after ``done`` steps from the tensors of :meth:`state`, bit for bit.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape.
+        """
+        for name, master in self._masters.items():
+            for key in ("weight", *(("exp_avg", "exp_avg_sq") if done else ())):
+                stored = tensors.get(f"{key}:{name}")
+                if stored is None or stored.shape != master.shape:
+                    raise ValueError(f"no {key} of {name} with the shape {tuple(master.shape)}")
+            master.copy_(tensors[f"weight:{name}"])
+            if done:
+                moments = {key: tensors[f"{key}:{name}"].clone().to(master) for key in ("exp_avg", "exp_avg_sq")}
+                self._adam.state[master] = {"step": torch.tensor(float(done)), **moments}
+        self.done = done
+        self._round()
+
+
+def trained(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+    """Let floating-point parameters require gradients, and return them by name."""
+    found = {name: parameter for name, parameter in parameters if parameter.is_floating_point()}
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found

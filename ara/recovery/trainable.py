@@ -1,0 +1,116 @@
+"""The trainable form of a compressed model: every low-rank layer as two balanced factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ara.layout_names import LayoutName
+from ara.layouts import layout_named
+from ara.layouts.modeling_ara import CompressedLinear, LowRankLinear, replace_linear
+
+
+def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return factors of the same product B A with equal Gram matrices, A Aᵀ = Bᵀ B.
+
+    Adam moves all numbers by similar amounts, whatever their size. So the factors should have the same scale, and no
+    component of one should be large because that of the other is small.
+
+    Args:
+        a: (k, n), any floating dtype.
+        b: (m, k).
+
+    Returns:
+        A (k, n) and B (m, k) float64, with orthogonal rows and columns, largest component first.
+    """
+    (qb, rb), (qa, ra) = torch.linalg.qr(b.double()), torch.linalg.qr(a.double().T)
+    u, s, vt = torch.linalg.svd(rb @ ra.T)
+    root = s.sqrt()
+    return (qa @ (vt.T * root)).T, (qb @ u) * root
+
+
+def to_trainable(model: nn.Module, layout: LayoutName) -> None:
+    """Replace the low-rank layers of ``model``, stored in ``layout``, by two balanced factors each, in place.
+
+    Device and dtype stay. Biases are not copied.
+    """
+    form = layout_named(layout)
+    for name, layer in _low_rank(model):
+        a, b = form.join(dict(layer.state_dict()))
+        replace_linear(model, name, _layer(*balanced(a, b), layer))
+
+
+def from_trainable(model: nn.Module, layout: LayoutName) -> None:
+    """Store the low-rank layers of ``model``, two factors each, in ``layout``, in place."""
+    form = layout_named(layout)
+    for name, layer in _low_rank(model):
+        weight = layer.A.weight
+        assert isinstance(layer, LowRankLinear)
+        built = form.build(
+            weight.detach(),
+            layer.B.weight.detach(),
+            None if layer.bias is None else layer.bias.detach(),
+            layer.transposed,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        replace_linear(model, name, built)
+
+
+def set_factors(
+    model: nn.Module, name: str, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """Overwrite the factors of a low-rank layer by balanced ones with the product of ``b`` (m, k) and ``a`` (k, n).
+
+    Args:
+        model: in trainable form.
+        name: path of the layer.
+        a: (k, n), any floating dtype.
+        b: (m, k).
+        bias: (m), the new bias; ``None`` to keep the old one.
+    """
+    layer = model.get_submodule(name)
+    assert isinstance(layer, LowRankLinear)
+    down, up = balanced(a, b)
+    with torch.no_grad():
+        layer.A.weight.copy_(down)
+        layer.B.weight.copy_(up)
+        if bias is not None:
+            assert layer.B.bias is not None
+            layer.B.bias.copy_(bias)
+
+
+def block_tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers below the path ``prefix`` by their path in the model, as in a state dict."""
+    return {
+        f"{prefix}.{name}": tensor.detach().cpu() for name, tensor in model.get_submodule(prefix).state_dict().items()
+    }
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Overwrite parameters and buffers of ``model`` by path.
+
+    Raises:
+        ValueError: the model has no such tensor, or one of another shape.
+    """
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        if name not in own or own[name].shape != tensor.shape:
+            found = "nothing" if name not in own else f"the shape {tuple(own[name].shape)}"
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, the model has {found} there")
+        own[name].copy_(tensor)
+
+
+def _low_rank(model: nn.Module) -> list[tuple[str, CompressedLinear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, CompressedLinear)]
+
+
+def _layer(a: torch.Tensor, b: torch.Tensor, like: CompressedLinear) -> LowRankLinear:
+    weight = like.A.weight
+    bias = None if like.bias is None else like.bias.detach()
+    built = layout_named("factors").build(a, b, bias, like.transposed, device=weight.device, dtype=weight.dtype)
+    assert isinstance(built, LowRankLinear)
+    return built
