@@ -21,24 +21,13 @@ from ara.masks.mask_family import MaskFamily
 from ara.masks.model import MaskedModel
 from ara.masks.optimisers import optimiser_for
 from ara.masks.state import LogRow, TrainingSettings, TrainingState
+from ara.models.batches import SEED_STRIDE, batch_indices
 from ara.progress import SILENT, Reporter
 from ara.solver.problem import Allocation
 
 # The training diverges if this many checks in a row exceed the first held-out loss by this much, nats per token.
 _DIVERGED_NATS = 2.0
 _DIVERGED_CHECKS = 2
-# Distance between the seeds of trainings; more than a training has steps or epochs.
-_SEED_STRIDE = 1_000_003
-
-
-def batch_indices(count: int, batch: int, step: int, seed: int) -> torch.Tensor:
-    """Return the indices of the windows of a step: all ``count`` windows in random order, epoch after epoch."""
-    indices = []
-    for position in range(step * batch, (step + 1) * batch):
-        epoch, place = divmod(position, count)
-        generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + epoch)
-        indices.append(int(torch.randperm(count, generator=generator)[place]))
-    return torch.tensor(indices)
 
 
 def train(
@@ -132,7 +121,7 @@ class _Loop:
         """Take one step and return its log row."""
         settings, state = self.settings, self.state
         batch = self.windows[batch_indices(len(self.windows), settings.batch, state.step, settings.seed)]
-        seed, progress = settings.seed * _SEED_STRIDE + state.step, state.step / settings.steps
+        seed, progress = settings.seed * SEED_STRIDE + state.step, state.step / settings.steps
         cut = self.family.cut(progress, torch.Generator().manual_seed(seed))
         if cut.ranks is None:
             self.model.use_soft(cut.masks)

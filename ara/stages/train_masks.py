@@ -5,12 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -28,7 +25,8 @@ from ara.artifacts.training import (
     stopped_early,
 )
 from ara.config import MaskTrainingOptions, TrainMasksConfig
-from ara.errors import NumericalError, UnavailableError
+from ara.errors import NumericalError
+from ara.events import event_writer_class, write_events
 from ara.masks.ara_family import AraFamily, ara_family, check_layout, needs_table
 from ara.masks.context import TuningContext
 from ara.masks.loop import train
@@ -74,7 +72,7 @@ def train_masks(
         run.report.step(f"Training masks at keep {', '.join(f'{keep:g}' for keep in config.keep)}")
         check_layout(_options(config), config.layout)
         if config.tensorboard:
-            _event_writer_class()
+            event_writer_class()
         modules = load_modules(decomposition, config.layout)
         specs = [module.spec for module in modules]
         for keep in config.keep:
@@ -295,32 +293,13 @@ class _Training:
         # Logs contain times, so they are excluded from the content hash.
         self.stage.loose(LOG_FILE)
         if self.config.tensorboard:
-            for path in _write_events(self.stage.folder / EVENTS_FOLDER / f"keep-{keep:g}", logs[f"{keep:g}"]):
+            rows = [
+                (row.step, {"loss": row.loss, "keep": row.keep, "dense": row.dense, "held_out": row.held_out})
+                for row in logs[f"{keep:g}"]
+            ]
+            for path in write_events(self.stage.folder / EVENTS_FOLDER / f"keep-{keep:g}", rows):
                 self.stage.loose(path.relative_to(self.stage.folder).as_posix())
 
 
 def _logged(state: TrainingState) -> tuple[LoggedStep, ...]:
     return tuple(LoggedStep(**asdict(row)) for row in state.log)
-
-
-def _event_writer_class() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UnavailableError(
-            f"--tensorboard needs the package tensorboard ({error})",
-            "pip install tensorboard, or omit the option: log.csv has the same numbers",
-        ) from None
-    return SummaryWriter
-
-
-def _write_events(folder: Path, rows: Sequence[LoggedStep]) -> list[Path]:
-    """Replace the TensorBoard run in ``folder`` and return its files."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with _event_writer_class()(folder) as events:
-        for row in rows:
-            for name in ("loss", "keep", "dense", "held_out"):
-                value = getattr(row, name)
-                if value is not None and not math.isnan(value):
-                    events.add_scalar(name, value, row.step)
-    return list(folder.iterdir())

@@ -8,7 +8,7 @@ import torch
 from ara.config import MaskTrainingOptions
 from ara.errors import NumericalError
 from ara.masks.ara_family import ara_family, needs_table
-from ara.masks.loop import batch_indices, train
+from ara.masks.loop import train
 from ara.masks.sensitivity_table import sensitivity_table
 from ara.masks.state import TrainingSettings, TrainingState
 from ara.solver.problem import Budget
@@ -152,15 +152,6 @@ def test_a_start_of_nan_is_refused(toy, monkeypatch):
     _checks_give(monkeypatch, [float("nan")])
     with pytest.raises(NumericalError, match="the starting allocation gives a held-out loss of nan"):
         _run(toy, "adam", steps=4)
-
-
-def test_every_window_is_read_once_per_round():
-    rounds = [batch_indices(10, 5, step, seed=3) for step in range(4)]
-    assert sorted(torch.cat(rounds[:2]).tolist()) == list(range(10))
-    assert sorted(torch.cat(rounds[2:]).tolist()) == list(range(10))
-    assert rounds[0].tolist() != rounds[2].tolist()
-    assert batch_indices(10, 5, 0, seed=4).tolist() != rounds[0].tolist()
-    assert sorted(batch_indices(3, 7, 0, seed=0).tolist()).count(0) >= 2
 
 
 @pytest.mark.parametrize(
