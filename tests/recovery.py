@@ -65,6 +65,11 @@ class MemorySaved(Saved):
     def log_file(self, name: str) -> Path:
         return self.folder / name
 
+    def extra_folder(self, name: str) -> Path:
+        folder = self.folder / name
+        folder.mkdir()
+        return folder
+
 
 def tiny_recovery(
     folder: Path,

@@ -272,6 +272,16 @@ def hidden_states(output: Any) -> torch.Tensor:
     return found
 
 
+def output_bytes(output: Any) -> int:
+    """Return the bytes of all tensors in the output of a block."""
+    return sum(tensor.nbytes for tensor in _tensors(output))
+
+
+def output_on(output: Any, device: torch.device | str) -> Any:
+    """Return the output of a block with its tensors on ``device``."""
+    return _mapped(output, lambda tensor: tensor.to(device))
+
+
 @contextmanager
 def starting_at(blocks: Sequence[nn.Module], start: int, output: Any) -> Iterator[None]:
     """Start passes at block ``start``: the blocks before it return ``output``, whatever their input is."""

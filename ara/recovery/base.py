@@ -73,6 +73,10 @@ class Saved(ABC):
     def log_file(self, name: str) -> Path:
         """Return the path of a log file in the result; logs contain times and have no checksum."""
 
+    @abstractmethod
+    def extra_folder(self, name: str) -> Path:
+        """Return an empty folder in the result, for files beside the checkpoint that the level writes at its end."""
+
 
 @dataclass
 class Recovery:

@@ -51,8 +51,22 @@ class MasterAdamW:
             name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
             for name, parameter in self.parameters.items()
         }
-        fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in self._masters.values())
-        self._adam = torch.optim.AdamW(self._masters.values(), lr=rate, betas=_BETAS, weight_decay=0.0, fused=fused)
+        self._fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in self._masters.values())
+        self._adam = torch.optim.AdamW(
+            self._masters.values(), lr=rate, betas=_BETAS, weight_decay=0.0, fused=self._fused
+        )
+
+    def collect(self) -> None:
+        """Add the gradients of half-precision parameters to float32 sums, and clear them.
+
+        Called after each backward pass of a step, so that sums over passes are not rounded to half precision.
+        """
+        for name, parameter in self.parameters.items():
+            master, gradient = self._masters[name], parameter.grad
+            if master is parameter or gradient is None:
+                continue
+            master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
+            parameter.grad = None
 
     def step(self, scale: float = 1.0) -> float:
         """Clip the gradients, take one step, round the masters into the model, and clear the gradients.
@@ -66,12 +80,10 @@ class MasterAdamW:
         Raises:
             NumericalError: a gradient is NaN or infinite; nothing has changed.
         """
-        gradients = []
-        for name, parameter in self.parameters.items():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = None
-            gradients.append(gradient.float().mul_(scale))
-            self._masters[name].grad = gradients[-1]
+        self.collect()
+        for master in self._masters.values():
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad.mul_(scale)
+        gradients = [master.grad for master in self._masters.values() if master.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
             self.clear()
@@ -123,7 +135,9 @@ class MasterAdamW:
             master.copy_(tensors[f"weight:{name}"])
             if done:
                 moments = {key: tensors[f"{key}:{name}"].clone().to(master) for key in ("exp_avg", "exp_avg_sq")}
-                self._adam.state[master] = {"step": torch.tensor(float(done)), **moments}
+                # Fused steps want the counter on the device, as AdamW itself creates it.
+                counter = torch.tensor(float(done), device=master.device if self._fused else "cpu")
+                self._adam.state[master] = {"step": counter, **moments}
         self.done = done
         self._round()
 
