@@ -293,11 +293,11 @@ class _Training:
         # Logs contain times, so they are excluded from the content hash.
         self.stage.loose(LOG_FILE)
         if self.config.tensorboard:
-            rows = [
+            scalars = [
                 (row.step, {"loss": row.loss, "keep": row.keep, "dense": row.dense, "held_out": row.held_out})
                 for row in logs[f"{keep:g}"]
             ]
-            for path in write_events(self.stage.folder / EVENTS_FOLDER / f"keep-{keep:g}", rows):
+            for path in write_events(self.stage.folder / EVENTS_FOLDER / f"keep-{keep:g}", scalars):
                 self.stage.loose(path.relative_to(self.stage.folder).as_posix())
 
 
