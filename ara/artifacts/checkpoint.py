@@ -50,7 +50,7 @@ class RecoveryFigures(Part):
     """How ``ara recover`` repaired a checkpoint; figures on held-out text in nats per token.
 
     Attributes:
-        text: source of the text, in words.
+        text: what was asked for, such as c4.
         windows, held_out: windows to repair with, and to judge by.
         seq_len: tokens per window.
         before, after: KL(dense ‖ model) of the checkpoint that was repaired, and of this one.

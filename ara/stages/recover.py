@@ -71,9 +71,7 @@ def recover(
         AraError: no checkpoint, a densified one, too little text, NaN or divergence, a missing package.
     """
     started = begin(name, checkpoint)
-    levels = {level: LEVELS.load(level)() for level in levels_to_run(config.level, config.only)}
-    for level in levels.values():
-        level.check(config)
+    levels = check_levels(config)
     with open_task("recover", run, started) as task:
         before = task.workspace.require("checkpoint", checkpoint)
         figures = CheckpointResults.read(before)
@@ -129,11 +127,23 @@ def recover(
                 run.report,
                 keep_on_interrupt,
             )
-            found, details = _Levels(recovery, stage, texts.origin).all(levels)
+            found, details = _Levels(recovery, stage, texts.spec).all(levels)
             _write(recovery, layout, stage, replace(figures, recovery=found), made)
             text = json.dumps(details, indent=1, allow_nan=False)
             (stage.folder / DETAILS).write_text(text + "\n", encoding="utf-8")
         return task.view()
+
+
+def check_levels(config: RecoverConfig) -> dict[str, Level]:
+    """Return the levels to run, by name and in order.
+
+    Raises:
+        AraError: there is no such level, a package is missing, or settings contradict each other.
+    """
+    levels: dict[str, Level] = {name: LEVELS.load(name)() for name in levels_to_run(config.level, config.only)}
+    for level in levels.values():
+        level.check(config)
+    return levels
 
 
 def _placement(config: RecoverConfig) -> Placement:
@@ -162,8 +172,8 @@ class CheckpointInputs:
 class _Levels:
     """Runs levels one after the other; takes one back that raises the divergence from the dense model."""
 
-    def __init__(self, recovery: Recovery, stage: StageWriter, origin: str) -> None:
-        self.recovery, self.stage, self.origin, self.report = recovery, stage, origin, recovery.report
+    def __init__(self, recovery: Recovery, stage: StageWriter, text: str) -> None:
+        self.recovery, self.stage, self.text, self.report = recovery, stage, text, recovery.report
 
     def all(self, levels: Mapping[str, Level]) -> tuple[RecoveryFigures, dict[str, Any]]:
         """Run the levels and return their figures and details; finished ones are read from the stage."""
@@ -187,7 +197,7 @@ class _Levels:
                 self.report.warn(f"{name}: {stopped}: what is finished is stored; the same command resumes")
                 break
         figures = RecoveryFigures(
-            text=self.origin,
+            text=self.text,
             windows=len(recovery.train.ids),
             held_out=len(recovery.held_out.ids),
             seq_len=recovery.train.ids.shape[1],
