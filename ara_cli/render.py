@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ara.artifacts.base import manifest_of
-from ara.artifacts.checkpoint import CheckpointResults
+from ara.artifacts.checkpoint import CheckpointResults, RecoveryFigures
 from ara.artifacts.comparison import ComparedMethod, ComparedText, ComparisonResults
 from ara.artifacts.evaluation import DENSE, EvaluationResults
 from ara.artifacts.factors import FactorisedLayer, FactorsResults
@@ -149,6 +149,25 @@ def show_checkpoint(console: Console, view: StageView) -> None:
         ("weights on disk", f"{bytes_text(disk)} (dense {bytes_text(dense)}, {percent(disk / dense)})"),
     ]
     console.table(f"{view.name}", columns("", ""), rows)
+    if results.recovery is not None:
+        _show_recovery(console, results.recovery)
+
+
+def _show_recovery(console: Console, figures: RecoveryFigures) -> None:
+    """Show what each level of recovery has changed."""
+    rows = [
+        (
+            row.level,
+            f"{row.before:.4f}",
+            f"{row.after:.4f}" + ("" if row.kept else " (taken back)"),
+            count_text(row.tokens),
+            seconds_text(row.seconds),
+        )
+        for row in figures.levels
+    ]
+    headers = columns("level", "KL to dense before (held-out, nats/token)", "after", "training tokens", "time")
+    title = f"Recovery: held-out loss {figures.loss_before:.4f} → {figures.loss_after:.4f} nats/token, dense "
+    console.table(f"{title}{figures.dense_loss:.4f}", headers, rows)
 
 
 def show_export(console: Console, results: GraphResults) -> None:

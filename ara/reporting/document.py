@@ -114,8 +114,41 @@ class Allocated(Part):
     guard: Guard | None
 
 
+class RecoveredLevel(Part):
+    """What one level of recovery did; see :class:`ara.artifacts.checkpoint.RecoveredLevel`."""
+
+    level: str
+    tokens: int
+    seconds: Number
+    before: Number
+    after: Number
+    kept: bool
+    notes: tuple[str, ...]
+
+
+class Recovered(Part):
+    """How the checkpoint was repaired; see :class:`ara.artifacts.checkpoint.RecoveryFigures`."""
+
+    text: str
+    windows: int
+    held_out: int
+    seq_len: int
+    before: Number
+    after: Number
+    dense_loss: Number
+    loss_before: Number
+    loss_after: Number
+    levels: tuple[RecoveredLevel, ...]
+    stopped: str | None
+
+
 class Stored(Part):
-    """The checkpoint; ``disk_keep`` is ``disk_bytes`` as a share of the dense model's weights."""
+    """The checkpoint.
+
+    Attributes:
+        disk_keep: ``disk_bytes`` as a share of the dense model's weights.
+        recovery: ``None`` if it was only truncated.
+    """
 
     name: str
     dtype: str
@@ -125,6 +158,7 @@ class Stored(Part):
     dense_weight_bytes: int
     disk_bytes: int
     disk_keep: float
+    recovery: Recovered | None = None
 
 
 @dataclass(frozen=True)

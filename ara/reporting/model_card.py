@@ -16,12 +16,13 @@ from ara.reporting.cells import Cell, Table
 from ara.reporting.document import Report
 from ara.reporting.gather import basic_report
 from ara.reporting.sharing import shared_command
-from ara.reporting.summary import main_texts
+from ara.reporting.summary import main_texts, recovery_words
 from ara.reporting.tables import (
     bench_tables,
     harness_table,
     kinds_table,
     models_table,
+    recovery_table,
     size_table,
     text_table,
 )
@@ -59,6 +60,7 @@ def card(report: Report) -> str:
         _what(report, measured),
         _markdown(size_table(report)),
         *_measurements(report),
+        *([_captioned(recovery_table(report.checkpoint.recovery))] if report.checkpoint.recovery else []),
         _markdown(kinds_table(report.allocation)),
         _loading(report),
         _reproduce(report),
@@ -130,7 +132,8 @@ def _what(report: Report, measured: bool) -> str:
     shape = "multiplied back to dense weights" if stored.densified else shape
     lines = [
         f"{stored.low_rank_layers} linear layers of {_code(report.base.name)} were factorised by SVD and are {shape}; "
-        f"{stored.dense_layers} stay dense, embeddings and head are untouched. No weight was trained.",
+        f"{stored.dense_layers} stay dense, embeddings and head are untouched. "
+        + (recovery_words(stored.recovery) if stored.recovery else "No weight was trained."),
         "",
         f"- decomposition: {_code(factors.method)}, calibration text: {text}",
         f"- ranks: {_code(ranks.name)} ({_code(ranks.method)})",

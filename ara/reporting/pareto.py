@@ -53,6 +53,8 @@ class Measured:
             words.append(self.allocation.layout)
         if self.checkpoint.densified:
             words.append("densified")
+        if self.checkpoint.recovery is not None and method != UNIFORM:
+            words += [level.level for level in self.checkpoint.recovery.levels if level.kept][-1:]
         return ", ".join(words)
 
 

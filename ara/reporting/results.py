@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ara.artifacts.benchmark import BenchmarkResults, CaseResults, Percentiles
-from ara.artifacts.checkpoint import CheckpointResults
+from ara.artifacts.checkpoint import CheckpointResults, RecoveryFigures
 from ara.artifacts.comparison import ComparedMethod, ComparisonResults, ComparisonSettings
 from ara.artifacts.evaluation import (
     DENSE,
@@ -83,7 +83,13 @@ def _guard(guard: GuardResults) -> document.Guard:
 def read_stored(name: str, results: CheckpointResults, dtype: str) -> document.Stored:
     """Return the checkpoint."""
     disk_keep = results.disk_bytes / results.dense_weight_bytes
-    return document.Stored.from_source(results, name=name, dtype=dtype, disk_keep=disk_keep)
+    recovery = None if results.recovery is None else _recovery(results.recovery)
+    return document.Stored.from_source(results, name=name, dtype=dtype, disk_keep=disk_keep, recovery=recovery)
+
+
+def _recovery(figures: RecoveryFigures) -> document.Recovered:
+    levels = [document.RecoveredLevel.from_source(row) for row in figures.levels]
+    return document.Recovered.from_source(figures, text=shared_text(figures.text), levels=levels)
 
 
 def read_work(manifest: Manifest) -> document.Work:

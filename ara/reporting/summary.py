@@ -14,6 +14,7 @@ from ara.reporting.document import (
     Difference,
     Evaluated,
     HarnessResult,
+    Recovered,
     Stored,
     TextResult,
     ZeroShot,
@@ -175,6 +176,19 @@ def _change(what: str, evaluation: Evaluated, result: ZeroShot | HarnessResult) 
         return words
     noise = ", no significant difference" if differs(result.compared.get(UNIFORM)) is False else ""
     return f"{words} (uniform ranks: {models[UNIFORM]}{noise})"
+
+
+def recovery_words(recovery: Recovered) -> str:
+    """Return how a checkpoint was repaired, in sentences."""
+    kept = [level.level for level in recovery.levels if level.kept]
+    what = f"repaired at the level{'s' * (len(kept) > 1)} {', '.join(kept)}" if kept else "not changed by any repair"
+    words = (
+        f"Its values were {what}, with {recovery.windows} × {recovery.seq_len} tokens of {recovery.text}. "
+        f"On {recovery.held_out} held-out windows the divergence from the dense model went from {recovery.before:.4f} "
+        f"to {recovery.after:.4f} nats per token, and the loss from {recovery.loss_before:.4f} to "
+        f"{recovery.loss_after:.4f} (dense {recovery.dense_loss:.4f})."
+    )
+    return words if recovery.stopped is None else f"{words} The repair is not complete: {recovery.stopped}."
 
 
 def share_text(value: float) -> str:

@@ -35,6 +35,22 @@ def size_table(report: document.Report) -> Table:
     return Table("Parameters and bytes", ("", "dense", "compressed", "kept"), rows)
 
 
+def recovery_table(recovery: document.Recovered) -> Table:
+    """Return what each level of recovery has changed."""
+    rows = [
+        (
+            Cell(level.level if level.kept else f"{level.level} (taken back)"),
+            Cell(f"{level.before:.4f}", level.before),
+            Cell(f"{level.after:.4f}", level.after),
+            cells.count(level.tokens),
+            Cell(f"{level.seconds / 60:.1f}", level.seconds),
+        )
+        for level in recovery.levels
+    ]
+    columns = ("level", "KL to dense before (nats/token)", "after", "training tokens", "minutes")
+    return Table("Recovery, on held-out text", columns, rows)
+
+
 def kinds_table(allocation: document.Allocated) -> Table:
     """Return ranks by kind of layer."""
     rows = []

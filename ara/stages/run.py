@@ -10,6 +10,7 @@ from ara.config import (
     DecomposeConfig,
     EvalConfig,
     MaskTrainingOptions,
+    RecoverConfig,
     StageConfig,
     TrainMasksConfig,
     TuningConfig,
@@ -22,6 +23,7 @@ from ara.pipeline import Stage, kind_named, steps
 from ara.stages.allocate import AUTO, allocate, refuse_layout
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
+from ara.stages.recover import check_levels
 from ara.stages.train_masks import train_masks
 from ara.stages.trainings import covering_training
 from ara.workspace.view import StageView
@@ -91,10 +93,13 @@ def _check_ahead(budgets: Sequence[AllocateConfig], later: Mapping[str, StageCon
     for budget in budgets:
         if budget.method != AUTO:
             refuse_layout(budget.method, budget.layout)
-    for config in (config for config in later.values() if isinstance(config, EvalConfig)):
-        own = open_task_folders(config.include_path)
-        for task in expand(config.tasks, own):
-            check_text_spec(task) if is_text(task) else check_task(task, run.report, own)
+    for config in later.values():
+        if isinstance(config, RecoverConfig):
+            check_levels(config)
+        if isinstance(config, EvalConfig):
+            own = open_task_folders(config.include_path)
+            for task in expand(config.tasks, own):
+                check_text_spec(task) if is_text(task) else check_task(task, run.report, own)
 
 
 def training_for(configs: Sequence[AllocateConfig]) -> TrainMasksConfig:

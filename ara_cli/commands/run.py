@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, StageConfig, TruncateConfig
+from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, RecoverConfig, StageConfig, TruncateConfig
 from ara_cli.fields import Only
 from ara_cli.options import RemoveOption
 from ara_cli.session import Session
@@ -16,7 +16,9 @@ from ara_cli.values import keep_of
 _SHARED = ("seed", "device", "dtype")
 _DECOMPOSE = Only("model", "text", "samples", "seq_len", *_SHARED, "revision", decomposition="method")
 _ALLOCATE = Only("method", "layout", "rank_multiple", "held_out", *_SHARED, rank_samples="samples")
+_RECOVER = Only(*_SHARED, "batch_size")
 _EVALUATE = Only("tasks", "max_windows", "include_path", "limit", "prompt", "device", "dtype", eval_seq_len="seq_len")
+NO_RECOVERY = "none"
 _AFTER = {
     "model": ("keep", "remove", "method", "decomposition", "layout", "rank_multiple"),
     "samples": ("rank_samples", "held_out"),
@@ -29,15 +31,20 @@ def command(
     *,
     decomposition: Annotated[Maker[DecomposeConfig], _DECOMPOSE],
     allocation: Annotated[Maker[AllocateConfig], _ALLOCATE],
+    recovery: Annotated[Maker[RecoverConfig], _RECOVER],
     evaluation: Annotated[Maker[EvalConfig], _EVALUATE],
     keep: Annotated[
         list[float] | None, typer.Option(help=AllocateConfig.model_fields["keep"].description, metavar="FLOAT")
     ] = None,
     remove: RemoveOption = None,
+    recover: Annotated[
+        str,
+        typer.Option(help="repair the checkpoint up to this level: closed, block, distill; or none", metavar="LEVEL"),
+    ] = RecoverConfig.model_fields["level"].default,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="stop after the checkpoint is written")] = False,
     s: Session,
 ) -> None:
-    """Decompose, allocate, truncate and evaluate MODEL. Finished stages are reused.
+    """Decompose, allocate, truncate, recover and evaluate MODEL. Finished stages are reused.
 
     --method ara also trains masks. --keep may be repeated, for several compressed models.
     """
@@ -45,6 +52,8 @@ def command(
     keeps = dict.fromkeys(keep_of(value, remove) for value in keep or (None,))
     allocate_configs = [allocation(keep=value) for value in keeps]
     later: dict[str, StageConfig] = {"truncate": TruncateConfig()}
+    if recover != NO_RECOVERY:
+        later["recover"] = recovery(level=recover)
     if not no_eval:
         later["eval"] = evaluation()
     from ara.stages.run import run_pipeline
