@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,10 @@ class MemorySaved(Saved):
     def log_file(self, name: str) -> Path:
         return self.folder / name
 
-    def extra_folder(self, name: str) -> Path:
+    def write_folder(self, name: str, write: Callable[[Path], object]) -> None:
         folder = self.folder / name
         folder.mkdir()
-        return folder
+        write(folder)
 
 
 def tiny_recovery(

@@ -90,8 +90,8 @@ class Saved(ABC):
         """Return the path of a log file in the result; logs contain times and have no checksum."""
 
     @abstractmethod
-    def extra_folder(self, name: str) -> Path:
-        """Return an empty folder in the result, for files beside the checkpoint that the level writes at its end."""
+    def write_folder(self, name: str, write: Callable[[Path], object]) -> None:
+        """Let ``write`` fill an empty folder of the result, beside the checkpoint; a resumed run keeps it."""
 
 
 @dataclass

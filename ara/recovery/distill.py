@@ -109,7 +109,7 @@ def _train_adapters(recovery: Recovery) -> LevelOutcome:
         try:
             outcome = _Training(recovery, adapters.parameters()).run()
             if config.keep_adapter:
-                adapters.save(recovery.saved.extra_folder(ADAPTER_FOLDER))
+                recovery.saved.write_folder(ADAPTER_FOLDER, adapters.save)
         except BaseException:
             adapters.remove()
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from ara.artifacts.ranks import layout_of
 from ara.config import RecoverConfig
 from ara.environment import keep_freed_memory, peak_memory_bytes
 from ara.errors import UsageError
+from ara.files import remove
 from ara.layout_names import LayoutName
 from ara.models.checkpoint import check_loads, checkpoint_bytes, load, save_checkpoint
 from ara.models.low_rank import low_rank_layers
@@ -307,6 +308,15 @@ class _Parts(Saved):
     def log_file(self, name: str) -> Path:
         self.stage.loose(name)
         return self.stage.folder / name
+
+    def write_folder(self, name: str, write: Callable[[Path], object]) -> None:
+        folder = self.stage.folder / name
+        remove(folder)
+        folder.mkdir()
+        write(folder)
+        # In the journal with the next finished part.
+        for path in sorted(folder.iterdir()):
+            self.stage.note(f"{name}/{path.name}")
 
 
 def _write(

@@ -245,8 +245,9 @@ class StageWriter:
         self._files, self.results, self._tensors, self._work = journal.files, journal.results, tensors, journal.work
         self._resumed = True
         self._earlier_seconds = journal.seconds
+        kept = {JOURNAL, CHECKPOINT, *(name.split("/")[0] for name in self._files)}
         for path in self.folder.iterdir():
-            if path.name not in {*self._files, JOURNAL, CHECKPOINT}:
+            if path.name not in kept:
                 remove(path)
         return True
 

@@ -99,13 +99,13 @@ def test_a_kept_adapter_fits_the_stored_model(tmp_path, family, layout):
 def test_a_failed_training_removes_the_adapters(tmp_path, monkeypatch):
     recovery = tiny_recovery(tmp_path, **KEPT)
     start = weights_of(recovery.model)
-    monkeypatch.setattr(MemorySaved, "extra_folder", _fails)
+    monkeypatch.setattr(MemorySaved, "write_folder", _fails)
     with pytest.raises(OSError, match="no room"):
         Distill().repair(recovery)
     assert _same(weights_of(recovery.model), start)
 
 
-def _fails(self: MemorySaved, name: str) -> Path:
+def _fails(self: MemorySaved, name: str, write: object) -> None:
     raise OSError("no room")
 
 
