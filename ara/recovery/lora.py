@@ -95,7 +95,7 @@ def in_stored_layout(model: PreTrainedModel, layout: LayoutName) -> Iterator[Non
     """
     former = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
     try:
-        from_trainable(model, layout)
+        from_trainable(model, layout, model.dtype)
         yield
     finally:
         for name, module in former.items():

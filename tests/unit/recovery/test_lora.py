@@ -83,7 +83,7 @@ def test_a_kept_adapter_fits_the_stored_model(tmp_path, family, layout):
     folder = _folder(recovery) / "adapter"
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in folder.iterdir()}
     assert not any(b"somebody" in path.read_bytes() for path in folder.iterdir())
-    from_trainable(recovery.model, layout)
+    from_trainable(recovery.model, layout, recovery.model.dtype)
     stored = recovery.model(ids).logits
     # PEFT warns about GPT-2's transposed layers, and handles them.
     with warnings.catch_warnings():
