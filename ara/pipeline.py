@@ -227,6 +227,11 @@ def producers(kind: str) -> tuple[str, ...]:
     return tuple(stage.name for stage in stages() if stage.produces == kind)
 
 
+def makers(kind: str) -> tuple[str, ...]:
+    """Return the names of the stages that make a kind without having one already."""
+    return tuple(stage.name for stage in stages() if stage.produces == kind and kind not in stage.consumes)
+
+
 def may_be_made_from(stage: str, parent: str) -> bool:
     """Tell whether a result of ``stage`` may be made from a result of ``parent``."""
     child, source = stage_named(stage), stage_named(parent)

@@ -63,7 +63,7 @@ def recover(
     Args:
         config: level, text, settings of the levels.
         run: workspace and reporter.
-        checkpoint: NAME or STAGE/NAME of the checkpoint; the latest by default.
+        checkpoint: NAME or STAGE/NAME of the checkpoint; by default the latest that is not repaired.
         name: of the result; the checkpoint's name and the level by default.
         keep_on_interrupt: on Ctrl+C store what is finished as the result; the same call resumes later. Otherwise
             Ctrl+C raises ``KeyboardInterrupt``, and the next call resumes as well.
@@ -74,7 +74,7 @@ def recover(
     started = begin(name, checkpoint)
     levels = check_levels(config)
     with open_task("recover", run, started) as task:
-        before = task.workspace.require("checkpoint", checkpoint)
+        before = task.workspace.require("checkpoint", checkpoint, not_by="recover")
         figures = CheckpointResults.read(before)
         if figures.densified:
             raise UsageError(

@@ -25,7 +25,7 @@ from typing import Any
 from ara.errors import WorkspaceError, disk_errors, near_matches
 from ara.files import remove
 from ara.names import check_name, check_which
-from ara.pipeline import producers, stages
+from ara.pipeline import makers, producers, stages
 from ara.progress import SILENT, Reporter
 from ara.workspace.index import INDEX, read_index, write_index
 from ara.workspace.locking import LOCK_FILE, OWNER_FILE, exclusive
@@ -138,19 +138,21 @@ class Workspace:
         """Return the state of one stage result (its files are not read)."""
         return States(self.root).view(key)
 
-    def require(self, kind: str, which: str | None = None, verify: bool = True) -> StageView:
+    def require(self, kind: str, which: str | None = None, verify: bool = True, not_by: str | None = None) -> StageView:
         """Return a finished, current result of a kind.
 
         Args:
             kind: of the result, such as ``checkpoint``.
             which: name of the result, or ``stage/name`` if several stages make this kind; the latest by default.
             verify: also compare every file with its checksum.
+            not_by: stage whose own results are not taken by default: a stage that consumes what it produces would
+                otherwise make another result each time.
 
         Raises:
             UsageError: ``which`` is not a valid name.
             WorkspaceError: missing, ambiguous, stale, partial or damaged; the hint names the command that makes it.
         """
-        view = self._latest_readable(kind) if which is None else self._named(kind, which)
+        view = self._latest_readable(kind, not_by) if which is None else self._named(kind, which)
         if view.state == "stale":
             raise WorkspaceError(f"{view.key} is stale: {view.why}", view.remedy)
         if view.manifest is None:
@@ -170,15 +172,15 @@ class Workspace:
         """
         return self.require(kind, ancestor_key(view, kind, self.view), verify)
 
-    def _latest_readable(self, kind: str) -> StageView:
-        views = self.views(kind)
+    def _latest_readable(self, kind: str, not_by: str | None = None) -> StageView:
+        views = [view for view in self.views(kind) if view.stage != not_by]
         for view in views:
             if view.state == "damaged":
                 # Its age is unknown, so that it may be the latest one. Reading it again raises the precise error.
                 States(self.root).manifest(view.key)
         whole = [view for view in views if view.manifest is not None]
         if not whole:
-            make = " or ".join(f"ara {stage}" for stage in producers(kind))
+            make = " or ".join(f"ara {stage}" for stage in makers(kind))
             raise WorkspaceError(f"{self.root} has no result of {make} yet", f"run {make} first")
         return max(whole, key=_created)
 

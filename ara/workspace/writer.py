@@ -262,6 +262,9 @@ class StageWriter:
             os.replace(aside, self.folder / JOURNAL)
 
     def _commit(self) -> None:
+        if self.to_go_on:
+            # Before the other files are recorded: a later run makes them again.
+            self._write_journal()
         # After Ctrl+C between a write and its rename, train-masks still makes its best state the result.
         for aside in self.folder.glob(f".*{PARTIAL}"):
             remove(aside)
@@ -305,7 +308,6 @@ class StageWriter:
 
     def _copy(self) -> Path:
         """Return a copy that becomes the result while :attr:`folder` stays."""
-        self._write_journal()
         copy = self.final.with_name(f".{self.final.name}{COPY}")
         remove(copy)
         shutil.copytree(self.folder, copy, ignore=shutil.ignore_patterns(".*"))
