@@ -9,6 +9,8 @@
                                 truncate ◀── ranks
                                    │
                               checkpoint ──▶ eval, export
+                                 │    ▲
+                                 └(recover)
 
 ``ara run``, ``ara status``, the suggested next command, the folders of a workspace and the documentation follow this
 table. A stage consumes kinds and never names another stage. So a second stage that writes checkpoints needs one entry
@@ -140,6 +142,15 @@ STAGES: tuple[Stage, ...] = (
         consumes=("ranks", "factors"),
         produces="checkpoint",
         flow="factors, ranks, model → checkpoint",
+    ),
+    Stage(
+        "recover",
+        "Repair the values of a compressed checkpoint",
+        "ara.stages.recover:recover",
+        consumes=("checkpoint", "factors"),
+        produces="checkpoint",
+        flow="checkpoint, factors, model, text → checkpoint",
+        optional=True,
     ),
     Stage(
         "eval",

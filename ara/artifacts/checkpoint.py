@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import StrictBool
 
-from ara.artifacts.base import Count, Least1, Number, Results, Settings, StoredDtype
+from ara.artifacts.base import LEFT_OUT, Count, Least1, Number, Part, Results, Settings, StoredDtype
 from ara.workspace.view import StageView
 
 CHECKPOINT = "checkpoint"
@@ -22,6 +22,57 @@ class CheckpointSettings(Settings):
 
 
 @dataclass(frozen=True)
+class RecoveredLevel(Part):
+    """What one level of recovery did.
+
+    Attributes:
+        level: its name.
+        tokens: training tokens read, each pass counted.
+        seconds, peak_memory_bytes: of this level.
+        before, after: KL(dense ‖ model) on held-out text, nats per token; ``after`` belongs to the repair even if it is
+            not kept.
+        kept: whether the repair is in the checkpoint; it is not if it raised the divergence.
+        notes: further figures, in words.
+    """
+
+    level: str
+    tokens: Count
+    seconds: Number
+    peak_memory_bytes: Count | None
+    before: Number
+    after: Number
+    kept: StrictBool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RecoveryFigures(Part):
+    """How ``ara recover`` repaired a checkpoint; figures on held-out text in nats per token.
+
+    Attributes:
+        text: source of the text, in words.
+        windows, held_out: windows to repair with, and to judge by.
+        seq_len: tokens per window.
+        before, after: KL(dense ‖ model) of the checkpoint that was repaired, and of this one.
+        dense_loss, loss_before, loss_after: negative log-likelihood of the dense model and of these two.
+        levels: in the order in which they ran.
+        stopped: why it ended early; ``None`` if it is complete.
+    """
+
+    text: str
+    windows: Count
+    held_out: Count
+    seq_len: Count
+    before: Number
+    after: Number
+    dense_loss: Number
+    loss_before: Number
+    loss_after: Number
+    levels: tuple[RecoveredLevel, ...]
+    stopped: str | None = None
+
+
+@dataclass(frozen=True)
 class CheckpointResults(Results):
     """Results of every stage that writes a checkpoint.
 
@@ -33,6 +84,7 @@ class CheckpointResults(Results):
         dense_weight_bytes: of the dense model's weights, in the same precision.
         densified: whether the factors were multiplied back.
         disk_bytes: of the weight files.
+        recovery: how it was repaired; ``None`` for a checkpoint that was only truncated.
     """
 
     Settings = CheckpointSettings
@@ -45,6 +97,7 @@ class CheckpointResults(Results):
     dense_weight_bytes: Least1
     densified: StrictBool
     disk_bytes: Count
+    recovery: RecoveryFigures | None = field(default=None, metadata=LEFT_OUT)
 
 
 def label_of(checkpoint: StageView) -> str:

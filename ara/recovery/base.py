@@ -5,6 +5,7 @@ Names: x is the input of a layer in the dense model, x' its input in the compres
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from ara.config import RecoverConfig
 from ara.errors import NumericalError
 from ara.models.likelihood import window_nll
+from ara.models.losses import token_losses
 from ara.models.weights import LinearSpec
 from ara.progress import SILENT, Reporter
 
@@ -48,6 +50,20 @@ class RecoveryText:
     def weights(self, rows: slice | torch.Tensor) -> torch.Tensor | None:
         """Return which predictions of some windows count: (b, t − 1) bool, or ``None`` for all."""
         return None if self.counted is None else self.counted[rows, 1:]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a model is from the dense one on a text; all in nats per predicted token.
+
+    Attributes:
+        kl: mean KL(dense ‖ model).
+        loss, dense_loss: mean negative log-likelihood of the model and of the dense one.
+    """
+
+    kl: float
+    loss: float
+    dense_loss: float
 
 
 class Saved(ABC):
@@ -113,18 +129,13 @@ class Recovery:
         device: torch.device = self.model.device
         return device
 
-    def held_out_loss(self) -> float:
-        """Return the loss of the compressed model on the held-out windows, nats per token.
+    def held_out_distance(self, advance: Callable[[int], None] | None = None) -> Distance:
+        """Return how far the compressed model is from the dense one on the held-out windows.
 
         Raises:
-            NumericalError: it is NaN or infinite.
+            NumericalError: a figure is NaN or infinite.
         """
-        value = mean_loss(self.model, self.held_out, self.config.batch_size)
-        if not torch.isfinite(torch.tensor(value)):
-            raise NumericalError(
-                f"the compressed model has a held-out loss of {value}", "try --dtype float32 or a higher --keep"
-            )
-        return value
+        return distance(self.dense, self.model, self.held_out, self.config.batch_size, advance)
 
 
 @dataclass(frozen=True)
@@ -147,8 +158,8 @@ class LevelOutcome:
 class Level(ABC):
     """One level of recovery.
 
-    The stage takes care of the rest: it measures the held-out loss before and after, takes the level back if the loss
-    has grown, stores the state after each level, and writes the checkpoint.
+    The stage takes care of the rest: it measures the divergence from the dense model on held-out text before and after,
+    takes the level back if it has grown, stores the state after each level, and writes the checkpoint.
 
     Class attributes:
         trains: whether it needs gradients and an optimiser.
@@ -175,17 +186,33 @@ class Level(ABC):
 
 
 @torch.inference_mode()
-def mean_loss(
-    model: PreTrainedModel, text: RecoveryText, batch_size: int, advance: Callable[[int], None] | None = None
-) -> float:
-    """Return the mean negative log-likelihood of all windows, nats per predicted token; it may be NaN.
+def distance(
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    text: RecoveryText,
+    batch_size: int,
+    advance: Callable[[int], None] | None = None,
+) -> Distance:
+    """Return how far ``model`` is from ``dense`` on a text. All tokens count, also in a training on answers alone.
 
-    All tokens count, also in a training on answers alone.
+    Raises:
+        NumericalError: a figure is NaN or infinite.
     """
-    found = []
+    kls, losses, references = [], [], []
     for batch in text.ids.split(batch_size):
         ids = batch.to(model.device)
-        found.append(window_nll(model(input_ids=ids, use_cache=False).logits, ids))
+        reference = dense(input_ids=ids, use_cache=False).logits
+        logits = model(input_ids=ids, use_cache=False).logits
+        kls.append(token_losses(logits, ids, reference).double().mean(1).cpu())
+        losses.append(window_nll(logits, ids))
+        references.append(window_nll(reference, ids))
         if advance is not None:
             advance(len(batch))
-    return float(torch.cat(found).mean())
+    found = Distance(*(float(torch.cat(values).mean()) for values in (kls, losses, references)))
+    if not all(map(math.isfinite, (found.kl, found.loss, found.dense_loss))):
+        raise NumericalError(
+            f"on held-out text the losses are {found.dense_loss} (dense) and {found.loss} (compressed), "
+            f"the divergence is {found.kl}",
+            "try --dtype float32 or a higher --keep",
+        )
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from ara.layout_names import LayoutName
 from ara.layouts import layout_named
 from ara.layouts.modeling_ara import CompressedLinear, LowRankLinear, replace_linear
+from ara.progress import SILENT, Reporter
 
 
 def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,26 +44,20 @@ def to_trainable(model: nn.Module, layout: LayoutName) -> None:
         replace_linear(model, name, _layer(*balanced(a, b), layer))
 
 
-def from_trainable(model: nn.Module, layout: LayoutName) -> None:
-    """Store the low-rank layers of ``model``, two factors each, in ``layout``, in place."""
-    form = layout_named(layout)
-    for name, layer in _low_rank(model):
-        weight = layer.A.weight
-        assert isinstance(layer, LowRankLinear)
-        built = form.build(
-            weight.detach(),
-            layer.B.weight.detach(),
-            None if layer.bias is None else layer.bias.detach(),
-            layer.transposed,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        replace_linear(model, name, built)
+def from_trainable(model: nn.Module, layout: LayoutName, dtype: torch.dtype, report: Reporter = SILENT) -> None:
+    """Store the low-rank layers of ``model``, two factors each, in ``layout`` and ``dtype``, in place."""
+    form, layers = layout_named(layout), _low_rank(model)
+    with report.bar(form.progress, len(layers)) if form.progress else nullcontext() as bar:
+        for name, layer in layers:
+            assert isinstance(layer, LowRankLinear)
+            a, b, bias = layer.A.weight.detach(), layer.B.weight.detach(), layer.bias
+            bias = None if bias is None else bias.detach().to(dtype)
+            replace_linear(model, name, form.build(a, b, bias, layer.transposed, device=a.device, dtype=dtype))
+            if bar is not None:
+                bar.advance()
 
 
-def set_factors(
-    model: nn.Module, name: str, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None
-) -> None:
+def set_factors(model: nn.Module, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
     """Overwrite the factors of a low-rank layer by balanced ones with the product of ``b`` (m, k) and ``a`` (k, n).
 
     Args:
@@ -69,7 +65,6 @@ def set_factors(
         name: path of the layer.
         a: (k, n), any floating dtype.
         b: (m, k).
-        bias: (m), the new bias; ``None`` to keep the old one.
     """
     layer = model.get_submodule(name)
     assert isinstance(layer, LowRankLinear)
@@ -77,9 +72,6 @@ def set_factors(
     with torch.no_grad():
         layer.A.weight.copy_(down)
         layer.B.weight.copy_(up)
-        if bias is not None:
-            assert layer.B.bias is not None
-            layer.B.bias.copy_(bias)
 
 
 def block_tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:

@@ -39,6 +39,8 @@ PARTIAL = ".partial"
 COPY = ".copy"
 JOURNAL = ".journal.json"
 CHECKPOINT = ".checkpoint.safetensors"
+# Files of unfinished work start with it.
+WORK = ".work-"
 
 _Seconds = Annotated[float, Field(ge=0, lt=1e12)]
 
@@ -52,6 +54,7 @@ class _Journal(BaseModel):
     files: dict[str, FileRecord]
     tensors: dict[str, TensorRecord]
     results: dict[str, Any]
+    work: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 class _CheckpointBody(BaseModel):
@@ -92,6 +95,7 @@ class StageWriter:
         self._files: dict[str, FileRecord] = {}
         self._loose: set[str] = set()
         self._tensors: dict[str, TensorRecord] = {}
+        self._work: dict[str, dict[str, Any]] = {}
         self._fingerprint = digest(essence(stage, facts["config"], facts["model"], facts["parents"]))
         self._earlier_seconds, self._resumed = 0.0, False
         self._start = time.monotonic() if started is None else started
@@ -133,6 +137,34 @@ class StageWriter:
         self.note(name)
         self.results.update(results or {})
         self._write_journal()
+
+    def finish_work(self, name: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Store a finished part of the work that is no part of the result; it is removed when the stage is done.
+
+        Args:
+            name: of the part.
+            tensors: at least one.
+            values: JSON data, returned by :meth:`work`.
+        """
+        self._work[name] = plain(dict(values))
+        self.tensors(f"{WORK}{name}.safetensors", tensors)
+
+    def work(self, name: str) -> tuple[Path, dict[str, Any]] | None:
+        """Return file and JSON data of a finished part of the work, or ``None``."""
+        return (self.folder / f"{WORK}{name}.safetensors", self._work[name]) if name in self._work else None
+
+    def all_work(self) -> dict[str, dict[str, Any]]:
+        """Return the JSON data of all finished parts, by name."""
+        return dict(self._work)
+
+    def drop_work(self, prefix: str) -> None:
+        """Remove the finished parts whose names start with ``prefix``."""
+        for name in [name for name in self._work if name.startswith(prefix)]:
+            file = f"{WORK}{name}.safetensors"
+            del self._work[name], self._files[file]
+            self._tensors = {key: record for key, record in self._tensors.items() if record.file != file}
+            self._write_journal()
+            remove(self.folder / file)
 
     def text(self, name: str, text: str) -> None:
         """Write one text file and record it as finished, together with the current :attr:`results`."""
@@ -210,7 +242,7 @@ class StageWriter:
                 tensors |= tensor_records(path, name) if path.suffix == ".safetensors" else {}
         except (OSError, ValueError):
             return False
-        self._files, self.results, self._tensors = journal.files, journal.results, tensors
+        self._files, self.results, self._tensors, self._work = journal.files, journal.results, tensors, journal.work
         self._resumed = True
         self._earlier_seconds = journal.seconds
         for path in self.folder.iterdir():
@@ -222,7 +254,7 @@ class StageWriter:
         if not self._resumable:
             return
         about = {"fingerprint": self._fingerprint, "seconds": self._seconds(), "files": self._files}
-        journal = plain({**about, "tensors": self._tensors, "results": self.results})
+        journal = plain({**about, "tensors": self._tensors, "results": self.results, "work": self._work})
         aside = self.folder / f"{JOURNAL}{PARTIAL}"
         with disk_errors(self.folder):
             write_text(aside, json.dumps({**journal, "digest": digest(journal)}), sync=True)
@@ -244,8 +276,8 @@ class StageWriter:
             versions=versions(),
             seconds=round(self._seconds(), 3),
             peak_memory_bytes=peak_memory_bytes(),
-            files=dict(sorted(self._files.items())),
-            tensors=dict(sorted(self._tensors.items())),
+            files={name: record for name, record in sorted(self._files.items()) if not name.startswith(WORK)},
+            tensors={name: one for name, one in sorted(self._tensors.items()) if not one.file.startswith(WORK)},
             results=plain(self.results),
             **{**self._facts, "config": plain(self._facts["config"])},
         ).sealed()
@@ -266,6 +298,8 @@ class StageWriter:
         # Last: a stage that is stopped before this point can resume from them.
         (self.final / JOURNAL).unlink(missing_ok=True)
         (self.final / CHECKPOINT).unlink(missing_ok=True)
+        for path in self.final.glob(f"{WORK}*"):
+            remove(path)
         remove(old)
 
     def _copy(self) -> Path:

@@ -1,0 +1,205 @@
+"""Level ``closed``: every layer is fitted to the inputs that it really gets, one by one.
+
+Truncation fits a layer to the inputs of the dense model. In the compressed model the layers before it have changed
+these inputs. The level goes through the model block by block, and in a block through the groups of layers with the same
+input (q, k and v; o; gate and up; down). Each group sees what the groups before it now give. Layers that stayed dense
+are corrected as well. :mod:`ara.recovery.correction` has the mathematics.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ara.calibration.moments import shared_inputs
+from ara.decomposition.parallel import map_layers
+from ara.errors import NumericalError
+from ara.layouts.modeling_ara import LowRankLinear
+from ara.models.blocks import Stream, independent_starts
+from ara.models.weights import LinearSpec, bias_of, find_blocks
+from ara.recovery.base import Level, LevelOutcome, Recovery
+from ara.recovery.correction import Correction, PairedAccumulator, PairedMoments, correct
+from ara.recovery.trainable import block_tensors, load_tensors, set_factors
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a layer; see :class:`ara.recovery.correction.Correction`."""
+
+    beta: float | None
+    damping: float | None
+    before: float
+    after: float
+
+
+class Closed(Level):
+    """Sequential correction without gradients."""
+
+    trains = False
+
+    def repair(self, recovery: Recovery) -> LevelOutcome:
+        """Correct all layers, block by block."""
+        return _Correction(recovery).all_blocks()
+
+
+class _Correction:
+    """One run of the level."""
+
+    def __init__(self, recovery: Recovery) -> None:
+        self.recovery, self.report = recovery, recovery.report
+        self.prefix, blocks = find_blocks(recovery.model)
+        self.count = len(blocks)
+        first = recovery.train.ids[:1].to(recovery.device)
+        owners = shared_inputs(recovery.dense, recovery.specs, first)
+        specs = {spec.name: spec for spec in recovery.specs}
+        # Layer → groups of layers with one input, in the order of the forward pass.
+        self.groups: dict[int, dict[str, list[LinearSpec]]] = {}
+        for name, leader in owners.items():
+            self.groups.setdefault(specs[name].layer, {}).setdefault(leader, []).append(specs[name])
+        independent = passes_start_anywhere(recovery, first)
+        texts = (recovery.train, recovery.held_out)
+        self.dense, self.model = (
+            [Stream(model, text.ids, recovery.config.batch_size, independent) for text in texts]
+            for model in (recovery.dense, recovery.model)
+        )
+
+    def all_blocks(self) -> LevelOutcome:
+        """Correct every block; finished ones are read from the parts of an interrupted run."""
+        saved, interrupted = self.recovery.saved, None
+        choices: dict[str, Choice] = {}
+        with self.report.bar("Correcting blocks", self.count) as bar:
+            for layer in range(self.count):
+                part = f"block-{layer:03d}"
+                file = saved.part(part)
+                if file is not None:
+                    load_tensors(self.recovery.model, load_file(file))
+                    choices |= {name: Choice(**row) for name, row in saved.values(part)["layers"].items()}
+                else:
+                    try:
+                        found = self._block(layer)
+                    except KeyboardInterrupt:
+                        if not self.recovery.keep_on_interrupt or layer == 0:
+                            raise
+                        interrupted = f"interrupted after block {layer} of {self.count}"
+                        break
+                    choices |= found
+                    rows = {name: asdict(choice) for name, choice in found.items()}
+                    saved.finish_part(
+                        part, block_tensors(self.recovery.model, f"{self.prefix}.{layer}"), {"layers": rows}
+                    )
+                if layer + 1 < self.count:
+                    for stream in (*self.dense, *self.model):
+                        stream.advance(stream.outputs())
+                bar.advance()
+        return LevelOutcome(
+            tokens=self.recovery.train.tokens,
+            notes=(_summary(list(choices.values())),),
+            interrupted=interrupted,
+            details={"layers": {name: asdict(choice) for name, choice in choices.items()}},
+        )
+
+    def _block(self, layer: int) -> dict[str, Choice]:
+        """Correct the groups of one block in their order; after Ctrl+C the block is as it was."""
+        recovery = self.recovery
+        before = {
+            name: tensor.clone() for name, tensor in block_tensors(recovery.model, f"{self.prefix}.{layer}").items()
+        }
+        found: dict[str, Choice] = {}
+        try:
+            for leader, specs in self.groups.get(layer, {}).items():
+                train, held_out = self._moments(leader, 0), self._moments(leader, 1)
+                work = partial(_corrected, recovery, train, held_out)
+                results = map_layers(work, [(spec, None) for spec in specs], recovery.device)
+                for spec, result in zip(specs, list(results), strict=True):
+                    _apply(recovery, spec, result)
+                    found[spec.name] = Choice(result.beta, result.damping, result.before, result.after)
+        except KeyboardInterrupt:
+            load_tensors(recovery.model, before)
+            raise
+        return found
+
+    @torch.inference_mode()
+    def _moments(self, leader: str, which: int) -> PairedMoments:
+        """Return the moments of the inputs of a group, over training (0) or held-out text (1)."""
+        recovery = self.recovery
+        dense, model = self.dense[which], self.model[which]
+        ours, theirs = (one.get_submodule(leader) for one in (recovery.dense, recovery.model))
+        width = next(spec.n for spec in recovery.specs if spec.name == leader)
+        sums = PairedAccumulator(width, recovery.device, dense=which == 1)
+        for index in range(len(dense.batches)):
+            sums.add(dense.input_of(index, ours), model.input_of(index, theirs))
+        if not sums.is_finite:
+            raise NumericalError(
+                f"the inputs of {leader} hold NaN or infinity",
+                "try --dtype float32; if that fails too, the model is broken",
+            )
+        return sums.result()
+
+
+def passes_start_anywhere(recovery: Recovery, ids: torch.Tensor) -> bool:
+    """Tell whether passes of both models may start at every block; if not, it is reported.
+
+    Args:
+        recovery: the two models.
+        ids: one window (1, t) int64.
+    """
+    starts = range(1, len(find_blocks(recovery.model)[1]))
+    independent = all(
+        len(independent_starts(model, ids, starts)) == len(starts) for model in (recovery.dense, recovery.model)
+    )
+    if not independent:
+        recovery.report.fact(
+            "every pass starts at the embeddings, which takes longer: blocks of this model reuse results of earlier "
+            "blocks"
+        )
+    return independent
+
+
+def _corrected(
+    recovery: Recovery, train: PairedMoments, held_out: PairedMoments, spec: LinearSpec, _: None
+) -> Correction:
+    with safe_open(recovery.factors[spec.name], "pt") as file:
+        a, b = (file.get_tensor(f"{spec.name}.{part}").to(recovery.device) for part in "AB")
+    module, original = (spec.weight.owner(model) for model in (recovery.model, recovery.dense))
+    current: Any = (
+        (module.A.weight.detach(), module.B.weight.detach())
+        if isinstance(module, LowRankLinear)
+        else spec.weight.read(recovery.model)
+    )
+    bias, dense_bias = bias_of(module), bias_of(original)
+    moved = None if bias is None or dense_bias is None else bias.double() - dense_bias.double()
+    return correct(a, b, current, train, held_out, moved)
+
+
+@torch.no_grad()
+def _apply(recovery: Recovery, spec: LinearSpec, found: Correction) -> None:
+    """Write a correction into the compressed model."""
+    if found.a is not None and found.b is not None:
+        set_factors(recovery.model, spec.name, found.a, found.b)
+    elif found.shift is not None:
+        current = spec.weight.read(recovery.model)
+        corrected = spec.weight.read(recovery.dense).double() @ found.shift
+        spec.weight.replace(recovery.model, corrected.to(current.dtype))
+    module, original = (spec.weight.owner(model) for model in (recovery.model, recovery.dense))
+    bias, dense_bias = bias_of(module), bias_of(original)
+    if found.bias is not None and bias is not None and dense_bias is not None:
+        bias.copy_(dense_bias.double() + found.bias)
+
+
+def _summary(choices: Sequence[Choice]) -> str:
+    changed = [choice for choice in choices if choice.beta is not None]
+    if not changed:
+        return f"none of {len(choices)} layers changed: no correction lowered an error on held-out text"
+    ratio = statistics.median(choice.after / choice.before for choice in changed)
+    beta = statistics.median(choice.beta for choice in changed if choice.beta is not None)
+    return (
+        f"{len(changed)} of {len(choices)} layers corrected, their held-out errors × {ratio:.3f} (median), "
+        f"median β {beta:g}"
+    )

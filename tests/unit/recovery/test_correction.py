@@ -1,0 +1,125 @@
+"""The correction of one layer against least squares on the data itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ara.decomposition.base import Factors
+from ara.decomposition.subspace import weighted_factors
+from ara.recovery.correction import Correction, PairedAccumulator, PairedMoments, correct
+
+M, N, TOKENS = 11, 7, 4000
+
+
+def inputs(n: int, shift: float = 0.4, seed: int = 0, tokens: int = TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return x and x' (t, n) float64: x' is a mixture of x and something else, with other means."""
+    weights, text = (torch.Generator().manual_seed(one) for one in (1, 10 + seed))
+    mix = torch.eye(n).double() + shift * torch.randn(n, n, generator=weights).double()
+    x = torch.randn(tokens, n, generator=text).double() * torch.linspace(3, 0.5, n) + torch.linspace(-1, 1, n)
+    return x, x @ mix.T + 0.1 * torch.randn(tokens, n, generator=text).double()
+
+
+def moments(x: torch.Tensor, other: torch.Tensor, dense: bool) -> PairedMoments:
+    sums = PairedAccumulator(x.shape[1], torch.device("cpu"), dense)
+    for ours, theirs in zip(x.float().split(100), other.float().split(100), strict=True):
+        sums.add(ours[None], theirs[None])
+    return sums.result()
+
+
+def layer(m: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Factors]:
+    """Return W (m, n), the metrics G and H, and two-sided factors of W."""
+    generator = torch.Generator().manual_seed(m)
+    weight = torch.randn(m, n, generator=generator).double()
+    x, _ = inputs(n)
+    root = torch.randn(m, m, generator=generator).double()
+    outputs = root @ root.T + torch.eye(m)
+    return weight, x.T @ x / len(x), outputs, weighted_factors(weight, x.T @ x / len(x), outputs)
+
+
+def output_error(
+    weight: torch.Tensor, new: torch.Tensor, outputs: torch.Tensor, x: torch.Tensor, other: torch.Tensor
+) -> float:
+    """Return E‖H^{1/2} (W x − W' x')‖² / E‖H^{1/2} W x‖², from the data itself."""
+    dense = x @ weight.T
+    error = dense - other @ new.T
+    return float(((error @ outputs) * error).sum() / ((dense @ outputs) * dense).sum())
+
+
+@pytest.mark.parametrize(("m", "n"), [(M, N), (N, M), (9, 9)])
+def test_errors_are_those_of_the_layer_in_its_output_metric(m: int, n: int) -> None:
+    weight, _, outputs, factors = layer(m, n)
+    train, held = inputs(n), inputs(n, seed=1)
+    k = 4
+    found = correct(
+        factors.a, factors.b, (factors.a[:k], factors.b[:, :k]), moments(*train, False), moments(*held, True)
+    )
+    assert found.a is not None and found.b is not None and found.a.shape == (k, n) and found.b.shape == (m, k)
+    cut = factors.b[:, :k] @ factors.a[:k]
+    assert found.before == pytest.approx(output_error(weight, cut, outputs, *held), rel=1e-4)
+    assert found.after == pytest.approx(output_error(weight, found.b @ found.a, outputs, *held), rel=1e-4)
+    assert found.after < found.before
+
+
+@pytest.mark.parametrize(("m", "n"), [(M, N), (N, M)])
+def test_much_text_gives_nearly_the_least_squares_weight(m: int, n: int) -> None:
+    weight, _, _, factors = layer(m, n)
+    x, other = inputs(n)
+    found = correct(factors.a, factors.b, weight, moments(x, other, False), moments(*inputs(n, seed=1), True))
+    assert found.beta == 1 and found.damping == 1e-3 and found.shift is not None and found.a is None
+    best = torch.linalg.lstsq(other, x @ weight.T).solution.T
+    residual = [float(((x @ weight.T - other @ new.T) ** 2).sum()) for new in (weight, weight @ found.shift, best)]
+    assert residual[2] <= residual[1] < residual[2] + 0.01 * (residual[0] - residual[2])
+
+
+def test_a_low_rank_layer_gets_the_best_factors_of_the_corrected_weight() -> None:
+    weight, _, outputs, factors = layer(M, N)
+    train = moments(*inputs(N), False)
+    found = correct(factors.a, factors.b, (factors.a[:3], factors.b[:, :3]), train, moments(*inputs(N, seed=1), True))
+    assert found.beta is not None and found.damping is not None and found.a is not None and found.b is not None
+    metric = train.compressed
+    damped = metric + found.damping * metric.diagonal().mean() * torch.eye(N)
+    shift = torch.eye(N) + found.beta * (train.cross - metric) @ torch.linalg.inv(damped)
+    expected = weighted_factors(weight @ shift, metric, outputs)
+    torch.testing.assert_close(found.b @ found.a, expected.b[:, :3] @ expected.a[:3], rtol=1e-6, atol=1e-8)
+
+
+def test_noise_is_not_believed() -> None:
+    weight, _, _, factors = layer(M, N)
+    # Eight tokens for seven inputs, and x' = x + noise: any shift measured on them is chance.
+    x, _ = inputs(N, tokens=100)
+    noise = torch.randn(100, N, generator=torch.Generator().manual_seed(3)).double()
+    train = moments(x[:8], (x + noise)[:8] - 2 * noise[:8], False)
+    held_x, _ = inputs(N, seed=1)
+    found = correct(factors.a, factors.b, weight, train, moments(held_x, held_x, True))
+    assert found == Correction(None, None, found.before, found.before)
+    assert found.before == pytest.approx(0, abs=1e-6)
+
+
+def test_a_bias_takes_up_the_difference_of_the_means() -> None:
+    weight, _, outputs, factors = layer(M, N)
+    (x, other), held = inputs(N, shift=0.1), inputs(N, shift=0.1, seed=1)
+    other, held = other + 5, (held[0], held[1] + 5)
+    current = (factors.a[:5], factors.b[:, :5])
+    train, test = moments(x, other, False), moments(*held, True)
+    without = correct(factors.a, factors.b, current, train, test)
+    found = correct(factors.a, factors.b, current, train, test, torch.zeros(M).double())
+    assert found.bias is not None and found.a is not None and found.b is not None and found.after < without.after
+    dense = held[0] @ weight.T
+    error = dense - held[1] @ (found.b @ found.a).T - found.bias
+    share = float(((error @ outputs) * error).sum() / ((dense @ outputs) * dense).sum())
+    assert found.after == pytest.approx(share, rel=1e-3)
+    mean = (x @ weight.T - other @ (found.b @ found.a).T - found.bias).mean(0)
+    assert float(mean.norm()) < 1e-4
+    # A bias that is already moved counts in the error before.
+    moved = correct(factors.a, factors.b, current, train, test, torch.full((M,), 0.5).double())
+    assert moved.before != found.before and moved.after == pytest.approx(found.after)
+
+
+def test_sums_know_when_they_are_not_finite() -> None:
+    sums = PairedAccumulator(N, torch.device("cpu"), dense=True)
+    x = torch.zeros(3, N)
+    sums.add(x, x)
+    assert sums.is_finite
+    sums.add(x, torch.full((3, N), torch.inf))
+    assert not sums.is_finite

@@ -1,0 +1,109 @@
+"""AdamW with master copies: against torch's own, resumed, and in half precision."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from ara.errors import NumericalError
+from ara.recovery.optimiser import CLIP, MasterAdamW, rate_at, trained
+
+STEPS = 20
+
+
+def gradients(step: int, shape: tuple[int, ...] = (3, 5)) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(step)) * (0.01 + step)
+
+
+def parameter(dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.randn(3, 5, generator=torch.Generator().manual_seed(99)).to(dtype))
+
+
+def step(adam: MasterAdamW, of: nn.Parameter, number: int) -> float:
+    of.grad = gradients(number).to(of.dtype)
+    return adam.step()
+
+
+def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
+    rates = [rate_at(step, STEPS, 1.0) for step in range(STEPS)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert all(later <= earlier for earlier, later in pairwise(rates[1:]))
+    assert 0.1 < rates[-1] < 0.12
+    assert rate_at(0, 1, 1.0) == 1.0
+
+
+def test_steps_are_those_of_torch_with_clipped_gradients() -> None:
+    ours, theirs = parameter(), parameter()
+    adam = MasterAdamW({"w": ours}, STEPS, 0.01)
+    reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    for number in range(5):
+        norm = step(adam, ours, number)
+        theirs.grad = gradients(number)
+        assert norm == pytest.approx(float(theirs.grad.norm()), rel=1e-5)
+        torch.nn.utils.clip_grad_norm_([theirs], CLIP)
+        reference.param_groups[0]["lr"] = rate_at(number, STEPS, 0.01)
+        reference.step()
+        torch.testing.assert_close(ours, theirs)
+    assert ours.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restored_optimiser_continues_with_the_same_bits(dtype: torch.dtype) -> None:
+    whole = parameter(dtype)
+    adam = MasterAdamW({"w": whole}, STEPS, 0.01)
+    for number in range(4):
+        step(adam, whole, number)
+    stored = {name: tensor.clone() for name, tensor in adam.state().items()}
+    for number in range(4, 8):
+        step(adam, whole, number)
+    resumed = parameter(dtype)
+    again = MasterAdamW({"w": resumed}, STEPS, 0.01)
+    again.restore(stored, 4)
+    for number in range(4, 8):
+        step(again, resumed, number)
+    assert torch.equal(whole, resumed)
+    assert all(torch.equal(tensor, again.state()[name]) for name, tensor in adam.state().items())
+
+
+def test_masters_collect_steps_that_bfloat16_would_lose() -> None:
+    low = nn.Parameter(torch.ones(3, 5, dtype=torch.bfloat16))
+    adam = MasterAdamW({"w": low}, 1000, 1e-4)
+    for _ in range(200):
+        low.grad = torch.ones_like(low)
+        adam.step()
+    assert float(adam.state()["weight:w"].mean()) == pytest.approx(float(low.detach().float().mean()), abs=4e-3)
+    assert float(low.detach().float().mean()) < 0.99
+
+
+def test_accumulated_gradients_are_scaled() -> None:
+    one, other = parameter(), parameter()
+    adams = [MasterAdamW({"w": each}, STEPS, 0.01) for each in (one, other)]
+    one.grad, other.grad = gradients(0), 4 * gradients(0)
+    assert adams[0].step() == pytest.approx(adams[1].step(0.25))
+    torch.testing.assert_close(one, other)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    weight = parameter()
+    adam = MasterAdamW({"w": weight}, STEPS, 0.01)
+    before = weight.detach().clone()
+    weight.grad = torch.full_like(weight, torch.nan)
+    with pytest.raises(NumericalError, match="norm nan") as caught:
+        adam.step()
+    assert "--rate" in str(caught.value.hint) and torch.equal(weight, before) and weight.grad is None
+
+
+def test_a_state_of_another_shape_is_refused() -> None:
+    adam = MasterAdamW({"w": parameter()}, STEPS, 0.01)
+    with pytest.raises(ValueError, match="no weight of w"):
+        adam.restore({"weight:w": torch.zeros(2)}, 0)
+
+
+def test_only_floating_point_parameters_are_trained() -> None:
+    module = nn.Linear(3, 2).requires_grad_(False)
+    module.register_parameter("steps", nn.Parameter(torch.zeros(2, dtype=torch.int32), requires_grad=False))
+    assert sorted(trained(module.named_parameters())) == ["bias", "weight"]
+    assert module.weight.requires_grad
