@@ -180,7 +180,7 @@ def _machine_error(error: BaseException, root: Path | None) -> AraError | None:
         detail = (short[0] if short else message[:_SHOWN]).rstrip(".")
         return AraError(
             f"out of memory{f': {detail}' if detail else ''}",
-            "try --device cpu, or decompose and eval one by one with a smaller --batch-size or --moment-memory",
+            "try --device cpu, or run the stages one by one with a smaller --batch-size, --samples or --moment-memory",
         )
     named = getattr(error, "filename", None)
     file = None if named is None else str(named)

@@ -231,8 +231,18 @@ class Stream:
 
         Gradients flow if they are enabled and parameters of these blocks require them.
         """
-        end = self.blocks[self.at if last is None else last]
-        with self._starting(index), ending_after(end) as outputs:
+        return self._run(index, self._starting(index), self.at if last is None else last)
+
+    def run_on(self, index: int, output: Any) -> Any:
+        """Run block :attr:`at` on batch ``index`` as if the block before had returned ``output``.
+
+        Gradients flow back into ``output``. Passes must be able to start at every block.
+        """
+        assert self._independent and self.at > 0
+        return self._run(index, starting_at(self.blocks, self.at, output), self.at)
+
+    def _run(self, index: int, start: AbstractContextManager[None], last: int) -> Any:
+        with start, ending_after(self.blocks[last]) as outputs:
             self.model(input_ids=self.batches[index].to(self._device), use_cache=False)
         return outputs[0]
 
@@ -249,10 +259,11 @@ class Stream:
             self.model(input_ids=self.batches[index].to(self._device), use_cache=False)
         return inputs[0]
 
-    @torch.inference_mode()
+    # Not inference mode: a later pass with gradients starts from these outputs.
+    @torch.no_grad()
     def outputs(self) -> list[Any]:
         """Return the outputs of block :attr:`at` for all batches, on the CPU."""
-        return [_mapped(self.run(index), _kept) for index in range(len(self.batches))]
+        return [kept_output(self.run(index)) for index in range(len(self.batches))]
 
     def advance(self, outputs: list[Any]) -> None:
         """Go to the next block, which starts from these :meth:`outputs`."""
@@ -263,6 +274,11 @@ class Stream:
     def _starting(self, index: int) -> AbstractContextManager[None]:
         before = _mapped(self._before[index], lambda tensor: tensor.to(self._device))
         return starting_at(self.blocks, self.at if self._independent else 0, before)
+
+
+def kept_output(output: Any) -> Any:
+    """Return a copy of the output of a block on the CPU, without a graph."""
+    return _mapped(output, _kept)
 
 
 def hidden_states(output: Any) -> torch.Tensor:

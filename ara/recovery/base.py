@@ -43,6 +43,10 @@ class RecoveryText:
         """Tokens in all windows."""
         return self.ids.numel()
 
+    def first(self, windows: int) -> RecoveryText:
+        """Return the first windows."""
+        return RecoveryText(self.ids[:windows], None if self.counted is None else self.counted[:windows])
+
     def weights(self, rows: slice | torch.Tensor) -> torch.Tensor | None:
         """Return which predictions of some windows count: (b, t − 1) bool, or ``None`` for all."""
         return None if self.counted is None else self.counted[rows, 1:]
