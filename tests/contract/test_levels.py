@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
     "batch": 4,
     "check_every": 2,
     "save_every": 1,
-    "rate": 3e-3,
+    "rate": 3e-4,
 }
 
 
