@@ -7,6 +7,7 @@ from typing import Any
 
 from ara.artifacts.evaluation import (
     DENSE,
+    EMPTY_TEXT,
     UNIFORM,
     EvaluationResults,
     MeanFigures,
@@ -34,7 +35,7 @@ def show_evaluation(console: Console, view: StageView) -> None:
     for continued in results.continuations:
         console.text(f"“{continued.prompt} …”")
         for name, text in continued.models.items():
-            console.text(f"  {name}: … {_one_line(text)}")
+            console.text(f"  {name}: … {_one_line(text) or EMPTY_TEXT}")
 
 
 def _show_texts(console: Console, results: EvaluationResults) -> None:

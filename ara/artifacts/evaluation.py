@@ -11,6 +11,8 @@ from pydantic import Field, StrictBool
 from ara.artifacts.base import LEFT_OUT, Count, Number, Part, Results, Settings
 
 DENSE, UNIFORM = "dense", "uniform"
+# Shown in place of a continuation that has no visible character.
+EMPTY_TEXT = "(empty)"
 
 
 @dataclass(frozen=True)

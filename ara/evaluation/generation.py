@@ -165,6 +165,20 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> It
         yield text
 
 
+def why_empty(tokens: int, text: str) -> str | None:
+    """Return why an answer shows nothing, as the end of a sentence, or ``None`` if it shows something.
+
+    Args:
+        tokens: number of tokens before the end of the answer.
+        text: the decoded answer.
+    """
+    if text.strip():
+        return None
+    if tokens == 0:
+        return "the model ended its turn with the first token"
+    return f"it consists of {tokens} token{'' if tokens == 1 else 's'} of white space or control"
+
+
 def greedy_continuation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -2,10 +2,9 @@
 
     seq-rep-4 = 1 − (distinct 4-grams) / (4-grams)        of one sequence of tokens
 
-(Welleck et al., "Neural Text Generation with Unlikelihood Training", ICLR 2020, arXiv 1908.04319, section 3.) A sequence
-of t tokens has t − 3 4-grams. Every 4-gram that occurred before in the sequence adds one to the count of repeats, so
-seq-rep-4 is the share of 4-grams that occurred before. There, human text has 0.5 %, and greedy continuations of a
-language model 44 %.
+(Welleck et al., "Neural Text Generation with Unlikelihood Training", ICLR 2020, arXiv 1908.04319.) A sequence of t
+tokens has t − 3 4-grams. Each 4-gram that occurred before in the sequence adds one to the repeats, so seq-rep-4 is the
+share of 4-grams that occurred before.
 """
 
 from __future__ import annotations

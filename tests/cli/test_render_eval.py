@@ -42,7 +42,7 @@ def task(metric: str = "acc", values: tuple[float, ...] = (0.5, 0.4, 0.45), stde
     }
 
 
-def shown(tasks: dict[str, Any], mean_over: tuple[str, ...] = ()) -> list[str]:
+def shown(tasks: dict[str, Any], mean_over: tuple[str, ...] = (), continued: tuple[Any, ...] = ()) -> list[str]:
     """Return the lines of the tables."""
     mean = None
     if mean_over:
@@ -55,7 +55,7 @@ def shown(tasks: dict[str, Any], mean_over: tuple[str, ...] = ()) -> list[str]:
         "variants": dict.fromkeys(MODELS, VARIANT),
         "tasks": tasks,
         "zero_shot": mean,
-        "continuations": [],
+        "continuations": list(continued),
     }
     out = io.StringIO()
     view = StageView("eval/x", Path(), "done", manifest=manifest.model_copy(update={"results": results}))
@@ -84,6 +84,12 @@ def test_every_compressed_model_is_compared_in_the_width_of_a_terminal() -> None
         assert values == [*kept, "≈ -5.0 (0.3)", "+5.0 (3e-07)"]
     assert row_of(lines, "wikitext").split()[-7:] == ["30.20", "41.00", "–", "35.50", "–", "–", "–"]
     assert max(map(len, lines[lines.index(header) :])) <= 160
+
+
+def test_an_empty_continuation_is_said_to_be_one() -> None:
+    models = dict(zip(MODELS, (" he said\nso", "", " \n"), strict=True))
+    lines = shown({}, continued=({"prompt": "So", "models": models},))
+    assert lines[-4:] == ["“So …”", "  dense: … he said so", "  uniform: … (empty)", f"  {NAME}: … (empty)"]
 
 
 @pytest.mark.parametrize(

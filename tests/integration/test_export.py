@@ -18,7 +18,7 @@ from export.onnx import architecture, writing
 from tests.commands import ara, done, refused
 from tests.damage import flip, listing
 from tests.questions import write_questions
-from tests.tiny import tiny_tokenizer
+from tests.tiny import VOCABULARY, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,14 @@ def test_what_is_shipped_is_what_is_measured(workspace: Path, tiny_text: str) ->
         for options in (["--max-new-tokens", 30], ["--no-chat", "--max-new-tokens", 30])
     ]
     assert answers[0]["answer"] == answers[2]["answer"] and answers[1]["answer"] == answers[3]["answer"]
-    assert len(answers[0]["answer"]) > 3
+    assert len(answers[0]["answer"]) > 3 and not any(answer["empty"] for answer in answers)
+    # The exported graph ends its turn at once.
+    silent = Path(shutil.copytree(workspace / ours, workspace.parent / "silent"))
+    about = json.loads((silent / "ara_export.json").read_text())
+    about["decoder"]["eos"] = list(range(VOCABULARY))
+    (silent / "ara_export.json").write_text(json.dumps(about))
+    found = ara("generate", "the river", "--backend", "onnx", "--source", silent, "-q", "--json")
+    assert json.loads(found.stdout)["empty"] is True and "the answer is empty: the model ended" in found.stderr
     refused(ara("generate", "x", "--max-new-tokens", 500, "-w", workspace, "-q"), 2, "are more than the 200 positions")
     refused(ara("generate", " ", "-w", workspace, "-q"), 2, "the prompt is empty")
     # A token that was added to the tokenizer alone: both have no row for it.

@@ -17,6 +17,7 @@ from ara.evaluation.generation import (
     prompt_ids,
     stop_tokens,
     text_pieces,
+    why_empty,
 )
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -181,6 +182,13 @@ def test_a_text_is_no_text_when_the_model_gives_nan(bad: float) -> None:
         list(greedy_tokens(model, torch.arange(4, 9), 4, set()))
     with pytest.raises(NumericalError, match=f"mine: the model gives logits of {bad}"):
         greedy_batch(model, torch.arange(4, 14).view(2, 5), 4, set(), "mine")
+
+
+def test_why_an_answer_is_empty() -> None:
+    assert why_empty(3, " a\n") is None
+    assert why_empty(0, "") == "the model ended its turn with the first token"
+    assert why_empty(1, "\n") == "it consists of 1 token of white space or control"
+    assert why_empty(40, "") == "it consists of 40 tokens of white space or control"
 
 
 def test_excluded_tokens_are_no_error() -> None:
