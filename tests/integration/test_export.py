@@ -135,7 +135,7 @@ def test_what_is_shipped_is_what_is_measured(workspace: Path, tiny_text: str) ->
     about = json.loads((silent / "ara_export.json").read_text())
     about["decoder"]["eos"] = list(range(VOCABULARY))
     (silent / "ara_export.json").write_text(json.dumps(about))
-    found = ara("generate", "the river", "--backend", "onnx", "--source", silent, "-q", "--json")
+    found = ara("generate", "river", "--max-new-tokens", 30, "--backend", "onnx", "--source", silent, "-q", "--json")
     assert json.loads(found.stdout)["empty"] is True and "the answer is empty: the model ended" in found.stderr
     refused(ara("generate", "x", "--max-new-tokens", 500, "-w", workspace, "-q"), 2, "are more than the 200 positions")
     refused(ara("generate", " ", "-w", workspace, "-q"), 2, "the prompt is empty")
