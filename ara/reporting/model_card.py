@@ -19,6 +19,7 @@ from ara.reporting.sharing import shared_command
 from ara.reporting.summary import main_texts
 from ara.reporting.tables import (
     bench_tables,
+    chat_table,
     harness_table,
     kinds_table,
     models_table,
@@ -51,7 +52,7 @@ def card(report: Report) -> str:
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- ara", "- svd", "- low-rank"]
     if report.base.kind == "hub":
         front.append(f"base_model: {_yaml_name(report.base.name)}")
-    measured = any(evaluation.texts or evaluation.harness for evaluation in report.evaluations)
+    measured = any(evaluation.texts or evaluation.harness or evaluation.chats for evaluation in report.evaluations)
     sections = [
         "\n".join(["---", *front, *_model_index(report), "---"]),
         f"# {_escaped(report.title)}",
@@ -148,6 +149,7 @@ def _measurements(report: Report) -> list[str]:
     for evaluation in report.evaluations:
         sections.append(_captioned(models_table(evaluation)))
         sections += [_captioned(text_table(evaluation, result)) for result in evaluation.texts]
+        sections += [_captioned(chat_table(evaluation, result)) for result in evaluation.chats]
         if evaluation.harness or evaluation.zero_shot:
             sections.append(_captioned(harness_table(evaluation)))
     for bench in report.benches:

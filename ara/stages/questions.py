@@ -1,4 +1,4 @@
-"""What ``ara eval`` asks all models: texts, tasks, and prompts to continue."""
+"""What ``ara eval`` asks all models: texts, tasks, conversations, and prompts to continue."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ara.config import EvalConfig
+from ara.data.conversations import Conversations
 from ara.data.texts import Documents
 from ara.evaluation.generation import prompt_ids
 from ara.evaluation.tasks import Task
 from ara.models.context import check_room, context_length
 from ara.models.sources import ModelSource
 from ara.models.vocabulary import token_rows
+from ara.progress import Reporter
+from ara.stages.chats import Chat, choose_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +32,7 @@ class Questions:
         tokenizer: of the model.
         texts: name → text for perplexity.
         tasks: tasks of lm-eval.
+        chats: conversations.
         prompts: prompts that every model continues.
         rows: rows of the models' embedding, if known.
     """
@@ -36,26 +40,42 @@ class Questions:
     tokenizer: PreTrainedTokenizerBase
     texts: Mapping[str, Documents]
     tasks: Sequence[Task]
+    chats: Sequence[Chat]
     prompts: Sequence[str]
     rows: int | None = None
 
 
 def questions_for(
-    source: ModelSource, texts: Mapping[str, Documents], tasks: Sequence[Task], config: EvalConfig
+    source: ModelSource,
+    texts: Mapping[str, Documents],
+    tasks: Sequence[Task],
+    chats: Mapping[str, Conversations],
+    config: EvalConfig,
+    report: Reporter,
 ) -> Questions:
-    """Return the questions; the prompts come from the first text, or from the user.
+    """Return the questions; the prompts to continue come from the first text, or from the user.
+
+    Args:
+        source: the model.
+        texts: name → text.
+        tasks: tasks of lm-eval.
+        chats: name → conversations.
+        config: settings with the window length resolved.
+        report: receives warnings.
 
     Raises:
         UsageError: the user's prompt leaves no room for its continuation.
+        DataError, ModelError: see :func:`ara.stages.chats.choose_chat`.
     """
-    tokenizer, context = source.load_tokenizer(), context_length(source.config)
+    tokenizer, context, rows = source.load_tokenizer(), context_length(source.config), token_rows(source.config)
+    chosen = [choose_chat(one, tokenizer, config, rows, report) for one in chats.values()]
     if config.prompt is None:
         room = None if context is None else context - config.max_new_tokens
         prompts = _prompts(texts, config.continuations, tokenizer, room)
     else:
         prompts = [config.prompt]
         check_room(len(prompt_ids(tokenizer, config.prompt, chat=False)), config.max_new_tokens, context)
-    return Questions(tokenizer, texts, tasks, prompts, token_rows(source.config))
+    return Questions(tokenizer, texts, tasks, chosen, prompts, rows)
 
 
 def _prompts(
