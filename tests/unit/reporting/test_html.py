@@ -184,7 +184,7 @@ def test_the_same_report_gives_the_same_page(report, text):
 
 def test_sections_appear_with_their_figures(text):
     assert Reader(text).headings == [
-        "Size", "Perplexity", "Zero-shot tasks", "Speed and memory", "Ranks", "Spectra", "Training",
+        "Size", "Perplexity", "Chat", "Zero-shot tasks", "Speed and memory", "Ranks", "Spectra", "Training",
         "Allocators compared", "Exports", "Continuations", "Reproduce",
     ]  # fmt: skip
 
