@@ -1,4 +1,4 @@
-"""``file:PATH`` and ``file:PATH#FIELD`` name a user's own text, also in a list with commas."""
+"""``file:PATH`` and ``chat:PATH``, each perhaps with ``#FIELD``, name a user's own text, also in a list with commas."""
 
 from __future__ import annotations
 
@@ -9,30 +9,50 @@ from pathlib import Path
 from ara.errors import DataError, UsageError
 from ara.files import check_regular, expand_user
 
-FILE_PREFIX = "file:"
+FILE_PREFIX, CHAT_PREFIX = "file:", "chat:"
 # The longest path of Linux, in bytes.
 _MAX_PATH = 4096
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """What ``file:PATH#FIELD`` names: a path, and the field that holds the text (``None`` without ``#FIELD``)."""
+    """What ``file:PATH#FIELD`` or ``chat:PATH#FIELD`` names.
+
+    Attributes:
+        path: of the file.
+        field: holds the text or the messages; ``None`` without ``#FIELD``.
+    """
 
     path: Path
     field: str | None
 
 
+def is_file(spec: str) -> bool:
+    """Tell whether ``spec`` names a user's own file."""
+    return spec.startswith((FILE_PREFIX, CHAT_PREFIX))
+
+
+def origin_of(file: TextFile) -> str:
+    """Return the file in words."""
+    return f"file {file.path.resolve()}" + (f"#{file.field}" if file.field else "")
+
+
 def text_file(spec: str) -> TextFile:
-    """Parse ``file:PATH`` or ``file:PATH#FIELD``.
+    """Parse ``file:PATH``, ``chat:PATH``, or either with ``#FIELD``.
 
     The part after the last ``#`` is a field if the part before it names a file and the whole does not.
 
     Raises:
         UsageError: the path is empty, or the home folder in it is unknown.
     """
-    name = spec.removeprefix(FILE_PREFIX)
+    prefix, _, name = spec.partition(":")
     if not name:
-        raise UsageError(f"text {spec!r} names no file", "write file:PATH, for instance file:notes.txt")
+        example = (
+            "chat:PATH, for instance chat:conversations.jsonl"
+            if prefix == "chat"
+            else "file:PATH, for instance file:notes.txt"
+        )
+        raise UsageError(f"text {spec!r} names no file", f"write {example}")
     whole = TextFile(expand_user(name, "text file"), None)
     path, _, field = name.rpartition("#")
     if not path or not field or _is_there(whole.path):
@@ -62,11 +82,11 @@ def check_text_file(spec: str) -> None:
 def split_names(text: str) -> list[str]:
     """Split ``c4,file:PATH,piqa`` at its commas into distinct names.
 
-    The path of a ``file:`` may contain commas: the longest one that exists is taken.
+    The path of a ``file:`` or ``chat:`` may contain commas: the longest one that exists is taken.
     """
     parts, names, start = text.split(","), list[str](), 0
     while start < len(parts):
-        stop = _end_of_file(parts, start) if parts[start].lstrip().startswith(FILE_PREFIX) else start + 1
+        stop = _end_of_file(parts, start) if is_file(parts[start].lstrip()) else start + 1
         names.append(",".join(parts[start:stop]).strip())
         start = stop
     return list(dict.fromkeys(name for name in names if name))
@@ -85,7 +105,7 @@ def unreadable(path: Path, error: OSError | ValueError) -> DataError:
 
 
 def _end_of_file(parts: list[str], start: int) -> int:
-    """Return the index after the last part of the ``file:`` that starts at ``start``: the longest existing path."""
+    """Return the index after the last part of the file that starts at ``start``: the longest existing path."""
     end, spec = start + 1, ""
     for stop in range(start + 1, len(parts) + 1):
         spec = ",".join(parts[start:stop]).strip()
