@@ -86,6 +86,29 @@ def test_every_compressed_model_is_compared_in_the_width_of_a_terminal() -> None
     assert max(map(len, lines[lines.index(header) :])) <= 160
 
 
+def test_answers_in_chat() -> None:
+    distance = {"kl": 1.479, "kl_stderr": 0.1234, "agreement": 0.413}
+    models = {
+        "dense": {"divergence": None, "empty": 0},
+        "uniform": {"divergence": {**distance, "kl_stderr": None}, "empty": 24},
+        NAME: {"divergence": distance, "empty": 23},
+    }
+    facts = {"kind": "chat", "text": "made up", "conversations": 24, "of": 252, "seed": 0, "seq_len": 2048}
+    facts |= {"too_long": 0, "dense_answers": 0, "answer_tokens": 1234, "max_new_tokens": 40, "models": models}
+    lines = shown({"chat": facts})
+    assert row_of(lines, "chat:") == "chat: 24 of 252 conversations, 1,234 tokens of answers"
+    table = lines[lines.index("chat: 24 of 252 conversations, 1,234 tokens of answers") :]
+    assert row_of(table, "dense").split("  ")[-1].strip() == "0 of 24"
+    assert "1.479 ± 0.123" in row_of(table, NAME) and "41.3%" in row_of(table, NAME)
+    assert row_of(table, NAME).endswith("23 of 24")
+    assert "1.479 " in row_of(table, "uniform") and "±" not in row_of(table, "uniform")
+    (own,) = [line for line in shown({"chat": {**facts, "dense_answers": 24, "too_long": 3}}) if "own" in line]
+    assert own == (
+        "chat: 24 of 252 conversations, 1,234 tokens of answers, all of them the dense model's own; "
+        "3 longer ones left out"
+    )
+
+
 def test_an_empty_continuation_is_said_to_be_one() -> None:
     models = dict(zip(MODELS, (" he said\nso", "", " \n"), strict=True))
     lines = shown({}, continued=({"prompt": "So", "models": models},))
