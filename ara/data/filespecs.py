@@ -80,7 +80,12 @@ def check_text_file(spec: str) -> None:
 
 
 def split_names(text: str) -> list[str]:
-    """Split ``c4,file:PATH,piqa`` at its commas into distinct names.
+    """Split ``c4,file:PATH,piqa`` at its commas into distinct names; see :func:`split_items`."""
+    return list(dict.fromkeys(split_items(text)))
+
+
+def split_items(text: str) -> list[str]:
+    """Split ``c4:0.7,file:PATH:0.3`` at its commas into names with their shares, if any.
 
     The path of a ``file:`` or ``chat:`` may contain commas: the longest one that exists is taken.
     """
@@ -89,7 +94,22 @@ def split_names(text: str) -> list[str]:
         stop = _end_of_file(parts, start) if is_file(parts[start].lstrip()) else start + 1
         names.append(",".join(parts[start:stop]).strip())
         start = stop
-    return list(dict.fromkeys(name for name in names if name))
+    return [name for name in names if name]
+
+
+def split_share(item: str) -> tuple[str, float | None]:
+    """Split ``NAME:SHARE`` into a name and its share, which is ``None`` if no number follows the last colon.
+
+    ``file:PATH`` and ``chat:PATH`` have no share if the whole path exists; ``chat:0.2`` has one.
+    """
+    name, _, last = item.rpartition(":")
+    try:
+        share = float(last)
+    except ValueError:
+        return item, None
+    if name == FILE_PREFIX.rstrip(":") or (is_file(name) and _names_a_whole_path(item)):
+        return item, None
+    return name, share
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> DataError:
@@ -112,12 +132,20 @@ def _end_of_file(parts: list[str], start: int) -> int:
         if len(spec) > _MAX_PATH:
             break
         try:
-            file = text_file(spec)
+            file = text_file(split_share(spec)[0])
         except UsageError:  # reported when the text is looked up
             break
         if _is_there(file.path) and not file.path.is_dir() and "," not in (file.field or ""):
             end = stop
     return end
+
+
+def _names_a_whole_path(spec: str) -> bool:
+    try:
+        file = text_file(spec)
+    except UsageError:
+        return False
+    return file.field is None and _is_there(file.path)
 
 
 def _is_there(path: Path) -> bool:

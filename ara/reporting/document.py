@@ -65,7 +65,7 @@ class Decomposed(Part):
 
     name: str
     method: str
-    text: str
+    text: str | None
     origin: str | None
     windows: tuple[int, int] | None
     dtype: str | None

@@ -125,7 +125,9 @@ def _dataset(task: str, origin: str | None = None) -> dict[str, str]:
 def _what(report: Report, measured: bool) -> str:
     factors, ranks, stored = report.decomposition, report.allocation, report.checkpoint
     text = (
-        f"{factors.windows[0]} × {factors.windows[1]} tokens of {_escaped(factors.text)}" if factors.windows else "none"
+        f"{factors.windows[0]} × {factors.windows[1]} tokens of {_escaped(factors.text)}"
+        if factors.windows and factors.text
+        else "none"
     )
     shape = f"stored as {LAYOUTS.entry(ranks.layout).title}"
     shape = "multiplied back to dense weights" if stored.densified else shape

@@ -29,7 +29,8 @@ from ara.artifacts.factors import FactorsResults, FactorsSettings
 from ara.artifacts.graph import GraphResults
 from ara.artifacts.ranks import GuardResults, RanksResults, RanksSettings
 from ara.artifacts.training import TrainingResults, TrainingSettings
-from ara.data.filespecs import CHAT_PREFIX, FILE_PREFIX
+from ara.data.filespecs import is_file
+from ara.data.mixtures import Share, mixture_spec, origin_in_words
 from ara.reporting import document
 from ara.reporting.sharing import display_name, shared_origin, shared_text
 from ara.workspace.manifest import Manifest
@@ -53,11 +54,25 @@ def read_decomposition(manifest: Manifest) -> document.Decomposed:
     return document.Decomposed.from_source(
         settings,
         name=manifest.name,
-        text=shared_text(settings.text),
-        origin=shared_origin(results.text) if results.text else None,
+        text=_calibration_text(settings, results),
+        origin=_calibration_origin(results),
         windows=results.windows or None,
         seed=manifest.seed,
     )
+
+
+def _calibration_text(settings: FactorsSettings, results: FactorsResults) -> str | None:
+    """Return names and shares of the calibration text, without local folders."""
+    if not results.parts:  # an older result, or a method without calibration
+        return None if settings.text is None else shared_text(settings.text)
+    return mixture_spec([Share(shared_text(part.name), part.share) for part in results.parts])
+
+
+def _calibration_origin(results: FactorsResults) -> str | None:
+    """Return where the calibration text came from, in words, without local folders."""
+    if not results.parts:
+        return shared_origin(results.text) if results.text else None
+    return origin_in_words([(part.share, shared_origin(part.origin)) for part in results.parts])
 
 
 def read_allocation(manifest: Manifest) -> document.Allocated:
@@ -130,7 +145,7 @@ def text_labels(tasks: Sequence[str]) -> dict[str, str]:
     names = {"wikitext2": "WikiText-2", "c4": "C4"}
     labels: dict[str, str] = {}
     for task in tasks:
-        label = names.get(task, shared_text(task) if task.startswith((FILE_PREFIX, CHAT_PREFIX)) else task)
+        label = names.get(task, shared_text(task) if is_file(task) else task)
         same = sum(known == label or known.startswith(f"{label} (") for known in labels.values())
         labels[task] = f"{label} ({same + 1})" if same else label
     return labels

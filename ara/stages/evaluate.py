@@ -15,7 +15,7 @@ from ara.artifacts.factors import factor_files, specs_of
 from ara.artifacts.ranks import RanksSettings, read_allocation
 from ara.config import EvalConfig
 from ara.data.conversations import load_conversations
-from ara.data.filespecs import CHAT_PREFIX, FILE_PREFIX
+from ara.data.filespecs import is_file
 from ara.data.texts import is_chat, load_documents
 from ara.evaluation.task_folders import open_task_folders
 from ara.evaluation.tasks import check_task, expand, is_text, load_tasks
@@ -143,7 +143,7 @@ def result_name(checkpoint: str, tasks: Sequence[str], digests: Mapping[str, str
     """
     names = [
         f"{NOT_PLAIN.sub('_', Path(task.partition(':')[2]).stem)}-{digests[task][:8]}"
-        if task.startswith((FILE_PREFIX, CHAT_PREFIX))
+        if is_file(task)
         else NOT_PLAIN.sub("_", task)
         for task in tasks
     ]

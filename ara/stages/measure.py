@@ -33,7 +33,7 @@ from ara.artifacts.evaluation import (
     TextResults,
 )
 from ara.config import EvalConfig
-from ara.data.filespecs import CHAT_PREFIX, FILE_PREFIX
+from ara.data.filespecs import is_file
 from ara.data.tokens import evaluation_windows
 from ara.errors import CorruptedError
 from ara.evaluation.chat import answer_distances
@@ -185,7 +185,7 @@ class Measurement:
     def _file(self, piece: str, variant: Variant) -> str:
         """Return the file name of a piece; its numbers distinguish names that differ only in replaced characters."""
         row = self.variants.index(variant)
-        words = Path(piece.partition(":")[2]).stem if piece.startswith((FILE_PREFIX, CHAT_PREFIX)) else piece
+        words = Path(piece.partition(":")[2]).stem if is_file(piece) else piece
         number = self._pieces().index(piece)
         names = [NOT_PLAIN.sub("_", name)[:_NAME_CHARACTERS] for name in (words, variant.name)]
         return f"{number:02d}-{names[0]}.{row}-{names[1]}.json"
