@@ -14,11 +14,9 @@ from ara.artifacts.evaluation import DENSE
 from ara.artifacts.factors import factor_files, specs_of
 from ara.artifacts.ranks import RanksSettings, read_allocation
 from ara.config import EvalConfig
-from ara.data.conversations import load_conversations
 from ara.data.filespecs import is_file
-from ara.data.texts import is_chat, load_documents
 from ara.evaluation.task_folders import open_task_folders
-from ara.evaluation.tasks import check_task, expand, is_text, load_tasks
+from ara.evaluation.tasks import check_task, expand
 from ara.models.checkpoint import load
 from ara.models.low_rank import apply_factors
 from ara.models.placement import choose_placement, torch_dtype
@@ -29,7 +27,7 @@ from ara.solver.problem import Budget
 from ara.stages.allocate import load_modules
 from ara.stages.common import NOT_PLAIN, Run, begin, check_window, model_of, open_task
 from ara.stages.measure import Measurement, Variant
-from ara.stages.questions import questions_for
+from ara.stages.questions import load_sources, questions_for
 from ara.workspace.manifest import digest
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
@@ -105,20 +103,15 @@ def evaluate(
             assert find_export is not None
             exported = find_export(workspace, truncated)
             parents.append(exported.view)
-        texts = {task: load_documents(task, "evaluation", report=run.report) for task in names if is_text(task)}
-        chats = {task: load_conversations(task, "evaluation", run.report) for task in names if is_chat(task)}
-        others = [name for name in names if name not in texts and name not in chats]
-        tasks = [task for name in others for task in load_tasks(name, run.report, own)]
-        digests = {name: text.digest for name, text in texts.items()}
-        digests |= {name: conversations.digest for name, conversations in chats.items()}
+        sources = load_sources(names, own, run.report)
         settings = {
             # The number of conversations is a setting only where conversations are measured.
-            **resolved.model_dump(mode="json", exclude=None if chats else {"conversations"}),
-            "text_sha256": digests | {task.name: task.digest for task in tasks},
+            **resolved.model_dump(mode="json", exclude=None if sources.chats else {"conversations"}),
+            "text_sha256": sources.digests,
             **({} if own is None else {"task_files_sha256": own.digest}),
         }
         if name is None:
-            name = result_name(truncated.name, config.tasks, digests, config.limit if tasks else None)
+            name = result_name(truncated.name, config.tasks, sources.digests, config.limit if sources.tasks else None)
             name += f"-{exported.view.name}" if exported else ""
         work.describe(name, settings, parents)
         if (done := work.done()) is not None:
@@ -126,7 +119,7 @@ def evaluate(
         variants = _variants(truncated, chosen, decomposition, source, resolved, run)
         if exported is not None:
             variants.append(_exported(truncated, exported))
-        questions = questions_for(source, texts, tasks, chats, resolved, run.report)
+        questions = questions_for(source, sources, resolved, run.report)
         with work.writer(resumable=True, keep_after_nan=True) as stage:
             measurement = Measurement(variants, label_of(truncated), questions, resolved, stage, run.report)
             sizes = CheckpointResults.read(truncated)
