@@ -13,7 +13,6 @@ from ara.layouts import layout_named
 from ara.layouts.modeling_ara import CompressedLinear, replace_linear
 from ara.progress import SILENT, Reporter
 
-
 # The layout of the trainable form.
 TRAINED: LayoutName = "factors"
 
