@@ -119,7 +119,8 @@ def test_a_base_model_reads_c4_alone(settings: dict[str, Any], tmp_path: Path) -
     view = decompose(DecomposeConfig(**{**settings, "model": str(folder)}), Run(tmp_path / "ws", report=heard))
     assert FactorsSettings.read(view).text == "c4" and not any(WARNING in warning for warning in heard.warnings)
     with pytest.raises(DataError, match="the model has no chat template, which the text 'chat' needs"):
-        decompose(DecomposeConfig(**{**settings, "model": str(folder)}, text="c4,chat"), Run(tmp_path / "ws"))
+        decompose(DecomposeConfig(**{**settings, "model": str(folder)}, text="c4,chat"), Run(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_data_folder_without_instructions_is_an_error(
