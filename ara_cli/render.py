@@ -304,7 +304,11 @@ def _evaluation_figure(view: StageView) -> str:
     results = EvaluationResults.read(view)
     texts = [f"{name} {task.models[results.chosen].perplexity:,.2f}" for name, task in results.texts.items()]
     tasks = [f"{name} {task.models[results.chosen].value:.3g}" for name, task in results.harness.items()]
-    return ", ".join([*texts, *tasks])
+    chats = [
+        f"{name} {chat.models[results.chosen].empty:,} of {chat.conversations:,} answers empty"
+        for name, chat in results.chats.items()
+    ]
+    return ", ".join([*texts, *chats, *tasks])
 
 
 def _comparison_figure(view: StageView) -> str:

@@ -1,4 +1,4 @@
-"""Tables of ``ara eval``: perplexity and speed, scores on tasks, continuations."""
+"""Tables of ``ara eval``: perplexity and speed, answers in chat, scores on tasks, continuations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 from ara.artifacts.evaluation import (
     DENSE,
+    EMPTY_TEXT,
     UNIFORM,
+    ChatResults,
     EvaluationResults,
     MeanFigures,
     PairedDifference,
@@ -29,12 +31,14 @@ def show_evaluation(console: Console, view: StageView) -> None:
     """Show all models of an evaluation side by side."""
     results = EvaluationResults.read(view)
     _show_texts(console, results)
+    for name, chat in results.chats.items():
+        _show_chat(console, results, name, chat)
     if results.harness:
         _show_tasks(console, results)
     for continued in results.continuations:
         console.text(f"“{continued.prompt} …”")
         for name, text in continued.models.items():
-            console.text(f"  {name}: … {_one_line(text)}")
+            console.text(f"  {name}: … {_one_line(text) or EMPTY_TEXT}")
 
 
 def _show_texts(console: Console, results: EvaluationResults) -> None:
@@ -67,6 +71,21 @@ def _show_texts(console: Console, results: EvaluationResults) -> None:
         rows.append(cells)
     order = ", on the same windows in turn" if results.interleaved else ", one after the other"
     console.table(f"Dense, uniform and chosen{order if texts else ''}", columns, rows)
+
+
+def _show_chat(console: Console, results: EvaluationResults, name: str, chat: ChatResults) -> None:
+    """Show every model's distance from the dense model on the answers of conversations, and its empty answers."""
+    columns = [Column("model", "left"), Column("KL from dense, nats"), Column("same token"), Column("empty answers")]
+    rows = []
+    for model in results.variants:
+        figures = chat.models[model]
+        distance = figures.divergence
+        cells = ["–", "–"]
+        if distance is not None:
+            error = "" if distance.kl_stderr is None else f" ± {distance.kl_stderr:.3f}"
+            cells = [f"{distance.kl:.3f}{error}", percent(distance.agreement)]
+        rows.append([model, *cells, f"{figures.empty:,} of {chat.conversations:,}"])
+    console.table(f"{name}: {chat.sample}", columns, rows)
 
 
 def _show_tasks(console: Console, results: EvaluationResults) -> None:

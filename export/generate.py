@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING, TypeAlias
 
 from ara.artifacts.checkpoint import CHECKPOINT
 from ara.config import GenerateConfig
 from ara.errors import ModelError
-from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens, text_pieces
+from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens, text_pieces, why_empty
 from ara.files import expand_user
 from ara.models.checkpoint import load, load_tokenizer, read_config
 from ara.models.context import check_room, context_length
@@ -22,6 +23,13 @@ from export.base import REPORT_FILE, Target
 from export.find import latest_export
 from export.targets import TARGETS, target_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A tokenizer, and the tokens of an answer as they are computed.
+_Answer: TypeAlias = "tuple[PreTrainedTokenizerBase, Iterator[int]]"
+# What to do about an empty answer.
+_REPAIR = "calibrate with conversations (ara decompose --text), or repair the checkpoint (ara recover)"
 _NO_ROW = "take it out of the prompt; if the chat template put it there: --no-chat"
 
 
@@ -34,7 +42,7 @@ def answer(
     source: Path | None = None,
     export: str | None = None,
 ) -> Iterator[str]:
-    """Yield the answer to ``prompt``.
+    """Yield the answer to ``prompt``; an empty answer is reported as a warning.
 
     Args:
         config: backend, length, chat template, placement.
@@ -53,27 +61,47 @@ def answer(
     folder = _folder(target, run, checkpoint, export) if source is None else _given(source, target)
     run.report.step(f"{config.backend}: {folder}")
     with silence_transformers():
-        yield from _in_torch(config, folder, prompt) if target is None else _exported(config, target, folder, prompt)
+        tokenizer, tokens = (
+            _in_torch(config, folder, prompt) if target is None else _exported(config, target, folder, prompt)
+        )
+        yield from _reported(tokenizer, tokens, run)
 
 
-def _exported(config: GenerateConfig, target: Target, folder: Path, prompt: str) -> Iterator[str]:
-    """Yield the answer of an export."""
+def _reported(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int], run: Run) -> Iterator[str]:
+    """Yield the text of tokens, and warn at its end if nothing of it can be seen."""
+    count, text = 0, ""
+
+    def counted() -> Iterator[int]:
+        nonlocal count
+        for token in tokens:
+            count += 1
+            yield token
+
+    for piece in text_pieces(tokenizer, counted()):
+        text += piece
+        yield piece
+    if (why := why_empty(count, text)) is not None:
+        run.report.warn(f"the answer is empty: {why}; {_REPAIR}")
+
+
+def _exported(config: GenerateConfig, target: Target, folder: Path, prompt: str) -> _Answer:
+    """Return the answer of an export."""
     decoder = target.for_generate(folder)
     tokenizer = load_tokenizer(folder)
     ids = prompt_ids(tokenizer, prompt, config.chat)
     check_tokens(ids, decoder.vocabulary, tokenizer, "the prompt", _NO_ROW)
     check_room(len(ids), config.max_new_tokens, decoder.context)
-    yield from text_pieces(tokenizer, decoder.generate(ids.numpy(), config.max_new_tokens))
+    return tokenizer, decoder.generate(ids.numpy(), config.max_new_tokens)
 
 
-def _in_torch(config: GenerateConfig, folder: Path, prompt: str) -> Iterator[str]:
-    """Yield the answer of a checkpoint; what needs no weights is checked before they are read."""
+def _in_torch(config: GenerateConfig, folder: Path, prompt: str) -> _Answer:
+    """Return the answer of a checkpoint; what needs no weights is checked before they are read."""
     tokenizer = load_tokenizer(folder)
     ids = prompt_ids(tokenizer, prompt, config.chat)
     model = load(folder, config.device, config.dtype)
     check_tokens(ids, token_rows(model.config), tokenizer, "the prompt", _NO_ROW)
     check_room(len(ids), config.max_new_tokens, context_length(model.config))
-    yield from text_pieces(tokenizer, greedy_tokens(model, ids, config.max_new_tokens, stop_tokens(model)))
+    return tokenizer, greedy_tokens(model, ids, config.max_new_tokens, stop_tokens(model))
 
 
 def _folder(target: Target | None, run: Run, checkpoint: str | None, export: str | None) -> Path:

@@ -159,6 +159,12 @@ def evaluation(chosen: str = NAME, keep: float = 0.8, level: float = 3.4) -> Man
     }
     task = {"kind": "harness", "text": "piqa.jsonl", "metric": "acc", "examples": 400, "of": 2376, "seed": 0}
     text = {"kind": "text", "text": "file /home/me/data/test.jsonl", "windows": WINDOWS, "seq_len": 2048}
+    chat = {"kind": "chat", "text": "file /home/me/secret/said.jsonl", "conversations": 24, "of": 252, "seed": 0}
+    chat |= {"too_long": 2, "seq_len": 2048, "dense_answers": 3, "answer_tokens": 1234, "max_new_tokens": 40}
+    answers = {
+        name: {"divergence": {"kl": 1.479, "kl_stderr": 0.12, "agreement": 0.413} if empty else None, "empty": empty}
+        for name, empty in {"dense": 0, "uniform": 23, chosen: 17}.items()
+    }
     results = {
         "chosen": chosen,
         "variants": {
@@ -176,6 +182,7 @@ def evaluation(chosen: str = NAME, keep: float = 0.8, level: float = 3.4) -> Man
             "file:/home/me/secret/story.jsonl": {**text, "models": text_rows(chosen, level + 0.2, False)},
             "piqa": {**task, "models": harness, "compared": against},
             "arc_easy": {**task, "models": harness, "compared": {}},
+            "chat:/home/me/secret/said.jsonl": {**chat, "models": answers},
         },
         "zero_shot": {
             "tasks": ["piqa", "arc_easy"],

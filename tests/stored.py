@@ -14,6 +14,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "train-masks": {"objective": "priced", "samples": 4, "held_out": 2, "keep": [0.8]},
     "allocate": {"method": "energy", "rank_multiple": 1, "min_rank": 1, "min_keep": 0.0, "exclude": []},
     "truncate": {"dtype": "float32"},
+    "recover": {"dtype": "float32"},
 }
 _BUDGET = {"ranks": {"x": 3}, "start_held_out": 3.5, "held_out": 3.25, "best_step": 1, "steps": 2, "seconds": 1.5}
 _KEPT = {"linear_keep": 0.8, "model_keep": 0.9, "dense_layers": 1}
@@ -34,6 +35,15 @@ FIGURES: dict[str, dict[str, Any]] = {
         "kinds": {},
     },
     "truncate": {
+        **_KEPT,
+        "low_rank_layers": 2,
+        "parameters": 7,
+        "weight_bytes": 8,
+        "dense_weight_bytes": 9,
+        "densified": False,
+        "disk_bytes": 8,
+    },
+    "recover": {
         **_KEPT,
         "low_rank_layers": 2,
         "parameters": 7,

@@ -11,6 +11,8 @@ from pydantic import Field, StrictBool
 from ara.artifacts.base import LEFT_OUT, Count, Number, Part, Results, Settings
 
 DENSE, UNIFORM = "dense", "uniform"
+# Shown in place of a continuation that has no visible character.
+EMPTY_TEXT = "(empty)"
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,58 @@ class TaskResults(Part):
 
 
 @dataclass(frozen=True)
+class ChatFigures(Part):
+    """One model on conversations; see :mod:`ara.evaluation.chat`.
+
+    Attributes:
+        divergence: on the tokens of the answers; ``None`` for the dense model, or if it was not in memory.
+        empty: number of empty answers.
+    """
+
+    divergence: DivergenceFigures | None
+    empty: Count
+
+
+@dataclass(frozen=True)
+class ChatResults(Part):
+    """All models on held-out conversations.
+
+    Attributes:
+        text: the source of the conversations.
+        conversations: number of conversations measured, drawn with ``seed``.
+        of: number of conversations in the source.
+        seed: random seed.
+        too_long: number of drawn conversations that were left out, because they are longer than ``seq_len``.
+        seq_len: most tokens of a conversation.
+        dense_answers: number of conversations without an answer; the dense model's greedy answer stands in.
+        answer_tokens: tokens of all answers that the models have read.
+        max_new_tokens: largest length of a generated answer.
+    """
+
+    kind: Literal["chat"]
+    text: str
+    conversations: Count
+    of: Count
+    seed: Count
+    too_long: Count
+    seq_len: Count
+    dense_answers: Count
+    answer_tokens: Count
+    max_new_tokens: Count
+    models: Mapping[str, ChatFigures]
+
+    @property
+    def sample(self) -> str:
+        """What was measured, in words."""
+        words = f"{self.conversations:,} of {self.of:,} conversations, {self.answer_tokens:,} tokens of answers"
+        if self.dense_answers == self.conversations:
+            words += ", all of them the dense model's own"
+        elif self.dense_answers:
+            words += f", {self.dense_answers:,} answers are the dense model's own"
+        return f"{words}; {self.too_long:,} longer ones left out" if self.too_long else words
+
+
+@dataclass(frozen=True)
 class MeanFigures(Part):
     """One model's mean accuracy over several tasks of equal weight."""
 
@@ -150,7 +204,7 @@ class EvaluationResults(Results):
     Attributes:
         chosen: name of the compressed model.
         variants: sizes of all models, the dense one first.
-        tasks: texts and tasks, by name.
+        tasks: texts, tasks and conversations, by name.
         continuations: one per prompt.
         zero_shot: mean accuracy; ``None`` if fewer than two tasks have one.
         interleaved: whether the models took turns.
@@ -160,7 +214,7 @@ class EvaluationResults(Results):
     vital = False
     chosen: str
     variants: Mapping[str, ModelFigures]
-    tasks: Mapping[str, Annotated[TextResults | TaskResults, Field(discriminator="kind")]]
+    tasks: Mapping[str, Annotated[TextResults | TaskResults | ChatResults, Field(discriminator="kind")]]
     continuations: tuple[ContinuedPrompt, ...]
     zero_shot: MeanResults | None
     interleaved: StrictBool
@@ -174,6 +228,11 @@ class EvaluationResults(Results):
     def harness(self) -> dict[str, TaskResults]:
         """The tasks of lm-eval alone."""
         return {name: task for name, task in self.tasks.items() if isinstance(task, TaskResults)}
+
+    @property
+    def chats(self) -> dict[str, ChatResults]:
+        """The conversations alone."""
+        return {name: task for name, task in self.tasks.items() if isinstance(task, ChatResults)}
 
 
 # Intermediate results of one model, stored while other models are not measured yet.
@@ -215,3 +274,23 @@ class TaskPiece(Part):
     def values(self, metric: str) -> list[float]:
         """Return the metric of every question, in order."""
         return [float(answer.metrics[metric]) for answer in self.answers]
+
+
+@dataclass(frozen=True)
+class OpeningsPiece(Part):
+    """One model's answers to the prompts of conversations.
+
+    Attributes:
+        empty: whether the answer is empty, per conversation.
+        answers: of the dense model: token ids of its answer where the conversation has none, else ``None``.
+    """
+
+    empty: tuple[StrictBool, ...]
+    answers: tuple[tuple[Count, ...] | None, ...]
+
+
+@dataclass(frozen=True)
+class DistancesPiece(Part):
+    """One model's KL and agreement per conversation; ``None`` for the dense model, or if it was not in memory."""
+
+    distances: tuple[tuple[Number, Number], ...] | None

@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FactorsSettings(Settings):
-    """The settings that later stages read; see :class:`ara.config.DecomposeConfig`."""
+    """The settings that later stages read; see :class:`ara.config.DecomposeConfig`.
+
+    Attributes:
+        text: the calibration text with all shares, see :mod:`ara.data.mixtures`; ``None`` if the method needs none and
+            none was given.
+    """
 
     method: str
-    text: str
+    text: str | None
     samples: Least1
     seq_len: Annotated[int, Strict(), Field(ge=2, lt=2**63)]
     seed: Count
@@ -43,6 +48,23 @@ class FactorisedLayer(Part):
 
 
 @dataclass(frozen=True)
+class TextPart(Part):
+    """One text of the calibration text.
+
+    Attributes:
+        name: as options name it.
+        share: of the windows that it was to give, in (0, 1].
+        origin: where it came from, in words.
+        tokens: in the windows that it gave.
+    """
+
+    name: str
+    share: Annotated[float, Field(gt=0, le=1)]
+    origin: str
+    tokens: Count
+
+
+@dataclass(frozen=True)
 class FactorsResults(Results):
     """Results of ``ara decompose``.
 
@@ -50,7 +72,8 @@ class FactorsResults(Results):
         modules: the factorised layers, in the order of the model.
         model_parameters: of the whole dense model.
         linear_parameters: of the factorised layers before the factorisation.
-        text: source of the calibration text; ``None`` for a method without calibration.
+        text: source of the calibration text, with the shares of a mixture; ``None`` for a method without calibration.
+        parts: of the calibration text; empty in older results and for a method without calibration.
         windows: (count, tokens) of the calibration windows.
         windows_sha256: checksum of their tokens.
     """
@@ -60,6 +83,7 @@ class FactorsResults(Results):
     model_parameters: Count
     linear_parameters: Count
     text: str | None = None
+    parts: tuple[TextPart, ...] = ()
     windows: tuple[Count, ...] | None = None
     windows_sha256: str | None = None
 

@@ -20,8 +20,11 @@ class DecomposeConfig(PlacementConfig):
     revision: str | None = Field(None, description="branch, tag or commit of a hub model [default: main]")
     method: Method = Field("two-sided", description="decomposition (see ara methods)")
     options: MethodValues = Field(default_factory=dict, description="option of the method; may be repeated")
-    text: Annotated[str, Flag(metavar="TEXT")] = Field(
-        "c4", description="calibration text: c4, wikitext2, python-docs, or file:PATH[#FIELD] (txt, jsonl, parquet)"
+    text: Annotated[str | None, Flag(metavar="TEXT")] = Field(
+        None,
+        description="calibration text: c4, wikitext2, python-docs, chat, ultrachat, file:PATH[#FIELD] (txt, jsonl, "
+        "parquet) or chat:PATH[#FIELD]; or a mixture with shares: c4:0.8,chat:0.2 [default: c4, with a fifth of chat "
+        "if the model has a chat template]",
     )
     samples: int = Field(256, ge=1, le=bounds.MAX_WINDOWS, description="calibration windows")
     seq_len: int = Field(512, ge=2, le=bounds.MAX_TOKENS, description="tokens per calibration window")

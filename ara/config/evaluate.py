@@ -19,7 +19,7 @@ class EvalConfig(PlacementConfig):
         ("wikitext2",),
         min_length=1,
         description="what to measure, separated by commas: texts for perplexity (wikitext2, c4, python-docs, "
-        "file:PATH[#FIELD]), tasks of lm-eval, or zero-shot (seven tasks)",
+        "file:PATH[#FIELD]), conversations (chat, ultrachat, chat:PATH), tasks of lm-eval, or zero-shot (seven tasks)",
     )
     seq_len: SeqLen = None
     max_windows: MaxWindows = None
@@ -29,7 +29,10 @@ class EvalConfig(PlacementConfig):
         le=bounds.MAX_COUNT,
         description="ask only N randomly drawn questions of each task [default: all]",
     )
-    seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="random seed for --limit sampling")
+    conversations: int = Field(
+        64, ge=1, le=bounds.MAX_COUNT, description="measure chat on N randomly drawn conversations"
+    )
+    seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="random seed for --limit and --conversations sampling")
     batch_size: int = Field(
         1, ge=1, le=bounds.MAX_BATCH, description="evaluation windows, or texts of a task, per forward pass"
     )
@@ -51,7 +54,10 @@ class EvalConfig(PlacementConfig):
         None, description="prompt that every model continues, instead of the beginnings of documents"
     )
     max_new_tokens: int = Field(
-        40, ge=1, le=bounds.MAX_TOKENS, description="largest length of a continuation, in tokens"
+        40,
+        ge=1,
+        le=bounds.MAX_TOKENS,
+        description="largest length of a continuation or of an answer in chat, in tokens",
     )
 
     @field_validator("prompt")

@@ -1,4 +1,4 @@
-"""``file:PATH`` and ``file:PATH#FIELD`` name a user's own text, also in a list with commas."""
+"""``file:PATH`` and ``chat:PATH``, each perhaps with ``#FIELD``, name a user's own text, also in a list with commas."""
 
 from __future__ import annotations
 
@@ -9,30 +9,50 @@ from pathlib import Path
 from ara.errors import DataError, UsageError
 from ara.files import check_regular, expand_user
 
-FILE_PREFIX = "file:"
+FILE_PREFIX, CHAT_PREFIX = "file:", "chat:"
 # The longest path of Linux, in bytes.
 _MAX_PATH = 4096
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """What ``file:PATH#FIELD`` names: a path, and the field that holds the text (``None`` without ``#FIELD``)."""
+    """What ``file:PATH#FIELD`` or ``chat:PATH#FIELD`` names.
+
+    Attributes:
+        path: of the file.
+        field: holds the text or the messages; ``None`` without ``#FIELD``.
+    """
 
     path: Path
     field: str | None
 
 
+def is_file(spec: str) -> bool:
+    """Tell whether ``spec`` names a user's own file."""
+    return spec.startswith((FILE_PREFIX, CHAT_PREFIX))
+
+
+def origin_of(file: TextFile) -> str:
+    """Return the file in words."""
+    return f"file {file.path.resolve()}" + (f"#{file.field}" if file.field else "")
+
+
 def text_file(spec: str) -> TextFile:
-    """Parse ``file:PATH`` or ``file:PATH#FIELD``.
+    """Parse ``file:PATH``, ``chat:PATH``, or either with ``#FIELD``.
 
     The part after the last ``#`` is a field if the part before it names a file and the whole does not.
 
     Raises:
         UsageError: the path is empty, or the home folder in it is unknown.
     """
-    name = spec.removeprefix(FILE_PREFIX)
+    prefix, _, name = spec.partition(":")
     if not name:
-        raise UsageError(f"text {spec!r} names no file", "write file:PATH, for instance file:notes.txt")
+        example = (
+            "chat:PATH, for instance chat:conversations.jsonl"
+            if prefix == "chat"
+            else "file:PATH, for instance file:notes.txt"
+        )
+        raise UsageError(f"text {spec!r} names no file", f"write {example}")
     whole = TextFile(expand_user(name, "text file"), None)
     path, _, field = name.rpartition("#")
     if not path or not field or _is_there(whole.path):
@@ -60,16 +80,36 @@ def check_text_file(spec: str) -> None:
 
 
 def split_names(text: str) -> list[str]:
-    """Split ``c4,file:PATH,piqa`` at its commas into distinct names.
+    """Split ``c4,file:PATH,piqa`` at its commas into distinct names; see :func:`split_items`."""
+    return list(dict.fromkeys(split_items(text)))
 
-    The path of a ``file:`` may contain commas: the longest one that exists is taken.
+
+def split_items(text: str) -> list[str]:
+    """Split ``c4:0.7,file:PATH:0.3`` at its commas into names with their shares, if any.
+
+    The path of a ``file:`` or ``chat:`` may contain commas: the longest one that exists is taken.
     """
     parts, names, start = text.split(","), list[str](), 0
     while start < len(parts):
-        stop = _end_of_file(parts, start) if parts[start].lstrip().startswith(FILE_PREFIX) else start + 1
+        stop = _end_of_file(parts, start) if is_file(parts[start].lstrip()) else start + 1
         names.append(",".join(parts[start:stop]).strip())
         start = stop
-    return list(dict.fromkeys(name for name in names if name))
+    return [name for name in names if name]
+
+
+def split_share(item: str) -> tuple[str, float | None]:
+    """Split ``NAME:SHARE`` into a name and its share, which is ``None`` if no number follows the last colon.
+
+    ``file:PATH`` and ``chat:PATH`` have no share if the whole path exists; ``chat:0.2`` has one.
+    """
+    name, _, last = item.rpartition(":")
+    try:
+        share = float(last)
+    except ValueError:
+        return item, None
+    if name == FILE_PREFIX.rstrip(":") or (is_file(name) and _names_a_whole_path(item)):
+        return item, None
+    return name, share
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> DataError:
@@ -85,19 +125,27 @@ def unreadable(path: Path, error: OSError | ValueError) -> DataError:
 
 
 def _end_of_file(parts: list[str], start: int) -> int:
-    """Return the index after the last part of the ``file:`` that starts at ``start``: the longest existing path."""
+    """Return the index after the last part of the file that starts at ``start``: the longest existing path."""
     end, spec = start + 1, ""
     for stop in range(start + 1, len(parts) + 1):
         spec = ",".join(parts[start:stop]).strip()
         if len(spec) > _MAX_PATH:
             break
         try:
-            file = text_file(spec)
+            file = text_file(split_share(spec)[0])
         except UsageError:  # reported when the text is looked up
             break
         if _is_there(file.path) and not file.path.is_dir() and "," not in (file.field or ""):
             end = stop
     return end
+
+
+def _names_a_whole_path(spec: str) -> bool:
+    try:
+        file = text_file(spec)
+    except UsageError:
+        return False
+    return file.field is None and _is_there(file.path)
 
 
 def _is_there(path: Path) -> bool:

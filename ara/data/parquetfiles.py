@@ -1,7 +1,9 @@
-"""Reads the text column of a Parquet file with pyarrow, a requirement of ``datasets``."""
+"""Reads a column of texts or lists from a Parquet file with pyarrow, a requirement of ``datasets``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,21 +18,57 @@ _ROWS = 64
 _SHOWN = 12
 
 
-def read_parquet(path: Path, file: BinaryIO, field: str) -> list[str]:
-    """Return the strings of the column ``field``.
+@dataclass(frozen=True)
+class Kind:
+    """What a column must hold.
+
+    Attributes:
+        one: name of one value.
+        many: name of several values.
+        fits: tells whether a type of pyarrow is one of them.
+    """
+
+    one: str
+    many: str
+    fits: Callable[[Any], bool]
+
+
+def is_text(kind: Any) -> bool:
+    """Tell whether a type of pyarrow is text."""
+    from pyarrow import types
+
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)) or (
+        types.is_dictionary(kind) and is_text(kind.value_type)
+    )
+
+
+def is_list(kind: Any) -> bool:
+    """Tell whether a type of pyarrow is a list."""
+    from pyarrow import types
+
+    return bool(types.is_list(kind) or types.is_large_list(kind))
+
+
+TEXT = Kind("string", "text", is_text)
+LIST = Kind("list", "list", is_list)
+
+
+def read_parquet(path: Path, file: BinaryIO, field: str, kind: Kind = TEXT) -> list[Any]:
+    """Return the values of the column ``field``.
 
     Args:
         path: the file, for errors.
         file: positioned at the start.
         field: name of the column.
+        kind: what it must hold: strings by default.
 
     Raises:
-        DataError: the file is damaged or too large, or the column is missing, not text, or has a null.
+        DataError: the file is damaged or too large, or the column is missing, of another type, or has a null.
     """
     import pyarrow
 
     try:
-        return _read(path, file, field)
+        return _read(path, file, field, kind)
     except DataError:
         raise
     except UnicodeDecodeError as error:
@@ -42,12 +80,12 @@ def read_parquet(path: Path, file: BinaryIO, field: str) -> list[str]:
         ) from error
 
 
-def _read(path: Path, file: BinaryIO, field: str) -> list[str]:
+def _read(path: Path, file: BinaryIO, field: str, kind: Kind) -> list[Any]:
     from pyarrow import parquet
 
     parquet_file = parquet.ParquetFile(file)
-    _check_column(path, parquet_file.schema_arrow, field)
-    texts: list[str] = []
+    _check_column(path, parquet_file.schema_arrow, field, kind)
+    values: list[Any] = []
     size = 0
     for batch in parquet_file.iter_batches(batch_size=_ROWS, columns=[field]):
         size += batch.nbytes
@@ -55,29 +93,22 @@ def _read(path: Path, file: BinaryIO, field: str) -> list[str]:
             raise packed.too_large(path, "holds")
         column = batch.column(0)
         if column.null_count:
-            row = len(texts) + column.to_pylist().index(None) + 1
+            row = len(values) + column.to_pylist().index(None) + 1
             raise DataError(
-                f"{path}, row {row}: column {field!r} is null, expected a string", "remove such rows from the file"
+                f"{path}, row {row}: column {field!r} is null, expected a {kind.one}", "remove such rows from the file"
             )
-        texts += column.to_pylist()
-    return texts
+        values += column.to_pylist()
+    return values
 
 
-def _check_column(path: Path, schema: Any, field: str) -> None:
-    """Refuse a column that is missing, duplicated or not text; the error lists the text columns."""
-    from pyarrow import types
-
-    def is_text(kind: Any) -> bool:
-        return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)) or (
-            types.is_dictionary(kind) and is_text(kind.value_type)
-        )
-
-    texts = [column.name for column in schema if is_text(column.type)]
-    listed = ", ".join(repr(name) for name in texts[:_SHOWN]) or "none"
-    hint = f"{near_matches(field, texts)}text columns: {listed}; choose one with file:PATH#COLUMN"
+def _check_column(path: Path, schema: Any, field: str, kind: Kind) -> None:
+    """Refuse a column that is missing, duplicated or of another kind; the error lists the columns of this kind."""
+    fitting = [column.name for column in schema if kind.fits(column.type)]
+    listed = ", ".join(repr(name) for name in fitting[:_SHOWN]) or "none"
+    hint = f"{near_matches(field, fitting)}{kind.many} columns: {listed}; choose one with PATH#COLUMN"
     count = schema.names.count(field)
     if count != 1:
         raise DataError(f"{path} has {'no' if count == 0 else count} column{'s' if count else ''} {field!r}", hint)
-    kind = schema.field(field).type
-    if not is_text(kind):
-        raise DataError(f"{path}: column {field!r} holds {str(kind)[:40]}, expected strings", hint)
+    found = schema.field(field).type
+    if not kind.fits(found):
+        raise DataError(f"{path}: column {field!r} holds {str(found)[:40]}, expected {kind.one}s", hint)

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from ara.data.filespecs import FILE_PREFIX, check_text_file, text_file
-from ara.data.textfiles import read_file, read_jsonl
+from ara.data.filespecs import CHAT_PREFIX, FILE_PREFIX, check_text_file, is_file, origin_of, text_file
+from ara.data.textfiles import DEFAULT_FIELD, read_file, read_jsonl, read_lists
 from ara.errors import DataError, UsageError
 from ara.files import expand_user
 from ara.progress import SILENT, Reporter
@@ -34,12 +34,15 @@ _PYTHON_DOCS_CALIBRATION = 0.85
 # The first line of a WikiText article is " = Robert Boulter = \n"; that of a section is " = = Life = = \n".
 _ARTICLE_HEADING = re.compile(r" = [^=].*[^=] = \n?")
 
+_CONVERSATIONS = "ara.data.conversations:"
 TEXTS = Registry(
     "text",
     [
         Entry("c4", "web pages of the Colossal Clean Crawled Corpus", "ara.data.texts:load_c4", "arXiv 1910.10683"),
         Entry("wikitext2", "Wikipedia articles, raw", "ara.data.texts:load_wikitext2", "arXiv 1609.07843"),
         Entry("python-docs", "Python's own help topics; needs no network", "ara.data.texts:load_python_docs"),
+        Entry("chat", "conversations: instructions of $ARA_DATA_DIR, else ultrachat", f"{_CONVERSATIONS}load_chat"),
+        Entry("ultrachat", "conversations between two models", f"{_CONVERSATIONS}load_ultrachat", "arXiv 2305.14233"),
     ],
 )
 
@@ -66,16 +69,17 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Where to find one part of a data set.
+class Part:
+    """Where to find one part of a data set, such as a split.
 
     Attributes:
         local: file below ``$ARA_DATA_DIR``.
         hub: data set id on the Hugging Face hub.
         config: its configuration, or ``None``.
-        data_file: the one shard to stream, or ``None`` for all.
+        data_file: the one shard to read, or ``None`` for all.
         split: its split.
-        limit: number of documents taken from the front, or ``None`` for all.
+        limit: number of rows taken from the front, or ``None`` for all.
+        field: of a row. Values of the field ``text`` are texts, those of other fields are lists.
     """
 
     local: str
@@ -84,69 +88,81 @@ class _Part:
     data_file: str | None
     split: str
     limit: int | None
+    field: str = DEFAULT_FIELD
 
 
 # C4: GPTQ and SVD-LLM calibrate on this shard; 10,000 of its 356,317 documents hold about 5 million tokens, which is
 # more than enough. The 1,100 validation documents are those of GPTQ, which joins them by spaces and stops after 256
 # windows. So perplexities on C4 are only comparable with other results of ARA.
-_C4: dict[Purpose, _Part] = {
-    "calibration": _Part(
+_C4: dict[Purpose, Part] = {
+    "calibration": Part(
         "c4_sample/c4_rp1.jsonl", "allenai/c4", None, "en/c4-train.00000-of-01024.json.gz", "train", 10_000
     ),
-    "evaluation": _Part(
+    "evaluation": Part(
         "c4_sample/c4_rp2.jsonl", "allenai/c4", None, "en/c4-validation.00000-of-00008.json.gz", "validation", 1_100
     ),
 }
-_WIKITEXT2: dict[Purpose, _Part] = {
-    "calibration": _Part(
+_WIKITEXT2: dict[Purpose, Part] = {
+    "calibration": Part(
         "wikitext2_raw/train_first_1MB.jsonl", "Salesforce/wikitext", "wikitext-2-raw-v1", None, "train", None
     ),
-    "evaluation": _Part("wikitext2_raw/test.jsonl", "Salesforce/wikitext", "wikitext-2-raw-v1", None, "test", None),
+    "evaluation": Part("wikitext2_raw/test.jsonl", "Salesforce/wikitext", "wikitext-2-raw-v1", None, "test", None),
 }
 
 
 def check_text_spec(spec: str) -> None:
-    """Check the name of a text, or that the file of ``file:PATH`` exists, without loading it.
+    """Check the name of one text, or that the file of ``file:PATH`` or ``chat:PATH`` exists, without loading it.
 
     Raises:
         UsageError: the name is unknown or the path is empty.
         DataError: the file is missing or not regular.
     """
-    if spec.startswith(FILE_PREFIX):
+    if is_file(spec):
         check_text_file(spec)
     elif spec not in TEXTS:
         try:
             TEXTS.entry(spec)
         except UsageError as error:
-            hint = "for your own text write file:PATH (.txt: one document; .jsonl, .parquet: a field 'text')"
+            hint = (
+                "for your own text write file:PATH (.txt: one document; .jsonl, .parquet: a field 'text'), "
+                "for your own conversations chat:PATH (a field 'messages')"
+            )
             raise UsageError(str(error), hint) from None
 
 
+def is_chat(spec: str) -> bool:
+    """Tell whether ``spec`` names one text that holds conversations."""
+    return spec.startswith(CHAT_PREFIX) or (spec in TEXTS and TEXTS.entry(spec).target.startswith(_CONVERSATIONS))
+
+
 def load_documents(spec: str, purpose: Purpose, *, report: Reporter = SILENT) -> Documents:
-    """Load the text ``spec`` for ``purpose``.
+    """Load the plain text ``spec`` for ``purpose``; :func:`ara.data.conversations.load_conversations` loads others.
 
     The calibration and evaluation parts of a named text share no document. ``file:PATH`` gives the same documents for
     both: one per JSON line or Parquet row; a ``.txt`` file is one document, so ``seed`` does not change its windows.
 
     Raises:
-        UsageError: unknown name.
+        UsageError: unknown name, or a text of conversations.
         DataError: a file is missing, empty or malformed, or the hub cannot be reached.
     """
     check_text_spec(spec)
+    if is_chat(spec):
+        raise UsageError(
+            f"text {spec!r} holds conversations, expected plain text", "choose c4, wikitext2, python-docs or file:PATH"
+        )
     if spec.startswith(FILE_PREFIX):
         file = text_file(spec)
-        origin = f"file {file.path.resolve()}" + (f"#{file.field}" if file.field else "")
-        return _documents(spec, purpose, read_file(file.path, file.field), origin)
+        return _documents(spec, purpose, read_file(file.path, file.field), origin_of(file))
     documents: Documents = TEXTS.load(spec)(purpose, report)
     return documents
 
 
 def load_c4(purpose: Purpose, report: Reporter = SILENT) -> Documents:
     """Load C4; of local files, the evaluation omits documents that are also in the calibration part."""
-    texts, origin = _read_part("c4", purpose, _C4[purpose], report)
+    texts, origin = read_part("c4", purpose, _C4[purpose], report)
     if purpose == "evaluation" and data_dir() is not None:
         # The splits on the hub are disjoint by construction; two local files may overlap.
-        seen = {text.strip() for text in _read_part("c4", "calibration", _C4["calibration"], report)[0]}
+        seen = {text.strip() for text in read_part("c4", "calibration", _C4["calibration"], report)[0]}
         kept = [text for text in texts if text.strip() not in seen]
         if len(kept) < len(texts):
             origin += f" ({len(texts) - len(kept)} documents that also occur in the calibration text left out)"
@@ -160,7 +176,7 @@ def load_c4(purpose: Purpose, report: Reporter = SILENT) -> Documents:
 
 def load_wikitext2(purpose: Purpose, report: Reporter = SILENT) -> Documents:
     """Load WikiText-2: whole articles of the training split, or the unchanged rows of the test split."""
-    rows, origin = _read_part("wikitext2", purpose, _WIKITEXT2[purpose], report)
+    rows, origin = read_part("wikitext2", purpose, _WIKITEXT2[purpose], report)
     return _documents("wikitext2", purpose, rows if purpose == "evaluation" else _articles(rows), origin)
 
 
@@ -220,8 +236,8 @@ def data_dir() -> Path | None:
     return expand_user(folder, DATA_DIR_VARIABLE) if folder else None
 
 
-def _read_part(name: str, purpose: Purpose, part: _Part, report: Reporter) -> tuple[list[str], str]:
-    """Return the documents of ``part`` and where they come from, in words."""
+def read_part(name: str, purpose: Purpose, part: Part, report: Reporter) -> tuple[list[Any], str]:
+    """Return the texts of ``part``, or place and value of its lists; and where they come from, in words."""
     folder = data_dir()
     if folder is None:
         return _read_hub(name, part, report)
@@ -232,11 +248,12 @@ def _read_part(name: str, purpose: Purpose, part: _Part, report: Reporter) -> tu
             f"put it there, or unset {DATA_DIR_VARIABLE} to fetch {part.hub} from the hub, "
             "or use python-docs, which needs no files",
         )
-    return read_jsonl(path), f"file {path.resolve()}"
+    rows: list[Any] = read_jsonl(path) if part.field == DEFAULT_FIELD else read_lists(path, part.field)
+    return rows, f"file {path.resolve()}"
 
 
-def _read_hub(name: str, part: _Part, report: Reporter) -> tuple[list[str], str]:
-    """Fetch ``part`` with Hugging Face ``datasets``; a single shard is streamed, so only its front is downloaded."""
+def _read_hub(name: str, part: Part, report: Reporter) -> tuple[list[Any], str]:
+    """Fetch ``part`` with Hugging Face ``datasets``; a front is streamed, so that only it is downloaded."""
     import datasets
 
     where = "/".join(word for word in (part.hub, part.config, part.data_file) if word)
@@ -246,12 +263,13 @@ def _read_hub(name: str, part: _Part, report: Reporter) -> tuple[list[str], str]
     try:
         with silence_datasets():
             rows = datasets.load_dataset(
-                part.hub, part.config, data_files=files, split=part.split, streaming=part.data_file is not None
+                part.hub, part.config, data_files=files, split=part.split, streaming=part.limit is not None
             )
-        with report.bar(f"{name} documents", part.limit or len(rows)) as bar:
-            texts = []
-            for row in itertools.islice(rows, part.limit):
-                texts.append(row["text"])
+        with report.bar(f"{name} rows", part.limit or len(rows)) as bar:
+            found: list[Any] = []
+            for number, row in enumerate(itertools.islice(rows, part.limit), start=1):
+                value = row[part.field]
+                found.append(value if part.field == DEFAULT_FIELD else (f"{where}, row {number}", value))
                 bar.advance()
     except Exception as error:  # the errors of datasets, huggingface_hub, httpx, aiohttp and fsspec share no base
         raise DataError(
@@ -259,7 +277,7 @@ def _read_hub(name: str, part: _Part, report: Reporter) -> tuple[list[str], str]
             f"set {DATA_DIR_VARIABLE} to a folder with {part.local}, "
             "or use python-docs, which needs no network, or file:PATH",
         ) from error
-    return texts, f"Hugging Face hub {where}, {part.split} split{front}"
+    return found, f"Hugging Face hub {where}, {part.split} split{front}"
 
 
 @contextmanager

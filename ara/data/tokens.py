@@ -1,31 +1,23 @@
-"""Cuts documents into token windows, reproducibly for a seed, and caches them with a checksum."""
+"""Cuts plain text into token windows, reproducibly for a seed; :mod:`ara.data.chat_windows` cuts conversations."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ara.data.texts import Documents
-from ara.errors import DataError, UsageError, disk_errors
-from ara.files import is_plain_file
+from ara.errors import DataError, UsageError
 from ara.models.vocabulary import check_tokens, has_row
-from ara.progress import SILENT, Reporter
-from ara.workspace.tensors import written_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Part of every cache key. Increase it when the same inputs would give other windows.
-CACHE_FORMAT = 1
+    from ara.data.conversations import Conversations
 
 # Most documents and characters per tokenizer call: enough to use all cores, few enough to stop soon after the last
 # token that is needed.
@@ -48,13 +40,21 @@ class TokenWindows:
         ids: (windows, seq_len) int64 token ids, on the CPU.
         asked: number of windows requested; without a limit, the number of windows.
         seed: of the document order; ``None`` for the order of the text.
-        digest: sha256 (hex) over shape and ids.
+        digest: sha256 (hex) over shape and ids, and over the answers if there are any.
+        names: of the texts that the windows come from.
+        sources: (windows) int64, the text of each window, as a position in ``names``.
+        answers: (windows, seq_len) bool, true for tokens of the assistant's messages, see
+            :class:`ara.data.conversations.ConversationTokens`, and for all tokens of plain text; ``None`` if no window
+            comes from conversations.
     """
 
     ids: torch.Tensor
     asked: int
     seed: int | None
     digest: str
+    names: tuple[str, ...]
+    sources: torch.Tensor
+    answers: torch.Tensor | None = None
 
     @property
     def windows(self) -> int:
@@ -70,6 +70,12 @@ class TokenWindows:
     def tokens(self) -> int:
         """Tokens in all windows."""
         return self.ids.numel()
+
+    @property
+    def tokens_of(self) -> dict[str, int]:
+        """Tokens by text."""
+        counts = torch.bincount(self.sources, minlength=len(self.names)).tolist()
+        return {name: count * self.seq_len for name, count in zip(self.names, counts, strict=True)}
 
 
 def calibration_windows(
@@ -101,7 +107,7 @@ def calibration_windows(
         UsageError: ``samples`` or ``seq_len`` is too small.
         DataError: the text is shorter than one window, or has a token without an embedding row.
     """
-    _check_sizes(samples, seq_len)
+    check_sizes(samples, seq_len)
     texts = list(documents.documents)
     random.Random(seed).shuffle(texts)
     needed = samples * seq_len
@@ -114,7 +120,7 @@ def calibration_windows(
         stream.extend(ids)
         if len(stream) >= needed:
             break
-    return _checked(_cut(stream, documents, seq_len, samples, seed), documents, tokenizer, rows)
+    return checked(cut(stream, documents, seq_len, samples, seed), documents, tokenizer, rows)
 
 
 def evaluation_windows(
@@ -144,82 +150,10 @@ def evaluation_windows(
         UsageError: ``max_windows`` or ``seq_len`` is too small.
         DataError: the text is shorter than one window, or has a token without an embedding row.
     """
-    _check_sizes(1 if max_windows is None else max_windows, seq_len)
+    check_sizes(1 if max_windows is None else max_windows, seq_len)
     joined = documents.separator.join(documents.documents)
     (stream,) = _token_ids(tokenizer, [joined], "", None if max_windows is None else max_windows * seq_len)
-    return _checked(_cut(stream, documents, seq_len, max_windows, None), documents, tokenizer, rows)
-
-
-def cached_calibration_windows(
-    cache_dir: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Documents,
-    *,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    rows: int | None = None,
-    report: Reporter = SILENT,
-) -> TokenWindows:
-    """Return the windows of :func:`calibration_windows`, from ``<cache_dir>/<key>.safetensors`` if it exists.
-
-    The file holds int32 ids and their digest. A damaged file is reported and replaced.
-
-    Raises:
-        UsageError, DataError: as :func:`calibration_windows`.
-        DiskFullError: no room for the cache.
-    """
-    _check_sizes(samples, seq_len)
-    if tokenizer.eos_token_id is not None and not has_row(tokenizer.eos_token_id, rows):
-        report.warn(
-            f"the model's embedding has {rows:,} rows, none for {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), "
-            "the separator of documents: they are joined without it"
-        )
-    key = cache_key(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, rows=rows)
-    path = cache_dir / f"{key}.safetensors"
-    if path.exists():
-        try:
-            windows = _read_cache(path, samples, seq_len, seed)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            report.warn(f"discarding the damaged token cache {path} ({error})")
-        else:
-            report.fact(f"{windows.windows} windows of {seq_len} tokens read from {path}")
-            return _checked(windows, documents, tokenizer, rows)
-    windows = calibration_windows(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed, rows=rows)
-    _write_cache(path, windows)
-    return windows
-
-
-def cache_key(
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    rows: int | None = None,
-) -> str:
-    """Return the sha256 (hex) over everything that determines the calibration windows."""
-    parts = [CACHE_FORMAT, documents.digest, tokenizer_fingerprint(tokenizer), samples, seq_len, seed]
-    if tokenizer.eos_token_id is not None and not has_row(tokenizer.eos_token_id, rows):
-        parts.append("eos left out")
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a sha256 (hex) that differs between tokenizers that may give different ids.
-
-    It covers the serialised pipeline of a fast tokenizer, without the padding and truncation settings, which each call
-    overwrites. Of a slow one it covers class and vocabulary. The ids of bos, eos and unk are included.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        pipeline = json.loads(backend.to_str())
-        content = {name: pipeline[name] for name in pipeline if name not in ("padding", "truncation")}
-    else:
-        content = {"class": type(tokenizer).__name__, "vocab": sorted(tokenizer.get_vocab().items())}
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
-    return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
+    return checked(cut(stream, documents, seq_len, max_windows, None), documents, tokenizer, rows)
 
 
 def _token_ids(
@@ -275,57 +209,66 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     return found
 
 
-def _cut(stream: list[int], documents: Documents, seq_len: int, asked: int | None, seed: int | None) -> TokenWindows:
-    """Cut a list of ids into (windows, seq_len), at most ``asked`` of them."""
+def cut(
+    stream: list[int],
+    text: Documents | Conversations,
+    seq_len: int,
+    asked: int | None,
+    seed: int | None,
+    answers: list[bool] | None = None,
+) -> TokenWindows:
+    """Cut a list of ids into (windows, seq_len), at most ``asked`` of them; the remainder is dropped.
+
+    Args:
+        stream: token ids.
+        text: where they come from.
+        seq_len: tokens per window.
+        asked: number of windows; ``None`` for all.
+        seed: of the document order.
+        answers: of conversations, one per id.
+
+    Raises:
+        DataError: the list is shorter than one window.
+    """
     windows = len(stream) // seq_len
     if asked is not None:
         windows = min(windows, asked)
     if windows == 0:
         raise DataError(
-            f"text {documents.name!r} ({documents.purpose}) has {len(stream):,} tokens, "
-            f"one window needs {seq_len:,} ({documents.origin})",
+            f"text {text.name!r} ({text.purpose}) has {len(stream):,} tokens, "
+            f"one window needs {seq_len:,} ({text.origin})",
             "choose a smaller --seq-len or a longer text",
         )
     ids = torch.tensor(stream[: windows * seq_len], dtype=torch.int64).view(windows, seq_len)
-    return TokenWindows(ids, windows if asked is None else asked, seed, _digest(ids))
+    marks = None if answers is None else torch.tensor(answers[: windows * seq_len]).view(windows, seq_len)
+    asked = windows if asked is None else asked
+    sources = torch.zeros(windows, dtype=torch.int64)
+    return TokenWindows(ids, asked, seed, windows_digest(ids, marks), (text.name,), sources, marks)
 
 
-def _checked(
-    windows: TokenWindows, documents: Documents, tokenizer: PreTrainedTokenizerBase, rows: int | None
+def checked(
+    windows: TokenWindows,
+    text: Documents | Conversations,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int | None,
 ) -> TokenWindows:
-    """Return ``windows``; a token without a row in the embedding is refused."""
-    check_tokens(windows.ids, rows, tokenizer, f"text {documents.name!r} ({documents.purpose})")
+    """Return ``windows``; a token without a row in the embedding is refused with a ``DataError``."""
+    check_tokens(windows.ids, rows, tokenizer, f"text {text.name!r} ({text.purpose})")
     return windows
 
 
-def _check_sizes(windows: int, seq_len: int) -> None:
+def check_sizes(windows: int, seq_len: int) -> None:
+    """Refuse less than one window, and windows of less than two tokens, with a ``UsageError``."""
     if windows < 1:
         raise UsageError(f"got {windows} windows, expected at least 1")
     if seq_len < 2:
         raise UsageError(f"got windows of {seq_len} tokens, expected at least 2 (the first token predicts the second)")
 
 
-def _digest(ids: torch.Tensor) -> str:
-    """Return the sha256 (hex) over the shape and the ids as little-endian int64."""
+def windows_digest(ids: torch.Tensor, answers: torch.Tensor | None = None) -> str:
+    """Return the sha256 (hex) over the shape, the ids as little-endian int64, and the answers as bytes."""
     digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
     digest.update(ids.numpy().astype("<i8").tobytes())
+    if answers is not None:
+        digest.update(answers.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _read_cache(path: Path, asked: int, seq_len: int, seed: int) -> TokenWindows:
-    """Read a cache file; raises a ValueError or an error of safetensors if it is damaged."""
-    if not is_plain_file(path):  # opening a pipe would block
-        raise ValueError("it is not a regular file")
-    with safe_open(path, framework="pt") as file:
-        expected = (file.metadata() or {})["digest"]
-        ids = file.get_tensor("ids").to(torch.int64)
-    if _digest(ids) != expected:
-        raise ValueError("its ids do not match their checksum")
-    if ids.ndim != 2 or ids.shape[1] != seq_len:
-        raise ValueError(f"its windows have shape {tuple(ids.shape)}")
-    return TokenWindows(ids, asked, seed, expected)
-
-
-def _write_cache(path: Path, windows: TokenWindows) -> None:
-    with disk_errors(path.parent, windows.tokens * 4), written_aside(path) as aside:
-        save_file({"ids": windows.ids.to(torch.int32)}, aside, metadata={"digest": windows.digest})

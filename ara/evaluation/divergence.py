@@ -24,17 +24,37 @@ _CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Divergence:
-    """Distance from the dense model on one text.
+    """Distance from the dense model on one text, or on the answers of conversations.
 
     Attributes:
         kl: mean KL(dense ‖ model), nats per token.
-        kl_stderr: its standard error over windows; ``None`` for a single window.
+        kl_stderr: its standard error over windows or conversations; ``None`` for a single one.
         agreement: share of positions with the same most likely token.
     """
 
     kl: float
     kl_stderr: float | None
     agreement: float
+
+
+def mean_divergence(dense: torch.Tensor, logits: torch.Tensor) -> tuple[float, float]:
+    """Return the mean KL over positions in nats per token, and the share of positions with the same most likely token.
+
+    Args:
+        dense: (t, v) logits of the dense model, at least one position.
+        logits: (t, v) logits of the other model.
+
+    Returns:
+        KL is NaN if a logit is NaN, and infinite if only the other model gives a token the probability 0.
+    """
+    length, vocabulary = dense.shape
+    rows = max(1, _CHUNK_BYTES // (4 * vocabulary))
+    kl, same = 0.0, 0
+    for start in range(0, length, rows):
+        ours, theirs = dense[start : start + rows], logits[start : start + rows].to(dense.device)
+        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        kl += float(divergence(ours, theirs)[0].cpu().sum(dtype=torch.float64))
+    return kl / length, same / length
 
 
 def window_divergence(dense: torch.Tensor, logits: torch.Tensor) -> list[tuple[float, float]]:
@@ -45,25 +65,13 @@ def window_divergence(dense: torch.Tensor, logits: torch.Tensor) -> list[tuple[f
         logits: (b, t, v) logits of the other model.
 
     Returns:
-        Per window the mean KL in nats per token, and the share of positions with the same most likely token. KL is NaN
-        if a logit is NaN, and infinite if only the other model gives a token the probability 0.
+        Per window the figures of :func:`mean_divergence`.
     """
-    windows, length, vocabulary = dense.shape
-    rows = max(1, _CHUNK_BYTES // (4 * vocabulary))
-    found = []
-    for window in range(windows):
-        kl, same = 0.0, 0
-        for start in range(0, length - 1, rows):
-            end = min(start + rows, length - 1)
-            ours, theirs = dense[window, start:end], logits[window, start:end].to(dense.device)
-            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-            kl += float(divergence(ours, theirs)[0].cpu().sum(dtype=torch.float64))
-        found.append((kl / (length - 1), same / (length - 1)))
-    return found
+    return [mean_divergence(ours[:-1], theirs[:-1]) for ours, theirs in zip(dense, logits, strict=True)]
 
 
 def summarise_divergence(windows: Sequence[tuple[float, float]]) -> Divergence:
-    """Return the mean over at least one window; all windows have the same length."""
+    """Return the mean over at least one window or conversation; each counts the same."""
     kls = [kl for kl, _ in windows]
     stderr = statistics.stdev(kls) / math.sqrt(len(kls)) if len(kls) > 1 else None
     return Divergence(statistics.fmean(kls), stderr, statistics.fmean(same for _, same in windows))

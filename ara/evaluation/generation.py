@@ -50,7 +50,6 @@ class LogitsCheck:
         return scores
 
 
-@torch.inference_mode()
 def greedy_tokens(
     model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int, stop: set[int], who: str = "generating"
 ) -> Iterator[int]:
@@ -66,17 +65,52 @@ def greedy_tokens(
     Raises:
         NumericalError: the model gives NaN; it begins with ``who``.
     """
-    text = new = ids[None].to(model.device)
+    for (token,) in _greedy_steps(model, ids[None], max_new_tokens, who):
+        if token in stop:
+            return
+        yield token
+
+
+def greedy_batch(
+    model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int, stop: set[int], who: str = "generating"
+) -> list[list[int]]:
+    """Return the greedy continuations of prompts of equal length, each up to its first token of ``stop``.
+
+    A row that has ended is computed further, and its tokens are dropped, until all rows have ended. Rounding may
+    differ between sizes of a batch: two tokens of nearly equal likelihood can change places.
+
+    Args:
+        model: a causal language model in eval mode.
+        ids: (b, t) int64, the prompts.
+        max_new_tokens: largest number of tokens per row.
+        stop: token ids that end a text; they are not part of the result.
+        who: model and text, for the error.
+
+    Raises:
+        NumericalError: the model gives NaN; it begins with ``who``.
+    """
+    found: list[list[int]] = [[] for _ in ids]
+    running = dict(enumerate(found))
+    for tokens in _greedy_steps(model, ids, max_new_tokens, who):
+        running = {row: text for row, text in running.items() if tokens[row] not in stop}
+        for row, text in running.items():
+            text.append(tokens[row])
+        if not running:
+            break
+    return found
+
+
+@torch.inference_mode()
+def _greedy_steps(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int, who: str) -> Iterator[list[int]]:
+    """Yield the most likely next token of every row of prompts (b, t), ``max_new_tokens`` times."""
+    text = new = ids.to(model.device)
     cache: dict[str, Any] = {"use_cache": True}
     for _ in range(max_new_tokens):
         with forward_errors(model):
             found = model(input_ids=new, logits_to_keep=1, **cache)
-        check_logits(found.logits[0, -1], who)
-        token = int(found.logits[0, -1].argmax())
-        if token in stop:
-            return
-        yield token
-        new = torch.tensor([[token]], device=model.device)
+        check_logits(found.logits[:, -1], who)
+        new = found.logits[:, -1].argmax(-1, keepdim=True).to(model.device)
+        yield new[:, 0].tolist()
         cache = next(({"use_cache": True, name: found[name]} for name in _CACHES if found.get(name) is not None), {})
         if not cache:  # GPT-1 has no cache; RWKV and RecurrentGemma have their own kinds
             text = new = torch.cat([text, new], 1)
@@ -129,6 +163,20 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> It
             before, new = new, []
     if new and (text := fresh()):
         yield text
+
+
+def why_empty(tokens: int, text: str) -> str | None:
+    """Return why an answer shows nothing, as the end of a sentence, or ``None`` if it shows something.
+
+    Args:
+        tokens: number of tokens before the end of the answer.
+        text: the decoded answer.
+    """
+    if text.strip():
+        return None
+    if tokens == 0:
+        return "the model ended its turn with the first token"
+    return f"it consists of {tokens} token{'' if tokens == 1 else 's'} of white space or control"
 
 
 def greedy_continuation(

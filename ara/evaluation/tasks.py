@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ara.data.filespecs import FILE_PREFIX
-from ara.data.texts import DATA_DIR_VARIABLE, TEXTS, check_text_spec, data_dir, silence_datasets
+from ara.data.texts import DATA_DIR_VARIABLE, TEXTS, check_text_spec, data_dir, is_chat, silence_datasets
 from ara.errors import AraError, DataError, UsageError, first_line, near_matches
 from ara.evaluation.task_folders import TaskFolders
 from ara.models.cache import cache_dir
@@ -88,8 +88,8 @@ class Task:
 
 
 def is_text(name: str) -> bool:
-    """Tell whether ``name`` is a text for perplexity and not a task."""
-    return name.startswith(FILE_PREFIX) or name in TEXTS
+    """Tell whether ``name`` is a plain text, for perplexity, and neither a task nor conversations."""
+    return name.startswith(FILE_PREFIX) or (name in TEXTS and not is_chat(name))
 
 
 def expand(names: Sequence[str], own: TaskFolders | None = None) -> tuple[str, ...]:
@@ -105,10 +105,10 @@ def mean_label(tasks: Iterable[str]) -> str:
 
 
 def check_task(name: str, report: Reporter = SILENT, own: TaskFolders | None = None) -> None:
-    """Check that a text or task exists, without reading its questions or running its code.
+    """Check that a text, conversations or a task exist, without reading its questions or running its code.
 
     Args:
-        name: of a text, a task, or one of lm-eval's groups or tags.
+        name: of a text, conversations, a task, or one of lm-eval's groups or tags.
         report: receives progress.
         own: folders with the user's tasks, which have priority.
 
@@ -119,12 +119,12 @@ def check_task(name: str, report: Reporter = SILENT, own: TaskFolders | None = N
     if own is not None:
         own.check(name)
         if name in own:
-            if is_text(name):
+            if is_text(name) or is_chat(name):
                 raise UsageError(
                     f"{name!r} is a text of ara, and a task in {own.file_of(name)}", "give the task another name"
                 )
             return
-    if is_text(name):
+    if is_text(name) or is_chat(name):
         check_text_spec(name)
         return
     if name in LOCAL:
@@ -136,8 +136,8 @@ def check_task(name: str, report: Reporter = SILENT, own: TaskFolders | None = N
         near = near_matches(name, [*TEXTS.names(), *GROUPS, *(own.files if own else ()), *known])
         raise DataError(
             f"there is no text or lm-eval task {name!r}",
-            f"{near}texts: {', '.join(TEXTS.names())}, file:PATH; tasks: {', '.join(GROUPS)}, {', '.join(LOCAL)}, "
-            "and all others that `lm_eval ls tasks` lists",
+            f"{near}texts: {', '.join(TEXTS.names())}, file:PATH, chat:PATH; tasks: {', '.join(GROUPS)}, "
+            f"{', '.join(LOCAL)}, and all others that `lm_eval ls tasks` lists",
         )
 
 

@@ -105,7 +105,7 @@ class Recovery:
     Attributes:
         dense: the dense model, in evaluation mode; no parameter requires a gradient, and none may change.
         model: the compressed model, in evaluation mode, changed in place. Its low-rank layers are
-            :class:`~ara.layouts.modeling_ara.LowRankLinear` with balanced factors, whatever the checkpoint's layout.
+            two balanced factors each (:mod:`ara.recovery.trainable`), whatever the checkpoint's layout.
         specs: the factorised layers, low-rank or dense, in the order of the model.
         factors: module path → safetensors file with the full factors ``<path>.A`` (r, n) and ``<path>.B`` (m, r).
         train: text to repair with.

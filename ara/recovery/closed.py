@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from ara.calibration.moments import shared_inputs
 from ara.decomposition.parallel import map_layers
 from ara.errors import NumericalError
-from ara.layouts.modeling_ara import LowRankLinear
+from ara.layouts.modeling_ara import CompressedLinear
 from ara.models.blocks import Stream, independent_starts
 from ara.models.weights import LinearSpec, bias_of, find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery
 from ara.recovery.correction import Correction, PairedAccumulator, PairedMoments, correct
-from ara.recovery.trainable import block_tensors, load_tensors, set_factors
+from ara.recovery.trainable import block_tensors, factors_of, load_tensors, set_factors
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,8 @@ def _corrected(
     with safe_open(recovery.factors[spec.name], "pt") as file:
         a, b = (file.get_tensor(f"{spec.name}.{part}").to(recovery.device) for part in "AB")
     module, original = (spec.weight.owner(model) for model in (recovery.model, recovery.dense))
-    current: Any = (
-        (module.A.weight.detach(), module.B.weight.detach())
-        if isinstance(module, LowRankLinear)
-        else spec.weight.read(recovery.model)
-    )
+    low_rank = isinstance(module, CompressedLinear)
+    current: Any = factors_of(module) if low_rank else spec.weight.read(recovery.model)
     bias, dense_bias = bias_of(module), bias_of(original)
     moved = None if bias is None or dense_bias is None else bias.double() - dense_bias.double()
     return correct(a, b, current, train, held_out, moved)

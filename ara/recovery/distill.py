@@ -23,7 +23,7 @@ from torch import nn
 from ara.config import RecoverConfig
 from ara.errors import DataError, NumericalError, UsageError
 from ara.events import event_writer_class
-from ara.layouts.modeling_ara import LowRankLinear
+from ara.layouts.modeling_ara import CompressedLinear
 from ara.models.batches import batch_indices
 from ara.models.losses import token_losses
 from ara.models.memory import available_bytes
@@ -97,7 +97,7 @@ def trained_parameters(recovery: Recovery) -> dict[str, nn.Parameter]:
 
 
 def _factor_names(model: nn.Module, specs: Sequence[LinearSpec]) -> list[str]:
-    found = [spec.weight.module for spec in specs if isinstance(spec.weight.owner(model), LowRankLinear)]
+    found = [spec.weight.module for spec in specs if isinstance(spec.weight.owner(model), CompressedLinear)]
     return [f"{name}.{part}.weight" for name in found for part in "AB"]
 
 

@@ -10,8 +10,11 @@ from torch import nn
 
 from ara.layout_names import LayoutName
 from ara.layouts import layout_named
-from ara.layouts.modeling_ara import CompressedLinear, LowRankLinear, replace_linear
+from ara.layouts.modeling_ara import CompressedLinear, replace_linear
 from ara.progress import SILENT, Reporter
+
+# The layout of the trainable form.
+TRAINED: LayoutName = "factors"
 
 
 def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,10 +41,11 @@ def to_trainable(model: nn.Module, layout: LayoutName) -> None:
 
     Device and dtype stay. Biases are not copied.
     """
-    form = layout_named(layout)
     for name, layer in _low_rank(model):
-        a, b = form.join(dict(layer.state_dict()))
-        replace_linear(model, name, _layer(*balanced(a, b), layer))
+        a, b = balanced(*layout_named(layout).join(dict(layer.state_dict())))
+        weight, bias = layer.A.weight, None if layer.bias is None else layer.bias.detach()
+        built = layout_named(TRAINED).build(a, b, bias, layer.transposed, device=weight.device, dtype=weight.dtype)
+        replace_linear(model, name, built)
 
 
 def from_trainable(model: nn.Module, layout: LayoutName, dtype: torch.dtype, report: Reporter = SILENT) -> None:
@@ -49,12 +53,16 @@ def from_trainable(model: nn.Module, layout: LayoutName, dtype: torch.dtype, rep
     form, layers = layout_named(layout), _low_rank(model)
     with report.bar(form.progress, len(layers)) if form.progress else nullcontext() as bar:
         for name, layer in layers:
-            assert isinstance(layer, LowRankLinear)
-            a, b, bias = layer.A.weight.detach(), layer.B.weight.detach(), layer.bias
-            bias = None if bias is None else bias.detach().to(dtype)
+            a, b = factors_of(layer)
+            bias = None if layer.bias is None else layer.bias.detach().to(dtype)
             replace_linear(model, name, form.build(a, b, bias, layer.transposed, device=a.device, dtype=dtype))
             if bar is not None:
                 bar.advance()
+
+
+def factors_of(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A (k, n) and B (m, k) of a low-rank layer in trainable form; views, without gradient."""
+    return layout_named(TRAINED).join(dict(layer.state_dict()))
 
 
 def set_factors(model: nn.Module, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -66,12 +74,10 @@ def set_factors(model: nn.Module, name: str, a: torch.Tensor, b: torch.Tensor) -
         a: (k, n), any floating dtype.
         b: (m, k).
     """
-    layer = model.get_submodule(name)
-    assert isinstance(layer, LowRankLinear)
-    down, up = balanced(a, b)
+    stored = factors_of(model.get_submodule(name))
     with torch.no_grad():
-        layer.A.weight.copy_(down)
-        layer.B.weight.copy_(up)
+        for old, new in zip(stored, balanced(a, b), strict=True):
+            old.copy_(new)
 
 
 def block_tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
@@ -98,11 +104,3 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def _low_rank(model: nn.Module) -> list[tuple[str, CompressedLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, CompressedLinear)]
-
-
-def _layer(a: torch.Tensor, b: torch.Tensor, like: CompressedLinear) -> LowRankLinear:
-    weight = like.A.weight
-    bias = None if like.bias is None else like.bias.detach()
-    built = layout_named("factors").build(a, b, bias, like.transposed, device=weight.device, dtype=weight.dtype)
-    assert isinstance(built, LowRankLinear)
-    return built

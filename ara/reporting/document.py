@@ -65,7 +65,7 @@ class Decomposed(Part):
 
     name: str
     method: str
-    text: str
+    text: str | None
     origin: str | None
     windows: tuple[int, int] | None
     dtype: str | None
@@ -266,6 +266,36 @@ class TextResult(Part):
     over_uniform: Difference | None
 
 
+class ChatRow(Part):
+    """One model on conversations: distance from the dense model on their answers, and how many answers are empty."""
+
+    kl: float | None
+    kl_stderr: float | None
+    agreement: float | None
+    empty: int
+
+
+class ChatResult(Part):
+    """All models on held-out conversations; ``sample`` says what was measured.
+
+    Other fields as in :class:`ara.artifacts.evaluation.ChatResults`.
+    """
+
+    task: str
+    origin: str | None
+    sha256: str | None
+    sample: str
+    conversations: int
+    of: int
+    seed: int
+    too_long: int
+    seq_len: int
+    dense_answers: int
+    answer_tokens: int
+    max_new_tokens: int
+    models: Mapping[str, ChatRow]
+
+
 class HarnessRow(Part):
     """One model on one zero-shot task; ``retained`` is relative to the dense model."""
 
@@ -311,6 +341,7 @@ class Evaluated(Part):
     harness: tuple[HarnessResult, ...]
     zero_shot: ZeroShot | None
     continuations: tuple[ContinuedPrompt, ...]
+    chats: tuple[ChatResult, ...] = ()
 
 
 class BenchRow(Part):

@@ -19,6 +19,7 @@ from ara.reporting.sharing import shared_command
 from ara.reporting.summary import main_texts, recovery_words
 from ara.reporting.tables import (
     bench_tables,
+    chat_table,
     harness_table,
     kinds_table,
     models_table,
@@ -52,7 +53,7 @@ def card(report: Report) -> str:
     front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- ara", "- svd", "- low-rank"]
     if report.base.kind == "hub":
         front.append(f"base_model: {_yaml_name(report.base.name)}")
-    measured = any(evaluation.texts or evaluation.harness for evaluation in report.evaluations)
+    measured = any(evaluation.texts or evaluation.harness or evaluation.chats for evaluation in report.evaluations)
     sections = [
         "\n".join(["---", *front, *_model_index(report), "---"]),
         f"# {_escaped(report.title)}",
@@ -126,7 +127,9 @@ def _dataset(task: str, origin: str | None = None) -> dict[str, str]:
 def _what(report: Report, measured: bool) -> str:
     factors, ranks, stored = report.decomposition, report.allocation, report.checkpoint
     text = (
-        f"{factors.windows[0]} × {factors.windows[1]} tokens of {_escaped(factors.text)}" if factors.windows else "none"
+        f"{factors.windows[0]} × {factors.windows[1]} tokens of {_escaped(factors.text)}"
+        if factors.windows and factors.text
+        else "none"
     )
     shape = f"stored as {LAYOUTS.entry(ranks.layout).title}"
     shape = "multiplied back to dense weights" if stored.densified else shape
@@ -151,6 +154,7 @@ def _measurements(report: Report) -> list[str]:
     for evaluation in report.evaluations:
         sections.append(_captioned(models_table(evaluation)))
         sections += [_captioned(text_table(evaluation, result)) for result in evaluation.texts]
+        sections += [_captioned(chat_table(evaluation, result)) for result in evaluation.chats]
         if evaluation.harness or evaluation.zero_shot:
             sections.append(_captioned(harness_table(evaluation)))
     for bench in report.benches:

@@ -16,6 +16,8 @@ from ara.artifacts.comparison import ComparedMethod, ComparisonResults, Comparis
 from ara.artifacts.evaluation import (
     DENSE,
     UNIFORM,
+    ChatFigures,
+    ChatResults,
     EvaluationResults,
     EvaluationSettings,
     MeanResults,
@@ -27,7 +29,8 @@ from ara.artifacts.factors import FactorsResults, FactorsSettings
 from ara.artifacts.graph import GraphResults
 from ara.artifacts.ranks import GuardResults, RanksResults, RanksSettings
 from ara.artifacts.training import TrainingResults, TrainingSettings
-from ara.data.texts import FILE_PREFIX
+from ara.data.filespecs import is_file
+from ara.data.mixtures import Share, mixture_spec, origin_in_words
 from ara.reporting import document
 from ara.reporting.sharing import display_name, shared_origin, shared_text
 from ara.workspace.manifest import Manifest
@@ -51,11 +54,25 @@ def read_decomposition(manifest: Manifest) -> document.Decomposed:
     return document.Decomposed.from_source(
         settings,
         name=manifest.name,
-        text=shared_text(settings.text),
-        origin=shared_origin(results.text) if results.text else None,
+        text=_calibration_text(settings, results),
+        origin=_calibration_origin(results),
         windows=results.windows or None,
         seed=manifest.seed,
     )
+
+
+def _calibration_text(settings: FactorsSettings, results: FactorsResults) -> str | None:
+    """Return names and shares of the calibration text, without local folders."""
+    if not results.parts:  # an older result, or a method without calibration
+        return None if settings.text is None else shared_text(settings.text)
+    return mixture_spec([Share(shared_text(part.name), part.share) for part in results.parts])
+
+
+def _calibration_origin(results: FactorsResults) -> str | None:
+    """Return where the calibration text came from, in words, without local folders."""
+    if not results.parts:
+        return shared_origin(results.text) if results.text else None
+    return origin_in_words([(part.share, shared_origin(part.origin)) for part in results.parts])
 
 
 def read_allocation(manifest: Manifest) -> document.Allocated:
@@ -109,7 +126,7 @@ def read_training(manifest: Manifest) -> document.Trained:
 
 
 def read_evaluation(manifest: Manifest) -> document.Evaluated:
-    """Return an evaluation: its perplexities, zero-shot tasks and continuations."""
+    """Return an evaluation: its perplexities, conversations, zero-shot tasks and continuations."""
     settings, results = EvaluationSettings.read(manifest), EvaluationResults.read(manifest)
     names = text_labels(list(results.tasks))
     checksums = settings.text_sha256 or {}
@@ -125,6 +142,7 @@ def read_evaluation(manifest: Manifest) -> document.Evaluated:
             for task, row in results.harness.items()
         ],
         zero_shot=_zero_shot(results.zero_shot) if results.zero_shot else None,
+        chats=[_chat(names[task], row, checksums.get(task)) for task, row in results.chats.items()],
     )
 
 
@@ -133,7 +151,7 @@ def text_labels(tasks: Sequence[str]) -> dict[str, str]:
     names = {"wikitext2": "WikiText-2", "c4": "C4"}
     labels: dict[str, str] = {}
     for task in tasks:
-        label = names.get(task, shared_text(task) if task.startswith(FILE_PREFIX) else task)
+        label = names.get(task, shared_text(task) if is_file(task) else task)
         same = sum(known == label or known.startswith(f"{label} (") for known in labels.values())
         labels[task] = f"{label} ({same + 1})" if same else label
     return labels
@@ -150,6 +168,26 @@ def _text(label: str, row: TextResults, sha256: str | None, results: EvaluationR
         sha256=sha256,
         models={name: _text_row(figures, None if name == DENSE else dense) for name, figures in models.items()},
         over_uniform=_paired(models[chosen], models[UNIFORM]) if UNIFORM in models and chosen in models else None,
+    )
+
+
+def _chat(label: str, row: ChatResults, sha256: str | None) -> document.ChatResult:
+    return document.ChatResult.from_source(
+        row,
+        task=label,
+        origin=shared_origin(row.text),
+        sha256=sha256,
+        models={name: _chat_row(figures) for name, figures in row.models.items()},
+    )
+
+
+def _chat_row(figures: ChatFigures) -> document.ChatRow:
+    found = figures.divergence
+    return document.ChatRow(
+        kl=found.kl if found else None,
+        kl_stderr=found.kl_stderr if found else None,
+        agreement=found.agreement if found else None,
+        empty=figures.empty,
     )
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ara.data.texts import FILE_PREFIX
+from ara.data.filespecs import CHAT_PREFIX, FILE_PREFIX, is_file
 
 # Options whose value is a path however it is written, and those whose value is never one.
 _PATH_OPTION = re.compile(r"-[a-z]*w|--workspace|--ranks|--include-path|--output|--model-card|--source")
@@ -46,7 +46,7 @@ def shared_command(command: str, model: dict[str, Any]) -> str:
 
 def shared_text(spec: str) -> str:
     """Return the name of a text; of a local file, its name without folders."""
-    prefix = FILE_PREFIX if spec.startswith(FILE_PREFIX) else ""
+    prefix = next((one for one in (FILE_PREFIX, CHAT_PREFIX) if spec.startswith(one)), "")
     return prefix + Path(spec.removeprefix(prefix)).name
 
 
@@ -59,10 +59,10 @@ def _shared_value(value: str, option: str, model: dict[str, Any]) -> str:
     """Return the value after the word ``option`` without local folders."""
     if option == _PROSE_OPTION:
         return value
-    texts = value.split(",")  # --tasks takes several
-    if any(text.strip().startswith(FILE_PREFIX) for text in texts):
+    texts = value.split(",")  # --tasks and --text take several
+    if any(is_file(text.strip()) for text in texts):
         # Only a path has slashes: a part with slashes but without the prefix belongs to a path with a comma.
-        whole = re.sub(rf",(?!\s*{FILE_PREFIX})(?=[^,]*/)", "\0", value)
+        whole = re.sub(rf",(?!\s*(?:{FILE_PREFIX}|{CHAT_PREFIX}))(?=[^,]*/)", "\0", value)
         return ",".join(shared_text(text.strip()).replace("\0", ",") for text in whole.split(","))
     if _PATH_OPTION.fullmatch(option) or _is_local(value, model):
         return Path(value).name or value

@@ -11,6 +11,7 @@ from ara.reporting.document import (
     Base,
     BenchCase,
     Benched,
+    ChatResult,
     Difference,
     Evaluated,
     HarnessResult,
@@ -148,6 +149,8 @@ def verdict(
     else:
         tasks = [(evaluation, task) for evaluation in evaluations for task in evaluation.harness]
         quality += [_change(f"{task.metric} on {task.task}", evaluation, task) for evaluation, task in tasks[:_NAMED]]
+    chats = [(evaluation, chat) for evaluation in evaluations for chat in evaluation.chats]
+    quality += [_silence(evaluation, chat) for evaluation, chat in chats[:_NAMED]]
     parts += quality or ["its quality was not measured"]
     parts.append(_speed(evaluations, benches) or "its speed was not measured")
     return "; ".join(parts) + "."
@@ -165,6 +168,13 @@ def _text(evaluation: Evaluated, result: TextResult) -> str:
     elif beyond and difference is not None and difference.difference > 0:
         note = ", which is better"
     return f"{words} (uniform ranks: {models[UNIFORM].perplexity:,.2f}{note})"
+
+
+def _silence(evaluation: Evaluated, result: ChatResult) -> str:
+    models = {name: f"{row.empty:,}" for name, row in result.models.items()}
+    words = f"empty answers to {result.conversations:,} conversations of {result.task} {models[DENSE]} → "
+    words += models[evaluation.chosen]
+    return words if UNIFORM not in models else f"{words} (uniform ranks: {models[UNIFORM]})"
 
 
 def _change(what: str, evaluation: Evaluated, result: ZeroShot | HarnessResult) -> str:

@@ -115,6 +115,19 @@ def text_table(evaluation: document.Evaluated, result: document.TextResult) -> T
     return Table(caption, columns, rows, marked=cells.index(names, evaluation.chosen))
 
 
+def chat_table(evaluation: document.Evaluated, result: document.ChatResult) -> Table:
+    """Return all models on conversations: distance from the dense model on the answers, and empty answers."""
+    names = [model.name for model in evaluation.models if model.name in result.models]
+    rows = []
+    for name in names:
+        row = result.models[name]
+        empty = Cell(f"{row.empty:,} of {result.conversations:,}", row.empty)
+        rows.append((Cell(name), cells.number(row.kl, 4, row.kl_stderr), cells.share(row.agreement), empty))
+    columns = ("model", "KL to dense (nats/token)", "same next token", "empty answers")
+    caption = f"{result.task}: {result.sample}"
+    return Table(caption, columns, rows, marked=cells.index(names, evaluation.chosen))
+
+
 def harness_table(evaluation: document.Evaluated) -> Table:
     """Return zero-shot accuracies: one row per task, the mean last; one column per model, then comparisons."""
     names = [model.name for model in evaluation.models]

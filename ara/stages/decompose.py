@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from ara.artifacts.factors import FactorisedLayer, FactorsResults, layer_file
+from ara.artifacts.factors import FactorisedLayer, FactorsResults, TextPart, layer_file
 from ara.calibration.chunks import ChunkReader, GradientReading, split_into_chunks
 from ara.calibration.gradients import GradientStats
 from ara.calibration.moments import InputStats, shared_inputs
@@ -34,6 +34,7 @@ from ara.workspace.writer import StageWriter
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ara.data.mixtures import CalibrationText
     from ara.data.tokens import TokenWindows
 
 # With fewer calibration tokens per input dimension the second moments are noisy. Papers use 256 x 2048 tokens for
@@ -61,15 +62,19 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
     run.report.step(f"Decomposing {config.model}")
     source = resolve(config.model, revision=config.revision, report=run.report)
     run.report.fact(placement.why)
-    documents = _documents(config, method, run)
+    text = _text(config, source, run) if method.needs_text else None
+    if text is None:
+        run.report.fact(f"{config.method} needs no calibration text")
+    else:
+        config = config.model_copy(update={"text": text.spec})
     with open_task("decompose", run, started, create=True) as task:
         task.workspace.bind(source.identity.as_dict())
         resolved = config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
-        settings = {**resolved.model_dump(mode="json"), "text_sha256": documents.digest if documents else None}
+        settings = {**resolved.model_dump(mode="json"), "text_sha256": text.digest if text else None}
         task.describe(name or config.method, settings, (), source.identity.as_dict())
         if (done := task.done()) is not None:
             return done
-        windows = _windows(config, source, documents, task.workspace, run)
+        windows = _windows(config, source, text, task.workspace, run)
         run.report.fact("loading the model")
         model = source.load_model(torch_dtype(placement.dtype), placement.device)
         linears = _factorisable(model, find_linears(model, config.exclude), windows, run)
@@ -77,44 +82,44 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
             _warn_if_few(windows, linears, run)
         with task.writer(seed=config.seed, resumable=True) as stage:
             _preflight(model, linears, stage, run)
-            _overview(model, linears, windows, documents.origin if documents else None).write(stage)
+            _overview(model, linears, windows, text).write(stage)
             _factor_layers(model, linears, method, windows, config, stage, run)
         return task.view()
 
 
-def _documents(config: DecomposeConfig, method: Decomposition, run: Run) -> Any:
-    from ara.data.texts import load_documents
+def _text(config: DecomposeConfig, source: ModelSource, run: Run) -> CalibrationText:
+    """Load the calibration text, or the model's default one; warn if a chat model would read no conversation."""
+    from ara.data.mixtures import lacks_chat, load_calibration_text, resolved_text
 
-    if not method.needs_text:
-        run.report.fact(f"{config.method} needs no calibration text")
-        return None
-    documents = load_documents(config.text, "calibration", report=run.report)
-    run.report.fact(f"calibration text: {documents.origin}")
-    return documents
+    tokenizer = source.load_tokenizer()
+    spec = resolved_text(config.text, tokenizer)
+    if lacks_chat(spec, tokenizer):
+        run.report.warn(
+            "the model has a chat template and the calibration text no conversation: the compressed model may give "
+            "empty answers (add a share of chat: --text c4:0.8,chat:0.2)"
+        )
+    text = load_calibration_text(spec, run.report)
+    run.report.fact(f"calibration text: {text.origin}")
+    return text
 
 
 def _windows(
-    config: DecomposeConfig, source: ModelSource, documents: Any, workspace: Workspace, run: Run
+    config: DecomposeConfig,
+    source: ModelSource,
+    text: CalibrationText | None,
+    workspace: Workspace,
+    run: Run,
 ) -> TokenWindows | None:
-    from ara.data.tokens import cached_calibration_windows
+    from ara.data.windows import WindowReader
 
-    if documents is None:
+    if text is None:
         return None
     check_window(config.seq_len, source.config)
-    windows = cached_calibration_windows(
-        workspace.cache / "tokens",
-        source.load_tokenizer(),
-        documents,
-        samples=config.samples,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        rows=token_rows(source.config),
-        report=run.report,
-    )
-    if windows.windows < config.samples:
-        run.report.warn(
-            f"the text has only {windows.windows} of the {config.samples} requested windows of {config.seq_len} tokens"
-        )
+    rows, folder = token_rows(source.config), workspace.cache / "tokens"
+    tokenizer = source.load_tokenizer()
+    windows = WindowReader(folder, tokenizer, text, config.seq_len, config.seed, rows, run.report).first(config.samples)
+    if len(windows.names) > 1:
+        run.report.fact(", ".join(f"{count:,} tokens of {name}" for name, count in windows.tokens_of.items()))
     return windows
 
 
@@ -173,7 +178,7 @@ def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], stage: Sta
 
 
 def _overview(
-    model: PreTrainedModel, linears: Sequence[LinearSpec], windows: TokenWindows | None, origin: str | None
+    model: PreTrainedModel, linears: Sequence[LinearSpec], windows: TokenWindows | None, text: CalibrationText | None
 ) -> FactorsResults:
     from ara.models.accounting import parameter_count
 
@@ -181,9 +186,17 @@ def _overview(
         modules=tuple(FactorisedLayer(spec.name, spec.layer, spec.kind, spec.m, spec.n) for spec in linears),
         model_parameters=parameter_count(model),
         linear_parameters=sum(spec.dense_cost for spec in linears),
-        text=origin,
+        text=text.origin if text is not None else None,
+        parts=_parts(text, windows) if text is not None and windows is not None else (),
         windows=tuple(windows.ids.shape) if windows is not None else None,
         windows_sha256=windows.digest if windows is not None else None,
+    )
+
+
+def _parts(text: CalibrationText, windows: TokenWindows) -> tuple[TextPart, ...]:
+    return tuple(
+        TextPart(part.text.name, part.share, part.text.origin, tokens)
+        for part, tokens in zip(text.parts, windows.tokens_of.values(), strict=True)
     )
 
 

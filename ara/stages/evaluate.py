@@ -14,9 +14,9 @@ from ara.artifacts.evaluation import DENSE
 from ara.artifacts.factors import factor_files, specs_of
 from ara.artifacts.ranks import RanksSettings, read_allocation
 from ara.config import EvalConfig
-from ara.data.texts import Documents, load_documents
+from ara.data.filespecs import is_file
 from ara.evaluation.task_folders import open_task_folders
-from ara.evaluation.tasks import check_task, expand, is_text, load_tasks
+from ara.evaluation.tasks import check_task, expand
 from ara.models.checkpoint import load
 from ara.models.low_rank import apply_factors
 from ara.models.placement import choose_placement, torch_dtype
@@ -27,7 +27,7 @@ from ara.solver.problem import Budget
 from ara.stages.allocate import load_modules
 from ara.stages.common import NOT_PLAIN, Run, begin, check_window, model_of, open_task
 from ara.stages.measure import Measurement, Variant
-from ara.stages.questions import questions_for
+from ara.stages.questions import load_sources, questions_for
 from ara.workspace.manifest import digest
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
@@ -103,15 +103,15 @@ def evaluate(
             assert find_export is not None
             exported = find_export(workspace, truncated)
             parents.append(exported.view)
-        texts = {task: load_documents(task, "evaluation", report=run.report) for task in names if is_text(task)}
-        tasks = [task for name in names if not is_text(name) for task in load_tasks(name, run.report, own)]
+        sources = load_sources(names, own, run.report)
         settings = {
-            **resolved.model_dump(mode="json"),
-            "text_sha256": {name: text.digest for name, text in texts.items()} | {t.name: t.digest for t in tasks},
+            # The number of conversations is a setting only where conversations are measured.
+            **resolved.model_dump(mode="json", exclude=None if sources.chats else {"conversations"}),
+            "text_sha256": sources.digests,
             **({} if own is None else {"task_files_sha256": own.digest}),
         }
         if name is None:
-            name = result_name(truncated.name, config.tasks, texts, config.limit if tasks else None)
+            name = result_name(truncated.name, config.tasks, sources.digests, config.limit if sources.tasks else None)
             name += f"-{exported.view.name}" if exported else ""
         work.describe(name, settings, parents)
         if (done := work.done()) is not None:
@@ -119,7 +119,7 @@ def evaluate(
         variants = _variants(truncated, chosen, decomposition, source, resolved, run)
         if exported is not None:
             variants.append(_exported(truncated, exported))
-        questions = questions_for(source, texts, tasks, config)
+        questions = questions_for(source, sources, resolved, run.report)
         with work.writer(resumable=True, keep_after_nan=True) as stage:
             measurement = Measurement(variants, label_of(truncated), questions, resolved, stage, run.report)
             sizes = CheckpointResults.read(truncated)
@@ -128,15 +128,15 @@ def evaluate(
         return work.view()
 
 
-def result_name(checkpoint: str, tasks: Sequence[str], texts: Mapping[str, Documents], limit: int | None) -> str:
-    """Return ``checkpoint-task-task-limit-N``; a file contributes its stem and a checksum of its text.
+def result_name(checkpoint: str, tasks: Sequence[str], digests: Mapping[str, str], limit: int | None) -> str:
+    """Return ``checkpoint-task-task-limit-N``; a file contributes its stem and a checksum of its content.
 
     The limit is part of the name so that a limited run never replaces a full one. If the name would be too long, the
     number of tasks and a checksum replace their names.
     """
     names = [
-        f"{NOT_PLAIN.sub('_', Path(task.removeprefix('file:')).stem)}-{texts[task].digest[:8]}"
-        if task.startswith("file:")
+        f"{NOT_PLAIN.sub('_', Path(task.partition(':')[2]).stem)}-{digests[task][:8]}"
+        if is_file(task)
         else NOT_PLAIN.sub("_", task)
         for task in tasks
     ]

@@ -1,7 +1,8 @@
 """Measures the models of ``ara eval`` piece by piece, and keeps every finished piece.
 
 A piece is one text or task of one model, stored as a JSON file of the stage; for a task it holds the answer to every
-question. A run that was interrupted, or in which a model gave NaN, resumes after its finished pieces.
+question. Conversations have two pieces per model: the generated answers, and the distances from the dense model. A run
+that was interrupted, or in which a model gave NaN, resumes after its finished pieces.
 """
 
 from __future__ import annotations
@@ -18,19 +19,24 @@ from pydantic import ValidationError
 from ara.artifacts.base import Part
 from ara.artifacts.evaluation import (
     DENSE,
+    ChatResults,
     ContinuedPrompt,
+    DistancesPiece,
     DivergenceFigures,
     EvaluationResults,
     ModelFigures,
     ModelPiece,
+    OpeningsPiece,
     SpreadFigures,
     TaskPiece,
     TextFigures,
     TextResults,
 )
 from ara.config import EvalConfig
+from ara.data.filespecs import is_file
 from ara.data.tokens import evaluation_windows
 from ara.errors import CorruptedError
+from ara.evaluation.chat import answer_distances
 from ara.evaluation.generation import greedy_continuation
 from ara.evaluation.harness import ask
 from ara.evaluation.perplexity import VariantRun, interleaved_perplexity
@@ -38,6 +44,7 @@ from ara.evaluation.tasks import Task, chosen_documents
 from ara.jsonfile import dump, first_problem, read_object
 from ara.models.accounting import parameter_count, weight_bytes
 from ara.progress import Reporter
+from ara.stages.chats import Chat, chat_results, openings
 from ara.stages.common import NOT_PLAIN, groups_in_memory
 from ara.stages.questions import Questions
 from ara.stages.scores import mean_accuracy, task_results
@@ -155,7 +162,11 @@ class Measurement:
                 )
                 for name, row in models.items()
             },
-            tasks={**{name: self._text(name) for name in self.windows}, **tasks},
+            tasks={
+                **{name: self._text(name) for name in self.windows},
+                **{chat.name: self._chat(chat) for chat in self.questions.chats},
+                **tasks,
+            },
             continuations=tuple(
                 ContinuedPrompt(prompt, {name: row.continuations[number] for name, row in models.items()})
                 for number, prompt in enumerate(self.questions.prompts)
@@ -167,12 +178,14 @@ class Measurement:
     # -- pieces -------------------------------------------------------------------------------------------------
 
     def _pieces(self) -> list[str]:
-        return ["model", *self.questions.texts, *(task.name for task in self.questions.tasks)]
+        questions = self.questions
+        chats = [piece for chat in questions.chats for piece in (chat.openings_piece, chat.distances_piece)]
+        return ["model", *questions.texts, *(task.name for task in questions.tasks), *chats]
 
     def _file(self, piece: str, variant: Variant) -> str:
         """Return the file name of a piece; its numbers distinguish names that differ only in replaced characters."""
         row = self.variants.index(variant)
-        words = Path(piece.removeprefix("file:")).stem if piece.startswith("file:") else piece
+        words = Path(piece.partition(":")[2]).stem if is_file(piece) else piece
         number = self._pieces().index(piece)
         names = [NOT_PLAIN.sub("_", name)[:_NAME_CHARACTERS] for name in (words, variant.name)]
         return f"{number:02d}-{names[0]}.{row}-{names[1]}.json"
@@ -218,6 +231,8 @@ class Measurement:
             )
             for variant in group:
                 self._keep(name, variant, _text_figures(found[variant.name]).plain())
+        for chat in self.questions.chats:
+            self._measure_chat(chat, group, models)
         for task in self.questions.tasks:
             for variant in group:
                 if not self._done(task.name, variant):
@@ -231,6 +246,24 @@ class Measurement:
                         label=f"{task.name}, {variant.name}",
                     )
                     self._keep(task.name, variant, asdict(score))
+
+    def _measure_chat(self, chat: Chat, group: Sequence[Variant], models: Mapping[str, PreTrainedModel]) -> None:
+        """Generate the answers of every model, then let all models read the same answers."""
+        length = self.config.max_new_tokens
+        for variant in group:
+            if not self._done(chat.openings_piece, variant):
+                model = models[variant.name]
+                found = openings(chat, variant.name, model, self.questions.tokenizer, length, self.report)
+                self._keep(chat.openings_piece, variant, found.plain())
+        if all(self._done(chat.distances_piece, variant) for variant in group):
+            return
+        distances: Mapping[str, Sequence[tuple[float, float]]] = {}
+        if DENSE in models and len(models) > 1:
+            readings = chat.readings(self._openings(chat)[DENSE])
+            distances = answer_distances(models, readings, DENSE, self.report, f"Reading answers of {chat.name}")
+        for variant in group:
+            row = distances.get(variant.name)
+            self._keep(chat.distances_piece, variant, DistancesPiece(None if row is None else tuple(row)).plain())
 
     def _figures(self, variant: Variant, model: PreTrainedModel) -> ModelPiece:
         counted = variant.figures or {"parameters": parameter_count(model), "weight_bytes": weight_bytes(model)}
@@ -247,6 +280,27 @@ class Measurement:
         windows = self.windows[name]
         models = {variant.name: self._read(name, variant, TextFigures) for variant in self.variants}
         return TextResults("text", self.questions.texts[name].origin, windows.windows, windows.seq_len, models)
+
+    def _openings(self, chat: Chat) -> dict[str, OpeningsPiece]:
+        """Return the generated answers of all models that have theirs."""
+        rows = {
+            variant.name: self._read(chat.openings_piece, variant, OpeningsPiece)
+            for variant in self.variants
+            if self._done(chat.openings_piece, variant)
+        }
+        if not all(chat.fits(row, name) for name, row in rows.items()):
+            raise CorruptedError(
+                f"{self.stage.folder} holds answers to other conversations of {chat.name}", self._again
+            )
+        return rows
+
+    def _chat(self, chat: Chat) -> ChatResults:
+        opened = self._openings(chat)
+        rows = {variant.name: self._read(chat.distances_piece, variant, DistancesPiece) for variant in self.variants}
+        counts = {len(row.distances) for row in rows.values() if row.distances is not None}
+        if counts - {len(chat.questions)}:
+            raise CorruptedError(f"{self.stage.folder} holds other conversations of {chat.name}", self._again)
+        return chat_results(chat, opened, rows, self.config)
 
     def _answers(self, task: Task) -> dict[str, TaskPiece]:
         rows = {variant.name: self._read(task.name, variant, TaskPiece) for variant in self.variants}

@@ -1,4 +1,4 @@
-"""What ``ara eval`` asks all models: texts, tasks, and prompts to continue."""
+"""What ``ara eval`` asks all models: texts, tasks, conversations, and prompts to continue."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ara.config import EvalConfig
-from ara.data.texts import Documents
+from ara.data.conversations import Conversations, load_conversations
+from ara.data.texts import Documents, is_chat, load_documents
 from ara.evaluation.generation import prompt_ids
-from ara.evaluation.tasks import Task
+from ara.evaluation.task_folders import TaskFolders
+from ara.evaluation.tasks import Task, is_text, load_tasks
 from ara.models.context import check_room, context_length
 from ara.models.sources import ModelSource
 from ara.models.vocabulary import token_rows
+from ara.progress import Reporter
+from ara.stages.chats import Chat, choose_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +33,7 @@ class Questions:
         tokenizer: of the model.
         texts: name → text for perplexity.
         tasks: tasks of lm-eval.
+        chats: conversations.
         prompts: prompts that every model continues.
         rows: rows of the models' embedding, if known.
     """
@@ -36,26 +41,72 @@ class Questions:
     tokenizer: PreTrainedTokenizerBase
     texts: Mapping[str, Documents]
     tasks: Sequence[Task]
+    chats: Sequence[Chat]
     prompts: Sequence[str]
     rows: int | None = None
 
 
-def questions_for(
-    source: ModelSource, texts: Mapping[str, Documents], tasks: Sequence[Task], config: EvalConfig
-) -> Questions:
-    """Return the questions; the prompts come from the first text, or from the user.
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """What the tasks of ``ara eval`` name, loaded.
+
+    Attributes:
+        texts: name → text for perplexity.
+        chats: name → conversations.
+        tasks: tasks of lm-eval.
+    """
+
+    texts: Mapping[str, Documents]
+    chats: Mapping[str, Conversations]
+    tasks: Sequence[Task]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Return the sha256 (hex) of every text, all conversations and every task, by name."""
+        found = {name: text.digest for name, text in self.texts.items()}
+        found |= {name: conversations.digest for name, conversations in self.chats.items()}
+        return found | {task.name: task.digest for task in self.tasks}
+
+
+def load_sources(names: Sequence[str], own: TaskFolders | None, report: Reporter) -> Sources:
+    """Load texts, conversations and tasks.
+
+    Args:
+        names: of all, in any order.
+        own: folders with the user's tasks.
+        report: receives progress.
+
+    Raises:
+        DataError: a file is missing, empty or malformed, or the hub cannot be reached.
+    """
+    texts = {name: load_documents(name, "evaluation", report=report) for name in names if is_text(name)}
+    chats = {name: load_conversations(name, "evaluation", report) for name in names if is_chat(name)}
+    others = [name for name in names if name not in texts and name not in chats]
+    return Sources(texts, chats, [task for name in others for task in load_tasks(name, report, own)])
+
+
+def questions_for(source: ModelSource, sources: Sources, config: EvalConfig, report: Reporter) -> Questions:
+    """Return the questions; the prompts to continue come from the first text, or from the user.
+
+    Args:
+        source: the model.
+        sources: texts, conversations and tasks.
+        config: settings with the window length resolved.
+        report: receives warnings.
 
     Raises:
         UsageError: the user's prompt leaves no room for its continuation.
+        DataError, ModelError: see :func:`ara.stages.chats.choose_chat`.
     """
-    tokenizer, context = source.load_tokenizer(), context_length(source.config)
+    tokenizer, context, rows = source.load_tokenizer(), context_length(source.config), token_rows(source.config)
+    chosen = [choose_chat(one, tokenizer, config, rows, report) for one in sources.chats.values()]
     if config.prompt is None:
         room = None if context is None else context - config.max_new_tokens
-        prompts = _prompts(texts, config.continuations, tokenizer, room)
+        prompts = _prompts(sources.texts, config.continuations, tokenizer, room)
     else:
         prompts = [config.prompt]
         check_room(len(prompt_ids(tokenizer, config.prompt, chat=False)), config.max_new_tokens, context)
-    return Questions(tokenizer, texts, tasks, prompts, token_rows(source.config))
+    return Questions(tokenizer, sources.texts, sources.tasks, chosen, prompts, rows)
 
 
 def _prompts(

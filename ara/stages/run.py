@@ -15,9 +15,8 @@ from ara.config import (
     TrainMasksConfig,
     TuningConfig,
 )
-from ara.data.texts import check_text_spec
 from ara.evaluation.task_folders import open_task_folders
-from ara.evaluation.tasks import check_task, expand, is_text
+from ara.evaluation.tasks import check_task, expand
 from ara.models.placement import choose_placement
 from ara.pipeline import Stage, kind_named, steps
 from ara.stages.allocate import AUTO, allocate, refuse_layout
@@ -99,7 +98,7 @@ def _check_ahead(budgets: Sequence[AllocateConfig], later: Mapping[str, StageCon
         if isinstance(config, EvalConfig):
             own = open_task_folders(config.include_path)
             for task in expand(config.tasks, own):
-                check_text_spec(task) if is_text(task) else check_task(task, run.report, own)
+                check_task(task, run.report, own)
 
 
 def training_for(configs: Sequence[AllocateConfig]) -> TrainMasksConfig:

@@ -33,10 +33,8 @@ def open_tuning_context(
 ) -> TuningContext:
     """Load the model with its factors, and two separate sets of calibration windows.
 
-    Windows come from the text of the decomposition, in its order: first those that the factors were fitted to, then
-    ``samples`` to learn ranks from, then one that is skipped (a document may extend into it; one longer than a window
-    extends beyond it), then ``held_out``. If the text is too short, at most a fifth is held out, and windows of the
-    decomposition are used again.
+    Windows come from the text of the decomposition, in its order, after those that the factors were fitted to; see
+    :meth:`ara.data.windows.WindowReader.further`.
 
     Args:
         decomposition: a verified result of ``ara decompose``.
@@ -47,45 +45,21 @@ def open_tuning_context(
 
     Raises:
         ModelError: the model is missing or has changed.
-        DataError: the text has fewer than three windows.
+        DataError: a text has fewer than three windows.
     """
-    from ara.data.texts import load_documents
-    from ara.data.tokens import cached_calibration_windows
-    from ara.errors import DataError
+    from ara.data.mixtures import load_calibration_text, resolved_text
+    from ara.data.windows import WindowReader
 
     assert decomposition.manifest is not None
     made = FactorsSettings.read(decomposition)
     source = model_of(decomposition, run)
-    documents = load_documents(made.text, "calibration", report=run.report)
-    wanted = made.samples + config.samples + 1 + config.held_out
-    windows = cached_calibration_windows(
-        workspace.cache / "tokens",
-        source.load_tokenizer(),
-        documents,
-        samples=wanted,
-        seq_len=made.seq_len,
-        seed=made.seed,
-        rows=token_rows(source.config),
-        report=run.report,
-    ).ids
-    if len(windows) < 3:
-        raise DataError(
-            f"the text {made.text} has {len(windows)} windows of {made.seq_len} tokens, at least 3 are needed",
-            "decompose with a longer text or a smaller --seq-len",
-        )
-    held = config.held_out
-    if len(windows) < wanted:
-        held = min(held, max(1, len(windows) // 5))
-    train = windows[: len(windows) - held - 1][-config.samples :]
-    if len(windows) < wanted:
-        notes = f"{held} are held out"
-        if made.samples > len(windows) - held - 1 - len(train):
-            notes += "; the windows for ranks overlap with those that the factors were fitted to"
-        if made.samples > len(windows) - held:
-            notes += f"; so do the held-out windows (decompose with --samples {len(windows) - held} to avoid it)"
-        run.report.warn(f"the text has {len(windows)} windows of {made.seq_len} tokens, {wanted} are needed: {notes}")
+    tokenizer = source.load_tokenizer()
+    text = load_calibration_text(resolved_text(made.text, tokenizer), run.report)
+    rows, folder = token_rows(source.config), workspace.cache / "tokens"
+    reader = WindowReader(folder, tokenizer, text, made.seq_len, made.seed, rows, run.report)
+    train, held = reader.further(made.samples, config.samples, config.held_out)
     run.report.fact(
-        f"{len(train)} windows of {made.seq_len} tokens to learn from, {held} held out ({documents.origin})"
+        f"{train.windows} windows of {made.seq_len} tokens to learn from, {held.windows} held out ({text.origin})"
     )
     if config.device == "cpu":
         keep_freed_memory()
@@ -94,4 +68,4 @@ def open_tuning_context(
     masked = MaskedModel(model, list(specs), factor_files(decomposition, specs))
     made_from = decomposition.manifest.id
     tables = None if run.force else TableCache(workspace.cache / "tables", made_from, run.report)
-    return TuningContext(masked, train, windows[-held:], config.batch_size, config.seed, run.report, table_cache=tables)
+    return TuningContext(masked, train.ids, held.ids, config.batch_size, config.seed, run.report, table_cache=tables)

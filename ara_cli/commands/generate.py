@@ -43,7 +43,8 @@ def command(
         pieces.append(piece)
         s.console.stream(piece)
     s.console.stream("\n")
-    s.console.result({"prompt": text, "answer": "".join(pieces), "backend": config.backend})
+    found = "".join(pieces)
+    s.console.result({"prompt": text, "answer": found, "empty": not found.strip(), "backend": config.backend})
 
 
 def _piped() -> str:

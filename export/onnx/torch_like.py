@@ -22,8 +22,12 @@ class TorchLike(torch.nn.Module):
     """
 
     def __init__(self, decoder: OnnxDecoder, config: PreTrainedConfig) -> None:
+        from transformers import GenerationConfig
+
         super().__init__()
         self.decoder, self.config = decoder, config
+        # Chat models name the token that ends a turn in their generation config alone.
+        self.generation_config = GenerationConfig(eos_token_id=list(decoder.about.decoder.eos) or None)
         self.anchor = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool = False, **_: Any) -> Any:

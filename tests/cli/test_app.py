@@ -183,7 +183,7 @@ def test_status_shows_every_stage_and_state(copied):
         ("truncate", "energy-0.50"): "partial",
         ("eval", f"{NAME}-{story()}"): "damaged",
     }
-    assert document["missing"] == ["train-masks", "export"]
+    assert document["missing"] == ["train-masks", "recover", "export"]
     assert document["next"] == f"ara eval --tasks wikitext2 -w {copied}"
     text = done("status", "-w", copied).stdout
     stages = [stage.name for stage in steps()]
@@ -222,6 +222,7 @@ def test_error_with_json_is_the_one_document(tmp_path):
 
 def test_run_again_computes_nothing(copied, words, monkeypatch):
     """The finished workspace was made by the library with the same settings."""
+    words = [*words, "--recover", "none"]
     done("run", *words, "--keep", "0.7", "-w", copied, "-q")
     before = {name: stamp for name, stamp in stamps(copied).items() if "/" in name}
 
@@ -242,10 +243,12 @@ def test_run_with_several_budgets(copied, words):
         ("decompose", "two-sided"),
         ("allocate", "energy-0.80"),
         ("truncate", "energy-0.80"),
-        ("eval", f"energy-0.80-{story()}"),
+        ("recover", "energy-0.80-closed"),
+        ("eval", f"energy-0.80-closed-{story()}"),
         ("allocate", "energy-0.60"),
         ("truncate", "energy-0.60"),
-        ("eval", f"energy-0.60-{story()}"),
+        ("recover", "energy-0.60-closed"),
+        ("eval", f"energy-0.60-closed-{story()}"),
     ]
     assert stamps(copied / "decompose") == before
     sizes = [stage["results"]["disk_bytes"] for stage in document["stages"] if stage["path"].count("/truncate/")]
@@ -254,7 +257,12 @@ def test_run_with_several_budgets(copied, words):
 
 def test_run_with_remove_and_without_eval(copied, words):
     document = json.loads(done("run", *words, "--remove", 0.45, "--no-eval", "-w", copied, "--json").stdout)
-    assert [stage["name"] for stage in document["stages"]] == ["two-sided", "energy-0.55", "energy-0.55"]
+    assert [stage["name"] for stage in document["stages"]] == [
+        "two-sided",
+        "energy-0.55",
+        "energy-0.55",
+        "energy-0.55-closed",
+    ]
     assert document["stages"][1]["config"]["keep"] == 0.55
 
 

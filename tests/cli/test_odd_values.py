@@ -18,6 +18,7 @@ VALID = {
     "train-masks": [],
     "allocate": ["--method", "gumbel"],
     "truncate": [],
+    "recover": [],
     "eval": ["--tasks", "TEXT"],
     "export": [],
     "compare": ["--tasks", "TEXT"],
@@ -43,6 +44,7 @@ def no_work(monkeypatch, tmp_path):
 
     for place in (
         "export.generate.load",  # first, so that its module is not imported while what it imports is patched
+        "ara.stages.recover.load",
         "ara.models.checkpoint.load",
         "ara.stages.bench._measure",
         "ara.stages.report.gather",

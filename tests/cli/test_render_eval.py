@@ -42,7 +42,7 @@ def task(metric: str = "acc", values: tuple[float, ...] = (0.5, 0.4, 0.45), stde
     }
 
 
-def shown(tasks: dict[str, Any], mean_over: tuple[str, ...] = ()) -> list[str]:
+def shown(tasks: dict[str, Any], mean_over: tuple[str, ...] = (), continued: tuple[Any, ...] = ()) -> list[str]:
     """Return the lines of the tables."""
     mean = None
     if mean_over:
@@ -55,7 +55,7 @@ def shown(tasks: dict[str, Any], mean_over: tuple[str, ...] = ()) -> list[str]:
         "variants": dict.fromkeys(MODELS, VARIANT),
         "tasks": tasks,
         "zero_shot": mean,
-        "continuations": [],
+        "continuations": list(continued),
     }
     out = io.StringIO()
     view = StageView("eval/x", Path(), "done", manifest=manifest.model_copy(update={"results": results}))
@@ -84,6 +84,35 @@ def test_every_compressed_model_is_compared_in_the_width_of_a_terminal() -> None
         assert values == [*kept, "≈ -5.0 (0.3)", "+5.0 (3e-07)"]
     assert row_of(lines, "wikitext").split()[-7:] == ["30.20", "41.00", "–", "35.50", "–", "–", "–"]
     assert max(map(len, lines[lines.index(header) :])) <= 160
+
+
+def test_answers_in_chat() -> None:
+    distance = {"kl": 1.479, "kl_stderr": 0.1234, "agreement": 0.413}
+    models = {
+        "dense": {"divergence": None, "empty": 0},
+        "uniform": {"divergence": {**distance, "kl_stderr": None}, "empty": 24},
+        NAME: {"divergence": distance, "empty": 23},
+    }
+    facts = {"kind": "chat", "text": "made up", "conversations": 24, "of": 252, "seed": 0, "seq_len": 2048}
+    facts |= {"too_long": 0, "dense_answers": 0, "answer_tokens": 1234, "max_new_tokens": 40, "models": models}
+    lines = shown({"chat": facts})
+    assert row_of(lines, "chat:") == "chat: 24 of 252 conversations, 1,234 tokens of answers"
+    table = lines[lines.index("chat: 24 of 252 conversations, 1,234 tokens of answers") :]
+    assert row_of(table, "dense").split("  ")[-1].strip() == "0 of 24"
+    assert "1.479 ± 0.123" in row_of(table, NAME) and "41.3%" in row_of(table, NAME)
+    assert row_of(table, NAME).endswith("23 of 24")
+    assert "1.479 " in row_of(table, "uniform") and "±" not in row_of(table, "uniform")
+    (own,) = [line for line in shown({"chat": {**facts, "dense_answers": 24, "too_long": 3}}) if "own" in line]
+    assert own == (
+        "chat: 24 of 252 conversations, 1,234 tokens of answers, all of them the dense model's own; "
+        "3 longer ones left out"
+    )
+
+
+def test_an_empty_continuation_is_said_to_be_one() -> None:
+    models = dict(zip(MODELS, (" he said\nso", "", " \n"), strict=True))
+    lines = shown({}, continued=({"prompt": "So", "models": models},))
+    assert lines[-4:] == ["“So …”", "  dense: … he said so", "  uniform: … (empty)", f"  {NAME}: … (empty)"]
 
 
 @pytest.mark.parametrize(

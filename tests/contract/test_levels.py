@@ -89,7 +89,7 @@ def test_a_level_runs_the_ones_before_it_unless_it_is_alone() -> None:
     assert NAMES[0] == "closed"
     assert [levels_to_run(name, only=False) for name in NAMES] == [NAMES[: i + 1] for i in range(len(NAMES))]
     assert [levels_to_run(name, only=True) for name in NAMES] == [[name] for name in NAMES]
-    with pytest.raises(UsageError, match="did you mean 'closed'"):
+    with pytest.raises(UsageError, match="did you mean closed"):
         levels_to_run("close", only=False)
 
 

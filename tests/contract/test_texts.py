@@ -14,12 +14,13 @@ import pytest
 import torch
 from pyarrow import parquet
 
+from ara.data.conversations import ANSWERING, Conversations, conversation_tokens, load_conversations
 from ara.data.filespecs import split_names
 from ara.data.parquetfiles import PARQUET_SUFFIXES
 from ara.data.textkinds import JSON_LINES
-from ara.data.texts import SEPARATOR, TEXTS, Documents, Purpose, check_text_spec, load_documents
+from ara.data.texts import SEPARATOR, TEXTS, Documents, Purpose, check_text_spec, is_chat, load_documents
 from ara.data.tokens import calibration_windows, evaluation_windows
-from ara.errors import UsageError
+from ara.errors import DataError, UsageError
 from tests.tiny import tiny_texts, tiny_tokenizer
 
 PURPOSES: tuple[Purpose, ...] = ("calibration", "evaluation")
@@ -65,6 +66,8 @@ FILES = ROW_FILES | PLAIN_FILES
 
 every_file = pytest.mark.parametrize("name", FILES)
 every_registered = pytest.mark.parametrize("name", TEXTS.names())
+every_plain = pytest.mark.parametrize("name", [name for name in TEXTS.names() if not is_chat(name)])
+every_chat = pytest.mark.parametrize("name", [name for name in TEXTS.names() if is_chat(name)])
 
 
 def _written(folder: Path, name: str, rows: list[str] = ROWS) -> str:
@@ -102,7 +105,7 @@ def _check_windows(calibration: Documents, evaluation: Documents) -> None:
 
 
 @pytest.mark.data
-@every_registered
+@every_plain
 def test_a_registered_text_has_what_it_promises(name: str, data_dir: Path) -> None:
     calibration, evaluation = (load_documents(name, purpose) for purpose in PURPOSES)
     _check(calibration, name, "calibration")
@@ -110,8 +113,31 @@ def test_a_registered_text_has_what_it_promises(name: str, data_dir: Path) -> No
     _check_windows(calibration, evaluation)
 
 
+def _loaded_chat(name: str) -> list[Conversations]:
+    try:
+        return [load_conversations(name, purpose) for purpose in PURPOSES]
+    except DataError as error:
+        if "no file" not in str(error):
+            raise
+        pytest.skip(f"the evaluation data do not hold {name}")
+
+
 @pytest.mark.data
-@every_registered
+@every_chat
+def test_registered_conversations_have_what_they_promise(name: str, data_dir: Path) -> None:
+    parts = _loaded_chat(name)
+    for purpose, part in zip(PURPOSES, parts, strict=True):
+        assert (part.name, part.purpose) == (name, purpose) and part.origin.isprintable()
+        assert part.conversations and load_conversations(name, purpose) == part
+        assert any(message.role == ANSWERING for one in part.conversations for message in one.messages)
+        assert all(message.content.strip() for one in part.conversations for message in one.messages)
+        for tokens in conversation_tokens(tiny_tokenizer(), part.conversations[:5]):
+            assert len(tokens.ids) == len(tokens.answers) > tokens.answers.sum() > 0
+    assert set(parts[0].conversations).isdisjoint(parts[1].conversations) and parts[0].digest != parts[1].digest
+
+
+@pytest.mark.data
+@every_plain
 def test_calibration_and_evaluation_of_a_registered_text_share_no_document(name: str, data_dir: Path) -> None:
     calibration, evaluation = ({text.strip() for text in load_documents(name, p).documents} for p in PURPOSES)
     assert calibration.isdisjoint(evaluation - {""})

@@ -78,6 +78,7 @@ _LABOUR = (
     "batch",
     "rounds",
     "continuations",
+    "conversations",
     "max_new_tokens",
     "samples",
     "rank_samples",

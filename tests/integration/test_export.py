@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from ara.config import AllocateConfig, DecomposeConfig, TruncateConfig
+from ara.evaluation.generation import stop_tokens
 from ara.stages.common import Run
 from ara.stages.run import run_pipeline
 from export.onnx import architecture, writing
+from export.onnx.runner import OnnxDecoder
+from export.onnx.torch_like import TorchLike
 from tests.commands import ara, done, refused
 from tests.damage import flip, listing
 from tests.questions import write_questions
-from tests.tiny import tiny_tokenizer
+from tests.tiny import VOCABULARY, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +133,14 @@ def test_what_is_shipped_is_what_is_measured(workspace: Path, tiny_text: str) ->
         for options in (["--max-new-tokens", 30], ["--no-chat", "--max-new-tokens", 30])
     ]
     assert answers[0]["answer"] == answers[2]["answer"] and answers[1]["answer"] == answers[3]["answer"]
-    assert len(answers[0]["answer"]) > 3
+    assert len(answers[0]["answer"]) > 3 and not any(answer["empty"] for answer in answers)
+    # The exported graph ends its turn at once.
+    silent = Path(shutil.copytree(workspace / ours, workspace.parent / "silent"))
+    about = json.loads((silent / "ara_export.json").read_text())
+    about["decoder"]["eos"] = list(range(VOCABULARY))
+    (silent / "ara_export.json").write_text(json.dumps(about))
+    found = ara("generate", "river", "--max-new-tokens", 30, "--backend", "onnx", "--source", silent, "-q", "--json")
+    assert json.loads(found.stdout)["empty"] is True and "the answer is empty: the model ended" in found.stderr
     refused(ara("generate", "x", "--max-new-tokens", 500, "-w", workspace, "-q"), 2, "are more than the 200 positions")
     refused(ara("generate", " ", "-w", workspace, "-q"), 2, "the prompt is empty")
     # A token that was added to the tokenizer alone: both have no row for it.
@@ -158,6 +169,33 @@ def test_an_export_answers_questions_as_its_checkpoint_does(workspace: Path, mon
     for task in json.loads(result.stdout)["results"]["tasks"].values():
         ours, torch = (task["models"][name] for name in ("export/energy-0.70-pivoted-fp32", "energy-0.70-pivoted"))
         assert ours["metrics"] == pytest.approx(torch["metrics"], rel=1e-4)
+
+
+def test_an_export_answers_in_chat_as_its_checkpoint_does(workspace: Path, tmp_path: Path) -> None:
+    said = [("Where is the river?", "Behind the mill."), ("Who bakes?", None)]
+    path = tmp_path / "said.jsonl"
+    with path.open("w") as file:
+        for question, answer in said:
+            messages = [{"role": "user", "content": question}]
+            messages += [] if answer is None else [{"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    assert ara("export", "--execution-provider", "cpu", "-w", workspace).exit_code == 0
+    words = ["--tasks", f"chat:{path}", "--max-new-tokens", 5, "--device", "cpu", "--dtype", "float32"]
+    result = done("eval", "--backend", "onnx", *words, "-w", workspace, "--json")
+    (task,) = json.loads(result.stdout)["results"]["tasks"].values()
+    ours, torch = (task["models"][name] for name in ("export/energy-0.70-pivoted-fp32", "energy-0.70-pivoted"))
+    assert ours["divergence"] == pytest.approx(torch["divergence"], rel=1e-4) and ours["empty"] == torch["empty"]
+
+
+def test_the_end_of_a_turn_in_an_export(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    """Evaluation stops where generation stops: at the tokens of the generation config."""
+    source = Path(shutil.copytree(checkpoint("llama").folder, tmp_path / "source"))
+    path = source / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [2, 9]}))
+    command = ["export", "--execution-provider", "cpu", "--no-parity", "-q", "--source", source]
+    assert ara(*command, "--output", tmp_path / "out").exit_code == 0
+    config = AutoConfig.from_pretrained(source)
+    assert stop_tokens(TorchLike(OnnxDecoder(tmp_path / "out"), config)) == {2, 9}  # type: ignore[arg-type]
 
 
 def test_an_export_of_last_logits_cannot_be_evaluated(workspace: Path, tiny_text: str) -> None:

@@ -16,6 +16,7 @@ from ara_cli.commands.generate import _piped
 from export.find import latest_export
 from export.onnx.target import OnnxTarget
 from tests.commands import ara, refused
+from tests.tiny import VOCABULARY
 
 NAME = "energy-0.70"
 SHORT = ("--max-new-tokens", 3, "--device", "cpu", "-q")
@@ -32,6 +33,23 @@ def test_a_chat_template_that_refuses_can_be_left_out(folder: Path) -> None:
     words = ("generate", "hi", "--source", folder, *SHORT)
     refused(ara(*words), 1, "the chat template refuses the prompt: tools are required", "--no-chat")
     assert ara(*words, "--no-chat").exit_code == 0
+
+
+def test_an_empty_answer_is_said_to_be_one(folder: Path) -> None:
+    words = ("generate", "hi", "--source", folder, *SHORT)
+    spoken = ara(*words, "--json")
+    assert json.loads(spoken.stdout)["empty"] is False and "empty" not in spoken.stderr
+    config = json.loads((folder / "generation_config.json").read_text())
+    every = list(range(VOCABULARY))
+    (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": every}))
+    silent = ara(*words)
+    assert silent.exit_code == 0 and silent.stdout == "\n"
+    warning = (
+        "warning: the answer is empty: the model ended its turn with the first token; calibrate with conversations"
+    )
+    assert silent.stderr.startswith(warning) and len(silent.stderr.splitlines()) == 1
+    document = json.loads(ara(*words, "--json").stdout)
+    assert document == {"prompt": "hi", "answer": "", "empty": True, "backend": "torch"}
 
 
 def test_several_chat_templates(folder: Path) -> None:

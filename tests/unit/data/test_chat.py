@@ -74,7 +74,7 @@ def with_template(template: Any) -> Any:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Render in this process: starting another one takes a second."""
 
-    def ask(request: str, limits: Limits) -> dict[str, str]:
+    def ask(request: str, limits: Limits) -> dict[str, Any]:
         import json
 
         return chat_renderer.render(json.loads(request))

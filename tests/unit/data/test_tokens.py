@@ -19,14 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ara.data import tokens
 from ara.data.texts import SEPARATOR, Documents
-from ara.data.tokens import (
-    TokenWindows,
-    cache_key,
-    cached_calibration_windows,
-    calibration_windows,
-    evaluation_windows,
-    tokenizer_fingerprint,
-)
+from ara.data.token_cache import cache_key, cached_calibration_windows, tokenizer_fingerprint
+from ara.data.tokens import TokenWindows, calibration_windows, evaluation_windows
 from ara.errors import DataError, UsageError
 from tests.recorder import Recorder
 from tests.tiny import tiny_texts, tiny_tokenizer
@@ -298,7 +292,7 @@ def test_cache_gives_the_same_windows_without_tokenising(tmp_path: Path, monkeyp
     with safe_open(path, framework="pt") as file:
         assert file.get_tensor("ids").dtype == torch.int32
     assert not listener.facts
-    monkeypatch.setattr("ara.data.tokens.calibration_windows", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr("ara.data.token_cache.calibration_windows", lambda *_, **__: pytest.fail("tokenised again"))
     read = cached_calibration_windows(folder, tiny_tokenizer(), DOCUMENTS, **SIZES, report=listener)
     assert torch.equal(read.ids, built.ids) and read.ids.dtype == torch.int64
     assert (read.asked, read.seed, read.digest) == (built.asked, built.seed, built.digest)

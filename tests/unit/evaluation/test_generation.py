@@ -10,7 +10,15 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ara.errors import DataError, ModelError, NumericalError
-from ara.evaluation.generation import greedy_continuation, greedy_tokens, prompt_ids, stop_tokens, text_pieces
+from ara.evaluation.generation import (
+    greedy_batch,
+    greedy_continuation,
+    greedy_tokens,
+    prompt_ids,
+    stop_tokens,
+    text_pieces,
+    why_empty,
+)
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -63,6 +71,27 @@ def test_greedy_tokens_are_those_of_transformers() -> None:
     assert list(greedy_tokens(model, prompt, 30, {found[3]})) == found[: found.index(found[3])]
 
 
+def test_a_batch_continues_every_row_as_if_alone() -> None:
+    model = tiny_model("llama")
+    prompts = torch.stack([torch.arange(4, 24), torch.arange(60, 80), torch.arange(24, 4, -1), torch.arange(100, 120)])
+    whole = [list(greedy_tokens(model, prompt, 30, set())) for prompt in prompts]
+    assert greedy_batch(model, prompts, 30, set()) == whole
+    # One row ends at once, another one later, others never.
+    stop = {whole[0][0], whole[1][5]}
+    found = greedy_batch(model, prompts, 30, stop)
+    assert found == [list(greedy_tokens(model, prompt, 30, stop)) for prompt in prompts]
+    assert found[0] == [] and len({len(row) for row in found}) > 1
+
+
+def test_a_batch_stops_when_all_rows_have_ended() -> None:
+    model, calls = tiny_model("llama"), []
+    prompts = torch.stack([torch.arange(4, 24), torch.arange(60, 80)])
+    first = [next(greedy_tokens(model, prompt, 1, set())) for prompt in prompts]
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert greedy_batch(model, prompts, 30, set(first)) == [[], []]
+    assert len(calls) == 1
+
+
 # Families that remember in another way than by past_key_values, or not at all.
 OTHER_CACHES: dict[str, dict[str, Any]] = {
     "openai-gpt": {"n_embd": 60, "n_layer": 2, "n_head": 6, "n_positions": 90},
@@ -85,6 +114,7 @@ def test_greedy_tokens_without_a_cache_of_the_usual_kind(family: str) -> None:
     text = torch.arange(4, 24)[None]
     found = list(greedy_tokens(model, text[0], 12, set()))
     with torch.inference_mode():
+        assert greedy_batch(model, text.repeat(2, 1), 12, set()) == [found, found]
         for token in found:
             assert token == int(model(input_ids=text, use_cache=False).logits[0, -1].argmax())
             text = torch.cat([text, torch.tensor([[token]])], 1)
@@ -150,6 +180,15 @@ def test_a_text_is_no_text_when_the_model_gives_nan(bad: float) -> None:
         greedy_continuation(model, tokenizer, "Once", 4, "uniform after “Once”")
     with pytest.raises(NumericalError, match=f"the model gives logits of {bad}"):
         list(greedy_tokens(model, torch.arange(4, 9), 4, set()))
+    with pytest.raises(NumericalError, match=f"mine: the model gives logits of {bad}"):
+        greedy_batch(model, torch.arange(4, 14).view(2, 5), 4, set(), "mine")
+
+
+def test_why_an_answer_is_empty() -> None:
+    assert why_empty(3, " a\n") is None
+    assert why_empty(0, "") == "the model ended its turn with the first token"
+    assert why_empty(1, "\n") == "it consists of 1 token of white space or control"
+    assert why_empty(40, "") == "it consists of 40 tokens of white space or control"
 
 
 def test_excluded_tokens_are_no_error() -> None:

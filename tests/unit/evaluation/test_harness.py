@@ -40,6 +40,7 @@ def _model() -> Any:
 def test_names() -> None:
     assert expand(["wikitext2", "zero-shot", "piqa"]) == ("wikitext2", *ZERO_SHOT)
     assert is_text("wikitext2") and is_text("file:x") and not is_text("wikitext") and not is_text("zero-shot")
+    assert not any(map(is_text, ("chat", "ultrachat", "chat:said.jsonl")))
     assert set(ZERO_SHOT) <= set(LOCAL)
     for name in LOCAL.keys() - {"hellaswag", "openbookqa", "mathqa"}:
         check_task(name)
@@ -141,7 +142,8 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, request: pyte
     with pytest.raises(DataError, match="there is no text or lm-eval task 'bolq'") as unknown:
         check_task("bolq")
     assert unknown.value.exit_code == 1
-    assert str(unknown.value.hint).startswith("did you mean boolq? texts: c4, wikitext2, python-docs, file:PATH;")
+    hint = "did you mean boolq? texts: c4, wikitext2, python-docs, chat, ultrachat, file:PATH, chat:PATH;"
+    assert str(unknown.value.hint).startswith(hint)
     error: Exception = ModuleNotFoundError("No module named 'rouge_score.x'", name="rouge_score.x")
     with pytest.raises(DataError, match="task boolq needs the Python module rouge_score, which is not") as module:
         load_tasks("boolq")

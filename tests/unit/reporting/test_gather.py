@@ -160,6 +160,7 @@ def test_verdict_of_everything():
         "perplexity on WikiText-2 20.23 → 30.23 (uniform ranks: 45.05); "
         "perplexity on file:story.jsonl 20.23 → 36.92 (uniform ranks: 45.05); "
         "mean accuracy over 2 zero-shot tasks 61.0% → 57.0% (uniform ranks: 48.0%); "
+        "empty answers to 24 conversations of chat:said.jsonl 0 → 17 (uniform ranks: 23); "
         "generation speed in torch (cpu, bfloat16, 2 threads) 1.15 × dense (1.10 – 1.20)."
     )
 

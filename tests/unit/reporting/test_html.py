@@ -125,6 +125,7 @@ def test_text_is_text(text):
     reader = Reader(text)
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;bold&lt;/b&gt;" in text
     assert EVIL not in text and "1 &lt; 2 &amp;" in text
+    assert "<b>uniform</b>(empty)" in text
     assert not set(reader.tags) & {"script", "iframe", "img", "link", "object", "embed", "form", "input", "base"}
     assert reader.tags["b"] == 3  # the names of the models of the one continuation
 
@@ -183,7 +184,7 @@ def test_the_same_report_gives_the_same_page(report, text):
 
 def test_sections_appear_with_their_figures(text):
     assert Reader(text).headings == [
-        "Size", "Perplexity", "Zero-shot tasks", "Speed and memory", "Ranks", "Spectra", "Training",
+        "Size", "Perplexity", "Chat", "Zero-shot tasks", "Speed and memory", "Ranks", "Spectra", "Training",
         "Allocators compared", "Exports", "Continuations", "Reproduce",
     ]  # fmt: skip
 
