@@ -21,7 +21,8 @@ class RecoverConfig(PlacementConfig):
     only: bool = Field(False, description="run this level alone, without the ones before it")
     text: Annotated[str | None, Flag(metavar="TEXT")] = Field(
         None,
-        description="text to repair with, such as c4 or c4:0.7,wikitext2:0.3 [default: that of the decomposition]",
+        description="text to repair with, such as c4 or c4:0.7,wikitext2:0.3, as for ara decompose "
+        "[default: that of the decomposition]",
     )
     samples: int = Field(256, ge=2, le=bounds.MAX_WINDOWS, description="windows to repair with")
     held_out: int = Field(32, ge=1, le=bounds.MAX_WINDOWS, description="further windows, to judge the repair by")

@@ -118,7 +118,7 @@ class WindowReader:
         if count < 3:
             raise DataError(
                 f"the text {part.text.name} has {count} windows of {self.seq_len} tokens, at least 3 are needed",
-                "decompose with a longer text or a smaller --seq-len",
+                "use a longer text, or a smaller --seq-len",
             )
         if count < wanted:
             held = min(held, max(1, count // _HELD_OUT_OF))

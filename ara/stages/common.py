@@ -23,6 +23,8 @@ from ara.workspace.view import StageView, parent_of
 from ara.workspace.writer import StageWriter
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ara.models.sources import ModelSource
 
 Item = TypeVar("Item")
@@ -181,6 +183,23 @@ def check_window(seq_len: int, model_config: Any, flag: str = "--seq-len") -> in
     if limit is not None and seq_len > limit:
         raise UsageError(f"{flag} {seq_len} is more than the {limit} positions of the model", f"use at most {limit}")
     return limit
+
+
+def warn_without_chat(spec: str, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:
+    """Warn if a model with a chat template is to read no conversation.
+
+    Args:
+        spec: of the text, with all shares.
+        tokenizer: of the model.
+        run: reporter.
+    """
+    from ara.data.mixtures import lacks_chat
+
+    if lacks_chat(spec, tokenizer):
+        run.report.warn(
+            "the model has a chat template and the calibration text no conversation: the compressed model may give "
+            "empty answers (add a share of chat: --text c4:0.8,chat:0.2)"
+        )
 
 
 def groups_in_memory(

@@ -26,7 +26,7 @@ from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec, find_linears, left_dense
-from ara.stages.common import Run, begin, check_window, open_task
+from ara.stages.common import Run, begin, check_window, open_task, warn_without_chat
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
@@ -89,15 +89,11 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
 
 def _text(config: DecomposeConfig, source: ModelSource, run: Run) -> CalibrationText:
     """Load the calibration text, or the model's default one; warn if a chat model would read no conversation."""
-    from ara.data.mixtures import lacks_chat, load_calibration_text, resolved_text
+    from ara.data.mixtures import load_calibration_text, resolved_text
 
     tokenizer = source.load_tokenizer()
     spec = resolved_text(config.text, tokenizer)
-    if lacks_chat(spec, tokenizer):
-        run.report.warn(
-            "the model has a chat template and the calibration text no conversation: the compressed model may give "
-            "empty answers (add a share of chat: --text c4:0.8,chat:0.2)"
-        )
+    warn_without_chat(spec, tokenizer, run)
     text = load_calibration_text(spec, run.report)
     run.report.fact(f"calibration text: {text.origin}")
     return text

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from ara.artifacts.factors import FactorsSettings
 from ara.config import RecoverConfig
-from ara.errors import DataError
 from ara.models.sources import ModelSource
 from ara.models.vocabulary import token_rows
 from ara.recovery.base import RecoveryText
-from ara.stages.common import Run, check_window
+from ara.stages.common import Run, check_window, warn_without_chat
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 
@@ -41,45 +40,27 @@ def recovery_texts(
     """Return the windows of a recovery.
 
     Training windows are the first ones of the text; the factors may have been fitted to the same ones. Held-out windows
-    come last: after those of training, and of the decomposition if it has the same text. If the text is too short, at
-    most a fifth of the windows is held out.
+    follow after those of training, and after those of the decomposition if it has the same text.
 
     Raises:
-        DataError: the text has fewer than three windows.
+        UsageError: the text or the window length cannot be used.
+        DataError: a text has fewer than three windows.
     """
-    from ara.data.texts import load_documents
-    from ara.data.tokens import cached_calibration_windows
+    from ara.data.mixtures import load_calibration_text, resolved_text
+    from ara.data.windows import WindowReader
 
     made = FactorsSettings.read(decomposition)
-    spec, seq_len = config.text or made.text, config.seq_len or made.seq_len
+    tokenizer = source.load_tokenizer()
+    spec, seq_len = resolved_text(config.text or made.text, tokenizer), config.seq_len or made.seq_len
     check_window(seq_len, source.config)
-    documents = load_documents(spec, "calibration", report=run.report)
-    run.report.fact(f"text: {documents.origin}")
-    same = spec == made.text and seq_len == made.seq_len and config.seed == made.seed
-    wanted = max(config.samples, made.samples if same else 0) + 1 + config.held_out
-    windows = cached_calibration_windows(
-        workspace.cache / "tokens",
-        source.load_tokenizer(),
-        documents,
-        samples=wanted,
-        seq_len=seq_len,
-        seed=config.seed,
-        rows=token_rows(source.config),
-        report=run.report,
-    ).ids
-    if len(windows) < 3:
-        raise DataError(
-            f"the text {spec} has {len(windows)} windows of {seq_len} tokens, at least 3 are needed: "
-            "to repair with, to keep apart, to judge by",
-            "use a longer text or a smaller --seq-len",
-        )
-    held = config.held_out if len(windows) >= wanted else min(config.held_out, max(1, len(windows) // 5))
-    train = windows[: len(windows) - held - 1][: config.samples]
-    if len(windows) < wanted:
-        run.report.warn(
-            f"the text has {len(windows)} windows of {seq_len} tokens, {wanted} are needed: {len(train)} to repair "
-            f"with, {held} held out"
-        )
-    return RecoveryTexts(
-        spec, documents.origin, documents.digest, seq_len, RecoveryText(train), RecoveryText(windows[-held:])
-    )
+    warn_without_chat(spec, tokenizer, run)
+    text = load_calibration_text(spec, run.report)
+    run.report.fact(f"text: {text.origin}")
+    same = spec == resolved_text(made.text, tokenizer) and (seq_len, config.seed) == (made.seq_len, made.seed)
+    rows, folder = token_rows(source.config), workspace.cache / "tokens"
+    reader = WindowReader(folder, tokenizer, text, seq_len, config.seed, rows, run.report)
+    train, held = reader.further(0, max(config.samples, made.samples if same else 0), config.held_out)
+    ids, answers = train.ids[: config.samples], train.answers
+    counted = None if config.loss_on == "all" or answers is None else answers[: config.samples]
+    run.report.fact(f"{len(ids)} windows of {seq_len} tokens to repair with, {held.windows} held out")
+    return RecoveryTexts(spec, text.origin, text.digest, seq_len, RecoveryText(ids, counted), RecoveryText(held.ids))
