@@ -234,3 +234,33 @@ def test_families_with_biases_tied_heads_and_packed_layers(family: str, tmp_path
     (view,) = (one for one in Workspace.open(tmp_path / "ws").views("checkpoint") if one.stage == "recover")
     found = figures(view)
     assert found.levels[0].kept and found.after < found.before
+
+
+def test_a_kept_adapter_is_in_the_result_and_survives_a_kill(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import PeftModel
+
+    from ara.models.checkpoint import load
+    from ara.stages import recover as stage
+
+    words = {"level": "distill", "only": True, "train": "lora", "keep_adapter": True, "rate": 1e-2, "steps": 4}
+    config = CONFIG.model_copy(update={**words, "batch": 4, "check_every": 2, "lora_rank": 3})
+    with monkeypatch.context() as patch:
+        # Killed after the level has finished, before the checkpoint is written.
+        patch.setattr(stage, "_write", _killed)
+        patch.setattr("ara.workspace.writer.StageWriter._abandon", lambda self, error: None)
+        with pytest.raises(KeyboardInterrupt):
+            recover(config, Run(copied))
+    view = recover(config, Run(copied))
+    assert view.manifest is not None
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= set(view.manifest.files)
+    (row,) = figures(view).levels
+    assert row.after == row.before and "adapter/" in row.notes[-1]
+    before = _logits(copied / "truncate" / "energy-0.70")
+    torch.testing.assert_close(_logits(view.path), before)
+    model = PeftModel.from_pretrained(load(view.path / "checkpoint", "cpu", "float32"), str(view.path / "adapter"))
+    with torch.inference_mode():
+        assert not torch.allclose(model(input_ids=torch.arange(3, 23)[None]).logits, before, atol=1e-3)
+
+
+def _killed(*args: Any) -> None:
+    raise KeyboardInterrupt

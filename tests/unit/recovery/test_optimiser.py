@@ -107,3 +107,14 @@ def test_only_floating_point_parameters_are_trained() -> None:
     module.register_parameter("steps", nn.Parameter(torch.zeros(2, dtype=torch.int32), requires_grad=False))
     assert sorted(trained(module.named_parameters())) == ["bias", "weight"]
     assert module.weight.requires_grad
+
+
+def test_gradients_of_passes_add_up_in_float32() -> None:
+    """In bfloat16, 1 + 2⁻¹⁰ is 1."""
+    low = nn.Parameter(torch.ones(3, 5, dtype=torch.bfloat16))
+    adam = MasterAdamW({"w": low}, STEPS, 0.01)
+    for value in (1.0, *[2.0**-10] * 512):
+        low.grad = torch.full_like(low, value)
+        adam.collect()
+        assert low.grad is None
+    assert adam.step() == pytest.approx(1.5 * 15**0.5)
