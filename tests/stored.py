@@ -72,12 +72,17 @@ FIGURES: dict[str, dict[str, Any]] = {
 
 
 def store(
-    workspace: Workspace, key: str, text: str = "content", parents: Sequence[str] = (), seed: int = 0
+    workspace: Workspace,
+    key: str,
+    text: str = "content",
+    parents: Sequence[str] = (),
+    seed: int = 0,
+    **settings: Any,
 ) -> StageView:
-    """Store a result of one text file, made from the results named in ``parents``."""
+    """Store a result of one text file, made from the results named in ``parents``, with further ``settings``."""
     stage, _, name = key.partition("/")
     facts = {
-        "config": {**SETTINGS.get(stage, {}), "seed": seed},
+        "config": {**SETTINGS.get(stage, {}), "seed": seed, **settings},
         "model": MODEL,
         "parents": tuple(parent_of(workspace.view(parent)) for parent in parents),
     }
