@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ara.data.chat import has_template
-from ara.data.conversations import Conversations, load_conversations
+from ara.data.conversations import Conversations, load_conversations, require_template
 from ara.data.filespecs import split_items, split_share
 from ara.data.texts import Documents, check_text_spec, is_chat, load_documents
 from ara.errors import UsageError
@@ -119,9 +119,15 @@ def resolved_text(spec: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the spec of a calibration text with all shares; of the model's default text if ``spec`` is ``None``.
 
     Raises:
-        UsageError, DataError: as of :func:`parse_mixture`.
+        UsageError, DataError: as of :func:`parse_mixture`; or the model has no chat template for its conversations.
     """
-    return default_text(tokenizer) if spec is None else mixture_spec(parse_mixture(spec))
+    if spec is None:
+        return default_text(tokenizer)
+    shares = parse_mixture(spec)
+    for one in shares:
+        if is_chat(one.name):
+            require_template(tokenizer, one.name)
+    return mixture_spec(shares)
 
 
 def default_text(tokenizer: PreTrainedTokenizerBase) -> str:

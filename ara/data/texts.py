@@ -243,10 +243,12 @@ def read_part(name: str, purpose: Purpose, part: Part, report: Reporter) -> tupl
         return _read_hub(name, part, report)
     path = folder / part.local
     if not path.is_file():
+        other = "use python-docs, which needs no files"
+        if part.field != DEFAULT_FIELD:
+            other = "choose a text without conversations, such as --text c4"
         raise DataError(
             f"text {name!r} ({purpose}): no file {path} ({DATA_DIR_VARIABLE} is {folder})",
-            f"put it there, or unset {DATA_DIR_VARIABLE} to fetch {part.hub} from the hub, "
-            "or use python-docs, which needs no files",
+            f"put it there, or unset {DATA_DIR_VARIABLE} to fetch {part.hub} from the hub, or {other}",
         )
     rows: list[Any] = read_jsonl(path) if part.field == DEFAULT_FIELD else read_lists(path, part.field)
     return rows, f"file {path.resolve()}"

@@ -32,7 +32,7 @@ from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ara.data.mixtures import CalibrationText
     from ara.data.tokens import TokenWindows
@@ -62,7 +62,8 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
     run.report.step(f"Decomposing {config.model}")
     source = resolve(config.model, revision=config.revision, report=run.report)
     run.report.fact(placement.why)
-    text = _text(config, source, run) if method.needs_text else None
+    tokenizer = source.load_tokenizer() if method.needs_text else None
+    text = None if tokenizer is None else _text(config, tokenizer, run)
     if text is None:
         run.report.fact(f"{config.method} needs no calibration text")
     else:
@@ -74,7 +75,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         task.describe(name or config.method, settings, (), source.identity.as_dict())
         if (done := task.done()) is not None:
             return done
-        windows = _windows(config, source, text, task.workspace, run)
+        windows = _windows(config, source, tokenizer, text, task.workspace, run)
         run.report.fact("loading the model")
         model = source.load_model(torch_dtype(placement.dtype), placement.device)
         linears = _factorisable(model, find_linears(model, config.exclude), windows, run)
@@ -87,11 +88,10 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         return task.view()
 
 
-def _text(config: DecomposeConfig, source: ModelSource, run: Run) -> CalibrationText:
+def _text(config: DecomposeConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> CalibrationText:
     """Load the calibration text, or the model's default one; warn if a chat model would read no conversation."""
     from ara.data.mixtures import load_calibration_text, resolved_text
 
-    tokenizer = source.load_tokenizer()
     spec = resolved_text(config.text, tokenizer)
     warn_without_chat(spec, tokenizer, run)
     text = load_calibration_text(spec, run.report)
@@ -102,17 +102,17 @@ def _text(config: DecomposeConfig, source: ModelSource, run: Run) -> Calibration
 def _windows(
     config: DecomposeConfig,
     source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase | None,
     text: CalibrationText | None,
     workspace: Workspace,
     run: Run,
 ) -> TokenWindows | None:
     from ara.data.windows import WindowReader
 
-    if text is None:
+    if text is None or tokenizer is None:
         return None
     check_window(config.seq_len, source.config)
     rows, folder = token_rows(source.config), workspace.cache / "tokens"
-    tokenizer = source.load_tokenizer()
     windows = WindowReader(folder, tokenizer, text, config.seq_len, config.seed, rows, run.report).first(config.samples)
     if len(windows.names) > 1:
         run.report.fact(", ".join(f"{count:,} tokens of {name}" for name, count in windows.tokens_of.items()))

@@ -146,8 +146,13 @@ class StageWriter:
             tensors: at least one.
             values: JSON data, returned by :meth:`work`.
         """
-        self._work[name] = plain(dict(values))
-        self.tensors(f"{WORK}{name}.safetensors", tensors)
+        path = self.folder / f"{WORK}{name}.safetensors"
+        aside = path.with_name(f"{path.name}{PARTIAL}")
+        save_tensors(aside, tensors)
+        os.replace(aside, path)
+        # Not in the table of tensors: those of the result may have the same names.
+        self._files[path.name], self._work[name] = file_record(path), plain(dict(values))
+        self._write_journal()
 
     def work(self, name: str) -> tuple[Path, dict[str, Any]] | None:
         """Return file and JSON data of a finished part of the work, or ``None``."""
@@ -162,7 +167,6 @@ class StageWriter:
         for name in [name for name in self._work if name.startswith(prefix)]:
             file = f"{WORK}{name}.safetensors"
             del self._work[name], self._files[file]
-            self._tensors = {key: record for key, record in self._tensors.items() if record.file != file}
             self._write_journal()
             remove(self.folder / file)
 
@@ -239,7 +243,8 @@ class StageWriter:
                 if not is_inside(self.folder, name) or file_record(path) != record:
                     return False
                 # Read from the file: with a table that does not fit, the result would count as damaged.
-                tensors |= tensor_records(path, name) if path.suffix == ".safetensors" else {}
+                if path.suffix == ".safetensors" and not name.startswith(WORK):
+                    tensors |= tensor_records(path, name)
         except (OSError, ValueError):
             return False
         self._files, self.results, self._tensors, self._work = journal.files, journal.results, tensors, journal.work
@@ -281,7 +286,7 @@ class StageWriter:
             seconds=round(self._seconds(), 3),
             peak_memory_bytes=peak_memory_bytes(),
             files={name: record for name, record in sorted(self._files.items()) if not name.startswith(WORK)},
-            tensors={name: one for name, one in sorted(self._tensors.items()) if not one.file.startswith(WORK)},
+            tensors=dict(sorted(self._tensors.items())),
             results=plain(self.results),
             **{**self._facts, "config": plain(self._facts["config"])},
         ).sealed()

@@ -11,9 +11,11 @@ from tests.fuzz.calls import WS, decompose, generate, generate_onnx, no_file
 from tests.fuzz.harness import Case
 from tests.fuzz.registry import target
 from tests.fuzz.sandbox import Content, Gone
-from tests.fuzz.seeds import EVAL, PLACE
+from tests.fuzz.seeds import EVAL, PLACE, STORY
 from tests.fuzz.words import TEMPLATES
 from tests.fuzz.workspaces import Seeds
+
+STORY_TEXT = f"file:{STORY}"
 
 
 @target("text", 14)
@@ -96,6 +98,27 @@ def _data_dir(rng: random.Random, seeds: Seeds) -> Case:
     if rng.random() < 0.1:
         files[f"in/data/{where}"] = no_file(rng)
     return Case(argv, files, {"ARA_DATA_DIR": rng.choice(("../in/data", "{root}/in/data", "../in/data", "~"))})
+
+
+@target("conversations", 2)
+def _conversations(rng: random.Random, seeds: Seeds) -> Case:
+    """Conversations, alone or in a mixture, and what a mixture may be called."""
+    lines = seeds.bytes("in/texts/story.jsonl").split(b"\n")
+    texts = [json.loads(line)["text"] for line in lines if line]
+    spoken = [
+        [{"role": "user", "content": one}, {"role": "assistant", "content": other}]
+        for one, other in zip(texts[::2], texts[1::2], strict=True)
+    ]
+    data = "\n".join(json.dumps({"messages": messages}) for messages in spoken).encode()
+    name = rng.choice(("in/texts/spoken.jsonl", "in/texts/spoken.jsonl", "in/texts/spoken, a:0.5.jsonl"))
+    where = rng.choice((f"chat:../{name}", f"chat:../{name}:0.5,{STORY_TEXT}:0.5", f"chat:../{name},{STORY_TEXT}"))
+    if rng.random() < 0.3:
+        share = rng.choice(("0", "2", "-1", "nan", "1e-9", "", "x", "0.5:0.5", mutate.string(rng)))
+        where = rng.choice((f"{where}:{share}", f"{where},", f"{where},{mutate.string(rng)}", f"chat:{share}"))
+    argv = decompose(rng, text=True)
+    argv[argv.index("--text") + 1] = where
+    files: dict[str, Content] = {name: _spoil_lines(rng, data) if rng.random() < 0.97 else no_file(rng)}
+    return Case(argv, files)
 
 
 @target("prompt", 3)

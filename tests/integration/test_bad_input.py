@@ -280,7 +280,7 @@ def test_few_tokens_are_warned_about_with_numbers(tmp_path, tiny_llama, tiny_tex
     assert "(--samples 19)" in result.stderr
     advised = decompose(tiny_llama, tiny_text, tmp_path / "advised", "--samples", 19)
     assert advised.exit_code == 0
-    assert advised.stderr == ""
+    assert "are few for inputs" not in advised.stderr
 
 
 def test_replacing_a_result_made_from_other_settings_is_said(tmp_path, tiny_llama, tiny_text):
@@ -289,7 +289,7 @@ def test_replacing_a_result_made_from_other_settings_is_said(tmp_path, tiny_llam
     assert "warning: replacing decompose/two-sided, which was made with other settings (samples)" in other.stderr
     assert "--name keeps both" in other.stderr
     faster = decompose(tiny_llama, tiny_text, tmp_path / "ws", "--samples", 20, "--moment-memory", 0.01)
-    assert faster.exit_code == 0 and faster.stderr == ""
+    assert faster.exit_code == 0 and "replacing" not in faster.stderr
 
 
 def test_text_with_too_few_windows_is_warned_about(tmp_path, tiny_llama):

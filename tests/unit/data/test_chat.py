@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ara.data import chat, chat_renderer
+from ara.data import chat_renderer
 from ara.data.chat import Limits, chat_text
 from ara.errors import ModelError
 from tests.tiny import tiny_tokenizer
@@ -68,18 +68,6 @@ def with_template(template: Any) -> Any:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     return tokenizer
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Render in this process: starting another one takes a second."""
-
-    def ask(request: str, limits: Limits) -> dict[str, Any]:
-        import json
-
-        return chat_renderer.render(json.loads(request))
-
-    monkeypatch.setattr(chat, "_ask", ask)
 
 
 @pytest.mark.parametrize("template", [LLAMA3, CHATML, MISTRAL, GEMMA, {"default": MISTRAL, "tool_use": REFUSES}])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from ara.data import chat, chat_renderer, conversations, texts
+from ara.data import chat, conversations, texts
 from ara.data.chat import Limits
 from ara.data.conversations import (
     Conversation,
@@ -55,16 +55,6 @@ def with_template(template: str | None, *special: str) -> Any:
     tokenizer.chat_template = template
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     return tokenizer
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Render in this process: starting another one takes a second."""
-
-    def ask(request: str, limits: Limits) -> dict[str, Any]:
-        return chat_renderer.render(json.loads(request))
-
-    monkeypatch.setattr(chat, "_ask", ask)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------
@@ -280,7 +270,7 @@ def test_many_conversations_are_rendered_in_a_few_processes_on_a_fixed_day(monke
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems limit less")
 def test_a_template_without_end_is_stopped() -> None:
-    with pytest.raises(ModelError, match="the chat template was stopped after 2 s of computing"):
+    with pytest.raises(ModelError, match=r"the chat template was stopped after \d+ s"):
         conversation_tokens(with_template(LOOPS), [conversation("a", "b")], Limits(seconds=1))
 
 

@@ -23,6 +23,7 @@ from tests.tiny import tiny_texts, tiny_tokenizer
 from tests.unit.data.test_conversations import rows, written
 
 SEQ_LEN = 37
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ara.config import AllocateConfig
 from ara.environment import peak_memory_bytes
@@ -353,3 +354,47 @@ def test_what_ctrl_c_has_left_aside_is_no_part_of_the_result(tmp_path, monkeypat
     verify_files(folder, made)
     assert set(made.files) == {"a.safetensors", "b.csv"}
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_work_is_there_after_an_interruption_and_not_in_the_result(tmp_path):
+    with pytest.raises(Boom), writer(tmp_path) as stage:
+        stage.finish_work("one:a", W, {"seconds": 2})
+        stage.finish_work("one:b", {"w": W["w"] + 1}, {"seconds": 3})
+        stage.finish_work("two", W, {})
+        raise Boom
+    with writer(tmp_path) as stage:
+        assert stage.all_work() == {"one:a": {"seconds": 2}, "one:b": {"seconds": 3}, "two": {}}
+        path, values = stage.work("one:b")
+        assert values == {"seconds": 3} and torch.equal(load_file(path)["w"], W["w"] + 1)
+        assert stage.work("three") is None
+        stage.drop_work("one:")
+        assert list(stage.all_work()) == ["two"] and not path.exists()
+        stage.tensors("a.safetensors", {"w": W["w"] * 2})
+    folder = tmp_path / "decompose" / "plain"
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    assert listing(folder) == {"a.safetensors", MANIFEST} == {*manifest.files, MANIFEST}
+    assert manifest.tensors["w"].file == "a.safetensors"
+
+
+def test_damaged_work_discards_all(tmp_path):
+    with pytest.raises(Boom), writer(tmp_path) as stage:
+        stage.finish_work("one", W, {})
+        raise Boom
+    flip(partial(tmp_path) / ".work-one.safetensors", -1)
+    with writer(tmp_path) as stage:
+        assert stage.all_work() == {} and stage.finished == []
+
+
+def test_work_stays_beside_a_result_that_goes_on(tmp_path):
+    for last in (False, True):
+        with writer(tmp_path) as stage:
+            assert list(stage.all_work()) == ([] if not last else ["one"])
+            stage.finish_work("one", W, {})
+            (stage.folder / "sub").mkdir()
+            (stage.folder / "sub" / "notes.txt").write_text(f"last: {last}")
+            stage.to_go_on = not last
+        folder = tmp_path / "decompose" / "plain"
+        verify_files(folder, read_manifest(folder))
+        assert listing(folder) == {"sub/notes.txt", MANIFEST}
+        assert (partial(tmp_path) / ".work-one.safetensors").exists() != last

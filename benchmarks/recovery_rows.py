@@ -1,0 +1,60 @@
+"""The measurements of ``benchmarks/recovery.py``, in their order, and their summary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Texts that the factors, ranks and repairs read, as in --text. "mixed" is ARA's default for chat models.
+CALIBRATIONS = {"mixed": "c4:0.8,chat:0.2", "c4": "c4"}
+RANKS = ("ara", "uniform")
+LEVELS = ("frozen", "closed", "block", "distill")
+# Perplexities; nothing is ever fitted to python-docs.
+TEXTS = ("wikitext2", "c4", "python-docs")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: calibration text, ranks, budget, seed of ranks and repair, level of recovery."""
+
+    calibration: str
+    ranks: str
+    keep: float
+    seed: int
+    level: str
+
+    @property
+    def key(self) -> str:
+        """Key in the file of finished rows."""
+        return f"{self.calibration}/{self.ranks}/{self.keep:g}/{self.seed}/{self.level}"
+
+
+def wanted(keeps: list[float], seeds: int) -> Iterator[Row]:
+    """List the measurements: one seed of everything first, then raw text at keep 0.6, then further seeds at 0.6."""
+    for keep in keeps:
+        for ranks in RANKS:
+            for level in LEVELS:
+                yield Row("mixed", ranks, keep, 0, level)
+    if 0.6 in keeps:
+        for level in LEVELS:
+            yield Row("c4", "ara", 0.6, 0, level)
+        for seed in range(1, seeds):
+            for ranks in RANKS:
+                for level in LEVELS:
+                    yield Row("mixed", ranks, 0.6, seed, level)
+
+
+def reference(calibration: str, keep: float) -> str:
+    """Return the key of the uniform, whitened, unrepaired model, where the gap is fully open."""
+    return f"{calibration}/whitened/{keep:g}"
+
+
+def gap_closed(rows: Mapping[str, Any], row: Row, text: str) -> float | None:
+    """Return (ln uniform − ln ppl) / (ln uniform − ln dense) of a row on a text; ``None`` if a part is missing."""
+    keys = (row.key, reference(row.calibration, row.keep), "dense")
+    losses = [rows[key]["texts"][text] if key in rows else None for key in keys]
+    if any(loss is None for loss in losses):
+        return None
+    own, uniform, dense = (float(loss) for loss in losses)
+    return (uniform - own) / (uniform - dense)
