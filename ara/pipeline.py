@@ -10,7 +10,7 @@
                                    │
                               checkpoint ──▶ eval, export
                                  │    ▲
-                                 └(recover)
+                                 └ recover
 
 ``ara run``, ``ara status``, the suggested next command, the folders of a workspace and the documentation follow this
 table. A stage consumes kinds and never names another stage. So a second stage that writes checkpoints needs one entry
@@ -150,7 +150,6 @@ STAGES: tuple[Stage, ...] = (
         consumes=("checkpoint", "factors"),
         produces="checkpoint",
         flow="checkpoint, factors, model, text → checkpoint",
-        optional=True,
     ),
     Stage(
         "eval",

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("generate:command", "Answer a prompt with the compressed model, in torch or ONNX Runtime"),
     "status": ("status:command", "What the workspace holds, what is stale or missing, the next command"),
     "models": ("info:models", "Aliases of models"),
-    "methods": ("info:methods", "Decompositions and allocators with their options"),
+    "methods": ("info:methods", "Decompositions, allocators and recovery levels with their options"),
 }
 
 

@@ -69,7 +69,8 @@ def stages() -> str:
 
     intro = (
         "Each stage is a command. It consumes results of some kinds and produces a result of one kind. `ara run` runs "
-        "the stages that are neither optional nor aside, in this order; `--method ara` adds `train-masks`. *Optional* "
+        "the stages that are neither optional nor aside, in this order; `--method ara` adds `train-masks`, and "
+        "`--recover none` leaves out `recover`. *Optional* "
         "stages are not needed for a complete pipeline. Stages *aside* only measure or show results."
     )
     return _page("Stages", [intro, _records(stages(), leave_out=("run", "flow"))])
@@ -77,7 +78,10 @@ def stages() -> str:
 
 def registries() -> str:
     """Return the page of all registries: methods, layouts, texts, export targets."""
-    text = ["`ara methods` prints decompositions and allocators. `-O NAME=VALUE` sets an option of a method."]
+    text = [
+        "`ara methods` prints decompositions, allocators and recovery levels. `-O NAME=VALUE` sets an option of a "
+        "method."
+    ]
     for registry in _registries():
         text += [
             f"## {registry.kind.capitalize()}s",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # A tokenizer, and the tokens of an answer as they are computed.
 _Answer: TypeAlias = "tuple[PreTrainedTokenizerBase, Iterator[int]]"
 # What to do about an empty answer.
-_REPAIR = "calibrate with conversations (ara decompose --text), or repair the checkpoint (ara recover)"
+_REPAIR = "calibrate with conversations (ara decompose --text c4:0.8,chat:0.2), or repair the checkpoint (ara recover)"
 _NO_ROW = "take it out of the prompt; if the chat template put it there: --no-chat"
 
 

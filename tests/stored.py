@@ -18,6 +18,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 _BUDGET = {"ranks": {"x": 3}, "start_held_out": 3.5, "held_out": 3.25, "best_step": 1, "steps": 2, "seconds": 1.5}
 _KEPT = {"linear_keep": 0.8, "model_keep": 0.9, "dense_layers": 1}
+_CHECKPOINT = {
+    **_KEPT,
+    "low_rank_layers": 2,
+    "parameters": 7,
+    "weight_bytes": 8,
+    "dense_weight_bytes": 9,
+    "densified": False,
+    "disk_bytes": 8,
+}
 FIGURES: dict[str, dict[str, Any]] = {
     "decompose": {"modules": [], "linear_parameters": 0, "model_parameters": 7},
     "train-masks": {
@@ -34,24 +43,8 @@ FIGURES: dict[str, dict[str, Any]] = {
         "model_parameters": 7,
         "kinds": {},
     },
-    "truncate": {
-        **_KEPT,
-        "low_rank_layers": 2,
-        "parameters": 7,
-        "weight_bytes": 8,
-        "dense_weight_bytes": 9,
-        "densified": False,
-        "disk_bytes": 8,
-    },
-    "recover": {
-        **_KEPT,
-        "low_rank_layers": 2,
-        "parameters": 7,
-        "weight_bytes": 8,
-        "dense_weight_bytes": 9,
-        "densified": False,
-        "disk_bytes": 8,
-    },
+    "truncate": _CHECKPOINT,
+    "recover": _CHECKPOINT,
     "export": {"precision": "fp32", "last_logits": False},
     "eval": {"chosen": "x", "variants": {}, "tasks": {}, "continuations": [], "zero_shot": None, "interleaved": True},
     "report": {"title": "x", "checkpoint": "x", "verdict": "x", "missing": []},
@@ -72,12 +65,17 @@ FIGURES: dict[str, dict[str, Any]] = {
 
 
 def store(
-    workspace: Workspace, key: str, text: str = "content", parents: Sequence[str] = (), seed: int = 0
+    workspace: Workspace,
+    key: str,
+    text: str = "content",
+    parents: Sequence[str] = (),
+    seed: int = 0,
+    **settings: Any,
 ) -> StageView:
-    """Store a result of one text file, made from the results named in ``parents``."""
+    """Store a result of one text file, made from the results named in ``parents``, with further ``settings``."""
     stage, _, name = key.partition("/")
     facts = {
-        "config": {**SETTINGS.get(stage, {}), "seed": seed},
+        "config": {**SETTINGS.get(stage, {}), "seed": seed, **settings},
         "model": MODEL,
         "parents": tuple(parent_of(workspace.view(parent)) for parent in parents),
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pydantic import StrictBool
 
 from ara.artifacts.base import LEFT_OUT, Count, Least1, Number, Part, Results, Settings, StoredDtype
+from ara.artifacts.factors import TextPart
 from ara.workspace.view import StageView
 
 CHECKPOINT = "checkpoint"
@@ -50,7 +51,7 @@ class RecoveryFigures(Part):
     """How ``ara recover`` repaired a checkpoint; figures on held-out text in nats per token.
 
     Attributes:
-        text: what was asked for, such as c4.
+        parts: the texts.
         windows, held_out: windows to repair with, and to judge by.
         seq_len: tokens per window.
         before, after: KL(dense ‖ model) of the checkpoint that was repaired, and of this one.
@@ -59,7 +60,7 @@ class RecoveryFigures(Part):
         stopped: why it ended early; ``None`` if it is complete.
     """
 
-    text: str
+    parts: tuple[TextPart, ...]
     windows: Count
     held_out: Count
     seq_len: Count

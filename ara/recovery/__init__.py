@@ -6,7 +6,7 @@ Levels are in the order of their cost, in which ``ara recover`` runs them.
 from ara.registry import Entry, Registry
 
 LEVELS = Registry(
-    "level of recovery",
+    "recovery level",
     [
         Entry(
             "closed",

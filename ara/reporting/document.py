@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from ara.artifacts.base import Number
 from ara.artifacts.benchmark import ModelCost
+from ara.artifacts.checkpoint import RecoveryFigures
 from ara.artifacts.evaluation import ContinuedPrompt, SpreadFigures
 from ara.artifacts.factors import FactorisedLayer
 from ara.artifacts.graph import ParityCase
@@ -114,34 +115,6 @@ class Allocated(Part):
     guard: Guard | None
 
 
-class RecoveredLevel(Part):
-    """What one level of recovery did; see :class:`ara.artifacts.checkpoint.RecoveredLevel`."""
-
-    level: str
-    tokens: int
-    seconds: Number
-    before: Number
-    after: Number
-    kept: bool
-    notes: tuple[str, ...]
-
-
-class Recovered(Part):
-    """How the checkpoint was repaired; see :class:`ara.artifacts.checkpoint.RecoveryFigures`."""
-
-    text: str
-    windows: int
-    held_out: int
-    seq_len: int
-    before: Number
-    after: Number
-    dense_loss: Number
-    loss_before: Number
-    loss_after: Number
-    levels: tuple[RecoveredLevel, ...]
-    stopped: str | None
-
-
 class Stored(Part):
     """The checkpoint.
 
@@ -158,7 +131,7 @@ class Stored(Part):
     dense_weight_bytes: int
     disk_bytes: int
     disk_keep: float
-    recovery: Recovered | None = None
+    recovery: RecoveryFigures | None = None
 
 
 @dataclass(frozen=True)

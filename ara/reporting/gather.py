@@ -15,6 +15,7 @@ import torch
 from ara.artifacts.checkpoint import CheckpointResults, CheckpointSettings
 from ara.artifacts.evaluation import UNIFORM
 from ara.artifacts.report import MissingPart
+from ara.data.filespecs import split_items, split_share
 from ara.errors import CorruptedError
 from ara.pipeline import naming_words
 from ara.reporting.document import Layer, Report
@@ -30,6 +31,7 @@ from ara.reporting.results import (
     read_stored,
     read_training,
     read_work,
+    text_labels,
 )
 from ara.reporting.summary import title, verdict
 from ara.solver.problem import Allocation, Choice, Module
@@ -40,6 +42,8 @@ _EVENLY, _GEOMETRIC = 16, 16
 # Significant digits of values that are only drawn.
 _DRAWN_DIGITS = 5
 # The zero-shot tasks that the report suggests.
+# Texts to judge by, in the order in which they are suggested.
+_TEXTS = ("python-docs", "wikitext2", "c4")
 _ZERO_SHOT = "zero-shot"
 
 _Part = TypeVar("_Part")
@@ -215,6 +219,13 @@ def _anew(key: str, place: tuple[str, ...]) -> str:
     return shlex.join(["ara", stage, "--name", name, *place])
 
 
+def _fitted(report: Report) -> set[str]:
+    """Return the texts that factors or repairs were fitted to, as tables name them."""
+    names = [split_share(item)[0] for item in split_items(report.decomposition.text or "")]
+    names += [part.name for part in report.checkpoint.recovery.parts] if report.checkpoint.recovery else []
+    return set(text_labels(names).values())
+
+
 def _missing(report: Report, checkpoint: Manifest, place: tuple[str, ...]) -> list[MissingPart]:
     """Return what was not measured or made yet, with the commands that add it."""
     found: list[tuple[str, list[str]]] = []
@@ -222,6 +233,9 @@ def _missing(report: Report, checkpoint: Manifest, place: tuple[str, ...]) -> li
     keep = f"{report.allocation.keep or report.allocation.linear_keep:g}"
     if not any(evaluation.texts for evaluation in report.evaluations):
         found.append(("perplexity", ["eval", "--tasks", "wikitext2", *this]))
+    elif all(text.task in _fitted(report) for evaluation in report.evaluations for text in evaluation.texts):
+        other = next((name for name in _TEXTS if text_labels([name])[name] not in _fitted(report)), "file:PATH")
+        found.append(("a text that nothing was fitted to", ["eval", "--tasks", other, *this]))
     if not any(evaluation.harness or evaluation.zero_shot for evaluation in report.evaluations):
         found.append(("zero-shot accuracy", ["eval", "--tasks", _ZERO_SHOT, *this]))
     if not any(evaluation.continuations for evaluation in report.evaluations):

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ara.artifacts.benchmark import BenchmarkResults, CaseResults, Percentiles
-from ara.artifacts.checkpoint import CheckpointResults, RecoveryFigures
+from ara.artifacts.checkpoint import CheckpointResults
 from ara.artifacts.comparison import ComparedMethod, ComparisonResults, ComparisonSettings
 from ara.artifacts.evaluation import (
     DENSE,
@@ -25,7 +26,7 @@ from ara.artifacts.evaluation import (
     TextFigures,
     TextResults,
 )
-from ara.artifacts.factors import FactorsResults, FactorsSettings
+from ara.artifacts.factors import FactorsResults, FactorsSettings, TextPart
 from ara.artifacts.graph import GraphResults
 from ara.artifacts.ranks import GuardResults, RanksResults, RanksSettings
 from ara.artifacts.training import TrainingResults, TrainingSettings
@@ -61,18 +62,23 @@ def read_decomposition(manifest: Manifest) -> document.Decomposed:
     )
 
 
+def _shared_part(part: TextPart) -> TextPart:
+    """Return a text without local folders."""
+    return replace(part, name=shared_text(part.name), origin=shared_origin(part.origin))
+
+
 def _calibration_text(settings: FactorsSettings, results: FactorsResults) -> str | None:
     """Return names and shares of the calibration text, without local folders."""
     if not results.parts:  # an older result, or a method without calibration
         return None if settings.text is None else shared_text(settings.text)
-    return mixture_spec([Share(shared_text(part.name), part.share) for part in results.parts])
+    return mixture_spec([Share(part.name, part.share) for part in map(_shared_part, results.parts)])
 
 
 def _calibration_origin(results: FactorsResults) -> str | None:
     """Return where the calibration text came from, in words, without local folders."""
     if not results.parts:
         return shared_origin(results.text) if results.text else None
-    return origin_in_words([(part.share, shared_origin(part.origin)) for part in results.parts])
+    return origin_in_words([(part.share, part.origin) for part in map(_shared_part, results.parts)])
 
 
 def read_allocation(manifest: Manifest) -> document.Allocated:
@@ -100,13 +106,8 @@ def _guard(guard: GuardResults) -> document.Guard:
 def read_stored(name: str, results: CheckpointResults, dtype: str) -> document.Stored:
     """Return the checkpoint."""
     disk_keep = results.disk_bytes / results.dense_weight_bytes
-    recovery = None if results.recovery is None else _recovery(results.recovery)
+    recovery = results.recovery and replace(results.recovery, parts=tuple(map(_shared_part, results.recovery.parts)))
     return document.Stored.from_source(results, name=name, dtype=dtype, disk_keep=disk_keep, recovery=recovery)
-
-
-def _recovery(figures: RecoveryFigures) -> document.Recovered:
-    levels = [document.RecoveredLevel.from_source(row) for row in figures.levels]
-    return document.Recovered.from_source(figures, text=shared_text(figures.text), levels=levels)
 
 
 def read_work(manifest: Manifest) -> document.Work:

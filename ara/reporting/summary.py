@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ara.artifacts.checkpoint import RecoveryFigures
 from ara.artifacts.evaluation import DENSE, UNIFORM, SpreadFigures
+from ara.data.mixtures import Share, mixture_spec
 from ara.evaluation.paired import NOISE
 from ara.reporting.document import (
     Allocated,
@@ -15,7 +17,6 @@ from ara.reporting.document import (
     Difference,
     Evaluated,
     HarnessResult,
-    Recovered,
     Stored,
     TextResult,
     ZeroShot,
@@ -188,12 +189,13 @@ def _change(what: str, evaluation: Evaluated, result: ZeroShot | HarnessResult) 
     return f"{words} (uniform ranks: {models[UNIFORM]}{noise})"
 
 
-def recovery_words(recovery: Recovered) -> str:
+def recovery_words(recovery: RecoveryFigures) -> str:
     """Return how a checkpoint was repaired, in sentences."""
     kept = [level.level for level in recovery.levels if level.kept]
     what = f"repaired at the level{'s' * (len(kept) > 1)} {', '.join(kept)}" if kept else "not changed by any repair"
+    text = mixture_spec([Share(part.name, part.share) for part in recovery.parts])
     words = (
-        f"Its values were {what}, with {recovery.windows} × {recovery.seq_len} tokens of {recovery.text}. "
+        f"Its values were {what}, with {recovery.windows} × {recovery.seq_len} tokens of {text}. "
         f"On {recovery.held_out} held-out windows the divergence from the dense model went from {recovery.before:.4f} "
         f"to {recovery.after:.4f} nats per token, and the loss from {recovery.loss_before:.4f} to "
         f"{recovery.loss_after:.4f} (dense {recovery.dense_loss:.4f})."

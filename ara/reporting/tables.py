@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from textwrap import shorten
 
+from ara.artifacts.checkpoint import RecoveryFigures
 from ara.artifacts.evaluation import DENSE, UNIFORM
 from ara.evaluation.tasks import mean_label
 from ara.layout_names import DEFAULT_LAYOUT
@@ -35,7 +36,7 @@ def size_table(report: document.Report) -> Table:
     return Table("Parameters and bytes", ("", "dense", "compressed", "kept"), rows)
 
 
-def recovery_table(recovery: document.Recovered) -> Table:
+def recovery_table(recovery: RecoveryFigures) -> Table:
     """Return what each level of recovery has changed."""
     rows = [
         (

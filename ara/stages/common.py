@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ara.artifacts.factors import TextPart
 from ara.config import DecomposeConfig
 from ara.environment import reset_peak_memory
 from ara.errors import ModelError, UsageError
@@ -25,6 +26,8 @@ from ara.workspace.writer import StageWriter
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ara.data.mixtures import CalibrationText
+    from ara.data.tokens import TokenWindows
     from ara.models.sources import ModelSource
 
 Item = TypeVar("Item")
@@ -200,6 +203,14 @@ def warn_without_chat(spec: str, tokenizer: PreTrainedTokenizerBase, run: Run) -
             "the model has a chat template and the calibration text no conversation: the compressed model may give "
             "empty answers (add a share of chat: --text c4:0.8,chat:0.2)"
         )
+
+
+def text_parts(text: CalibrationText, windows: TokenWindows) -> tuple[TextPart, ...]:
+    """Return the texts of a mixture, with the tokens that each has given."""
+    return tuple(
+        TextPart(part.text.name, part.share, part.text.origin, tokens)
+        for part, tokens in zip(text.parts, windows.tokens_of.values(), strict=True)
+    )
 
 
 def groups_in_memory(

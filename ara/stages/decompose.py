@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ara.artifacts.factors import FactorisedLayer, FactorsResults, TextPart, layer_file
+from ara.artifacts.factors import FactorisedLayer, FactorsResults, layer_file
 from ara.calibration.chunks import ChunkReader, GradientReading, split_into_chunks
 from ara.calibration.gradients import GradientStats
 from ara.calibration.moments import InputStats, shared_inputs
@@ -26,7 +26,7 @@ from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec, find_linears, left_dense
-from ara.stages.common import Run, begin, check_window, open_task, warn_without_chat
+from ara.stages.common import Run, begin, check_window, open_task, text_parts, warn_without_chat
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
@@ -183,16 +183,9 @@ def _overview(
         model_parameters=parameter_count(model),
         linear_parameters=sum(spec.dense_cost for spec in linears),
         text=text.origin if text is not None else None,
-        parts=_parts(text, windows) if text is not None and windows is not None else (),
+        parts=text_parts(text, windows) if text is not None and windows is not None else (),
         windows=tuple(windows.ids.shape) if windows is not None else None,
         windows_sha256=windows.digest if windows is not None else None,
-    )
-
-
-def _parts(text: CalibrationText, windows: TokenWindows) -> tuple[TextPart, ...]:
-    return tuple(
-        TextPart(part.text.name, part.share, part.text.origin, tokens)
-        for part, tokens in zip(text.parts, windows.tokens_of.values(), strict=True)
     )
 
 

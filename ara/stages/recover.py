@@ -20,7 +20,7 @@ from ara.artifacts.checkpoint import (
     RecoveredLevel,
     RecoveryFigures,
 )
-from ara.artifacts.factors import factor_files, specs_of
+from ara.artifacts.factors import TextPart, factor_files, specs_of
 from ara.artifacts.ranks import layout_of
 from ara.config import RecoverConfig
 from ara.environment import keep_freed_memory, peak_memory_bytes
@@ -128,7 +128,7 @@ def recover(
                 run.report,
                 keep_on_interrupt,
             )
-            found, details = _Levels(recovery, stage, texts.spec).all(levels)
+            found, details = _Levels(recovery, stage, texts.parts).all(levels)
             _write(recovery, layout, stage, replace(figures, recovery=found), made)
             text = json.dumps(details, indent=1, allow_nan=False)
             (stage.folder / DETAILS).write_text(text + "\n", encoding="utf-8")
@@ -173,8 +173,8 @@ class CheckpointInputs:
 class _Levels:
     """Runs levels one after the other; takes one back that raises the divergence from the dense model."""
 
-    def __init__(self, recovery: Recovery, stage: StageWriter, text: str) -> None:
-        self.recovery, self.stage, self.text, self.report = recovery, stage, text, recovery.report
+    def __init__(self, recovery: Recovery, stage: StageWriter, parts: tuple[TextPart, ...]) -> None:
+        self.recovery, self.stage, self.parts, self.report = recovery, stage, parts, recovery.report
 
     def all(self, levels: Mapping[str, Level]) -> tuple[RecoveryFigures, dict[str, Any]]:
         """Run the levels and return their figures and details; finished ones are read from the stage."""
@@ -198,7 +198,7 @@ class _Levels:
                 self.report.warn(f"{name}: {stopped}: what is finished is stored; the same command resumes")
                 break
         figures = RecoveryFigures(
-            text=self.text,
+            parts=self.parts,
             windows=len(recovery.train.ids),
             held_out=len(recovery.held_out.ids),
             seq_len=recovery.train.ids.shape[1],

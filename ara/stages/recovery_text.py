@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ara.artifacts.factors import FactorsSettings
+from ara.artifacts.factors import FactorsSettings, TextPart
 from ara.config import RecoverConfig
 from ara.models.sources import ModelSource
 from ara.models.vocabulary import token_rows
 from ara.recovery.base import RecoveryText
-from ara.stages.common import Run, check_window, warn_without_chat
+from ara.stages.common import Run, check_window, text_parts, warn_without_chat
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 
@@ -20,14 +20,14 @@ class RecoveryTexts:
 
     Attributes:
         spec: what was asked for.
-        origin: its source, in words.
+        parts: the texts of the mixture.
         digest: sha256 (hex) of the source.
         seq_len: tokens per window.
         train, held_out: windows; at least one window lies between them.
     """
 
     spec: str
-    origin: str
+    parts: tuple[TextPart, ...]
     digest: str
     seq_len: int
     train: RecoveryText
@@ -63,4 +63,5 @@ def recovery_texts(
     ids, answers = train.ids[: config.samples], train.answers
     counted = None if config.loss_on == "all" or answers is None else answers[: config.samples]
     run.report.fact(f"{len(ids)} windows of {seq_len} tokens to repair with, {held.windows} held out")
-    return RecoveryTexts(spec, text.origin, text.digest, seq_len, RecoveryText(ids, counted), RecoveryText(held.ids))
+    parts = text_parts(text, train)
+    return RecoveryTexts(spec, parts, text.digest, seq_len, RecoveryText(ids, counted), RecoveryText(held.ids))

@@ -36,12 +36,21 @@ def _next_words(workspace: Workspace, after: StageView | None) -> list[str]:
         current = max(filter(_is_step, done), key=_created, default=None)
     if current is None:
         return ["ara", stages()[0].name, (workspace.model or {}).get("requested", "MODEL")]
-    while (further := next_stage(current.stage)) is not None:
+    while (further := _further(current)) is not None:
         made = [view for view in done if view.kind == further.produces and _is_child(view, current)]
         if not made:
             return ["ara", further.name, *_given(further, current, views)]
         current = max(made, key=_created)
     return _another_budget(current, done, views)
+
+
+def _further(view: StageView) -> Stage | None:
+    """Return the next stage for a result."""
+    stage = next_stage(view.stage)
+    # A densified checkpoint has no ranks that a repair could keep.
+    if stage is not None and stage.produces == view.kind and view.manifest and view.manifest.config.get("densify"):
+        return next_stage(stage.name)
+    return stage
 
 
 def _is_step(view: StageView) -> bool:

@@ -24,15 +24,17 @@ def models(*, s: Session) -> None:
 
 @command_line(without=_NO_WORKSPACE)
 def methods(*, s: Session) -> None:
-    """List decompositions and allocators with their options (-O NAME=VALUE)."""
+    """List decompositions, allocators and recovery levels with their options (-O NAME=VALUE)."""
     from ara.allocation import ALLOCATORS
     from ara.decomposition import DECOMPOSITIONS
+    from ara.recovery import LEVELS
 
     found = {}
-    for registry in (DECOMPOSITIONS, ALLOCATORS):
+    for registry in (DECOMPOSITIONS, ALLOCATORS, LEVELS):
         rows, entries = [], []
         for entry in registry:
-            fields = entry.load().Options.model_fields
+            kind = getattr(entry.load(), "Options", None)
+            fields = kind.model_fields if kind else {}
             options = "; ".join(f"{name}={f.default}: {f.description}" for name, f in fields.items())
             rows.append((entry.name, entry.title, options or "none", entry.paper))
             entries.append({"name": entry.name, "title": entry.title, "paper": entry.paper, "options": list(fields)})

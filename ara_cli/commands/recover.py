@@ -20,8 +20,8 @@ def command(
 ) -> None:
     """Repair the values of a compressed checkpoint and write a further one. Its ranks stay.
 
-    Each level runs the ones before it, unless --only is given. A level that raises the loss on held-out text is taken
-    back.
+    Each level runs the ones before it, unless --only is given. A level that raises the divergence from the dense model
+    on held-out text is taken back.
     """
     from ara.stages.recover import recover
     from ara_cli.render import show_checkpoint, show_end

@@ -155,7 +155,7 @@ def _without_chat_warning(stderr):
 
 
 def test_words_tell_what_was_done_and_what_comes_next(each, tmp_path):
-    following = {"decompose": "allocate", "allocate": "truncate", "truncate": "eval", "eval": "allocate"}
+    following = {"decompose": "allocate", "allocate": "truncate", "truncate": "recover", "eval": "allocate"}
     for command in each[:4]:
         result = done(*command)
         assert f"Saved in {tmp_path}" in result.stderr
@@ -189,7 +189,7 @@ def test_status_shows_every_stage_and_state(copied):
         ("eval", f"{NAME}-{story()}"): "damaged",
     }
     assert document["missing"] == ["train-masks", "recover", "export"]
-    assert document["next"] == f"ara eval --tasks wikitext2 -w {copied}"
+    assert document["next"] == f"ara recover -w {copied}"
     text = done("status", "-w", copied).stdout
     stages = [stage.name for stage in steps()]
     rows = [line.split()[0] for line in text.splitlines() if line.strip() and line.split()[0] in stages]

@@ -64,7 +64,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [
         Entry(kind.__name__.lower(), "a toy", f"{__name__}:{kind.__name__}") for kind in (Worse, Broken, Stopped)
     ]
-    table = Registry("level of recovery", entries)
+    table = Registry("recovery level", entries)
     monkeypatch.setattr(recovery, "LEVELS", table)
     monkeypatch.setattr("ara.stages.recover.LEVELS", table)
 

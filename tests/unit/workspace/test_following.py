@@ -42,8 +42,10 @@ def test_two_budgets_step_by_step(workspace):
         store(workspace, f"allocate/{budget}", parents=["decompose/plain"], seed=int(budget[2]))
         assert following(workspace, f"allocate/{budget}") == following(workspace) == "truncate"
         store(workspace, f"truncate/{budget}", parents=[f"allocate/{budget}", "decompose/plain"])
-        assert following(workspace, f"truncate/{budget}") == following(workspace) == "eval --tasks wikitext2"
-        store(workspace, f"eval/{budget}", parents=[f"truncate/{budget}", "decompose/plain"])
+        assert following(workspace, f"truncate/{budget}") == following(workspace) == "recover"
+        store(workspace, f"recover/{budget}", parents=[f"truncate/{budget}", "decompose/plain"])
+        assert following(workspace, f"recover/{budget}") == following(workspace) == "eval --tasks wikitext2"
+        store(workspace, f"eval/{budget}", parents=[f"recover/{budget}", "decompose/plain"])
         assert following(workspace, f"eval/{budget}") == "allocate --keep 0.6"
 
 
@@ -59,12 +61,20 @@ def test_an_older_result_is_named(workspace):
     assert following(workspace, "allocate/0.60") == following(workspace) == "truncate"
     for budget in ("0.80", "0.60"):
         store(workspace, f"truncate/{budget}", parents=[f"allocate/{budget}", "decompose/plain"])
-    assert following(workspace, "truncate/0.80") == "eval --tasks wikitext2 --checkpoint 0.80"
+    assert following(workspace, "truncate/0.80") == "recover --checkpoint 0.80"
     # What is there already is passed over.
-    assert following(workspace, "allocate/0.80") == "eval --tasks wikitext2 --checkpoint 0.80"
-    store(workspace, "eval/0.80", parents=["truncate/0.80", "decompose/plain"])
+    assert following(workspace, "allocate/0.80") == "recover --checkpoint 0.80"
+    store(workspace, "recover/0.80-closed", parents=["truncate/0.80", "decompose/plain"])
+    assert following(workspace, "allocate/0.80") == "eval --tasks wikitext2"
+    store(workspace, "eval/0.80", parents=["recover/0.80-closed", "decompose/plain"])
     assert following(workspace, "allocate/0.80") == "allocate --keep 0.6 --factors plain"
-    assert following(workspace, "allocate/0.60") == "eval --tasks wikitext2"
+    assert following(workspace, "allocate/0.60") == "recover --checkpoint 0.60"
+
+
+def test_a_densified_checkpoint_is_not_repaired(workspace):
+    store(workspace, "decompose/plain")
+    store(workspace, "truncate/a", parents=["decompose/plain"], densify=True)
+    assert following(workspace, "truncate/a") == "eval --tasks wikitext2"
 
 
 def test_a_damaged_one_beside_it_makes_the_name_needed(workspace):

@@ -298,7 +298,7 @@ def test_next_command_follows_the_pipeline(workspace):
     for key in ("decompose/plain", "allocate/a", "truncate/a", "eval/a"):
         store(workspace, key)
         steps.append(next_command(workspace))
-    assert [step.split(" ")[1] for step in steps] == ["decompose", "allocate", "truncate", "eval", "allocate"]
+    assert [step.split(" ")[1] for step in steps] == ["decompose", "allocate", "truncate", "recover", "allocate"]
     assert steps[0] == f"ara decompose demo -w {workspace.root}"
     assert all(shlex.split(step)[-2:] == ["-w", str(workspace.root)] for step in steps)
 
