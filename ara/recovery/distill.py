@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ara.config import RecoverConfig
-from ara.errors import DataError, NumericalError, UsageError
+from ara.errors import DataError, ModelError, NumericalError, UsageError
 from ara.events import event_writer_class
 from ara.layouts.modeling_ara import CompressedLinear
 from ara.models.batches import batch_indices
@@ -78,13 +78,13 @@ def trained_parameters(recovery: Recovery) -> dict[str, nn.Parameter]:
     final norm. Embeddings and the head are matrices and stay.
 
     Raises:
-        UsageError: the factors are to be trained, and all layers are dense.
+        ModelError: the factors are to be trained, and all layers are dense.
     """
     model = recovery.model
     if recovery.config.train == "factors":
         wanted = _factor_names(model, recovery.specs)
         if not wanted:
-            raise UsageError("--train factors needs low-rank layers, and all layers are dense", "use --train all")
+            raise ModelError("--train factors needs low-rank layers, and all layers are dense", "use --train all")
         return trained((name, model.get_parameter(name)) for name in wanted)
     inside = f"{find_blocks(model)[0]}."
     head = model.get_output_embeddings()

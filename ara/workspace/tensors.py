@@ -90,10 +90,11 @@ def written_aside(path: Path, holder: Path | None = None) -> Iterator[Path]:
 
 def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Return the sha256 (hex) over the bytes of each tensor, equal to that of :func:`tensor_records`."""
-    return {
-        name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-        for name, tensor in tensors.items()
-    }
+    import torch
+
+    # As bytes: numpy has no bfloat16.
+    raw = {name: tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for name, tensor in tensors.items()}
+    return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in raw.items()}
 
 
 def tensor_records(path: Path, name: str) -> dict[str, TensorRecord]:

@@ -264,3 +264,25 @@ def test_a_kept_adapter_is_in_the_result_and_survives_a_kill(copied: Path, monke
 
 def _killed(*args: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_training_in_half_precision_resumes(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {"level": "distill", "only": True, "dtype": "bfloat16", "steps": 4, "batch": 4, "save_every": 1}
+    config = CONFIG.model_copy(update=words)
+    whole = figures(recover(config, Run(copied), name="whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr("ara.recovery.distill.Row", _third)
+        with pytest.raises(KeyboardInterrupt):
+            recover(config, Run(copied), name="again")
+    heard = Recorder()
+    again = figures(recover(config, Run(copied, report=heard), name="again"))
+    assert any("resuming after step 2 of 4" in text for text in heard.facts)
+    assert again.after == whole.after and again.levels[0].tokens == whole.levels[0].tokens
+
+
+def _third(step: int, *values: Any) -> Any:
+    if step == 3:
+        raise KeyboardInterrupt
+    from ara.recovery.history import Row
+
+    return Row(step, *values)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ara.config import RecoverConfig
-from ara.errors import DataError, NumericalError, UnavailableError, UsageError
+from ara.errors import DataError, ModelError, NumericalError, UnavailableError, UsageError
 from ara.layouts.modeling_ara import LowRankLinear
 from ara.models.losses import token_losses
 from ara.recovery import distill
@@ -74,7 +74,7 @@ def test_factors_alone(tmp_path):
 
 def test_factors_of_a_dense_model_are_refused(tmp_path):
     recovery = tiny_recovery(tmp_path, train="factors", **FAST)
-    with pytest.raises(UsageError, match="all layers are dense"):
+    with pytest.raises(ModelError, match="all layers are dense"):
         Distill().repair(replace(recovery, model=tiny_model("llama")))
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from ara.errors import DiskFullError, disk_full_error
-from ara.workspace.tensors import save_tensors, tensor_records, written_aside
+from ara.workspace.tensors import save_tensors, tensor_digests, tensor_records, written_aside
 from tests.damage import listing
 
 TENSORS = {
@@ -34,6 +34,18 @@ def test_records_fit_what_safetensors_reads_back(tmp_path):
         assert records[name].shape == tuple(tensor.shape)
         assert records[name].dtype == names[tensor.dtype]
         assert records[name].file == "folder/x.safetensors"
+
+
+def test_digests_are_those_of_the_file(tmp_path):
+    tensors = {
+        "float": torch.arange(6.0).view(2, 3).T,
+        "bfloat16": torch.arange(5.0).bfloat16(),
+        "number": torch.tensor(3),
+        "empty": torch.zeros(0, dtype=torch.int32),
+    }
+    save_tensors(tmp_path / "a.safetensors", tensors)
+    records = tensor_records(tmp_path / "a.safetensors", "a.safetensors")
+    assert tensor_digests(tensors) == {name: record.sha256 for name, record in records.items()}
 
 
 def test_same_tensors_give_the_same_bytes_in_any_order(tmp_path):
