@@ -166,10 +166,10 @@ class Level(ABC):
     takes the level back if it has grown, stores the state after each level, and writes the checkpoint.
 
     Class attributes:
-        trains: whether it needs gradients and an optimiser.
+        settings: fields of :class:`~ara.config.RecoverConfig` that no other level reads.
     """
 
-    trains: ClassVar[bool] = True
+    settings: ClassVar[frozenset[str]] = frozenset()
 
     def check(self, config: RecoverConfig) -> None:  # noqa: B027 - most levels have nothing to refuse
         """Refuse settings that the level cannot fulfil, before anything is loaded.

@@ -43,6 +43,8 @@ _DIVERGED = 10.0
 class Block(Level):
     """Trains block by block; a block that does not get better on held-out text is taken back."""
 
+    settings = frozenset({"block_epochs", "block_rate", "block_metric", "look_ahead"})
+
     def repair(self, recovery: Recovery) -> LevelOutcome:
         """Train all blocks in their order.
 

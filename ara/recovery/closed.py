@@ -42,8 +42,6 @@ class Choice:
 class Closed(Level):
     """Sequential correction without gradients."""
 
-    trains = False
-
     def repair(self, recovery: Recovery) -> LevelOutcome:
         """Correct all layers, block by block."""
         return _Correction(recovery).all_blocks()

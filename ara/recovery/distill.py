@@ -47,6 +47,11 @@ _OPTIMISER_BYTES = 4 * 4
 class Distill(Level):
     """Trains all weights of the blocks, the factors alone, or LoRA adapters."""
 
+    settings = frozenset(
+        {"steps", "batch", "rate", "train", "lora_rank", "keep_adapter"}
+        | {"check_every", "patience", "save_every", "tensorboard"}
+    )
+
     def check(self, config: RecoverConfig) -> None:
         """Refuse missing packages and an adapter without LoRA; see :meth:`Level.check`."""
         if config.keep_adapter and config.train != "lora":

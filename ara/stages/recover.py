@@ -97,8 +97,10 @@ def recover(
                 "seq_len": texts.seq_len,
             }
         )
+        # Settings of levels that do not run make no other result.
+        idle = {name for entry in LEVELS if entry.name not in levels for name in entry.load().settings}
         settings = {
-            **resolved.model_dump(mode="json"),
+            **resolved.model_dump(mode="json", exclude=idle),
             "compute_dtype": placement.dtype,
             "text_sha256": texts.digest,
         }

@@ -103,6 +103,14 @@ def test_names_are_listed_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_every_setting_belongs_to_one_level_or_to_all() -> None:
+    own = [name for entry in LEVELS for name in entry.load().settings]
+    assert len(own) == len(set(own)) and set(own) < set(RecoverConfig.model_fields)
+    assert {"text", "samples", "held_out", "seq_len", "seed", "level", "only"} <= set(RecoverConfig.model_fields) - set(
+        own
+    )
+
+
 # -- what a level does ----------------------------------------------------------------------------------------------
 
 

@@ -69,6 +69,8 @@ KINDS = {
             for name in UNFINISHED),
         *(Kind(f"{name}, finished part", (f"ws/{name}/.*.partial/[!.]*.safetensors",
             f"ws/{name}/.*.partial/[!.]*.json"), cut_off=name, must="remake") for name in UNFINISHED),
+        Kind("recovery, finished part", ("ws/recover/.*.partial/.work-*.safetensors",), cut_off="recover",
+            must="remake"),
         Kind("training, checkpoint", ("ws/train-masks/.*.partial/.checkpoint.safetensors",), cut_off="train-masks",
             must="remake"),
     )

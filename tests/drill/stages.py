@@ -65,6 +65,9 @@ SCENARIOS = {
             f"--eval-seq-len 64 --max-windows 2 {_TUNED}", ("decompose",)),
         Scenario("bench", _BENCH, _CUT),
         Scenario("report", f"{_REPORT} --output page.html", (*_CUT, "eval", "bench")),
+        Scenario("recover", "recover --checkpoint energy-0.70 --level distill --samples 8 --held-out 3 --batch-size 4 "
+            f"--block-epochs 1 --steps 3 --batch 4 --check-every 1 --save-every 1 {_PLACED}", _CUT,
+            keeps_on_interrupt=True),
     )
 }  # fmt: skip
 
