@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -108,6 +108,14 @@ def test_what_is_stored_are_the_tensors_of_the_layer(layout: Layout, m: int, n: 
     assert {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()} == expected
     assert {name for name, tensor in layer.state_dict().items() if not tensor.is_floating_point()} == {*layout.indices}
     assert layer.problem() is None and not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_stored_tensors_give_factors_of_the_same_matrix_back(layout: Layout, m: int, n: int, k: int) -> None:
+    a, b, _ = factors(m, n, k)
+    down, up = layout.join(layout.split(a, b))
+    assert down.shape == (k, n) and up.shape == (m, k) and down.dtype == torch.float64
+    torch.testing.assert_close(up @ down, b @ a)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
@@ -241,6 +249,9 @@ class ScaledLayout(Layout):
     def split(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
         lengths = a.norm(dim=1)
         return {"A.weight": a / lengths[:, None], "B.weight": b, "scale": lengths}
+
+    def join(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return tensors["A.weight"] * tensors["scale"][:, None], tensors["B.weight"]
 
 
 @pytest.fixture
