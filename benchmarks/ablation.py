@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     run = Run(arguments.workspace, "python benchmarks/ablation.py", console)
-    decompose(DecomposeConfig(model=arguments.model, method="two-sided", samples=arguments.samples), run)
+    decompose(DecomposeConfig(model=arguments.model, method="two-sided", samples=arguments.samples, text="c4"), run)
     only = arguments.only or list(VARIANTS)
     prefix = f"ablation-{arguments.layout}-{arguments.keep:g}-{arguments.steps}x{arguments.samples}"
     rows = []

@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DENSE = "dense"
+# Tokens of a calibration window.
+SEQ_LEN = 512
 # Prompts of the repetition measure: beginnings of held-out C4 documents, and tokens of their continuations.
 PROMPT_TOKENS, NEW_TOKENS = 32, 128
 
@@ -170,7 +172,8 @@ class Bench:
         """Factor the model on a calibration text."""
         a = self.arguments
         text = CALIBRATIONS[calibration]
-        config = DecomposeConfig(model=a.model, method=method, text=text, samples=a.samples, dtype=a.dtype)
+        sizes = {"samples": a.samples, "seq_len": SEQ_LEN}
+        config = DecomposeConfig(model=a.model, method=method, text=text, dtype=a.dtype, **sizes)
         return decompose(config, self.run, name=f"{method}-{calibration}")
 
     def ranks(self, row: Row) -> StageView:
@@ -262,7 +265,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens per evaluation window")
     parser.add_argument("--conversations", type=int, default=64, help="held-out conversations")
     parser.add_argument("--prompts", type=int, default=64, help="prompts that are continued by 128 tokens")
-    parser.add_argument("--samples", type=int, default=256, help="calibration windows of 512 tokens")
+    parser.add_argument("--samples", type=int, default=256, help="calibration windows")
     parser.add_argument("--rank-samples", type=int, default=128, help="further windows to learn ranks from")
     parser.add_argument("--epochs", type=int, default=2, help="passes of block training")
     parser.add_argument("--steps", type=int, default=60, help="steps of distillation")

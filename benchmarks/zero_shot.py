@@ -4,10 +4,11 @@
     python benchmarks/zero_shot.py --workspace WS --checkpoint NAME --limit 400
     python benchmarks/zero_shot.py --workspace WS --checkpoint NAME --tasks wikitext --limit 8    # whole articles
 
-Without --checkpoint the pipeline runs first: two-sided factors calibrated on C4, ranks by the sensitivity table at
---keep. Afterwards lm-eval's own command asks the dense model the same questions, in a separate process. The last table
-shows how many of them get the same score from both. The script fails if an accuracy differs by more than one standard
-error, or if the questions differ.
+Without --checkpoint the pipeline runs first with its default settings: two-sided factors, ranks by the sensitivity
+table at --keep, and a repair up to the level --recover ("none" measures the truncated model). Afterwards lm-eval's own
+command asks the dense model the same questions, in a separate process. The last table shows how many of them get the
+same score from both. The script fails if an accuracy differs by more than one standard error, or if the questions
+differ.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ara.artifacts.evaluation import EvaluationResults
-from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
+from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, RecoverConfig, TruncateConfig
 from ara.evaluation.tasks import LOCAL, definition, expand, is_text
 from ara.layout_names import DEFAULT_LAYOUT, LAYOUT_NAMES
 from ara.models.placement import torch_dtype
@@ -31,6 +32,7 @@ from ara.stages.allocate import allocate
 from ara.stages.common import Run, model_of
 from ara.stages.decompose import decompose
 from ara.stages.evaluate import evaluate
+from ara.stages.recover import recover
 from ara.stages.truncate import truncate
 from ara.workspace.view import StageView
 from ara_cli.console import Column, Console
@@ -45,10 +47,13 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="model to compress")
     parser.add_argument("--keep", type=float, default=0.8, help="budget")
     parser.add_argument("--layout", default=DEFAULT_LAYOUT, choices=LAYOUT_NAMES, help="of low-rank layers")
+    parser.add_argument(
+        "--recover", default=RecoverConfig.model_fields["level"].default, help="level of the repair, or none"
+    )
     parser.add_argument("--tasks", default=TASKS, help="with commas")
     parser.add_argument("--limit", type=int, default=400, help="questions per task")
     parser.add_argument("--batch-size", type=int, default=8, help="texts per forward pass")
-    parser.add_argument("--checkpoint", help="result of ara truncate in the workspace [default: made here]")
+    parser.add_argument("--checkpoint", help="NAME or STAGE/NAME of a checkpoint in the workspace [default: made here]")
     parser.add_argument("--no-check", action="store_true", help="do not run lm-eval's own command")
     parser.add_argument("--workspace", type=Path, default=Path("bench-zero-shot"), help="where to work")
     arguments = parser.parse_args()
@@ -59,7 +64,10 @@ def main() -> None:
     factors = decompose(DecomposeConfig(model=arguments.model), run)
     if arguments.checkpoint is None:
         chosen = allocate(AllocateConfig(keep=arguments.keep, method="sensitivity", layout=arguments.layout), run)
-        arguments.checkpoint = truncate(TruncateConfig(), run, allocation=chosen.name).name
+        made = truncate(TruncateConfig(), run, allocation=chosen.name)
+        if arguments.recover != "none":
+            made = recover(RecoverConfig(level=arguments.recover), run, checkpoint=made.key)
+        arguments.checkpoint = made.key
     names = tuple(arguments.tasks.split(","))
     config = EvalConfig(tasks=names, limit=arguments.limit, batch_size=arguments.batch_size)
     view = evaluate(config, run, checkpoint=arguments.checkpoint)
