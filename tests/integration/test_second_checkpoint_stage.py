@@ -151,7 +151,7 @@ def test_status_and_the_next_command_know_the_stage(polished: Path) -> None:
     assert {"stage": "polish", "name": name, "state": "done", "why": "", "remedy": ""} in found["stages"]
     polish(PolishConfig(), Run(polished), checkpoint=f"truncate/{name}", name="later")
     words = next_command(workspace, workspace.view(f"polish/{name}"))
-    assert words.startswith(f"ara eval --tasks wikitext2 --from polish/{name} ")
+    assert words.startswith(f"ara recover --from polish/{name} ")
 
 
 def test_what_it_was_made_from_makes_it_stale(polished: Path) -> None:
