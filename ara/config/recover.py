@@ -36,7 +36,7 @@ class RecoverConfig(PlacementConfig):
     seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="random seed of windows and batches")
     block_epochs: int = Field(2, ge=1, le=bounds.MAX_STEPS, description="block: passes over the windows")
     block_rate: float = Field(
-        1e-4, ge=bounds.MIN_RATE, le=bounds.MAX_RATE, description="block: initial learning rate of AdamW"
+        5e-4, ge=bounds.MIN_RATE, le=bounds.MAX_RATE, description="block: highest learning rate of AdamW"
     )
     block_metric: Literal["plain", "channels", "full"] = Field(
         "channels",
@@ -47,7 +47,7 @@ class RecoverConfig(PlacementConfig):
     steps: int = Field(64, ge=1, le=bounds.MAX_STEPS, description="distill: training steps")
     batch: int = Field(16, ge=1, le=bounds.MAX_WINDOWS, description="distill: windows per step")
     rate: float = Field(
-        5e-5, ge=bounds.MIN_RATE, le=bounds.MAX_RATE, description="distill: initial learning rate of AdamW"
+        5e-5, ge=bounds.MIN_RATE, le=bounds.MAX_RATE, description="distill: highest learning rate of AdamW"
     )
     train: Literal["all", "factors", "lora"] = Field(
         "all",

@@ -16,9 +16,10 @@ import torch
 
 from ara.config import RecoverConfig
 from ara.errors import NumericalError
+from ara.models.blocks import independent_starts
 from ara.models.likelihood import window_nll
 from ara.models.losses import token_losses
-from ara.models.weights import LinearSpec
+from ara.models.weights import LinearSpec, find_blocks
 from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -132,6 +133,18 @@ class Recovery:
         """Device of both models."""
         device: torch.device = self.model.device
         return device
+
+    def starts_anywhere(self) -> bool:
+        """Tell whether passes of both models may start at every block; if not, it is reported."""
+        starts = range(1, len(find_blocks(self.model)[1]))
+        ids = self.train.ids[:1].to(self.device)
+        independent = all(len(independent_starts(one, ids, starts)) == len(starts) for one in (self.dense, self.model))
+        if not independent:
+            self.report.fact(
+                "every pass starts at the embeddings, which takes longer: blocks of this model reuse results of "
+                "earlier blocks"
+            )
+        return independent
 
     def held_out_distance(self, advance: Callable[[int], None] | None = None) -> Distance:
         """Return how far the compressed model is from the dense one on the held-out windows.

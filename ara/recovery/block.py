@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ara.errors import NAN_HINT, NumericalError, UnsupportedModelError
-from ara.models.blocks import independent_starts
 from ara.models.weights import find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery
 from ara.recovery.fisher import block_fisher
@@ -115,17 +114,12 @@ class _Training:
 
     def _streams(self) -> tuple[SideBySide, SideBySide]:
         """Return both models side by side on the training text and on the held-out text."""
-        recovery, starts = self.recovery, range(1, self.blocks)
-        independent = len(independent_starts(recovery.dense, recovery.train.ids[:1], starts)) == len(starts)
+        recovery = self.recovery
+        independent = recovery.starts_anywhere()
         if not independent and self.config.look_ahead:
             raise UnsupportedModelError(
                 "look-ahead runs a dense block by itself, but blocks of this model reuse results of earlier blocks",
                 "leave out --look-ahead",
-            )
-        if not independent:
-            recovery.report.fact(
-                "every pass starts at the embeddings, which takes longer: blocks of this model reuse results of "
-                "earlier blocks"
             )
         train, held_out = (
             SideBySide(

@@ -22,7 +22,7 @@ from ara.calibration.moments import shared_inputs
 from ara.decomposition.parallel import map_layers
 from ara.errors import NumericalError
 from ara.layouts.modeling_ara import CompressedLinear
-from ara.models.blocks import Stream, independent_starts
+from ara.models.blocks import Stream
 from ara.models.weights import LinearSpec, bias_of, find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery
 from ara.recovery.correction import Correction, PairedAccumulator, PairedMoments, correct
@@ -61,7 +61,7 @@ class _Correction:
         self.groups: dict[int, dict[str, list[LinearSpec]]] = {}
         for name, leader in owners.items():
             self.groups.setdefault(specs[name].layer, {}).setdefault(leader, []).append(specs[name])
-        independent = passes_start_anywhere(recovery, first)
+        independent = recovery.starts_anywhere()
         texts = (recovery.train, recovery.held_out)
         self.dense, self.model = (
             [Stream(model, text.ids, recovery.config.batch_size, independent) for text in texts]
@@ -139,25 +139,6 @@ class _Correction:
                 "try --dtype float32; if that fails too, the model is broken",
             )
         return sums.result()
-
-
-def passes_start_anywhere(recovery: Recovery, ids: torch.Tensor) -> bool:
-    """Tell whether passes of both models may start at every block; if not, it is reported.
-
-    Args:
-        recovery: the two models.
-        ids: one window (1, t) int64.
-    """
-    starts = range(1, len(find_blocks(recovery.model)[1]))
-    independent = all(
-        len(independent_starts(model, ids, starts)) == len(starts) for model in (recovery.dense, recovery.model)
-    )
-    if not independent:
-        recovery.report.fact(
-            "every pass starts at the embeddings, which takes longer: blocks of this model reuse results of earlier "
-            "blocks"
-        )
-    return independent
 
 
 def _corrected(
