@@ -260,6 +260,31 @@ class Stream:
         return inputs[0]
 
     # Not inference mode: a later pass with gradients starts from these outputs.
+    @torch.inference_mode()
+    def observe(
+        self, index: int, module: nn.Module, added: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run block :attr:`at` on batch ``index``.
+
+        Args:
+            index: of the batch.
+            module: a linear layer inside the block.
+            added: what is added to its output (..., m).
+
+        Returns:
+            Input (..., n) and output (..., m) of ``module``, without ``added``, and the hidden states (b, t, d) that
+            the block gives.
+        """
+        seen: list[torch.Tensor] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+            seen.extend((args[0], output))
+            return None if added is None else output + added
+
+        with module.register_forward_hook(note):
+            hidden = hidden_states(self.run(index))
+        return seen[0], seen[1], hidden
+
     @torch.no_grad()
     def outputs(self) -> list[Any]:
         """Return the outputs of block :attr:`at` for all batches, on the CPU."""

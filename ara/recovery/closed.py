@@ -28,6 +28,10 @@ from ara.recovery.base import Level, LevelOutcome, Recovery
 from ara.recovery.correction import Correction, PairedAccumulator, PairedMoments, correct
 from ara.recovery.trainable import block_tensors, factors_of, load_tensors, set_factors
 
+# A layer writes to the residual stream if a change of its output arrives at the end of the block with this relative
+# error: more than rounding in bfloat16, less than what a later layer makes of it.
+_SAME = 0.05
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -37,6 +41,7 @@ class Choice:
     damping: float | None
     before: float
     after: float
+    gamma: float | None = None
 
 
 class Closed(Level):
@@ -112,27 +117,49 @@ class _Correction:
         found: dict[str, Choice] = {}
         try:
             for leader, specs in self.groups.get(layer, {}).items():
-                train, held_out = self._moments(leader, 0), self._moments(leader, 1)
+                writes = len(specs) == 1 and self._writes_to_stream(specs[0])
+                train, held_out = (self._moments(leader, which, writes) for which in (0, 1))
                 work = partial(_corrected, recovery, train, held_out)
                 results = map_layers(work, [(spec, None) for spec in specs], recovery.device)
                 for spec, result in zip(specs, list(results), strict=True):
                     _apply(recovery, spec, result)
-                    found[spec.name] = Choice(result.beta, result.damping, result.before, result.after)
+                    found[spec.name] = Choice(result.beta, result.damping, result.before, result.after, result.gamma)
         except KeyboardInterrupt:
             load_tensors(recovery.model, before)
             raise
         return found
 
     @torch.inference_mode()
-    def _moments(self, leader: str, which: int) -> PairedMoments:
-        """Return the moments of the inputs of a group, over training (0) or held-out text (1)."""
+    def _writes_to_stream(self, spec: LinearSpec) -> bool:
+        """Tell whether the output of a layer is added to the block's output as it is, by a change of it."""
+        stream, module = self.dense[1], spec.weight.owner(self.recovery.dense)
+        _, output, hidden = stream.observe(0, module)
+        if output.shape != hidden.shape:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        change = torch.randn(output.shape, generator=generator).to(output) * hidden.std()
+        difference = stream.observe(0, module, change)[2] - hidden - change
+        return float(difference.float().norm()) < _SAME * float(change.float().norm())
+
+    @torch.inference_mode()
+    def _moments(self, leader: str, which: int, drift: bool) -> PairedMoments:
+        """Return the moments of the inputs of a group, over training (0) or held-out text (1).
+
+        With ``drift`` also those of what the compressed stream has drifted beside the layer, which writes to it.
+        """
         recovery = self.recovery
         dense, model = self.dense[which], self.model[which]
         ours, theirs = (one.get_submodule(leader) for one in (recovery.dense, recovery.model))
         width = next(spec.n for spec in recovery.specs if spec.name == leader)
-        sums = PairedAccumulator(width, recovery.device, dense=which == 1)
+        outputs = next(spec.m for spec in recovery.specs if spec.name == leader) if drift else None
+        sums = PairedAccumulator(width, recovery.device, which == 1, outputs)
         for index in range(len(dense.batches)):
-            sums.add(dense.input_of(index, ours), model.input_of(index, theirs))
+            if drift:
+                x, output, hidden = dense.observe(index, ours)
+                other, made, reached = model.observe(index, theirs)
+                sums.add(x, other, (reached - made) - (hidden - output))
+            else:
+                sums.add(dense.input_of(index, ours), model.input_of(index, theirs))
         if not sums.is_finite:
             raise NumericalError(
                 f"the inputs of {leader} hold NaN or infinity",
@@ -162,6 +189,8 @@ def _apply(recovery: Recovery, spec: LinearSpec, found: Correction) -> None:
     elif found.shift is not None:
         current = spec.weight.read(recovery.model)
         corrected = spec.weight.read(recovery.dense).double() @ found.shift
+        if found.taken_back is not None:
+            corrected += found.taken_back
         spec.weight.replace(recovery.model, corrected.to(current.dtype))
     module, original = (spec.weight.owner(model) for model in (recovery.model, recovery.dense))
     bias, dense_bias = bias_of(module), bias_of(original)
