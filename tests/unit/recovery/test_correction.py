@@ -123,3 +123,51 @@ def test_sums_know_when_they_are_not_finite() -> None:
     assert sums.is_finite
     sums.add(x, torch.full((3, N), torch.inf))
     assert not sums.is_finite
+
+
+def drifted(seed: int = 0, tokens: int = TOKENS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return x, x' and a drift e (t, N) that is partly a function of x', with a mean of its own."""
+    x, other = inputs(N, shift=0.1, seed=seed, tokens=tokens)
+    mix = torch.randn(N, N, generator=torch.Generator().manual_seed(5)).double()
+    noise = torch.randn(tokens, N, generator=torch.Generator().manual_seed(seed)).double()
+    return x, other, other @ mix.T + 0.5 * noise + 2
+
+
+@pytest.mark.parametrize("low_rank", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_layer_that_writes_to_the_residual_stream_takes_back_the_drift(low_rank: bool, with_bias: bool) -> None:
+    # As many outputs as inputs, so that every output has coordinates.
+    weight = torch.randn(N, N, generator=torch.Generator().manual_seed(9)).double()
+    x, other, e = drifted()
+    held_x, held_other, held_e = drifted(1)
+    factors = weighted_factors(weight, x.T @ x / len(x))
+    current = (factors.a[:5], factors.b[:, :5]) if low_rank else weight
+
+    def moments_of(x: torch.Tensor, other: torch.Tensor, e: torch.Tensor, dense: bool) -> PairedMoments:
+        sums = PairedAccumulator(N, torch.device("cpu"), dense, N)
+        sums.add(x, other, e)
+        return sums.result()
+
+    zero = torch.zeros(N).double() if with_bias else None
+    found = correct(
+        factors.a,
+        factors.b,
+        current,
+        moments_of(x, other, e, False),
+        moments_of(held_x, held_other, held_e, True),
+        zero,
+    )
+    assert found.gamma == 1
+    if low_rank:
+        assert found.a is not None and found.b is not None
+        new = found.b @ found.a
+    else:
+        assert found.shift is not None and found.taken_back is not None
+        new = weight @ found.shift + found.taken_back
+    added = torch.zeros(N).double() if found.bias is None else found.bias
+    error = held_x @ weight.T - held_e - held_other @ new.T - added
+    energy = float((held_x @ weight.T).square().sum())
+    assert found.after == pytest.approx(float(error.square().sum()) / energy, rel=1e-3)
+    old = held_x @ weight.T - held_e - held_other @ (factors.b[:, :5] @ factors.a[:5] if low_rank else weight).T
+    assert found.before == pytest.approx(float(old.square().sum()) / energy, rel=1e-3)
+    assert found.after < 0.5 * found.before
