@@ -31,7 +31,7 @@ PIP_INSTALL := if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-quantised bench-zero-shot bench-recovery clean
+.PHONY: help setup demo test test-fast drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-quantised bench-zero-shot bench-recovery bench-recovery-speed clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -173,6 +173,10 @@ bench-zero-shot: $(STAMP) ## accuracy on lm-eval's tasks, dense, uniform and cho
 bench-recovery: $(STAMP) ## what every level of recovery gives back, learned and uniform ranks (needs ARA_DATA_DIR; hours)
 	@echo "Recovering"
 	@$(WITH_DATA); $(BIN)/python benchmarks/recovery.py $(BENCH_FLAGS)
+
+bench-recovery-speed: $(STAMP) ## time the levels that train against a dense forward and backward pass (after make demo)
+	@echo "Timing recovery"
+	@$(BIN)/python benchmarks/recovery_speed.py $(BENCH_FLAGS)
 
 clean: ## remove .venv, caches and builds (workspaces stay)
 	@echo "Removing $(VENV), caches and builds"
