@@ -16,7 +16,7 @@ DRILL_FLAGS ?=
 BENCH_FLAGS ?=
 # More words for the fuzzer: make fuzz FUZZ_FLAGS="--target ranks --cases 500"
 FUZZ_FLAGS ?=
-DEMO_FLAGS ?= --keep 0.9 --text python-docs --samples 32 --rank-samples 16 --held-out 4 --tasks python-docs \
+DEMO_FLAGS ?= --keep 0.9 --text python-docs --samples 32 --rank-samples 16 --held-out 8 --tasks python-docs \
 	--eval-seq-len 512 --max-windows 12 \
 	--prompt "Python is a programming language that" -w ara-demo
 

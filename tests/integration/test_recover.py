@@ -220,7 +220,9 @@ def test_run_repairs_by_default_and_none_leaves_it_out(
     words = ["run", tiny_settings["model"], "--text", tiny_text, "--samples", 16, "--seq-len", 48, *CPU]
     words += ["--rank-samples", 8, "--held-out", 4, "--no-eval", "-w", tmp_path / "ws"]
     done(*words)
-    assert {view.stage for view in Workspace.open(tmp_path / "ws").views("checkpoint")} == {"truncate", "recover"}
+    views = {view.stage: view for view in Workspace.open(tmp_path / "ws").views("checkpoint")}
+    assert set(views) == {"truncate", "recover"}
+    assert (figures(views["recover"]).windows, figures(views["recover"]).held_out) == (16, 4)
     done(*words[:-1], tmp_path / "other", "--recover", "none")
     assert [view.stage for view in Workspace.open(tmp_path / "other").views("checkpoint")] == ["truncate"]
     failed(ara(*words[:-1], tmp_path / "third", "--recover", "clozed"), 2, "did you mean closed")
