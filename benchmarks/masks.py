@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from ara.allocation.energy import Energy
 from ara.allocation.uniform import Uniform
@@ -29,6 +26,7 @@ from ara.stages.allocate import load_modules
 from ara.stages.common import Run, model_of
 from ara.stages.tuning import open_tuning_context, placed
 from ara_cli.console import Column, Console
+from benchmarks.in_turn import seconds_in_turn
 
 
 def main() -> None:
@@ -70,17 +68,7 @@ def main() -> None:
         **{f"masks, {name} ranks": (lambda name=name: masked(name, "ce")) for name in cuts},
         **{f"masks, {name} ranks, KL": (lambda name=name: masked(name, "kl")) for name in cuts},
     }
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
-    with console.bar("Timing", (arguments.rounds + 1) * len(passes)) as bar:
-        for number in range(arguments.rounds + 1):
-            for name, step in passes.items():
-                begun = time.perf_counter()
-                step()
-                if model.device.type == "cuda":
-                    torch.cuda.synchronize()
-                if number:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - begun)
-                bar.advance()
+    seconds = seconds_in_turn(console, passes, arguments.rounds, model.device)
     rows = []
     for name, values in seconds.items():
         ratios = [value / base for value, base in zip(values, seconds["dense"], strict=True)]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from ara.recovery.teacher import Teacher
 from ara.recovery.trainable import to_trainable
 from ara.stages.common import Run, model_of
 from ara_cli.console import Column, Console
+from benchmarks.in_turn import seconds_in_turn
 
 
 def main() -> None:
@@ -58,17 +58,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, size, generator=generator).to(dense.device)
     passes = _passes(dense, reference, model, ids, arguments.epochs)
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
-    with console.bar("Timing", (arguments.rounds + 1) * len(passes)) as bar:
-        for number in range(arguments.rounds + 1):
-            for name, step in passes.items():
-                begun = time.perf_counter()
-                step()
-                if dense.device.type == "cuda":
-                    torch.cuda.synchronize()
-                if number:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - begun)
-                bar.advance()
+    seconds = seconds_in_turn(console, passes, arguments.rounds, dense.device)
     base = "dense, forward and backward"
     rows = []
     for name, values in seconds.items():
