@@ -25,7 +25,8 @@ from ara.layouts.modeling_ara import CompressedLinear
 from ara.models.blocks import Stream
 from ara.models.weights import LinearSpec, bias_of, find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery
-from ara.recovery.correction import Correction, PairedAccumulator, PairedMoments, correct
+from ara.recovery.correction import Correction, correct
+from ara.recovery.paired_moments import PairedAccumulator, PairedMoments
 from ara.recovery.trainable import block_tensors, factors_of, load_tensors, set_factors
 
 # A layer writes to the residual stream if a change of its output arrives at the end of the block with this relative

@@ -35,107 +35,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ara.recovery.paired_moments import PairedMoments
+
 # Shares β of the measured shift; with 0 only the metric of the cut is that of the new inputs. Damping λ is a multiple
 # of the mean of S's diagonal.
 BETAS = (1.0, 0.75, 0.5, 0.25, 0.0)
 LAMBDAS = (1e-2, 1e-1, 1e-3)
 # Shares γ of the drift that a layer takes back.
 GAMMAS = (1.0, 0.5)
-
-
-@dataclass(frozen=True)
-class Drift:
-    """Moments of the drift e of the residual stream beside a layer, over the same tokens; all float64.
-
-    Attributes:
-        compressed: E[e x'ᵀ] (m, n).
-        dense: E[e xᵀ] (m, n); ``None`` if it was not collected, like ``square``.
-        square: E[e eᵀ] (m, m).
-        mean: E[e] (m).
-    """
-
-    compressed: torch.Tensor
-    dense: torch.Tensor | None
-    square: torch.Tensor | None
-    mean: torch.Tensor
-
-
-@dataclass(frozen=True)
-class PairedMoments:
-    """Moments of a layer's inputs x in the dense model and x' in the compressed one, over the same tokens.
-
-    Attributes:
-        dense: G = E[x xᵀ] (n, n); ``None`` if it was not collected.
-        cross: C = E[x x'ᵀ] (n, n).
-        compressed: S = E[x' x'ᵀ] (n, n).
-        dense_mean, compressed_mean: E[x] and E[x'] (n).
-        tokens: their number.
-        drift: of the residual stream beside the layer; ``None`` if the layer does not write to it.
-
-    All are float64.
-    """
-
-    dense: torch.Tensor | None
-    cross: torch.Tensor
-    compressed: torch.Tensor
-    dense_mean: torch.Tensor
-    compressed_mean: torch.Tensor
-    tokens: int
-    drift: Drift | None = None
-
-
-class PairedAccumulator:
-    """Sums the moments of pairs of inputs over batches, in float32."""
-
-    def __init__(self, width: int, device: torch.device, dense: bool, outputs: int | None = None) -> None:
-        """Prepare sums.
-
-        Args:
-            width: n of the inputs.
-            device: of the inputs.
-            dense: whether to sum products with x as well.
-            outputs: m, if the drift is summed too.
-        """
-        self._pairs = ["cross", "compressed", *(["dense"] if dense else [])]
-        sizes = {name: (width, width) for name in self._pairs}
-        if outputs is not None:
-            sizes["drift"] = (outputs, width)
-            sizes |= {"drift_dense": (outputs, width), "drift_square": (outputs, outputs)} if dense else {}
-        self._sums = {name: torch.zeros(size, device=device) for name, size in sizes.items()}
-        widths = [width, width, *([outputs] if outputs else [])]
-        self._means = [torch.zeros(one, device=device) for one in widths]
-        self._tokens = 0
-
-    def add(self, x: torch.Tensor, other: torch.Tensor, drift: torch.Tensor | None = None) -> None:
-        """Add the inputs ``x`` (..., n) of the dense layer, ``other`` (..., n) of the compressed one, and the drift."""
-        x, other = (one.reshape(-1, one.shape[-1]).float() for one in (x, other))
-        pairs = {"cross": (x, other), "compressed": (other, other), "dense": (x, x)}
-        inputs = [x, other]
-        if drift is not None:
-            e = drift.reshape(-1, drift.shape[-1]).float()
-            pairs |= {"drift": (e, other), "drift_dense": (e, x), "drift_square": (e, e)}
-            inputs.append(e)
-        for name, total in self._sums.items():
-            left, right = pairs[name]
-            total.addmm_(left.T, right)
-        for mean, one in zip(self._means, inputs, strict=True):
-            mean += one.sum(0)
-        self._tokens += len(x)
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether no sum is NaN or infinite."""
-        return all(bool(one.isfinite().all()) for one in (*self._means, *self._sums.values()))
-
-    def result(self) -> PairedMoments:
-        """Return the averages."""
-        count = max(self._tokens, 1)
-        sums = {name: one.double() / count for name, one in self._sums.items()}
-        dense, compressed, *rest = (mean.double() / count for mean in self._means)
-        drift = Drift(sums["drift"], sums.get("drift_dense"), sums.get("drift_square"), rest[0]) if rest else None
-        return PairedMoments(
-            sums.get("dense"), sums["cross"], sums["compressed"], dense, compressed, self._tokens, drift
-        )
 
 
 @dataclass(frozen=True)
@@ -252,7 +159,14 @@ class _Problem:
         if bias:
             self.metric = self.metric - torch.outer(train.compressed_mean, train.compressed_mean)
             self.cross = self.cross - torch.outer(train.dense_mean, train.compressed_mean)
+        self._drift = None if train.drift is None else train.drift.compressed
+        if bias and train.drift is not None:
+            self._drift = train.drift.compressed - torch.outer(train.drift.mean, train.compressed_mean)
+        # By damping: roots of S + λ I, D, A D, and the coordinates of what is taken back.
+        self._roots: dict[float, torch.Tensor] = {}
         self._shifts: dict[float, torch.Tensor] = {}
+        self._products: dict[float, torch.Tensor] = {}
+        self._back: dict[float, torch.Tensor] = {}
         # Held-out: target u = A x − B⁺ e; E‖u‖², E[u x'ᵀ] and E[u].
         self._total, self._target = self.energy, a @ held_out.cross
         self._target_mean = a @ held_out.dense_mean
@@ -279,16 +193,21 @@ class _Problem:
 
     def candidate(self, beta: float, damping: float, gamma: float, rank: int | None) -> Candidate:
         """Return the best coordinates of rank ``rank`` (``None``: full) for β, λ and γ."""
-        z = self.a + beta * (self.a @ self._shift(damping)) if beta else self.a
-        back = self.taken_back(damping, gamma)
-        if back is not None:
-            z = z + self.in_span(back)
+        z = self.a + beta * self._moved(damping) if beta else self.a
+        if gamma:
+            z = z - gamma * self._taken_back(damping)
         if rank is None:
             return Candidate(self.error(z, self.offset(z, gamma)), beta, damping, gamma, z)
         gram = z @ self.metric @ z.T
         basis = torch.linalg.eigh((gram + gram.T) / 2)[1][:, -rank:].flip(1)
         cut = basis @ (basis.T @ z)
         return Candidate(self.error(cut, self.offset(cut, gamma)), beta, damping, gamma, cut, basis)
+
+    def _moved(self, damping: float) -> torch.Tensor:
+        """Return A D (r, n)."""
+        if damping not in self._products:
+            self._products[damping] = self.a @ self._shift(damping)
+        return self._products[damping]
 
     def error(self, z: torch.Tensor, offset: torch.Tensor | None = None) -> float:
         """Return the held-out error E‖u − Z x' − d‖² of coordinates ``z`` (r, n) and a change d (r) of the bias."""
@@ -313,23 +232,28 @@ class _Problem:
 
     def taken_back(self, damping: float, gamma: float) -> torch.Tensor | None:
         """Return −γ E[e x'ᵀ] (S + λ I)⁻¹ (m, n); ``None`` if it is 0."""
-        drift = self.train.drift
-        if drift is None or not gamma:
+        if self._drift is None or not gamma:
             return None
-        moment = drift.compressed
-        if self.bias:
-            moment = moment - torch.outer(drift.mean, self.train.compressed_mean)
-        return -gamma * torch.linalg.solve(self._damped(damping), moment, left=False)
+        return -gamma * self._solve(damping, self._drift)
 
     def _shift(self, damping: float) -> torch.Tensor:
+        """Return D (n, n)."""
         if damping not in self._shifts:
-            difference = self.cross - self.metric
-            self._shifts[damping] = torch.linalg.solve(self._damped(damping), difference, left=False)
+            self._shifts[damping] = self._solve(damping, self.cross - self.metric)
         return self._shifts[damping]
 
-    def _damped(self, damping: float) -> torch.Tensor:
-        """Return S + λ I (n, n)."""
-        damped = self.metric.clone()
-        # A constant input has no variance: the tiny number keeps the matrix invertible.
-        damped.diagonal().add_(damping * self.metric.diagonal().mean() + torch.finfo(torch.float64).tiny)
-        return damped
+    def _taken_back(self, damping: float) -> torch.Tensor:
+        """Return the coordinates (r, n) of E[e x'ᵀ] (S + λ I)⁻¹."""
+        if damping not in self._back:
+            assert self._drift is not None
+            self._back[damping] = self._solve(damping, self.in_span(self._drift))
+        return self._back[damping]
+
+    def _solve(self, damping: float, matrix: torch.Tensor) -> torch.Tensor:
+        """Return ``matrix`` (…, n) times (S + λ I)⁻¹."""
+        if damping not in self._roots:
+            damped = self.metric.clone()
+            # A constant input has no variance: the tiny number keeps the matrix definite.
+            damped.diagonal().add_(damping * self.metric.diagonal().mean() + torch.finfo(torch.float64).tiny)
+            self._roots[damping] = torch.linalg.cholesky(damped)
+        return torch.cholesky_solve(matrix.T, self._roots[damping]).T

@@ -7,7 +7,8 @@ import torch
 
 from ara.decomposition.base import Factors
 from ara.decomposition.subspace import weighted_factors
-from ara.recovery.correction import Correction, PairedAccumulator, PairedMoments, correct
+from ara.recovery.correction import Correction, correct
+from ara.recovery.paired_moments import PairedAccumulator, PairedMoments
 
 M, N, TOKENS = 11, 7, 4000
 
