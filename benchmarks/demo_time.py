@@ -14,10 +14,10 @@ import torch
 from ara.models.placement import choose_placement, torch_dtype
 
 # Multiplications and additions of the demo (DEMO_FLAGS of the Makefile), as if it were matrix products only: it took
-# 269 s in float32 with AVX2 on 2 cores of an AMD EPYC, whose speed for such products is 192 GFLOP/s.
-_WORK = 4.0e13
-# Other work, in seconds on that processor: reading the GGUF file, decomposing, writing.
-_REST = 60.0
+# about 490 s in float32 with AVX2 on 2 cores of an AMD EPYC, whose speed for such products is 192 GFLOP/s.
+_WORK = 7.7e13
+# Other work, in seconds on that processor: reading the GGUF file, decomposing, eigenproblems of the repair, writing.
+_REST = 90.0
 # Products of the model's widest layer for one window: (tokens, in) × (in, out).
 _TOKENS, _IN, _OUT = 512, 576, 1536
 _SECONDS = 1.0
