@@ -177,7 +177,7 @@ class Bench:
         return decompose(config, self.run, name=f"{method}-{calibration}")
 
     def ranks(self, row: Row) -> StageView:
-        """Choose the ranks of a row; one training serves all budgets."""
+        """Choose the ranks of a row. All budgets share one training."""
         a, factors = self.arguments, self.factors(row.calibration)
         shared = {"samples": a.rank_samples, "seed": row.seed, "layout": "pivoted", "dtype": a.dtype}
         name = f"{row.ranks}-{row.calibration}-{row.keep:g}-{row.seed}"

@@ -84,16 +84,19 @@ def _passes(
     metric = Metric(None, ids.device)
 
     def dense_pass() -> None:
+        """Run the dense model forward and backward."""
         token_losses(reference(input_ids=ids, use_cache=False).logits, ids).sum().backward()
         reference.zero_grad(set_to_none=True)
 
     def distil(teacher: Teacher) -> None:
+        """Take one step of distillation."""
         optimiser = optimisers.setdefault("distill", MasterAdamW(trained(parameters.items()), 10**6, 1e-9))
         logits = model(input_ids=ids, use_cache=False).logits
         token_losses(logits, ids, teacher.logits(rows)).sum().backward()
         optimiser.step(1 / ids.numel())
 
     def block_training() -> None:
+        """Train every block for all epochs, from the embeddings on."""
         model.requires_grad_(False)
         pair = SideBySide(dense, model, text, len(ids), True, False)
         for index, block in enumerate(blocks):

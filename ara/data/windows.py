@@ -19,7 +19,7 @@ from ara.progress import SILENT, Reporter
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A text that is shorter than wanted holds out at most one window of so many.
+# 1 / largest share of its windows that a short text holds out.
 _HELD_OUT_OF = 5
 
 

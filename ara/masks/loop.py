@@ -21,13 +21,11 @@ from ara.masks.mask_family import MaskFamily
 from ara.masks.model import MaskedModel
 from ara.masks.optimisers import optimiser_for
 from ara.masks.state import LogRow, TrainingSettings, TrainingState
-from ara.models.batches import SEED_STRIDE, batch_indices
+from ara.models.training import SEED_STRIDE, batch_indices, check_divergence
 from ara.progress import SILENT, Reporter
 from ara.solver.problem import Allocation
 
-# The training diverges if this many checks in a row exceed the first held-out loss by this much, nats per token.
-_DIVERGED_NATS = 2.0
-_DIVERGED_CHECKS = 2
+_DIVERGED_HINT = "lower the step size (--rate, --trust, --learning-rate), or use more windows per step (--batch)"
 
 
 def train(
@@ -73,7 +71,9 @@ def train(
             while state.step < settings.steps:
                 row = loop.step()
                 report.fact(_progress(row, settings.steps, state.best_held_out))
-                _check_divergence(state.log)
+                # Some masks start with all components, and the losses of their batches must grow.
+                checks = [row.held_out for row in state.log if row.held_out is not None]
+                check_divergence(checks, _DIVERGED_HINT)
                 if save is not None:
                     save(state)
                 bar.advance()
@@ -172,14 +172,3 @@ def _progress(row: LogRow, steps: int, best: float) -> str:
     if row.held_out is not None:
         parts.append(f"held-out {row.held_out:.4f} (best {best:.4f})")
     return ", ".join(parts)
-
-
-def _check_divergence(log: list[LogRow]) -> None:
-    # Held-out checks, not batch losses: some masks start with all components, and their batch loss must grow.
-    checks = [row.held_out for row in log if row.held_out is not None]
-    grown = min((value - checks[0] for value in checks[1:][-_DIVERGED_CHECKS:]), default=0.0)
-    if len(checks) > _DIVERGED_CHECKS and grown > _DIVERGED_NATS:
-        raise NumericalError(
-            f"the training diverges: the held-out loss has grown by {grown:.1f} nats per token since the start",
-            "lower the step size (--rate, --trust, --learning-rate), or use more windows per step (--batch)",
-        )

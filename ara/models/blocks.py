@@ -131,7 +131,7 @@ class BlockRunner:
         return outputs[0] if outputs else None
 
     def _placed(self, output: Any) -> Any:
-        return _mapped(output, lambda tensor: tensor.to(self.device))
+        return output_on(output, self.device)
 
     def _affordable(self, starts: Sequence[int], each: int) -> list[int]:
         """Return those of ``starts`` for which ``each`` outputs per start fit into memory, evenly spaced."""
@@ -226,12 +226,12 @@ class Stream:
         self._independent = independent
         self._before: list[Any] = [None] * len(self.batches)
 
-    def run(self, index: int, last: int | None = None) -> Any:
-        """Run block :attr:`at`, or all from it to ``last``, on batch ``index`` and return the last one's output.
+    def run(self, index: int) -> Any:
+        """Run block :attr:`at` on batch ``index`` and return its output.
 
-        Gradients flow if they are enabled and parameters of these blocks require them.
+        Gradients flow if they are enabled and parameters of the block require them.
         """
-        return self._run(index, self._starting(index), self.at if last is None else last)
+        return self._run(index, self._starting(index))
 
     def run_on(self, index: int, output: Any) -> Any:
         """Run block :attr:`at` on batch ``index`` as if the block before had returned ``output``.
@@ -239,10 +239,10 @@ class Stream:
         Gradients flow back into ``output``. Passes must be able to start at every block.
         """
         assert self._independent and self.at > 0
-        return self._run(index, starting_at(self.blocks, self.at, output), self.at)
+        return self._run(index, starting_at(self.blocks, self.at, output))
 
-    def _run(self, index: int, start: AbstractContextManager[None], last: int) -> Any:
-        with start, ending_after(self.blocks[last]) as outputs:
+    def _run(self, index: int, start: AbstractContextManager[None]) -> Any:
+        with start, ending_after(self.blocks[self.at]) as outputs:
             self.model(input_ids=self.batches[index].to(self._device), use_cache=False)
         return outputs[0]
 
@@ -259,7 +259,6 @@ class Stream:
             self.model(input_ids=self.batches[index].to(self._device), use_cache=False)
         return inputs[0]
 
-    # Not inference mode: a later pass with gradients starts from these outputs.
     @torch.inference_mode()
     def observe(
         self, index: int, module: nn.Module, added: torch.Tensor | None = None
@@ -285,6 +284,7 @@ class Stream:
             hidden = hidden_states(self.run(index))
         return seen[0], seen[1], hidden
 
+    # Not inference mode: a later pass with gradients starts from these outputs.
     @torch.no_grad()
     def outputs(self) -> list[Any]:
         """Return the outputs of block :attr:`at` for all batches, on the CPU."""
@@ -297,7 +297,7 @@ class Stream:
         self.at += 1
 
     def _starting(self, index: int) -> AbstractContextManager[None]:
-        before = _mapped(self._before[index], lambda tensor: tensor.to(self._device))
+        before = output_on(self._before[index], self._device)
         return starting_at(self.blocks, self.at if self._independent else 0, before)
 
 
@@ -326,14 +326,21 @@ def output_on(output: Any, device: torch.device | str) -> Any:
 @contextmanager
 def starting_at(blocks: Sequence[nn.Module], start: int, output: Any) -> Iterator[None]:
     """Start passes at block ``start``: the blocks before it return ``output``, whatever their input is."""
+    with replacing_forward(blocks[:start], lambda forward: lambda *args, **kwargs: output):
+        yield
+
+
+@contextmanager
+def replacing_forward(blocks: Sequence[nn.Module], replace: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
+    """Within this context the forward function of each block is ``replace`` of its own."""
     # A block may already have a forward of its own, for instance from accelerate's hooks.
-    before = [vars(block).get("forward") for block in blocks[:start]]
+    before = [vars(block).get("forward") for block in blocks]
     try:
-        for block in blocks[:start]:
-            vars(block)["forward"] = lambda *args, **kwargs: output
+        for block in blocks:
+            vars(block)["forward"] = replace(block.forward)
         yield
     finally:
-        for block, forward in zip(blocks[:start], before, strict=True):
+        for block, forward in zip(blocks, before, strict=True):
             del vars(block)["forward"]
             if forward is not None:
                 vars(block)["forward"] = forward

@@ -16,21 +16,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ara.models.blocks import replacing_forward
+
 
 @contextmanager
 def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Within this context a forward pass keeps only the inputs of ``blocks``, and a backward pass runs them again."""
-    before = [vars(block).get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            vars(block)["forward"] = partial(_checkpointed, block.forward)
+    with replacing_forward(blocks, lambda forward: partial(_checkpointed, forward)):
         yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del vars(block)["forward"]
-            # A block may already have a forward of its own, for instance from accelerate's hooks.
-            if forward is not None:
-                vars(block)["forward"] = forward
 
 
 def graph_bytes(model: nn.Module, ids: torch.Tensor) -> int:

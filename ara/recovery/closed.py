@@ -117,9 +117,9 @@ class _Correction:
         }
         found: dict[str, Choice] = {}
         try:
-            for leader, specs in self.groups.get(layer, {}).items():
+            for specs in self.groups.get(layer, {}).values():
                 writes = len(specs) == 1 and self._writes_to_stream(specs[0])
-                train, held_out = (self._moments(leader, which, writes) for which in (0, 1))
+                train, held_out = (self._moments(specs[0], which, writes) for which in (0, 1))
                 work = partial(_corrected, recovery, train, held_out)
                 results = map_layers(work, [(spec, None) for spec in specs], recovery.device)
                 for spec, result in zip(specs, list(results), strict=True):
@@ -143,17 +143,15 @@ class _Correction:
         return float(difference.float().norm()) < _SAME * float(change.float().norm())
 
     @torch.inference_mode()
-    def _moments(self, leader: str, which: int, drift: bool) -> PairedMoments:
+    def _moments(self, leader: LinearSpec, which: int, drift: bool) -> PairedMoments:
         """Return the moments of the inputs of a group, over training (0) or held-out text (1).
 
         With ``drift`` also those of what the compressed stream has drifted beside the layer, which writes to it.
         """
         recovery = self.recovery
         dense, model = self.dense[which], self.model[which]
-        ours, theirs = (one.get_submodule(leader) for one in (recovery.dense, recovery.model))
-        width = next(spec.n for spec in recovery.specs if spec.name == leader)
-        outputs = next(spec.m for spec in recovery.specs if spec.name == leader) if drift else None
-        sums = PairedAccumulator(width, recovery.device, which == 1, outputs)
+        ours, theirs = (leader.weight.owner(one) for one in (recovery.dense, recovery.model))
+        sums = PairedAccumulator(leader.n, recovery.device, which == 1, leader.m if drift else None)
         for index in range(len(dense.batches)):
             if drift:
                 x, output, hidden = dense.observe(index, ours)
@@ -163,7 +161,7 @@ class _Correction:
                 sums.add(dense.input_of(index, ours), model.input_of(index, theirs))
         if not sums.is_finite:
             raise NumericalError(
-                f"the inputs of {leader} hold NaN or infinity",
+                f"the inputs of {leader.name} hold NaN or infinity",
                 "try --dtype float32; if that fails too, the model is broken",
             )
         return sums.result()

@@ -24,10 +24,10 @@ from ara.config import RecoverConfig
 from ara.errors import DataError, ModelError, NumericalError, UsageError
 from ara.events import event_writer_class
 from ara.layouts.modeling_ara import CompressedLinear
-from ara.models.batches import batch_indices
 from ara.models.losses import token_losses
 from ara.models.memory import available_bytes
 from ara.models.recompute import graph_bytes, recomputed
+from ara.models.training import batch_indices
 from ara.models.weights import LinearSpec, find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery, RecoveryText
 from ara.recovery.history import History, Row

@@ -12,17 +12,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ara.errors import NumericalError
 from ara.events import write_events
+from ara.models.training import check_divergence
 from ara.recovery.base import Saved
 
 LOG_FILE = "log.csv"
 # TensorBoard reads every file with "tfevents" in its name; its own names contain that of the machine.
 EVENTS_FILE = "events.out.tfevents.distill"
-
-# The training diverges if this many checks in a row exceed the first one by this much, nats per token.
-_DIVERGED_NATS = 2.0
-_DIVERGED_CHECKS = 2
 
 
 @dataclass(frozen=True)
@@ -106,15 +102,8 @@ class History:
         Raises:
             NumericalError: the latest ones are far above the first one.
         """
-        first, *later = self.checks.values()
-        if len(later) < _DIVERGED_CHECKS:
-            return
-        grown = min(later[-_DIVERGED_CHECKS:]) - first
-        if grown > _DIVERGED_NATS:
-            raise NumericalError(
-                f"the training diverges: the held-out loss has grown by {grown:.1f} nats per token since the start",
-                "lower the learning rate (--rate), or use more windows per step (--batch)",
-            )
+        hint = "lower the learning rate (--rate), or use more windows per step (--batch)"
+        check_divergence(list(self.checks.values()), hint)
 
     def write(self, saved: Saved, events: bool) -> None:
         """Write the whole log: after a resumed run it has no gap and no repeated row.

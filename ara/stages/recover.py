@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 
 from ara.artifacts.checkpoint import (
-    CARD,
     CHECKPOINT,
     CheckpointResults,
     CheckpointSettings,
@@ -25,18 +22,17 @@ from ara.artifacts.ranks import layout_of
 from ara.config import RecoverConfig
 from ara.environment import keep_freed_memory, peak_memory_bytes
 from ara.errors import UsageError
-from ara.files import remove
 from ara.layout_names import LayoutName
-from ara.models.checkpoint import check_loads, checkpoint_bytes, load, save_checkpoint
+from ara.models.checkpoint import checkpoint_bytes, load, save_checkpoint
 from ara.models.low_rank import low_rank_layers
 from ara.models.placement import Placement, choose_placement, torch_dtype
 from ara.recovery import LEVELS, levels_to_run
-from ara.recovery.base import Distance, Level, Recovery, Saved
+from ara.recovery.base import Distance, Level, Recovery
 from ara.recovery.trainable import from_trainable, load_tensors, to_trainable
-from ara.reporting.model_card import model_card
 from ara.stages.common import Run, already_done, begin, model_of, open_task
+from ara.stages.recovery_parts import LevelParts
 from ara.stages.recovery_text import recovery_texts
-from ara.stages.truncate import provenance
+from ara.stages.truncate import finish_checkpoint, provenance
 from ara.workspace.manifest import Manifest
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
@@ -126,7 +122,7 @@ def recover(
                 texts.train,
                 texts.held_out,
                 resolved.model_copy(update={"dtype": placement.dtype}),
-                _Parts(stage, ""),
+                LevelParts(stage, ""),
                 run.report,
                 keep_on_interrupt,
             )
@@ -229,7 +225,7 @@ class _Levels:
         self, name: str, level: Level, before: Distance
     ) -> tuple[RecoveredLevel, Distance, str | None, dict[str, Any]]:
         """Run one level, keep it unless the divergence has grown, and store the state after it."""
-        recovery, parts = self.recovery, _Parts(self.stage, name)
+        recovery, parts = self.recovery, LevelParts(self.stage, name)
         self.report.step(f"Level {name}: {LEVELS.entry(name).title}")
         kept = _state(recovery.model)
         recovery.saved = parts
@@ -270,57 +266,6 @@ def _told(row: RecoveredLevel) -> str:
     return "; ".join([words, *row.notes])
 
 
-class _Parts(Saved):
-    """Parts of a level's work, and its unfinished state, in the folder of the stage."""
-
-    def __init__(self, stage: StageWriter, level: str) -> None:
-        self.stage, self.level = stage, level
-        earlier = [values["seconds"] for name, values in stage.all_work().items() if name.startswith(f"{level}:")]
-        self._checkpoint = stage.checkpoint() if level else None
-        if self._checkpoint is not None and self._checkpoint[1].get("level") == level:
-            earlier.append(self._checkpoint[1]["seconds"])
-        self._started = time.monotonic() - max(earlier, default=0.0)
-
-    def elapsed(self) -> float:
-        """Return the seconds spent on the level, in interrupted runs as well."""
-        return time.monotonic() - self._started
-
-    def part(self, name: str) -> Path | None:
-        found = self.stage.work(f"{self.level}:{name}")
-        return None if found is None else found[0]
-
-    def values(self, name: str) -> dict[str, Any]:
-        found = self.stage.work(f"{self.level}:{name}")
-        values: dict[str, Any] = {} if found is None else found[1]["values"]
-        return values
-
-    def finish_part(self, name: str, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-        about = {"values": dict(values), "seconds": self.elapsed()}
-        self.stage.finish_work(f"{self.level}:{name}", tensors, about)
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        if self._checkpoint is None or self._checkpoint[1].get("level") != self.level:
-            return None
-        return self._checkpoint[0], self._checkpoint[1]["values"]
-
-    def save_state(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
-        about = {"level": self.level, "values": dict(values), "seconds": self.elapsed()}
-        self.stage.save_checkpoint(tensors, about)
-
-    def log_file(self, name: str) -> Path:
-        self.stage.loose(name)
-        return self.stage.folder / name
-
-    def write_folder(self, name: str, write: Callable[[Path], object]) -> None:
-        folder = self.stage.folder / name
-        remove(folder)
-        folder.mkdir()
-        write(folder)
-        # In the journal with the next finished part.
-        for path in sorted(folder.iterdir()):
-            self.stage.note(f"{name}/{path.name}")
-
-
 def _write(
     recovery: Recovery,
     layout: LayoutName,
@@ -345,8 +290,5 @@ def _write(
         layout=layout,
         provenance={**provenance(made.decomposition, made.ranks), "recovery": how},
     )
-    check_loads(folder)
     results = replace(results, disk_bytes=checkpoint_bytes(folder))
-    results.write(stage)
-    (stage.folder / CARD).write_text(model_card(made.decomposition, made.ranks, results, made.dtype), encoding="utf-8")
-    stage.loose(CARD)
+    finish_checkpoint(stage, results, made.decomposition, made.ranks, made.dtype, recovery.report)

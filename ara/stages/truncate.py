@@ -13,11 +13,13 @@ from ara.models.accounting import weight_bytes
 from ara.models.checkpoint import check_loads, checkpoint_bytes, save_checkpoint
 from ara.models.low_rank import apply_factors
 from ara.models.placement import torch_dtype
+from ara.progress import Reporter
 from ara.reporting.model_card import model_card
 from ara.reporting.sharing import display_name
 from ara.stages.common import Run, begin, model_of, open_task
 from ara.workspace.manifest import Manifest
 from ara.workspace.view import StageView
+from ara.workspace.writer import StageWriter
 
 
 def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None, name: str | None = None) -> StageView:
@@ -67,8 +69,6 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
                 dense=config.densify,
                 max_shard_size=config.max_shard_size,
             )
-            run.report.fact("checking that the checkpoint loads")
-            check_loads(folder)
             results = CheckpointResults(
                 linear_keep=figures.linear_keep,
                 model_keep=figures.model_keep,
@@ -80,11 +80,28 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
                 densified=config.densify,
                 disk_bytes=checkpoint_bytes(folder),
             )
-            results.write(stage)
-            card = model_card(decomposition.manifest, chosen.manifest, results, dtype)
-            (stage.folder / CARD).write_text(card, encoding="utf-8")
-            stage.loose(CARD)
+            finish_checkpoint(stage, results, decomposition.manifest, chosen.manifest, dtype, run.report)
         return task.view()
+
+
+def finish_checkpoint(
+    stage: StageWriter,
+    results: CheckpointResults,
+    decomposition: Manifest,
+    allocation: Manifest,
+    dtype: str,
+    report: Reporter,
+) -> None:
+    """Check that the checkpoint just saved loads, and store its results and its model card.
+
+    Raises:
+        ModelError: it does not load.
+    """
+    report.fact("checking that the checkpoint loads")
+    check_loads(stage.folder / CHECKPOINT)
+    results.write(stage)
+    (stage.folder / CARD).write_text(model_card(decomposition, allocation, results, dtype), encoding="utf-8")
+    stage.loose(CARD)
 
 
 def provenance(decomposition: Manifest, allocation: Manifest) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ara.models.batches import batch_indices
+from ara.models.training import batch_indices
 
 
 def test_every_window_is_read_once_per_round():
