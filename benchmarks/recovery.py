@@ -140,7 +140,9 @@ class Bench:
             "conversations",
             "prompts",
             "samples",
+            "held_out",
             "rank_samples",
+            "rank_steps",
             "steps",
             "batch",
             "epochs",
@@ -179,12 +181,13 @@ class Bench:
     def ranks(self, row: Row) -> StageView:
         """Choose the ranks of a row. All budgets share one training."""
         a, factors = self.arguments, self.factors(row.calibration)
-        shared = {"samples": a.rank_samples, "seed": row.seed, "layout": "pivoted", "dtype": a.dtype}
+        shared = {"samples": a.rank_samples, "held_out": a.held_out, "seed": row.seed}
+        shared |= {"layout": "pivoted", "dtype": a.dtype}
         name = f"{row.ranks}-{row.calibration}-{row.keep:g}-{row.seed}"
         masks = None
         if row.ranks == "ara":
             keeps = tuple(a.keep) if row.seed == 0 and row.calibration == "mixed" else (row.keep,)
-            training = TrainMasksConfig(keep=keeps, **shared)
+            training = TrainMasksConfig(keep=keeps, steps=a.rank_steps, **shared)
             label = f"{row.calibration}-{row.seed}"
             masks = train_masks(training, self.run, factors=factors.name, name=label).name
         config = AllocateConfig(keep=row.keep, method=row.ranks, guard=False, **shared)
@@ -199,6 +202,7 @@ class Bench:
                 level=level,
                 only=True,
                 samples=max(a.samples, min(a.steps * a.batch, 2 * a.samples)) if level == "distill" else a.samples,
+                held_out=a.held_out,
                 seed=row.seed,
                 dtype=a.dtype,
                 steps=a.steps,
@@ -266,7 +270,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--conversations", type=int, default=64, help="held-out conversations")
     parser.add_argument("--prompts", type=int, default=64, help="prompts that are continued by 128 tokens")
     parser.add_argument("--samples", type=int, default=256, help="calibration windows")
+    parser.add_argument("--held-out", type=int, default=32, help="further windows that judge ranks and repairs")
     parser.add_argument("--rank-samples", type=int, default=128, help="further windows to learn ranks from")
+    parser.add_argument("--rank-steps", type=int, default=12, help="training steps of ranks, per budget")
     parser.add_argument("--epochs", type=int, default=2, help="passes of block training")
     parser.add_argument("--steps", type=int, default=60, help="steps of distillation")
     parser.add_argument("--batch", type=int, default=16, help="windows per step of distillation")

@@ -55,10 +55,7 @@ class InputAccumulator:
     def add(self, x: torch.Tensor) -> None:
         """Add the inputs ``x`` (..., n) of one batch; only the upper blocks of the Gram matrix are computed."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        n = x.shape[1]
-        for start in range(0, n, _BLOCK):
-            stop = min(start + _BLOCK, n)
-            self.gram[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        add_gram(self.gram, x)
         self.abs_sum += x.abs().sum(0)
         self.tokens += x.shape[0]
 
@@ -69,10 +66,24 @@ class InputAccumulator:
 
     def result(self) -> InputStats:
         """Return the averages; consumes the sums, as the Gram matrix is mirrored in place."""
-        gram = self.gram.triu_()
-        gram += gram.triu(1).T
+        gram = mirrored(self.gram)
         gram /= max(self.tokens, 1)
         return InputStats(gram, self.abs_sum / max(self.tokens, 1), self.tokens)
+
+
+def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
+    """Add x xᵀ of the rows of ``x`` (t, n) to ``total`` (n, n); only its upper blocks are computed."""
+    n = x.shape[1]
+    for start in range(0, n, _BLOCK):
+        stop = min(start + _BLOCK, n)
+        total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+
+def mirrored(total: torch.Tensor) -> torch.Tensor:
+    """Return the symmetric matrix of a sum by :func:`add_gram`, in place."""
+    total.triu_()
+    total += total.triu(1).T
+    return total
 
 
 def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tensor) -> dict[str, str]:

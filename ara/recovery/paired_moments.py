@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ara.calibration.moments import add_gram, mirrored
+
+# Products of a vector with itself: their sums are symmetric.
+_SYMMETRIC = ("compressed", "dense", "drift_square")
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -60,8 +65,8 @@ class PairedAccumulator:
             dense: whether to sum products with x as well.
             outputs: m, if the drift is summed too.
         """
-        self._pairs = ["cross", "compressed", *(["dense"] if dense else [])]
-        sizes = {name: (width, width) for name in self._pairs}
+        pairs = ["cross", "compressed", *(["dense"] if dense else [])]
+        sizes = {name: (width, width) for name in pairs}
         if outputs is not None:
             sizes["drift"] = (outputs, width)
             sizes |= {"drift_dense": (outputs, width), "drift_square": (outputs, outputs)} if dense else {}
@@ -81,7 +86,10 @@ class PairedAccumulator:
             inputs.append(e)
         for name, total in self._sums.items():
             left, right = pairs[name]
-            total.addmm_(left.T, right)
+            if name in _SYMMETRIC:
+                add_gram(total, left)
+            else:
+                total.addmm_(left.T, right)
         for mean, one in zip(self._means, inputs, strict=True):
             mean += one.sum(0)
         self._tokens += len(x)
@@ -95,9 +103,8 @@ class PairedAccumulator:
         """Return the averages."""
         count = max(self._tokens, 1)
         sums = {name: one.double() / count for name, one in self._sums.items()}
-        for name in {"compressed", "dense", "drift_square"} & set(sums):
-            # Rounding makes float32 products slightly asymmetric.
-            sums[name] = (sums[name] + sums[name].T) / 2
+        for name in set(_SYMMETRIC) & set(sums):
+            mirrored(sums[name])
         dense, compressed, *rest = (mean.double() / count for mean in self._means)
         drift = Drift(sums["drift"], sums.get("drift_dense"), sums.get("drift_square"), rest[0]) if rest else None
         return PairedMoments(
