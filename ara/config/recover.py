@@ -24,7 +24,9 @@ class RecoverConfig(PlacementConfig):
         description="text to repair with, such as c4 or c4:0.7,wikitext2:0.3, as for ara decompose "
         "[default: that of the decomposition]",
     )
-    samples: int = Field(256, ge=2, le=bounds.MAX_WINDOWS, description="windows to repair with")
+    samples: int = Field(
+        256, ge=2, le=bounds.MAX_WINDOWS, description="windows that closed and block learn from, each its own"
+    )
     held_out: int = Field(32, ge=1, le=bounds.MAX_WINDOWS, description="further windows, to judge the repair by")
     seq_len: int | None = Field(
         None, ge=2, le=bounds.MAX_TOKENS, description="tokens per window [default: that of the decomposition]"
@@ -45,7 +47,9 @@ class RecoverConfig(PlacementConfig):
     )
     look_ahead: bool = Field(False, description="block: also match the output of the next dense block")
     steps: int = Field(64, ge=1, le=bounds.MAX_STEPS, description="distill: training steps")
-    batch: int = Field(16, ge=1, le=bounds.MAX_WINDOWS, description="distill: windows per step")
+    batch: int = Field(
+        16, ge=1, le=bounds.MAX_WINDOWS, description="distill: windows per step; each step reads new ones"
+    )
     rate: float = Field(
         5e-5, ge=bounds.MIN_RATE, le=bounds.MAX_RATE, description="distill: highest learning rate of AdamW"
     )

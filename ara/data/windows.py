@@ -76,7 +76,8 @@ class WindowReader:
 
         Each text of a mixture gives its share of both. Between the two, one window of each text is skipped: a document
         may extend into it (one longer than a window extends beyond it). If a text is too short, at most a fifth of its
-        windows are held out, and windows among the first ``used`` ones are learnt from again.
+        windows are held out, and windows among the first ``used`` ones are learnt from again. If these do not suffice
+        either, one text alone gives fewer windows; in a mixture its windows repeat, so that its share stays.
 
         Args:
             used: windows that another stage has read, see :meth:`first`.
@@ -96,7 +97,7 @@ class WindowReader:
             one, other = self._split(part, *sizes) if sum(sizes[1:]) else (None, None)
             learn.append(one)
             held.append(other)
-        return self._joined(learn, learnt_turns), self._joined(held, held_turns)
+        return self._joined(learn, learnt_turns, repeat=True), self._joined(held, held_turns)
 
     def _windows(self, part: Part, samples: int) -> TokenWindows:
         return cached_calibration_windows(
@@ -123,11 +124,13 @@ class WindowReader:
         if count < wanted:
             held = min(held, max(1, count // _HELD_OUT_OF))
         end = count - held - 1
-        start = max(0, end - samples)
+        rows = (used + torch.arange(min(samples, end))) % end
         if count < wanted:
             notes = f"{held} are held out"
-            if used > start:
+            if used + samples > end:
                 notes += "; the windows to learn from overlap with those that the factors were fitted to"
+            if end < samples and len(self.text.parts) > 1:
+                notes += "; the windows to learn from repeat"
             if used > count - held:
                 notes += "; so do the held-out windows"
                 if len(self.text.parts) == 1:
@@ -135,7 +138,7 @@ class WindowReader:
             self.report.warn(
                 f"{self._subject(part)} has {count} windows of {self.seq_len} tokens, {wanted} are needed: {notes}"
             )
-        return _some(windows, start, end), _some(windows, count - held, count)
+        return some(windows, rows), some(windows, slice(count - held, count))
 
     def _subject(self, part: Part) -> str:
         return "the text" if len(self.text.parts) == 1 else f"the text {part.text.name}"
@@ -143,19 +146,19 @@ class WindowReader:
     def _turns(self, count: int) -> list[int]:
         return take_turns([part.share for part in self.text.parts], count, self.seed)
 
-    def _joined(self, found: Sequence[TokenWindows | None], turns: Sequence[int]) -> TokenWindows:
-        """Put the windows of the texts into the order of ``turns``; a text that has no more is left out."""
+    def _joined(self, found: Sequence[TokenWindows | None], turns: Sequence[int], repeat: bool = False) -> TokenWindows:
+        """Put the windows of the texts into the order of ``turns``; a text that has no more is left out, or repeats."""
         if len(found) == 1 and found[0] is not None:
             return found[0]
         names = tuple(part.text.name for part in self.text.parts)
         left = [0 if windows is None else windows.windows for windows in found]
         starts = [sum(left[:index]) for index in range(len(left))]
+        given = [0] * len(left)
         order, sources = [], []
         for turn in turns:
-            if left[turn]:
-                left[turn] -= 1
-                order.append(starts[turn])
-                starts[turn] += 1
+            if given[turn] < left[turn] or (repeat and left[turn]):
+                order.append(starts[turn] + given[turn] % left[turn])
+                given[turn] += 1
                 sources.append(turn)
         there = [windows for windows in found if windows is not None]
         ids = torch.cat([windows.ids for windows in there])[order]
@@ -194,19 +197,12 @@ def take_turns(shares: Sequence[float], count: int, seed: int) -> list[int]:
     return turns
 
 
-def _some(windows: TokenWindows, start: int, end: int) -> TokenWindows:
-    """Return the windows from ``start`` to before ``end``."""
-    ids = windows.ids[start:end]
-    answers = None if windows.answers is None else windows.answers[start:end]
-    return TokenWindows(
-        ids,
-        end - start,
-        windows.seed,
-        windows_digest(ids, answers),
-        windows.names,
-        windows.sources[start:end],
-        answers,
-    )
+def some(windows: TokenWindows, rows: slice | torch.Tensor) -> TokenWindows:
+    """Return some of the windows."""
+    ids = windows.ids[rows]
+    answers = None if windows.answers is None else windows.answers[rows]
+    digest = windows_digest(ids, answers)
+    return TokenWindows(ids, len(ids), windows.seed, digest, windows.names, windows.sources[rows], answers)
 
 
 def _answers(windows: TokenWindows) -> torch.Tensor:

@@ -44,9 +44,13 @@ class RecoveryText:
         """Tokens in all windows."""
         return self.ids.numel()
 
+    def rows(self, rows: slice | torch.Tensor) -> RecoveryText:
+        """Return some windows."""
+        return RecoveryText(self.ids[rows], None if self.counted is None else self.counted[rows])
+
     def first(self, windows: int) -> RecoveryText:
         """Return the first windows."""
-        return RecoveryText(self.ids[:windows], None if self.counted is None else self.counted[:windows])
+        return self.rows(slice(windows))
 
     def weights(self, rows: slice | torch.Tensor) -> torch.Tensor | None:
         """Return which predictions of some windows count: (b, t − 1) bool, or ``None`` for all."""
@@ -109,7 +113,7 @@ class Recovery:
             two balanced factors each (:mod:`ara.recovery.trainable`), whatever the checkpoint's layout.
         specs: the factorised layers, low-rank or dense, in the order of the model.
         factors: module path → safetensors file with the full factors ``<path>.A`` (r, n) and ``<path>.B`` (m, r).
-        train: text to repair with.
+        train: text that the level learns from.
         held_out: text to judge by; shares no window with ``train``.
         config: settings of all levels, with resolved device and dtype.
         saved: finished parts of an interrupted run.
@@ -190,6 +194,10 @@ class Level(ABC):
         Raises:
             AraError: a package is missing, or settings contradict each other.
         """
+
+    def windows(self, config: RecoverConfig) -> int:
+        """Return how many windows the level learns from. No other level reads them if the text is long enough."""
+        return config.samples
 
     @abstractmethod
     def repair(self, recovery: Recovery) -> LevelOutcome:

@@ -61,6 +61,10 @@ class Distill(Level):
         if config.tensorboard:
             event_writer_class()
 
+    def windows(self, config: RecoverConfig) -> int:
+        """Return the windows of all steps: none is read twice if the text is long enough."""
+        return config.steps * config.batch
+
     def repair(self, recovery: Recovery) -> LevelOutcome:
         """Train; the result is the best state on the held-out windows, which may be the start."""
         for text, what in ((recovery.train, "training"), (recovery.held_out, "held-out")):

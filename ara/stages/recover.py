@@ -17,7 +17,7 @@ from ara.artifacts.checkpoint import (
     RecoveredLevel,
     RecoveryFigures,
 )
-from ara.artifacts.factors import TextPart, factor_files, specs_of
+from ara.artifacts.factors import factor_files, specs_of
 from ara.artifacts.ranks import layout_of
 from ara.config import RecoverConfig
 from ara.environment import keep_freed_memory, peak_memory_bytes
@@ -31,7 +31,7 @@ from ara.recovery.base import Distance, Level, Recovery
 from ara.recovery.trainable import from_trainable, load_tensors, to_trainable
 from ara.stages.common import Run, already_done, begin, model_of, open_task
 from ara.stages.recovery_parts import LevelParts
-from ara.stages.recovery_text import recovery_texts
+from ara.stages.recovery_text import RecoveryTexts, recovery_texts
 from ara.stages.truncate import finish_checkpoint, provenance
 from ara.workspace.manifest import Manifest
 from ara.workspace.view import StageView
@@ -84,7 +84,7 @@ def recover(
         placement = _placement(config)
         run.report.fact(placement.why)
         source = model_of(decomposition, run)
-        texts = recovery_texts(config, decomposition, source, task.workspace, run)
+        texts = recovery_texts(config, levels, decomposition, source, task.workspace, run)
         resolved = config.model_copy(
             update={
                 "device": placement.device,
@@ -119,14 +119,14 @@ def recover(
                 model,
                 specs,
                 factor_files(decomposition, specs),
-                texts.train,
+                next(iter(texts.train.values())),
                 texts.held_out,
                 resolved.model_copy(update={"dtype": placement.dtype}),
                 LevelParts(stage, ""),
                 run.report,
                 keep_on_interrupt,
             )
-            found, details = _Levels(recovery, stage, texts.parts).all(levels)
+            found, details = _Levels(recovery, stage, texts).all(levels)
             _write(recovery, layout, stage, replace(figures, recovery=found), made)
             text = json.dumps(details, indent=1, allow_nan=False)
             (stage.folder / DETAILS).write_text(text + "\n", encoding="utf-8")
@@ -171,8 +171,8 @@ class CheckpointInputs:
 class _Levels:
     """Runs levels one after the other; takes one back that raises the divergence from the dense model."""
 
-    def __init__(self, recovery: Recovery, stage: StageWriter, parts: tuple[TextPart, ...]) -> None:
-        self.recovery, self.stage, self.parts, self.report = recovery, stage, parts, recovery.report
+    def __init__(self, recovery: Recovery, stage: StageWriter, texts: RecoveryTexts) -> None:
+        self.recovery, self.stage, self.texts, self.report = recovery, stage, texts, recovery.report
 
     def all(self, levels: Mapping[str, Level]) -> tuple[RecoveryFigures, dict[str, Any]]:
         """Run the levels and return their figures and details; finished ones are read from the stage."""
@@ -196,10 +196,10 @@ class _Levels:
                 self.report.warn(f"{name}: {stopped}: what is finished is stored; the same command resumes")
                 break
         figures = RecoveryFigures(
-            parts=self.parts,
-            windows=len(recovery.train.ids),
+            parts=self.texts.parts,
+            windows=self.texts.windows,
             held_out=len(recovery.held_out.ids),
-            seq_len=recovery.train.ids.shape[1],
+            seq_len=self.texts.seq_len,
             before=first.kl,
             after=now.kl,
             dense_loss=first.dense_loss,
@@ -225,10 +225,10 @@ class _Levels:
         self, name: str, level: Level, before: Distance
     ) -> tuple[RecoveredLevel, Distance, str | None, dict[str, Any]]:
         """Run one level, keep it unless the divergence has grown, and store the state after it."""
-        recovery, parts = self.recovery, LevelParts(self.stage, name)
+        parts = LevelParts(self.stage, name)
+        recovery = replace(self.recovery, train=self.texts.train[name], saved=parts)
         self.report.step(f"Level {name}: {LEVELS.entry(name).title}")
         kept = _state(recovery.model)
-        recovery.saved = parts
         outcome = level.repair(recovery)
         recovery.model.requires_grad_(False)
         after = recovery.held_out_distance()

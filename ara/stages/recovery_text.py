@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from ara.artifacts.factors import FactorsSettings, TextPart
 from ara.config import RecoverConfig
 from ara.models.sources import ModelSource
 from ara.models.vocabulary import token_rows
-from ara.recovery.base import RecoveryText
+from ara.recovery import LEVELS
+from ara.recovery.base import Level, RecoveryText
 from ara.stages.common import Run, check_window, text_parts, warn_without_chat
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
@@ -23,31 +27,49 @@ class RecoveryTexts:
         parts: the texts of the mixture.
         digest: sha256 (hex) of the source.
         seq_len: tokens per window.
-        train, held_out: windows; at least one window lies between them.
+        train: name of a level → the windows that it learns from.
+        windows: how many different ones that are in all.
+        held_out: windows to judge by; at least one window lies between these and the others.
     """
 
     spec: str
     parts: tuple[TextPart, ...]
     digest: str
     seq_len: int
-    train: RecoveryText
+    train: Mapping[str, RecoveryText]
+    windows: int
     held_out: RecoveryText
 
 
 def recovery_texts(
-    config: RecoverConfig, decomposition: StageView, source: ModelSource, workspace: Workspace, run: Run
+    config: RecoverConfig,
+    levels: Mapping[str, Level],
+    decomposition: StageView,
+    source: ModelSource,
+    workspace: Workspace,
+    run: Run,
 ) -> RecoveryTexts:
     """Return the windows of a recovery.
 
-    Training windows are the first ones of the text; the factors may have been fitted to the same ones. Held-out windows
-    follow after those of training, and after those of the decomposition if it has the same text.
+    What has been fitted to a window shows too small an error on it. So the levels read windows after those of the
+    decomposition, if it has the same text, and each level its own ones: those of a level start where all windows of the
+    levels before it end, whether these run or not. Held-out windows follow at the end. A text that is too short is read
+    again from its beginning.
+
+    Args:
+        config: text, number and length of windows.
+        levels: by name, those that run.
+        decomposition: that the checkpoint was made from.
+        source: the model.
+        workspace: holds the token cache.
+        run: reporter.
 
     Raises:
         UsageError: the text or the window length cannot be used.
         DataError: a text has fewer than three windows.
     """
     from ara.data.mixtures import load_calibration_text, resolved_text
-    from ara.data.windows import WindowReader
+    from ara.data.windows import WindowReader, some
 
     made = FactorsSettings.read(decomposition)
     tokenizer = source.load_tokenizer()
@@ -59,9 +81,35 @@ def recovery_texts(
     same = spec == resolved_text(made.text, tokenizer) and (seq_len, config.seed) == (made.seq_len, made.seed)
     rows, folder = token_rows(source.config), workspace.cache / "tokens"
     reader = WindowReader(folder, tokenizer, text, seq_len, config.seed, rows, run.report)
-    train, held = reader.further(0, max(config.samples, made.samples if same else 0), config.held_out)
-    ids, answers = train.ids[: config.samples], train.answers
-    counted = None if config.loss_on == "all" or answers is None else answers[: config.samples]
-    run.report.fact(f"{len(ids)} windows of {seq_len} tokens to repair with, {held.windows} held out")
-    parts = text_parts(text, train)
-    return RecoveryTexts(spec, parts, text.digest, seq_len, RecoveryText(ids, counted), RecoveryText(held.ids))
+    ranges = _ranges(config, levels)
+    needed = max(end for _, end in ranges.values())
+    read, held = reader.further(made.samples if same else 0, needed, config.held_out)
+    counted = None if config.loss_on == "all" else read.answers
+    text_read = RecoveryText(read.ids, counted)
+    chosen = {name: torch.arange(*ends)[: read.windows] % read.windows for name, ends in ranges.items()}
+    for name, windows in chosen.items():
+        run.report.fact(f"{name}: {len(windows)} windows of {seq_len} tokens")
+    run.report.fact(f"{held.windows} windows held out")
+    different = torch.tensor(sorted({row for windows in chosen.values() for row in windows.tolist()}))
+    return RecoveryTexts(
+        spec=spec,
+        parts=text_parts(text, some(read, different)),
+        digest=text.digest,
+        seq_len=seq_len,
+        train={name: text_read.rows(windows) for name, windows in chosen.items()},
+        windows=len(different),
+        held_out=RecoveryText(held.ids),
+    )
+
+
+def _ranges(config: RecoverConfig, levels: Mapping[str, Level]) -> dict[str, tuple[int, int]]:
+    """Return where the windows of the levels that run start and end, see :func:`recovery_texts`."""
+    found: dict[str, tuple[int, int]] = {}
+    start = 0
+    for name in LEVELS.names():
+        level = levels[name] if name in levels else LEVELS.load(name)()
+        end = start + level.windows(config)
+        if name in levels:
+            found[name] = start, end
+        start = end
+    return found

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ara import recovery
 from ara.artifacts.checkpoint import CheckpointResults
@@ -58,15 +59,33 @@ class Stopped(Level):
         return LevelOutcome(tokens=recovery.saved.values("first")["tokens"] + 4)
 
 
+READ: dict[str, torch.Tensor] = {}
+
+
+class First(Level):
+    """Changes nothing, and remembers its text."""
+
+    def repair(self, recovery: Recovery) -> LevelOutcome:
+        READ[type(self).__name__], READ["held out"] = recovery.train.ids, recovery.held_out.ids
+        return LevelOutcome(tokens=0)
+
+
+class Second(First):
+    """As many windows as a setting of its own says."""
+
+    def windows(self, config: RecoverConfig) -> int:
+        return config.steps
+
+
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Register the three levels above instead of the real ones."""
-    entries = [
-        Entry(kind.__name__.lower(), "a toy", f"{__name__}:{kind.__name__}") for kind in (Worse, Broken, Stopped)
-    ]
+    """Register the levels above instead of the real ones."""
+    kinds = (First, Second, Worse, Broken, Stopped)
+    entries = [Entry(kind.__name__.lower(), "a toy", f"{__name__}:{kind.__name__}") for kind in kinds]
     table = Registry("recovery level", entries)
     monkeypatch.setattr(recovery, "LEVELS", table)
-    monkeypatch.setattr("ara.stages.recover.LEVELS", table)
+    for module in ("recover", "recovery_text"):
+        monkeypatch.setattr(f"ara.stages.{module}.LEVELS", table)
 
 
 def figures(view: Any) -> Any:
@@ -124,9 +143,24 @@ def test_the_same_command_is_done_and_another_text_is_not(copied: Path, tmp_path
     assert "is there already" not in done("recover", *FEW, "--text", f"file:{text}", "-w", copied).stderr
 
 
+def test_every_level_has_windows_of_its_own(toy: None, copied: Path) -> None:
+    few = CONFIG.model_copy(update={"samples": 5, "held_out": 3, "steps": 7})
+    view = recover(few.model_copy(update={"level": "second"}), Run(copied))
+    assert [len(READ[name]) for name in ("First", "Second", "held out")] == [5, 7, 3]
+    assert (figures(view).windows, figures(view).held_out) == (12, 3)
+    ids, second = torch.cat(list(READ.values())), READ["Second"]
+    assert len(ids.unique(dim=0)) == 15
+    tokens = max((load_file(path)["ids"] for path in (copied / "cache" / "tokens").iterdir()), key=len)
+    used = json.loads((copied / "decompose" / "two-sided" / "manifest.json").read_text())["config"]["samples"]
+    assert torch.equal(tokens[used : used + 12], torch.cat([READ["First"], second]))
+    # Alone it reads the same ones.
+    recover(few.model_copy(update={"level": "second", "only": True}), Run(copied))
+    assert torch.equal(READ["Second"], second)
+
+
 def test_a_level_that_makes_it_worse_is_taken_back(toy: None, copied: Path) -> None:
     heard = Recorder()
-    view = recover(CONFIG, Run(copied, report=heard))
+    view = recover(CONFIG.model_copy(update={"only": True}), Run(copied, report=heard))
     found = figures(view)
     (row,) = found.levels
     assert not row.kept and row.after > row.before and found.after == found.before
@@ -245,7 +279,7 @@ def test_a_kept_adapter_is_in_the_result_and_survives_a_kill(copied: Path, monke
     from ara.models.checkpoint import load
     from ara.stages import recover as stage
 
-    words = {"level": "distill", "only": True, "train": "lora", "keep_adapter": True, "rate": 1e-2, "steps": 4}
+    words = {"level": "distill", "only": True, "train": "lora", "keep_adapter": True, "rate": 3e-3, "steps": 4}
     config = CONFIG.model_copy(update={**words, "batch": 4, "check_every": 2, "lora_rank": 3})
     with monkeypatch.context() as patch:
         # Killed after the level has finished, before the checkpoint is written.
