@@ -121,6 +121,7 @@ def tiny_recovery(
         factors=files,
         train=RecoveryText(ids[:windows]),
         held_out=RecoveryText(ids[windows:]),
+        unseen=RecoveryText(ids[windows:]),
         config=RecoverConfig(**{**config, "seq_len": length, **settings}),
         saved=saved or MemorySaved(folder / "saved"),
     )

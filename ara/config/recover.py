@@ -27,7 +27,9 @@ class RecoverConfig(PlacementConfig):
     samples: int = Field(
         256, ge=2, le=bounds.MAX_WINDOWS, description="windows that closed and block learn from, each its own"
     )
-    held_out: int = Field(32, ge=1, le=bounds.MAX_WINDOWS, description="further windows, to judge the repair by")
+    held_out: int = Field(
+        32, ge=1, le=bounds.MAX_WINDOWS, description="further windows to choose by, and as many to judge by"
+    )
     seq_len: int | None = Field(
         None, ge=2, le=bounds.MAX_TOKENS, description="tokens per window [default: that of the decomposition]"
     )

@@ -114,7 +114,8 @@ class Recovery:
         specs: the factorised layers, low-rank or dense, in the order of the model.
         factors: module path → safetensors file with the full factors ``<path>.A`` (r, n) and ``<path>.B`` (m, r).
         train: text that the level learns from.
-        held_out: text to judge by; shares no window with ``train``.
+        held_out: text that the level chooses by; shares no window with ``train``.
+        unseen: text that no level reads; the stage judges by it.
         config: settings of all levels, with resolved device and dtype.
         saved: finished parts of an interrupted run.
         report: progress.
@@ -127,6 +128,7 @@ class Recovery:
     factors: Mapping[str, Path]
     train: RecoveryText
     held_out: RecoveryText
+    unseen: RecoveryText
     config: RecoverConfig
     saved: Saved
     report: Reporter = SILENT
@@ -150,13 +152,13 @@ class Recovery:
             )
         return independent
 
-    def held_out_distance(self, advance: Callable[[int], None] | None = None) -> Distance:
-        """Return how far the compressed model is from the dense one on the held-out windows.
+    def unseen_distance(self, advance: Callable[[int], None] | None = None) -> Distance:
+        """Return how far the compressed model is from the dense one on the unseen windows.
 
         Raises:
             NumericalError: a figure is NaN or infinite.
         """
-        return distance(self.dense, self.model, self.held_out, self.config.batch_size, advance)
+        return distance(self.dense, self.model, self.unseen, self.config.batch_size, advance)
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class LevelOutcome:
 class Level(ABC):
     """One level of recovery.
 
-    The stage takes care of the rest: it measures the divergence from the dense model on held-out text before and after,
+    The stage takes care of the rest: it measures the divergence from the dense model on unseen text before and after,
     takes the level back if it has grown, stores the state after each level, and writes the checkpoint.
 
     Class attributes:

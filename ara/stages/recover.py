@@ -121,6 +121,7 @@ def recover(
                 factor_files(decomposition, specs),
                 next(iter(texts.train.values())),
                 texts.held_out,
+                texts.unseen,
                 resolved.model_copy(update={"dtype": placement.dtype}),
                 LevelParts(stage, ""),
                 run.report,
@@ -198,7 +199,7 @@ class _Levels:
         figures = RecoveryFigures(
             parts=self.texts.parts,
             windows=self.texts.windows,
-            held_out=len(recovery.held_out.ids),
+            held_out=len(recovery.unseen.ids),
             seq_len=self.texts.seq_len,
             before=first.kl,
             after=now.kl,
@@ -215,8 +216,8 @@ class _Levels:
         work = self.stage.work("start")
         if work is not None:
             return Distance(**work[1])
-        with self.report.bar("Reading held-out text", len(self.recovery.held_out.ids)) as bar:
-            found = self.recovery.held_out_distance(bar.advance)
+        with self.report.bar("Reading held-out text", len(self.recovery.unseen.ids)) as bar:
+            found = self.recovery.unseen_distance(bar.advance)
         self.report.fact(f"divergence from the dense model on held-out text: {found.kl:.4f} nats/token")
         self.stage.finish_work("start", {"none": torch.zeros(1)}, asdict(found))
         return found
@@ -231,7 +232,7 @@ class _Levels:
         kept = _state(recovery.model)
         outcome = level.repair(recovery)
         recovery.model.requires_grad_(False)
-        after = recovery.held_out_distance()
+        after = recovery.unseen_distance()
         row = RecoveredLevel(
             level=name,
             tokens=outcome.tokens,

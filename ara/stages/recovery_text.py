@@ -29,7 +29,8 @@ class RecoveryTexts:
         seq_len: tokens per window.
         train: name of a level → the windows that it learns from.
         windows: how many different ones that are in all.
-        held_out: windows to judge by; at least one window lies between these and the others.
+        held_out: windows to choose by; at least one window lies between these and those of the levels.
+        unseen: windows to judge by, which no level reads. What is chosen on a text looks too good on it.
     """
 
     spec: str
@@ -39,6 +40,7 @@ class RecoveryTexts:
     train: Mapping[str, RecoveryText]
     windows: int
     held_out: RecoveryText
+    unseen: RecoveryText
 
 
 def recovery_texts(
@@ -53,7 +55,8 @@ def recovery_texts(
 
     What has been fitted to a window shows too small an error on it. So the levels read windows after those of the
     decomposition, if it has the same text, and each level its own ones: those of a level start where all windows of the
-    levels before it end, whether these run or not. Held-out windows follow at the end. A text that is too short is read
+    levels before it end, whether these run or not. Held-out windows follow at the end: half to choose by, half
+    to judge by. A text that is too short is read
     again from its beginning.
 
     Args:
@@ -83,13 +86,16 @@ def recovery_texts(
     reader = WindowReader(folder, tokenizer, text, seq_len, config.seed, rows, run.report)
     ranges = _ranges(config, levels)
     needed = max(end for _, end in ranges.values())
-    read, held = reader.further(made.samples if same else 0, needed, config.held_out)
+    read, held = reader.further(made.samples if same else 0, needed, 2 * config.held_out)
     counted = None if config.loss_on == "all" else read.answers
     text_read = RecoveryText(read.ids, counted)
     chosen = {name: torch.arange(*ends)[: read.windows] % read.windows for name, ends in ranges.items()}
     for name, windows in chosen.items():
         run.report.fact(f"{name}: {len(windows)} windows of {seq_len} tokens")
-    run.report.fact(f"{held.windows} windows held out")
+    # A text of a few windows may give one only, for both.
+    choosing = max(1, held.windows // 2)
+    unseen = held.ids[choosing:] if held.windows > 1 else held.ids
+    run.report.fact(f"held out: {choosing} windows to choose by, {len(unseen)} to judge by")
     different = torch.tensor(sorted({row for windows in chosen.values() for row in windows.tolist()}))
     return RecoveryTexts(
         spec=spec,
@@ -98,7 +104,8 @@ def recovery_texts(
         seq_len=seq_len,
         train={name: text_read.rows(windows) for name, windows in chosen.items()},
         windows=len(different),
-        held_out=RecoveryText(held.ids),
+        held_out=RecoveryText(held.ids[:choosing]),
+        unseen=RecoveryText(unseen),
     )
 
 

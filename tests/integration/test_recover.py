@@ -66,7 +66,8 @@ class First(Level):
     """Changes nothing, and remembers its text."""
 
     def repair(self, recovery: Recovery) -> LevelOutcome:
-        READ[type(self).__name__], READ["held out"] = recovery.train.ids, recovery.held_out.ids
+        READ[type(self).__name__] = recovery.train.ids
+        READ["held out"], READ["unseen"] = recovery.held_out.ids, recovery.unseen.ids
         return LevelOutcome(tokens=0)
 
 
@@ -146,10 +147,10 @@ def test_the_same_command_is_done_and_another_text_is_not(copied: Path, tmp_path
 def test_every_level_has_windows_of_its_own(toy: None, copied: Path) -> None:
     few = CONFIG.model_copy(update={"samples": 5, "held_out": 3, "steps": 7})
     view = recover(few.model_copy(update={"level": "second"}), Run(copied))
-    assert [len(READ[name]) for name in ("First", "Second", "held out")] == [5, 7, 3]
+    assert [len(READ[name]) for name in ("First", "Second", "held out", "unseen")] == [5, 7, 3, 3]
     assert (figures(view).windows, figures(view).held_out) == (12, 3)
     ids, second = torch.cat(list(READ.values())), READ["Second"]
-    assert len(ids.unique(dim=0)) == 15
+    assert len(ids.unique(dim=0)) == 18
     tokens = max((load_file(path)["ids"] for path in (copied / "cache" / "tokens").iterdir()), key=len)
     used = json.loads((copied / "decompose" / "two-sided" / "manifest.json").read_text())["config"]["samples"]
     assert torch.equal(tokens[used : used + 12], torch.cat([READ["First"], second]))
@@ -266,7 +267,7 @@ def test_run_repairs_by_default_and_none_leaves_it_out(
 @pytest.mark.parametrize("family", ["opt", "qwen2", "gemma", "phi3"])
 def test_families_with_biases_tied_heads_and_packed_layers(family: str, tmp_path: Path, tiny_text: str) -> None:
     model = save_tiny(tmp_path / "model", family)
-    words = [model, "--text", tiny_text, "--samples", 16, "--seq-len", 48, *CPU, "--rank-samples", 8, "--held-out", 4]
+    words = [model, "--text", tiny_text, "--samples", 40, "--seq-len", 48, *CPU, "--rank-samples", 8, "--held-out", 8]
     done("run", *words, "--keep", 0.5, "--layout", "pivoted", "--no-eval", "-w", tmp_path / "ws")
     (view,) = (one for one in Workspace.open(tmp_path / "ws").views("checkpoint") if one.stage == "recover")
     found = figures(view)

@@ -37,9 +37,9 @@ def test_groups_follow_the_forward_pass(tmp_path: Path) -> None:
 
 def test_the_divergence_falls_and_every_layer_is_accounted_for(tmp_path: Path) -> None:
     recovery = tiny_recovery(tmp_path, "llama", windows=24, held_out=8)
-    before = recovery.held_out_distance().kl
+    before = recovery.unseen_distance().kl
     outcome = Closed().repair(recovery)
-    assert recovery.held_out_distance().kl < before
+    assert recovery.unseen_distance().kl < before
     layers = outcome.details["layers"]
     assert set(layers) == {spec.name for spec in recovery.specs}
     assert all(row["after"] <= row["before"] for row in layers.values())
