@@ -7,9 +7,9 @@
 Factors, ranks and repairs read C4 with a fifth of conversations (``mixed``), or C4 alone. Judged are WikiText-2, C4
 documents that no calibration has seen, Python's help topics, to which nothing is ever fitted, and held-out
 conversations. Gap closed = (ln ppl_uniform − ln ppl) / (ln ppl_uniform − ln ppl_dense); uniform means whitened factors
-at uniform ranks, in two factors, not repaired. All other models are pivoted and start from two-sided factors. Levels
-are cumulative. Every row is stored as soon as it is measured, and an interrupted run continues; the results of all
-stages are in the workspace. ``benchmarks/recovery_table.py`` prints the tables.
+at uniform ranks, in two factors, not repaired. All other models start from two-sided factors, and are pivoted except for
+the rows ara-factors. Levels are cumulative. Every row is stored as soon as it is measured, and an interrupted run
+continues; the results of all stages are in the workspace. ``benchmarks/recovery_table.py`` prints the tables.
 """
 
 from __future__ import annotations
@@ -182,15 +182,16 @@ class Bench:
         """Choose the ranks of a row. All budgets share one training."""
         a, factors = self.arguments, self.factors(row.calibration)
         shared = {"samples": a.rank_samples, "held_out": a.held_out, "seed": row.seed}
-        shared |= {"layout": "pivoted", "dtype": a.dtype}
+        shared |= {"layout": row.layout, "dtype": a.dtype}
         name = f"{row.ranks}-{row.calibration}-{row.keep:g}-{row.seed}"
         masks = None
-        if row.ranks == "ara":
-            keeps = tuple(a.keep) if row.seed == 0 and row.calibration == "mixed" else (row.keep,)
+        if row.method == "ara":
+            several = row.ranks == "ara" and row.seed == 0 and row.calibration == "mixed"
+            keeps = tuple(a.keep) if several else (row.keep,)
             training = TrainMasksConfig(keep=keeps, steps=a.rank_steps, **shared)
-            label = f"{row.calibration}-{row.seed}"
+            label = f"{row.ranks}-{row.calibration}-{row.seed}"
             masks = train_masks(training, self.run, factors=factors.name, name=label).name
-        config = AllocateConfig(keep=row.keep, method=row.ranks, guard=False, **shared)
+        config = AllocateConfig(keep=row.keep, method=row.method, guard=False, **shared)
         return allocate(config, self.run, factors=factors.name, masks=masks, name=name)
 
     def model(self, row: Row) -> StageView:

@@ -6,9 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ara.layout_names import LayoutName
+
 # Texts that the factors, ranks and repairs read, as in --text. "mixed" is ARA's default for chat models.
 CALIBRATIONS = {"mixed": "c4:0.8,chat:0.2", "c4": "c4"}
 RANKS = ("ara", "uniform")
+# Learned ranks of layers in two factors; all others are pivoted.
+FACTORS = "ara-factors"
 LEVELS = ("frozen", "closed", "block", "distill")
 # Perplexities; nothing is ever fitted to python-docs.
 TEXTS = ("wikitext2", "c4", "python-docs")
@@ -16,7 +20,10 @@ TEXTS = ("wikitext2", "c4", "python-docs")
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: calibration text, ranks, budget, seed of ranks and repair, level of recovery."""
+    """One measurement: calibration text, ranks, budget, seed of ranks and repair, level of recovery.
+
+    ``ranks`` is one of :data:`RANKS`, pivoted, or :data:`FACTORS`.
+    """
 
     calibration: str
     ranks: str
@@ -25,20 +32,31 @@ class Row:
     level: str
 
     @property
+    def method(self) -> str:
+        """Allocator."""
+        return self.ranks.removesuffix("-factors")
+
+    @property
+    def layout(self) -> LayoutName:
+        """Of the low-rank layers."""
+        return "factors" if self.ranks == FACTORS else "pivoted"
+
+    @property
     def key(self) -> str:
         """Key in the file of finished rows."""
         return f"{self.calibration}/{self.ranks}/{self.keep:g}/{self.seed}/{self.level}"
 
 
 def wanted(keeps: list[float], seeds: int) -> Iterator[Row]:
-    """List the measurements: one seed of everything first, then raw text at keep 0.6, then further seeds at 0.6."""
+    """List the measurements: one seed of everything first; then raw text, two factors and further seeds at keep 0.6."""
     for keep in keeps:
         for ranks in RANKS:
             for level in LEVELS:
                 yield Row("mixed", ranks, keep, 0, level)
     if 0.6 in keeps:
-        for level in LEVELS:
-            yield Row("c4", "ara", 0.6, 0, level)
+        for calibration, ranks in (("c4", "ara"), ("mixed", FACTORS)):
+            for level in LEVELS:
+                yield Row(calibration, ranks, 0.6, 0, level)
         for seed in range(1, seeds):
             for ranks in RANKS:
                 for level in LEVELS:

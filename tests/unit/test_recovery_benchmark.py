@@ -44,8 +44,9 @@ def test_every_level_is_wanted_for_learned_and_uniform_ranks() -> None:
     found = list(wanted([0.8, 0.6, 0.4], 3))
     assert len(found) == len(set(found)) and all(parsed(one.key) == one for one in found)
     for keep, seeds in ((0.8, 1), (0.6, 3), (0.4, 1)):
-        mixed = [one for one in found if one.keep == keep and one.calibration == "mixed"]
+        mixed = [one for one in found if one.keep == keep and one.calibration == "mixed" and one.layout == "pivoted"]
         assert len(mixed) == 2 * len(LEVELS) * seeds
+    assert [one.level for one in found if one.layout == "factors"] == list(LEVELS)
     assert {one.level for one in found if one.calibration == "c4"} == set(LEVELS)
 
 
