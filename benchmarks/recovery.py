@@ -7,8 +7,8 @@
 Factors, ranks and repairs read C4 with a fifth of conversations (``mixed``), or C4 alone. Judged are WikiText-2, C4
 documents that no calibration has seen, Python's help topics, to which nothing is ever fitted, and held-out
 conversations. Gap closed = (ln ppl_uniform − ln ppl) / (ln ppl_uniform − ln ppl_dense); uniform means whitened factors
-at uniform ranks, in two factors, not repaired. All other models start from two-sided factors, and are pivoted except for
-the rows ara-factors. Levels are cumulative. Every row is stored as soon as it is measured, and an interrupted run
+at uniform ranks, in two factors, not repaired. All other models start from two-sided factors, and are pivoted except
+for the rows ara-factors. Levels are cumulative. Every row is stored as soon as it is measured, and an interrupted run
 continues; the results of all stages are in the workspace. ``benchmarks/recovery_table.py`` prints the tables.
 """
 
