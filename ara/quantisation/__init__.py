@@ -1,0 +1,1 @@
+"""Rounding of weights to few bits, with as little change of a layer's output as possible."""

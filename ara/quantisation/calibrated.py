@@ -1,0 +1,114 @@
+"""Calibrated rounding: the error of each weight is made up for by the weights that are not rounded yet.
+
+For a weight W (m, n) on inputs with the second moment G = E[x xᵀ], the output error of a rounded weight Q is
+
+    tr((W − Q) G (W − Q)ᵀ)
+
+GPTQ (Frantar et al., arXiv 2210.17323) rounds column by column, and after each one moves the columns that are left to
+where the error is least, given those that are fixed. The largest inputs come first. Scales are chosen before, from the
+whole weight, so the order changes nothing in what is stored.
+
+Of a product B A, A is rounded on G, then B on the second moment of what the rounded Â really gives, Â G Âᵀ; no further
+text is needed. In between B is fitted again, to take back what the rounding of A has changed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ara.errors import NumericalError
+from ara.quantisation.grid import Grid, Rounded, fit_scales, nearest
+
+# Share of the mean of G's diagonal that is added to it.
+DAMPING = 0.01
+# Columns whose errors are passed on at once.
+_COLUMNS = 128
+
+
+def round_calibrated(weight: torch.Tensor, moment: torch.Tensor, grid: Grid, damping: float = DAMPING) -> Rounded:
+    """Round a weight with the least error of its outputs.
+
+    Args:
+        weight: W, (m, n).
+        moment: G, (n, n), symmetric and positive semidefinite.
+        grid: to round to.
+        damping: share of the mean diagonal of G that is added to its diagonal.
+
+    Raises:
+        NumericalError: W or G holds NaN or infinity, or a scale does not fit.
+    """
+    if not (weight.isfinite().all() and moment.isfinite().all()):
+        raise NumericalError("weights or moments to round with hold NaN or infinity", "compress with --dtype float32")
+    scales, zeros = fit_scales(weight, grid, moment.diagonal())
+    order = moment.diagonal().argsort(descending=True)
+    upper = _inverse_factor(moment[order][:, order], damping)
+    block_of = order // grid.block
+    s = scales.float()[:, block_of]
+    z = torch.full_like(s, grid.middle) if zeros is None else zeros.float()[:, block_of]
+    left = weight.float()[:, order]
+    steps = torch.empty_like(left)
+    for start in range(0, left.shape[1], _COLUMNS):
+        stop = min(start + _COLUMNS, left.shape[1])
+        part, errors = left[:, start:stop].T.contiguous(), torch.empty(stop - start, len(left), device=left.device)
+        for column in range(stop - start):
+            at = start + column
+            q = nearest(part[column], s[:, at], z[:, at], grid)
+            steps[:, at] = q
+            error = (part[column] - (q - z[:, at]) * s[:, at]) / upper[at, at]
+            part[column:] -= upper[at, at:stop, None] * error
+            errors[column] = error
+        left[:, stop:] -= errors.T @ upper[start:stop, stop:]
+    inverse = order.argsort()
+    return Rounded(grid, steps[:, inverse].to(torch.uint8), scales, zeros)
+
+
+def round_product(
+    a: torch.Tensor, b: torch.Tensor, moment: torch.Tensor, grid: Grid, damping: float = DAMPING
+) -> tuple[Rounded, Rounded]:
+    """Round the factors of a product B A.
+
+    The same holds for a pivoted layer, whose other rows are C A: there B is C, and the rows of A are rounded as they
+    are.
+
+    Args:
+        a: A, (k, n).
+        b: B, (m, k).
+        moment: G, (n, n), of the inputs.
+        grid: of both factors.
+        damping: as of :func:`round_calibrated`.
+
+    Returns:
+        Rounded A and B.
+
+    Raises:
+        NumericalError: as of :func:`round_calibrated`.
+    """
+    first = round_calibrated(a, moment, grid, damping)
+    rounded = first.weight().double()
+    given = moment.double() @ rounded.T
+    inner = rounded @ given
+    factor = torch.linalg.cholesky(damped(inner, damping * 1e-2))
+    fitted = torch.cholesky_solve((b.double() @ (a.double() @ given)).T, factor).T
+    return first, round_calibrated(fitted, inner, grid, damping)
+
+
+def output_error(weight: torch.Tensor, rounded: torch.Tensor, moment: torch.Tensor) -> float:
+    """Return the relative error of the outputs, tr((W − Q) G (W − Q)ᵀ) / tr(W G Wᵀ)."""
+    g, w = moment.double(), weight.double()
+    change = w - rounded.double()
+    return float(((change @ g) * change).sum() / ((w @ g) * w).sum())
+
+
+def damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return the moment in float64 with a share of its mean diagonal added to the diagonal; positive definite."""
+    found = moment.double().clone()
+    diagonal = found.diagonal()
+    # An input that is always zero has no moment; any number makes the matrix regular.
+    diagonal += max(damping * float(diagonal.mean()), torch.finfo(torch.float32).tiny)
+    return found
+
+
+def _inverse_factor(moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return the upper Cholesky factor U of the inverse of the damped moment, UᵀU = H⁻¹, float32."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, damping)))
+    return torch.linalg.cholesky(inverse, upper=True).float()

@@ -1,0 +1,177 @@
+"""The grid that weights are rounded to: blocks along the inputs of a row, each with a scale and perhaps a zero point.
+
+It is the grid of ONNX Runtime's MatMulNBits. A weight is ``(q − z) · s`` with q and z whole numbers from 0 to 2ᵇ − 1.
+Without zero points z is the middle of the range, 2ᵇ⁻¹. A scale may be negative: so the largest weight of a block, of
+whichever sign, can be the end of the range that has one more step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ara.errors import NumericalError
+
+Bits = Literal[4, 8]
+# Scales that are tried, as shares of the one that covers the whole block. Clipping the largest weights can help.
+_SHARES = tuple(1 - 0.05 * step for step in range(9))
+# Rows that are fitted at once; it limits memory.
+_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid of whole steps per block of weights.
+
+    Attributes:
+        bits: b, per weight.
+        block: weights per scale, along the inputs.
+        zero_points: whether every block has a zero point.
+        scale_dtype: the scales are numbers of this type.
+    """
+
+    bits: Bits
+    block: int
+    zero_points: bool = False
+    scale_dtype: torch.dtype = torch.float16
+
+    @property
+    def last(self) -> int:
+        """Largest step, 2ᵇ − 1."""
+        return (1 << self.bits) - 1
+
+    @property
+    def middle(self) -> int:
+        """Zero point of a block without one, 2ᵇ⁻¹."""
+        return 1 << (self.bits - 1)
+
+    def blocks(self, n: int) -> int:
+        """Return the number of blocks of a row of ``n`` weights; the last one may be filled up."""
+        return -(-n // self.block)
+
+    def bytes(self, m: int, n: int) -> int:
+        """Return the bytes of a rounded (m, n) weight: steps, scales and zero points."""
+        blocks = self.blocks(n)
+        zeros = -(-blocks * self.bits // 8) if self.zero_points else 0
+        return m * (blocks * (self.block * self.bits // 8 + self.scale_dtype.itemsize) + zeros)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded weight of (m, n).
+
+    Attributes:
+        grid: that it lies on.
+        steps: q, (m, n) uint8.
+        scales: s, (m, blocks) in the grid's type.
+        zeros: z, (m, blocks) uint8; ``None`` without zero points.
+    """
+
+    grid: Grid
+    steps: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+    def weight(self) -> torch.Tensor:
+        """Return the weight (m, n) float32."""
+        return dequantised(self.steps, self.scales, self.zeros, self.grid)
+
+
+def dequantised(steps: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+    """Return ``(steps − zeros) · scales`` as float32, of the shape (m, n) of ``steps``."""
+    n = steps.shape[1]
+    s = scales.float().repeat_interleave(grid.block, 1)[:, :n]
+    z = grid.middle if zeros is None else zeros.float().repeat_interleave(grid.block, 1)[:, :n]
+    return (steps.float() - z) * s
+
+
+def fit_scales(
+    weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the scales and zero points with the least weighted squared error of rounding to nearest.
+
+    Args:
+        weight: (m, n), any floating dtype.
+        grid: bits, length of blocks.
+        importance: (n), weights of the squared errors of the columns; equal ones by default.
+
+    Returns:
+        scales (m, blocks) of ``grid.scale_dtype``; zeros (m, blocks) uint8, or ``None`` without zero points.
+
+    Raises:
+        NumericalError: a scale is too small or too large for ``grid.scale_dtype``.
+    """
+    found = [_fit(part, grid, importance) for part in weight.split(_ROWS)]
+    scales, zeros = (torch.cat([one[place] for one in found]) for place in (0, 1))
+    return scales, zeros if grid.zero_points else None
+
+
+def round_to_nearest(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None) -> Rounded:
+    """Round every weight of (m, n) for itself; see :func:`fit_scales`."""
+    scales, zeros = fit_scales(weight, grid, importance)
+    n = weight.shape[1]
+    parts = []
+    for rows, s, z in zip(weight.split(_ROWS), scales.split(_ROWS), _split(zeros, scales), strict=True):
+        wide_s = s.float().repeat_interleave(grid.block, 1)[:, :n]
+        wide_z = grid.middle if z is None else z.float().repeat_interleave(grid.block, 1)[:, :n]
+        parts.append(nearest(rows.float(), wide_s, wide_z, grid))
+    return Rounded(grid, torch.cat(parts).to(torch.uint8), scales, zeros)
+
+
+def nearest(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | int, grid: Grid) -> torch.Tensor:
+    """Return the nearest steps, float32; scales and zeros are broadcast to the weight, a scale of 0 gives zeros."""
+    divisor = torch.where(scales == 0, torch.ones_like(scales), scales)
+    return weight.div(divisor).round_().add_(zeros).clamp_(0, grid.last)
+
+
+def _split(zeros: torch.Tensor | None, scales: torch.Tensor) -> list[torch.Tensor | None]:
+    return list(zeros.split(_ROWS)) if zeros is not None else [None] * len(scales.split(_ROWS))
+
+
+def _fit(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Try all shares, with both signs or with zero points, and keep the best of every block."""
+    m, n = weight.shape
+    blocks = grid.blocks(n)
+    missing = blocks * grid.block - n
+    w = torch.nn.functional.pad(weight.float(), (0, missing)).view(m, blocks, grid.block)
+    weights = torch.ones(n, device=w.device) if importance is None else importance.float().to(w.device)
+    weights = torch.nn.functional.pad(weights, (0, missing)).view(blocks, grid.block)
+    best = torch.full((m, blocks), torch.inf, device=w.device)
+    scales, zeros = torch.zeros_like(best), torch.full_like(best, grid.middle)
+    for scale, zero in _candidates(w, grid):
+        steps = nearest(w, scale[..., None], zero[..., None], grid)
+        error = ((steps - zero[..., None]) * scale[..., None] - w).square_().mul_(weights).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+    return scales.to(grid.scale_dtype), zeros.to(torch.uint8)
+
+
+def _candidates(w: torch.Tensor, grid: Grid) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return scales, rounded to their type, and zero points, both (m, blocks) float32."""
+    low, high = w.amin(-1).clamp_max(0), w.amax(-1).clamp_min(0)
+    middle = torch.full_like(low, grid.middle)
+    if grid.zero_points:
+        whole = [((high - low) / grid.last, None)]
+    else:
+        # The end of the range with 2ᵇ⁻¹ steps is the low one; the sign decides which weights get it.
+        extreme = torch.where(high > -low, -high, -low)
+        whole = [(extreme / grid.middle, middle), (torch.maximum(high, -low) / (grid.middle - 1), middle)]
+    found = []
+    for exact, zero in whole:
+        for share in _SHARES:
+            scale = _stored(exact * share, grid)
+            divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
+            own = zero if zero is not None else (-low * share / divisor).round().clamp(0, grid.last)
+            found.append((scale, own))
+    return found
+
+
+def _stored(exact: torch.Tensor, grid: Grid) -> torch.Tensor:
+    scale = exact.to(grid.scale_dtype).float()
+    if ((scale == 0) & (exact != 0)).any() or not scale.isfinite().all():
+        kind = str(grid.scale_dtype).removeprefix("torch.")
+        raise NumericalError(f"the scale of a block of weights is beyond {kind}", "store scales in float32")
+    return scale
