@@ -10,7 +10,7 @@
                                    │
                               checkpoint ──▶ eval, export
                                  │    ▲
-                                 └ recover
+                                 └ recover, (quantise)
 
 ``ara run``, ``ara status``, the suggested next command, the folders of a workspace and the documentation follow this
 table. A stage consumes kinds and never names another stage. So a second stage that writes checkpoints needs one entry
@@ -150,6 +150,15 @@ STAGES: tuple[Stage, ...] = (
         consumes=("checkpoint", "factors"),
         produces="checkpoint",
         flow="checkpoint, factors, model, text → checkpoint",
+    ),
+    Stage(
+        "quantise",
+        "Round a compressed checkpoint to few bits",
+        "ara.stages.quantise:quantise",
+        consumes=("checkpoint", "factors"),
+        produces="checkpoint",
+        flow="checkpoint, text → checkpoint",
+        optional=True,
     ),
     Stage(
         "eval",

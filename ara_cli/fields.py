@@ -44,11 +44,13 @@ class FieldOption:
         self._type = _without_none(self._info.annotation)
         self._collection = get_origin(self._type) if get_origin(self._type) in (tuple, dict) else None
         self._item = _without_annotation(get_args(self._type)[0]) if self._collection else self._type
+        self._chosen = get_origin(self._type) is Literal
         self._repeated = self._collection is not None and self.flag.commas is None
 
     def parameters(self) -> Iterator[inspect.Parameter]:
         """Yield the option as a parameter for Typer, and ``--remove`` after the option that it complements."""
-        kind = self._item if self._item in (int, float, bool) and not self.flag.commas else str
+        whole = self._chosen and all(type(choice) is int for choice in get_args(self._type))
+        kind = int if whole else self._item if self._item in (int, float, bool) and not self.flag.commas else str
         yield parameter_of(self.name, list[kind] if self._repeated else kind, self._about(), self._default())  # type: ignore[valid-type]
         if self.flag.removable:
             remove, about = get_args(RemoveOption)
@@ -86,7 +88,7 @@ class FieldOption:
     def _choices(self) -> list[str]:
         if self.field in _REGISTERED:
             return _REGISTERED[self.field]()
-        return list(get_args(self._type)) if self.flag.choices and get_origin(self._type) is Literal else []
+        return [str(one) for one in get_args(self._type)] if self._chosen and self.flag.choices else []
 
     def _default(self) -> Any:
         """Return the default for the help; ``None``: the help shows none."""

@@ -148,6 +148,11 @@ def show_checkpoint(console: Console, view: StageView) -> None:
         ("low-rank / dense layers", f"{results.low_rank_layers} / {results.dense_layers}"),
         ("weights on disk", f"{bytes_text(disk)} (dense {bytes_text(dense)}, {percent(disk / dense)})"),
     ]
+    if (rounding := results.rounding) is not None:
+        zero_points = " and a zero point" if rounding.zero_points else ""
+        rows.append(("bits per weight", f"{rounding.bits}, a scale{zero_points} per {rounding.block} weights"))
+        rows.append(("rounding", f"{rounding.method}, {rounding.matrices} matrices"))
+        rows.append(("held-out loss", f"{rounding.loss_before:.4f} → {rounding.loss_after:.4f} nats/token"))
     console.table(f"{view.name}", columns("", ""), rows)
     if results.recovery is not None:
         _show_recovery(console, results.recovery)

@@ -74,6 +74,33 @@ class RecoveryFigures(Part):
 
 
 @dataclass(frozen=True)
+class RoundingFigures(Part):
+    """How ``ara quantise`` rounded a checkpoint; losses on held-out text in nats per token.
+
+    Attributes:
+        bits: per weight.
+        block: weights per scale.
+        zero_points: whether each block has a zero point.
+        method: calibrated or nearest.
+        matrices: number of rounded ones.
+        windows, held_out: windows to calibrate with, and to judge by.
+        seq_len: tokens per window.
+        loss_before, loss_after: negative log-likelihood.
+    """
+
+    bits: Count
+    block: Count
+    zero_points: StrictBool
+    method: str
+    matrices: Count
+    windows: Count
+    held_out: Count
+    seq_len: Count
+    loss_before: Number
+    loss_after: Number
+
+
+@dataclass(frozen=True)
 class CheckpointResults(Results):
     """Results of every stage that writes a checkpoint.
 
@@ -86,6 +113,7 @@ class CheckpointResults(Results):
         densified: whether the factors were multiplied back.
         disk_bytes: of the weight files.
         recovery: how it was repaired; ``None`` for a checkpoint that was only truncated.
+        rounding: how it was rounded to few bits; ``None`` if it was not.
     """
 
     Settings = CheckpointSettings
@@ -99,6 +127,7 @@ class CheckpointResults(Results):
     densified: StrictBool
     disk_bytes: Count
     recovery: RecoveryFigures | None = field(default=None, metadata=LEFT_OUT)
+    rounding: RoundingFigures | None = field(default=None, metadata=LEFT_OUT)
 
 
 def label_of(checkpoint: StageView) -> str:

@@ -121,6 +121,20 @@ def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Te
     return owners
 
 
+def input_groups(
+    model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tensor
+) -> dict[int, list[list[LinearSpec]]]:
+    """Return block → groups of its layers with the same input, in the order of the forward pass.
+
+    Args, Raises: as of :func:`shared_inputs`.
+    """
+    specs = {spec.name: spec for spec in linears}
+    groups: dict[int, dict[str, list[LinearSpec]]] = {}
+    for name, leader in shared_inputs(model, linears, ids).items():
+        groups.setdefault(specs[name].layer, {}).setdefault(leader, []).append(specs[name])
+    return {layer: list(found.values()) for layer, found in groups.items()}
+
+
 def collect_moments(
     runner: BlockRunner, linears: Sequence[LinearSpec], owners: Mapping[str, str], report: Reporter = SILENT
 ) -> dict[str, InputStats]:

@@ -17,6 +17,7 @@ from ara.config.base import (
 from ara.config.bench import BenchConfig
 from ara.config.decompose import DecomposeConfig
 from ara.config.evaluate import EvalConfig, GenerateConfig
+from ara.config.quantise import QuantiseConfig
 from ara.config.recover import RecoverConfig
 from ara.config.train_masks import MaskTrainingOptions, TrainMasksConfig
 from ara.config.truncate import TruncateConfig
@@ -32,6 +33,7 @@ __all__ = [
     "MaskTrainingOptions",
     "MethodOptions",
     "PlacementConfig",
+    "QuantiseConfig",
     "RecoverConfig",
     "Settings",
     "StageConfig",

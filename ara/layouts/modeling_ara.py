@@ -7,7 +7,8 @@ unchanged into every compressed checkpoint, so that a checkpoint also loads with
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)       # runs the copy of this file
 
 A checkpoint is an ordinary one of its architecture. ``quantization_config`` in its ``config.json`` names the low-rank
-layers, their ranks and their layout. Shapes: ``m`` out features, ``n`` in features, ``k`` rank.
+layers, their ranks and their layout, and the matrices that are rounded to few bits. Shapes: ``m`` out features, ``n``
+in features, ``k`` rank.
 """
 
 from __future__ import annotations
@@ -168,10 +169,102 @@ class PivotedLinear(CompressedLinear):
         return y if self.bias is None else y + self.bias
 
 
+class RoundedLinear(nn.Module):
+    """A matrix of few bits: ``y = W x + bias`` with ``W = (q − z) s``, computed from whole numbers at each pass.
+
+    Every ``block`` weights of a row share a scale s and perhaps a zero point z. Numbers and their packing are those of
+    ONNX Runtime's MatMulNBits: two 4-bit numbers in a byte, the first one in the lower half.
+
+    Attributes:
+        since: first version of the checkpoint format that has such matrices.
+        bits: of a weight, 4 or 8.
+        block: weights per scale.
+        transposed: whether it replaces a ``Conv1D``.
+        steps: q, packed, (m, blocks · block · bits / 8) uint8; the last block of a row is filled up.
+        scales: s, (m, blocks) float16, whatever the dtype of the model.
+        zeros: z, packed, (m, ⌈blocks · bits / 8⌉) uint8; ``None``: z is the middle of the range, 2^(bits − 1).
+        bias: (m), or ``None``.
+    """
+
+    since: ClassVar[int] = 3
+    steps: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        block: int,
+        zero_points: bool,
+        bias: bool,
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits, self.block = in_features, out_features, bits, block
+        self.transposed = transposed
+        blocks = -(-in_features // block)
+        widths = {"steps": blocks * block * bits // 8, "zeros": -(-blocks * bits // 8) if zero_points else None}
+        for name, width in widths.items():
+            packed = None if width is None else torch.zeros(out_features, width, dtype=torch.uint8, device=device)
+            self.register_buffer(name, packed)
+        self.register_buffer("scales", torch.zeros(out_features, blocks, dtype=torch.float16, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight (m, n) float32, computed at each access."""
+        blocks = self.scales.shape[1]
+        q = unpacked(self.steps, self.bits).view(self.out_features, blocks, self.block).float()
+        if self.zeros is None:
+            q -= 1 << (self.bits - 1)
+        else:
+            q -= unpacked(self.zeros, self.bits)[:, :blocks, None]
+        q *= self.scales.float()[..., None]
+        return q.flatten(1)[:, : self.in_features]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``x`` (..., n) to (..., m)."""
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """Show shape and bits."""
+        zero_points = "" if self.zeros is None else ", zero points"
+        return f"in={self.in_features}, out={self.out_features}, bits={self.bits}, block={self.block}{zero_points}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # A cast of the model must not round the scales once more.
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        return self
+
+
+def packed(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return whole numbers (m, c) uint8 below 2^bits as bytes (m, ⌈c · bits / 8⌉); bits is 4 or 8."""
+    if bits == 8:
+        return numbers
+    pairs = nn.functional.pad(numbers, (0, numbers.shape[1] % 2)).view(len(numbers), -1, 2)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpacked(stored: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return the whole numbers of bytes (m, c): (m, c · 8 / bits) uint8; the inverse of :func:`packed`."""
+    if bits == 8:
+        return stored
+    return torch.stack([stored & 15, stored >> 4], -1).flatten(1)
+
+
 # Name of a layout → the module of its layers.
 LAYERS: dict[str, type[CompressedLinear]] = {"factors": LowRankLinear, "pivoted": PivotedLinear}
 # A checkpoint of a newer format is refused.
-CHECKPOINT_FORMAT = max(layer.since for layer in LAYERS.values())
+CHECKPOINT_FORMAT = max(RoundedLinear.since, *(layer.since for layer in LAYERS.values()))
+# Bits and lengths of blocks that a rounded matrix may have.
+BITS, BLOCKS = (4, 8), (16, 32, 64, 128, 256)
 
 
 class AraConfig(QuantizationConfigMixin):
@@ -182,6 +275,8 @@ class AraConfig(QuantizationConfigMixin):
         format_version: of the checkpoint; ``since`` of a layer class is the first version with its layout.
         provenance: how the checkpoint was made; stored, never interpreted.
         layout: how the low-rank layers are stored, a key of ``LAYERS``.
+        rounded: path of a linear layer, or of a part of a low-rank one such as ``….q_proj.A`` → bits, length of blocks,
+            whether there are zero points. All other matrices are floating-point numbers.
     """
 
     def __init__(
@@ -190,13 +285,15 @@ class AraConfig(QuantizationConfigMixin):
         format_version: int = 1,
         provenance: dict[str, Any] | None = None,
         layout: str = "factors",
+        rounded: dict[str, list[Any]] | None = None,
         **_: Any,
     ) -> None:
-        for key, value in (("ranks", ranks), ("provenance", provenance)):
+        for key, value in (("ranks", ranks), ("provenance", provenance), ("rounded", rounded)):
             if not isinstance(value, (dict, type(None))):
                 raise ValueError(f"quantization_config.{key} must be an object, got {value!r:.60}")
         self.quant_method = QUANT_METHOD
         self.ranks = dict(ranks or {})
+        self.rounded = dict(rounded or {})
         self.layout = layout
         self.format_version = format_version
         self.provenance = dict(provenance or {})
@@ -216,6 +313,16 @@ class AraConfig(QuantizationConfigMixin):
                 raise ValueError(
                     f"quantization_config.ranks[{name!r}] must be a whole number of at least 1, got {rank!r}"
                 )
+        if self.rounded and format_version < RoundedLinear.since:
+            raise ValueError(
+                f"quantization_config.rounded needs ARA format {RoundedLinear.since}, got {format_version}"
+            )
+        for name, found in self.rounded.items():
+            if not _is_rounding(found):
+                raise ValueError(
+                    f"quantization_config.rounded[{name!r}] must be bits {BITS}, a length of blocks {BLOCKS} and "
+                    f"whether there are zero points, got {found!r:.60}"
+                )
 
 
 class AraQuantizer(HfQuantizer):
@@ -233,6 +340,10 @@ class AraQuantizer(HfQuantizer):
                 # Some families initialise new layers with code that expects a dense layer, for instance its bias.
                 vars(part)["_is_hf_initialized"] = True
             replace_linear(model, name, layer)
+        for name, rounding in config.rounded.items():
+            empty = _empty_rounded(_linear(model, name), *rounding)
+            vars(empty)["_is_hf_initialized"] = True
+            replace_linear(model, name, empty)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
@@ -254,10 +365,11 @@ class AraQuantizer(HfQuantizer):
         It has the name of a dense weight and the wrong shape, so loading fails. Without it such a reader would only
         warn and fill the missing weights with random numbers.
         """
-        return [f"{name}.weight" for name in sorted(self.quantization_config.ranks)[:1]]
+        config = self.quantization_config
+        return [f"{name}.weight" for name in (sorted(config.ranks) or sorted(config.rounded))[:1]]
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        return densify(model)
+        return densify(dequantise(model, dtype))
 
     def is_serializable(self) -> bool:
         """Tell that a loaded model can be saved again."""
@@ -309,6 +421,20 @@ def densify(model: nn.Module) -> nn.Module:
     return model
 
 
+def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every rounded matrix of ``model`` by an ordinary one with the same numbers, in place.
+
+    Args:
+        model: with rounded matrices or without.
+        dtype: of the new ones; that of the model's parameters by default.
+    """
+    dtype = dtype or next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    for name, module in list(model.named_modules()):
+        if isinstance(module, RoundedLinear):
+            replace_linear(model, name, linear_with(module.weight.to(dtype), module.bias, module.transposed))
+    return model
+
+
 def register() -> None:
     """Register ``quant_method: ara`` with transformers; a second call changes nothing."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, AraConfig)
@@ -328,23 +454,42 @@ def _linear(model: nn.Module, name: str) -> Any:
         module = None
     if not isinstance(module, (nn.Linear, Conv1D)):
         found = "nothing" if module is None else type(module).__name__
-        raise ValueError(f"the checkpoint factorises {name!r}, but {type(model).__name__} has {found} there")
+        raise ValueError(f"the checkpoint compresses {name!r}, but {type(model).__name__} has {found} there")
     return module
 
 
 def _dense_layer(module: CompressedLinear) -> nn.Module:
     weight = module.product(torch.float32).detach().to(module.A.weight.dtype)
+    return linear_with(weight, module.bias, module.transposed)
+
+
+def linear_with(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> nn.Module:
+    """Return an ordinary linear layer, or a ``Conv1D`` if ``transposed``, with a weight (m, n) and a bias (m)."""
+    m, n = weight.shape
     layer: nn.Module
-    if module.transposed:
+    if transposed:
         with torch.device("meta"):
-            layer = Conv1D(module.out_features, module.in_features)
+            layer = Conv1D(m, n)
         weight = weight.T.contiguous()
     else:
-        layer = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        layer = nn.Linear(n, m, bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    if module.bias is not None:
-        layer.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return layer
+
+
+def _empty_rounded(linear: Any, bits: int, block: int, zero_points: bool) -> RoundedLinear:
+    weight, bias, transposed = linear.weight, linear.bias, isinstance(linear, Conv1D)
+    n, m = weight.shape if transposed else reversed(weight.shape)
+    return RoundedLinear(n, m, bits, block, zero_points, bias is not None, transposed, weight.device, weight.dtype)
+
+
+def _is_rounding(found: Any) -> bool:
+    """Tell whether an entry of ``rounded`` is bits, length of blocks and a truth value."""
+    if not isinstance(found, list) or len(found) != 3 or any(type(number) is not int for number in found[:2]):
+        return False
+    return found[0] in BITS and found[1] in BLOCKS and type(found[2]) is bool
 
 
 def _empty_like(linear: Any, kind: type[CompressedLinear], rank: int) -> CompressedLinear:

@@ -13,7 +13,15 @@ from ara.errors import ModelError, first_line, is_out_of_memory
 from ara.jsonfile import read_object
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import modeling_ara
-from ara.layouts.modeling_ara import LAYERS, AraConfig, AraQuantizer, densify
+from ara.layouts.modeling_ara import (
+    LAYERS,
+    AraConfig,
+    AraQuantizer,
+    RoundedLinear,
+    densify,
+    dequantise,
+    replace_linear,
+)
 from ara.models.completeness import check_loaded, stored_tensors, weight_files
 from ara.models.loading import why_not_loaded
 from ara.models.placement import choose_placement, torch_dtype
@@ -36,6 +44,7 @@ def save_checkpoint(
     ranks: Mapping[str, int],
     provenance: dict[str, Any],
     layout: LayoutName = DEFAULT_LAYOUT,
+    rounded: Mapping[str, RoundedLinear] | None = None,
     dense: bool = False,
     max_shard_size: str = "5GB",
 ) -> None:
@@ -48,14 +57,19 @@ def save_checkpoint(
         ranks: module path → kept rank of the low-rank layers.
         provenance: stored in ``config.json``.
         layout: of the low-rank layers.
+        rounded: path of a matrix → its module of few bits, which replaces it in ``model``.
         dense: write an ordinary dense checkpoint.
         max_shard_size: largest file, such as ``5GB``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if dense:
         densify(model)
-    elif ranks:
-        config = AraConfig(dict(ranks), LAYERS[layout].since, provenance, layout)
+    elif ranks or rounded:
+        for name, module in (rounded or {}).items():
+            replace_linear(model, name, module)
+        settings = {name: [one.bits, one.block, one.zeros is not None] for name, one in (rounded or {}).items()}
+        since = max(LAYERS[layout].since if ranks else 1, RoundedLinear.since if rounded else 1)
+        config = AraConfig(dict(ranks), since, provenance, layout, settings)
         model.config.quantization_config = config
         model.config.auto_map = {"AutoModelForCausalLM": f"{Path(CODE_FILE).stem}.AraForCausalLM"}
         model.hf_quantizer = AraQuantizer(config)
@@ -71,7 +85,7 @@ def save_checkpoint(
 
 
 def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
-    """Load a compressed checkpoint, in evaluation mode.
+    """Load a compressed checkpoint, in evaluation mode. Rounded matrices become ordinary ones with the same numbers.
 
     Args:
         path: the ``checkpoint`` folder that ``ara truncate`` wrote, compressed or densified.
@@ -86,6 +100,7 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrai
     stored = str(read_config(folder).get("dtype") or "float32")
     placement = choose_placement(device, stored if dtype == "auto" else dtype)
     model = _read(folder, torch_dtype(placement.dtype))
+    dequantise(model)
     return model.to(placement.device).eval().requires_grad_(False)
 
 

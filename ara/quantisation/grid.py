@@ -153,19 +153,16 @@ def _candidates(w: torch.Tensor, grid: Grid) -> list[tuple[torch.Tensor, torch.T
     """Return scales, rounded to their type, and zero points, both (m, blocks) float32."""
     low, high = w.amin(-1).clamp_max(0), w.amax(-1).clamp_min(0)
     middle = torch.full_like(low, grid.middle)
-    if grid.zero_points:
-        whole = [((high - low) / grid.last, None)]
-    else:
-        # The end of the range with 2ᵇ⁻¹ steps is the low one; the sign decides which weights get it.
-        extreme = torch.where(high > -low, -high, -low)
-        whole = [(extreme / grid.middle, middle), (torch.maximum(high, -low) / (grid.middle - 1), middle)]
+    # Without zero points the end of the range with 2ᵇ⁻¹ steps is the low one: the sign decides which weights get it.
+    extreme = torch.where(high > -low, -high, -low)
+    whole = [extreme / grid.middle, torch.maximum(high, -low) / (grid.middle - 1)]
     found = []
-    for exact, zero in whole:
+    for exact in [(high - low) / grid.last] if grid.zero_points else whole:
         for share in _SHARES:
             scale = _stored(exact * share, grid)
             divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
-            own = zero if zero is not None else (-low * share / divisor).round().clamp(0, grid.last)
-            found.append((scale, own))
+            zero = (-low * share / divisor).round().clamp(0, grid.last) if grid.zero_points else middle
+            found.append((scale, zero))
     return found
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ara.calibration.moments import shared_inputs
+from ara.calibration.moments import input_groups
 from ara.decomposition.parallel import map_layers
 from ara.errors import NumericalError
 from ara.layouts.modeling_ara import CompressedLinear
@@ -61,12 +61,7 @@ class _Correction:
         self.prefix, blocks = find_blocks(recovery.model)
         self.count = len(blocks)
         first = recovery.train.ids[:1].to(recovery.device)
-        owners = shared_inputs(recovery.dense, recovery.specs, first)
-        specs = {spec.name: spec for spec in recovery.specs}
-        # Layer → groups of layers with one input, in the order of the forward pass.
-        self.groups: dict[int, dict[str, list[LinearSpec]]] = {}
-        for name, leader in owners.items():
-            self.groups.setdefault(specs[name].layer, {}).setdefault(leader, []).append(specs[name])
+        self.groups = input_groups(recovery.dense, recovery.specs, first)
         independent = recovery.starts_anywhere()
         texts = (recovery.train, recovery.held_out)
         self.dense, self.model = (
@@ -117,7 +112,7 @@ class _Correction:
         }
         found: dict[str, Choice] = {}
         try:
-            for specs in self.groups.get(layer, {}).values():
+            for specs in self.groups.get(layer, []):
                 writes = len(specs) == 1 and self._writes_to_stream(specs[0])
                 train, held_out = (self._moments(specs[0], which, writes) for which in (0, 1))
                 work = partial(_corrected, recovery, train, held_out)

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 
 from ara.artifacts.base import Number
 from ara.artifacts.benchmark import ModelCost
-from ara.artifacts.checkpoint import RecoveryFigures
+from ara.artifacts.checkpoint import RecoveryFigures, RoundingFigures
 from ara.artifacts.evaluation import ContinuedPrompt, SpreadFigures
 from ara.artifacts.factors import FactorisedLayer
 from ara.artifacts.graph import ParityCase
@@ -121,6 +121,7 @@ class Stored(Part):
     Attributes:
         disk_keep: ``disk_bytes`` as a share of the dense model's weights.
         recovery: ``None`` if it was only truncated.
+        rounding: ``None`` if it was not rounded to few bits.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Stored(Part):
     disk_bytes: int
     disk_keep: float
     recovery: RecoveryFigures | None = None
+    rounding: RoundingFigures | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ara.artifacts.evaluation import EMPTY_TEXT
 from ara.printable import printable
 from ara.reporting import charts, tables
 from ara.reporting.document import Report
-from ara.reporting.summary import machine_words, recovery_words, runtime_words
+from ara.reporting.summary import machine_words, recovery_words, rounding_words, runtime_words
 from ara.version import __version__
 
 if TYPE_CHECKING:
@@ -59,5 +59,5 @@ def _template() -> Template:
     names = [name for name in vars(tables) if name.endswith(("_table", "_tables"))]
     environment.globals.update({name: getattr(tables, name) for name in names})
     environment.globals.update(mark=MARK, runtime_words=runtime_words, machine_words=machine_words)
-    environment.globals.update(recovery_words=recovery_words, empty_text=EMPTY_TEXT)
+    environment.globals.update(recovery_words=recovery_words, rounding_words=rounding_words, empty_text=EMPTY_TEXT)
     return environment.get_template("report.html")

@@ -16,7 +16,7 @@ from ara.reporting.cells import Cell, Table
 from ara.reporting.document import Report
 from ara.reporting.gather import basic_report
 from ara.reporting.sharing import shared_command
-from ara.reporting.summary import main_texts, recovery_words
+from ara.reporting.summary import main_texts, recovery_words, rounding_words
 from ara.reporting.tables import (
     bench_tables,
     chat_table,
@@ -136,7 +136,8 @@ def _what(report: Report, measured: bool) -> str:
     lines = [
         f"{stored.low_rank_layers} linear layers of {_code(report.base.name)} were factorised by SVD and are {shape}; "
         f"{stored.dense_layers} stay dense, embeddings and head are untouched. "
-        + (recovery_words(stored.recovery) if stored.recovery else "No weight was trained."),
+        + (recovery_words(stored.recovery) if stored.recovery else "No weight was trained.")
+        + (f" {rounding_words(stored.rounding)}" if stored.rounding else ""),
         "",
         f"- decomposition: {_code(factors.method)}, calibration text: {text}",
         f"- ranks: {_code(ranks.name)} ({_code(ranks.method)})",

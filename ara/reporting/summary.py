@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ara.artifacts.checkpoint import RecoveryFigures
+from ara.artifacts.checkpoint import RecoveryFigures, RoundingFigures
 from ara.artifacts.evaluation import DENSE, UNIFORM, SpreadFigures
 from ara.data.mixtures import Share, mixture_spec
 from ara.evaluation.paired import NOISE
@@ -201,6 +201,17 @@ def recovery_words(recovery: RecoveryFigures) -> str:
         f"{recovery.loss_after:.4f} (dense {recovery.dense_loss:.4f})."
     )
     return words if recovery.stopped is None else f"{words} The repair is not complete: {recovery.stopped}."
+
+
+def rounding_words(rounding: RoundingFigures) -> str:
+    """Return how a checkpoint was rounded, in sentences."""
+    how = "each one for itself" if rounding.method == "nearest" else f"calibrated on {rounding.windows} windows of text"
+    zero_points = "a zero point" if rounding.zero_points else "no zero point"
+    return (
+        f"{rounding.matrices} matrices have {rounding.bits} bits per weight, with a scale and {zero_points} per "
+        f"{rounding.block} weights; rounding was {how}. On {rounding.held_out} held-out windows the loss went from "
+        f"{rounding.loss_before:.4f} to {rounding.loss_after:.4f} nats per token."
+    )
 
 
 def share_text(value: float) -> str:

@@ -70,12 +70,17 @@ def recover(
     started = begin(name, checkpoint)
     levels = check_levels(config)
     with open_task("recover", run, started) as task:
-        before = task.workspace.require("checkpoint", checkpoint, not_by="recover")
+        before = task.workspace.require("checkpoint", checkpoint, not_by=("recover", "quantise"))
         figures = CheckpointResults.read(before)
         if figures.densified:
             raise UsageError(
                 f"{before.key} is densified: it has no low-rank layers whose rank could stay",
                 "recover the checkpoint that ara truncate writes without --densify",
+            )
+        if figures.rounding is not None:
+            raise UsageError(
+                f"{before.key} is rounded to {figures.rounding.bits} bits",
+                "recover the checkpoint that it was made from, then quantise that",
             )
         chosen = task.workspace.ancestor(before, "ranks")
         decomposition = task.workspace.ancestor(chosen, "factors")

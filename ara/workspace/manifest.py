@@ -29,6 +29,7 @@ _NOT_DECISIVE = {
     "decompose": frozenset({"model", "revision", "device", "moment_memory"}),
     "train-masks": frozenset({"save_every", "tensorboard"}),
     "recover": frozenset({"save_every", "tensorboard"}),
+    "quantise": frozenset({"tolerance"}),
     "eval": frozenset({"batch_size", "include_path"}),  # the content of include_path counts, not its path
     "compare": frozenset({"eval_batch_size"}),
 }

@@ -17,7 +17,7 @@ A result whose parent has changed since is *stale*: no stage uses it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -138,14 +138,16 @@ class Workspace:
         """Return the state of one stage result (its files are not read)."""
         return States(self.root).view(key)
 
-    def require(self, kind: str, which: str | None = None, verify: bool = True, not_by: str | None = None) -> StageView:
+    def require(
+        self, kind: str, which: str | None = None, verify: bool = True, not_by: Collection[str] = ()
+    ) -> StageView:
         """Return a finished, current result of a kind.
 
         Args:
             kind: of the result, such as ``checkpoint``.
             which: name of the result, or ``stage/name`` if several stages make this kind; the latest by default.
             verify: also compare every file with its checksum.
-            not_by: stage whose own results are not taken by default: a stage that consumes what it produces would
+            not_by: stages whose results are not taken by default: a stage that consumes what it produces would
                 otherwise make another result each time.
 
         Raises:
@@ -172,8 +174,8 @@ class Workspace:
         """
         return self.require(kind, ancestor_key(view, kind, self.view), verify)
 
-    def _latest_readable(self, kind: str, not_by: str | None = None) -> StageView:
-        views = [view for view in self.views(kind) if view.stage != not_by]
+    def _latest_readable(self, kind: str, not_by: Collection[str] = ()) -> StageView:
+        views = [view for view in self.views(kind) if view.stage not in not_by]
         for view in views:
             if view.state == "damaged":
                 # Its age is unknown, so that it may be the latest one. Reading it again raises the precise error.

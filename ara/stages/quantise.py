@@ -1,0 +1,178 @@
+"""``ara quantise``: round the matrices of a compressed checkpoint to few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults, CheckpointSettings, RoundingFigures
+from ara.artifacts.factors import FactorsSettings, specs_of
+from ara.artifacts.ranks import layout_of
+from ara.config import QuantiseConfig
+from ara.data.tokens import TokenWindows
+from ara.environment import keep_freed_memory
+from ara.errors import NumericalError, UsageError
+from ara.models.accounting import weight_bytes
+from ara.models.checkpoint import checkpoint_bytes, load, save_checkpoint
+from ara.models.likelihood import window_nll
+from ara.models.low_rank import low_rank_layers
+from ara.models.placement import torch_dtype
+from ara.models.vocabulary import token_rows
+from ara.quantisation.grid import Grid
+from ara.quantisation.sequential import Parts, round_model
+from ara.stages.common import Run, begin, model_of, open_task
+from ara.stages.truncate import finish_checkpoint, provenance
+from ara.stages.tuning import placed
+from ara.workspace.store import Workspace
+from ara.workspace.view import StageView
+from ara.workspace.writer import StageWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None, name: str | None = None) -> StageView:
+    """Round a checkpoint to few bits, and store the result as a further checkpoint.
+
+    Embeddings, the head, norms and biases stay as they are.
+
+    Args:
+        config: bits, length of blocks, method, calibration windows.
+        run: workspace and reporter.
+        checkpoint: NAME or STAGE/NAME of the checkpoint; by default the latest that is not rounded.
+        name: of the result; the checkpoint's name and the bits by default.
+
+    Raises:
+        AraError: no checkpoint, a densified or rounded one, too little text, NaN, or a loss beyond the tolerance.
+    """
+    started = begin(name, checkpoint)
+    with open_task("quantise", run, started) as task:
+        before = task.workspace.require("checkpoint", checkpoint, not_by=("quantise",))
+        figures = CheckpointResults.read(before)
+        if figures.rounding is not None:
+            raise UsageError(f"{before.key} is rounded already", "quantise the checkpoint that it was made from")
+        if figures.densified:
+            raise UsageError(
+                f"{before.key} is densified, for tools that read ordinary weights",
+                "quantise the checkpoint that ara truncate writes without --densify",
+            )
+        chosen = task.workspace.ancestor(before, "ranks")
+        decomposition = task.workspace.ancestor(chosen, "factors")
+        assert decomposition.manifest is not None and chosen.manifest is not None
+        run.report.step(f"Rounding {before.key} to {config.bits} bits")
+        resolved = placed(config, run)
+        if resolved.method == "nearest":
+            # Nothing is read to calibrate with.
+            resolved = resolved.model_copy(update={"samples": QuantiseConfig.model_fields["samples"].default})
+        task.describe(
+            name or f"{before.name}-int{config.bits}",
+            {**resolved.model_dump(mode="json"), "dtype": CheckpointSettings.read(before).dtype}
+            | {"compute_dtype": resolved.dtype},
+            (before, decomposition),
+        )
+        if (done := task.done()) is not None:
+            return done
+        train, held = _windows(resolved, decomposition, task.workspace, run)
+        layout = layout_of(chosen)
+        specs = specs_of(decomposition, layout)
+        grid = Grid(config.bits, config.block, config.zero_points)
+        with task.writer(seed=config.seed, resumable=True) as stage:
+            if finished := stage.all_work():
+                run.report.fact(f"resuming: {len(finished)} blocks are rounded already")
+            if resolved.device == "cpu":
+                keep_freed_memory()
+            model = load(before.path / CHECKPOINT, resolved.device, resolved.dtype)
+            first = _loss(model, held.ids, config.batch_size, run)
+            rounded = round_model(
+                model,
+                specs,
+                {spec.name: grid for spec in specs},
+                train.ids if config.method == "calibrated" else None,
+                config.batch_size,
+                _Parts(stage),
+                run.report,
+            )
+            after = _loss(model, held.ids, config.batch_size, run)
+            run.report.fact(f"held-out loss {first:.4f} → {after:.4f} nats per token")
+            if not after - first <= config.tolerance:
+                raise NumericalError(
+                    f"rounding raises the held-out loss from {first:.4f} to {after:.4f} nats per token, "
+                    f"allowed are {config.tolerance:g}",
+                    "use --bits 8, a smaller --block, or a larger --tolerance",
+                )
+            found = RoundingFigures(
+                bits=config.bits,
+                block=config.block,
+                zero_points=config.zero_points,
+                method=config.method,
+                matrices=len(rounded),
+                windows=train.windows if config.method == "calibrated" else 0,
+                held_out=held.windows,
+                seq_len=held.ids.shape[1],
+                loss_before=first,
+                loss_after=after,
+            )
+            dtype = CheckpointSettings.read(before).dtype
+            model.to(torch_dtype(dtype))
+            folder = stage.folder / CHECKPOINT
+            save_checkpoint(
+                model,
+                model_of(decomposition, run).load_tokenizer(),
+                folder,
+                ranks=low_rank_layers(model),
+                layout=layout,
+                rounded=rounded,
+                provenance={**provenance(decomposition.manifest, chosen.manifest), "rounding": found.plain()},
+            )
+            results = replace(
+                figures, rounding=found, weight_bytes=weight_bytes(model), disk_bytes=checkpoint_bytes(folder)
+            )
+            finish_checkpoint(stage, results, decomposition.manifest, chosen.manifest, dtype, run.report)
+        return task.view()
+
+
+class _Parts(Parts):
+    """Finished blocks in the unfinished folder of the stage."""
+
+    def __init__(self, stage: StageWriter) -> None:
+        self.stage = stage
+
+    def part(self, name: str) -> Path | None:
+        """See :class:`Parts`."""
+        found = self.stage.work(name)
+        return None if found is None else found[0]
+
+    def finish_part(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See :class:`Parts`."""
+        self.stage.finish_work(name, tensors, {})
+
+
+def _windows(
+    config: QuantiseConfig, decomposition: StageView, workspace: Workspace, run: Run
+) -> tuple[TokenWindows, TokenWindows]:
+    """Return windows to calibrate with and held-out ones, from the text of the decomposition after its own windows."""
+    from ara.data.mixtures import load_calibration_text, resolved_text
+    from ara.data.windows import WindowReader
+
+    made, source = FactorsSettings.read(decomposition), model_of(decomposition, run)
+    tokenizer = source.load_tokenizer()
+    text = load_calibration_text(resolved_text(made.text, tokenizer), run.report)
+    rows, folder = token_rows(source.config), workspace.cache / "tokens"
+    reader = WindowReader(folder, tokenizer, text, made.seq_len, made.seed, rows, run.report)
+    return reader.further(made.samples, config.samples, config.held_out)
+
+
+@torch.inference_mode()
+def _loss(model: PreTrainedModel, windows: torch.Tensor, batch_size: int, run: Run) -> float:
+    """Return the mean negative log-likelihood of a model, nats per token."""
+    found = []
+    with run.report.bar("Reading held-out text", len(windows)) as bar:
+        for batch in windows.split(batch_size):
+            ids = batch.to(model.device)
+            found.append(window_nll(model(input_ids=ids, use_cache=False).logits, ids))
+            bar.advance(len(batch))
+    return float(torch.cat(found).mean())
