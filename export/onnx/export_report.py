@@ -61,7 +61,13 @@ class Proof(_Part):
 
 
 class ExportReport(_Part):
-    """The contents of ``ara_export.json``; ``parity`` is ``None`` where the graph was not compared."""
+    """The contents of ``ara_export.json``.
+
+    Attributes:
+        precision: of all weights that the checkpoint does not store in few bits.
+        rounded: number of matrices that it stores in few bits; the graph has the same numbers.
+        parity: ``None`` where the graph was not compared.
+    """
 
     format_version: Literal[1] = EXPORT_FORMAT
     source: Source
@@ -72,6 +78,7 @@ class ExportReport(_Part):
     rewritten: bool
     layout: LayoutName
     ranks: Mapping[str, int]
+    rounded: int = Field(0, ge=0)
     decoder: DecoderFacts
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str | None]

@@ -15,10 +15,14 @@ from export.onnx.export_report import Precision, Provider
 from export.onnx.low_rank import NODES, LowRankGraph
 from export.onnx.nodes import CONTRIB
 from export.onnx.quantize import BITS, BLOCK, quantize, scales_of
-from export.onnx.stored_weights import Checkpoint, LinearLayer
+from export.onnx.stored_weights import Checkpoint, LinearLayer, Rounding
 
 _FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 TORCH_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
+
+
+# Activations in MatMulNBits: 4 rounds them to 8 bits per block, which is what is fast on a CPU; 0 leaves them.
+_ACCURACY: dict[Provider, int] = {"cpu": 4, "cuda": 0}
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class LinearNodes(LowRankGraph):
     def linears(self, x: ir.Value, layers: Sequence[LinearLayer], path: str) -> list[ir.Value]:
         """Return the outputs of layers with the same input x (…, n); merged products are named after ``path``."""
         first = [f"{layer.path}.weight" if layer.rank is None else f"{layer.path}.A.weight" for layer in layers]
-        if self.options.merge_shared_inputs and len(layers) > 1:
+        ways = {self.checkpoint.rounded.get(name.removesuffix(".weight")) for name in first}
+        if self.options.merge_shared_inputs and len(layers) > 1 and len(ways) == 1:
             sizes = [layer.m if layer.rank is None else layer.rank for layer in layers]
             inner = self.split(self._matmul(x, f"{path}.merged", *first), sizes, path)
         else:
@@ -89,6 +94,9 @@ class LinearNodes(LowRankGraph):
     def _matmul(self, x: ir.Value, path: str, *names: str) -> ir.Value:
         """Multiply by weights of the checkpoint, each (out, in), stacked along the outputs."""
         self.used.update(names)
+        rounded = [self.checkpoint.rounded.get(name.removesuffix(".weight")) for name in names]
+        if rounded[0] is not None:
+            return self._matmul_rounded(x, path, names, rounded[0])
         shapes = [self.checkpoint.shape(name) for name in names]
         m, n = sum(shape[0] for shape in shapes), shapes[0][1]
 
@@ -114,6 +122,35 @@ class LinearNodes(LowRankGraph):
         )
         attributes = {"K": n, "N": m, "bits": BITS, "block_size": BLOCK, "accuracy_level": 4}
         return self.op("MatMulNBits", [x, packed, scales], path, attributes, domain=CONTRIB)
+
+    def _matmul_rounded(self, x: ir.Value, path: str, names: Sequence[str], rounding: Rounding) -> ir.Value:
+        """Multiply by weights that the checkpoint stores in few bits, all in the same way, as they are stored."""
+        bits, block, zero_points = rounding
+        shapes = [self.checkpoint.shape(name) for name in names]
+        m, n = sum(shape[0] for shape in shapes), shapes[0][1]
+        blocks, paths = -(-n // block), [name.removesuffix(".weight") for name in names]
+
+        def numbers(part: str, *shape: int) -> np.ndarray:
+            tensors = [self.checkpoint.tensor(f"{one}.{part}") for one in paths]
+            found: np.ndarray = torch.cat(tensors).reshape(shape).numpy()
+            return found
+
+        width = block * bits // 8
+        packed = self.lazy(
+            f"{path}.steps", ir.DataType.UINT8, (m, blocks, width), lambda: numbers("steps", m, blocks, width)
+        )
+        scales = self.lazy(
+            f"{path}.scales",
+            self.float,
+            (m * blocks,),
+            lambda: self._array(torch.from_numpy(numbers("scales", m * blocks))),
+        )
+        inputs = [x, packed, scales]
+        if zero_points:
+            count = m * -(-blocks * bits // 8)
+            inputs.append(self.lazy(f"{path}.zeros", ir.DataType.UINT8, (count,), lambda: numbers("zeros", count)))
+        attributes = {"K": n, "N": m, "bits": bits, "block_size": block, "accuracy_level": _ACCURACY[self.provider]}
+        return self.op("MatMulNBits", inputs, path, attributes, domain=CONTRIB)
 
     def weight(self, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> ir.Value:
         """Return a tensor of the checkpoint under its own name."""

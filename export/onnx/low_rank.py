@@ -65,7 +65,7 @@ class PivotedNodes(LowRankNodes):
     def view(self, checkpoint: Checkpoint, precision: Precision) -> Checkpoint | BlockPivots:
         """Return the checkpoint with pivots in blocks, for a float32 graph."""
         # More pivots magnify rounding errors: hardly in float32, far too much in 8 bits.
-        return BlockPivots(checkpoint) if precision == "fp32" else checkpoint
+        return BlockPivots(checkpoint) if precision == "fp32" and not checkpoint.rounded else checkpoint
 
     def output(self, graph: LowRankGraph, h: ir.Value, layer: LinearLayer) -> ir.Value:
         """Return [h; C h], put in order."""

@@ -34,6 +34,7 @@ class BlockPivots:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self.rounded = checkpoint.rounded
         self._layers: dict[str, LinearLayer] = {}
         self._last: tuple[str, dict[str, torch.Tensor]] | None = None
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 from ara.errors import ModelError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import layout_named
-from ara.layouts.modeling_ara import QUANT_METHOD, AraConfig
+from ara.layouts.modeling_ara import QUANT_METHOD, AraConfig, RoundedLinear
 from ara.models.checkpoint import quantization_of, read_config
 from ara.models.folder import INDEX, SINGLE, read_index, read_shapes
 
+# Tensors of a matrix of few bits.
+PARTS = ("steps", "scales", "zeros")
 _AGAIN = "write the checkpoint again: ara truncate --force"
 
 
@@ -44,6 +46,14 @@ class LinearLayer:
     block: int = 1
 
 
+class Rounding(NamedTuple):
+    """How a matrix of few bits is stored; see :class:`ara.layouts.modeling_ara.RoundedLinear`."""
+
+    bits: int
+    block: int
+    zero_points: bool
+
+
 class Checkpoint:
     """A Hugging Face folder, compressed or dense.
 
@@ -53,6 +63,8 @@ class Checkpoint:
     Attributes:
         ranks: module path → rank of the low-rank layers.
         layout: of these layers.
+        rounded: path of a matrix of few bits → how it is stored. Its name among the tensors is ``<path>.weight``, as if
+            it were an ordinary one.
 
     Raises:
         ModelError: the folder is no checkpoint, a shard is missing or damaged, or an ARA format that is too new.
@@ -70,15 +82,22 @@ class Checkpoint:
             )
         self.ranks: dict[str, int] = {}
         self.layout = DEFAULT_LAYOUT
+        self.rounded: dict[str, Rounding] = {}
+        # Shapes of matrices of few bits; the files show their inputs only up to whole blocks.
+        self._matrices: dict[str, tuple[int, ...]] = {}
         if method == QUANT_METHOD:
             try:
                 ara = AraConfig(**{key: value for key, value in quantization.items() if key != "quant_method"})
             except (ValueError, TypeError) as error:
                 raise ModelError(f"{folder} cannot be read: {error}", _AGAIN) from None
             self.ranks, self.layout = ara.ranks, cast(LayoutName, ara.layout)
+            self.rounded = {path: Rounding(*entry) for path, entry in ara.rounded.items()}
         self._files = _files(folder)
         self._shapes = _shapes(self._files)
-        unknown = [path for path in self.ranks if f"{path}.A.weight" not in self._shapes]
+        for path, (bits, block, _) in self.rounded.items():
+            m, width = self._stored(f"{path}.steps")
+            self._matrices[f"{path}.weight"] = m, width * 8 // bits // block * block
+        unknown = [path for path in self.ranks if not self.has(f"{path}.A.weight")]
         if unknown:
             raise ModelError(
                 f"{folder}/config.json gives {unknown[0]} a rank (quantization_config.ranks), and no "
@@ -88,16 +107,18 @@ class Checkpoint:
 
     @property
     def compressed(self) -> bool:
-        """Whether it has low-rank layers."""
-        return bool(self.ranks)
+        """Whether it has low-rank layers, or matrices of few bits."""
+        return bool(self.ranks or self.rounded)
 
     def names(self) -> list[str]:
         """List the tensors, without the empty one that makes software without ARA support refuse the checkpoint."""
-        return [name for name, shape in self._shapes.items() if shape != (0,)]
+        parts = {f"{path}.{part}" for path in self.rounded for part in PARTS}
+        plain = [name for name, shape in self._shapes.items() if shape != (0,) and name not in parts]
+        return [*plain, *self._matrices]
 
     def has(self, name: str) -> bool:
         """Tell whether a tensor exists."""
-        return name in self._shapes
+        return name in self._matrices or name in self._shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor.
@@ -105,6 +126,9 @@ class Checkpoint:
         Raises:
             ModelError: it does not exist.
         """
+        return self._matrices[name] if name in self._matrices else self._stored(name)
+
+    def _stored(self, name: str) -> tuple[int, ...]:
         if name not in self._shapes:
             raise ModelError(f"{self.folder} has no tensor {name}", _AGAIN)
         return self._shapes[name]
@@ -115,6 +139,9 @@ class Checkpoint:
         Raises:
             ModelError: it has another one, or does not exist.
         """
+        if name in self._matrices:
+            self._expect_rounded(name.removesuffix(".weight"), *shape)
+            self._matrices[name] = shape
         found = self.shape(name)
         if found != shape:
             raise ModelError(
@@ -123,12 +150,28 @@ class Checkpoint:
             )
         return name
 
+    def _expect_rounded(self, path: str, m: int, n: int) -> None:
+        """Check the shapes of the numbers of an (m, n) matrix of few bits."""
+        bits, block, zero_points = self.rounded[path]
+        blocks = -(-n // block)
+        self.expect(f"{path}.steps", m, blocks * block * bits // 8)
+        self.expect(f"{path}.scales", m, blocks)
+        if zero_points:
+            self.expect(f"{path}.zeros", m, -(-blocks * bits // 8))
+
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor, in the dtype of the file.
+        """Read one tensor, in the dtype of the file; a matrix of few bits as float32.
 
         Raises:
             ModelError: the file cannot be read.
         """
+        if name in self._matrices:
+            path = name.removesuffix(".weight")
+            m, n = self._matrices[name]
+            matrix = RoundedLinear(n, m, *self.rounded[path], bias=False)
+            numbers = {part: self.tensor(f"{path}.{part}") for part in PARTS if self.has(f"{path}.{part}")}
+            matrix.load_state_dict(numbers)
+            return matrix.weight
         try:
             with safe_open(self._files[name], "pt") as file:
                 return file.get_tensor(name)

@@ -116,6 +116,7 @@ def _about(
         rewritten=config.rewrite is not None,
         layout=checkpoint.layout,
         ranks=checkpoint.ranks,
+        rounded=len(checkpoint.rounded),
         decoder=facts.model_copy(update={"shared_caches": _shares_caches(model)}),
         files=graph_files(folder),
         versions={**versions(), "onnx_ir": ir.__version__, "onnxruntime": ort.__version__},

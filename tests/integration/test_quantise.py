@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -156,3 +158,23 @@ def test_a_bad_entry_of_the_config_is_refused(entry: Any) -> None:
         AraConfig({}, 3, rounded={"model.layers.0.mlp.up_proj": entry})
     with pytest.raises(ValueError, match="needs ARA format 3"):
         AraConfig({}, 2, rounded={"x": [4, 32, True]})
+
+
+@pytest.mark.parametrize("layout", ["factors", "pivoted"])
+@pytest.mark.parametrize(("bits", "words"), [(4, ()), (8, ("--no-zero-points", "--block", 16))])
+def test_the_graph_has_the_same_numbers(
+    bits: int, words: tuple[Any, ...], layout: str, checkpoint: Callable[..., Any], tmp_path: Path, tiny_text: str
+) -> None:
+    model = checkpoint("llama", None).folder
+    root = made(model, tmp_path / "ws", tiny_text, "--layout", layout)
+    folder = written(root, "--bits", bits, "--tolerance", 9, *words)
+    exported = json.loads(done("export", "-w", root, "--json").stdout)
+    assert exported["parents"][0]["key"] == f"quantise/{folder.name}"
+    graph = onnx.load(root / "export" / exported["name"] / "model.onnx", load_external_data=False)
+    nodes = [node for node in graph.graph.node if node.op_type == "MatMulNBits"]
+    config = json.loads((folder / "checkpoint" / "config.json").read_text())["quantization_config"]
+    assert len(nodes) == len(config["rounded"])
+    assert {attribute.i for node in nodes for attribute in node.attribute if attribute.name == "bits"} == {bits}
+    assert all(case["kl"] < 0.02 for case in exported["results"]["parity"]["cases"])
+    merged = json.loads(done("export", "--merge-shared-inputs", "--name", "merged", "-w", root, "--json").stdout)
+    assert all(case["kl"] < 0.02 for case in merged["results"]["parity"]["cases"])
