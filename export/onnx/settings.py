@@ -11,8 +11,8 @@ from export.onnx.export_report import Precision, Provider
 from export.onnx.runner import PROVIDERS
 
 _BLOCKED_INT4 = (
-    "int4 is not supported: errors of rounding to nearest add up over two factors (SmolLM2-135M at keep 0.8: NLL "
-    "3.11 → 3.80; dense weights: 2.48 → 2.70), and calibrated rounding is not implemented"
+    "an export does not round to 4 bits: without calibration, errors add up over two factors (SmolLM2-135M at keep 0.8: "
+    "NLL 3.11 → 3.80; dense weights: 2.48 → 2.70)"
 )
 
 
@@ -33,7 +33,7 @@ def resolve(config: ExportConfig) -> ExportConfig:
         )
     precision = config.precision or ("fp16" if provider == "cuda" else "fp32")
     if precision == "int4":
-        raise UnavailableError(_BLOCKED_INT4, "use --precision int8")
+        raise UnavailableError(_BLOCKED_INT4, "run ara quantise --bits 4 first, and export its checkpoint")
     if config.rewrite is not None and (config.merge_shared_inputs or config.last_logits or config.precision):
         raise UsageError(
             "--rewrite changes nothing but the factors: no --precision, --merge-shared-inputs or --last-logits",
