@@ -11,8 +11,8 @@ from export.onnx.export_report import Precision, Provider
 from export.onnx.runner import PROVIDERS
 
 _BLOCKED_INT4 = (
-    "an export does not round to 4 bits: without calibration, errors add up over two factors (SmolLM2-135M at keep 0.8: "
-    "NLL 3.11 → 3.80; dense weights: 2.48 → 2.70)"
+    "an export does not round to 4 bits: without calibration, errors add up over two factors (SmolLM2-135M at keep "
+    "0.8: NLL 3.11 → 3.80; dense weights: 2.48 → 2.70)"
 )
 
 

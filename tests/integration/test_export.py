@@ -100,7 +100,7 @@ def test_nothing_is_left_where_it_fails(
         refused(ara(*command, "-w", workspace), 1, "the disk is full")
         refused(ara(*command, "--source", folder, "--output", tmp_path / "out"), 1, "the disk is full")
     assert nothing_left()
-    refused(ara(*command, "--precision", "int4", "-w", workspace), 1, "int4 is not supported")
+    refused(ara(*command, "--precision", "int4", "-w", workspace), 1, "does not round to 4 bits")
     refused(
         ara(*command, "--source", checkpoint("gpt2", None).folder, "--output", tmp_path / "out"),
         1,
