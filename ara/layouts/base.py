@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, TypeVar
 
 import torch
 
 from ara.layouts.modeling_ara import CompressedLinear
 
+# Indices are int32.
+_INDEX_BYTES = 4
 Number = TypeVar("Number", int, float, torch.Tensor)
 
 
@@ -45,6 +48,19 @@ class Layout(ABC):
     @abstractmethod
     def store(self, m: int, n: int, k: int) -> dict[str, tuple[int, ...]]:
         """Return name → shape of the stored tensors of a layer of rank k, without the bias."""
+
+    def stored_bytes(self, m: int, n: int, k: int, matrix: Callable[[int, int], int]) -> int:
+        """Return the bytes of a layer of rank k without the bias.
+
+        Args:
+            m: out features.
+            n: in features.
+            k: rank.
+            matrix: rows and columns of a matrix → its bytes.
+        """
+        shapes = self.store(m, n, k)
+        numbers = sum(math.prod(shapes[name]) for name in self.indices)
+        return sum(matrix(*shape) for shape in shapes.values() if len(shape) == 2) + _INDEX_BYTES * numbers
 
     @abstractmethod
     def split(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:

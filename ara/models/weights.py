@@ -23,6 +23,7 @@ from ara.errors import UnsupportedModelError, UsageError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import layout_named
 from ara.layouts.base import Number
+from ara.layouts.grid import Grid
 from ara.layouts.modeling_ara import CompressedLinear, replace_linear
 
 # Name of a matrix that is not the ``weight`` of a linear module: ``experts.down_proj[3]``, ``experts.up[3].T``.
@@ -149,6 +150,21 @@ class LinearSpec:
     def cost(self, rank: Number) -> Number:
         """Parameters of rank k; see :meth:`ara.layouts.base.Layout.cost`."""
         return layout_named(self.layout).cost(self.m, self.n, rank)
+
+    def stored_bytes(self, rank: int | None, grid: Grid | None = None) -> int:
+        """Bytes of the layer in a checkpoint without its bias.
+
+        Args:
+            rank: k; ``None`` for the dense weight.
+            grid: of its matrices; ``None``: they have the model's :attr:`bits`.
+        """
+
+        def matrix(m: int, n: int) -> int:
+            return m * n * self.bits // 8 if grid is None else grid.bytes(m, n)
+
+        if rank is None:
+            return matrix(self.m, self.n)
+        return layout_named(self.layout).stored_bytes(self.m, self.n, rank, matrix)
 
     @property
     def top_rank(self) -> int:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 
 from ara.errors import NumericalError
-from ara.quantisation.grid import Grid, Rounded, fit_scales, nearest
+from ara.layouts.grid import Grid
+from ara.quantisation.nearest import Rounded, fit_scales, nearest
 
 # Share of the mean of G's diagonal that is added to it.
 DAMPING = 0.01

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ara.calibration.moments import InputAccumulator, averages, input_groups
+from ara.layouts.grid import Grid
 from ara.layouts.modeling_ara import CompressedLinear, RoundedLinear, linear_with, packed, replace_linear
 from ara.models.blocks import Stream, independent_starts
 from ara.models.weights import LinearSpec, WeightRef, bias_of, find_blocks
 from ara.progress import SILENT, Reporter
 from ara.quantisation.calibrated import round_calibrated, round_product
-from ara.quantisation.grid import Grid, Rounded, round_to_nearest
+from ara.quantisation.nearest import Rounded, round_to_nearest
 
 
 class Parts(Protocol):

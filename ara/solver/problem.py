@@ -11,12 +11,12 @@ from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from typing import Literal
 
 import torch
 
 from ara.errors import UsageError
+from ara.layouts.grid import Grid
 from ara.models.weights import LinearSpec
 
 # The rank of a dense layer in files and tables.
@@ -53,7 +53,14 @@ class Choice:
     cost: int
 
     @classmethod
-    def of(cls, spec: LinearSpec, rank: int | None, unit: Unit = "parameters", bits: int | None = None) -> Choice:
+    def of(
+        cls,
+        spec: LinearSpec,
+        rank: int | None,
+        unit: Unit = "parameters",
+        bits: int | None = None,
+        grids: Mapping[int, Grid] | None = None,
+    ) -> Choice:
         """Return the choice of ``rank`` for a layer, with its cost.
 
         Args:
@@ -61,10 +68,16 @@ class Choice:
             rank: ``None`` for dense.
             unit: of the cost. Bytes are rounded up to whole ones.
             bits: per weight; those of the model by default.
+            grids: bits → grid of such weights: bytes are those of a checkpoint, with scales and indices. Without it
+                only the weights count.
         """
         bits = spec.bits if bits is None else bits
         parameters = spec.dense_cost if rank is None else spec.cost(rank)
-        return cls(rank, bits, parameters if unit == "parameters" else -(-bits * parameters // 8))
+        if unit == "parameters":
+            return cls(rank, bits, parameters)
+        if grids is not None:
+            return cls(rank, bits, spec.stored_bytes(rank, grids.get(bits)))
+        return cls(rank, bits, -(-bits * parameters // 8))
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,7 @@ class Budget:
         dense: module paths of the layers that always stay dense.
         unit: of the limit and of all costs.
         bits: bit widths offered for every layer; ``None`` for the model's own.
+        grids: bits → grid of weights of so few bits; see :meth:`Choice.of`.
     """
 
     limit: int
@@ -88,6 +102,7 @@ class Budget:
     dense: frozenset[str] = frozenset()
     unit: Unit = "parameters"
     bits: tuple[int, ...] | None = None
+    grids: Mapping[int, Grid] | None = None
     # Cache: layers of the same shape have the same choices.
     _offered: dict[Hashable, tuple[Choice, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -122,6 +137,39 @@ class Budget:
             )
         return budget
 
+    @classmethod
+    def for_bytes(
+        cls,
+        specs: Sequence[LinearSpec],
+        limit: int,
+        grids: Mapping[int, Grid],
+        bits: Sequence[int],
+        rank_multiple: int = 1,
+        min_rank: int = 1,
+        min_keep: float = 0.0,
+        dense: frozenset[str] = frozenset(),
+    ) -> Budget:
+        """Return the budget of ``limit`` bytes for the factorised layers of a checkpoint.
+
+        Args:
+            specs: the layers.
+            limit: bytes.
+            grids: bits → grid of so few bits.
+            bits: widths to choose from; those without a grid are the model's own.
+            rank_multiple, min_rank, min_keep, dense: as of :class:`Budget`.
+
+        Raises:
+            UsageError: the smallest choices need more.
+        """
+        budget = cls(limit, rank_multiple, min_rank, min_keep, dense, "bytes", tuple(bits), dict(grids))
+        least = sum(budget.choices(spec)[0].cost for spec in specs)
+        if least > limit:
+            raise UsageError(
+                f"{limit:,} bytes are left for the factorised layers, and their smallest choices need {least:,}",
+                "allow a larger --size, fewer bits, or a smaller --min-rank",
+            )
+        return budget
+
     def choices(self, spec: LinearSpec) -> tuple[Choice, ...]:
         """Return all choices of a layer, cheapest first; the last one is dense at the largest bit width.
 
@@ -142,9 +190,11 @@ class Budget:
             ranks = range(max(step, -(-least // step) * step), spec.top_rank + 1, step)
         found: list[Choice] = []
         for bits in self.bits or (spec.bits,):
-            rising = [Choice.of(spec, rank, self.unit, bits) for rank in (*ranks, None)]
-            # Two ranks may need the same number of bytes: only the larger one is offered.
-            found += [choice for choice, after in pairwise(rising) if choice.cost < after.cost] + rising[-1:]
+            rising = [Choice.of(spec, rank, self.unit, bits, self.grids) for rank in (*ranks, None)]
+            # A rank may need no fewer bytes than a larger one or than the dense weight: it is not offered.
+            for choice in reversed(rising):
+                if not found or found[-1].bits != bits or choice.cost < found[-1].cost:
+                    found.append(choice)
         return tuple(sorted(found, key=lambda choice: (choice.cost, choice.bits)))
 
     def rank_choices(self, spec: LinearSpec) -> tuple[Choice, ...]:

@@ -16,13 +16,13 @@ from ara.config import QuantiseConfig
 from ara.data.tokens import TokenWindows
 from ara.environment import keep_freed_memory
 from ara.errors import NumericalError, UsageError
+from ara.layouts.grid import Grid
 from ara.models.accounting import weight_bytes
 from ara.models.checkpoint import checkpoint_bytes, load, save_checkpoint
 from ara.models.likelihood import window_nll
 from ara.models.low_rank import low_rank_layers
 from ara.models.placement import torch_dtype
 from ara.models.vocabulary import token_rows
-from ara.quantisation.grid import Grid
 from ara.quantisation.sequential import Parts, round_model
 from ara.stages.common import Run, begin, model_of, open_task
 from ara.stages.truncate import finish_checkpoint, provenance

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from ara.errors import NumericalError
+from ara.layouts.grid import Bits, Grid
 from ara.quantisation.calibrated import output_error, round_calibrated, round_product
-from ara.quantisation.grid import Bits, Grid, round_to_nearest
+from ara.quantisation.nearest import round_to_nearest
 
 GRIDS = [Grid(bits, block, zero_points) for bits in (4, 8) for block in (16, 32, 128) for zero_points in (False, True)]
 

@@ -1,0 +1,119 @@
+"""Ranks and bits together: sizes, losses of choices, and the knapsack over them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from ara.allocation.joint import RoundingShares, best_choices, joint_losses, rounding_shares
+from ara.errors import UsageError
+from ara.layout_names import LAYOUT_NAMES, LayoutName
+from ara.layouts import layout_named
+from ara.layouts.grid import Grid
+from ara.models.weights import LinearSpec
+from ara.quantisation.calibrated import output_error
+from ara.solver.problem import Allocation, Budget, Choice, Module
+
+GRIDS = {8: Grid(8, 32, True), 4: Grid(4, 32, True)}
+
+
+def layer(name: str = "x", m: int = 24, n: int = 40, layout: LayoutName = "factors") -> LinearSpec:
+    return LinearSpec(name, 0, "proj", m, n, layout, 16)
+
+
+def factored(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return A, B, G and the spectrum of a random weight, in the metric of G."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    x = torch.randn(9 * n, n, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, n, dtype=torch.float64)
+    g = x.T @ x / len(x)
+    root = torch.linalg.cholesky(g)
+    u, s, vt = torch.linalg.svd(w @ root, full_matrices=False)
+    return s[:, None] * vt @ torch.linalg.inv(root), u, g, s.square()
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_bytes_are_those_of_the_stored_tensors(layout: LayoutName, bits: int) -> None:
+    spec = layer(layout=layout)
+    for rank in (1, 7, spec.top_rank, None):
+        shapes = {"weight": (24, 40)} if rank is None else layout_named(layout).store(24, 40, rank)
+        expected = 0
+        for shape in shapes.values():
+            if len(shape) == 1:
+                expected += 4 * shape[0]
+            elif bits == 16:
+                expected += 2 * shape[0] * shape[1]
+            else:
+                blocks = -(-shape[1] // 32)
+                expected += shape[0] * (blocks * (32 * bits // 8 + 2) + -(-blocks * bits // 8))
+        assert Choice.of(spec, rank, "bytes", bits, GRIDS).cost == expected
+
+
+def test_a_choice_that_costs_as_much_as_a_larger_one_is_not_offered() -> None:
+    spec = layer()
+    budget = Budget.for_bytes([spec], 10**6, GRIDS, (16, 8, 4))
+    for bits in (16, 8, 4):
+        costs = [choice.cost for choice in budget.choices(spec) if choice.bits == bits]
+        assert costs == sorted(set(costs))
+    assert budget.choices(spec)[-1] == Choice.of(spec, None, "bytes", 16, GRIDS)
+    with pytest.raises(UsageError, match=r"smallest choices need \d+"):
+        Budget.for_bytes([spec], 10, GRIDS, (16, 8, 4))
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_shares_are_relative_errors_in_the_metric_of_the_factors(layout: LayoutName) -> None:
+    a, b, g, _ = factored(24, 40)
+    found = {bits: rounding_shares(layer(layout=layout), a, b, g, grid) for bits, grid in GRIDS.items()}
+    assert 0 < found[8].dense < 0.02 * found[4].dense and 0 < found[8].factors < 0.02 * found[4].factors
+    from ara.quantisation.calibrated import round_calibrated
+
+    # These factors have the metric of plain output errors: B has orthonormal columns.
+    rounded = round_calibrated(b @ a, g, GRIDS[4]).weight()
+    assert found[4].dense == pytest.approx(output_error(b @ a, rounded, g))
+
+
+def test_losses_follow_the_curve_of_the_table() -> None:
+    spec = layer(m=4, n=6)
+    spectrum = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)
+    table = torch.tensor([9.0, 5.0, 2.0, 1.0, 0.0], dtype=torch.float64)
+    budget = Budget.for_bytes([spec], 10**6, {4: Grid(4, 16)}, (16, 4))
+    shares = {4: RoundingShares(dense=2 / 15, factors=3 / 12)}
+    found = joint_losses(Module(spec, spectrum), table, shares, budget).tolist()
+    losses = {(choice.rank, choice.bits): loss for choice, loss in zip(budget.choices(spec), found, strict=True)}
+    assert losses[None, 16] == 0
+    # 2 of 15 are lost: a third of the way from rank 3 (1 lost) to rank 2 (3 lost) would be 1.67, a half is 2.
+    assert losses[None, 4] == pytest.approx(1.5)
+    for rank, lost in ((1, 7), (2, 3)):
+        if (rank, 16) in losses:
+            assert losses[rank, 16] == pytest.approx({7: 5.0, 3: 2.0}[lost])
+    if (2, 4) in losses:
+        # 3 are cut, a quarter of the other 12 is rounded away: 6, three quarters from 3 to 7.
+        assert losses[2, 4] == pytest.approx(2 + 0.75 * 3)
+
+
+def test_the_choice_is_the_best_of_all_combinations() -> None:
+    modules, tables, shares = [], {}, {}
+    for number, (m, n) in enumerate([(4, 16), (6, 16), (5, 20)]):
+        a, b, g, spectrum = factored(m, n, number)
+        spec = layer(str(number), m, n, "pivoted")
+        modules.append(Module(spec, spectrum))
+        tables[spec.name] = torch.cat([spectrum.flip(0).cumsum(0).flip(0).sqrt(), torch.zeros(1)])
+        shares[spec.name] = {bits: rounding_shares(spec, a, b, g, grid) for bits, grid in GRIDS.items()}
+    specs = [module.spec for module in modules]
+    total = sum(spec.stored_bytes(None) for spec in specs)
+    for share in (0.45, 0.6, 0.8):
+        budget = Budget.for_bytes(specs, int(share * total), GRIDS, (16, 8, 4))
+        picks = best_choices(modules, tables, shares, budget)
+        losses = [joint_losses(one, tables[one.spec.name], shares[one.spec.name], budget) for one in modules]
+        costs = [[choice.cost for choice in budget.choices(spec)] for spec in specs]
+        best = min(
+            sum(float(loss[at]) for loss, at in zip(losses, each, strict=True))
+            for each in itertools.product(*(range(len(loss)) for loss in losses))
+            if sum(cost[at] for cost, at in zip(costs, each, strict=True)) <= budget.limit
+        )
+        found = sum(float(loss[at]) for loss, at in zip(losses, picks, strict=True))
+        assert found == pytest.approx(best)
+        assert Allocation.from_picks(specs, picks, budget).cost <= budget.limit
