@@ -68,6 +68,8 @@ SCENARIOS = {
         Scenario("recover", "recover --checkpoint energy-0.70 --level distill --samples 8 --held-out 3 --batch-size 4 "
             f"--block-epochs 1 --steps 3 --batch 4 --check-every 1 --save-every 1 {_PLACED}", _CUT,
             keeps_on_interrupt=True),
+        Scenario("quantise", "quantise --checkpoint energy-0.70 --bits 4 --samples 8 --held-out 3 --tolerance 9 "
+            f"{_PLACED}", _CUT),
     )
 }  # fmt: skip
 
