@@ -40,7 +40,8 @@ def round_calibrated(weight: torch.Tensor, moment: torch.Tensor, grid: Grid, dam
     """
     if not (weight.isfinite().all() and moment.isfinite().all()):
         raise NumericalError("weights or moments to round with hold NaN or infinity", "compress with --dtype float32")
-    scales, zeros = fit_scales(weight, grid, moment.diagonal())
+    # Not weighted by the inputs: a few tokens with massive channels would decide the scales of all others.
+    scales, zeros = fit_scales(weight, grid)
     order = moment.diagonal().argsort(descending=True)
     upper = _inverse_factor(moment[order][:, order], damping)
     block_of = order // grid.block
@@ -85,11 +86,12 @@ def round_product(
         NumericalError: as of :func:`round_calibrated`.
     """
     first = round_calibrated(a, moment, grid, damping)
-    rounded = first.weight().double()
+    rounded, exact = first.weight().double(), b.double()
     given = moment.double() @ rounded.T
     inner = rounded @ given
-    factor = torch.linalg.cholesky(damped(inner, damping * 1e-2))
-    fitted = torch.cholesky_solve((b.double() @ (a.double() @ given)).T, factor).T
+    # B moves only where it is known what the rounding of A has changed: damping holds it to B, not to zero.
+    change = exact @ ((a.double() - rounded) @ given)
+    fitted = exact + torch.cholesky_solve(change.T, torch.linalg.cholesky(damped(inner, damping))).T
     return first, round_calibrated(fitted, inner, grid, damping)
 
 

@@ -44,15 +44,12 @@ def dequantised(steps: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor |
     return (steps.float() - z) * s
 
 
-def fit_scales(
-    weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the scales and zero points with the least weighted squared error of rounding to nearest.
+def fit_scales(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the scales and zero points with the least squared error of rounding to nearest.
 
     Args:
         weight: (m, n), any floating dtype.
         grid: bits, length of blocks.
-        importance: (n), weights of the squared errors of the columns; equal ones by default.
 
     Returns:
         scales (m, blocks) of ``grid.scale_dtype``; zeros (m, blocks) uint8, or ``None`` without zero points.
@@ -60,14 +57,14 @@ def fit_scales(
     Raises:
         NumericalError: a scale is too small or too large for ``grid.scale_dtype``.
     """
-    found = [_fit(part, grid, importance) for part in weight.split(_ROWS)]
+    found = [_fit(part, grid) for part in weight.split(_ROWS)]
     scales, zeros = (torch.cat([one[place] for one in found]) for place in (0, 1))
     return scales, zeros if grid.zero_points else None
 
 
-def round_to_nearest(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None) -> Rounded:
+def round_to_nearest(weight: torch.Tensor, grid: Grid) -> Rounded:
     """Round every weight of (m, n) for itself; see :func:`fit_scales`."""
-    scales, zeros = fit_scales(weight, grid, importance)
+    scales, zeros = fit_scales(weight, grid)
     n = weight.shape[1]
     parts = []
     for rows, s, z in zip(weight.split(_ROWS), scales.split(_ROWS), _split(zeros, scales), strict=True):
@@ -87,19 +84,17 @@ def _split(zeros: torch.Tensor | None, scales: torch.Tensor) -> list[torch.Tenso
     return list(zeros.split(_ROWS)) if zeros is not None else [None] * len(scales.split(_ROWS))
 
 
-def _fit(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Try all shares, with both signs or with zero points, and keep the best of every block."""
     m, n = weight.shape
     blocks = grid.blocks(n)
     missing = blocks * grid.block - n
     w = torch.nn.functional.pad(weight.float(), (0, missing)).view(m, blocks, grid.block)
-    weights = torch.ones(n, device=w.device) if importance is None else importance.float().to(w.device)
-    weights = torch.nn.functional.pad(weights, (0, missing)).view(blocks, grid.block)
     best = torch.full((m, blocks), torch.inf, device=w.device)
     scales, zeros = torch.zeros_like(best), torch.full_like(best, grid.middle)
     for scale, zero in _candidates(w, grid):
         steps = nearest(w, scale[..., None], zero[..., None], grid)
-        error = ((steps - zero[..., None]) * scale[..., None] - w).square_().mul_(weights).sum(-1)
+        error = ((steps - zero[..., None]) * scale[..., None] - w).square_().sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
@@ -127,5 +122,5 @@ def _stored(exact: torch.Tensor, grid: Grid) -> torch.Tensor:
     scale = exact.to(grid.scale_dtype).float()
     if ((scale == 0) & (exact != 0)).any() or not scale.isfinite().all():
         kind = str(grid.scale_dtype).removeprefix("torch.")
-        raise NumericalError(f"the scale of a block of weights is beyond {kind}", "store scales in float32")
+        raise NumericalError(f"the scale of a block of weights is beyond {kind}", "this checkpoint cannot be rounded")
     return scale

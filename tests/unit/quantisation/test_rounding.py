@@ -64,15 +64,6 @@ def test_the_range_has_one_more_step_for_the_largest_weight_of_either_sign() -> 
         assert torch.equal(round_to_nearest(w, grid).weight(), w)
 
 
-def test_important_columns_are_rounded_better() -> None:
-    w, grid = weight(64, 128), Grid(4, 32)
-    importance = torch.ones(128)
-    importance[7] = 1e4
-    plain, aware = (round_to_nearest(w, grid, which).weight() for which in (None, importance))
-    error = [float((found - w)[:, 7].square().mean()) for found in (plain, aware)]
-    assert error[1] < 0.5 * error[0]
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zero_points", [False, True])
 @pytest.mark.parametrize("n", [64, 200, 300])
@@ -100,6 +91,16 @@ def test_factors_are_rounded_one_after_the_other(bits: Bits) -> None:
     apart = round_calibrated(b, a @ g @ a.T, grid).weight() @ round_calibrated(a, g, grid).weight()
     plain = round_to_nearest(b, grid).weight() @ round_to_nearest(a, grid).weight()
     assert together < output_error(product, apart, g) < 0.7 * output_error(product, plain, g)
+
+
+def test_inputs_of_which_little_is_known_keep_their_weights() -> None:
+    # A massive channel, as language models have, and fewer tokens than inputs.
+    x = torch.randn(40, 160, generator=torch.Generator().manual_seed(4))
+    x[:, 3] *= 1e3
+    a, b = weight(40, 160), weight(96, 40, 5)
+    first, second = round_product(a, b, x.T @ x / len(x), Grid(8, 32))
+    change = second.weight() @ first.weight() - b @ a
+    assert float(change.norm()) < 0.02 * float((b @ a).norm())
 
 
 def test_a_dead_input_and_a_moment_of_low_rank_are_no_obstacle() -> None:
