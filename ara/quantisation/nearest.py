@@ -11,6 +11,8 @@ from ara.layouts.grid import Grid
 
 # Scales that are tried, as shares of the one that covers the whole block. Clipping the largest weights can help.
 _SHARES = tuple(1 - 0.05 * step for step in range(9))
+# Largest share of the squared weights that scales below the smallest number of their type may turn into zeros.
+_LOST = 1e-8
 # Rows that are fitted at once; it limits memory.
 _ROWS = 2048
 
@@ -59,6 +61,11 @@ def fit_scales(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Te
     """
     found = [_fit(part, grid) for part in weight.split(_ROWS)]
     scales, zeros = (torch.cat([one[place] for one in found]) for place in (0, 1))
+    # A block of tiny weights may become zero, as long as it hardly counts beside the others.
+    zero = (scales == 0).repeat_interleave(grid.block, 1)[:, : weight.shape[1]]
+    squares = weight.double().square()
+    if float(squares[zero].sum()) > _LOST * float(squares.sum()):
+        raise _beyond(grid)
     return scales, zeros if grid.zero_points else None
 
 
@@ -120,7 +127,11 @@ def _candidates(w: torch.Tensor, grid: Grid) -> list[tuple[torch.Tensor, torch.T
 
 def _stored(exact: torch.Tensor, grid: Grid) -> torch.Tensor:
     scale = exact.to(grid.scale_dtype).float()
-    if ((scale == 0) & (exact != 0)).any() or not scale.isfinite().all():
-        kind = str(grid.scale_dtype).removeprefix("torch.")
-        raise NumericalError(f"the scale of a block of weights is beyond {kind}", "this checkpoint cannot be rounded")
+    if not scale.isfinite().all():
+        raise _beyond(grid)
     return scale
+
+
+def _beyond(grid: Grid) -> NumericalError:
+    kind = str(grid.scale_dtype).removeprefix("torch.")
+    return NumericalError(f"scales of weights are beyond the range of {kind}", "this checkpoint cannot be rounded")

@@ -111,12 +111,19 @@ def test_a_dead_input_and_a_moment_of_low_rank_are_no_obstacle() -> None:
         assert round_calibrated(w, one, grid).weight().isfinite().all()
 
 
+def test_a_block_of_tiny_weights_becomes_zero() -> None:
+    w = weight(4, 64)
+    w[1, :32] *= 1e-9
+    found = round_to_nearest(w, Grid(8, 32)).weight()
+    assert not found[1, :32].any() and float((found - w).norm()) < 0.01 * float(w.norm())
+
+
 def test_nan_and_scales_out_of_range_are_said() -> None:
     w, grid = weight(4, 32), Grid(4, 32)
     w[0, 0] = torch.nan
     with pytest.raises(NumericalError, match="NaN"):
         round_calibrated(w, torch.eye(32), grid)
     for factor in (1e9, 1e-9):
-        with pytest.raises(NumericalError, match="beyond float16"):
+        with pytest.raises(NumericalError, match="beyond the range of float16"):
             round_to_nearest(weight(4, 32) * factor, grid)
         round_to_nearest(weight(4, 32) * factor, Grid(4, 32, scale_dtype=torch.float32))
