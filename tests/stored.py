@@ -15,6 +15,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "allocate": {"method": "energy", "rank_multiple": 1, "min_rank": 1, "min_keep": 0.0, "exclude": []},
     "truncate": {"dtype": "float32"},
     "recover": {"dtype": "float32"},
+    "quantise": {"dtype": "float32"},
 }
 _BUDGET = {"ranks": {"x": 3}, "start_held_out": 3.5, "held_out": 3.25, "best_step": 1, "steps": 2, "seconds": 1.5}
 _KEPT = {"linear_keep": 0.8, "model_keep": 0.9, "dense_layers": 1}
@@ -45,6 +46,7 @@ FIGURES: dict[str, dict[str, Any]] = {
     },
     "truncate": _CHECKPOINT,
     "recover": _CHECKPOINT,
+    "quantise": _CHECKPOINT,
     "export": {"precision": "fp32", "last_logits": False},
     "eval": {"chosen": "x", "variants": {}, "tasks": {}, "continuations": [], "zero_shot": None, "interleaved": True},
     "report": {"title": "x", "checkpoint": "x", "verdict": "x", "missing": []},

@@ -279,6 +279,8 @@ class AraConfig(QuantizationConfigMixin):
             whether there are zero points. All other matrices are floating-point numbers.
     """
 
+    rounded: dict[str, list[Any]] = {}  # noqa: RUF012 - never changed; the config names it only where there are any
+
     def __init__(
         self,
         ranks: dict[str, int] | None = None,
@@ -293,7 +295,8 @@ class AraConfig(QuantizationConfigMixin):
                 raise ValueError(f"quantization_config.{key} must be an object, got {value!r:.60}")
         self.quant_method = QUANT_METHOD
         self.ranks = dict(ranks or {})
-        self.rounded = dict(rounded or {})
+        if rounded:
+            self.rounded = dict(rounded)
         self.layout = layout
         self.format_version = format_version
         self.provenance = dict(provenance or {})

@@ -188,7 +188,7 @@ def test_status_shows_every_stage_and_state(copied):
         ("truncate", "energy-0.50"): "partial",
         ("eval", f"{NAME}-{story()}"): "damaged",
     }
-    assert document["missing"] == ["train-masks", "recover", "export"]
+    assert document["missing"] == ["train-masks", "recover", "quantise", "export"]
     assert document["next"] == f"ara recover -w {copied}"
     text = done("status", "-w", copied).stdout
     stages = [stage.name for stage in steps()]

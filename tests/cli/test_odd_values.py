@@ -19,6 +19,7 @@ VALID = {
     "allocate": ["--method", "gumbel"],
     "truncate": [],
     "recover": [],
+    "quantise": [],
     "eval": ["--tasks", "TEXT"],
     "export": [],
     "compare": ["--tasks", "TEXT"],
@@ -45,6 +46,7 @@ def no_work(monkeypatch, tmp_path):
     for place in (
         "export.generate.load",  # first, so that its module is not imported while what it imports is patched
         "ara.stages.recover.load",
+        "ara.stages.quantise.load",
         "ara.models.checkpoint.load",
         "ara.stages.bench._measure",
         "ara.stages.report.gather",

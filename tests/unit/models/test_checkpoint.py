@@ -475,10 +475,10 @@ def test_generate_works_and_agrees_with_and_without_cache(family: str, checkpoin
 # -- damaged or too new -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [3, 99, "1", None])
+@pytest.mark.parametrize("version", [4, 99, "1", None])
 def test_a_newer_format_is_refused(version: object, checkpoints: Path, tmp_path: Path) -> None:
     folder = _copy(checkpoints, "llama", tmp_path, format_version=version)
-    with pytest.raises(ModelError, match=rf"ARA format {version!r}; this code reads up to 2: update ara-svd"):
+    with pytest.raises(ModelError, match=rf"ARA format {version!r}; this code reads up to 3: update ara-svd"):
         load(folder, device="cpu")
 
 
@@ -535,7 +535,7 @@ def test_ranks_that_cannot_be_are_refused(rank: object, checkpoints: Path, tmp_p
 def test_a_rank_of_an_unknown_module_is_refused(name: str, found: str, checkpoints: Path, tmp_path: Path) -> None:
     ranks = read_config(checkpoints / "llama")["quantization_config"]["ranks"]
     folder = _copy(checkpoints, "llama", tmp_path, ranks={**ranks, name: 3})
-    with pytest.raises(ModelError, match=f"factorises '{name}', but LlamaForCausalLM has {found} there"):
+    with pytest.raises(ModelError, match=f"compresses '{name}', but LlamaForCausalLM has {found} there"):
         load(folder, device="cpu")
 
 

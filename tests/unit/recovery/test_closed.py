@@ -31,7 +31,7 @@ def test_the_layer_that_adds_last_writes_to_the_residual_stream(
 
 def test_groups_follow_the_forward_pass(tmp_path: Path) -> None:
     run = _Correction(tiny_recovery(tmp_path, "llama"))
-    kinds = [[spec.kind.rpartition(".")[2] for spec in group] for group in run.groups[0].values()]
+    kinds = [[spec.kind.rpartition(".")[2] for spec in group] for group in run.groups[0]]
     assert kinds == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 

@@ -30,7 +30,7 @@ def test_the_table_of_stages_fits_together():
             assert kind_named(stage.consumes[0]).argument in function.parameters, stage
         assert issubclass(kind_named(stage.produces).load(), Results)
     assert all(makers(kind) for kind in kinds)
-    assert [stage.name for stage in stages() if stage.produces in stage.consumes] == ["recover"]
+    assert [stage.name for stage in stages() if stage.produces in stage.consumes] == ["recover", "quantise"]
     assert {stage.name for stage in stages()} == set(FIGURES)
 
 
