@@ -49,8 +49,9 @@ class FieldOption:
 
     def parameters(self) -> Iterator[inspect.Parameter]:
         """Yield the option as a parameter for Typer, and ``--remove`` after the option that it complements."""
-        whole = self._chosen and all(type(choice) is int for choice in get_args(self._type))
-        kind = int if whole else self._item if self._item in (int, float, bool) and not self.flag.commas else str
+        kind = int if _are_whole(self._type) else self._item
+        if kind not in (int, float, bool) or self.flag.commas:
+            kind = str
         yield parameter_of(self.name, list[kind] if self._repeated else kind, self._about(), self._default())  # type: ignore[valid-type]
         if self.flag.removable:
             remove, about = get_args(RemoveOption)
@@ -70,7 +71,7 @@ class FieldOption:
         if self._collection is dict:
             return pairs(value)
         if self.flag.commas is not None:
-            if self._item is int:
+            if self._item is int or _are_whole(self._item):
                 return whole_numbers(value, self.long)
             return names(value, self.long, self.flag.commas, self.flag.example)
         return str(expand_user(value, self.long)) if self.flag.user_path else value
@@ -135,6 +136,11 @@ def _ordered(config: type[Settings]) -> Iterator[str]:
     yield from (field for field in config.model_fields if not any(field in base.model_fields for base in bases))
     for base in bases:
         yield from _ordered(base)
+
+
+def _are_whole(annotation: Any) -> bool:
+    """Tell whether a type is a choice of whole numbers."""
+    return get_origin(annotation) is Literal and all(type(choice) is int for choice in get_args(annotation))
 
 
 def _without_none(annotation: Any) -> Any:

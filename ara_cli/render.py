@@ -61,6 +61,10 @@ def show_allocation(console: Console, view: StageView) -> None:
         f"{percent(results.model_keep, 2)} of the whole model's"
     )
     console.table(title, headers, rows)
+    if (size := results.size) is not None:
+        counts = ", ".join(f"{count} layers {bits} bits" for bits, count in size.layers.items())
+        whole = f"{bytes_text(size.linear + size.others)} of {bytes_text(size.limit)}"
+        console.text(f"{counts}; {whole} after ara quantise, {bytes_text(size.linear)} of them in these layers")
     if results.guard is not None:
         console.text(_guard_text(results.guard))
 
@@ -150,8 +154,9 @@ def show_checkpoint(console: Console, view: StageView) -> None:
     ]
     if (rounding := results.rounding) is not None:
         zero_points = " and a zero point" if rounding.zero_points else ""
-        rows.append(("bits per weight", f"{rounding.bits}, a scale{zero_points} per {rounding.block} weights"))
-        rows.append(("rounding", f"{rounding.method}, {rounding.matrices} matrices"))
+        counts = ", ".join(f"{bits} ({count} matrices)" for bits, count in rounding.bits.items())
+        rows.append(("bits per weight", f"{counts}, a scale{zero_points} per {rounding.block} weights"))
+        rows.append(("rounding", rounding.method))
         rows.append(("held-out loss", f"{rounding.loss_before:.4f} → {rounding.loss_after:.4f} nats/token"))
     console.table(f"{view.name}", columns("", ""), rows)
     if results.recovery is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from ara.errors import NumericalError
 from ara.masks.context import TuningContext
@@ -51,7 +53,21 @@ def compare_candidates(candidates: Mapping[str, Allocation], context: TuningCont
                 values[name] = values[same]
     finally:
         model.use_dense()
+    return verdict_of(candidates, values)
+
+
+def verdict_of(candidates: Collection[str], values: Mapping[str, torch.Tensor]) -> Verdict:
+    """Compare losses that were measured.
+
+    Args:
+        candidates: names in order of preference.
+        values: losses of the windows (w), of every candidate and of ``dense``.
+
+    Raises:
+        NumericalError: no candidate has a finite loss.
+    """
     means = {name: float(found.mean()) for name, found in values.items()}
+    count = len(values["dense"])
     winner = min(candidates, key=lambda name: means[name] if means[name] == means[name] else math.inf)
     if not math.isfinite(means[winner]):
         raise NumericalError(
@@ -59,7 +75,6 @@ def compare_candidates(candidates: Mapping[str, Allocation], context: TuningCont
             "try --dtype float32 or a higher --keep",
         )
     spread = {
-        name: float((values[name] - values[winner]).std() / len(windows) ** 0.5) if len(windows) > 1 else None
-        for name in candidates
+        name: float((values[name] - values[winner]).std() / count**0.5) if count > 1 else None for name in candidates
     }
     return Verdict(winner, means, spread)

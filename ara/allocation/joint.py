@@ -21,12 +21,15 @@ from dataclasses import dataclass
 
 import torch
 
+from ara.calibration.moments import collect_moments, shared_inputs
 from ara.layouts import layout_named
 from ara.layouts.grid import Grid
+from ara.masks.context import TuningContext
+from ara.models.blocks import BlockRunner
 from ara.models.weights import LinearSpec
 from ara.quantisation.calibrated import round_calibrated, round_product
 from ara.solver.knapsack import exact_minimise
-from ara.solver.problem import Budget, Module
+from ara.solver.problem import Allocation, Budget, Choice, Module
 
 # Rank at which the rounding of factors is measured, as a share of the largest rank that costs less than dense.
 _MEASURED = 0.5
@@ -43,6 +46,89 @@ class RoundingShares:
 
     dense: float
     factors: float
+
+
+class Rounder:
+    """Rounds the layers of a model at any rank, with the moments of their inputs in the dense model."""
+
+    def __init__(self, context: TuningContext, grids: Mapping[int, Grid]) -> None:
+        """Read the moments, on the windows of the context.
+
+        Args:
+            context: the model, all layers dense.
+            grids: bits → grid.
+
+        Raises:
+            NumericalError: an input is NaN or infinite.
+        """
+        self.context, self.grids = context, grids
+        model, specs = context.model.model, context.model.specs
+        owners = shared_inputs(model, specs, context.train[:1].to(context.model.device))
+        runner = BlockRunner(model, context.train, context.batch_size, report=context.report)
+        found = collect_moments(runner, specs, owners, context.report)
+        self._moments = {name: found[leader].second_moment for name, leader in owners.items()}
+
+    def shares(self) -> dict[str, dict[int, RoundingShares]]:
+        """Round every layer at every width, dense and at one rank, and measure: module path → bits → shares."""
+        found: dict[str, dict[int, RoundingShares]] = {}
+        specs = self.context.model.specs
+        with self.context.report.bar("Rounding layers", len(specs)) as bar:
+            for spec in specs:
+                layer = self.context.model.layers[spec.name]
+                found[spec.name] = {
+                    bits: rounding_shares(spec, layer.a, layer.b, self._moments[spec.name], grid)
+                    for bits, grid in self.grids.items()
+                }
+                bar.advance()
+        return found
+
+    def weight(self, spec: LinearSpec, choice: Choice) -> torch.Tensor:
+        """Return the weight (m, n) of a layer at a choice, in the model's dtype."""
+        layer, grid = self.context.model.layers[spec.name], self.grids.get(choice.bits)
+        if choice.rank is None:
+            exact = layer.weight
+            rounded = exact if grid is None else round_calibrated(exact, self._moments[spec.name], grid).weight()
+        elif grid is None:
+            rounded = layer.b[:, : choice.rank] @ layer.a[: choice.rank]
+        else:
+            a, b = layer.a[: choice.rank].double(), layer.b[:, : choice.rank].double()
+            rounded = _rounded_product(spec, a, b, self._moments[spec.name], grid)
+        return rounded.to(layer.weight)
+
+    def losses(self, candidates: Mapping[str, Allocation]) -> dict[str, torch.Tensor]:
+        """Return the loss of each held-out window with each candidate and with ``dense``, nats per token."""
+        context, model = self.context, self.context.model
+        model.use_dense()
+        found = {"dense": model.nll(context.held_out, context.batch_size)}
+        kept = {name: layer.weight for name, layer in model.layers.items()}
+        try:
+            for name, allocation in candidates.items():
+                with context.report.bar(f"Rounding: {name}", len(model.specs)) as bar:
+                    weights = {}
+                    for spec in model.specs:
+                        weights[spec.name] = self.weight(spec, allocation.choices[spec.name])
+                        bar.advance()
+                for path, weight in weights.items():
+                    model.layers[path].weight = weight
+                found[name] = model.nll(context.held_out, context.batch_size)
+                for path, weight in kept.items():
+                    model.layers[path].weight = weight
+        finally:
+            for path, weight in kept.items():
+                model.layers[path].weight = weight
+        return found
+
+
+def _rounded_product(
+    spec: LinearSpec, a: torch.Tensor, b: torch.Tensor, moment: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Return the weight (m, n) of a low-rank layer, float64, after rounding the matrices that its layout stores."""
+    layout = layout_named(spec.layout)
+    tensors = layout.split(a, b)
+    first, second = (name for name in tensors if name not in layout.indices)
+    rounded = round_product(tensors[first], tensors[second], moment, grid)
+    numbers = {name: one.weight().double() for name, one in zip((first, second), rounded, strict=True)}
+    return layout.multiply({**tensors, **numbers}, spec.m, torch.float64)
 
 
 def rounding_shares(
@@ -67,13 +153,8 @@ def rounding_shares(
     weight = b @ a
     dense = energy(round_calibrated(weight, moment, grid).weight().double() - weight) / energy(weight)
     rank = max(1, round(_MEASURED * spec.top_rank))
-    layout = layout_named(spec.layout)
-    tensors = layout.split(a[:rank], b[:, :rank])
-    names = [name for name in tensors if name not in layout.indices]
-    first, second = round_product(tensors[names[0]], tensors[names[1]], moment, grid)
-    rounded = {**tensors, names[0]: first.weight().double(), names[1]: second.weight().double()}
     kept = b[:, :rank] @ a[:rank]
-    change = layout.multiply(rounded, spec.m, torch.float64) - kept
+    change = _rounded_product(spec, a[:rank], b[:, :rank], moment, grid) - kept
     return RoundingShares(dense, energy(change) / energy(kept))
 
 

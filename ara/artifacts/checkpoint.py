@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pydantic import StrictBool
@@ -78,21 +79,19 @@ class RoundingFigures(Part):
     """How ``ara quantise`` rounded a checkpoint; losses on held-out text in nats per token.
 
     Attributes:
-        bits: per weight.
+        bits: bits per weight → number of matrices.
         block: weights per scale.
         zero_points: whether each block has a zero point.
         method: calibrated or nearest.
-        matrices: number of rounded ones.
         windows, held_out: windows to calibrate with, and to judge by.
         seq_len: tokens per window.
         loss_before, loss_after: negative log-likelihood.
     """
 
-    bits: Count
+    bits: Mapping[str, Count]
     block: Count
     zero_points: StrictBool
     method: str
-    matrices: Count
     windows: Count
     held_out: Count
     seq_len: Count

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field, Strict
+from pydantic import Field, Strict, StrictBool
 
-from ara.artifacts.base import Count, Least1, Number, Part, Results, Settings, Share
+from ara.artifacts.base import LEFT_OUT, Count, Least1, Number, Part, Results, Settings, Share
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.workspace.view import StageView
 
@@ -71,6 +71,25 @@ class GuardResults(Part):
 
 
 @dataclass(frozen=True)
+class SizeResults(Part):
+    """Bytes of the checkpoint after ``ara quantise``.
+
+    Attributes:
+        limit: of the weight files.
+        linear, others: of the factorised layers, and of all other tensors and headers.
+        layers: bits per weight → number of layers.
+        block, zero_points: grid of few bits.
+    """
+
+    limit: Count
+    linear: Count
+    others: Count
+    layers: Mapping[str, Count]
+    block: Count
+    zero_points: StrictBool
+
+
+@dataclass(frozen=True)
 class RanksResults(Results):
     """Results of ``ara allocate``; parameters are counts, ``keep`` is a share of the dense ones.
 
@@ -80,6 +99,7 @@ class RanksResults(Results):
         dense_layers: factorised layers that stay dense.
         kinds: by kind of layer, such as ``mlp.up_proj``.
         guard: ``None`` if the guard did not run.
+        size: ``None`` for a budget of parameters.
     """
 
     Settings = RanksSettings
@@ -92,6 +112,7 @@ class RanksResults(Results):
     dense_layers: Count
     kinds: Mapping[str, KindRanks]
     guard: GuardResults | None = None
+    size: SizeResults | None = field(default=None, metadata=LEFT_OUT)
 
 
 def layout_of(ranks: StageView) -> LayoutName:

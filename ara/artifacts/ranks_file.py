@@ -12,10 +12,12 @@ from ara import jsonfile
 from ara.artifacts.base import Rank
 from ara.errors import DataError, ProblemsError, near_matches
 from ara.layout_names import DEFAULT_LAYOUT, LAYOUT_NAMES, LayoutName
+from ara.layouts.grid import BITS
 from ara.models.weights import LinearSpec
-from ara.solver.problem import DENSE, Allocation
+from ara.solver.problem import DENSE, Allocation, Choice
 
-RANKS_FORMAT = 1
+# Format 2 has a table of bits.
+RANKS_FORMAT, WITH_BITS = 1, 2
 RANKS_FILE = "ranks.json"
 _COPY = "copy an allocation's ranks.json and edit its numbers"
 # Limits of an error message: problems, and characters of a name or value.
@@ -23,23 +25,39 @@ _SHOWN_PROBLEMS, _SHOWN = 20, 100
 
 
 def ranks_table(allocation: Allocation) -> dict[str, Rank]:
-    """Return an allocation as JSON data: module path → rank or ``"dense"``; bits are those of the model."""
+    """Return an allocation as JSON data: module path → rank or ``"dense"``."""
     return {name: "dense" if rank is None else rank for name, rank in allocation.ranks.items()}
 
 
-def from_table(ranks: Mapping[str, Any], specs: Sequence[LinearSpec]) -> Allocation:
-    """Return the allocation that :func:`ranks_table` describes, with costs in parameters and the bits of the model.
+def from_table(
+    ranks: Mapping[str, Any], specs: Sequence[LinearSpec], bits: Mapping[str, int] | None = None
+) -> Allocation:
+    """Return the allocation that :func:`ranks_table` describes, with costs in parameters.
 
     Args:
         ranks: one valid entry for each of ``specs``.
         specs: the layers.
+        bits: module path → bits per weight; the others have those of the model.
     """
-    return Allocation.of_ranks(specs, {name: None if rank == DENSE else rank for name, rank in ranks.items()})
+    given = bits or {}
+    return Allocation(
+        {
+            spec.name: Choice.of(
+                spec, None if ranks[spec.name] == DENSE else ranks[spec.name], bits=given.get(spec.name)
+            )
+            for spec in specs
+        }
+    )
 
 
-def ranks_document(allocation: Allocation, layout: LayoutName, about: Mapping[str, Any]) -> str:
+def ranks_document(
+    allocation: Allocation, layout: LayoutName, about: Mapping[str, Any], specs: Sequence[LinearSpec]
+) -> str:
     """Return the text of ``ranks.json``; ``about`` describes its origin and is not read back."""
-    document = {"format_version": RANKS_FORMAT, "layout": layout, "about": about, "ranks": ranks_table(allocation)}
+    own = {spec.name: spec.bits for spec in specs}
+    bits = {name: choice.bits for name, choice in allocation.choices.items() if choice.bits != own[name]}
+    document: dict[str, Any] = {"format_version": WITH_BITS if bits else RANKS_FORMAT, "layout": layout}
+    document |= {"about": about, "ranks": ranks_table(allocation), **({"bits": bits} if bits else {})}
     return json.dumps(document, indent=1) + "\n"
 
 
@@ -69,16 +87,20 @@ def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
     """
     document, repeated = _read(path)
     problems = [
-        f"unknown key {_shown(key)}" for key in document if key not in ("format_version", "layout", "about", "ranks")
+        f"unknown key {_shown(key)}"
+        for key in document
+        if key not in ("format_version", "layout", "about", "ranks", "bits")
     ]
     problems += [f"{_plain(name)}: named more than once" for name in repeated]
     problems += _problems(document["ranks"], specs)
+    bits = document.get("bits", {})
+    problems += _bits_problems(bits, specs)
     if problems:
         more = len(problems) - _SHOWN_PROBLEMS
         if more > 0:
             problems[_SHOWN_PROBLEMS:] = [f"and {more:,} more"]
         raise ProblemsError(f"{path} does not fit this model", problems)
-    return from_table(document["ranks"], specs)
+    return from_table(document["ranks"], specs, bits)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -100,8 +122,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(document, dict) or not isinstance(document.get("ranks"), dict):
         raise DataError(f'{path} has no "ranks" table', _COPY)
     version = document.get("format_version")
-    if type(version) is not int or version != RANKS_FORMAT:
-        raise DataError(f"{path} has format_version {_shown(version)}, expected {RANKS_FORMAT}", _COPY)
+    if type(version) is not int or version not in (RANKS_FORMAT, WITH_BITS):
+        raise DataError(f"{path} has format_version {_shown(version)}, expected {RANKS_FORMAT} or {WITH_BITS}", _COPY)
     return document, repeated
 
 
@@ -125,6 +147,15 @@ def _problems(ranks: dict[str, Any], specs: Sequence[LinearSpec]) -> list[str]:
             less = f" or at most {spec.top_rank}" if spec.top_rank else ""
             problems.append(f'{name}: rank {_shown(rank)} costs as much as the dense weight; write "dense"{less}')
     return problems
+
+
+def _bits_problems(bits: Any, specs: Sequence[LinearSpec]) -> list[str]:
+    if not isinstance(bits, dict):
+        return [f'"bits" is {_shown(bits)}, expected a table']
+    known = {spec.name for spec in specs}
+    problems = [f"bits of {_plain(name)}: not a factorised layer" for name in bits if name not in known]
+    wrong = {name: value for name, value in bits.items() if type(value) is not int or value not in BITS}
+    return problems + [f"bits of {_plain(name)}: {_shown(value)} is not 4 or 8" for name, value in wrong.items()]
 
 
 def _shown(value: Any) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ara import bounds
 from ara.config.base import Exclude, MaxWindows, Method, MethodValues, PlacementConfig, SeqLen, StageConfig
 from ara.config.flags import Flag
+from ara.config.sizes import SIZE_PATTERN, GridConfig
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 
 _KEEP = "fraction of the factorised layers' parameters to keep, in (0, 1]"
@@ -46,10 +47,21 @@ class BudgetConfig(StageConfig):
     )
 
 
-class AllocateConfig(TuningConfig, BudgetConfig):
+class AllocateConfig(TuningConfig, BudgetConfig, GridConfig):
     """``ara allocate``: choose a rank, or dense, for every layer under one budget."""
 
     keep: Annotated[float | None, Flag(removable=True)] = Field(0.8, gt=0, le=1, description=_KEEP)
+    size: Annotated[str | None, Flag(metavar="SIZE")] = Field(
+        None,
+        pattern=SIZE_PATTERN,
+        description="size of the weight files after ara quantise, such as 90MB, instead of --keep: ranks and bits are "
+        "chosen together",
+    )
+    bits: Annotated[tuple[Literal[4, 8, 16], ...], Flag(commas="width", example="16,8,4")] = Field(
+        (16, 8, 4),
+        min_length=1,
+        description="with --size: bits per weight to choose from, separated by commas; 16: as many as the model has",
+    )
     method: Method = Field(
         "auto", description="allocator (see ara methods); auto: ara if trained masks exist, else sensitivity"
     )

@@ -8,14 +8,15 @@ from pydantic import Field
 
 from ara import bounds
 from ara.config.allocate import TuningConfig
+from ara.config.sizes import GridConfig
 
 
-class QuantiseConfig(TuningConfig):
+class QuantiseConfig(TuningConfig, GridConfig):
     """``ara quantise``: round the matrices of a compressed checkpoint to few bits."""
 
-    bits: Literal[4, 8] = Field(8, description="bits per weight")
-    block: Literal[16, 32, 64, 128, 256] = Field(32, description="weights of a row that share a scale")
-    zero_points: bool = Field(True, description="store a zero point per block as well")
+    bits: Literal[4, 8] | None = Field(
+        None, description="bits per weight of all matrices [default: those that ara allocate --size has chosen]"
+    )
     method: Literal["calibrated", "nearest"] = Field(
         "calibrated",
         description="calibrated: each rounding error is made up for by the weights that are not rounded yet; nearest: "

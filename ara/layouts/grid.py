@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 Bits = Literal[4, 8]
+BITS: tuple[Bits, ...] = (4, 8)
 
 
 @dataclass(frozen=True)

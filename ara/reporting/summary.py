@@ -207,10 +207,11 @@ def rounding_words(rounding: RoundingFigures) -> str:
     """Return how a checkpoint was rounded, in sentences."""
     how = "each one for itself" if rounding.method == "nearest" else f"calibrated on {rounding.windows} windows of text"
     zero_points = "a zero point" if rounding.zero_points else "no zero point"
+    counts = ", ".join(f"{count} matrices have {bits} bits per weight" for bits, count in rounding.bits.items())
     return (
-        f"{rounding.matrices} matrices have {rounding.bits} bits per weight, with a scale and {zero_points} per "
-        f"{rounding.block} weights; rounding was {how}. On {rounding.held_out} held-out windows the loss went from "
-        f"{rounding.loss_before:.4f} to {rounding.loss_after:.4f} nats per token."
+        f"{counts}, with a scale and {zero_points} per {rounding.block} weights; rounding was {how}. On "
+        f"{rounding.held_out} held-out windows the loss went from {rounding.loss_before:.4f} to "
+        f"{rounding.loss_after:.4f} nats per token."
     )
 
 

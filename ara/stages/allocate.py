@@ -16,10 +16,12 @@ from ara.artifacts.factors import FactorsResults, layer_file, specs_of
 from ara.artifacts.ranks import GuardResults, KindRanks, RanksResults
 from ara.artifacts.ranks_file import RANKS_FILE, ranks_document, read_layout, read_ranks
 from ara.config import AllocateConfig, BudgetConfig, TuningConfig, method_options
+from ara.config.sizes import GridConfig
 from ara.errors import UsageError, WorkspaceError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.weights import LinearSpec, matching
 from ara.solver.problem import Allocation, Budget, Module
+from ara.stages.allocate_bytes import JOINT, allocate_bytes
 from ara.stages.common import Run, begin, default_name, open_task
 from ara.stages.trainings import find_training, require_training, with_text_of, with_training
 from ara.stages.tuning import open_tuning_context, placed
@@ -66,12 +68,16 @@ def allocate(
             config = config.model_copy(update={"layout": _layout_in(ranks, config.layout)})
         specs = specs_of(decomposition, config.layout)
         if ranks is None:
-            if config.keep is None:
+            if config.size is not None:
+                config, trained = config.model_copy(update={"keep": None, "method": JOINT}), None
+                run.report.step(f"Allocating ranks and bits for {config.size}")
+            elif config.keep is None:
                 raise UsageError("no budget given", "add --keep 0.8, for example")
-            config, trained = _resolve_method(config, workspace, decomposition, masks, run)
-            config = with_text_of(config, trained, run.report)
-            refuse_layout(config.method, config.layout)
-            run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}")
+            else:
+                config, trained = _resolve_method(config, workspace, decomposition, masks, run)
+                config = with_text_of(config, trained, run.report)
+                refuse_layout(config.method, config.layout)
+                run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}")
         else:
             run.report.step(f"Reading ranks from {ranks}")
             _refuse_method_settings(config)
@@ -84,16 +90,20 @@ def allocate(
         task.describe(name or _name(config, decomposition.name, ranks), _recorded(resolved, ranks), parents)
         if (done := task.done()) is not None:
             return done
-        verdict = None
+        verdict, size = None, None
         if ranks:
             allocation = _from_file(config, ranks, specs)
+        elif config.size is not None:
+            allocation, verdict, size = allocate_bytes(resolved, decomposition, load_modules, workspace, run)
         else:
             allocation, verdict = _by_method(resolved, decomposition, trained, workspace, run)
-        results = summary(allocation, specs, FactorsResults.read(decomposition).model_parameters)
+        results = replace(summary(allocation, specs, FactorsResults.read(decomposition).model_parameters), size=size)
         with task.writer() as stage:
             about = {"method": "file" if ranks else config.method}
-            about.update({key: value for key, value in results.plain().items() if key not in ("kinds", "guard")})
-            (stage.folder / RANKS_FILE).write_text(ranks_document(allocation, config.layout, about), encoding="utf-8")
+            left = ("kinds", "guard", "size")
+            about.update({key: value for key, value in results.plain().items() if key not in left})
+            document = ranks_document(allocation, config.layout, about, specs)
+            (stage.folder / RANKS_FILE).write_text(document, encoding="utf-8")
             guard = GuardResults.of(verdict.winner, verdict.held_out, verdict.stderr) if verdict else None
             replace(results, guard=guard).write(stage)
         return task.view()
@@ -127,12 +137,14 @@ def refuse_layout(method: str, layout: LayoutName) -> None:
 
 
 def _needs_model(config: AllocateConfig) -> bool:
-    return bool(ALLOCATORS.load(config.method).needs_model)
+    return config.size is not None or bool(ALLOCATORS.load(config.method).needs_model)
 
 
 def _recorded(config: AllocateConfig, ranks: Path | None) -> dict[str, Any]:
     """Return the settings for the manifest; those of the tuning context only if the method uses the model."""
-    values = config.model_dump(mode="json")
+    # Without a size these settings mean nothing, and results of earlier versions have none.
+    sized = {*GridConfig.model_fields, "size", "bits"}
+    values = config.model_dump(mode="json", exclude=None if config.size is not None else sized)
     if ranks is None and _needs_model(config):
         return values
     return {key: value for key, value in values.items() if key not in {*TuningConfig.model_fields, "guard"}}
@@ -167,6 +179,8 @@ def _name(config: AllocateConfig, factors: str, ranks: Path | None) -> str:
     """Return a name of decomposition, method and keep, such as ``energy-0.80``, or of the ranks file."""
     if ranks is not None:
         return default_name(factors, ranks.stem)
+    if config.size is not None:
+        return default_name(factors, JOINT, config.size, layout=config.layout)
     multiple = [f"x{config.rank_multiple}"] if config.rank_multiple > 1 else []
     return "-".join([default_name(factors, config.method, keep=config.keep, layout=config.layout), *multiple])
 

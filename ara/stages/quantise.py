@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,18 +12,19 @@ import torch
 
 from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults, CheckpointSettings, RoundingFigures
 from ara.artifacts.factors import FactorsSettings, specs_of
-from ara.artifacts.ranks import layout_of
+from ara.artifacts.ranks import RanksResults, layout_of, read_allocation
 from ara.config import QuantiseConfig
 from ara.data.tokens import TokenWindows
 from ara.environment import keep_freed_memory
 from ara.errors import NumericalError, UsageError
-from ara.layouts.grid import Grid
+from ara.layouts.grid import BITS, Grid
 from ara.models.accounting import weight_bytes
 from ara.models.checkpoint import checkpoint_bytes, load, save_checkpoint
 from ara.models.likelihood import window_nll
 from ara.models.low_rank import low_rank_layers
 from ara.models.placement import torch_dtype
 from ara.models.vocabulary import token_rows
+from ara.models.weights import LinearSpec
 from ara.quantisation.sequential import Parts, round_model
 from ara.stages.common import Run, begin, model_of, open_task
 from ara.stages.truncate import finish_checkpoint, provenance
@@ -63,13 +65,17 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
         chosen = task.workspace.ancestor(before, "ranks")
         decomposition = task.workspace.ancestor(chosen, "factors")
         assert decomposition.manifest is not None and chosen.manifest is not None
-        run.report.step(f"Rounding {before.key} to {config.bits} bits")
+        layout = layout_of(chosen)
+        specs = specs_of(decomposition, layout)
+        grids = _grids(config, chosen, specs)
+        widths = sorted({grid.bits for grid in grids.values()})
+        run.report.step(f"Rounding {before.key} to {' and '.join(map(str, widths))} bits")
         resolved = placed(config, run)
         if resolved.method == "nearest":
             # Nothing is read to calibrate with.
             resolved = resolved.model_copy(update={"samples": QuantiseConfig.model_fields["samples"].default})
         task.describe(
-            name or f"{before.name}-int{config.bits}",
+            name or f"{before.name}-{'rounded' if config.bits is None else f'int{config.bits}'}",
             {**resolved.model_dump(mode="json"), "dtype": CheckpointSettings.read(before).dtype}
             | {"compute_dtype": resolved.dtype},
             (before, decomposition),
@@ -77,9 +83,6 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
         if (done := task.done()) is not None:
             return done
         train, held = _windows(resolved, decomposition, task.workspace, run)
-        layout = layout_of(chosen)
-        specs = specs_of(decomposition, layout)
-        grid = Grid(config.bits, config.block, config.zero_points)
         with task.writer(seed=config.seed, resumable=True) as stage:
             if finished := stage.all_work():
                 run.report.fact(f"resuming: {len(finished)} blocks are rounded already")
@@ -90,7 +93,7 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
             rounded = round_model(
                 model,
                 specs,
-                {spec.name: grid for spec in specs},
+                grids,
                 train.ids if config.method == "calibrated" else None,
                 config.batch_size,
                 _Parts(stage),
@@ -104,12 +107,13 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
                     f"allowed are {config.tolerance:g}",
                     "use --bits 8, a smaller --block, or a larger --tolerance",
                 )
+            any_grid = next(iter(grids.values()))
+            counts = Counter(str(one.bits) for one in rounded.values())
             found = RoundingFigures(
-                bits=config.bits,
-                block=config.block,
-                zero_points=config.zero_points,
+                bits=dict(sorted(counts.items())),
+                block=any_grid.block,
+                zero_points=any_grid.zero_points,
                 method=config.method,
-                matrices=len(rounded),
                 windows=train.windows if config.method == "calibrated" else 0,
                 held_out=held.windows,
                 seq_len=held.ids.shape[1],
@@ -133,6 +137,28 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
             )
             finish_checkpoint(stage, results, decomposition.manifest, chosen.manifest, dtype, run.report)
         return task.view()
+
+
+def _grids(config: QuantiseConfig, chosen: StageView, specs: Sequence[LinearSpec]) -> dict[str, Grid]:
+    """Return the grid of every layer that is rounded: one for all, or those that the allocation has chosen.
+
+    Raises:
+        UsageError: it has chosen none.
+    """
+    if config.bits is not None:
+        return {spec.name: Grid(config.bits, config.block, config.zero_points) for spec in specs}
+    size = RanksResults.read(chosen).size
+    block, zero_points = (config.block, config.zero_points) if size is None else (size.block, size.zero_points)
+    choices = read_allocation(chosen, specs).choices
+    found = {
+        name: Grid(bits, block, zero_points) for name, choice in choices.items() for bits in BITS if choice.bits == bits
+    }
+    if not found:
+        raise UsageError(
+            f"{chosen.key} gives no layer 4 or 8 bits",
+            "say how many: --bits 8; or choose them: ara allocate --size 90MB",
+        )
+    return found
 
 
 class _Parts(Parts):

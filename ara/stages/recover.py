@@ -79,7 +79,7 @@ def recover(
             )
         if figures.rounding is not None:
             raise UsageError(
-                f"{before.key} is rounded to {figures.rounding.bits} bits",
+                f"{before.key} is rounded to {' and '.join(figures.rounding.bits)} bits",
                 "recover the checkpoint that it was made from, then quantise that",
             )
         chosen = task.workspace.ancestor(before, "ranks")

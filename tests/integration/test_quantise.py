@@ -34,6 +34,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def written(root: Path, *words: Any) -> Path:
     """Round the checkpoint of a workspace, and return the folder of the result."""
+    words = words if "--bits" in words else ("--bits", 8, *words)
     return root / "quantise" / json.loads(done("quantise", *FEW, *words, "-w", root, "--json").stdout)["name"]
 
 
@@ -61,7 +62,7 @@ def test_the_checkpoint_holds_few_bits_and_computes_with_them(
     (results,) = (
         CheckpointResults.read(one) for one in Workspace.open(root).views("checkpoint") if one.stage == "quantise"
     )
-    assert results.rounding is not None and results.rounding.matrices == len(found) > 0
+    assert results.rounding is not None and results.rounding.bits == {str(bits): len(found)} and found
     assert {one.bits for one in found.values()} == {bits}
     torch.testing.assert_close(logits(own), logits(model), rtol=1e-4, atol=1e-4)
     (before,) = (one for one in Workspace.open(root).views("checkpoint") if one.stage == "truncate")
@@ -124,7 +125,7 @@ def test_later_commands_read_it(copied: Path, tiny_text: str) -> None:
 
 def test_a_run_that_was_killed_resumes_to_the_same_bytes(copied: Path, killed: Any) -> None:
     written(copied, "--name", "one")
-    words = [str(word) for word in (*FEW, "--name", "two", "-w", copied)]
+    words = [str(word) for word in (*FEW, "--bits", 8, "--name", "two", "-w", copied)]
     killed("ara.stages.quantise:_Parts.finish_part", 2, "after", "quantise", *words)
     again = done("quantise", *words)
     assert "resum" in again.stderr
@@ -137,6 +138,7 @@ def _weights(folder: Path) -> dict[str, bytes]:
 
 def test_what_cannot_be_rounded_is_said(copied: Path) -> None:
     name = written(copied).name
+    refused(command("quantise", *FEW, "-w", copied), 2, "gives no layer 4 or 8 bits")
     refused(command("quantise", *FEW, "--from", f"quantise/{name}", "-w", copied), 2, "is rounded already")
     refused(command("recover", *FEW, "--from", f"quantise/{name}", "-w", copied), 2, "is rounded to 8 bits")
     done("truncate", "--densify", "-w", copied)

@@ -1,0 +1,24 @@
+"""Sizes as text, such as 90MB, and grids of few bits: settings that several stages share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ara.config.base import StageConfig
+
+# Few digits, so that the number is exact and finite.
+SIZE_PATTERN = r"^[0-9]{1,6}(\.[0-9]{1,3})?[KMGT]B$"
+
+
+def bytes_in(size: str) -> float:
+    """Return the bytes of a size that matches :data:`SIZE_PATTERN`; 1KB is 1000 bytes."""
+    return float(size[:-2]) * 1000 ** (1 + "KMGT".index(size[-2]))
+
+
+class GridConfig(StageConfig):
+    """Grid of weights of few bits."""
+
+    block: Literal[16, 32, 64, 128, 256] = Field(32, description="few bits: weights of a row that share a scale")
+    zero_points: bool = Field(True, description="few bits: store a zero point per block as well")

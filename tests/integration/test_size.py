@@ -1,0 +1,90 @@
+"""``ara allocate --size``: ranks and bits for a size in bytes, and the checkpoint that ``ara quantise`` makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ara.artifacts.checkpoint import CheckpointResults
+from ara.artifacts.factors import specs_of
+from ara.artifacts.ranks import RanksResults, read_allocation
+from ara.workspace.store import Workspace
+from tests.commands import ara, done
+
+CPU = ("--device", "cpu", "--dtype", "float32")
+FEW = (*CPU, "--samples", 6, "--held-out", 4)
+
+
+def size(root: Path, share: float) -> str:
+    """Return the size at which the factorised layers have this share of their dense bytes."""
+    workspace = Workspace.open(root)
+    specs = specs_of(workspace.view("decompose/two-sided"), "factors")
+    linear = sum(spec.stored_bytes(None) for spec in specs)
+    others = CheckpointResults.read(workspace.view("truncate/energy-0.70")).dense_weight_bytes - linear
+    return f"{(others + 130 * 6 * len(specs) + share * linear) / 1000:.1f}KB"
+
+
+def sized(root: Path, *words: Any) -> RanksResults:
+    """Choose ranks and bits in a workspace, and return the results."""
+    name = json.loads(done("allocate", *FEW, *words, "-w", root, "--json").stdout)["name"]
+    return RanksResults.read(Workspace.open(root).view(f"allocate/{name}"))
+
+
+@pytest.mark.parametrize("layout", ["factors", "pivoted"])
+@pytest.mark.parametrize("share", [0.15, 0.22])
+def test_the_checkpoint_has_the_size_that_was_asked_for(layout: str, share: float, copied: Path) -> None:
+    found = sized(copied, "--size", size(copied, share), "--layout", layout, "--block", 16, "--no-guard")
+    assert found.size is not None and found.size.linear + found.size.others <= found.size.limit
+    done("truncate", "-w", copied)
+    document = json.loads(done("quantise", *FEW, "--tolerance", 9, "-w", copied, "--json").stdout)
+    results = CheckpointResults.read(Workspace.open(copied).view(f"quantise/{document['name']}"))
+    assert results.rounding is not None and results.rounding.block == 16
+    # Headers are a large part of so small a model, and only estimated.
+    assert results.disk_bytes <= found.size.limit
+    assert results.disk_bytes > 0.85 * found.size.limit
+
+
+def test_bits_are_in_the_ranks_file_and_can_be_edited(copied: Path) -> None:
+    sized(copied, "--size", size(copied, 0.2), "--no-guard", "--name", "small")
+    workspace = Workspace.open(copied)
+    path = copied / "allocate" / "small" / "ranks.json"
+    document = json.loads(path.read_text())
+    specs = specs_of(workspace.view("decompose/two-sided"), "factors")
+    choices = read_allocation(workspace.view("allocate/small"), specs).choices
+    chosen = {name: choice.bits for name, choice in choices.items()}
+    own = specs[0].bits
+    assert document["format_version"] == 2
+    assert document["bits"] == {name: bits for name, bits in chosen.items() if bits != own}
+    document["bits"][specs[0].name] = 3
+    edited = copied.parent / "edited.json"
+    edited.write_text(json.dumps(document))
+    assert "3 is not 4 or 8" in ara("allocate", "--ranks", edited, "-w", copied).stderr
+    document["bits"][specs[0].name] = 4
+    edited.write_text(json.dumps(document))
+    done("allocate", "--ranks", edited, "--name", "edited", "-w", copied)
+    assert read_allocation(workspace.view("allocate/edited"), specs).choices[specs[0].name].bits == 4
+
+
+def test_the_guard_compares_with_one_width_for_all(copied: Path) -> None:
+    found = sized(copied, "--size", size(copied, 0.3))
+    assert found.guard is not None
+    assert {"joint", "ranks, 8 bits", "ranks, 4 bits"} <= set(found.guard.held_out)
+    losses = {name: loss for name, loss in found.guard.held_out.items() if name != "dense" and loss is not None}
+    assert losses[found.guard.winner] == min(losses.values())
+
+
+def test_sizes_that_cannot_be_met_are_refused(copied: Path) -> None:
+    cases = (("1KB", "embeddings, norms and headers alone take"), (size(copied, 0.001), "smallest choices"))
+    for text, message in cases:
+        result = ara("allocate", *FEW, "--size", text, "-w", copied)
+        assert result.exit_code == 2 and message in result.stderr
+    for words in (("--size", "small"), ("--size", "60KB", "--bits", "3")):
+        assert ara("allocate", *FEW, *words, "-w", copied).exit_code == 2
+
+
+def test_an_allocation_without_a_size_has_the_settings_of_before(copied: Path) -> None:
+    manifest = json.loads((copied / "allocate" / "energy-0.70" / "manifest.json").read_text())
+    assert not {"size", "bits", "block", "zero_points"} & set(manifest["config"])
