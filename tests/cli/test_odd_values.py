@@ -19,7 +19,7 @@ VALID = {
     "allocate": ["--method", "gumbel"],
     "truncate": [],
     "recover": [],
-    "quantise": [],
+    "quantise": ["--bits", "8"],
     "eval": ["--tasks", "TEXT"],
     "export": [],
     "compare": ["--tasks", "TEXT"],
