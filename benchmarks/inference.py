@@ -35,9 +35,9 @@ from ara.models.low_rank import apply_factors
 from ara.models.silence import silence_transformers
 from ara.models.weights import find_linears
 from ara.solver.problem import Budget, Module
-from ara.stages.allocate import load_modules
 from ara.stages.common import Run, model_of
 from ara.stages.decompose import decompose
+from ara.stages.modules import load_modules
 from ara_cli.console import Column, Console
 from export.config import ExportConfig
 from export.onnx.bench_runner import OnnxRunner, count_checkpoint, parameters_of

@@ -22,8 +22,8 @@ from ara.config import AllocateConfig
 from ara.masks.model import LossKind
 from ara.models.losses import token_losses
 from ara.solver.problem import Budget
-from ara.stages.allocate import load_modules
 from ara.stages.common import Run, model_of
+from ara.stages.modules import load_modules
 from ara.stages.tuning import open_tuning_context, placed
 from ara_cli.console import Column, Console
 from benchmarks.in_turn import seconds_in_turn

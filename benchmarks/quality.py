@@ -198,7 +198,7 @@ class Bench:
         from ara.config import method_options
         from ara.solver.knapsack import best_ranks
         from ara.solver.problem import Budget
-        from ara.stages.allocate import load_modules
+        from ara.stages.modules import load_modules
 
         if row.method in FORMS:
             return self._trained(row)

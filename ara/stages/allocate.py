@@ -6,13 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from ara.allocation import ALLOCATORS
 from ara.allocation.base import Allocator
 from ara.allocation.guard import Verdict, compare_candidates
 from ara.allocation.uniform import Uniform
-from ara.artifacts.factors import FactorsResults, layer_file, specs_of
+from ara.artifacts.factors import FactorsResults, specs_of
 from ara.artifacts.ranks import GuardResults, KindRanks, RanksResults
 from ara.artifacts.ranks_file import RANKS_FILE, ranks_document, read_layout, read_ranks
 from ara.config import AllocateConfig, BudgetConfig, TuningConfig, method_options
@@ -20,9 +18,10 @@ from ara.config.sizes import GridConfig
 from ara.errors import UsageError, WorkspaceError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.weights import LinearSpec, matching
-from ara.solver.problem import Allocation, Budget, Module
+from ara.solver.problem import Allocation, Budget
 from ara.stages.allocate_bytes import JOINT, allocate_bytes
 from ara.stages.common import Run, begin, default_name, open_task
+from ara.stages.modules import load_modules
 from ara.stages.trainings import find_training, require_training, with_text_of, with_training
 from ara.stages.tuning import open_tuning_context, placed
 from ara.workspace.manifest import file_sha256
@@ -94,7 +93,7 @@ def allocate(
         if ranks:
             allocation = _from_file(config, ranks, specs)
         elif config.size is not None:
-            allocation, verdict, size = allocate_bytes(resolved, decomposition, load_modules, workspace, run)
+            allocation, verdict, size = allocate_bytes(resolved, decomposition, workspace, run)
         else:
             allocation, verdict = _by_method(resolved, decomposition, trained, workspace, run)
         results = replace(summary(allocation, specs, FactorsResults.read(decomposition).model_parameters), size=size)
@@ -183,16 +182,6 @@ def _name(config: AllocateConfig, factors: str, ranks: Path | None) -> str:
         return default_name(factors, JOINT, config.size, layout=config.layout)
     multiple = [f"x{config.rank_multiple}"] if config.rank_multiple > 1 else []
     return "-".join([default_name(factors, config.method, keep=config.keep, layout=config.layout), *multiple])
-
-
-def load_modules(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) -> list[Module]:
-    """Read the spectra of a decomposition, but not its factors."""
-    modules, specs = [], specs_of(decomposition, layout)
-    for layer in dict.fromkeys(spec.layer for spec in specs):
-        with safe_open(decomposition.path / layer_file(layer), "pt") as file:
-            for spec in (spec for spec in specs if spec.layer == layer):
-                modules.append(Module(spec, file.get_tensor(f"{spec.name}.spectrum")))
-    return modules
 
 
 def summary(allocation: Allocation, specs: list[LinearSpec], model_parameters: int) -> RanksResults:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from ara.allocation.guard import Verdict, verdict_of
@@ -16,8 +15,9 @@ from ara.errors import UsageError
 from ara.layouts.grid import Grid
 from ara.masks.sensitivity_table import sensitivity_table
 from ara.models.weights import LinearSpec, matching
-from ara.solver.problem import Allocation, Budget, Module
+from ara.solver.problem import Allocation, Budget
 from ara.stages.common import Run
+from ara.stages.modules import load_modules
 from ara.stages.tuning import open_tuning_context
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
@@ -30,7 +30,6 @@ _HEADER, _TENSORS = 130, 6
 def allocate_bytes(
     config: AllocateConfig,
     decomposition: StageView,
-    load_modules: Callable[..., list[Module]],
     workspace: Workspace,
     run: Run,
 ) -> tuple[Allocation, Verdict | None, SizeResults]:
@@ -39,7 +38,6 @@ def allocate_bytes(
     Args:
         config: with a size, and with resolved device and dtype.
         decomposition: the factors.
-        load_modules: reads its spectra.
         workspace: for the caches.
         run: reporter.
 

@@ -24,9 +24,9 @@ from ara.models.sources import ModelSource
 from ara.models.weights import matching
 from ara.names import MAX_NAME_BYTES
 from ara.solver.problem import Budget
-from ara.stages.allocate import load_modules
 from ara.stages.common import NOT_PLAIN, Run, begin, check_window, model_of, open_task
 from ara.stages.measure import Measurement, Variant
+from ara.stages.modules import load_modules
 from ara.stages.questions import load_sources, questions_for
 from ara.workspace.manifest import digest
 from ara.workspace.store import Workspace

@@ -34,8 +34,9 @@ from ara.masks.rank_losses import LearnedLosses
 from ara.masks.sensitivity_table import sensitivity_table
 from ara.masks.state import TrainingSettings, TrainingState
 from ara.solver.problem import Allocation, Module
-from ara.stages.allocate import budget_of, load_modules
+from ara.stages.allocate import budget_of
 from ara.stages.common import Run, already_done, begin, default_name, open_task
+from ara.stages.modules import load_modules
 from ara.stages.trainings import covering_training
 from ara.stages.tuning import open_tuning_context, placed
 from ara.workspace.store import Workspace
