@@ -226,11 +226,6 @@ class Stream:
         self._independent = independent
         self._before: list[Any] = [None] * len(self.batches)
 
-    def entering(self, index: int) -> torch.Tensor | None:
-        """Return the hidden states (b, t, d) that block :attr:`at` reads from batch ``index``; ``None`` if not kept."""
-        before = self._before[index]
-        return None if before is None else hidden_states(before).to(self._device)
-
     def run(self, index: int) -> Any:
         """Run block :attr:`at` on batch ``index`` and return its output.
 

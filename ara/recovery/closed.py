@@ -114,10 +114,7 @@ class _Correction:
         try:
             for specs in self.groups.get(layer, []):
                 writes = len(specs) == 1 and self._writes_to_stream(specs[0])
-                # The mean that a bias takes up would be another one.
-                biased = any(bias_of(spec.weight.owner(recovery.model)) is not None for spec in specs)
-                relative = not biased and all(self._stays_at_its_token(spec) for spec in specs)
-                train, held_out = (self._moments(specs[0], which, writes, relative) for which in (0, 1))
+                train, held_out = (self._moments(specs[0], which, writes) for which in (0, 1))
                 work = partial(_corrected, recovery, train, held_out)
                 results = map_layers(work, [(spec, None) for spec in specs], recovery.device)
                 for spec, result in zip(specs, list(results), strict=True):
@@ -141,54 +138,28 @@ class _Correction:
         return float(difference.float().norm()) < _SAME * float(change.float().norm())
 
     @torch.inference_mode()
-    def _stays_at_its_token(self, spec: LinearSpec) -> bool:
-        """Tell whether the output of a layer at a token changes the block's output at no other token."""
-        stream, module = self.dense[1], spec.weight.owner(self.recovery.dense)
-        _, output, hidden = stream.observe(0, module)
-        at = output.shape[1] // 2
-        change = torch.zeros_like(output)
-        change[:, at] = output.std()
-        difference = (stream.observe(0, module, change)[2] - hidden).float()
-        own = float(difference[:, at].norm())
-        difference[:, at] = 0
-        return float(difference.norm()) < _SAME * own
-
-    @torch.inference_mode()
-    def _moments(self, leader: LinearSpec, which: int, drift: bool, relative: bool) -> PairedMoments:
+    def _moments(self, leader: LinearSpec, which: int, drift: bool) -> PairedMoments:
         """Return the moments of the inputs of a group, over training (0) or held-out text (1).
 
-        Args:
-            leader: first layer of the group.
-            which: text.
-            drift: also return those of what the compressed stream has drifted beside the layer, which writes to it.
-            relative: divide a token by the size of the residual stream there. The norms of later layers do the same
-                to its error, so without it a few tokens with a massive stream would decide.
+        With ``drift`` also those of what the compressed stream has drifted beside the layer, which writes to it.
         """
         recovery = self.recovery
         dense, model = self.dense[which], self.model[which]
         ours, theirs = (leader.weight.owner(one) for one in (recovery.dense, recovery.model))
         sums = PairedAccumulator(leader.n, recovery.device, which == 1, leader.m if drift else None)
         for index in range(len(dense.batches)):
-            scale = self._scale(dense, index) if relative else 1.0
             if drift:
                 x, output, hidden = dense.observe(index, ours)
                 other, made, reached = model.observe(index, theirs)
-                sums.add(x * scale, other * scale, ((reached - made) - (hidden - output)) * scale)
+                sums.add(x, other, (reached - made) - (hidden - output))
             else:
-                sums.add(dense.input_of(index, ours) * scale, model.input_of(index, theirs) * scale)
+                sums.add(dense.input_of(index, ours), model.input_of(index, theirs))
         if not sums.is_finite:
             raise NumericalError(
                 f"the inputs of {leader.name} hold NaN or infinity",
                 "try --dtype float32; if that fails too, the model is broken",
             )
         return sums.result()
-
-    def _scale(self, dense: Stream, index: int) -> torch.Tensor | float:
-        """Return 1 / root mean square (b, t, 1) of what a block reads at every token; 1 where it is not kept."""
-        entering = dense.entering(index)
-        if entering is None:
-            return 1.0
-        return entering.float().square().mean(-1, keepdim=True).add(torch.finfo(torch.float32).tiny).rsqrt()
 
 
 def _corrected(
