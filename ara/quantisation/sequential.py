@@ -90,7 +90,7 @@ def round_model(
                 moment = None if file is not None else _moment(stream, group[0])
                 for spec in group:
                     done |= _round(model, spec, grids[spec.name], moment, stored)
-            if file is None:
+            if file is None and done:
                 parts.finish_part(name, _named(done))
             found |= done
             if layer + 1 < len(blocks):
