@@ -21,8 +21,9 @@ _FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 TORCH_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
 
 
-# Activations in MatMulNBits: 4 rounds them to 8 bits per block, which is what is fast on a CPU; 0 leaves them.
-_ACCURACY: dict[Provider, int] = {"cpu": 4, "cuda": 0}
+# MatMulNBits leaves the activations as they are. With 4 it rounds them to 8 bits, which is faster on a CPU and too
+# coarse for pivoted layers, whose outputs are combinations of rounded ones.
+_EXACT = 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class LinearNodes(LowRankGraph):
         if zero_points:
             count = m * -(-blocks * bits // 8)
             inputs.append(self.lazy(f"{path}.zeros", ir.DataType.UINT8, (count,), lambda: numbers("zeros", count)))
-        attributes = {"K": n, "N": m, "bits": bits, "block_size": block, "accuracy_level": _ACCURACY[self.provider]}
+        attributes = {"K": n, "N": m, "bits": bits, "block_size": block, "accuracy_level": _EXACT}
         return self.op("MatMulNBits", inputs, path, attributes, domain=CONTRIB)
 
     def weight(self, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> ir.Value:

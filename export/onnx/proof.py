@@ -62,8 +62,7 @@ def prove(source: Path, folder: Path, decoder: Decoder | None, tokens: int, repo
         expected = model(input_ids=ids, use_cache=False).logits.float()
     # Released before the graph is loaded, which takes as much memory again.
     del model
-    # Numbers of few bits are the same in torch, but their products are not: activations are rounded as well.
-    tolerance = TOLERANCES["int8" if about.rounded else about.precision]
+    tolerance = TOLERANCES[about.precision]
     found = compare(OnnxDecoder(folder), expected, ids)
     problems = [text for row in found for text in row.misses(tolerance)]
     if problems:
