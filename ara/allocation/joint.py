@@ -111,8 +111,6 @@ class Rounder:
                 for path, weight in weights.items():
                     model.layers[path].weight = weight
                 found[name] = model.nll(context.held_out, context.batch_size)
-                for path, weight in kept.items():
-                    model.layers[path].weight = weight
         finally:
             for path, weight in kept.items():
                 model.layers[path].weight = weight

@@ -25,7 +25,7 @@ from ara.quantisation.nearest import Rounded, round_to_nearest
 
 
 class Parts(Protocol):
-    """Where finished blocks are kept, so that an interrupted run goes on after them."""
+    """Storage of finished blocks, so that an interrupted run can resume."""
 
     def part(self, name: str) -> Path | None:
         """Return the safetensors file of a finished block, or ``None``."""
@@ -137,7 +137,8 @@ def _round(
         if result is not None:
             one.load_state_dict(numbers_of(result), strict=False, assign=True)
         elif stored is not None:
-            one.load_state_dict({key: stored[f"{path}.{key}"] for key in _numbers(one)}, strict=False, assign=True)
+            numbers = {key: stored[f"{path}.{key}"] for key, _ in one.named_buffers()}
+            one.load_state_dict(numbers, strict=False, assign=True)
         if bias is not None:
             one.bias = nn.Parameter(bias, requires_grad=False)
         replace_linear(model, path, linear_with(one.weight.to(weight), bias, transposed))
@@ -149,7 +150,7 @@ def numbers_of(rounded: Rounded) -> dict[str, torch.Tensor]:
     """Return the tensors of :class:`RoundedLinear` for a rounded weight, on the CPU."""
     grid = rounded.grid
     m, n = rounded.steps.shape
-    # What fills up the last block stands for zero.
+    # The last block is padded with steps that decode to zero.
     zero = torch.full((m, 1), grid.middle) if rounded.zeros is None else rounded.zeros[:, -1:]
     missing = grid.blocks(n) * grid.block - n
     full = torch.cat([rounded.steps, zero.to(rounded.steps).expand(m, missing)], 1)
@@ -160,8 +161,4 @@ def numbers_of(rounded: Rounded) -> dict[str, torch.Tensor]:
 
 
 def _named(modules: Mapping[str, RoundedLinear]) -> dict[str, torch.Tensor]:
-    return {f"{path}.{key}": value for path, one in modules.items() for key, value in _numbers(one).items()}
-
-
-def _numbers(module: RoundedLinear) -> dict[str, torch.Tensor]:
-    return {name: buffer for name, buffer in module.named_buffers() if buffer is not None}
+    return {f"{path}.{key}": value for path, one in modules.items() for key, value in one.named_buffers()}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ara.data.mixtures import CalibrationText
     from ara.data.tokens import TokenWindows
+    from ara.data.windows import WindowReader
     from ara.models.sources import ModelSource
 
 Item = TypeVar("Item")
@@ -203,6 +204,31 @@ def warn_without_chat(spec: str, tokenizer: PreTrainedTokenizerBase, run: Run) -
             "the model has a chat template and the calibration text no conversation: the compressed model may give "
             "empty answers (add a share of chat: --text c4:0.8,chat:0.2)"
         )
+
+
+def window_reader(
+    spec: str, source: ModelSource, seq_len: int, seed: int, workspace: Workspace, run: Run
+) -> WindowReader:
+    """Return a reader of the windows of a calibration text; its tokens are cached in the workspace.
+
+    Args:
+        spec: of the text, with all shares.
+        source: the model.
+        seq_len: tokens per window.
+        seed: of the order of documents.
+        workspace: holds the cache.
+        run: reporter.
+
+    Raises:
+        DataError: the text cannot be read.
+    """
+    from ara.data.mixtures import load_calibration_text
+    from ara.data.windows import WindowReader
+    from ara.models.vocabulary import token_rows
+
+    text = load_calibration_text(spec, run.report)
+    rows = token_rows(source.config)
+    return WindowReader(workspace.cache / "tokens", source.load_tokenizer(), text, seq_len, seed, rows, run.report)
 
 
 def text_parts(text: CalibrationText, windows: TokenWindows) -> tuple[TextPart, ...]:

@@ -23,10 +23,9 @@ from ara.models.checkpoint import checkpoint_bytes, load, save_checkpoint
 from ara.models.likelihood import window_nll
 from ara.models.low_rank import low_rank_layers
 from ara.models.placement import torch_dtype
-from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec
 from ara.quantisation.sequential import Parts, round_model
-from ara.stages.common import Run, begin, model_of, open_task
+from ara.stages.common import Run, begin, model_of, open_task, window_reader
 from ara.stages.truncate import finish_checkpoint, provenance
 from ara.stages.tuning import placed
 from ara.workspace.store import Workspace
@@ -181,15 +180,13 @@ def _windows(
     config: QuantiseConfig, decomposition: StageView, workspace: Workspace, run: Run
 ) -> tuple[TokenWindows, TokenWindows]:
     """Return windows to calibrate with and held-out ones, from the text of the decomposition after its own windows."""
-    from ara.data.mixtures import load_calibration_text, resolved_text
-    from ara.data.windows import WindowReader
+    from ara.data.mixtures import resolved_text
 
     made, source = FactorsSettings.read(decomposition), model_of(decomposition, run)
-    tokenizer = source.load_tokenizer()
-    text = load_calibration_text(resolved_text(made.text, tokenizer), run.report)
-    rows, folder = token_rows(source.config), workspace.cache / "tokens"
-    reader = WindowReader(folder, tokenizer, text, made.seq_len, made.seed, rows, run.report)
-    return reader.further(made.samples, config.samples, config.held_out)
+    spec = resolved_text(made.text, source.load_tokenizer())
+    return window_reader(spec, source, made.seq_len, made.seed, workspace, run).further(
+        made.samples, config.samples, config.held_out
+    )
 
 
 @torch.inference_mode()

@@ -12,9 +12,8 @@ from ara.masks.context import TuningContext
 from ara.masks.model import MaskedModel
 from ara.masks.table_cache import TableCache
 from ara.models.placement import choose_placement, torch_dtype
-from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec
-from ara.stages.common import Run, model_of
+from ara.stages.common import Run, model_of, window_reader
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 
@@ -47,19 +46,17 @@ def open_tuning_context(
         ModelError: the model is missing or has changed.
         DataError: a text has fewer than three windows.
     """
-    from ara.data.mixtures import load_calibration_text, resolved_text
-    from ara.data.windows import WindowReader
+    from ara.data.mixtures import resolved_text
 
     assert decomposition.manifest is not None
     made = FactorsSettings.read(decomposition)
     source = model_of(decomposition, run)
-    tokenizer = source.load_tokenizer()
-    text = load_calibration_text(resolved_text(made.text, tokenizer), run.report)
-    rows, folder = token_rows(source.config), workspace.cache / "tokens"
-    reader = WindowReader(folder, tokenizer, text, made.seq_len, made.seed, rows, run.report)
+    spec = resolved_text(made.text, source.load_tokenizer())
+    reader = window_reader(spec, source, made.seq_len, made.seed, workspace, run)
     train, held = reader.further(made.samples, config.samples, config.held_out)
     run.report.fact(
-        f"{train.windows} windows of {made.seq_len} tokens to learn from, {held.windows} held out ({text.origin})"
+        f"{train.windows} windows of {made.seq_len} tokens to learn from, {held.windows} held out "
+        f"({reader.text.origin})"
     )
     if config.device == "cpu":
         keep_freed_memory()

@@ -95,9 +95,9 @@ class LinearNodes(LowRankGraph):
     def _matmul(self, x: ir.Value, path: str, *names: str) -> ir.Value:
         """Multiply by weights of the checkpoint, each (out, in), stacked along the outputs."""
         self.used.update(names)
-        rounded = [self.checkpoint.rounded.get(name.removesuffix(".weight")) for name in names]
-        if rounded[0] is not None:
-            return self._matmul_rounded(x, path, names, rounded[0])
+        rounding = self.checkpoint.rounded.get(names[0].removesuffix(".weight"))
+        if rounding is not None:
+            return self._matmul_rounded(x, path, names, rounding)
         shapes = [self.checkpoint.shape(name) for name in names]
         m, n = sum(shape[0] for shape in shapes), shapes[0][1]
 
