@@ -10,10 +10,9 @@ import torch
 from ara.artifacts.factors import FactorsSettings, TextPart
 from ara.config import RecoverConfig
 from ara.models.sources import ModelSource
-from ara.models.vocabulary import token_rows
 from ara.recovery import LEVELS
 from ara.recovery.base import Level, RecoveryText
-from ara.stages.common import Run, check_window, text_parts, warn_without_chat
+from ara.stages.common import Run, check_window, text_parts, warn_without_chat, window_reader
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 
@@ -71,19 +70,17 @@ def recovery_texts(
         UsageError: the text or the window length cannot be used.
         DataError: a text has fewer than three windows.
     """
-    from ara.data.mixtures import load_calibration_text, resolved_text
-    from ara.data.windows import WindowReader, some
+    from ara.data.mixtures import resolved_text
+    from ara.data.windows import some
 
     made = FactorsSettings.read(decomposition)
     tokenizer = source.load_tokenizer()
     spec, seq_len = resolved_text(config.text or made.text, tokenizer), config.seq_len or made.seq_len
     check_window(seq_len, source.config)
     warn_without_chat(spec, tokenizer, run)
-    text = load_calibration_text(spec, run.report)
-    run.report.fact(f"text: {text.origin}")
+    reader = window_reader(spec, source, seq_len, config.seed, workspace, run)
+    run.report.fact(f"text: {reader.text.origin}")
     same = spec == resolved_text(made.text, tokenizer) and (seq_len, config.seed) == (made.seq_len, made.seed)
-    rows, folder = token_rows(source.config), workspace.cache / "tokens"
-    reader = WindowReader(folder, tokenizer, text, seq_len, config.seed, rows, run.report)
     ranges = _ranges(config, levels)
     needed = max(end for _, end in ranges.values())
     read, held = reader.further(made.samples if same else 0, needed, 2 * config.held_out)
@@ -99,8 +96,8 @@ def recovery_texts(
     different = torch.tensor(sorted({row for windows in chosen.values() for row in windows.tolist()}))
     return RecoveryTexts(
         spec=spec,
-        parts=text_parts(text, some(read, different)),
-        digest=text.digest,
+        parts=text_parts(reader.text, some(read, different)),
+        digest=reader.text.digest,
         seq_len=seq_len,
         train={name: text_read.rows(windows) for name, windows in chosen.items()},
         windows=len(different),

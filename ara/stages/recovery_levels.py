@@ -1,0 +1,120 @@
+"""Runs the levels of a recovery one after the other, and judges each on text that no level reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from ara.artifacts.checkpoint import RecoveredLevel, RecoveryFigures
+from ara.environment import peak_memory_bytes
+from ara.recovery import LEVELS
+from ara.recovery.base import Distance, Level, Recovery
+from ara.recovery.trainable import load_tensors
+from ara.stages.recovery_parts import LevelParts
+from ara.stages.recovery_text import RecoveryTexts
+from ara.workspace.writer import StageWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LevelRuns:
+    """Runs levels one after the other; takes one back that raises the divergence from the dense model."""
+
+    def __init__(self, recovery: Recovery, stage: StageWriter, texts: RecoveryTexts) -> None:
+        self.recovery, self.stage, self.texts, self.report = recovery, stage, texts, recovery.report
+
+    def all(self, levels: Mapping[str, Level]) -> tuple[RecoveryFigures, dict[str, Any]]:
+        """Run the levels and return their figures and details; finished ones are read from the stage."""
+        recovery = self.recovery
+        first = self._start()
+        rows: list[RecoveredLevel] = []
+        details: dict[str, Any] = {}
+        now, stopped = first, None
+        for name, level in levels.items():
+            work = self.stage.work(f"level-{name}")
+            if work is None:
+                row, now, stopped, details[name] = self._run(name, level, now)
+            else:
+                load_tensors(recovery.model, load_file(work[0]))
+                row, now = RecoveredLevel.parse(work[1]["row"]), Distance(**work[1]["distance"])
+                details[name] = work[1]["details"]
+            rows.append(row)
+            self.report.fact(_told(row))
+            if stopped:
+                self.stage.to_go_on = True
+                self.report.warn(f"{name}: {stopped}: what is finished is stored; the same command resumes")
+                break
+        figures = RecoveryFigures(
+            parts=self.texts.parts,
+            windows=self.texts.windows,
+            held_out=len(recovery.unseen.ids),
+            seq_len=self.texts.seq_len,
+            before=first.kl,
+            after=now.kl,
+            dense_loss=first.dense_loss,
+            loss_before=first.loss,
+            loss_after=now.loss,
+            levels=tuple(rows),
+            stopped=stopped,
+        )
+        return figures, details
+
+    def _start(self) -> Distance:
+        """Return the distance from the dense model before any repair."""
+        work = self.stage.work("start")
+        if work is not None:
+            return Distance(**work[1])
+        with self.report.bar("Reading held-out text", len(self.recovery.unseen.ids)) as bar:
+            found = self.recovery.unseen_distance(bar.advance)
+        self.report.fact(f"divergence from the dense model on held-out text: {found.kl:.4f} nats/token")
+        self.stage.finish_work("start", {"none": torch.zeros(1)}, asdict(found))
+        return found
+
+    def _run(
+        self, name: str, level: Level, before: Distance
+    ) -> tuple[RecoveredLevel, Distance, str | None, dict[str, Any]]:
+        """Run one level, keep it unless the divergence has grown, and store the state after it."""
+        parts = LevelParts(self.stage, name)
+        recovery = replace(self.recovery, train=self.texts.train[name], saved=parts)
+        self.report.step(f"Level {name}: {LEVELS.entry(name).title}")
+        kept = _state(recovery.model)
+        outcome = level.repair(recovery)
+        recovery.model.requires_grad_(False)
+        after = recovery.unseen_distance()
+        row = RecoveredLevel(
+            level=name,
+            tokens=outcome.tokens,
+            seconds=parts.elapsed(),
+            peak_memory_bytes=peak_memory_bytes(),
+            before=before.kl,
+            after=after.kl,
+            kept=after.kl <= before.kl,
+            notes=outcome.notes,
+        )
+        if not row.kept:
+            load_tensors(recovery.model, kept)
+            self.report.warn(
+                f"level {name} is taken back: it raises the divergence on held-out text from {before.kl:.4f} to "
+                f"{after.kl:.4f} nats/token"
+            )
+        now, details = after if row.kept else before, dict(outcome.details)
+        if outcome.interrupted is None:
+            values = {"row": row.plain(), "distance": asdict(now), "details": details}
+            self.stage.finish_work(f"level-{name}", _state(recovery.model), values)
+            self.stage.drop_work(f"{name}:")
+        return row, now, outcome.interrupted, details
+
+
+def _state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return copies of all parameters on the CPU, by path."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.named_parameters()}
+
+
+def _told(row: RecoveredLevel) -> str:
+    words = f"{row.level}: held-out divergence {row.before:.4f} → {row.after:.4f} nats/token"
+    return "; ".join([words, *row.notes])
