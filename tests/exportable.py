@@ -11,11 +11,14 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ara.decomposition.plain import Plain
+from ara.layout_names import DEFAULT_LAYOUT
+from ara.layouts.grid import Grid
 from ara.models.checkpoint import save_checkpoint
 from ara.models.low_rank import apply_factors
 from ara.models.silence import silence_transformers
-from ara.models.weights import find_linears
+from ara.models.weights import LinearSpec, find_linears
 from ara.progress import SILENT
+from ara.quantisation.sequential import Parts, round_model
 from export.config import ExportConfig
 from export.onnx.settings import resolve
 from export.onnx.stored_weights import Checkpoint
@@ -33,8 +36,11 @@ class Made:
     model: PreTrainedModel
 
 
-def make_checkpoint(root: Path, family: str, layout: Any, **changes: Any) -> Made:
-    """Save a checkpoint below ``root``: dense where ``layout`` is ``None``, else with low-rank layers."""
+def make_checkpoint(root: Path, family: str, layout: Any, grid: Grid | None = None, **changes: Any) -> Made:
+    """Save a checkpoint below ``root``: dense where ``layout`` is ``None``, else with low-rank layers.
+
+    The matrices of these layers are rounded to ``grid``, if there is one.
+    """
     values = {
         key: value
         for key, value in tiny_config(family).to_dict().items()
@@ -50,22 +56,36 @@ def make_checkpoint(root: Path, family: str, layout: Any, **changes: Any) -> Mad
             elif "norm" in name:  # weights of one would hide a norm that lost its own
                 torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.2)
     folder = root / "checkpoint"
-    with silence_transformers():
-        if layout is None:
+    if layout is None and grid is None:
+        with silence_transformers():
             model.save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)
-        else:
-            linears = find_linears(model)
-            tensors = {}
-            for spec in linears:
-                factors = Plain().decompose(spec.weight.read(model), None)
-                tensors[f"{spec.name}.A"] = factors.a.float().contiguous()
-                tensors[f"{spec.name}.B"] = factors.b.float().contiguous()
-            save_file(tensors, root / "factors.safetensors")
-            ranks = {s.name: s.full_rank // 2 - s.layer for s in linears if s.name != linears[1].name}
-            apply_factors(model, ranks, {spec.name: root / "factors.safetensors" for spec in linears}, layout)
-            save_checkpoint(model, tiny_tokenizer(), folder, ranks=ranks, provenance={}, layout=layout)
+        return Made(folder, model)
+    linears = find_linears(model)
+    ranks = {} if layout is None else _factorise(model, linears, root / "factors.safetensors", layout)
+    rounded = None
+    if grid is not None:
+        rounded = round_model(model, linears, {spec.name: grid for spec in linears}, None, 1, _NoParts(), SILENT)
+    stored = DEFAULT_LAYOUT if layout is None else layout
+    save_checkpoint(model, tiny_tokenizer(), folder, ranks=ranks, provenance={}, layout=stored, rounded=rounded)
     return Made(folder, model)
+
+
+def _factorise(model: PreTrainedModel, linears: list[LinearSpec], file: Path, layout: Any) -> dict[str, int]:
+    """Replace all linear layers but one by low-rank ones, and return their ranks."""
+    tensors = {}
+    for spec in linears:
+        factors = Plain().decompose(spec.weight.read(model), None)
+        tensors[f"{spec.name}.A"] = factors.a.float().contiguous()
+        tensors[f"{spec.name}.B"] = factors.b.float().contiguous()
+    save_file(tensors, file)
+    ranks = {spec.name: spec.full_rank // 2 - spec.layer for spec in linears if spec.name != linears[1].name}
+    apply_factors(model, ranks, dict.fromkeys(ranks, file), layout)
+    return ranks
+
+
+class _NoParts(Parts):
+    """Rounding to nearest resumes nothing."""
 
 
 def exported(source: Path, folder: Path, **settings: Any) -> dict[str, Any]:

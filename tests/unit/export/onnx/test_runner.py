@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ara.errors import ModelError, UnavailableError, UsageError
+from ara.layouts.grid import Grid
 from ara.progress import SILENT
 from export.config import ExportConfig
 from export.onnx import runner
@@ -169,14 +170,19 @@ def test_graphs_of_others_that_cannot_be_run(exported: tuple[Path, Any], tmp_pat
         decoder.forward(np.arange(4, 30)[None])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "precision", "grid"),
+    [(family, precision, None) for family in FAMILIES for precision in ("fp32", "int8")]
+    + [(family, "fp32", Grid(4, 32, True)) for family in FAMILIES]
+    + [("llama", "fp32", Grid(8, 16, False))],
+    ids=str,
+)
 def test_genai_answers_as_the_graph_does(
-    family: str, precision: str, checkpoint: Callable[..., Any], tmp_path: Path
+    family: str, precision: str, grid: Grid | None, checkpoint: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """And in fp32 as torch does: other software reads what we write, for every family."""
+    """And in fp32 as torch does: other software reads what we write, for every family and for matrices of few bits."""
     og = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai (make setup installs it)")
-    made = checkpoint(family)
+    made = checkpoint(family) if grid is None else checkpoint(family, grid=grid)
     config = resolve(ExportConfig(execution_provider="cpu", precision=precision, parity=False))
     write_onnx(Checkpoint(made.folder), tmp_path, config, "0" * 64, SILENT)
     prompt = list(range(4, 30))
