@@ -85,7 +85,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [Entry(kind.__name__.lower(), "a toy", f"{__name__}:{kind.__name__}") for kind in kinds]
     table = Registry("recovery level", entries)
     monkeypatch.setattr(recovery, "LEVELS", table)
-    for module in ("recover", "recovery_text"):
+    for module in ("recover", "recovery_levels", "recovery_text"):
         monkeypatch.setattr(f"ara.stages.{module}.LEVELS", table)
 
 
@@ -278,13 +278,13 @@ def test_a_kept_adapter_is_in_the_result_and_survives_a_kill(copied: Path, monke
     from peft import PeftModel
 
     from ara.models.checkpoint import load
-    from ara.stages import recover as stage
+    from ara.stages.compressed import Compressed
 
     words = {"level": "distill", "only": True, "train": "lora", "keep_adapter": True, "rate": 3e-3, "steps": 4}
     config = CONFIG.model_copy(update={**words, "batch": 4, "check_every": 2, "lora_rank": 3})
     with monkeypatch.context() as patch:
         # Killed after the level has finished, before the checkpoint is written.
-        patch.setattr(stage, "_write", _killed)
+        patch.setattr(Compressed, "write", _killed)
         patch.setattr("ara.workspace.writer.StageWriter._abandon", lambda self, error: None)
         with pytest.raises(KeyboardInterrupt):
             recover(config, Run(copied))
@@ -300,7 +300,7 @@ def test_a_kept_adapter_is_in_the_result_and_survives_a_kill(copied: Path, monke
         assert not torch.allclose(model(input_ids=torch.arange(3, 23)[None]).logits, before, atol=1e-3)
 
 
-def _killed(*args: Any) -> None:
+def _killed(*args: Any, **figures: Any) -> None:
     raise KeyboardInterrupt
 
 
