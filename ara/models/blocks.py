@@ -259,30 +259,31 @@ class Stream:
             self.model(input_ids=self.batches[index].to(self._device), use_cache=False)
         return inputs[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def observe(
-        self, index: int, module: nn.Module, added: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, index: int, modules: Sequence[nn.Module], added: torch.Tensor | None = None
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], Any]:
         """Run block :attr:`at` on batch ``index``.
 
         Args:
             index: of the batch.
-            module: a linear layer inside the block.
-            added: what is added to its output (..., m).
+            modules: linear layers inside the block.
+            added: what is added to the output (..., m) of each.
 
         Returns:
-            Input (..., n) and output (..., m) of ``module``, without ``added``, and the hidden states (b, t, d) that
-            the block gives.
+            Input (..., n) and output (..., m) of each, without ``added``, and the output of the block.
         """
-        seen: list[torch.Tensor] = []
+        seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def note(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-            seen.extend((args[0], output))
+            seen[module] = args[0], output
             return None if added is None else output + added
 
-        with module.register_forward_hook(note):
-            hidden = hidden_states(self.run(index))
-        return seen[0], seen[1], hidden
+        with ExitStack() as hooks:
+            for module in modules:
+                hooks.enter_context(module.register_forward_hook(note))
+            output = self.run(index)
+        return [seen[module] for module in modules], output
 
     # Not inference mode: a later pass with gradients starts from these outputs.
     @torch.no_grad()

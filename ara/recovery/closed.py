@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from ara.calibration.moments import input_groups
 from ara.decomposition.parallel import map_layers
 from ara.errors import NumericalError
 from ara.layouts.modeling_ara import CompressedLinear
-from ara.models.blocks import Stream
+from ara.models.blocks import Stream, hidden_states
 from ara.models.weights import LinearSpec, bias_of, find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery
 from ara.recovery.correction import Correction, correct
+from ara.recovery.dense_side import DenseSide, Leader
 from ara.recovery.paired_moments import PairedAccumulator, PairedMoments
 from ara.recovery.trainable import block_tensors, factors_of, load_tensors, set_factors
 
@@ -64,10 +66,11 @@ class _Correction:
         self.groups = input_groups(recovery.dense, recovery.specs, first)
         independent = recovery.starts_anywhere()
         texts = (recovery.train, recovery.held_out)
-        self.dense, self.model = (
+        dense, self.model = (
             [Stream(model, text.ids, recovery.config.batch_size, independent) for text in texts]
             for model in (recovery.dense, recovery.model)
         )
+        self.dense = [DenseSide(stream) for stream in dense]
 
     def all_blocks(self) -> LevelOutcome:
         """Correct every block; finished ones are read from the parts of an interrupted run."""
@@ -94,8 +97,9 @@ class _Correction:
                         part, block_tensors(self.recovery.model, f"{self.prefix}.{layer}"), {"layers": rows}
                     )
                 if layer + 1 < self.count:
-                    for stream in (*self.dense, *self.model):
-                        stream.advance(stream.outputs())
+                    for dense, model in zip(self.dense, self.model, strict=True):
+                        dense.advance()
+                        model.advance(model.outputs())
                 bar.advance()
         return LevelOutcome(
             tokens=self.recovery.train.tokens,
@@ -111,10 +115,13 @@ class _Correction:
             name: tensor.clone() for name, tensor in block_tensors(recovery.model, f"{self.prefix}.{layer}").items()
         }
         found: dict[str, Choice] = {}
+        groups = self.groups.get(layer, [])
+        leaders = [self._leader(specs) for specs in groups]
         try:
-            for specs in self.groups.get(layer, []):
-                writes = len(specs) == 1 and self._writes_to_stream(specs[0])
-                train, held_out = (self._moments(specs[0], which, writes) for which in (0, 1))
+            for dense in self.dense:
+                dense.open_block(leaders)
+            for specs, leader in zip(groups, leaders, strict=True):
+                train, held_out = (self._moments(specs[0], leader, which) for which in (0, 1))
                 work = partial(_corrected, recovery, train, held_out)
                 results = map_layers(work, [(spec, None) for spec in specs], recovery.device)
                 for spec, result in zip(specs, list(results), strict=True):
@@ -125,38 +132,43 @@ class _Correction:
             raise
         return found
 
+    def _leader(self, specs: Sequence[LinearSpec]) -> Leader:
+        """Return the first layer of a group in the dense model; only a single layer can write to the stream."""
+        module = specs[0].weight.owner(self.recovery.dense)
+        return Leader(module, len(specs) == 1 and self._writes_to_stream(module))
+
     @torch.inference_mode()
-    def _writes_to_stream(self, spec: LinearSpec) -> bool:
+    def _writes_to_stream(self, module: nn.Module) -> bool:
         """Tell whether the output of a layer is added to the block's output as it is, by a change of it."""
-        stream, module = self.dense[1], spec.weight.owner(self.recovery.dense)
-        _, output, hidden = stream.observe(0, module)
+        stream = self.dense[1].stream
+        ((_, output),), before = stream.observe(0, [module])
+        hidden = hidden_states(before)
         if output.shape != hidden.shape:
             return False
         generator = torch.Generator().manual_seed(0)
         change = torch.randn(output.shape, generator=generator).to(output) * hidden.std()
-        difference = stream.observe(0, module, change)[2] - hidden - change
+        difference = hidden_states(stream.observe(0, [module], change)[1]) - hidden - change
         return float(difference.float().norm()) < _SAME * float(change.float().norm())
 
     @torch.inference_mode()
-    def _moments(self, leader: LinearSpec, which: int, drift: bool) -> PairedMoments:
+    def _moments(self, spec: LinearSpec, leader: Leader, which: int) -> PairedMoments:
         """Return the moments of the inputs of a group, over training (0) or held-out text (1).
 
-        With ``drift`` also those of what the compressed stream has drifted beside the layer, which writes to it.
+        If its layer writes to the residual stream, also those of what the compressed stream has drifted beside it.
         """
-        recovery = self.recovery
-        dense, model = self.dense[which], self.model[which]
-        ours, theirs = (leader.weight.owner(one) for one in (recovery.dense, recovery.model))
-        sums = PairedAccumulator(leader.n, recovery.device, which == 1, leader.m if drift else None)
-        for index in range(len(dense.batches)):
-            if drift:
-                x, output, hidden = dense.observe(index, ours)
-                other, made, reached = model.observe(index, theirs)
-                sums.add(x, other, (reached - made) - (hidden - output))
+        recovery, dense, model = self.recovery, self.dense[which], self.model[which]
+        module = spec.weight.owner(recovery.model)
+        sums = PairedAccumulator(spec.n, recovery.device, which == 1, spec.m if leader.writes else None)
+        for index in range(len(model.batches)):
+            ours = dense.at(index, leader)
+            if ours.beside is None:
+                sums.add(ours.input, model.input_of(index, module))
             else:
-                sums.add(dense.input_of(index, ours), model.input_of(index, theirs))
+                ((x, made),), output = model.observe(index, [module])
+                sums.add(ours.input, x, hidden_states(output) - made - ours.beside)
         if not sums.is_finite:
             raise NumericalError(
-                f"the inputs of {leader.name} hold NaN or infinity",
+                f"the inputs of {spec.name} hold NaN or infinity",
                 "try --dtype float32; if that fails too, the model is broken",
             )
         return sums.result()

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from ara.models.blocks import Stream
 from ara.recovery import closed
 from ara.recovery.closed import Closed, _Correction
 from tests.recovery import MemorySaved, tiny_recovery
@@ -25,8 +27,8 @@ def test_the_layer_that_adds_last_writes_to_the_residual_stream(
 ) -> None:
     run = _Correction(tiny_recovery(tmp_path, family))
     specs = {spec.name: spec for spec in run.recovery.specs}
-    assert run._writes_to_stream(specs[writer])
-    assert not run._writes_to_stream(specs[other])
+    assert run._leader([specs[writer]]).writes
+    assert not run._leader([specs[other]]).writes
 
 
 def test_groups_follow_the_forward_pass(tmp_path: Path) -> None:
@@ -45,6 +47,27 @@ def test_the_divergence_falls_and_every_layer_is_accounted_for(tmp_path: Path) -
     assert all(row["after"] <= row["before"] for row in layers.values())
     assert any(row["gamma"] for row in layers.values())
     assert outcome.tokens == recovery.train.tokens and outcome.interrupted is None
+
+
+def test_without_room_for_the_dense_inputs_the_result_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, passes = Stream.input_of, {"roomy": 0, "tight": 0}
+    made = {}
+    for name in passes:
+
+        def counting(stream: Stream, index: int, module: nn.Module, name: str = name) -> torch.Tensor:
+            passes[name] += 1
+            return real(stream, index, module)
+
+        monkeypatch.setattr(Stream, "input_of", counting)
+        if name == "tight":
+            monkeypatch.setattr("ara.recovery.dense_side.available_bytes", lambda device: 0)
+        made[name] = tiny_recovery(tmp_path / name, "llama")
+        Closed().repair(made[name])
+    assert passes["tight"] == 2 * passes["roomy"]
+    both = zip(*(one.model.parameters() for one in made.values()), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in both)
 
 
 def test_a_repair_that_was_cut_off_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
