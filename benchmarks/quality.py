@@ -18,26 +18,23 @@ code of ARA's evaluation. The results must agree.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ara.config import AllocateConfig, DecomposeConfig, MaskTrainingOptions, TrainMasksConfig
-from ara.environment import machine, now, versions
 from ara.errors import NumericalError
 from ara.layout_names import LAYOUT_NAMES
 from ara_cli.console import Console
 from benchmarks.quality_checks import check_dense, check_stored
 from benchmarks.quality_rows import FORMS, Row, wanted
 from benchmarks.quality_table import TABLE_KEEPS, TASKS, show
+from benchmarks.row_file import RowFile
 
 if TYPE_CHECKING:
     from ara.solver.problem import Allocation
@@ -59,58 +56,32 @@ class Bench:
             )
             for name in ("whitened", "two-sided")
         }
-        self.file: Path = arguments.results or arguments.workspace / "quality.json"
-        self.document = self._finished()
-        self.rows: dict[str, Any] = self.document["rows"]
+        self.file = RowFile(arguments.results or arguments.workspace / "quality.json", self._facts())
+        self.rows = self.file.rows
         self.loaded: str | None = None
         # Probes of the loaded factors; all budgets share them.
         self.measured: dict[str, tuple[Any, float]] = {}
 
-    def _finished(self) -> dict[str, Any]:
-        """Return the stored rows to continue; rows with other settings are an error, they are not deleted."""
+    def _facts(self) -> dict[str, Any]:
+        """Return what all rows share: settings, model and factors."""
         made = {name: view.manifest for name, view in self.views.items()}
         recipes = {name: {"fingerprint": m.model["fingerprint"], **m.config} for name, m in made.items() if m}
         settings = {name: getattr(self.arguments, name) for name in ("windows", "seq_len", "steps")}
-        empty = {"settings": settings, "factors": recipes, "runs": [], "rows": {}}
-        if not self.file.exists():
-            return empty
-        document: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
-        if any(document[name] != empty[name] for name in ("settings", "factors")):
-            sys.exit(
-                f"error: the rows in {self.file} were measured with another model, text or other settings\n"
-                "hint: name another file with --results, or move this one away"
-            )
-        return document
-
-    @cached_property
-    def number(self) -> int:
-        """Index of this run in the document; its first row adds it."""
-        facts = {"started": now(), "commit": _commit(), "machine": machine(), "versions": versions()}
-        self.document["runs"].append(facts)
-        return len(self.document["runs"]) - 1
+        return {"settings": settings, "factors": recipes}
 
     def first_losses(self, key: str, factors: str, ranks: Mapping[str, int | None], windows: int) -> list[float]:
         """Return WikiText-2 losses of the first windows: of row ``key`` if this run has measured it, else measured now.
 
         Rows of other runs are not used: in bfloat16 another processor rounds differently, more than the checks allow.
         """
-        row = self.rows[key]
-        if row["run"] == self.__dict__.get("number"):
-            return list(row["wikitext2_windows"][:windows])
+        if self.file.measured_now(key):
+            return list(self.rows[key]["wikitext2_windows"][:windows])
         self.load(factors)
         model = self.context.model
         model.use(ranks)
         losses = model.nll(self.texts["wikitext2"].ids[:windows], 1)
         model.use_dense()
         return [float(loss) for loss in losses]
-
-    def keep_row(self, key: str, row: dict[str, Any]) -> None:
-        """Add a finished row and write all rows."""
-        self.rows[key] = {**row, "run": self.number}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.file.with_suffix(".partial")
-        aside.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, self.file)
 
     def load(self, factors: str) -> None:
         """Load a model with these factors, and the texts."""
@@ -149,7 +120,7 @@ class Bench:
         """Measure the dense model."""
         if "dense" not in self.rows:
             self.load("whitened")
-            self.keep_row("dense", self.quality({spec.name: None for spec in self.context.model.specs}))
+            self.file.keep("dense", self.quality({spec.name: None for spec in self.context.model.specs}))
 
     def measure(self, row: Row) -> None:
         """Allocate and measure one row, unless it is there already."""
@@ -164,11 +135,11 @@ class Bench:
             allocation, facts = self._allocation(row)
         except NumericalError as error:
             self.console.warn(f"{row.key}: {error}")
-            self.keep_row(row.key, {"error": str(error)})
+            self.file.keep(row.key, {"error": str(error)})
             return
         facts["linear_keep"] = allocation.keep(specs_of(self.views[row.factors], row.layout))
         facts["dense_layers"] = allocation.dense_count()
-        self.keep_row(row.key, {**facts, **self.quality(allocation.ranks)})
+        self.file.keep(row.key, {**facts, **self.quality(allocation.ranks)})
 
     def _settings(self, row: Row) -> dict[str, Any]:
         """Return the fields of a row that describe its training; empty for other methods."""
@@ -187,7 +158,7 @@ class Bench:
             found = self.rows.get(key, {"error": ""})
             if "error" not in found and any(found.get(name) != value for name, value in asked.items()):
                 sys.exit(
-                    f"error: {key} in {self.file} was trained with other settings than {row.key}\n"
+                    f"error: {key} in {self.file.path} was trained with other settings than {row.key}\n"
                     "hint: remove its rows from the file, or name another file with --results"
                 )
 
@@ -260,16 +231,6 @@ class Bench:
             "curve": [[entry.step, entry.held_out] for entry in log if entry.held_out is not None],
         }
         return from_table(result.ranks, specs_of(self.views[row.factors], row.layout)), facts
-
-
-def _commit() -> str | None:
-    """Return the commit of the code, marked if there are changes; ``None`` outside a clone."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def check(bench: Bench, windows: int) -> None:

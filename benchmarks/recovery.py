@@ -15,9 +15,7 @@ continues; the results of all stages are in the workspace. ``benchmarks/recovery
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -25,21 +23,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults
 from ara.artifacts.evaluation import OpeningsPiece
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, RecoverConfig, TrainMasksConfig, TruncateConfig
 from ara.data.conversations import load_conversations
 from ara.data.texts import load_documents
-from ara.data.tokens import calibration_windows, evaluation_windows
-from ara.environment import machine, now, versions
+from ara.data.tokens import calibration_windows
 from ara.evaluation.chat import answer_distances
 from ara.evaluation.divergence import summarise_divergence
 from ara.evaluation.generation import greedy_batch, stop_tokens
 from ara.evaluation.repetition import falls_into_repetition, repeated_share
 from ara.models.checkpoint import load
-from ara.models.likelihood import window_nll
 from ara.models.placement import choose_placement, torch_dtype
 from ara.stages.allocate import allocate
 from ara.stages.chats import choose_chat, openings
@@ -50,8 +44,10 @@ from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
 from ara.workspace.view import StageView
 from ara_cli.console import Console
-from benchmarks.recovery_rows import CALIBRATIONS, LEVELS, TEXTS, Row, reference, wanted
+from benchmarks.recovery_rows import CALIBRATIONS, LEVELS, Row, reference, wanted
 from benchmarks.recovery_table import show
+from benchmarks.row_file import RowFile
+from benchmarks.text_losses import TextLosses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,15 +68,7 @@ class Judge:
         self.placement = choose_placement(dtype=arguments.dtype)
         self.tokenizer = source.load_tokenizer()
         self.dense: PreTrainedModel = source.load_model(torch_dtype(self.placement.dtype), self.placement.device)
-        self.texts = {
-            name: evaluation_windows(
-                load_documents(name, "evaluation"),
-                self.tokenizer,
-                seq_len=arguments.seq_len,
-                max_windows=arguments.windows,
-            ).ids
-            for name in TEXTS
-        }
+        self.texts = TextLosses(self.tokenizer, arguments.windows, arguments.seq_len, run.report)
         config = EvalConfig(conversations=arguments.conversations, seq_len=arguments.seq_len)
         chats = load_conversations("chat", "evaluation")
         self.chat = choose_chat(chats, self.tokenizer, config, None, run.report)
@@ -97,11 +85,7 @@ class Judge:
 
     def figures(self, name: str, model: PreTrainedModel) -> dict[str, Any]:
         """Return losses, distances on answers, empty answers and repetition of a model."""
-        found: dict[str, Any] = {"texts": {}, "windows": {}}
-        for text, ids in self.texts.items():
-            losses = self._losses(model, ids, f"{name}: {text}")
-            found["windows"][text] = [float(loss) for loss in losses]
-            found["texts"][text] = float(losses.mean())
+        found = self.texts.of(model, name)
         own = openings(self.chat, name, model, self.tokenizer, self.new_tokens, self.console)
         found["empty"], found["conversations"] = sum(own.empty), len(own.empty)
         if model is not self.dense:
@@ -116,16 +100,6 @@ class Judge:
         found["repeated"] = sum(map(repeated_share, texts)) / len(texts)
         return found
 
-    @torch.inference_mode()
-    def _losses(self, model: PreTrainedModel, windows: torch.Tensor, label: str) -> torch.Tensor:
-        found = []
-        with self.console.bar(label, len(windows)) as bar:
-            for ids in windows.split(1):
-                placed = ids.to(model.device)
-                found.append(window_nll(model(input_ids=placed, use_cache=False).logits, placed))
-                bar.advance()
-        return torch.cat(found)
-
 
 class Bench:
     """The stages and finished rows of one run."""
@@ -133,7 +107,6 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, console: Console) -> None:
         self.arguments, self.console = arguments, console
         self.run = Run(arguments.workspace, "python benchmarks/recovery.py", console)
-        self.file: Path = arguments.results or arguments.workspace / "recovery.json"
         names = (
             "windows",
             "seq_len",
@@ -148,22 +121,8 @@ class Bench:
             "epochs",
         )
         settings = {name: getattr(arguments, name) for name in names}
-        self.document: dict[str, Any] = {"settings": settings, "runs": [], "rows": {}}
-        if self.file.exists():
-            self.document = json.loads(self.file.read_text(encoding="utf-8"))
-            if self.document["settings"] != settings:
-                sys.exit(
-                    f"error: the rows in {self.file} have other settings: {self.document['settings']}\n"
-                    "hint: give the same ones, or another file with --results"
-                )
-        self.rows: dict[str, Any] = self.document["rows"]
-
-    @cached_property
-    def number(self) -> int:
-        """Index of this run in the document; its first row adds it."""
-        facts = {"started": now(), "commit": _commit(), "machine": machine(), "versions": versions()}
-        self.document["runs"].append(facts)
-        return len(self.document["runs"]) - 1
+        self.file = RowFile(arguments.results or arguments.workspace / "recovery.json", {"settings": settings})
+        self.rows = self.file.rows
 
     @cached_property
     def judge(self) -> Judge:
@@ -225,7 +184,7 @@ class Bench:
     def measure(self, row: Row) -> None:
         """Measure a row, and the models that it is compared with."""
         if DENSE not in self.rows:
-            self._keep(DENSE, self.judge.figures(DENSE, self.judge.dense))
+            self.file.keep(DENSE, self.judge.figures(DENSE, self.judge.dense))
         open_gap = reference(row.calibration, row.keep)
         if open_gap not in self.rows:
             self._judged(open_gap, self.whitened(row.calibration, row.keep))
@@ -243,20 +202,7 @@ class Bench:
             figures |= {"level": level.plain(), "repair_kl": [recovery.before, recovery.after]}
         assert view.manifest is not None
         figures |= {"seconds": view.manifest.seconds, "peak_memory_bytes": view.manifest.peak_memory_bytes}
-        self._keep(key, figures)
-
-    def _keep(self, key: str, row: dict[str, Any]) -> None:
-        """Add a finished row and write all rows."""
-        self.rows[key] = {**row, "run": self.number}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.file.with_suffix(".partial")
-        aside.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, self.file)
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        self.file.keep(key, figures)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -14,8 +14,6 @@ RANKS = ("ara", "uniform")
 # Learned ranks of layers in two factors; all others are pivoted.
 FACTORS = "ara-factors"
 LEVELS = ("frozen", "closed", "block", "distill")
-# Perplexities; nothing is ever fitted to python-docs.
-TEXTS = ("wikitext2", "c4", "python-docs")
 
 
 @dataclass(frozen=True)

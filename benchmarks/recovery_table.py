@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ara_cli.console import Console
-from benchmarks.recovery_rows import LEVELS, TEXTS, Row, gap_closed, reference
+from benchmarks.recovery_rows import LEVELS, Row, gap_closed, reference
+from benchmarks.text_losses import TEXTS
 
 
 def parsed(key: str) -> Row | None:

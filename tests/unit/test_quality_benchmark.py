@@ -142,7 +142,7 @@ def test_trainings_that_stop_early_or_do_not_fit_together(bench, monkeypatch):
     monkeypatch.setattr(train_masks, "train", diverging)
     for keep in (0.6, 0.8):
         bench.measure(Row("two-sided", "ara", keep, 0))
-    rows = json.loads(bench.file.read_text(encoding="utf-8"))["rows"]
+    rows = json.loads(bench.file.path.read_text(encoding="utf-8"))["rows"]
     assert rows["two-sided/ara/0.6/0"] == {"error": "not trained: at keep 0.6 the training diverges", "run": 0}
     alike = rows["two-sided/ara/0.8/0"]
     assert alike["trained_at"] == [0.8, 0.6] and alike["options"]["steps"] == 2

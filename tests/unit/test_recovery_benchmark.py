@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.recovery import main
-from benchmarks.recovery_rows import LEVELS, TEXTS, Row, gap_closed, wanted
+from benchmarks.recovery_rows import LEVELS, Row, gap_closed, wanted
 from benchmarks.recovery_table import cost, parsed, quality
+from benchmarks.text_losses import TEXTS
 from tests.tiny import save_tiny, tiny_texts
 
 

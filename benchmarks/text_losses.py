@@ -1,0 +1,50 @@
+"""Losses of models on the evaluation texts of a benchmark, window by window."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ara.data.texts import load_documents
+from ara.data.tokens import evaluation_windows
+from ara.models.likelihood import window_nll
+from ara.progress import Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Perplexities; nothing is ever fitted to python-docs.
+TEXTS = ("wikitext2", "c4", "python-docs")
+
+
+class TextLosses:
+    """The first evaluation windows of :data:`TEXTS`.
+
+    Attributes:
+        windows: text → token ids (w, t) int64.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, windows: int, seq_len: int, report: Reporter) -> None:
+        self.report = report
+        self.windows = {
+            name: evaluation_windows(
+                load_documents(name, "evaluation"), tokenizer, seq_len=seq_len, max_windows=windows
+            ).ids
+            for name in TEXTS
+        }
+
+    def of(self, model: PreTrainedModel, name: str) -> dict[str, Any]:
+        """Return ``texts``: text → mean loss, and ``windows``: text → losses of the windows, in nats per token."""
+        losses = {text: self._read(model, ids, f"{name}: {text}") for text, ids in self.windows.items()}
+        return {"texts": {text: sum(found) / len(found) for text, found in losses.items()}, "windows": losses}
+
+    @torch.inference_mode()
+    def _read(self, model: PreTrainedModel, windows: torch.Tensor, label: str) -> list[float]:
+        found: list[float] = []
+        with self.report.bar(label, len(windows)) as bar:
+            for ids in windows.split(1):
+                placed = ids.to(model.device)
+                found += window_nll(model(input_ids=placed, use_cache=False).logits, placed).tolist()
+                bar.advance()
+        return found
