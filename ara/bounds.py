@@ -34,7 +34,9 @@ MAX_CASES = 1000
 MAX_CONTINUATIONS = 10**4
 # GiB of memory: from one byte to a petabyte.
 MIN_GIB, MAX_GIB = 2.0**-30, 2.0**20
-# Bytes of a safetensors file.
+# Bits per parameter: a model in float64 has 64.
+MAX_BITS = 64
+# Bytes of a safetensors file, or of all files of a checkpoint.
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 1000, 10**15
 # Weights of losses: a loss of some thousand nats times this fits into float32.
 MAX_WEIGHT = 1e9

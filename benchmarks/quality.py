@@ -182,7 +182,7 @@ class Bench:
         passes, begun = context.model.backward_passes, time.monotonic()
         if isinstance(allocator, Sensitivity):
             table = sensitivity_table(context, allocator.options)
-            allocation = best_ranks(specs, table.losses, budget)
+            allocation = best_ranks(specs, table.values, budget)
             return allocation, {"seconds": table.seconds, "backward_passes": len(context.train)}
         if isinstance(allocator, ProbeBased):
             probes, seconds = self._once(

@@ -37,7 +37,7 @@ class Ara(Allocator):
             if abs(used.keep - keep) * total > 1:
                 context.report.fact(f"there is no training at keep {keep:.4g}: the one at {used.keep:g} is used")
             return used.allocation(specs, budget)
-        table = sensitivity_table(context).losses if needs_table(self.options) else None
+        table = sensitivity_table(context).values if needs_table(self.options) else None
         family = ara_family(self.options, modules, budget, table)
         return trained_allocation(family, context, self.options, "Training masks")
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -25,9 +26,11 @@ from ara.calibration.moments import collect_moments, shared_inputs
 from ara.layouts import layout_named
 from ara.layouts.grid import Grid
 from ara.masks.context import TuningContext
+from ara.masks.table_cache import cached_table
 from ara.models.blocks import BlockRunner
 from ara.models.weights import LinearSpec
 from ara.quantisation.calibrated import round_calibrated, round_product
+from ara.quantisation.nearest import round_to_nearest
 from ara.solver.knapsack import exact_minimise
 from ara.solver.problem import Allocation, Budget, Choice, Module
 
@@ -49,45 +52,69 @@ class RoundingShares:
 
 
 class Rounder:
-    """Rounds the layers of a model at any rank, with the moments of their inputs in the dense model."""
+    """Rounds the layers of a model at any rank, with the moments of their inputs in the dense model.
+
+    Attributes:
+        context: the model and its windows.
+        grids: bits → grid.
+    """
 
     def __init__(self, context: TuningContext, grids: Mapping[int, Grid]) -> None:
-        """Read the moments, on the windows of the context.
-
-        Args:
-            context: the model, all layers dense.
-            grids: bits → grid.
-
-        Raises:
-            NumericalError: an input is NaN or infinite.
-        """
         self.context, self.grids = context, grids
-        model, specs = context.model.model, context.model.specs
+
+    @cached_property
+    def _moments(self) -> dict[str, torch.Tensor]:
+        """Module path → G (n, n) of the inputs of a layer, on the windows to learn from."""
+        context, specs = self.context, self.context.model.specs
+        context.model.use_dense()
+        model = context.model.model
         owners = shared_inputs(model, specs, context.train[:1].to(context.model.device))
         runner = BlockRunner(model, context.train, context.batch_size, report=context.report)
         found = collect_moments(runner, specs, owners, context.report)
-        self._moments = {name: found[leader].second_moment for name, leader in owners.items()}
+        return {name: found[leader].second_moment for name, leader in owners.items()}
 
     def shares(self) -> dict[str, dict[int, RoundingShares]]:
-        """Round every layer at every width, dense and at one rank, and measure: module path → bits → shares."""
-        found: dict[str, dict[int, RoundingShares]] = {}
+        """Return module path → bits → rounding error, from the cache of the context if it is there.
+
+        Raises:
+            NumericalError: a weight or an input is NaN or infinite.
+        """
+        found: dict[str, dict[int, RoundingShares]] = {spec.name: {} for spec in self.context.model.specs}
+        for bits, grid in self.grids.items():
+            for name, shares in self._shares_of(grid).items():
+                found[name][bits] = shares
+        return found
+
+    def _shares_of(self, grid: Grid) -> dict[str, RoundingShares]:
         specs = self.context.model.specs
-        with self.context.report.bar("Rounding layers", len(specs)) as bar:
+        settings: dict[str, str | int] = {"grid": repr(grid), "layout": specs[0].layout}
+        sizes = {spec.name: 2 for spec in specs}
+        table = cached_table(self.context, settings, sizes, lambda: self._measured(grid), "table of rounding errors")
+        return {name: RoundingShares(*values.tolist()) for name, values in table.values.items()}
+
+    def _measured(self, grid: Grid) -> dict[str, torch.Tensor]:
+        """Round every layer, dense and at one rank: module path → (2) both shares."""
+        found = {}
+        specs = self.context.model.specs
+        with self.context.report.bar(f"Rounding layers to {grid.bits} bits", len(specs)) as bar:
             for spec in specs:
                 layer = self.context.model.layers[spec.name]
-                found[spec.name] = {
-                    bits: rounding_shares(spec, layer.a, layer.b, self._moments[spec.name], grid)
-                    for bits, grid in self.grids.items()
-                }
+                shares = rounding_shares(spec, layer.a, layer.b, self._moments[spec.name], grid)
+                found[spec.name] = torch.tensor([shares.dense, shares.factors], dtype=torch.float64)
                 bar.advance()
         return found
 
-    def weight(self, spec: LinearSpec, choice: Choice) -> torch.Tensor:
-        """Return the weight (m, n) of a layer at a choice, in the model's dtype."""
+    def weight(self, spec: LinearSpec, choice: Choice, nearest: bool = False) -> torch.Tensor:
+        """Return the weight (m, n) of a layer at a choice, in the model's dtype.
+
+        Args:
+            spec: the layer.
+            choice: rank and bits.
+            nearest: round every number of a dense weight for itself.
+        """
         layer, grid = self.context.model.layers[spec.name], self.grids.get(choice.bits)
         if choice.rank is None:
-            exact = layer.weight
-            rounded = exact if grid is None else round_calibrated(exact, self._moments[spec.name], grid).weight()
+            rounded = layer.weight if grid is None else self._rounded_dense(spec, grid, nearest)
         elif grid is None:
             rounded = layer.b[:, : choice.rank] @ layer.a[: choice.rank]
         else:
@@ -95,25 +122,43 @@ class Rounder:
             rounded = _rounded_product(spec, a, b, self._moments[spec.name], grid)
         return rounded.to(layer.weight)
 
-    def losses(self, candidates: Mapping[str, Allocation]) -> dict[str, torch.Tensor]:
-        """Return the loss of each held-out window with each candidate and with ``dense``, nats per token."""
+    def _rounded_dense(self, spec: LinearSpec, grid: Grid, nearest: bool) -> torch.Tensor:
+        exact = self.context.model.layers[spec.name].weight
+        if nearest:
+            return round_to_nearest(exact, grid).weight()
+        return round_calibrated(exact, self._moments[spec.name], grid).weight()
+
+    def loss(self, name: str, allocation: Allocation, nearest: bool = False) -> torch.Tensor:
+        """Return the loss of each held-out window with the rounded weights of an allocation, nats per token.
+
+        Args:
+            name: shown with the progress.
+            allocation: rank and bits of every layer.
+            nearest: as of :meth:`weight`.
+        """
         context, model = self.context, self.context.model
         model.use_dense()
-        found = {"dense": model.nll(context.held_out, context.batch_size)}
-        kept = {name: layer.weight for name, layer in model.layers.items()}
+        kept = {path: layer.weight for path, layer in model.layers.items()}
+        weights = {}
+        with context.report.bar(f"Rounding: {name}", len(model.specs)) as bar:
+            for spec in model.specs:
+                weights[spec.name] = self.weight(spec, allocation.choices[spec.name], nearest)
+                bar.advance()
         try:
-            for name, allocation in candidates.items():
-                with context.report.bar(f"Rounding: {name}", len(model.specs)) as bar:
-                    weights = {}
-                    for spec in model.specs:
-                        weights[spec.name] = self.weight(spec, allocation.choices[spec.name])
-                        bar.advance()
-                for path, weight in weights.items():
-                    model.layers[path].weight = weight
-                found[name] = model.nll(context.held_out, context.batch_size)
+            for path, weight in weights.items():
+                model.layers[path].weight = weight
+            return model.nll(context.held_out, context.batch_size)
         finally:
             for path, weight in kept.items():
                 model.layers[path].weight = weight
+
+    def losses(self, candidates: Mapping[str, Allocation]) -> dict[str, torch.Tensor]:
+        """Return the loss of each held-out window with each candidate and with ``dense``, nats per token."""
+        self.context.model.use_dense()
+        found = {"dense": self.context.model.nll(self.context.held_out, self.context.batch_size)}
+        for name, allocation in candidates.items():
+            same = next((other for other in candidates if other in found and candidates[other] == allocation), None)
+            found[name] = self.loss(name, allocation) if same is None else found[same]
         return found
 
 

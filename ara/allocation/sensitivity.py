@@ -23,4 +23,4 @@ class Sensitivity(Allocator):
     def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
         """Compute the table of the dense model and solve the knapsack."""
         assert context is not None and isinstance(self.options, SensitivityOptions)
-        return best_ranks([m.spec for m in modules], sensitivity_table(context, self.options).losses, budget)
+        return best_ranks([m.spec for m in modules], sensitivity_table(context, self.options).values, budget)

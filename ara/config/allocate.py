@@ -9,7 +9,7 @@ from pydantic import Field
 from ara import bounds
 from ara.config.base import Exclude, MaxWindows, Method, MethodValues, PlacementConfig, SeqLen, StageConfig
 from ara.config.flags import Flag
-from ara.config.sizes import SIZE_PATTERN, GridConfig
+from ara.config.sizes import SIZE_PATTERN, GridConfig, bytes_in
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 
 _KEEP = "fraction of the factorised layers' parameters to keep, in (0, 1]"
@@ -47,7 +47,11 @@ class BudgetConfig(StageConfig):
     )
 
 
-class AllocateConfig(TuningConfig, BudgetConfig, GridConfig):
+class SizedConfig(TuningConfig, BudgetConfig, GridConfig):
+    """What a choice of ranks and bits needs beside the size itself."""
+
+
+class AllocateConfig(SizedConfig):
     """``ara allocate``: choose a rank, or dense, for every layer under one budget."""
 
     keep: Annotated[float | None, Flag(removable=True)] = Field(0.8, gt=0, le=1, description=_KEEP)
@@ -57,10 +61,20 @@ class AllocateConfig(TuningConfig, BudgetConfig, GridConfig):
         description="size of the weight files after ara quantise, such as 90MB, instead of --keep: ranks and bits are "
         "chosen together",
     )
+    bits_per_parameter: float | None = Field(
+        None,
+        gt=0,
+        le=bounds.MAX_BITS,
+        description="another way to give --size: bits per parameter of the dense model, embeddings and head included",
+    )
+    budget_bytes: int | None = Field(
+        None, ge=1, le=bounds.MAX_SHARD_BYTES, description="another way to give --size: a whole number of bytes"
+    )
     bits: Annotated[tuple[Literal[4, 8, 16], ...], Flag(commas="width", example="16,8,4")] = Field(
         (16, 8, 4),
         min_length=1,
-        description="with --size: bits per weight to choose from, separated by commas; 16: as many as the model has",
+        description="with a size: bits per weight to choose from, separated by commas; 16: as many as the model has "
+        "(--exclude '*' leaves all layers dense, so that only their bits are chosen)",
     )
     method: Method = Field(
         "auto", description="allocator (see ara methods); auto: ara if trained masks exist, else sensitivity"
@@ -73,6 +87,25 @@ class AllocateConfig(TuningConfig, BudgetConfig, GridConfig):
     ranks_sha256: Annotated[str | None, Flag(hidden=True)] = Field(
         None, description="checksum of the ranks file that was read instead of a method"
     )
+
+    @property
+    def asked_sizes(self) -> tuple[str, ...]:
+        """The sizes as they were given on the command line, at most one of them allowed; none for ``--keep``."""
+        given = {"size": self.size, "bits-per-parameter": self.bits_per_parameter, "budget-bytes": self.budget_bytes}
+        return tuple(f"--{name} {value}" for name, value in given.items() if value is not None)
+
+    def limit_bytes(self, parameters: int) -> int:
+        """Return the size in bytes.
+
+        Args:
+            parameters: of the dense model, all of them.
+        """
+        if self.size is not None:
+            return int(bytes_in(self.size))
+        if self.bits_per_parameter is not None:
+            return int(self.bits_per_parameter * parameters / 8)
+        assert self.budget_bytes is not None, "no size"
+        return self.budget_bytes
 
 
 class CompareConfig(TuningConfig, BudgetConfig):

@@ -1,4 +1,4 @@
-"""Sizes as text, such as 90MB, and grids of few bits: settings that several stages share."""
+"""Sizes in bytes, such as 90MB, and grids of few bits: settings that several stages share."""
 
 from __future__ import annotations
 

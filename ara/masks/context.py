@@ -29,7 +29,7 @@ class TuningContext:
         report: progress.
         learned: results of ``ara train-masks``, one per budget; ``None`` without a training.
         table: the sensitivity table of that training; ``None`` if it needed none.
-        table_cache: where sensitivity tables are stored; ``None``: they are always computed.
+        table_cache: where tables of layers are stored; ``None``: they are always computed.
     """
 
     model: MaskedModel

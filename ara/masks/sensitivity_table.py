@@ -22,7 +22,7 @@ from ara.config import MethodOptions
 from ara.masks.context import TuningContext
 from ara.masks.linear import Observer
 from ara.masks.model import LossKind, MaskedModel
-from ara.masks.table_cache import SensitivityTable, timed
+from ara.masks.table_cache import LayerTable, cached_table
 from ara.progress import SILENT, Reporter
 
 
@@ -84,8 +84,11 @@ def sensitivity_tables(
     }
 
 
-def sensitivity_table(context: TuningContext, options: SensitivityOptions | None = None) -> SensitivityTable:
-    """Return the table of the dense model, from ``context.table_cache`` if it is there."""
+def sensitivity_table(context: TuningContext, options: SensitivityOptions | None = None) -> LayerTable:
+    """Return the table of the dense model, from the cache of the context if it is there.
+
+    Its entries are those of :func:`sensitivity_tables`.
+    """
     options = options or SensitivityOptions()
 
     def compute() -> dict[str, torch.Tensor]:
@@ -100,14 +103,5 @@ def sensitivity_table(context: TuningContext, options: SensitivityOptions | None
             report=context.report,
         )
 
-    if context.table_cache is None:
-        return timed(compute)
-    settings: dict[str, str | int] = {
-        **options.model_dump(),
-        "batch_size": context.batch_size,
-        "seed": context.seed,
-        "device": str(context.model.device),
-        "dtype": str(context.model.model.dtype),
-    }
     sizes = {spec.name: spec.full_rank + 1 for spec in context.model.specs}
-    return context.table_cache.get(context.train, settings, sizes, lambda: timed(compute))
+    return cached_table(context, options.model_dump(), sizes, compute)

@@ -1,4 +1,4 @@
-"""A cache of sensitivity tables: budgets, layouts and trainings of the same factors share one table."""
+"""A cache of tables of layers, such as the sensitivity table: budgets and trainings of the same factors share one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,20 +20,23 @@ from ara.files import is_plain_file
 from ara.progress import SILENT, Reporter
 from ara.workspace.tensors import save_tensors, tensor_digests, written_aside
 
+if TYPE_CHECKING:
+    from ara.masks.context import TuningContext
+
 # Increase it when the computation or the file format of tables changes.
 TABLE_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)
-class SensitivityTable:
-    """The loss of every rank of every layer.
+class LayerTable:
+    """A vector for every layer; who makes the table says what the entries are.
 
     Attributes:
-        losses: module path → (r + 1) float64, nats per token; entry k is that of keeping k components, entry r is 0.
+        values: module path → float64.
         seconds: time of its computation.
     """
 
-    losses: dict[str, torch.Tensor]
+    values: dict[str, torch.Tensor]
     seconds: float
 
 
@@ -55,12 +59,13 @@ class TableCache:
         windows: torch.Tensor,
         settings: dict[str, str | int],
         sizes: Mapping[str, int],
-        make: Callable[[], SensitivityTable],
-    ) -> SensitivityTable:
+        make: Callable[[], LayerTable],
+        what: str = "sensitivity table",
+    ) -> LayerTable:
         """Return the table of the same factors, ``windows`` and ``settings`` from a file, or make and store it.
 
-        A damaged file is reported and replaced. A table without ``sizes`` losses per layer, by module path, counts as
-        damaged. A table that cannot be stored is returned with a warning.
+        A damaged file is reported and replaced. A table without ``sizes`` entries per layer, by module path, counts as
+        damaged. A table that cannot be stored is returned with a warning. Reports call the table ``what``.
         """
         text = hashlib.sha256(windows.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
         key = json.dumps(
@@ -71,46 +76,72 @@ class TableCache:
             try:
                 found = _read(path, sizes)
             except (SafetensorError, OSError, KeyError, ValueError) as error:
-                self.report.warn(f"discarding the damaged sensitivity table {path} ({error})")
+                self.report.warn(f"discarding the damaged {what} {path} ({error})")
             else:
-                self.report.fact(f"sensitivity table read from {path}")
+                self.report.fact(f"{what} read from {path}")
                 return found
         found = make()
         try:
             _write(path, found)
         except (DiskFullError, OSError) as error:
-            self.report.warn(f"the sensitivity table could not be stored for later use ({error})")
+            self.report.warn(f"the {what} could not be stored for later use ({error})")
         return found
 
 
-def timed(make: Callable[[], dict[str, torch.Tensor]]) -> SensitivityTable:
-    """Make a table and measure the time."""
-    begun = time.monotonic()
-    losses = make()
-    return SensitivityTable(losses, time.monotonic() - begun)
+def cached_table(
+    context: TuningContext,
+    settings: Mapping[str, str | int],
+    sizes: Mapping[str, int],
+    make: Callable[[], dict[str, torch.Tensor]],
+    what: str = "sensitivity table",
+) -> LayerTable:
+    """Return a table of the model of a context, from ``context.table_cache`` if it is there.
+
+    Args:
+        context: model, windows and cache.
+        settings: what else determines the table.
+        sizes: module path → number of entries.
+        make: computes the entries.
+        what: the table is called so in reports.
+    """
+
+    def timed() -> LayerTable:
+        """Make the table and measure the time."""
+        begun = time.monotonic()
+        return LayerTable(make(), time.monotonic() - begun)
+
+    if context.table_cache is None:
+        return timed()
+    circumstances: dict[str, str | int] = {
+        "batch_size": context.batch_size,
+        "seed": context.seed,
+        "device": str(context.model.device),
+        "dtype": str(context.model.model.dtype),
+    }
+    return context.table_cache.get(context.train, {**settings, **circumstances}, sizes, timed, what)
 
 
-def _read(path: Path, sizes: Mapping[str, int]) -> SensitivityTable:
+def _read(path: Path, sizes: Mapping[str, int]) -> LayerTable:
     if not is_plain_file(path):
         raise ValueError("not a regular file")
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
-        losses = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    table = SensitivityTable(losses, float(about["seconds"]))
+        values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    table = LayerTable(values, float(about["seconds"]))
     if about["digest"] != _digest(table):
         raise ValueError("wrong checksum")
-    shapes = {name: (tuple(one.shape), one.dtype) for name, one in losses.items()}
+    shapes = {name: (tuple(one.shape), one.dtype) for name, one in values.items()}
     if not math.isfinite(table.seconds) or shapes != {name: ((size,), torch.float64) for name, size in sizes.items()}:
         raise ValueError("its layers or sizes differ from those of the factors")
     return table
 
 
-def _write(path: Path, table: SensitivityTable) -> None:
+def _write(path: Path, table: LayerTable) -> None:
     about = {"digest": _digest(table), "seconds": repr(table.seconds)}
     with written_aside(path) as aside:
-        save_tensors(aside, table.losses, about)
+        save_tensors(aside, table.values, about)
 
 
-def _digest(table: SensitivityTable) -> str:
-    parts = [tensor_digests(table.losses), table.seconds]
+def _digest(table: LayerTable) -> str:
+    parts = [tensor_digests(table.values), table.seconds]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

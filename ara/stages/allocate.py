@@ -8,6 +8,7 @@ from typing import Any
 
 from ara.allocation import ALLOCATORS
 from ara.allocation.base import Allocator
+from ara.allocation.forms import JOINT
 from ara.allocation.guard import Verdict, compare_candidates
 from ara.allocation.uniform import Uniform
 from ara.artifacts.factors import FactorsResults, specs_of
@@ -19,7 +20,7 @@ from ara.errors import UsageError, WorkspaceError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.weights import LinearSpec, matching
 from ara.solver.problem import Allocation, Budget
-from ara.stages.allocate_bytes import JOINT, allocate_bytes
+from ara.stages.allocate_bytes import SIZES, allocate_bytes, refuse_with_size, size_name
 from ara.stages.common import Run, begin, default_name, open_task
 from ara.stages.modules import load_modules
 from ara.stages.trainings import find_training, require_training, with_text_of, with_training
@@ -67,9 +68,10 @@ def allocate(
             config = config.model_copy(update={"layout": _layout_in(ranks, config.layout)})
         specs = specs_of(decomposition, config.layout)
         if ranks is None:
-            if config.size is not None:
+            if config.asked_sizes:
+                refuse_with_size(config, masks)
                 config, trained = config.model_copy(update={"keep": None, "method": JOINT}), None
-                run.report.step(f"Allocating ranks and bits for {config.size}")
+                run.report.step(f"Allocating ranks and bits for {config.asked_sizes[0]}")
             elif config.keep is None:
                 raise UsageError("no budget given", "add --keep 0.8, for example")
             else:
@@ -92,7 +94,7 @@ def allocate(
         verdict, size = None, None
         if ranks:
             allocation = _from_file(config, ranks, specs)
-        elif config.size is not None:
+        elif config.asked_sizes:
             allocation, verdict, size = allocate_bytes(resolved, decomposition, workspace, run)
         else:
             allocation, verdict = _by_method(resolved, decomposition, trained, workspace, run)
@@ -136,14 +138,15 @@ def refuse_layout(method: str, layout: LayoutName) -> None:
 
 
 def _needs_model(config: AllocateConfig) -> bool:
-    return config.size is not None or bool(ALLOCATORS.load(config.method).needs_model)
+    return bool(config.asked_sizes or ALLOCATORS.load(config.method).needs_model)
 
 
 def _recorded(config: AllocateConfig, ranks: Path | None) -> dict[str, Any]:
     """Return the settings for the manifest; those of the tuning context only if the method uses the model."""
     # Without a size these settings mean nothing, and results of earlier versions have none.
-    sized = {*GridConfig.model_fields, "size", "bits"}
-    values = config.model_dump(mode="json", exclude=None if config.size is not None else sized)
+    sized = {*GridConfig.model_fields, *SIZES, "bits"}
+    left = sized if not config.asked_sizes else {name for name in SIZES if getattr(config, name) is None}
+    values = config.model_dump(mode="json", exclude=left)
     if ranks is None and _needs_model(config):
         return values
     return {key: value for key, value in values.items() if key not in {*TuningConfig.model_fields, "guard"}}
@@ -178,8 +181,8 @@ def _name(config: AllocateConfig, factors: str, ranks: Path | None) -> str:
     """Return a name of decomposition, method and keep, such as ``energy-0.80``, or of the ranks file."""
     if ranks is not None:
         return default_name(factors, ranks.stem)
-    if config.size is not None:
-        return default_name(factors, JOINT, config.size, layout=config.layout)
+    if config.asked_sizes:
+        return default_name(factors, JOINT, size_name(config), layout=config.layout)
     multiple = [f"x{config.rank_multiple}"] if config.rank_multiple > 1 else []
     return "-".join([default_name(factors, config.method, keep=config.keep, layout=config.layout), *multiple])
 
@@ -255,11 +258,11 @@ def _refuse_method_settings(config: AllocateConfig) -> None:
     unset = AllocateConfig(keep=config.keep)
     given = [
         key
-        for key in ("method", "options", "rank_multiple", "min_rank", "min_keep", "exclude")
+        for key in ("method", "options", "rank_multiple", "min_rank", "min_keep", "exclude", *SIZES)
         if getattr(config, key) != getattr(unset, key)
     ]
     if given:
-        flags = ", ".join(f"--{key.replace('_', '-').removesuffix('s')}" for key in given)
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in given).replace("--options", "--option")
         raise UsageError(f"--ranks FILE and {flags} are both given", "the file gives every rank: omit the others")
 
 

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from contextlib import suppress
 
+from ara.allocation.forms import JOINT
 from ara.allocation.guard import Verdict, verdict_of
-from ara.allocation.joint import Rounder, best_choices
-from ara.artifacts.factors import FactorsResults
+from ara.allocation.joint import Rounder
+from ara.allocation.sized import SizedAllocator
+from ara.artifacts.factors import FactorsResults, specs_of
 from ara.artifacts.ranks import SizeResults
 from ara.config import AllocateConfig
-from ara.config.sizes import bytes_in
+from ara.config.allocate import SizedConfig
 from ara.errors import UsageError
-from ara.layouts.grid import Grid
-from ara.masks.sensitivity_table import sensitivity_table
-from ara.models.weights import LinearSpec, matching
-from ara.solver.problem import Allocation, Budget
+from ara.layouts.grid import BITS, Grid
+from ara.solver.problem import Allocation
 from ara.stages.common import Run
 from ara.stages.modules import load_modules
 from ara.stages.tuning import open_tuning_context
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 
-JOINT = "joint"
+# Fields of the config that give a size.
+SIZES = ("size", "bits_per_parameter", "budget_bytes")
 # Bytes of a tensor's entry in the header of a weight file, and tensors of a layer, about.
 _HEADER, _TENSORS = 130, 6
 
@@ -44,42 +46,14 @@ def allocate_bytes(
     Raises:
         UsageError: the size is too small.
     """
-    assert config.size is not None
-    modules = load_modules(decomposition, config.layout)
-    specs = [module.spec for module in modules]
-    grids: dict[int, Grid] = {bits: Grid(bits, config.block, config.zero_points) for bits in config.bits if bits != 16}
-    widths = tuple(dict.fromkeys(specs[0].bits if bits == 16 else bits for bits in sorted(config.bits, reverse=True)))
-    limit, others = int(bytes_in(config.size)), _other_bytes(decomposition, specs)
-    if others >= limit:
-        raise UsageError(
-            f"embeddings, norms and headers alone take {others:,} bytes, --size {config.size} allows {limit:,}",
-            "allow a larger --size",
-        )
-
-    def budget(bits: tuple[int, ...]) -> Budget:
-        limits: Any = (config.rank_multiple, config.min_rank, config.min_keep, matching(specs, config.exclude))
-        return Budget.for_bytes(specs, limit - others, grids, bits, *limits)
-
-    everything = budget(widths)
-    context = open_tuning_context(decomposition, specs, config, workspace, run)
-    tables = sensitivity_table(context).losses
-    context.model.use_dense()
-    rounder = Rounder(context, grids)
-    shares = rounder.shares()
-    chosen = Allocation.from_picks(specs, best_choices(modules, tables, shares, everything), everything)
-    verdict = None
+    limit = config.limit_bytes(FactorsResults.read(decomposition).model_parameters)
+    others = other_bytes(decomposition)
+    check_room(limit, others, config.asked_sizes[0])
+    sized = open_sized_allocator(config, config.bits, decomposition, workspace, run)
+    chosen, verdict = sized.best(limit - others, config.bits), None
     if config.guard:
-        candidates = {JOINT: chosen}
-        for bits in widths if len(widths) > 1 else ():
-            if (dense := _dense(specs, bits, everything)) is not None:
-                candidates[f"dense, {bits} bits"] = dense
-            try:
-                alone = budget((bits,))
-            except UsageError:
-                continue
-            picks = best_choices(modules, tables, shares, alone)
-            candidates[f"ranks, {bits} bits"] = Allocation.from_picks(specs, picks, alone)
-        verdict = verdict_of(candidates, rounder.losses(candidates))
+        candidates = {JOINT: chosen, **_one_width(sized, limit - others, sized.widths(config.bits))}
+        verdict = verdict_of(candidates, sized.rounder.losses(candidates))
         shown = ", ".join(f"{name} {verdict.held_out[name]:.4f}" for name in ("dense", *candidates))
         run.report.fact(f"held-out negative log-likelihood, nats per token: {shown}")
         if verdict.winner != JOINT:
@@ -92,17 +66,86 @@ def allocate_bytes(
     return chosen, verdict, size
 
 
-def _dense(specs: list[LinearSpec], bits: int, budget: Budget) -> Allocation | None:
-    """Return all layers dense at one width, if that fits."""
-    picks = [
-        next(at for at, one in enumerate(budget.choices(spec)) if one.rank is None and one.bits == bits)
-        for spec in specs
-    ]
-    found = Allocation.from_picks(specs, picks, budget)
-    return found if found.cost <= budget.limit else None
+def check_room(limit: int, others: int, asked: str) -> None:
+    """Check that a size leaves room for the factorised layers.
+
+    Args:
+        limit: bytes of all weight files.
+        others: bytes of everything else.
+        asked: the size as it was given.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if others >= limit:
+        raise UsageError(
+            f"embeddings, norms and headers alone take {others:,} bytes, {asked} allows {limit:,}",
+            "allow a larger size",
+        )
 
 
-def _other_bytes(decomposition: StageView, specs: list[LinearSpec]) -> int:
+def refuse_with_size(config: AllocateConfig, masks: str | None) -> None:
+    """Check that a size is the only budget, and that no method is named.
+
+    Args:
+        config: with at least one size.
+        masks: name of a training.
+
+    Raises:
+        UsageError: it is not.
+    """
+    keep = [f"--keep {config.keep:g}"] if config.keep is not None and "keep" in config.model_fields_set else []
+    budgets = [*keep, *config.asked_sizes]
+    if len(budgets) > 1:
+        raise UsageError(f"{' and '.join(budgets)} are given together", "give one budget")
+    others = {"--method": None if config.method == "auto" else config.method, "--masks": masks}
+    for flag, value in others.items():
+        if value is not None:
+            raise UsageError(
+                f"{flag} {value} and {budgets[0]} are given together",
+                f"omit {flag}: ranks and bits for a size have a method of their own",
+            )
+
+
+def size_name(config: AllocateConfig) -> str:
+    """Return a size as a part of a name: ``90MB``, ``3.5bits`` or ``90000000B``."""
+    if config.size is not None:
+        return config.size
+    return f"{config.budget_bytes}B" if config.budget_bytes is not None else f"{config.bits_per_parameter:g}bits"
+
+
+def open_sized_allocator(
+    config: SizedConfig, bits: Sequence[int], decomposition: StageView, workspace: Workspace, run: Run
+) -> SizedAllocator:
+    """Load the model, and measure what ranks and rounding lose.
+
+    Args:
+        config: with resolved device and dtype.
+        bits: widths that will be chosen from; 16 stands for those of the model.
+        decomposition: the factors.
+        workspace: for the caches.
+        run: reporter.
+    """
+    modules = load_modules(decomposition, config.layout)
+    context = open_tuning_context(decomposition, [module.spec for module in modules], config, workspace, run)
+    grids: dict[int, Grid] = {width: Grid(width, config.block, config.zero_points) for width in BITS if width in bits}
+    return SizedAllocator(modules, Rounder(context, grids), config)
+
+
+def _one_width(sized: SizedAllocator, limit: int, widths: Sequence[int]) -> dict[str, Allocation]:
+    """Return the allocations of one width for all layers, by name: dense where that fits, and at the best ranks."""
+    found = {}
+    for bits in widths if len(widths) > 1 else ():
+        dense = sized.dense(bits)
+        if dense.cost <= limit:
+            found[f"dense, {bits} bits"] = dense
+        with suppress(UsageError):
+            found[f"ranks, {bits} bits"] = sized.best(limit, (bits,))
+    return found
+
+
+def other_bytes(decomposition: StageView) -> int:
     """Return the bytes of all that is not a factorised layer, with the headers of the weight files."""
-    parameters = FactorsResults.read(decomposition).model_parameters - sum(spec.dense_cost for spec in specs)
+    results, specs = FactorsResults.read(decomposition), specs_of(decomposition)
+    parameters = results.model_parameters - results.linear_parameters
     return parameters * specs[0].bits // 8 + _HEADER * _TENSORS * len(specs)

@@ -181,7 +181,7 @@ class _Training:
         if TABLE_FILE not in self.finished:
             table = sensitivity_table(self.context)
             results = replace(self.results, table_seconds=table.seconds, table_windows=len(self.context.train))
-            self.stage.tensors(TABLE_FILE, table.losses, results.plain())
+            self.stage.tensors(TABLE_FILE, table.values, results.plain())
             self.results = results
         return load_file(self.stage.folder / TABLE_FILE)
 

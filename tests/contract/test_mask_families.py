@@ -62,7 +62,7 @@ class Toy:
     def __init__(self, modules: list[Module], context: TuningContext) -> None:
         self.modules, self.context = modules, context
         self.specs = [module.spec for module in modules]
-        self.table = sensitivity_table(context).losses
+        self.table = sensitivity_table(context).values
 
     def budget(self, keep: float, rank_multiple: int = 1, dense: frozenset[str] = frozenset()) -> Budget:
         """Return the budget of ``keep``, or the least feasible one."""

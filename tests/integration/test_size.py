@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from ara.artifacts.checkpoint import CheckpointResults
-from ara.artifacts.factors import specs_of
+from ara.artifacts.factors import FactorsResults, specs_of
 from ara.artifacts.ranks import RanksResults, read_allocation
 from ara.workspace.store import Workspace
-from tests.commands import ara, done
+from tests.commands import ara, done, refused
 
 CPU = ("--device", "cpu", "--dtype", "float32")
 FEW = (*CPU, "--samples", 6, "--held-out", 4)
@@ -87,6 +87,65 @@ def test_sizes_that_cannot_be_met_are_refused(copied: Path) -> None:
         assert ara("allocate", *FEW, *words, "-w", copied).exit_code == 2
 
 
+def test_a_size_has_three_spellings(copied: Path) -> None:
+    workspace = Workspace.open(copied)
+    parameters = FactorsResults.read(workspace.view("decompose/two-sided")).model_parameters
+    limit = int(float(size(copied, 0.3).removesuffix("KB")) * 1000)
+    spellings = {
+        "size": f"{limit / 1000:.3f}KB",
+        "budget-bytes": limit,
+        # Half a byte more, so that no rounding of the quotient loses one.
+        "bits-per-parameter": repr(8 * (limit + 0.5) / parameters),
+    }
+    found = {name: sized(copied, f"--{name}", value, "--no-guard") for name, value in spellings.items()}
+    assert {one.size.limit for one in found.values() if one.size is not None} == {limit}
+    assert len({json.dumps(one.plain()) for one in found.values()}) == 1
+    names = {view.name for view in workspace.views("ranks") if view.name.startswith("joint-")}
+    assert {f"joint-{limit}B", f"joint-{limit / 1000:.3f}KB"} < names and len(names) == 3
+    manifest = workspace.view(f"allocate/joint-{limit}B").manifest
+    assert manifest is not None and "size" not in manifest.config and manifest.config["budget_bytes"] == limit
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--keep", 0.5, "--size", "60KB"), "--keep 0.5 and --size 60KB are given together"),
+        (("--remove", 0.5, "--budget-bytes", 60000), "--keep 0.5 and --budget-bytes 60000 are given together"),
+        (("--size", "60KB", "--bits-per-parameter", 4), "--size 60KB and --bits-per-parameter 4.0 are given together"),
+        (("--method", "energy", "--size", "60KB"), "--method energy and --size 60KB are given together"),
+        (("--masks", "x", "--budget-bytes", 60000), "--masks x and --budget-bytes 60000 are given together"),
+    ],
+)
+def test_a_second_budget_is_refused(words: tuple[Any, ...], message: str, copied: Path) -> None:
+    refused(ara("allocate", *FEW, *words, "-w", copied), 2, message)
+
+
+def test_a_ranks_file_and_a_size_are_refused(copied: Path) -> None:
+    path = copied / "allocate" / "energy-0.70" / "ranks.json"
+    result = ara("allocate", "--ranks", path, "--budget-bytes", 60000, "-w", copied)
+    assert result.exit_code == 2 and "--ranks FILE and --budget-bytes are both given" in result.stderr
+
+
+def test_bits_alone_are_chosen_where_all_layers_stay_dense(copied: Path) -> None:
+    """The checkpoint of a dense model in 8 and 4 bits, and the same dense model as candidates of the guard."""
+    found = sized(copied, "--size", size(copied, 0.22), "--bits", "8,4", "--block", 16, "--exclude", "*")
+    assert found.size is not None and found.linear_keep == 1 and set(found.size.layers) == {"4", "8"}
+    assert found.guard is not None and found.guard.held_out["dense, 4 bits"] == found.guard.held_out["ranks, 4 bits"]
+    done("truncate", "-w", copied)
+    document = json.loads(done("quantise", *FEW, "--tolerance", 9, "-w", copied, "--json").stdout)
+    results = CheckpointResults.read(Workspace.open(copied).view(f"quantise/{document['name']}"))
+    assert results.rounding is not None and results.low_rank_layers == 0
+    assert 0.85 * found.size.limit < results.disk_bytes <= found.size.limit
+
+
+def test_a_second_size_measures_no_loss_again(copied: Path) -> None:
+    words = ("allocate", *FEW, "--no-guard", "-w", copied)
+    first = done(*words, "--size", size(copied, 0.3)).stderr
+    again = done(*words, "--size", size(copied, 0.2), "--bits", "16,4").stderr
+    tables = [text.count("table of rounding errors read from") for text in (first, again)]
+    assert tables == [0, 1] and "sensitivity table read from" in again
+
+
 def test_an_allocation_without_a_size_has_the_settings_of_before(copied: Path) -> None:
     manifest = json.loads((copied / "allocate" / "energy-0.70" / "manifest.json").read_text())
-    assert not {"size", "bits", "block", "zero_points"} & set(manifest["config"])
+    assert not {"size", "bits", "block", "zero_points", "budget_bytes", "bits_per_parameter"} & set(manifest["config"])

@@ -37,7 +37,7 @@ def _run(toy, form, steps=6, state=None, save=None, keep_on_interrupt=False, **c
     modules, context = toy
     options = MaskTrainingOptions(steps=steps, batch=3, check_every=2, **{**FORMS[form], **changes})
     budget = Budget.for_keep([module.spec for module in modules], 0.6)
-    table = sensitivity_table(context).losses if needs_table(options) else None
+    table = sensitivity_table(context).values if needs_table(options) else None
     family = ara_family(options, modules, budget, table)
     settings = TrainingSettings.of(options, 2, seed=5)
     more = {"state": state, "save": save, "keep_on_interrupt": keep_on_interrupt}

@@ -12,7 +12,7 @@ import torch
 
 from ara.allocation.sensitivity import SensitivityOptions, sensitivity_table
 from ara.masks.context import TuningContext
-from ara.masks.table_cache import SensitivityTable, TableCache, _write
+from ara.masks.table_cache import LayerTable, TableCache, _write
 from tests.recorder import Recorder
 from tests.toy import toy_problem
 
@@ -24,7 +24,7 @@ def context(tmp_path: Path) -> TuningContext:
 
 def _passes(context: TuningContext, **options: str) -> tuple[dict[str, torch.Tensor], int]:
     before = context.model.backward_passes
-    return sensitivity_table(context, SensitivityOptions(**options)).losses, context.model.backward_passes - before
+    return sensitivity_table(context, SensitivityOptions(**options)).values, context.model.backward_passes - before
 
 
 def test_a_table_is_made_once_and_read_back_as_it_was(context: TuningContext, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_table_of_other_layers_is_thrown_away(context: TuningContext, tmp_path
     context = replace(context, table_cache=TableCache(tmp_path / "tables", "f" * 64, listener))
     first, _ = _passes(context)
     (path,) = (tmp_path / "tables").iterdir()
-    _write(path, SensitivityTable(change(next(iter(first.values()))), 1.0))
+    _write(path, LayerTable(change(next(iter(first.values()))), 1.0))
     again, passes = _passes(context)
     assert passes == len(context.train) and set(again) == set(first)
     assert "discarding the damaged sensitivity table" in listener.warnings[0]

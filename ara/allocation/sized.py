@@ -1,0 +1,77 @@
+"""Allocations for a size in bytes, of everything that may be chosen or of a part of it; measured once for all sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ara.allocation.forms import Form
+from ara.allocation.joint import Rounder, best_choices
+from ara.config import BudgetConfig
+from ara.masks.sensitivity_table import sensitivity_table
+from ara.models.weights import matching
+from ara.solver.problem import Allocation, Budget, Choice, Module
+
+
+class SizedAllocator:
+    """Chooses ranks and bits by the estimates of :mod:`ara.allocation.joint`.
+
+    Attributes:
+        specs: the layers.
+        rounder: rounds them; its context is the model.
+    """
+
+    def __init__(self, modules: Sequence[Module], rounder: Rounder, limits: BudgetConfig) -> None:
+        """Measure the losses of ranks and of rounding, or read them from the cache.
+
+        Args:
+            modules: the layers with their spectra.
+            rounder: with the grids to choose from.
+            limits: of the ranks.
+
+        Raises:
+            NumericalError: a weight, an input or a gradient is NaN or infinite.
+        """
+        self.specs, self.rounder = [module.spec for module in modules], rounder
+        self._modules, self._limits = modules, limits
+        self._tables, self._shares = sensitivity_table(rounder.context).values, rounder.shares()
+
+    def best(self, limit: int, bits: Sequence[int], ranks: bool = True) -> Allocation:
+        """Return the allocation with the least estimated loss.
+
+        Args:
+            limit: bytes of all layers.
+            bits: widths to choose from; 16 stands for those of the model.
+            ranks: whether layers may be factorised.
+
+        Raises:
+            UsageError: the smallest choices need more.
+        """
+        limits = self._limits
+        dense = matching(self.specs, limits.exclude) if ranks else frozenset(spec.name for spec in self.specs)
+        floors = (limits.rank_multiple, limits.min_rank, limits.min_keep)
+        budget = Budget.for_bytes(self.specs, limit, self.rounder.grids, self.widths(bits), *floors, dense)
+        picks = best_choices(self._modules, self._tables, self._shares, budget)
+        return Allocation.from_picks(self.specs, picks, budget)
+
+    def dense(self, bits: int) -> Allocation:
+        """Return all layers dense at one width, whatever size that is."""
+        (width,) = self.widths([bits])
+        grids = self.rounder.grids
+        return Allocation({spec.name: Choice.of(spec, None, "bytes", width, grids) for spec in self.specs})
+
+    def of_form(self, form: Form, limit: int) -> Allocation:
+        """Return the allocation of a form.
+
+        Args:
+            form: what may be chosen.
+            limit: bytes of all layers, for a form that is made for a size.
+
+        Raises:
+            UsageError: the smallest choices need more.
+        """
+        return self.best(limit, form.bits, form.ranks) if form.sized else self.dense(form.bits[0])
+
+    def widths(self, bits: Sequence[int]) -> tuple[int, ...]:
+        """Return widths in bits, largest first; 16 stands for those of the model."""
+        own = self.specs[0].bits
+        return tuple(dict.fromkeys(own if width == 16 else width for width in sorted(bits, reverse=True)))
