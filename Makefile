@@ -31,7 +31,7 @@ PIP_INSTALL := if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-quantised bench-zero-shot bench-recovery bench-recovery-speed clean
+.PHONY: help setup demo test test-fast drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -177,6 +177,10 @@ bench-recovery: $(STAMP) ## what every level of recovery gives back, learned and
 bench-recovery-speed: $(STAMP) ## time the levels that train against a dense forward and backward pass (after make demo)
 	@echo "Timing recovery"
 	@$(BIN)/python benchmarks/recovery_speed.py $(BENCH_FLAGS)
+
+bench-bytes: $(STAMP) ## the best model for a size: bits, ranks or both (needs ARA_DATA_DIR; hours)
+	@echo "Filling sizes"
+	@$(WITH_DATA); $(BIN)/python benchmarks/bytes.py $(BENCH_FLAGS)
 
 clean: ## remove .venv, caches and builds (workspaces stay)
 	@echo "Removing $(VENV), caches and builds"

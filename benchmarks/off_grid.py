@@ -15,6 +15,7 @@ RMSNorm without weights does not see a rotation, so all logits are the same. The
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ import torch
 
 from ara.data.texts import load_documents
 from ara.data.tokens import evaluation_windows
+from ara.models.context import context_length
 from ara.models.silence import silence_transformers
 from ara.models.sources import resolve
 from ara_cli.console import Console
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 # Largest allowed difference of a logit.
 ALLOWED = 1e-4
+# Tokens of a window on which the models are compared.
+CHECKED = 512
 _READS, _WRITES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 
 
@@ -72,8 +76,42 @@ def largest_difference(ids: torch.Tensor, *models: PreTrainedModel) -> float:
     return float((first - second).abs().max())
 
 
+def write_twin(name: str, output: Path, seed: int, console: Console) -> None:
+    """Write the twin of a model, after comparing both.
+
+    Args:
+        name: of a Llama model.
+        output: folder to write; it appears when it is complete.
+        seed: of the rotation.
+        console: for progress.
+
+    Raises:
+        SystemExit: the twin does not compute the same.
+    """
+    source = resolve(name, report=console)
+    tokenizer = source.load_tokenizer()
+    model, twin = (source.load_model(torch.float32, "cpu").eval() for _ in range(2))
+    rotate(twin, seed)
+    documents = load_documents("python-docs", "evaluation")
+    length = min(CHECKED, context_length(model.config) or CHECKED)
+    ids = evaluation_windows(documents, tokenizer, seq_len=length, max_windows=2).ids
+    found = largest_difference(ids, model, twin)
+    console.fact(f"largest difference of a logit on {ids.numel()} tokens: {found:.1e}, allowed {ALLOWED:g}")
+    if not found <= ALLOWED:
+        sys.exit("error: the twin does not compute the same")
+    if hasattr(twin.config, "quantization_config"):
+        del twin.config.quantization_config
+    aside = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    with silence_transformers():
+        twin.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+    aside.rename(output)
+    console.fact(f"written: {output}")
+
+
 def main() -> None:
-    """Write the twin, after comparing it with the model."""
+    """Write the twin of the model that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--model", default="demo", help="a Llama model")
@@ -81,23 +119,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.output.exists():
         sys.exit(f"error: {arguments.output} exists already\nhint: choose another folder")
-    console = Console()
-    source = resolve(arguments.model, report=console)
-    tokenizer = source.load_tokenizer()
-    model, twin = (source.load_model(torch.float32, "cpu").eval() for _ in range(2))
-    rotate(twin, arguments.seed)
-    documents = load_documents("python-docs", "evaluation")
-    ids = evaluation_windows(documents, tokenizer, seq_len=512, max_windows=2).ids
-    found = largest_difference(ids, model, twin)
-    console.fact(f"largest difference of a logit on {ids.numel()} tokens: {found:.1e}, allowed {ALLOWED:g}")
-    if not found <= ALLOWED:
-        sys.exit("error: the twin does not compute the same")
-    if hasattr(twin.config, "quantization_config"):
-        del twin.config.quantization_config
-    with silence_transformers():
-        twin.save_pretrained(arguments.output)
-        tokenizer.save_pretrained(arguments.output)
-    console.fact(f"written: {arguments.output}")
+    write_twin(arguments.model, arguments.output, arguments.seed, Console())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from benchmarks.recovery import main
 from benchmarks.recovery_rows import LEVELS, Row, gap_closed, wanted
 from benchmarks.recovery_table import cost, parsed, quality
 from benchmarks.text_losses import TEXTS
-from tests.tiny import save_tiny, tiny_texts
+from tests.tiny import save_tiny
 
 
 def row(perplexity: float, **others: Any) -> dict[str, Any]:
@@ -60,43 +60,29 @@ def test_tables_show_means_with_the_range(rows: dict[str, Any]) -> None:
     assert cost(rows)[2] == "| mixed | 0.6 | ara | 0 | closed | 1.000 → 0.500 | yes | 9,000 | 1.5 | 2.0 |"
 
 
-@pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder of evaluation data in which all texts are tiny ones."""
-    texts = tiny_texts(400)
-    files = {
-        "c4_sample/c4_rp1.jsonl": texts[:250],
-        "c4_sample/c4_rp2.jsonl": texts[250:],
-        "wikitext2_raw/test.jsonl": texts[250:],
-    }
-    for name, found in files.items():
-        path = tmp_path / "data" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in found))
-    folder = tmp_path / "data" / "instructions"
-    folder.mkdir()
-    for name, start in (("calibration", 0), ("evaluation", 60)):
-        lines = [
-            [{"role": "user", "content": texts[i][:60]}, {"role": "assistant", "content": texts[i + 1][:90]}]
-            for i in range(start, start + 60)
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
-    monkeypatch.setenv("ARA_DATA_DIR", str(tmp_path / "data"))
-    return tmp_path
-
-
 def test_a_tiny_model_goes_through_and_a_second_run_measures_nothing(
-    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    benchmark_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.recovery.PROMPT_TOKENS", 12)
     monkeypatch.setattr("benchmarks.recovery.NEW_TOKENS", 9)
     monkeypatch.setattr("benchmarks.recovery.SEQ_LEN", 64)
-    model = str(save_tiny(data / "model", "llama"))
+    model = str(save_tiny(benchmark_data / "model", "llama"))
     words = ["--model", model, "--keep", "0.6", "--only", "mixed/uniform/*", "--windows", "2", "--seq-len", "128"]
     words += ["--conversations", "3", "--prompts", "2", "--samples", "8", "--rank-samples", "4", "--epochs", "1"]
-    words += ["--steps", "2", "--batch", "2", "--seeds", "1", "--dtype", "float32", "--workspace", str(data / "ws")]
+    words += [
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--seeds",
+        "1",
+        "--dtype",
+        "float32",
+        "--workspace",
+        str(benchmark_data / "ws"),
+    ]
     main(words)
-    document = json.loads((data / "ws" / "recovery.json").read_text())
+    document = json.loads((benchmark_data / "ws" / "recovery.json").read_text())
     names = [f"mixed/uniform/0.6/0/{level}" for level in LEVELS]
     assert list(document["rows"]) == ["dense", "mixed/whitened/0.6", *names]
     assert all(set(found["texts"]) == set(TEXTS) for found in document["rows"].values())
@@ -104,4 +90,4 @@ def test_a_tiny_model_goes_through_and_a_second_run_measures_nothing(
     monkeypatch.setattr("benchmarks.recovery.Judge", None)
     main(words)
     with pytest.raises(SystemExit, match="other settings"):
-        main([*words[:-1], str(data / "ws"), "--steps", "3"])
+        main([*words[:-1], str(benchmark_data / "ws"), "--steps", "3"])
