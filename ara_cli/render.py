@@ -9,7 +9,7 @@ from typing import Any
 
 from ara.artifacts.base import manifest_of
 from ara.artifacts.checkpoint import CheckpointResults, RecoveryFigures
-from ara.artifacts.comparison import ComparedMethod, ComparedText, ComparisonResults
+from ara.artifacts.comparison import ComparedMethod, ComparedText, ComparisonResults, SizedModel, best_in_words
 from ara.artifacts.evaluation import DENSE, EvaluationResults
 from ara.artifacts.factors import FactorisedLayer, FactorsResults
 from ara.artifacts.graph import GraphResults
@@ -104,8 +104,12 @@ def show_training(console: Console, view: StageView) -> None:
 
 @shows_results
 def show_comparison(console: Console, view: StageView) -> None:
-    """Show the dense model, then all allocators by held-out loss."""
-    methods = ComparisonResults.read(view).methods
+    """Show the dense model, then all allocators by held-out loss; or all forms of the model by size."""
+    results = ComparisonResults.read(view)
+    if results.models is not None:
+        _show_sizes(console, view.name, results.models)
+        return
+    methods = results.methods
     tasks = list(methods[DENSE].tasks or {})
     order = [DENSE, *sorted((n for n, row in methods.items() if n != DENSE and row.tasks), key=_held_out(methods))]
     rows = [
@@ -129,6 +133,29 @@ def show_comparison(console: Console, view: StageView) -> None:
     for name, row in methods.items():
         if row.error is not None:
             console.text(f"{name} failed: {row.error}")
+
+
+def _show_sizes(console: Console, name: str, models: Mapping[str, SizedModel]) -> None:
+    """Show every form of the model with its size and loss, and which one is best for which size."""
+    rows = [
+        (
+            model.title,
+            model.size,
+            f"{model.bytes / 1e6:,.1f}",
+            ", ".join(f"{count} × {width}" for width, count in (model.layers or {}).items()),
+            model.dense_layers,
+            f"{model.held_out:.4f}",
+            f"{math.exp(model.held_out):,.2f}",
+        )
+        for model in models.values()
+        if model.bytes is not None and model.held_out is not None
+    ]
+    figures = ("layers × bits per weight", "dense layers", "held-out loss (nats/token)", "perplexity")
+    console.table(name, columns("model", "made for", "weight files (MB)", *figures), rows)
+    for model in models.values():
+        if model.error is not None:
+            console.text(f"{model.title}{f' for {model.size}' if model.size else ''}: {model.error}")
+    console.text(best_in_words(models.values()))
 
 
 def _held_out(methods: Mapping[str, ComparedMethod]) -> Callable[[str], float]:
@@ -322,7 +349,10 @@ def _evaluation_figure(view: StageView) -> str:
 
 
 def _comparison_figure(view: StageView) -> str:
-    methods = ComparisonResults.read(view).methods
+    results = ComparisonResults.read(view)
+    if results.models is not None:
+        return best_in_words(results.models.values())
+    methods = results.methods
     measured = (name for name, row in methods.items() if name != DENSE and row.held_out is not None)
     return "best on held-out text: " + min(measured, key=_held_out(methods), default="–")
 

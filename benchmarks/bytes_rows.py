@@ -45,8 +45,8 @@ class Row:
 def wanted(sizes: Sequence[int], recovered: bool) -> Iterator[Row]:
     """List the measurements: dense models first, then all forms at every size, then the recovered ones.
 
-    The original has only the dense models. Rotations change neither the loss of a rank nor that of 8 bits, and what 4
-    bits lose on the original is no result.
+    The original has only the dense models. Low-rank approximations do not depend on the coordinates, and what 4 bits
+    lose on the original is no result.
     """
     fixed = [name for name, form in FORMS.items() if not form.sized]
     yield from (Row(model, name, None, FROZEN) for model in (TWIN, ORIGINAL) for name in fixed)

@@ -108,9 +108,17 @@ class AllocateConfig(SizedConfig):
         return self.budget_bytes
 
 
-class CompareConfig(TuningConfig, BudgetConfig):
-    """``ara compare``: every allocator at one budget, on the same factors and text."""
+class CompareConfig(SizedConfig):
+    """``ara compare``: every allocator at one budget, or every form of the model at some sizes, on the same factors."""
 
+    size: Annotated[
+        tuple[Annotated[str, Field(pattern=SIZE_PATTERN)], ...],
+        Flag(metavar="SIZES", commas="size", example="90MB,60MB"),
+    ] = Field(
+        (),
+        description="instead of --keep: compare ranks, fewer bits, and both together at these sizes of the weight "
+        "files, separated by commas, by their loss on held-out calibration text",
+    )
     keep: Annotated[float, Flag(removable=True)] = Field(0.8, gt=0, le=1, description=_KEEP)
     methods: Annotated[tuple[str, ...], Flag(metavar="NAMES", commas="allocator", example="uniform,ara")] = Field(
         (), description="allocators to compare, separated by commas [default: all]"

@@ -14,7 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ara.artifacts.evaluation import DENSE, UNIFORM
-from ara.reporting.document import Front, Layer, SpeedFront, Trained
+from ara.reporting.document import Front, Layer, SizeFront, SpeedFront, Trained
 from ara.reporting.figures import draw, short_kind
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _REPLACED = {_INK: "currentColor", _GRID: "var(--grid)"} | {
     colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)
 }
 _MARKERS, _DASHES = "osD^vX", ("-", "--", "-.", ":", "-", "--")
+_FORM_MARKERS = "osD^vXP*"
 _UNIFORM_STYLE = 5
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # Inches and points: on a phone, where a picture is as wide as the screen, a point is about a pixel.
@@ -148,6 +149,25 @@ def keep_front(front: Front, name: str) -> str:
         axis.grid(True, linewidth=0.4)
         _legend(figure)
         return _inline(figure, name, f"Perplexity on {front.task} against the share of parameters kept")
+
+
+def size_front(front: SizeFront, name: str) -> str:
+    """Return perplexity on held-out text against megabytes, one line per form; ``name`` is unique on the page."""
+    measured = [
+        (p.title, p.bytes / 1e6, math.exp(p.held_out)) for p in front.points if p.bytes and p.held_out is not None
+    ]
+    with _figure(3.2) as figure:
+        axis = figure.subplots()
+        for number, title in enumerate(dict.fromkeys(title for title, _, _ in measured)):
+            points = sorted((size, perplexity) for other, size, perplexity in measured if other == title)
+            # More forms than colours: the marker tells them apart.
+            style = {**_style(number), "marker": _FORM_MARKERS[number % len(_FORM_MARKERS)]}
+            axis.plot([size for size, _ in points], [value for _, value in points], label=title, **style)
+        _perplexity_axis(axis, [perplexity for _, _, perplexity in measured])
+        axis.set_xlabel("size of the weight files, MB")
+        axis.grid(True, linewidth=0.4)
+        _legend(figure)
+        return _inline(figure, name, "Perplexity on held-out calibration text against the size of the weight files")
 
 
 def speed_front(front: SpeedFront) -> str:

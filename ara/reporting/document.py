@@ -391,13 +391,38 @@ class AllocatorRow(Part):
 
 
 class Compared(Part):
-    """One result of ``ara compare``."""
+    """One result of ``ara compare --keep``."""
 
     name: str
     keep: float
     layout: LayoutName
     tasks: tuple[str, ...]
     methods: Mapping[str, AllocatorRow]
+
+
+class SizedPoint(Part):
+    """One form of the model.
+
+    ``size`` is what it was made for, as it was given; ``None`` for a dense model of one width. A form that does not fit
+    has only its ``error``.
+    """
+
+    title: str
+    size: str | None
+    bytes: int | None
+    layers: Mapping[str, int] | None
+    dense_layers: int | None
+    held_out: float | None
+    error: str | None
+
+
+class SizeFront(Part):
+    """One result of ``ara compare --size``; ``verdict`` says which form is best for which size."""
+
+    name: str
+    layout: LayoutName
+    verdict: str
+    points: tuple[SizedPoint, ...]
 
 
 class Exported(Part):
@@ -482,6 +507,7 @@ class Report(Part):
     fronts: tuple[Front, ...] = ()
     speed_front: SpeedFront | None = None
     comparisons: tuple[Compared, ...] = ()
+    size_fronts: tuple[SizeFront, ...] = ()
     exports: tuple[Exported, ...] = ()
     work: tuple[Work, ...]
     versions: Mapping[str, tuple[str, ...]]

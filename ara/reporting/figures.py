@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,23 @@ _SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "ara"}
 
 
 def keep_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title: str) -> bytes:
-    """Return an SVG of perplexity (logarithmic) against the fraction of parameters kept.
+    """Return an SVG of perplexity against the fraction of parameters kept; see :func:`perplexity_curves`."""
+    return perplexity_curves(curves, dense, title, "keep: fraction of the factorised layers' parameters")
+
+
+def size_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title: str) -> bytes:
+    """Return an SVG of perplexity against megabytes; see :func:`perplexity_curves`."""
+    return perplexity_curves(curves, dense, title, "size of the weight files, MB")
+
+
+def perplexity_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title: str, axis_title: str) -> bytes:
+    """Return an SVG of perplexity (logarithmic) against a measure of size.
 
     Args:
-        curves: label → keep → perplexity, drawn in order.
+        curves: label → size → perplexity, drawn in order.
         dense: perplexity of the dense model, drawn as a line.
         title: above the picture.
+        axis_title: what the sizes are.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -32,12 +44,12 @@ def keep_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axis = figure.subplots()
-        for (label, points), marker in zip(curves.items(), "os^Dv*", strict=False):
-            keeps = sorted(points)
-            axis.plot(keeps, [points[keep] for keep in keeps], marker=marker, markersize=4, label=label)
+        for (label, points), marker in zip(curves.items(), itertools.cycle("os^Dv*PX"), strict=False):
+            sizes = sorted(points)
+            axis.plot(sizes, [points[size] for size in sizes], marker=marker, markersize=4, label=label)
         axis.axhline(dense, color="gray", linestyle="--", linewidth=1, label="dense")
         axis.set_yscale("log")
-        axis.set_xlabel("keep: fraction of the factorised layers' parameters")
+        axis.set_xlabel(axis_title)
         axis.set_ylabel("perplexity")
         axis.set_title(title, fontsize=10)
         axis.grid(True, which="both", linewidth=0.3)

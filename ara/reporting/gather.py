@@ -28,6 +28,7 @@ from ara.reporting.results import (
     read_decomposition,
     read_evaluation,
     read_export,
+    read_size_front,
     read_stored,
     read_training,
     read_work,
@@ -70,7 +71,7 @@ class Sources:
         modules: factorised layers with their spectra, in the layout of the checkpoint.
         ranks: of these layers, with costs in parameters.
         training: from which the ranks come.
-        comparisons: of allocators on the same factors.
+        comparisons: of allocators, or of sizes, on the same factors.
         exports: of the checkpoint.
         stale: stale results of the checkpoint, which are left out.
         damaged: ``stage/name`` of measurements that cannot be read, of any checkpoint.
@@ -99,7 +100,9 @@ def gather(sources: Sources) -> Report:
     current = _measured(made, True, missing, place)
     measured = [current, *(_measured(other, False, missing, place) for other in sources.others)]
     exports = _read_all(read_export, sources.exports, missing, place)
-    comparisons = _read_all(read_comparison, sources.comparisons, missing, place)
+    sized = [one for one in sources.comparisons if one.config.get("size")]
+    allocators = [one for one in sources.comparisons if one not in sized]
+    comparisons = _read_all(read_comparison, allocators, missing, place)
     trained = [sources.training] if sources.training else []
     trainings = _read_all(read_training, trained, missing, place)
     base = read_base(decomposition.model)
@@ -118,6 +121,7 @@ def gather(sources: Sources) -> Report:
         fronts=perplexity_fronts(measured),
         speed_front=speed_front(measured),
         comparisons=comparisons,
+        size_fronts=_read_all(read_size_front, sized, missing, place),
         exports=exports,
         work=tuple(map(read_work, (*main, *sources.comparisons, *sources.exports))),
         versions=_versions(main),

@@ -40,6 +40,7 @@ def _pictures(report: Report) -> dict[str, object]:
         drawn["training"] = charts.training_curves(report.training)
     if report.speed_front is not None:
         drawn["speed"] = charts.speed_front(report.speed_front)
+    drawn["sizes"] = [charts.size_front(front, f"sizes-{number}") for number, front in enumerate(report.size_fronts)]
     drawn["fronts"] = [charts.keep_front(front, f"front-{number}") for number, front in enumerate(report.fronts)]
     return drawn
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ara.artifacts.benchmark import BenchmarkResults, CaseResults, Percentiles
 from ara.artifacts.checkpoint import CheckpointResults
-from ara.artifacts.comparison import ComparedMethod, ComparisonResults, ComparisonSettings
+from ara.artifacts.comparison import ComparedMethod, ComparisonResults, ComparisonSettings, best_in_words
 from ara.artifacts.evaluation import (
     DENSE,
     UNIFORM,
@@ -258,6 +258,17 @@ def read_comparison(manifest: Manifest) -> document.Compared:
         name=manifest.name,
         tasks=list(names.values()),
         methods={method: _allocator(row, names) for method, row in results.methods.items()},
+    )
+
+
+def read_size_front(manifest: Manifest) -> document.SizeFront:
+    """Return a comparison of forms of the model at some sizes."""
+    models = (ComparisonResults.read(manifest).models or {}).values()
+    return document.SizeFront.from_source(
+        ComparisonSettings.read(manifest),
+        name=manifest.name,
+        verdict=best_in_words(models),
+        points=[document.SizedPoint.from_source(model) for model in models],
     )
 
 

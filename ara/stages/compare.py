@@ -1,4 +1,4 @@
-"""``ara compare``: measure all allocators on the same factors, budget and texts, in one run."""
+"""``ara compare --keep``: measure all allocators on the same factors, budget and texts, in one run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ara.artifacts.factors import FactorsResults
 from ara.artifacts.ranks_file import from_table, ranks_table
 from ara.artifacts.training import training_cost
 from ara.config import CompareConfig, method_options
+from ara.config.sizes import GridConfig
 from ara.data.texts import check_text_spec, load_documents
 from ara.data.tokens import TokenWindows, evaluation_windows
 from ara.errors import NumericalError
@@ -27,6 +28,7 @@ from ara.reporting.figures import rank_heat_maps
 from ara.solver.problem import DENSE, Allocation, Module
 from ara.stages.allocate import budget_of, refuse_layout, summary
 from ara.stages.common import Run, begin, default_name, model_of, open_task
+from ara.stages.compare_sizes import compare_sizes, refuse_with_sizes
 from ara.stages.evaluate import window_length
 from ara.stages.modules import load_modules
 from ara.stages.trainings import find_training, with_text_of, with_training
@@ -40,8 +42,10 @@ def compare(
 ) -> StageView:
     """Allocate by every method and measure the results, without the guard; an interrupted run resumes.
 
+    With sizes, every form of the model is measured instead, see :func:`ara.stages.compare_sizes.compare_sizes`.
+
     Args:
-        config: budget, methods, texts.
+        config: budget, methods, texts; or sizes.
         run: workspace and reporter.
         factors: name of the decomposition; the latest by default.
         masks: name of the training that ``ara`` uses; by default the one that fits best, see
@@ -51,6 +55,9 @@ def compare(
     Raises:
         AraError: no decomposition, an unknown method, a budget that cannot be met, a missing text.
     """
+    if config.size:
+        refuse_with_sizes(config, masks)
+        return compare_sizes(config, run, factors=factors, name=name)
     started = begin(name, factors, masks)
     methods = config.methods or methods_for(config.layout)
     for method in methods:
@@ -69,7 +76,7 @@ def compare(
         )
         texts = {task: load_documents(task, "evaluation", report=run.report) for task in config.tasks}
         settings = {
-            **resolved.model_dump(mode="json"),
+            **resolved.model_dump(mode="json", exclude={"size", *GridConfig.model_fields}),
             "text_sha256": {task: documents.digest for task, documents in texts.items()},
         }
         name = name or default_name(decomposition.name, keep=config.keep, layout=config.layout)

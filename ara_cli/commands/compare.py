@@ -17,7 +17,10 @@ def command(
     name: NameOption = None,
     s: Session,
 ) -> None:
-    """Measure all allocators side by side: same factors, same budget, same text, one run."""
+    """Measure all allocators side by side: same factors, same budget, same text, one run.
+
+    With --size: measure dense models in fewer bits, ranks, and both together, and say which is best for which size.
+    """
     from ara.stages.compare import compare
     from ara_cli.render import show_comparison, show_end
 

@@ -1,0 +1,89 @@
+"""``ara compare --size``: every form of the model at some sizes, and how the report shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ara.allocation.forms import FORMS
+from ara.artifacts.comparison import ComparisonResults, SizedModel
+from ara.reporting.document import Report
+from ara.workspace.store import Workspace
+from tests.commands import ara, done, refused
+from tests.integration.test_size import FEW, size
+
+SIZED = [name for name, form in FORMS.items() if form.sized]
+
+
+def models_of(root: Path, name: str) -> dict[str, SizedModel]:
+    """Return the models of a comparison."""
+    found = ComparisonResults.read(Workspace.open(root).view(f"compare/{name}")).models
+    assert found is not None
+    return dict(found)
+
+
+def test_every_form_is_measured_and_the_report_names_the_best(copied: Path) -> None:
+    small, large = size(copied, 0.12), size(copied, 0.35)
+    words = ("compare", "--size", f"{large},{small}", *FEW, "--block", 16, "-w", copied)
+    result = done(*words)
+    name = f"sizes-{large}-{small}"
+    found = models_of(copied, name)
+    fixed = [name for name in FORMS if name not in SIZED]
+    assert list(found) == [*fixed, *(f"{form}-{one}" for one in (large, small) for form in SIZED)]
+    for key, model in found.items():
+        if model.size is not None and model.error is None:
+            assert model.bytes is not None and model.limit is not None and model.bytes <= model.limit, key
+    assert "smallest choices" in str(found[f"mixed-{small}"].error) and found[f"joint-{small}"].held_out
+    assert (
+        found["int4"].bytes == found["int4-nearest"].bytes and found["int4"].held_out != found["int4-nearest"].held_out
+    )
+    dense, int8 = found["dense"], found["int8"]
+    assert dense.held_out is not None and int8.held_out == pytest.approx(dense.held_out, abs=0.01)
+    folder = copied / "compare" / name
+    assert {"sizes.svg", "results.json", "dense.json", f"joint-{large}.json"} <= {one.name for one in folder.iterdir()}
+    sentence = next(line for line in result.stdout.splitlines() if line.startswith("Best on held-out"))
+    assert f"for {large} " in sentence and f"for {small} " in sentence
+    assert "is there already" in done(*words).stderr
+    assert "Best on held-out" in done("status", "-w", copied).stdout
+    done("report", "-w", copied)
+    report = Report.model_validate_json(next((copied / "report").rglob("report.json")).read_text(encoding="utf-8"))
+    assert [front.verdict for front in report.size_fronts] == [sentence] and report.comparisons == ()
+    page = next((copied / "report").rglob("report.html")).read_text(encoding="utf-8")
+    assert "Ranks and bits for a size" in page and sentence in page and "size of the weight files, MB" in page
+
+
+def test_a_comparison_that_was_killed_resumes_to_the_same_figures(copied: Path, killed: Any) -> None:
+    words = [str(word) for word in ("compare", "--size", size(copied, 0.35), *FEW, "-w", copied)]
+    done(*words, "--name", "one")
+    killed("ara.stages.compare_sizes:_measured", 6, "before", *words, "--name", "two")
+    again = done(*words, "--name", "two")
+    assert again.stderr.count("was measured by an interrupted run") == 5
+    assert models_of(copied, "two") == models_of(copied, "one")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--keep", 0.5), "--size and --keep are given together"),
+        (("--tasks", "c4", "--masks", "x"), "--size and --tasks, --masks are given together"),
+        (("--methods", "uniform"), "--size and --methods are given together"),
+    ],
+)
+def test_settings_of_the_other_comparison_are_refused(words: tuple[Any, ...], message: str, copied: Path) -> None:
+    refused(ara("compare", "--size", "90MB", *words, "-w", copied), 2, message)
+
+
+def test_sizes_that_mean_nothing_are_refused(copied: Path) -> None:
+    assert "--size 1KB allows 1,000" in ara("compare", "--size", "90MB,1KB", *FEW, "-w", copied).stderr
+    refused(ara("compare", "--size", "small", "-w", copied), 2, "size", hint=False)
+    assert not (copied / "compare").exists() or not any((copied / "compare").iterdir())
+
+
+def test_a_comparison_of_allocators_has_the_settings_of_before(copied: Path, tiny_text: str) -> None:
+    words = ("--keep", 0.7, "--methods", "uniform", "--tasks", tiny_text, "--max-windows", 1, "--eval-seq-len", 24)
+    name = json.loads(done("compare", *words, *FEW, "-w", copied, "--json").stdout)["name"]
+    config = json.loads((copied / "compare" / name / "manifest.json").read_text())["config"]
+    assert not {"size", "block", "zero_points"} & set(config)
