@@ -18,6 +18,7 @@ results of all stages are in the workspace. ``benchmarks/bytes_table.py`` prints
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections import Counter
@@ -122,7 +123,7 @@ class Compressor:
         return [choice.bits if row.size is not None else FORMS[row.form].bits[0] for choice in choices]
 
     def sizes(self, row: Row, chosen: StageView, made: StageView) -> dict[str, Any]:
-        """Return the bytes of a row, its layers by bits, and the time of its last stage."""
+        """Return the bytes of a row, its layers by bits, and the seconds of allocation and of the last stage."""
         specs = specs_of(self.factors, self.arguments.layout)
         grids = {bits: Grid(bits, self.arguments.block, True) for bits in BITS}
         widths, ranks = self.widths(row, chosen), read_allocation(chosen, specs).ranks
@@ -187,7 +188,10 @@ class Bench:
         made = compressor.checkpoint(row, chosen)
         placement = choose_placement(dtype=self.arguments.dtype)
         model = load(made.path / CHECKPOINT, placement.device, placement.dtype)
-        return {**compressor.sizes(row, chosen, made), **self.texts.of(model, row.key)}
+        losses = self.texts.of(model, row.key)
+        if not all(map(math.isfinite, losses["texts"].values())):
+            raise NumericalError("a loss is NaN or infinite")
+        return {**compressor.sizes(row, chosen, made), **losses}
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -118,11 +118,8 @@ def fitting(models: Iterable[SizedModel], size: str, limit: int) -> list[SizedMo
         size: as it was given.
         limit: its bytes.
     """
-    found = [
-        model
-        for model in models
-        if model.held_out is not None and model.size in (None, size) and (model.bytes or 0) <= limit
-    ]
+    measured = (model for model in models if model.held_out is not None and model.bytes is not None)
+    found = [model for model in measured if model.size in (None, size) and (model.bytes or 0) <= limit]
     return sorted(found, key=lambda model: model.held_out or 0.0)
 
 
@@ -146,8 +143,8 @@ def _best_for(size: str, models: Sequence[SizedModel]) -> str:
 
 def _within_noise(best: SizedModel, other: SizedModel) -> bool:
     """Tell whether the losses of two models on the same windows differ by less than the noise."""
-    differences = [b - a for a, b in zip(best.window_nlls, other.window_nlls, strict=True)]
-    if len(differences) < 2:
+    if len(best.window_nlls) != len(other.window_nlls) or len(best.window_nlls) < 2:
         return False
+    differences = [b - a for a, b in zip(best.window_nlls, other.window_nlls, strict=True)]
     stderr = statistics.stdev(differences) / math.sqrt(len(differences))
     return statistics.fmean(differences) <= SURE * stderr

@@ -153,9 +153,7 @@ def keep_front(front: Front, name: str) -> str:
 
 def size_front(front: SizeFront, name: str) -> str:
     """Return perplexity on held-out text against megabytes, one line per form; ``name`` is unique on the page."""
-    measured = [
-        (p.title, p.bytes / 1e6, math.exp(p.held_out)) for p in front.points if p.bytes and p.held_out is not None
-    ]
+    measured = [(p.title, p.bytes / 1e6, p.perplexity) for p in front.points if p.bytes and p.perplexity is not None]
     with _figure(3.2) as figure:
         axis = figure.subplots()
         for number, title in enumerate(dict.fromkeys(title for title, _, _ in measured)):

@@ -413,6 +413,7 @@ class SizedPoint(Part):
     layers: Mapping[str, int] | None
     dense_layers: int | None
     held_out: float | None
+    perplexity: float | None
     error: str | None
 
 

@@ -13,7 +13,13 @@ from typing import Any
 
 from ara.artifacts.benchmark import BenchmarkResults, CaseResults, Percentiles
 from ara.artifacts.checkpoint import CheckpointResults
-from ara.artifacts.comparison import ComparedMethod, ComparisonResults, ComparisonSettings, best_in_words
+from ara.artifacts.comparison import (
+    ComparedMethod,
+    ComparisonResults,
+    ComparisonSettings,
+    SizedModel,
+    best_in_words,
+)
 from ara.artifacts.evaluation import (
     DENSE,
     UNIFORM,
@@ -264,12 +270,18 @@ def read_comparison(manifest: Manifest) -> document.Compared:
 def read_size_front(manifest: Manifest) -> document.SizeFront:
     """Return a comparison of forms of the model at some sizes."""
     models = (ComparisonResults.read(manifest).models or {}).values()
+    points = [_sized_point(model) for model in models]
+    if all(point.perplexity is None for point in points):
+        raise ValueError("no model was measured")
     return document.SizeFront.from_source(
-        ComparisonSettings.read(manifest),
-        name=manifest.name,
-        verdict=best_in_words(models),
-        points=[document.SizedPoint.from_source(model) for model in models],
+        ComparisonSettings.read(manifest), name=manifest.name, verdict=best_in_words(models), points=points
     )
+
+
+def _sized_point(model: SizedModel) -> document.SizedPoint:
+    measured = model.held_out is not None and model.bytes is not None
+    perplexity = math.exp(model.held_out) if measured and model.held_out is not None else None
+    return document.SizedPoint.from_source(model, perplexity=perplexity)
 
 
 def _allocator(row: ComparedMethod, names: Mapping[str, str]) -> document.AllocatorRow:

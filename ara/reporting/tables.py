@@ -5,7 +5,6 @@ A cell keeps the number beside its text, so that the page contains the figures o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from textwrap import shorten
 
@@ -260,14 +259,11 @@ def size_front_table(front: document.SizeFront) -> Table:
     rows = []
     for point in front.points:
         bits = ", ".join(f"{count} × {width}" for width, count in (point.layers or {}).items())
-        loss = point.held_out
         failed = None if point.error is None else Cell(shorten(point.error, _ERROR_WIDTH))
         size = failed or (NONE if point.bytes is None else Cell(f"{point.bytes / 1e6:,.1f}", point.bytes))
-        perplexity = NONE if loss is None else cells.number(math.exp(loss), 2)
         names = Cell(point.title), Cell(point.size or NONE.text)
-        rows.append(
-            (*names, size, Cell(bits or NONE.text), cells.count(point.dense_layers), cells.number(loss, 4), perplexity)
-        )
+        quality = cells.number(point.held_out, 4), cells.number(point.perplexity, 2)
+        rows.append((*names, size, Cell(bits or NONE.text), cells.count(point.dense_layers), *quality))
     columns = ("model", "made for", "weight files (MB)", "layers × bits per weight", "dense layers")
     layout = "" if front.layout == DEFAULT_LAYOUT else f", {front.layout}"
     caption = f"{front.name}: held-out calibration text{layout}"
