@@ -38,6 +38,13 @@ class RecoverConfig(PlacementConfig):
     )
     batch_size: int = Field(4, ge=1, le=bounds.MAX_BATCH, description="windows per forward and backward pass")
     seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="random seed of windows and batches")
+    closed_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="closed: how much of the measured errors is corrected at most: with 1 the result fits its text "
+        "best, with less it keeps more of what other texts need",
+    )
     block_epochs: int = Field(2, ge=1, le=bounds.MAX_STEPS, description="block: passes over the windows")
     block_rate: float = Field(
         5e-4, ge=bounds.MIN_RATE, le=bounds.MAX_RATE, description="block: highest learning rate of AdamW"

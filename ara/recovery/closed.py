@@ -50,6 +50,8 @@ class Choice:
 class Closed(Level):
     """Sequential correction without gradients."""
 
+    settings = frozenset({"closed_share"})
+
     def repair(self, recovery: Recovery) -> LevelOutcome:
         """Correct all layers, block by block."""
         return _Correction(recovery).all_blocks()
@@ -184,7 +186,7 @@ def _corrected(
     current: Any = factors_of(module) if low_rank else spec.weight.read(recovery.model)
     bias, dense_bias = bias_of(module), bias_of(original)
     moved = None if bias is None or dense_bias is None else bias.double() - dense_bias.double()
-    return correct(a, b, current, train, held_out, moved)
+    return correct(a, b, current, train, held_out, moved, recovery.config.closed_share)
 
 
 @torch.no_grad()

@@ -7,7 +7,12 @@ C = E[x x'ᵀ] the best dense weight for x' is
 
 with β = 1 and λ = 0. A smaller β believes less of the measured shift, a larger λ less of its weak directions (SAES-SVD,
 arXiv 2602.03051; AA-SVD, arXiv 2604.02119, is β = 1). W' is then cut to the rank of the layer in the metric (S, H), H
-being the output metric of the layer's factors. β and λ are those with the least error on other, held-out text.
+being the output metric of the layer's factors. β and λ are those with the least error on held-out windows of the text.
+
+β is at most a given share, ½ by default. With β = 1 a layer gives the mean of W x over all x of the text that may be
+behind x'. What the compressed model renders badly on this text then comes out too small, and another text that needs it
+loses. The error on the text is quadratic in β, so β = ½ has three quarters of the gain; what another text loses grows
+about linearly.
 
 The full factors of a layer, W = B A, satisfy Bᵀ H B = I (:mod:`ara.decomposition.subspace`). So in the coordinates of B
 the norm is the plain one, H is not needed, and everything happens on A (r, n):
@@ -24,7 +29,7 @@ The output of some layers is added to the residual stream as it is, and is the l
 There the compressed stream has already drifted by e = r' − r beside the layer. Such a layer can take back the part of
 the drift that its inputs x' predict: its target is W x − e instead of W x, so
 
-    Z = A (I + β D) − γ B⁺ E[e x'ᵀ] (S + λ I)⁻¹        γ from 0 to 1, chosen like β
+    Z = A (I + β D) − γ B⁺ E[e x'ᵀ] (S + λ I)⁻¹        γ from 0 to the same share, chosen like β
 
 and its held-out error is that of the block's output.
 """
@@ -37,12 +42,10 @@ import torch
 
 from ara.recovery.paired_moments import PairedMoments
 
-# Shares β of the measured shift; with 0 only the metric of the cut is that of the new inputs. Damping λ is a multiple
-# of the mean of S's diagonal.
-BETAS = (1.0, 0.75, 0.5, 0.25, 0.0)
+# Candidates for β and γ, as parts of the largest share. With β = 0 only the cut changes: its metric is that of x'.
+BETAS, GAMMAS = (1.0, 0.5, 0.0), (1.0, 0.5)
+# Damping λ, as a multiple of the mean of S's diagonal.
 LAMBDAS = (1e-2, 1e-1, 1e-3)
-# Shares γ of the drift that a layer takes back.
-GAMMAS = (1.0, 0.5)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def correct(
     train: PairedMoments,
     held_out: PairedMoments,
     bias: torch.Tensor | None = None,
+    share: float = 1.0,
 ) -> Correction:
     """Correct one layer, if that lowers its held-out error.
 
@@ -89,15 +93,16 @@ def correct(
         train: moments to fit to.
         held_out: moments to choose by, with ``dense``.
         bias: present bias less the dense layer's (m), if the layer has one: it takes up the difference of the means.
+        share: largest β and γ.
     """
     problem = _Problem(a.double(), b.double(), train, held_out, bias is not None)
     rank = len(current[0]) if isinstance(current, tuple) else None
     moved = None if bias is None else problem.in_span(bias.double())
     before = problem.error(problem.coordinates(current), moved)
     best = stays = Candidate(before, 0.0, LAMBDAS[0], 0.0)
-    for beta in BETAS:
+    for beta in (share * part for part in BETAS):
         best = min(best, problem.candidate(beta, LAMBDAS[0], 0.0, rank), key=_error)
-    for gamma in GAMMAS if train.drift is not None else ():
+    for gamma in (share * part for part in GAMMAS if train.drift is not None):
         best = min(best, problem.candidate(best.beta, LAMBDAS[0], gamma, rank), key=_error)
     for damping in LAMBDAS[1:] if best.beta or best.gamma else ():
         best = min(best, problem.candidate(best.beta, damping, best.gamma, rank), key=_error)

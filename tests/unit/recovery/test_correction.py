@@ -85,6 +85,15 @@ def test_a_low_rank_layer_gets_the_best_factors_of_the_corrected_weight() -> Non
     torch.testing.assert_close(found.b @ found.a, expected.b[:, :3] @ expected.a[:3], rtol=1e-6, atol=1e-8)
 
 
+def test_a_share_limits_beta() -> None:
+    weight, _, _, factors = layer(M, N)
+    train, held_out = moments(*inputs(N), False), moments(*inputs(N, seed=1), True)
+    half, full = (correct(factors.a, factors.b, weight, train, held_out, share=share) for share in (0.5, 1.0))
+    assert half.beta == 0.5 and full.beta == 1
+    # The error is quadratic in β.
+    assert half.after - full.after == pytest.approx((half.before - full.after) / 4, rel=0.02)
+
+
 def test_noise_is_not_believed() -> None:
     weight, _, _, factors = layer(M, N)
     # Eight tokens for seven inputs, and x' = x + noise: any shift measured on them is chance.
