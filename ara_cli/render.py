@@ -63,6 +63,8 @@ def show_allocation(console: Console, view: StageView) -> None:
     console.table(title, headers, rows)
     if (size := results.size) is not None:
         counts = ", ".join(f"{count} layers {bits} bits" for bits, count in size.layers.items())
+        if size.embedding_bits is not None:
+            counts += f", embedding and head {size.embedding_bits} bits"
         whole = f"{bytes_text(size.linear + size.others)} of {bytes_text(size.limit)}"
         console.text(f"{counts}; {whole} after ara quantise, {bytes_text(size.linear)} of them in these layers")
     if results.guard is not None:
@@ -181,8 +183,10 @@ def show_checkpoint(console: Console, view: StageView) -> None:
     ]
     if (rounding := results.rounding) is not None:
         zero_points = " and a zero point" if rounding.zero_points else ""
-        counts = ", ".join(f"{bits} ({count} matrices)" for bits, count in rounding.bits.items())
-        rows.append(("bits per weight", f"{counts}, a scale{zero_points} per {rounding.block} weights"))
+        counts = [f"{bits} ({count} matrices)" for bits, count in rounding.bits.items()]
+        if rounding.embedding_bits is not None:
+            counts.append(f"{rounding.embedding_bits} (embedding and head)")
+        rows.append(("bits per weight", f"{', '.join(counts)}, a scale{zero_points} per {rounding.block} weights"))
         rows.append(("rounding", rounding.method))
         rows.append(("held-out loss", f"{rounding.loss_before:.4f} → {rounding.loss_after:.4f} nats/token"))
     console.table(f"{view.name}", columns("", ""), rows)

@@ -14,6 +14,7 @@ from ara.decomposition.plain import Plain
 from ara.layout_names import DEFAULT_LAYOUT
 from ara.layouts.grid import Grid
 from ara.models.checkpoint import save_checkpoint
+from ara.models.embeddings import find_embeddings
 from ara.models.low_rank import apply_factors
 from ara.models.silence import silence_transformers
 from ara.models.weights import LinearSpec, find_linears
@@ -36,10 +37,12 @@ class Made:
     model: PreTrainedModel
 
 
-def make_checkpoint(root: Path, family: str, layout: Any, grid: Grid | None = None, **changes: Any) -> Made:
+def make_checkpoint(
+    root: Path, family: str, layout: Any, grid: Grid | None = None, embedding: Grid | None = None, **changes: Any
+) -> Made:
     """Save a checkpoint below ``root``: dense where ``layout`` is ``None``, else with low-rank layers.
 
-    The matrices of these layers are rounded to ``grid``, if there is one.
+    The matrices of these layers are rounded to ``grid``, if there is one, and embedding and head to ``embedding``.
     """
     values = {
         key: value
@@ -56,16 +59,17 @@ def make_checkpoint(root: Path, family: str, layout: Any, grid: Grid | None = No
             elif "norm" in name:  # weights of one would hide a norm that lost its own
                 torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.2)
     folder = root / "checkpoint"
-    if layout is None and grid is None:
+    if layout is None and grid is None and embedding is None:
         with silence_transformers():
             model.save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)
         return Made(folder, model)
     linears = find_linears(model)
     ranks = {} if layout is None else _factorise(model, linears, root / "factors.safetensors", layout)
-    rounded = None
-    if grid is not None:
-        rounded = round_model(model, linears, {spec.name: grid for spec in linears}, None, 1, _NoParts(), SILENT)
+    grids = {} if grid is None else dict.fromkeys((spec.name for spec in linears), grid)
+    if embedding is not None:
+        grids |= find_embeddings(model).on(embedding)
+    rounded = round_model(model, linears, grids, None, 1, _NoParts(), SILENT) if grids else None
     stored = DEFAULT_LAYOUT if layout is None else layout
     save_checkpoint(model, tiny_tokenizer(), folder, ranks=ranks, provenance={}, layout=stored, rounded=rounded)
     return Made(folder, model)

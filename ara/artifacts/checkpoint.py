@@ -79,13 +79,14 @@ class RoundingFigures(Part):
     """How ``ara quantise`` rounded a checkpoint; losses on held-out text in nats per token.
 
     Attributes:
-        bits: bits per weight → number of matrices.
+        bits: bits per weight → number of matrices in the decoder blocks.
         block: weights per scale.
         zero_points: whether each block has a zero point.
         method: calibrated or nearest.
         windows, held_out: windows to calibrate with, and to judge by.
         seq_len: tokens per window.
         loss_before, loss_after: negative log-likelihood.
+        embedding_bits: bits per weight of the embedding and the head; ``None`` if they were not rounded.
     """
 
     bits: Mapping[str, Count]
@@ -97,6 +98,13 @@ class RoundingFigures(Part):
     seq_len: Count
     loss_before: Number
     loss_after: Number
+    embedding_bits: Count | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def widths(self) -> str:
+        """All bits per weight in words, such as ``8 and 4``."""
+        embedding = [] if self.embedding_bits is None else [str(self.embedding_bits)]
+        return " and ".join(dict.fromkeys([*self.bits, *embedding]))
 
 
 @dataclass(frozen=True)

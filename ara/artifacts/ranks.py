@@ -79,6 +79,7 @@ class SizeResults(Part):
         linear, others: of the factorised layers, and of all other tensors and headers.
         layers: bits per weight → number of layers.
         block, zero_points: grid of few bits.
+        embedding_bits: bits per weight of the embedding and the head; ``None`` if they are not rounded.
     """
 
     limit: Count
@@ -87,6 +88,7 @@ class SizeResults(Part):
     layers: Mapping[str, Count]
     block: Count
     zero_points: StrictBool
+    embedding_bits: Count | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)

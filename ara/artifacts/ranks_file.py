@@ -12,11 +12,11 @@ from ara import jsonfile
 from ara.artifacts.base import Rank
 from ara.errors import DataError, ProblemsError, near_matches
 from ara.layout_names import DEFAULT_LAYOUT, LAYOUT_NAMES, LayoutName
-from ara.layouts.grid import BITS
+from ara.layouts.grid import BITS, Bits
 from ara.models.weights import LinearSpec
 from ara.solver.problem import DENSE, Allocation, Choice
 
-# Format 2 has a table of bits.
+# Format 2 has a table of bits, or those of the embedding.
 RANKS_FORMAT, WITH_BITS = 1, 2
 RANKS_FILE = "ranks.json"
 _COPY = "copy an allocation's ranks.json and edit its numbers"
@@ -51,13 +51,20 @@ def from_table(
 
 
 def ranks_document(
-    allocation: Allocation, layout: LayoutName, about: Mapping[str, Any], specs: Sequence[LinearSpec]
+    allocation: Allocation,
+    layout: LayoutName,
+    about: Mapping[str, Any],
+    specs: Sequence[LinearSpec],
+    embedding_bits: Bits | None = None,
 ) -> str:
     """Return the text of ``ranks.json``; ``about`` describes its origin and is not read back."""
     own = {spec.name: spec.bits for spec in specs}
     bits = {name: choice.bits for name, choice in allocation.choices.items() if choice.bits != own[name]}
-    document: dict[str, Any] = {"format_version": WITH_BITS if bits else RANKS_FORMAT, "layout": layout}
-    document |= {"about": about, "ranks": ranks_table(allocation), **({"bits": bits} if bits else {})}
+    few: dict[str, Any] = {"bits": bits} if bits else {}
+    if embedding_bits is not None:
+        few["embedding_bits"] = embedding_bits
+    document: dict[str, Any] = {"format_version": WITH_BITS if few else RANKS_FORMAT, "layout": layout}
+    document |= {"about": about, "ranks": ranks_table(allocation), **few}
     return json.dumps(document, indent=1) + "\n"
 
 
@@ -71,6 +78,22 @@ def read_layout(path: Path) -> LayoutName:
     if layout not in LAYOUT_NAMES:
         raise DataError(f"{path} has layout {_shown(layout)}, known are {', '.join(LAYOUT_NAMES)}", _COPY)
     found: LayoutName = layout
+    return found
+
+
+def read_embedding_bits(path: Path) -> Bits | None:
+    """Return the bits of the embedding and the head that a ranks file names; ``None`` if it names none.
+
+    Raises:
+        DataError: missing, not a ranks file, or impossible bits.
+    """
+    document = _read(path)[0]
+    if "embedding_bits" not in document:
+        return None
+    bits = document["embedding_bits"]
+    found = next((known for known in BITS if type(bits) is int and known == bits), None)
+    if found is None:
+        raise DataError(f"{path} has embedding_bits {_shown(bits)}, expected 4 or 8, or none for 16 bits", _COPY)
     return found
 
 
@@ -89,7 +112,7 @@ def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
     problems = [
         f"unknown key {_shown(key)}"
         for key in document
-        if key not in ("format_version", "layout", "about", "ranks", "bits")
+        if key not in ("format_version", "layout", "about", "ranks", "bits", "embedding_bits")
     ]
     problems += [f"{_plain(name)}: named more than once" for name in repeated]
     problems += _problems(document["ranks"], specs)

@@ -9,7 +9,7 @@ from pydantic import Field
 from ara import bounds
 from ara.config.base import Exclude, MaxWindows, Method, MethodValues, PlacementConfig, SeqLen, StageConfig
 from ara.config.flags import Flag
-from ara.config.sizes import SIZE_PATTERN, GridConfig, bytes_in
+from ara.config.sizes import SIZE_PATTERN, EmbeddingBits, GridConfig, bytes_in
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 
 _KEEP = "fraction of the factorised layers' parameters to keep, in (0, 1]"
@@ -75,6 +75,9 @@ class AllocateConfig(SizedConfig):
         min_length=1,
         description="with a size: bits per weight to choose from, separated by commas; 16: as many as the model has "
         "(--exclude '*' leaves all layers dense, so that only their bits are chosen)",
+    )
+    embedding_bits: EmbeddingBits = Field(
+        16, description="with a size: bits per weight of the embedding and the head, 16: as they are"
     )
     method: Method = Field(
         "auto", description="allocator (see ara methods); auto: ara if trained masks exist, else sensitivity"

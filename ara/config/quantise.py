@@ -8,14 +8,21 @@ from pydantic import Field
 
 from ara import bounds
 from ara.config.allocate import TuningConfig
-from ara.config.sizes import GridConfig
+from ara.config.sizes import EmbeddingBits, GridConfig
 
 
 class QuantiseConfig(TuningConfig, GridConfig):
     """``ara quantise``: round the matrices of a compressed checkpoint to few bits."""
 
     bits: Literal[4, 8] | None = Field(
-        None, description="bits per weight of all matrices [default: those that ara allocate --size has chosen]"
+        None,
+        description="bits per weight of all matrices of the decoder blocks [default: those that ara allocate --size "
+        "has chosen]",
+    )
+    embedding_bits: EmbeddingBits | None = Field(
+        None,
+        description="bits per weight of the embedding and the head, 16: as they are [default: those that ara allocate "
+        "--size has set, else 16]",
     )
     method: Literal["calibrated", "nearest"] = Field(
         "calibrated",

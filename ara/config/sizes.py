@@ -8,6 +8,9 @@ from pydantic import Field
 
 from ara.config.base import StageConfig
 
+# Bits of the embedding and the head; 16: they stay as they are.
+EmbeddingBits = Literal[4, 8, 16]
+
 # Few digits, so that the number is exact and finite.
 SIZE_PATTERN = r"^[0-9]{1,6}(\.[0-9]{1,3})?[KMGT]B$"
 
@@ -15,6 +18,11 @@ SIZE_PATTERN = r"^[0-9]{1,6}(\.[0-9]{1,3})?[KMGT]B$"
 def bytes_in(size: str) -> float:
     """Return the bytes of a size that matches :data:`SIZE_PATTERN`; 1KB is 1000 bytes."""
     return float(size[:-2]) * 1000 ** (1 + "KMGT".index(size[-2]))
+
+
+def few_bits(bits: EmbeddingBits) -> Literal[4, 8] | None:
+    """Return the bits to round to; ``None`` for 16."""
+    return None if bits == 16 else bits
 
 
 class GridConfig(StageConfig):

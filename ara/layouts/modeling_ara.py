@@ -14,6 +14,7 @@ in features, ``k`` rank.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 QUANT_METHOD = "ara"
+# Rows of a matrix of few bits that are computed at once; it limits memory.
+_ROWS = 4096
 
 
 class CompressedLinear(nn.Module):
@@ -169,27 +172,89 @@ class PivotedLinear(CompressedLinear):
         return y if self.bias is None else y + self.bias
 
 
-class RoundedLinear(nn.Module):
-    """A matrix of few bits: ``y = W x + bias`` with ``W = (q − z) s``, computed from whole numbers at each pass.
+# Tensors of a matrix of few bits.
+NUMBERS = ("steps", "scales", "zeros")
+
+
+class RoundedMatrix(nn.Module):
+    """A matrix of few bits, ``W = (q − z) s``, stored as whole numbers.
 
     Every ``block`` weights of a row share a scale s and perhaps a zero point z. Numbers and their packing are those of
     ONNX Runtime's MatMulNBits: two 4-bit numbers in a byte, the first one in the lower half.
 
     Attributes:
         since: first version of the checkpoint format that has such matrices.
+        m: rows.
+        n: columns.
         bits: of a weight, 4 or 8.
         block: weights per scale.
-        transposed: whether it replaces a ``Conv1D``.
         steps: q, packed, (m, blocks · block · bits / 8) uint8; the last block of a row is filled up.
         scales: s, (m, blocks) float16, whatever the dtype of the model.
         zeros: z, packed, (m, ⌈blocks · bits / 8⌉) uint8; ``None``: z is the middle of the range, 2^(bits − 1).
-        bias: (m), or ``None``.
     """
 
     since: ClassVar[int] = 3
     steps: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
+
+    def __init__(
+        self, m: int, n: int, bits: int, block: int, zero_points: bool, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.m, self.n, self.bits, self.block = m, n, bits, block
+        blocks = -(-n // block)
+        widths = {"steps": blocks * block * bits // 8, "zeros": -(-blocks * bits // 8) if zero_points else None}
+        for name, width in widths.items():
+            packed = None if width is None else torch.zeros(m, width, dtype=torch.uint8, device=device)
+            self.register_buffer(name, packed)
+        self.register_buffer("scales", torch.zeros(m, blocks, dtype=torch.float16, device=device))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight (m, n) float32, computed at each access."""
+        return self.dense(torch.float32)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight (m, n) in ``dtype``; only some rows at a time are in float32."""
+        found = torch.empty(self.m, self.n, dtype=dtype, device=self.steps.device)
+        for at in range(0, self.m, _ROWS):
+            rows = slice(at, at + _ROWS)
+            zeros = None if self.zeros is None else self.zeros[rows]
+            found[rows] = self._computed(self.steps[rows], self.scales[rows], zeros)
+        return found
+
+    def _computed(self, steps: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+        """Return rows (..., n) float32 from their numbers."""
+        q = unpacked(steps, self.bits).unflatten(-1, (-1, self.block)).float()
+        if zeros is None:
+            q -= 1 << (self.bits - 1)
+        else:
+            q -= unpacked(zeros, self.bits)[..., : scales.shape[-1], None]
+        q *= scales.float()[..., None]
+        return q.flatten(-2)[..., : self.n]
+
+    def extra_repr(self) -> str:
+        """Show shape and bits."""
+        zero_points = "" if self.zeros is None else ", zero points"
+        return f"m={self.m}, n={self.n}, bits={self.bits}, block={self.block}{zero_points}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # A cast of the model must not round the scales once more.
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        return self
+
+
+class RoundedLinear(RoundedMatrix):
+    """A linear layer of few bits: ``y = W x + bias``; W is computed at each pass.
+
+    Attributes:
+        transposed: whether it replaces a ``Conv1D``.
+        bias: (m), or ``None``.
+    """
 
     def __init__(
         self,
@@ -203,45 +268,106 @@ class RoundedLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.bits, self.block = in_features, out_features, bits, block
+        super().__init__(out_features, in_features, bits, block, zero_points, device)
         self.transposed = transposed
-        blocks = -(-in_features // block)
-        widths = {"steps": blocks * block * bits // 8, "zeros": -(-blocks * bits // 8) if zero_points else None}
-        for name, width in widths.items():
-            packed = None if width is None else torch.zeros(out_features, width, dtype=torch.uint8, device=device)
-            self.register_buffer(name, packed)
-        self.register_buffer("scales", torch.zeros(out_features, blocks, dtype=torch.float16, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @property
+    def in_features(self) -> int:
+        """Width n of the input."""
+        return self.n
+
+    @property
+    def out_features(self) -> int:
+        """Width m of the output."""
+        return self.m
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``x`` (..., n) to (..., m)."""
+        return nn.functional.linear(x, self.dense(x.dtype), self.bias)
+
+
+class RoundedEmbedding(RoundedMatrix):
+    """An embedding of few bits: m tokens, n wide. A pass computes the rows of its tokens only.
+
+    Attributes:
+        scale: factor on the rows, as some families have it in their embedding.
+        marker: no number; it has the dtype of the model, in which rows are returned.
+    """
+
+    since = 4
+    marker: torch.Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        block: int,
+        zero_points: bool,
+        scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, bits, block, zero_points, device)
+        self.scale = scale
+        self.register_buffer("marker", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Number m of tokens."""
+        return self.m
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width n of a row."""
+        return self.n
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Map token ids (...) to their rows (..., n), in the dtype of the model."""
+        steps, scales = (nn.functional.embedding(ids, numbers) for numbers in (self.steps, self.scales))
+        zeros = None if self.zeros is None else nn.functional.embedding(ids, self.zeros)
+        return _scaled(self._computed(steps, scales, zeros).to(self.marker.dtype), self.scale)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An ordinary embedding with a factor on its rows, in place of the one that some families have."""
+
+    scale: float
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map token ids (...) to their rows (..., n)."""
+        return _scaled(super().forward(input), self.scale)
+
+
+class TiedHead(nn.Module):
+    """The head of a model whose embedding has few bits and is the head's weight too: it has no numbers of its own.
+
+    Attributes:
+        embedding: of the model; not a part of the head, so that its numbers are stored, moved and counted once.
+        bias: (m), or ``None``.
+    """
+
+    embedding: RoundedEmbedding
+
+    def __init__(self, embedding: RoundedEmbedding, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        vars(self)["embedding"] = embedding
+        self.bias = bias
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight (m, n) float32, computed at each access."""
-        blocks = self.scales.shape[1]
-        q = unpacked(self.steps, self.bits).view(self.out_features, blocks, self.block).float()
-        if self.zeros is None:
-            q -= 1 << (self.bits - 1)
-        else:
-            q -= unpacked(self.zeros, self.bits)[:, :blocks, None]
-        q *= self.scales.float()[..., None]
-        return q.flatten(1)[:, : self.in_features]
+        return self.embedding.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``x`` (..., n) to (..., m)."""
-        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+        """Map hidden states (..., n) to logits (..., m)."""
+        return nn.functional.linear(x, self.embedding.dense(x.dtype), self.bias)
 
-    def extra_repr(self) -> str:
-        """Show shape and bits."""
-        zero_points = "" if self.zeros is None else ", zero points"
-        return f"in={self.in_features}, out={self.out_features}, bits={self.bits}, block={self.block}{zero_points}"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # A cast of the model must not round the scales once more.
-        scales = self.scales
-        super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.scales.device)
-        return self
+def _scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
+    # The factor is rounded to the dtype of the rows first, as those families do.
+    return rows if scale == 1 else rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
 
 
 def packed(numbers: torch.Tensor, bits: int) -> torch.Tensor:
@@ -253,16 +379,16 @@ def packed(numbers: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpacked(stored: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the whole numbers of bytes (m, c): (m, c · 8 / bits) uint8; the inverse of :func:`packed`."""
+    """Return the whole numbers of bytes (..., c): (..., c · 8 / bits) uint8; the inverse of :func:`packed`."""
     if bits == 8:
         return stored
-    return torch.stack([stored & 15, stored >> 4], -1).flatten(1)
+    return torch.stack([stored & 15, stored >> 4], -1).flatten(-2)
 
 
 # Name of a layout → the module of its layers.
 LAYERS: dict[str, type[CompressedLinear]] = {"factors": LowRankLinear, "pivoted": PivotedLinear}
 # A checkpoint of a newer format is refused.
-CHECKPOINT_FORMAT = max(RoundedLinear.since, *(layer.since for layer in LAYERS.values()))
+CHECKPOINT_FORMAT = max(RoundedEmbedding.since, *(layer.since for layer in LAYERS.values()))
 # Bits and lengths of blocks that a rounded matrix may have.
 BITS, BLOCKS = (4, 8), (16, 32, 64, 128, 256)
 
@@ -275,8 +401,9 @@ class AraConfig(QuantizationConfigMixin):
         format_version: of the checkpoint; ``since`` of a layer class is the first version with its layout.
         provenance: how the checkpoint was made; stored, never interpreted.
         layout: how the low-rank layers are stored, a key of ``LAYERS``.
-        rounded: path of a linear layer, or of a part of a low-rank one such as ``….q_proj.A`` → bits, length of blocks,
-            whether there are zero points. All other matrices are floating-point numbers.
+        rounded: path of a linear layer, of a part of a low-rank one such as ``….q_proj.A``, or of the embedding →
+            bits, length of blocks, whether there are zero points. A head that is tied to the embedding has no entry.
+            All other matrices are floating-point numbers.
     """
 
     rounded: dict[str, list[Any]] = {}  # noqa: RUF012 - never changed; the config names it only where there are any
@@ -338,15 +465,16 @@ class AraQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         config = self.quantization_config
         for name, rank in config.ranks.items():
-            layer = _empty_like(_linear(model, name), LAYERS[config.layout], rank)
+            layer = _empty_like(_found(model, name, nn.Linear, Conv1D), LAYERS[config.layout], rank)
             for part in layer.modules():
                 # Some families initialise new layers with code that expects a dense layer, for instance its bias.
                 vars(part)["_is_hf_initialized"] = True
             replace_linear(model, name, layer)
-        for name, rounding in config.rounded.items():
-            empty = _empty_rounded(_linear(model, name), *rounding)
+        kinds = (nn.Linear, Conv1D, nn.Embedding)
+        rounded = {name: rounded_like(_found(model, name, *kinds), *how) for name, how in config.rounded.items()}
+        for empty in rounded.values():
             vars(empty)["_is_hf_initialized"] = True
-            replace_linear(model, name, empty)
+        replace_rounded(model, rounded)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
@@ -370,6 +498,14 @@ class AraQuantizer(HfQuantizer):
         """
         config = self.quantization_config
         return [f"{name}.weight" for name in (sorted(config.ranks) or sorted(config.rounded))[:1]]
+
+    def forget_rounding(self, model: Any) -> None:
+        """Let a later ``save_pretrained`` write the model as it is: matrices of few bits are ordinary ones now."""
+        config = self.quantization_config
+        if not config.ranks:
+            self.remove_quantization_config(model)
+        elif config.rounded:
+            del config.rounded
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return densify(dequantise(model, dtype))
@@ -413,6 +549,29 @@ def replace_linear(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, layer)
 
 
+def replace_rounded(model: Any, rounded: Mapping[str, RoundedMatrix]) -> None:
+    """Replace matrices of a model of transformers by such of few bits.
+
+    A head without an entry that is tied to a rounded embedding becomes a :class:`TiedHead`. transformers no longer ties
+    the two: it would look for weights.
+
+    Args:
+        model: in which matrices are replaced.
+        rounded: path → module in its place.
+    """
+    for name, module in rounded.items():
+        replace_linear(model, name, module)
+    ties = {}
+    for target, source in model.all_tied_weights_keys.items():
+        head, embedding = (key.removesuffix(".weight") for key in (target, source))
+        if head not in rounded and isinstance(shared := rounded.get(embedding), RoundedEmbedding):
+            replace_linear(model, head, TiedHead(shared, model.get_submodule(head).bias))
+        elif not {head, embedding} & rounded.keys():
+            ties[target] = source
+    if len(ties) < len(model.all_tied_weights_keys):
+        model._tied_weights_keys, model.all_tied_weights_keys = ties, dict(ties)
+
+
 def densify(model: nn.Module) -> nn.Module:
     """Replace every compressed layer of ``model`` by an ordinary linear layer with the same weight, in place.
 
@@ -432,10 +591,31 @@ def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dtype: of the new ones; that of the model's parameters by default.
     """
     dtype = dtype or next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    embeddings: dict[RoundedEmbedding, nn.Embedding] = {}
+    heads: dict[str, TiedHead] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, RoundedLinear):
-            replace_linear(model, name, linear_with(module.weight.to(dtype), module.bias, module.transposed))
+            replace_linear(model, name, linear_with(module.dense(dtype), module.bias, module.transposed))
+        elif isinstance(module, RoundedEmbedding):
+            embeddings[module] = embedding_with(module.dense(dtype), module.scale)
+            replace_linear(model, name, embeddings[module])
+        elif isinstance(module, TiedHead):
+            heads[name] = module
+    for name, head in heads.items():
+        replace_linear(model, name, linear_with(embeddings[head.embedding].weight, head.bias, False))
+    if heads:
+        _tie_again(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, AraQuantizer):
+        quantizer.forget_rounding(model)
     return model
+
+
+def _tie_again(model: Any) -> None:
+    """Let transformers tie the weights that the model's class names; :func:`replace_rounded` has taken some out."""
+    del model._tied_weights_keys
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.tie_weights()
 
 
 def register() -> None:
@@ -450,12 +630,12 @@ def _native_class(config: Any) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def _linear(model: nn.Module, name: str) -> Any:
+def _found(model: nn.Module, name: str, *kinds: type[nn.Module]) -> Any:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         module = None
-    if not isinstance(module, (nn.Linear, Conv1D)):
+    if not isinstance(module, kinds):
         found = "nothing" if module is None else type(module).__name__
         raise ValueError(f"the checkpoint compresses {name!r}, but {type(model).__name__} has {found} there")
     return module
@@ -482,10 +662,41 @@ def linear_with(weight: torch.Tensor, bias: torch.Tensor | None, transposed: boo
     return layer
 
 
-def _empty_rounded(linear: Any, bits: int, block: int, zero_points: bool) -> RoundedLinear:
-    weight, bias, transposed = linear.weight, linear.bias, isinstance(linear, Conv1D)
+def embedding_with(weight: torch.Tensor, scale: float) -> nn.Embedding:
+    """Return an ordinary embedding with a weight (m, n) and a factor on its rows."""
+    kind = nn.Embedding if scale == 1 else ScaledEmbedding
+    m, n = weight.shape
+    layer = kind(m, n, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if isinstance(layer, ScaledEmbedding):
+        layer.scale = scale
+    return layer
+
+
+def scale_of(embedding: nn.Embedding) -> float | None:
+    """Return the factor that an embedding applies to its rows; ``None`` if it does something unknown with them."""
+    if type(embedding).forward is nn.Embedding.forward:
+        return 1.0
+    found = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
+    return float(found) if isinstance(found, (int, float)) else None
+
+
+def rounded_like(module: Any, bits: int, block: int, zero_points: bool) -> RoundedMatrix:
+    """Return an empty module of few bits for a linear layer or an embedding, on its device and in its dtype.
+
+    Raises:
+        ValueError: an embedding that does something unknown with its rows.
+    """
+    weight = module.weight
+    if isinstance(module, nn.Embedding):
+        scale = scale_of(module)
+        if scale is None:
+            raise ValueError(f"{type(module).__name__} does more than look up rows and scale them")
+        m, n = weight.shape
+        return RoundedEmbedding(m, n, bits, block, zero_points, scale, weight.device, weight.dtype)
+    bias, transposed = module.bias is not None, isinstance(module, Conv1D)
     n, m = weight.shape if transposed else reversed(weight.shape)
-    return RoundedLinear(n, m, bits, block, zero_points, bias is not None, transposed, weight.device, weight.dtype)
+    return RoundedLinear(n, m, bits, block, zero_points, bias, transposed, weight.device, weight.dtype)
 
 
 def _is_rounding(found: Any) -> bool:

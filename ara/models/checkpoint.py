@@ -17,10 +17,10 @@ from ara.layouts.modeling_ara import (
     LAYERS,
     AraConfig,
     AraQuantizer,
-    RoundedLinear,
+    RoundedMatrix,
     densify,
     dequantise,
-    replace_linear,
+    replace_rounded,
 )
 from ara.models.completeness import check_loaded, stored_tensors, weight_files
 from ara.models.loading import why_not_loaded
@@ -44,7 +44,7 @@ def save_checkpoint(
     ranks: Mapping[str, int],
     provenance: dict[str, Any],
     layout: LayoutName = DEFAULT_LAYOUT,
-    rounded: Mapping[str, RoundedLinear] | None = None,
+    rounded: Mapping[str, RoundedMatrix] | None = None,
     dense: bool = False,
     max_shard_size: str = "5GB",
 ) -> None:
@@ -57,7 +57,7 @@ def save_checkpoint(
         ranks: module path → kept rank of the low-rank layers.
         provenance: stored in ``config.json``.
         layout: of the low-rank layers.
-        rounded: path of a matrix → its module of few bits, which replaces it in ``model``.
+        rounded: path of a matrix → its module of few bits, which replaces it in ``model``. A tied head has none.
         dense: write an ordinary dense checkpoint.
         max_shard_size: largest file, such as ``5GB``.
     """
@@ -65,10 +65,10 @@ def save_checkpoint(
     if dense:
         densify(model)
     elif ranks or rounded:
-        for name, module in (rounded or {}).items():
-            replace_linear(model, name, module)
-        settings = {name: [one.bits, one.block, one.zeros is not None] for name, one in (rounded or {}).items()}
-        since = max(LAYERS[layout].since if ranks else 1, RoundedLinear.since if rounded else 1)
+        modules = rounded or {}
+        replace_rounded(model, modules)
+        settings = {name: [one.bits, one.block, one.zeros is not None] for name, one in modules.items()}
+        since = max(LAYERS[layout].since if ranks else 1, *(one.since for one in modules.values()), 1)
         config = AraConfig(dict(ranks), since, provenance, layout, settings)
         model.config.quantization_config = config
         model.config.auto_map = {"AutoModelForCausalLM": f"{Path(CODE_FILE).stem}.AraForCausalLM"}

@@ -89,6 +89,19 @@ class ModelSource:
             self._gguf.weights_folder(dtype, self._report)
         return replace(self, _report=SILENT)
 
+    def empty_model(self) -> PreTrainedModel:
+        """Return the model without numbers, on the meta device: its modules, their shapes, and which are tied.
+
+        Raises:
+            ModelError: the model's own code fails.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with self._loading("config"), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+        return model
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer.
 

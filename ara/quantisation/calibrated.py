@@ -18,7 +18,7 @@ import torch
 
 from ara.errors import NumericalError
 from ara.layouts.grid import Grid
-from ara.quantisation.nearest import Rounded, fit_scales, nearest
+from ara.quantisation.nearest import Rounded, fit_scales, nearest, per_weight, row_slices
 
 # Share of the mean of G's diagonal that is added to it.
 DAMPING = 0.01
@@ -38,16 +38,35 @@ def round_calibrated(weight: torch.Tensor, moment: torch.Tensor, grid: Grid, dam
     Raises:
         NumericalError: W or G holds NaN or infinity, or a scale does not fit.
     """
-    if not (weight.isfinite().all() and moment.isfinite().all()):
+    # Smallest and largest number are enough: a mask over all weights of a vocabulary would take much memory.
+    if not (torch.stack(weight.aminmax()).isfinite().all() and moment.isfinite().all()):
         raise NumericalError("weights or moments to round with hold NaN or infinity", "compress with --dtype float32")
     # Not weighted by the inputs: a few tokens with massive channels would decide the scales of all others.
     scales, zeros = fit_scales(weight, grid)
     order = moment.diagonal().argsort(descending=True)
     upper = _inverse_factor(moment[order][:, order], damping)
-    block_of = order // grid.block
-    s = scales.float()[:, block_of]
-    z = torch.full_like(s, grid.middle) if zeros is None else zeros.float()[:, block_of]
-    left = weight.float()[:, order]
+    steps = []
+    # Rows do not depend on each other.
+    for rows in row_slices(len(weight)):
+        s, z = per_weight(scales[rows], None if zeros is None else zeros[rows], grid, weight.shape[1])
+        found = _compensated(weight[rows, order].float(), s[:, order], z[:, order], upper, grid)
+        steps.append(found[:, order.argsort()].to(torch.uint8))
+    return Rounded(grid, torch.cat(steps), scales, zeros)
+
+
+def _compensated(left: torch.Tensor, s: torch.Tensor, z: torch.Tensor, upper: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Round column after column, and move the columns that are left.
+
+    Args:
+        left: weights (m, n) float32, columns in the order of rounding; overwritten.
+        s: scale of every weight, (m, n) float32.
+        z: zero point of every weight, (m, n) float32.
+        upper: U, (n, n), see :func:`_inverse_factor`.
+        grid: to round to.
+
+    Returns:
+        Steps (m, n) float32.
+    """
     steps = torch.empty_like(left)
     for start in range(0, left.shape[1], _COLUMNS):
         stop = min(start + _COLUMNS, left.shape[1])
@@ -60,8 +79,7 @@ def round_calibrated(weight: torch.Tensor, moment: torch.Tensor, grid: Grid, dam
             part[column:] -= upper[at, at:stop, None] * error
             errors[column] = error
         left[:, stop:] -= errors.T @ upper[start:stop, stop:]
-    inverse = order.argsort()
-    return Rounded(grid, steps[:, inverse].to(torch.uint8), scales, zeros)
+    return steps
 
 
 def round_product(

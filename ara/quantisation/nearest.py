@@ -13,7 +13,7 @@ from ara.layouts.grid import Grid
 _SHARES = tuple(1 - 0.05 * step for step in range(9))
 # Largest share of the squared weights that scales below the smallest number of their type may turn into zeros.
 _LOST = 1e-8
-# Rows that are fitted at once; it limits memory.
+# Rows that are rounded at once; it limits memory. A vocabulary has hundreds of thousands.
 _ROWS = 2048
 
 
@@ -40,9 +40,7 @@ class Rounded:
 
 def dequantised(steps: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, grid: Grid) -> torch.Tensor:
     """Return ``(steps − zeros) · scales`` as float32, of the shape (m, n) of ``steps``."""
-    n = steps.shape[1]
-    s = scales.float().repeat_interleave(grid.block, 1)[:, :n]
-    z = grid.middle if zeros is None else zeros.float().repeat_interleave(grid.block, 1)[:, :n]
+    s, z = per_weight(scales, zeros, grid, steps.shape[1])
     return (steps.float() - z) * s
 
 
@@ -62,33 +60,48 @@ def fit_scales(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Te
     found = [_fit(part, grid) for part in weight.split(_ROWS)]
     scales, zeros = (torch.cat([one[place] for one in found]) for place in (0, 1))
     # A block of tiny weights may become zero, as long as it hardly counts beside the others.
-    zero = (scales == 0).repeat_interleave(grid.block, 1)[:, : weight.shape[1]]
-    squares = weight.double().square()
-    if float(squares[zero].sum()) > _LOST * float(squares.sum()):
+    squares = [_squares(part, one[0], grid) for part, one in zip(weight.split(_ROWS), found, strict=True)]
+    lost, total = (sum(one[place] for one in squares) for place in (0, 1))
+    if lost > _LOST * total:
         raise _beyond(grid)
     return scales, zeros if grid.zero_points else None
+
+
+def _squares(weight: torch.Tensor, scales: torch.Tensor, grid: Grid) -> tuple[float, float]:
+    """Return the sum of squared weights in blocks with a scale of zero, and of all."""
+    squares = weight.double().square()
+    zero = (scales == 0).repeat_interleave(grid.block, 1)[:, : weight.shape[1]]
+    return float(squares[zero].sum()), float(squares.sum())
 
 
 def round_to_nearest(weight: torch.Tensor, grid: Grid) -> Rounded:
     """Round every weight of (m, n) for itself; see :func:`fit_scales`."""
     scales, zeros = fit_scales(weight, grid)
-    n = weight.shape[1]
-    parts = []
-    for rows, s, z in zip(weight.split(_ROWS), scales.split(_ROWS), _split(zeros, scales), strict=True):
-        wide_s = s.float().repeat_interleave(grid.block, 1)[:, :n]
-        wide_z = grid.middle if z is None else z.float().repeat_interleave(grid.block, 1)[:, :n]
-        parts.append(nearest(rows.float(), wide_s, wide_z, grid))
-    return Rounded(grid, torch.cat(parts).to(torch.uint8), scales, zeros)
+    steps = []
+    for rows in row_slices(len(weight)):
+        s, z = per_weight(scales[rows], None if zeros is None else zeros[rows], grid, weight.shape[1])
+        steps.append(nearest(weight[rows].float(), s, z, grid).to(torch.uint8))
+    return Rounded(grid, torch.cat(steps), scales, zeros)
 
 
-def nearest(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | int, grid: Grid) -> torch.Tensor:
+def row_slices(m: int) -> list[slice]:
+    """Return slices of m rows that are rounded one after the other."""
+    return [slice(at, at + _ROWS) for at in range(0, m, _ROWS)]
+
+
+def per_weight(
+    scales: torch.Tensor, zeros: torch.Tensor | None, grid: Grid, n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and zero point of every weight, both (m, n) float32, from those of the blocks (m, blocks)."""
+    s = scales.float().repeat_interleave(grid.block, 1)[:, :n]
+    z = torch.full_like(s, grid.middle) if zeros is None else zeros.float().repeat_interleave(grid.block, 1)[:, :n]
+    return s, z
+
+
+def nearest(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Return the nearest steps, float32; scales and zeros are broadcast to the weight, a scale of 0 gives zeros."""
     divisor = torch.where(scales == 0, torch.ones_like(scales), scales)
     return weight.div(divisor).round_().add_(zeros).clamp_(0, grid.last)
-
-
-def _split(zeros: torch.Tensor | None, scales: torch.Tensor) -> list[torch.Tensor | None]:
-    return list(zeros.split(_ROWS)) if zeros is not None else [None] * len(scales.split(_ROWS))
 
 
 def _fit(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,14 +1,15 @@
 """Rounds the matrices of a model in the order of its computation, each to the inputs that it really gets.
 
-Block by block, and in a block through the groups of layers with the same input. The inputs are those of the model whose
-earlier matrices are rounded already. The dense model is not needed: what is rounded is the weight as it is.
+The embedding first, then block by block, and in a block through the groups of layers with the same input, and the head
+last. The inputs are those of the model whose earlier matrices are rounded already. The dense model is not needed: what
+is rounded is the weight as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -16,12 +17,18 @@ from torch import nn
 
 from ara.calibration.moments import InputAccumulator, averages, input_groups
 from ara.layouts.grid import Grid
-from ara.layouts.modeling_ara import CompressedLinear, RoundedLinear, linear_with, packed, replace_linear
+from ara.layouts.modeling_ara import CompressedLinear, RoundedMatrix
 from ara.models.blocks import Stream, independent_starts
-from ara.models.weights import LinearSpec, WeightRef, bias_of, find_blocks
+from ara.models.embeddings import Embeddings, find_embeddings
+from ara.models.weights import LinearSpec, WeightRef, find_blocks
 from ara.progress import SILENT, Reporter
 from ara.quantisation.calibrated import round_calibrated, round_product
+from ara.quantisation.embeddings import round_head
 from ara.quantisation.nearest import Rounded, round_to_nearest
+from ara.quantisation.storing import named, numbers_at, numbers_of, put_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Parts(Protocol):
@@ -43,20 +50,21 @@ def matrices_of(model: nn.Module, spec: LinearSpec) -> list[str]:
 
 
 def round_model(
-    model: nn.Module,
+    model: PreTrainedModel,
     specs: Sequence[LinearSpec],
     grids: Mapping[str, Grid],
     windows: torch.Tensor | None,
     batch_size: int,
     parts: Parts,
     report: Reporter = SILENT,
-) -> dict[str, RoundedLinear]:
-    """Round layers of a model in place; afterwards it computes with the rounded numbers, in its own dtype.
+) -> dict[str, RoundedMatrix]:
+    """Round matrices of a model in place; afterwards it computes with the rounded numbers, in its own dtype.
 
     Args:
         model: a causal language model in evaluation mode, dense or compressed.
         specs: its linear layers.
-        grids: name of a layer → grid; the other layers stay.
+        grids: name of a layer, or path of the embedding and of a head that is not tied to it → grid; all other matrices
+            stay.
         windows: token ids (w, t) int64 to calibrate with; ``None`` rounds every number to the nearest one.
         batch_size: windows per pass.
         parts: finished blocks of an interrupted run.
@@ -68,44 +76,81 @@ def round_model(
     Raises:
         NumericalError: weights or inputs hold NaN or infinity, or a scale is beyond float16.
     """
-    blocks = find_blocks(model)[1]
-    device = next(model.parameters()).device
     wanted = [spec for spec in specs if spec.name in grids]
-    found: dict[str, RoundedLinear] = {}
-    if windows is None:
+    ends = find_embeddings(model) if len(grids) > len(wanted) else None
+    found: dict[str, RoundedMatrix] = {}
+    if ends is not None and not ends.tied:
+        path, grid = ends.embedding, grids[ends.embedding]
+        found |= put_in(model, path, numbers_of(round_to_nearest(WeightRef(path).read(model), grid)), grid)
+    stream = None if windows is None else _stream(model, windows, batch_size)
+    if stream is None:
         for spec in wanted:
             found |= _round(model, spec, grids[spec.name], None)
-        return found
-    first = windows[:1].to(device)
-    groups = input_groups(model, wanted, first)
+    else:
+        found |= _round_blocks(stream, wanted, grids, parts, report)
+    if ends is not None:
+        found |= _round_head(model, ends, grids[ends.matrices[-1]], stream, parts)
+    return found
+
+
+def _stream(model: nn.Module, windows: torch.Tensor, batch_size: int) -> Stream:
+    blocks, first = find_blocks(model)[1], windows[:1].to(next(model.parameters()).device)
     independent = len(independent_starts(model, first, range(1, len(blocks)))) == len(blocks) - 1
-    stream = Stream(model, windows, batch_size, independent)
-    with report.bar("Rounding blocks", len(blocks)) as bar:
-        for layer in range(len(blocks)):
+    return Stream(model, windows, batch_size, independent)
+
+
+def _round_blocks(
+    stream: Stream, wanted: Sequence[LinearSpec], grids: Mapping[str, Grid], parts: Parts, report: Reporter
+) -> dict[str, RoundedMatrix]:
+    """Round the layers of all blocks; the stream then is at the last block."""
+    model, blocks = stream.model, len(stream.blocks)
+    groups = input_groups(model, wanted, stream.batches[0][:1].to(next(model.parameters()).device))
+    found: dict[str, RoundedMatrix] = {}
+    with report.bar("Rounding blocks", blocks) as bar:
+        for layer in range(blocks):
             name = f"block-{layer:03d}"
-            file = parts.part(name)
-            stored = load_file(file) if file is not None else {}
-            done: dict[str, RoundedLinear] = {}
+            stored = _stored(parts, name)
+            done: dict[str, RoundedMatrix] = {}
             for group in groups.get(layer, []):
-                moment = None if file is not None else _moment(stream, group[0])
+                leader = group[0]
+                moment = None if stored else _moment(stream, leader.weight.owner(model), leader.n, leader.name)
                 for spec in group:
                     done |= _round(model, spec, grids[spec.name], moment, stored)
-            if file is None and done:
-                parts.finish_part(name, _named(done))
+            if done and not stored:
+                parts.finish_part(name, named(done))
             found |= done
-            if layer + 1 < len(blocks):
+            if layer + 1 < blocks:
                 stream.advance(stream.outputs())
             bar.advance()
     return found
 
 
-def _moment(stream: Stream, leader: LinearSpec) -> torch.Tensor:
-    """Return the second moment (n, n) of the inputs of a group."""
-    module = leader.weight.owner(stream.model)
-    sums = InputAccumulator(leader.n, next(stream.model.parameters()).device)
+def _round_head(
+    model: nn.Module, ends: Embeddings, grid: Grid, stream: Stream | None, parts: Parts
+) -> dict[str, RoundedMatrix]:
+    """Round the head, on the inputs that the last block gives now."""
+    path, name = ends.matrices[-1], "head"
+    if stored := _stored(parts, name):
+        return put_in(model, path, numbers_at(path, stored), grid)
+    moment = None if stream is None else _moment(stream, model.get_submodule(ends.head), ends.n, ends.head)
+    rounded = round_head(WeightRef(path).read(model), ends, grid, moment)
+    found = put_in(model, path, numbers_of(rounded), grid)
+    parts.finish_part(name, named(found))
+    return found
+
+
+def _stored(parts: Parts, name: str) -> dict[str, torch.Tensor]:
+    """Return the numbers of a finished part; none if it is not finished."""
+    file = parts.part(name)
+    return {} if file is None else load_file(file)
+
+
+def _moment(stream: Stream, module: nn.Module, n: int, name: str) -> torch.Tensor:
+    """Return the second moment (n, n) of the inputs of a module in the current block, or after the last one."""
+    sums = InputAccumulator(n, next(stream.model.parameters()).device)
     for index in range(len(stream.batches)):
         sums.add(stream.input_of(index, module))
-    return averages({leader.name: sums}, "inputs of")[leader.name].second_moment
+    return averages({name: sums}, "inputs of")[name].second_moment
 
 
 def _round(
@@ -114,51 +159,22 @@ def _round(
     grid: Grid,
     moment: torch.Tensor | None,
     stored: Mapping[str, torch.Tensor] | None = None,
-) -> dict[str, RoundedLinear]:
+) -> dict[str, RoundedMatrix]:
     """Round the matrices of one layer, or take them from a finished block, and put the numbers into the model."""
     paths = matrices_of(model, spec)
-    modules = [model.get_submodule(path) for path in paths]
     weights = [WeightRef(path).read(model) for path in paths]
-    results: Sequence[Rounded | None]
+    rounded: Sequence[Rounded]
     if stored:
-        results = [None] * len(paths)
-    elif moment is None:
-        results = [round_to_nearest(weight, grid) for weight in weights]
-    elif len(weights) == 2:
-        results = round_product(weights[0], weights[1], moment, grid)
+        numbers = [numbers_at(path, stored) for path in paths]
     else:
-        results = [round_calibrated(weights[0], moment, grid)]
-    found = {}
-    for path, module, weight, result in zip(paths, modules, weights, results, strict=True):
-        transposed = type(module).__name__ == "Conv1D"
-        m, n = weight.shape
-        bias = bias_of(module)
-        one = RoundedLinear(n, m, grid.bits, grid.block, grid.zero_points, bias is not None, transposed)
-        if result is not None:
-            one.load_state_dict(numbers_of(result), strict=False, assign=True)
-        elif stored is not None:
-            numbers = {key: stored[f"{path}.{key}"] for key, _ in one.named_buffers()}
-            one.load_state_dict(numbers, strict=False, assign=True)
-        if bias is not None:
-            one.bias = nn.Parameter(bias, requires_grad=False)
-        replace_linear(model, path, linear_with(one.weight.to(weight), bias, transposed))
-        found[path] = one
+        if moment is None:
+            rounded = [round_to_nearest(weight, grid) for weight in weights]
+        elif len(weights) == 2:
+            rounded = round_product(weights[0], weights[1], moment, grid)
+        else:
+            rounded = [round_calibrated(weights[0], moment, grid)]
+        numbers = [numbers_of(one) for one in rounded]
+    found: dict[str, RoundedMatrix] = {}
+    for path, one in zip(paths, numbers, strict=True):
+        found |= put_in(model, path, one, grid)
     return found
-
-
-def numbers_of(rounded: Rounded) -> dict[str, torch.Tensor]:
-    """Return the tensors of :class:`RoundedLinear` for a rounded weight, on the CPU."""
-    grid = rounded.grid
-    m, n = rounded.steps.shape
-    # The last block is padded with steps that decode to zero.
-    zero = torch.full((m, 1), grid.middle) if rounded.zeros is None else rounded.zeros[:, -1:]
-    missing = grid.blocks(n) * grid.block - n
-    full = torch.cat([rounded.steps, zero.to(rounded.steps).expand(m, missing)], 1)
-    found = {"steps": packed(full, grid.bits), "scales": rounded.scales}
-    if rounded.zeros is not None:
-        found["zeros"] = packed(rounded.zeros, grid.bits)
-    return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
-
-
-def _named(modules: Mapping[str, RoundedLinear]) -> dict[str, torch.Tensor]:
-    return {f"{path}.{key}": value for path, one in modules.items() for key, value in one.named_buffers()}

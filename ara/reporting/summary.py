@@ -207,10 +207,13 @@ def rounding_words(rounding: RoundingFigures) -> str:
     """Return how a checkpoint was rounded, in sentences."""
     how = "each one for itself" if rounding.method == "nearest" else f"calibrated on {rounding.windows} windows of text"
     zero_points = "a zero point" if rounding.zero_points else "no zero point"
-    counts = ", ".join(f"{count} matrices have {bits} bits per weight" for bits, count in rounding.bits.items())
+    counts = [f"{count} matrices have {bits} bits per weight" for bits, count in rounding.bits.items()]
+    if rounding.embedding_bits is not None:
+        counts.append(f"the embedding and the head have {rounding.embedding_bits} bits per weight")
+    which = ", ".join(counts)
     return (
-        f"{counts}, with a scale and {zero_points} per {rounding.block} weights; rounding was {how}. On "
-        f"{rounding.held_out} held-out windows the loss went from {rounding.loss_before:.4f} to "
+        f"{which[0].upper()}{which[1:]}, with a scale and {zero_points} per {rounding.block} weights; "
+        f"rounding was {how}. On {rounding.held_out} held-out windows the loss went from {rounding.loss_before:.4f} to "
         f"{rounding.loss_after:.4f} nats per token."
     )
 

@@ -13,9 +13,9 @@ from ara.allocation.guard import Verdict, compare_candidates
 from ara.allocation.uniform import Uniform
 from ara.artifacts.factors import FactorsResults, specs_of
 from ara.artifacts.ranks import GuardResults, KindRanks, RanksResults
-from ara.artifacts.ranks_file import RANKS_FILE, ranks_document, read_layout, read_ranks
+from ara.artifacts.ranks_file import RANKS_FILE, ranks_document, read_embedding_bits, read_layout, read_ranks
 from ara.config import AllocateConfig, BudgetConfig, TuningConfig, method_options
-from ara.config.sizes import GridConfig
+from ara.config.sizes import GridConfig, few_bits
 from ara.errors import UsageError, WorkspaceError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.weights import LinearSpec, matching
@@ -103,7 +103,8 @@ def allocate(
             about = {"method": "file" if ranks else config.method}
             left = ("kinds", "guard", "size")
             about.update({key: value for key, value in results.plain().items() if key not in left})
-            document = ranks_document(allocation, config.layout, about, specs)
+            embedding_bits = read_embedding_bits(ranks) if ranks else few_bits(config.embedding_bits)
+            document = ranks_document(allocation, config.layout, about, specs, embedding_bits)
             (stage.folder / RANKS_FILE).write_text(document, encoding="utf-8")
             guard = GuardResults.of(verdict.winner, verdict.held_out, verdict.stderr) if verdict else None
             replace(results, guard=guard).write(stage)
@@ -144,7 +145,7 @@ def _needs_model(config: AllocateConfig) -> bool:
 def _recorded(config: AllocateConfig, ranks: Path | None) -> dict[str, Any]:
     """Return the settings for the manifest; those of the tuning context only if the method uses the model."""
     # Without a size these settings mean nothing, and results of earlier versions have none.
-    sized = {*GridConfig.model_fields, *SIZES, "bits"}
+    sized = {*GridConfig.model_fields, *SIZES, "bits", "embedding_bits"}
     left = sized if not config.asked_sizes else {name for name in SIZES if getattr(config, name) is None}
     values = config.model_dump(mode="json", exclude=left)
     if ranks is None and _needs_model(config):

@@ -14,10 +14,12 @@ from ara.artifacts.factors import FactorsResults, specs_of
 from ara.artifacts.ranks import SizeResults
 from ara.config import AllocateConfig
 from ara.config.allocate import SizedConfig
+from ara.config.sizes import few_bits
 from ara.errors import UsageError
 from ara.layouts.grid import BITS, Grid
+from ara.models.embeddings import find_embeddings
 from ara.solver.problem import Allocation
-from ara.stages.common import Run
+from ara.stages.common import Run, model_of
 from ara.stages.modules import load_modules
 from ara.stages.tuning import open_tuning_context
 from ara.workspace.store import Workspace
@@ -47,7 +49,7 @@ def allocate_bytes(
         UsageError: the size is too small.
     """
     limit = config.limit_bytes(FactorsResults.read(decomposition).model_parameters)
-    others = other_bytes(decomposition)
+    others = other_bytes(decomposition) - _saved_bytes(config, decomposition, run)
     check_room(limit, others, config.asked_sizes[0])
     sized = open_sized_allocator(config, config.bits, decomposition, workspace, run)
     chosen, verdict = sized.best(limit - others, config.bits), None
@@ -62,7 +64,15 @@ def allocate_bytes(
             )
         chosen = candidates[verdict.winner]
     counts = Counter(str(choice.bits) for choice in chosen.choices.values())
-    size = SizeResults(limit, chosen.cost, others, dict(sorted(counts.items())), config.block, config.zero_points)
+    size = SizeResults(
+        limit=limit,
+        linear=chosen.cost,
+        others=others,
+        layers=dict(sorted(counts.items())),
+        block=config.block,
+        zero_points=config.zero_points,
+        embedding_bits=few_bits(config.embedding_bits),
+    )
     return chosen, verdict, size
 
 
@@ -149,3 +159,18 @@ def other_bytes(decomposition: StageView) -> int:
     results, specs = FactorsResults.read(decomposition), specs_of(decomposition)
     parameters = results.model_parameters - results.linear_parameters
     return parameters * specs[0].bits // 8 + _HEADER * _TENSORS * len(specs)
+
+
+def _saved_bytes(config: AllocateConfig, decomposition: StageView, run: Run) -> int:
+    """Return by how many bytes the embedding and the head become smaller.
+
+    Raises:
+        UnsupportedModelError: they cannot be rounded.
+        UsageError: a block is longer than a row.
+    """
+    bits = few_bits(config.embedding_bits)
+    if bits is None:
+        return 0
+    embeddings = find_embeddings(model_of(decomposition, run).empty_model())
+    dense = embeddings.parameters * specs_of(decomposition)[0].bits // 8
+    return dense - embeddings.stored_bytes(Grid(bits, config.block, config.zero_points))

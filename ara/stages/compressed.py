@@ -27,7 +27,7 @@ from ara.workspace.writer import StageWriter
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ara.layouts.modeling_ara import RoundedLinear
+    from ara.layouts.modeling_ara import RoundedMatrix
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Compressed:
         stage: StageWriter,
         run: Run,
         how: Mapping[str, Any],
-        rounded: Mapping[str, RoundedLinear] | None = None,
+        rounded: Mapping[str, RoundedMatrix] | None = None,
         **figures: Any,
     ) -> None:
         """Store the changed model as the checkpoint of a stage, in the dtype of this one.
@@ -121,7 +121,7 @@ def require_compressed(workspace: Workspace, name: str | None, not_by: Sequence[
         )
     if results.rounding is not None:
         raise UsageError(
-            f"{view.key} is rounded to {' and '.join(results.rounding.bits)} bits",
+            f"{view.key} is rounded to {results.rounding.widths} bits",
             f"{verb} the checkpoint that it was made from",
         )
     ranks = workspace.ancestor(view, "ranks")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,17 +13,20 @@ import torch
 from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults, CheckpointSettings, RoundingFigures
 from ara.artifacts.factors import FactorsSettings, specs_of
 from ara.artifacts.ranks import RanksResults, layout_of, read_allocation
+from ara.artifacts.ranks_file import RANKS_FILE, read_embedding_bits
 from ara.config import QuantiseConfig
+from ara.config.sizes import few_bits
 from ara.data.tokens import TokenWindows
 from ara.environment import keep_freed_memory
 from ara.errors import NumericalError, UsageError
-from ara.layouts.grid import BITS, Grid
+from ara.layouts.grid import BITS, Bits, Grid
 from ara.models.accounting import weight_bytes
 from ara.models.checkpoint import checkpoint_bytes, load, save_checkpoint
+from ara.models.embeddings import find_embeddings
 from ara.models.likelihood import window_nll
 from ara.models.low_rank import low_rank_layers
 from ara.models.placement import torch_dtype
-from ara.models.weights import LinearSpec
+from ara.models.weights import LinearSpec, find_blocks
 from ara.quantisation.sequential import Parts, round_model
 from ara.stages.common import Run, begin, model_of, open_task, window_reader
 from ara.stages.truncate import finish_checkpoint, provenance
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None, name: str | None = None) -> StageView:
     """Round a checkpoint to few bits, and store the result as a further checkpoint.
 
-    Embeddings, the head, norms and biases stay as they are.
+    Norms, biases and positions stay as they are, and the embedding and the head unless they have bits of their own.
 
     Args:
         config: bits, length of blocks, method, calibration windows.
@@ -66,15 +69,14 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
         assert decomposition.manifest is not None and chosen.manifest is not None
         layout = layout_of(chosen)
         specs = specs_of(decomposition, layout)
-        grids = _grids(config, chosen, specs)
-        widths = sorted({grid.bits for grid in grids.values()})
-        run.report.step(f"Rounding {before.key} to {' and '.join(map(str, widths))} bits")
+        plan = _plan(config, chosen, specs)
+        run.report.step(f"Rounding {before.key}: {plan}")
         resolved = placed(config, run)
         if resolved.method == "nearest":
             # Nothing is read to calibrate with.
             resolved = resolved.model_copy(update={"samples": QuantiseConfig.model_fields["samples"].default})
         task.describe(
-            name or f"{before.name}-{'rounded' if config.bits is None else f'int{config.bits}'}",
+            name or _name(before.name, config),
             {**resolved.model_dump(mode="json"), "dtype": CheckpointSettings.read(before).dtype}
             | {"compute_dtype": resolved.dtype},
             (before, decomposition),
@@ -88,6 +90,7 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
             if resolved.device == "cpu":
                 keep_freed_memory()
             model = load(before.path / CHECKPOINT, resolved.device, resolved.dtype)
+            grids = plan.grids(model)
             first = _loss(model, held.ids, config.batch_size, run)
             rounded = round_model(
                 model,
@@ -106,18 +109,19 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
                     f"allowed are {config.tolerance:g}",
                     "use --bits 8, a smaller --block, or a larger --tolerance",
                 )
-            any_grid = next(iter(grids.values()))
-            counts = Counter(str(one.bits) for one in rounded.values())
+            blocks = find_blocks(model)[0]
+            counts = Counter(str(one.bits) for path, one in rounded.items() if path.startswith(f"{blocks}."))
             found = RoundingFigures(
                 bits=dict(sorted(counts.items())),
-                block=any_grid.block,
-                zero_points=any_grid.zero_points,
+                block=plan.block,
+                zero_points=plan.zero_points,
                 method=config.method,
                 windows=train.windows if config.method == "calibrated" else 0,
                 held_out=held.windows,
                 seq_len=held.ids.shape[1],
                 loss_before=first,
                 loss_after=after,
+                embedding_bits=plan.embedding_bits,
             )
             dtype = CheckpointSettings.read(before).dtype
             model.to(torch_dtype(dtype))
@@ -138,26 +142,71 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
         return task.view()
 
 
-def _grids(config: QuantiseConfig, chosen: StageView, specs: Sequence[LinearSpec]) -> dict[str, Grid]:
-    """Return the grid of every layer that is rounded: one for all, or those that the allocation has chosen.
+@dataclass(frozen=True)
+class _Plan:
+    """What is rounded to how many bits.
+
+    Attributes:
+        layers: path of a factorised layer → bits; layers without an entry stay.
+        embedding_bits: of the embedding and the head; ``None``: they stay.
+        block, zero_points: of all grids.
+    """
+
+    layers: Mapping[str, Bits]
+    embedding_bits: Bits | None
+    block: int
+    zero_points: bool
+
+    def __str__(self) -> str:
+        widths = " and ".join(map(str, sorted(set(self.layers.values()))))
+        layers = [f"layers to {widths} bits"] if widths else []
+        ends = [f"embedding and head to {self.embedding_bits} bits"] if self.embedding_bits else []
+        return ", ".join(layers + ends)
+
+    def grids(self, model: PreTrainedModel) -> dict[str, Grid]:
+        """Return path of a layer, of the embedding or of the head → grid.
+
+        Raises:
+            UnsupportedModelError: embedding and head of the model cannot be rounded.
+            UsageError: a block is longer than a row of the embedding.
+        """
+        found = {name: Grid(bits, self.block, self.zero_points) for name, bits in self.layers.items()}
+        if self.embedding_bits is not None:
+            found |= find_embeddings(model).on(Grid(self.embedding_bits, self.block, self.zero_points))
+        return found
+
+
+def _plan(config: QuantiseConfig, chosen: StageView, specs: Sequence[LinearSpec]) -> _Plan:
+    """Return the bits that the config names; where it names none, those that the allocation has chosen.
 
     Raises:
-        UsageError: it has chosen none.
+        UsageError: nothing is rounded.
     """
+    layers: dict[str, Bits]
+    block: int = config.block
+    zero_points = config.zero_points
     if config.bits is not None:
-        return {spec.name: Grid(config.bits, config.block, config.zero_points) for spec in specs}
-    size = RanksResults.read(chosen).size
-    block, zero_points = (config.block, config.zero_points) if size is None else (size.block, size.zero_points)
-    choices = read_allocation(chosen, specs).choices
-    found = {
-        name: Grid(bits, block, zero_points) for name, choice in choices.items() for bits in BITS if choice.bits == bits
-    }
-    if not found:
+        layers = dict.fromkeys((spec.name for spec in specs), config.bits)
+    else:
+        choices = read_allocation(chosen, specs).choices
+        layers = {name: bits for name, choice in choices.items() for bits in BITS if choice.bits == bits}
+        if (size := RanksResults.read(chosen).size) is not None:
+            block, zero_points = size.block, size.zero_points
+    asked = config.embedding_bits
+    bits = read_embedding_bits(chosen.path / RANKS_FILE) if asked is None else few_bits(asked)
+    if not layers and bits is None:
         raise UsageError(
             f"{chosen.key} gives no layer 4 or 8 bits",
             "say how many: --bits 8; or choose them: ara allocate --size 90MB",
         )
-    return found
+    return _Plan(layers, bits, block, zero_points)
+
+
+def _name(before: str, config: QuantiseConfig) -> str:
+    """Return a name such as ``energy-0.80-int4-embedding8``."""
+    embedding = [] if config.embedding_bits is None else [f"embedding{config.embedding_bits}"]
+    layers = [f"int{config.bits}"] if config.bits is not None else [] if embedding else ["rounded"]
+    return "-".join([before, *layers, *embedding])
 
 
 class _Parts(Parts):

@@ -20,7 +20,8 @@ def command(
 ) -> None:
     """Round the matrices of a compressed checkpoint to few bits and write a further one.
 
-    Rounding errors of one weight are made up for by others, on calibration text. Embeddings and the head stay.
+    Rounding errors of one weight are made up for by others, on calibration text. Embedding and head stay, unless they
+    get bits of their own.
     """
     from ara.stages.quantise import quantise
     from ara_cli.render import show_checkpoint, show_end

@@ -21,6 +21,8 @@ from export.onnx.linear_nodes import TORCH_TYPES, GraphOptions, LinearNodes
 from export.onnx.nodes import CONTRIB
 from export.onnx.stored_weights import Checkpoint
 
+_EMBEDDING = "model.embed_tokens"
+
 
 def build(checkpoint: Checkpoint, decoder: Decoder, options: GraphOptions) -> ir.Model:
     """Return the graph of a checkpoint; its weights are read when it is saved.
@@ -50,9 +52,7 @@ class _Builder(LinearNodes):
             self.constant("rotary.cos", cos.to(TORCH_TYPES[self.float]).numpy()),
             self.constant("rotary.sin", sin.to(TORCH_TYPES[self.float]).numpy()),
         ]
-        embedding = "model.embed_tokens.weight"
-        table = self.weight(self.checkpoint.expect(embedding, decoder.vocabulary, decoder.hidden))
-        stream = self.op("Gather", [table, ids], "model.embed_tokens")
+        stream = self.lookup(ids, _EMBEDDING, decoder.vocabulary, decoder.hidden)
         if decoder.embedding_scale != 1:
             scale = self.constant("model.embed_tokens.scale", self._array(torch.tensor(decoder.embedding_scale)))
             stream = self.op("Mul", [stream, scale], "model.embed_tokens.scaled")
@@ -68,7 +68,7 @@ class _Builder(LinearNodes):
         normed, _ = self._norm(stream, delta, "model.norm")
         if self.options.last_logits:
             normed = self.op("Slice", [normed, *self.ints([-1], [2**31], [1])], "last_position")
-        logits = self._head(normed, table)
+        logits = self._head(normed)
         for value, name, kind, shape in [
             (logits, "logits", self.float, ["b", 1 if self.options.last_logits else "s", decoder.vocabulary]),
             *(
@@ -90,14 +90,15 @@ class _Builder(LinearNodes):
                 "the model has parts that export/onnx/graph.py does not know: it cannot be exported",
             )
 
-    def _head(self, x: ir.Value, table: ir.Value) -> ir.Value:
+    def _head(self, x: ir.Value) -> ir.Value:
         """Return the logits. A tied head multiplies by the embedding, which is stored once."""
         # A stored head is used even if the config says that it is tied, as transformers does.
         if not self.decoder.tied or self.checkpoint.has("lm_head.weight"):
             return self.linear(x, self._layer("lm_head", self.decoder.vocabulary, self.decoder.hidden))
-        if self.options.precision == "int8":
-            return self._matmul(x, "lm_head", "model.embed_tokens.weight")
-        return self.op("FusedMatMul", [x, table], "lm_head", {"transB": 1}, domain=CONTRIB)
+        weight = f"{_EMBEDDING}.weight"
+        if self.options.precision == "int8" or _EMBEDDING in self.checkpoint.rounded:
+            return self._matmul(x, "lm_head", weight)
+        return self.op("FusedMatMul", [x, self.weight(weight)], "lm_head", {"transB": 1}, domain=CONTRIB)
 
     # -- parts of a block ---------------------------------------------------------------------------------------
 

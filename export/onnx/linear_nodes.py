@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 
 from ara.errors import NumericalError
+from ara.layouts.modeling_ara import NUMBERS
 from export.onnx.export_report import Precision, Provider
 from export.onnx.low_rank import NODES, LowRankGraph
 from export.onnx.nodes import CONTRIB
@@ -126,32 +127,88 @@ class LinearNodes(LowRankGraph):
 
     def _matmul_rounded(self, x: ir.Value, path: str, names: Sequence[str], rounding: Rounding) -> ir.Value:
         """Multiply by weights that the checkpoint stores in few bits, all in the same way, as they are stored."""
-        bits, block, zero_points = rounding
         shapes = [self.checkpoint.shape(name) for name in names]
         m, n = sum(shape[0] for shape in shapes), shapes[0][1]
-        blocks, paths = -(-n // block), [name.removesuffix(".weight") for name in names]
+        numbers = self._numbers(path, [name.removesuffix(".weight") for name in names], m, n, rounding)
+        attributes = {
+            "K": n,
+            "N": m,
+            "bits": rounding.bits,
+            "block_size": rounding.block,
+            "accuracy_level": _EXACT,
+        }
+        return self.op("MatMulNBits", [x, *numbers], path, attributes, domain=CONTRIB)
 
-        def numbers(part: str, *shape: int) -> np.ndarray:
-            tensors = [self.checkpoint.tensor(f"{one}.{part}") for one in paths]
-            found: np.ndarray = torch.cat(tensors).reshape(shape).numpy()
-            return found
+    def _numbers(self, path: str, owners: Sequence[str], m: int, n: int, rounding: Rounding) -> list[ir.Value]:
+        """Return the numbers of matrices of few bits, stacked along the rows, in the shapes of MatMulNBits.
+
+        Args:
+            path: that the tensors of several matrices are named after. Those of one are named after it, so that an
+                embedding and the head that is tied to it share them.
+            owners: paths of the matrices.
+            m: rows in all.
+            n: columns.
+            rounding: of all of them.
+
+        Returns:
+            Steps (m, blocks, bytes of a block), scales (m · blocks) and, if there are any, packed zero points, flat.
+        """
+        bits, block, zero_points = rounding
+        blocks, name = -(-n // block), owners[0] if len(owners) == 1 else path
+
+        def stored(part: str, *shape: int) -> torch.Tensor:
+            return torch.cat([self.checkpoint.tensor(f"{one}.{part}") for one in owners]).reshape(shape)
 
         width = block * bits // 8
-        packed = self.lazy(
-            f"{path}.steps", ir.DataType.UINT8, (m, blocks, width), lambda: numbers("steps", m, blocks, width)
-        )
-        scales = self.lazy(
-            f"{path}.scales",
-            self.float,
-            (m * blocks,),
-            lambda: self._array(torch.from_numpy(numbers("scales", m * blocks))),
-        )
-        inputs = [x, packed, scales]
+        found = [
+            self.lazy(
+                f"{name}.steps",
+                ir.DataType.UINT8,
+                (m, blocks, width),
+                lambda: stored("steps", m, blocks, width).numpy(),
+            ),
+            self.lazy(f"{name}.scales", self.float, (m * blocks,), lambda: self._array(stored("scales", m * blocks))),
+        ]
         if zero_points:
             count = m * -(-blocks * bits // 8)
-            inputs.append(self.lazy(f"{path}.zeros", ir.DataType.UINT8, (count,), lambda: numbers("zeros", count)))
-        attributes = {"K": n, "N": m, "bits": bits, "block_size": block, "accuracy_level": _EXACT}
-        return self.op("MatMulNBits", inputs, path, attributes, domain=CONTRIB)
+            found.append(
+                self.lazy(f"{name}.zeros", ir.DataType.UINT8, (count,), lambda: stored("zeros", count).numpy())
+            )
+        return found
+
+    def lookup(self, ids: ir.Value, path: str, m: int, n: int) -> ir.Value:
+        """Return the rows (…, n) of token ids (…) in the embedding (m, n) at ``path``."""
+        name = self.checkpoint.expect(f"{path}.weight", m, n)
+        rounding = self.checkpoint.rounded.get(path)
+        if rounding is None:
+            return self.op("Gather", [self.weight(name), ids], path)
+        self.used.add(name)
+        return self._lookup_rounded(ids, path, m, n, rounding)
+
+    def _lookup_rounded(self, ids: ir.Value, path: str, m: int, n: int, rounding: Rounding) -> ir.Value:
+        """Return rows (b, s, n) of an embedding of few bits, from the tensors that a tied head multiplies by.
+
+        GatherBlockQuantized wants data, scales and zero points of as many axes. In 8 bits all of them get the three
+        axes of the head's steps, so that these are in memory once. Zero points of 4 bits are packed along a row, which
+        leaves two axes; there ONNX Runtime packs the head's steps anew anyway, and keeps the stored ones for this.
+        """
+        bits, block, _ = rounding
+        blocks = -(-n // block)
+        steps, *others = self._numbers(path, [path], m, n, rounding)
+        apart = bits == 8
+        shapes: list[list[int]] = [[m, blocks, 1], [m, blocks, 1]] if apart else [[m, blocks], [m, -1]]
+        reshaped = [
+            self.op("Reshape", [value, self.ints(shape)[0]], f"{path}.{part}")
+            for value, shape, part in zip(others, shapes, NUMBERS[1:], strict=False)
+        ]
+        data = steps if apart else self.op("Reshape", [steps, self.ints([m, -1])[0]], f"{path}.steps")
+        attributes = {"gather_axis": 0, "quantize_axis": 2 if apart else 1, "block_size": block, "bits": bits}
+        rows = self.op("GatherBlockQuantized", [data, ids, *reshaped], path, attributes, domain=CONTRIB)
+        if apart:
+            rows = self.op("Reshape", [rows, self.ints([0, 0, blocks * block])[0]], f"{path}.joined")
+        if blocks * block > n:
+            rows = self.op("Slice", [rows, *self.ints([0], [n], [-1])], f"{path}.cut")
+        return rows
 
     def weight(self, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> ir.Value:
         """Return a tensor of the checkpoint under its own name."""

@@ -121,8 +121,17 @@ def rewrite(
         The modules replaced, in the order of the checkpoint.
 
     Raises:
-        ModelError: a layer is not found, found twice, or has another shape or other weights.
+        ModelError: a layer is not found, found twice, or has another shape or other weights; a matrix of few bits that
+            is not replaced.
     """
+    others = [path for path in checkpoint.rounded if path.rpartition(".")[0] not in checkpoint.ranks]
+    if others:
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        raise ModelError(
+            f"{others[0]}{more} has few bits in the checkpoint and is no part of a low-rank layer: the graph would "
+            "keep its own numbers",
+            "leave --rewrite out: ara then builds the graph",
+        )
     nodes = _linear_nodes(model.graph)
     missing = [path for path in checkpoint.ranks if path not in nodes]
     if missing:

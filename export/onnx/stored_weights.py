@@ -14,12 +14,10 @@ from safetensors import SafetensorError, safe_open
 from ara.errors import ModelError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import layout_named
-from ara.layouts.modeling_ara import QUANT_METHOD, AraConfig, RoundedLinear
+from ara.layouts.modeling_ara import NUMBERS, QUANT_METHOD, AraConfig, RoundedMatrix
 from ara.models.checkpoint import quantization_of, read_config
 from ara.models.folder import INDEX, SINGLE, read_index, read_shapes
 
-# Tensors of a matrix of few bits.
-PARTS = ("steps", "scales", "zeros")
 _AGAIN = "write the checkpoint again: ara truncate --force"
 
 
@@ -47,7 +45,7 @@ class LinearLayer:
 
 
 class Rounding(NamedTuple):
-    """How a matrix of few bits is stored; see :class:`ara.layouts.modeling_ara.RoundedLinear`."""
+    """How a matrix of few bits is stored; see :class:`ara.layouts.modeling_ara.RoundedMatrix`."""
 
     bits: int
     block: int
@@ -112,7 +110,7 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """List the tensors, without the empty one that makes software without ARA support refuse the checkpoint."""
-        parts = {f"{path}.{part}" for path in self.rounded for part in PARTS}
+        parts = {f"{path}.{part}" for path in self.rounded for part in NUMBERS}
         plain = [name for name, shape in self._shapes.items() if shape != (0,) and name not in parts]
         return [*plain, *self._matrices]
 
@@ -168,9 +166,9 @@ class Checkpoint:
         if name in self._matrices:
             path = name.removesuffix(".weight")
             m, n = self._matrices[name]
-            matrix = RoundedLinear(n, m, *self.rounded[path], bias=False)
-            numbers = {part: self.tensor(f"{path}.{part}") for part in PARTS if self.has(f"{path}.{part}")}
-            matrix.load_state_dict(numbers)
+            matrix = RoundedMatrix(m, n, *self.rounded[path])
+            numbers = {part: self.tensor(f"{path}.{part}") for part in NUMBERS if self.has(f"{path}.{part}")}
+            matrix.load_state_dict(numbers, assign=True)
             return matrix.weight
         try:
             with safe_open(self._files[name], "pt") as file:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import ara
 from ara.artifacts.checkpoint import CheckpointResults
 from ara.layouts.modeling_ara import AraConfig, RoundedLinear
+from ara.models.accounting import weight_bytes
 from ara.models.checkpoint import load
 from ara.workspace.store import Workspace
 from tests.commands import ara as command
@@ -152,6 +153,37 @@ def test_a_loss_beyond_the_tolerance_leaves_nothing(copied: Path) -> None:
     result = command("quantise", *FEW, "--bits", 4, "--block", 256, "--tolerance", 1e-9, "-w", copied)
     assert result.exit_code == 1 and "allowed are 1e-09" in result.stderr and "--bits 8" in result.stderr
     assert not any((copied / "quantise").iterdir()) and listing(copied / "truncate") == before
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_embedding_and_head_have_bits_of_their_own(family: str, tmp_path: Path, tiny_text: str) -> None:
+    root = made(save_tiny(tmp_path / "model", family), tmp_path / "ws", tiny_text)
+    folder = written(root, "--bits", 4, "--embedding-bits", 8, "--tolerance", 9)
+    assert folder.name.endswith("-int4-embedding8")
+    results = CheckpointResults.read(Workspace.open(root).view(f"quantise/{folder.name}"))
+    assert results.rounding is not None
+    assert results.rounding.embedding_bits == 8 and set(results.rounding.bits) == {"4"}
+    card = (folder / "checkpoint" / "README.md").read_text()
+    assert "the embedding and the head have 8 bits per weight" in card
+    from transformers import AutoModelForCausalLM
+
+    own = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
+    assert results.weight_bytes == weight_bytes(own) < results.disk_bytes
+    torch.testing.assert_close(logits(own), logits(ara.load(folder / "checkpoint")), rtol=1e-4, atol=1e-4)
+    refused(command("quantise", *FEW, "--from", f"quantise/{folder.name}", "-w", root), 2, "is rounded already")
+
+
+def test_the_embedding_alone_can_be_rounded(copied: Path) -> None:
+    words = ("quantise", *FEW, "--embedding-bits", 4, "--tolerance", 9, "-w", copied)
+    result = done(*words)
+    assert "4 (embedding and head)" in result.stdout
+    folder = copied / "quantise" / "energy-0.70-embedding4" / "checkpoint"
+    about = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert about["format_version"] == 4 and set(about["rounded"]) == {"model.embed_tokens", "lm_head"}
+    long = command(*words, "--block", 64, "--name", "long")
+    assert long.exit_code == 2 and "is longer than a row of the embedding, which has 60 numbers" in long.stderr
+    assert not (copied / "quantise" / "long").exists()
+    refused(command("quantise", *FEW, "--bits", 8, "--embedding-bits", 3, "-w", copied), 2, "3", hint=False)
 
 
 @pytest.mark.parametrize("entry", [[4, 32], [3, 32, True], [4, 48, True], [4, 32, 1], "4:32", [True, 32, True], None])

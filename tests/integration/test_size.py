@@ -11,6 +11,8 @@ import pytest
 from ara.artifacts.checkpoint import CheckpointResults
 from ara.artifacts.factors import FactorsResults, specs_of
 from ara.artifacts.ranks import RanksResults, read_allocation
+from ara.artifacts.ranks_file import read_embedding_bits
+from ara.layouts.grid import Grid
 from ara.workspace.store import Workspace
 from tests.commands import ara, done, refused
 
@@ -47,6 +49,32 @@ def test_the_checkpoint_has_the_size_that_was_asked_for(layout: str, share: floa
     # Headers are a large part of so small a model, and only estimated.
     assert results.disk_bytes <= found.size.limit
     assert results.disk_bytes > 0.85 * found.size.limit
+
+
+def test_the_size_counts_the_embedding_at_its_bits(copied: Path) -> None:
+    words = ("--size", size(copied, 0.2), "--no-guard", "--block", 16)
+    plain = sized(copied, *words, "--name", "plain")
+    found = sized(copied, *words, "--embedding-bits", 4, "--name", "small")
+    assert plain.size is not None and found.size is not None and found.size.embedding_bits == 4
+    # Embedding and head, (260, 60) each, on blocks of 16 instead of in float32.
+    assert plain.size.others - found.size.others == 2 * (4 * 260 * 60 - Grid(4, 16, True).bytes(260, 60))
+    assert found.size.linear > plain.size.linear
+    path = copied / "allocate" / "small" / "ranks.json"
+    document = json.loads(path.read_text())
+    assert document["embedding_bits"] == 4
+    done("truncate", "--allocation", "small", "-w", copied)
+    done("quantise", *FEW, "--tolerance", 9, "--name", "small", "-w", copied)
+    results = CheckpointResults.read(Workspace.open(copied).view("quantise/small"))
+    assert results.rounding is not None and results.rounding.embedding_bits == 4
+    assert 0.8 * found.size.limit < results.disk_bytes <= found.size.limit
+    document["embedding_bits"] = 3
+    path = copied.parent / "edited.json"
+    path.write_text(json.dumps(document))
+    assert "embedding_bits 3, expected 4 or 8" in ara("allocate", "--ranks", path, "-w", copied).stderr
+    document["embedding_bits"] = 8
+    path.write_text(json.dumps(document))
+    done("allocate", "--ranks", path, "--name", "edited", "-w", copied)
+    assert read_embedding_bits(copied / "allocate" / "edited" / "ranks.json") == 8
 
 
 def test_bits_are_in_the_ranks_file_and_can_be_edited(copied: Path) -> None:

@@ -63,6 +63,13 @@ def test_every_node_of_few_bits_has_a_kernel(
         assert any(node.op_type == "MatMulNBits" for node in model.graph)
 
 
+@pytest.mark.parametrize("grid", GRIDS[:3], ids=str)
+def test_every_node_of_an_embedding_of_few_bits_has_a_kernel(grid: Grid, checkpoint: Callable[..., Any]) -> None:
+    model = graph(checkpoint("llama", None, embedding=grid, tie_word_embeddings=True))
+    require_kernels(model)
+    assert any(node.op_type == "GatherBlockQuantized" for node in model.graph)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}, {"hidden_act": "gelu"}],

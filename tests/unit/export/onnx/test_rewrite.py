@@ -18,7 +18,7 @@ from export.config import ExportConfig
 from export.onnx.rewrite import graph_errors, load_graph, rewrite
 from export.onnx.runner import OnnxDecoder
 from export.onnx.settings import resolve
-from export.onnx.stored_weights import Checkpoint
+from export.onnx.stored_weights import Checkpoint, Rounding
 from tests.exportable import exported
 
 
@@ -127,6 +127,10 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="shape"):
         swapped = ("/model/layers.0/mlp/down/MatMul", "/model/layers.0/mlp/up/Gemm")
         rewrite(small_graph(small, swapped), _Stored(small, {"model.layers.0.mlp.up": 5}))
+    few = _Stored(small, {"model.layers.0.mlp.up": 3})
+    few.rounded = dict.fromkeys(("model.layers.0.mlp.up.A", "model.embed_tokens"), Rounding(8, 32, True))
+    with pytest.raises(ModelError, match=r"model\.embed_tokens has few bits .* keep its own numbers"):
+        rewrite(small_graph(small, names), few)
     (tmp_path / "no.onnx").write_bytes(b"no graph")
     with pytest.raises(ModelError, match=r"no\.onnx cannot be read as ONNX"):
         load_graph(tmp_path / "no.onnx")

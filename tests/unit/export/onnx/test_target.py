@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ara.errors import ModelError, NumericalError, UnavailableError, UnsupportedModelError, UsageError
+from ara.layouts.grid import Grid
 from export.config import ExportConfig
 from export.onnx.architecture import FAMILIES, read_decoder
 from export.onnx.graph import _Builder
@@ -288,3 +289,31 @@ def test_precisions_that_cannot_be() -> None:
     assert resolve(ExportConfig(execution_provider="cuda")).precision == "fp16"
     assert resolve(ExportConfig(execution_provider="cpu")).precision == "fp32"
     assert set(TOLERANCES) == {"fp32", "fp16", "int8"}
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "grid"),
+    [
+        ("llama", True, Grid(8, 32, True)),
+        ("llama", True, Grid(4, 32, True)),
+        ("llama", False, Grid(4, 16, False)),
+        ("qwen2", True, Grid(8, 64, False)),
+        ("gemma", True, Grid(4, 64, True)),
+        ("phi3", False, Grid(8, 16, True)),
+    ],
+    ids=str,
+)
+def test_an_embedding_of_few_bits_is_in_the_graph_once(
+    family: str, tied: bool, grid: Grid, checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Rows of 102 numbers end in the middle of a block."""
+    made = checkpoint(family, None, embedding=grid, tie_word_embeddings=tied)
+    about = exported(made.folder, tmp_path / "out")
+    assert worst(about) < 1e-4 and all(case["agreement"] == 1 for case in about["parity"]["cases"])
+    graph = ir.load(tmp_path / "out" / "model.onnx").graph
+    kinds = [node.op_type for node in graph]
+    assert kinds.count("GatherBlockQuantized") == kinds.count("MatMulNBits") == 1
+    steps = [name for name in graph.initializers if name.endswith(".steps")]
+    assert steps == ["model.embed_tokens.steps"] if tied else sorted(steps) == ["lm_head.steps", steps[0]]
+    (head,) = (node for node in graph if node.op_type == "MatMulNBits")
+    assert head.attributes["accuracy_level"].value == 0
