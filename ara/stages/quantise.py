@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults, CheckpointSettings, RoundingFigures
-from ara.artifacts.factors import FactorsSettings, specs_of
-from ara.artifacts.ranks import RanksResults, layout_of, read_allocation
+from ara.artifacts.checkpoint import CHECKPOINT, RoundingFigures
+from ara.artifacts.factors import FactorsSettings
+from ara.artifacts.ranks import RanksResults, read_allocation
 from ara.artifacts.ranks_file import RANKS_FILE, read_embedding_bits
 from ara.config import QuantiseConfig
 from ara.config.sizes import few_bits
@@ -20,16 +20,14 @@ from ara.data.tokens import TokenWindows
 from ara.environment import keep_freed_memory
 from ara.errors import NumericalError, UsageError
 from ara.layouts.grid import BITS, Bits, Grid
-from ara.models.accounting import weight_bytes
-from ara.models.checkpoint import checkpoint_bytes, load, save_checkpoint
+from ara.layouts.modeling_ara import RoundedMatrix
+from ara.models.checkpoint import load
 from ara.models.embeddings import find_embeddings
 from ara.models.likelihood import window_nll
-from ara.models.low_rank import low_rank_layers
-from ara.models.placement import torch_dtype
-from ara.models.weights import LinearSpec, find_blocks
+from ara.models.weights import find_blocks
 from ara.quantisation.sequential import Parts, round_model
 from ara.stages.common import Run, begin, model_of, open_task, window_reader
-from ara.stages.truncate import finish_checkpoint, provenance
+from ara.stages.compressed import Compressed, require_compressed
 from ara.stages.tuning import placed
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
@@ -55,91 +53,86 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
     """
     started = begin(name, checkpoint)
     with open_task("quantise", run, started) as task:
-        before = task.workspace.require("checkpoint", checkpoint, not_by=("quantise",))
-        figures = CheckpointResults.read(before)
-        if figures.rounding is not None:
-            raise UsageError(f"{before.key} is rounded already", "quantise the checkpoint that it was made from")
-        if figures.densified:
-            raise UsageError(
-                f"{before.key} is densified, for tools that read ordinary weights",
-                "quantise the checkpoint that ara truncate writes without --densify",
-            )
-        chosen = task.workspace.ancestor(before, "ranks")
-        decomposition = task.workspace.ancestor(chosen, "factors")
-        assert decomposition.manifest is not None and chosen.manifest is not None
-        layout = layout_of(chosen)
-        specs = specs_of(decomposition, layout)
-        plan = _plan(config, chosen, specs)
-        run.report.step(f"Rounding {before.key}: {plan}")
+        before = require_compressed(task.workspace, checkpoint, ("quantise",), "quantise")
+        plan = _plan(config, before)
+        run.report.step(f"Rounding {before.view.key}: {plan}")
         resolved = placed(config, run)
         if resolved.method == "nearest":
             # Nothing is read to calibrate with.
             resolved = resolved.model_copy(update={"samples": QuantiseConfig.model_fields["samples"].default})
         task.describe(
-            name or _name(before.name, config),
-            {**resolved.model_dump(mode="json"), "dtype": CheckpointSettings.read(before).dtype}
-            | {"compute_dtype": resolved.dtype},
-            (before, decomposition),
+            name or _name(before.view.name, config),
+            resolved.model_dump(mode="json") | {"dtype": before.dtype, "compute_dtype": resolved.dtype},
+            (before.view, before.factors),
         )
         if (done := task.done()) is not None:
             return done
-        train, held = _windows(resolved, decomposition, task.workspace, run)
+        windows = _windows(resolved, before.factors, task.workspace, run)
         with task.writer(seed=config.seed, resumable=True) as stage:
             if finished := stage.all_work():
                 run.report.fact(f"resuming: {len(finished)} blocks are rounded already")
             if resolved.device == "cpu":
                 keep_freed_memory()
-            model = load(before.path / CHECKPOINT, resolved.device, resolved.dtype)
-            grids = plan.grids(model)
-            first = _loss(model, held.ids, config.batch_size, run)
-            rounded = round_model(
-                model,
-                specs,
-                grids,
-                train.ids if config.method == "calibrated" else None,
-                config.batch_size,
-                _Parts(stage),
-                run.report,
-            )
-            after = _loss(model, held.ids, config.batch_size, run)
-            run.report.fact(f"held-out loss {first:.4f} → {after:.4f} nats per token")
-            if not after - first <= config.tolerance:
-                raise NumericalError(
-                    f"rounding raises the held-out loss from {first:.4f} to {after:.4f} nats per token, "
-                    f"allowed are {config.tolerance:g}",
-                    "use --bits 8, a smaller --block, or a larger --tolerance",
-                )
-            blocks = find_blocks(model)[0]
-            counts = Counter(str(one.bits) for path, one in rounded.items() if path.startswith(f"{blocks}."))
-            found = RoundingFigures(
-                bits=dict(sorted(counts.items())),
-                block=plan.block,
-                zero_points=plan.zero_points,
-                method=config.method,
-                windows=train.windows if config.method == "calibrated" else 0,
-                held_out=held.windows,
-                seq_len=held.ids.shape[1],
-                loss_before=first,
-                loss_after=after,
-                embedding_bits=plan.embedding_bits,
-            )
-            dtype = CheckpointSettings.read(before).dtype
-            model.to(torch_dtype(dtype))
-            folder = stage.folder / CHECKPOINT
-            save_checkpoint(
-                model,
-                model_of(decomposition, run).load_tokenizer(),
-                folder,
-                ranks=low_rank_layers(model),
-                layout=layout,
-                rounded=rounded,
-                provenance={**provenance(decomposition.manifest, chosen.manifest), "rounding": found.plain()},
-            )
-            results = replace(
-                figures, rounding=found, weight_bytes=weight_bytes(model), disk_bytes=checkpoint_bytes(folder)
-            )
-            finish_checkpoint(stage, results, decomposition.manifest, chosen.manifest, dtype, run.report)
+            model = load(before.view.path / CHECKPOINT, resolved.device, resolved.dtype)
+            rounded, found = _rounded(model, resolved, before, plan, windows, _Parts(stage), run)
+            before.write(model, stage, run, {"rounding": found.plain()}, rounded, rounding=found)
         return task.view()
+
+
+def _rounded(
+    model: PreTrainedModel,
+    config: QuantiseConfig,
+    before: Compressed,
+    plan: _Plan,
+    windows: tuple[TokenWindows, TokenWindows],
+    parts: Parts,
+    run: Run,
+) -> tuple[dict[str, RoundedMatrix], RoundingFigures]:
+    """Round the model in place, and measure it before and after.
+
+    Args:
+        model: the checkpoint's; afterwards its weights are the rounded ones.
+        config: with resolved device and dtype.
+        before: the checkpoint.
+        plan: what is rounded to how many bits.
+        windows: to calibrate with, and held-out ones.
+        parts: finished blocks of an interrupted run.
+        run: reporter.
+
+    Returns:
+        Path of a matrix → its module of few bits, and the figures.
+
+    Raises:
+        NumericalError: NaN, or a loss beyond the tolerance.
+    """
+    train, held = windows
+    calibrated = config.method == "calibrated"
+    grids = plan.grids(model)
+    first = _loss(model, held.ids, config.batch_size, run)
+    ids = train.ids if calibrated else None
+    rounded = round_model(model, before.specs, grids, ids, config.batch_size, parts, run.report)
+    after = _loss(model, held.ids, config.batch_size, run)
+    run.report.fact(f"held-out loss {first:.4f} → {after:.4f} nats per token")
+    if not after - first <= config.tolerance:
+        raise NumericalError(
+            f"rounding raises the held-out loss from {first:.4f} to {after:.4f} nats per token, "
+            f"allowed are {config.tolerance:g}",
+            "use --bits 8, a smaller --block, or a larger --tolerance",
+        )
+    inside = f"{find_blocks(model)[0]}."
+    counts = Counter(str(one.bits) for path, one in rounded.items() if path.startswith(inside))
+    return rounded, RoundingFigures(
+        bits=dict(sorted(counts.items())),
+        block=plan.block,
+        zero_points=plan.zero_points,
+        method=config.method,
+        windows=train.windows if calibrated else 0,
+        held_out=held.windows,
+        seq_len=held.ids.shape[1],
+        loss_before=first,
+        loss_after=after,
+        embedding_bits=plan.embedding_bits,
+    )
 
 
 @dataclass(frozen=True)
@@ -176,7 +169,7 @@ class _Plan:
         return found
 
 
-def _plan(config: QuantiseConfig, chosen: StageView, specs: Sequence[LinearSpec]) -> _Plan:
+def _plan(config: QuantiseConfig, before: Compressed) -> _Plan:
     """Return the bits that the config names; where it names none, those that the allocation has chosen.
 
     Raises:
@@ -186,17 +179,17 @@ def _plan(config: QuantiseConfig, chosen: StageView, specs: Sequence[LinearSpec]
     block: int = config.block
     zero_points = config.zero_points
     if config.bits is not None:
-        layers = dict.fromkeys((spec.name for spec in specs), config.bits)
+        layers = dict.fromkeys((spec.name for spec in before.specs), config.bits)
     else:
-        choices = read_allocation(chosen, specs).choices
+        choices = read_allocation(before.ranks, before.specs).choices
         layers = {name: bits for name, choice in choices.items() for bits in BITS if choice.bits == bits}
-        if (size := RanksResults.read(chosen).size) is not None:
+        if (size := RanksResults.read(before.ranks).size) is not None:
             block, zero_points = size.block, size.zero_points
     asked = config.embedding_bits
-    bits = read_embedding_bits(chosen.path / RANKS_FILE) if asked is None else few_bits(asked)
+    bits = read_embedding_bits(before.ranks.path / RANKS_FILE) if asked is None else few_bits(asked)
     if not layers and bits is None:
         raise UsageError(
-            f"{chosen.key} gives no layer 4 or 8 bits",
+            f"{before.ranks.key} gives no layer 4 or 8 bits",
             "say how many: --bits 8; or choose them: ara allocate --size 90MB",
         )
     return _Plan(layers, bits, block, zero_points)

@@ -140,7 +140,7 @@ def _weights(folder: Path) -> dict[str, bytes]:
 def test_what_cannot_be_rounded_is_said(copied: Path) -> None:
     name = written(copied).name
     refused(command("quantise", *FEW, "-w", copied), 2, "gives no layer 4 or 8 bits")
-    refused(command("quantise", *FEW, "--from", f"quantise/{name}", "-w", copied), 2, "is rounded already")
+    refused(command("quantise", *FEW, "--from", f"quantise/{name}", "-w", copied), 2, "is rounded to 8 bits")
     refused(command("recover", *FEW, "--from", f"quantise/{name}", "-w", copied), 2, "is rounded to 8 bits")
     done("truncate", "--densify", "-w", copied)
     refused(command("quantise", *FEW, "--checkpoint", "energy-0.70-dense", "-w", copied), 2, "is densified")
@@ -170,7 +170,7 @@ def test_embedding_and_head_have_bits_of_their_own(family: str, tmp_path: Path, 
     own = AutoModelForCausalLM.from_pretrained(folder / "checkpoint")
     assert results.weight_bytes == weight_bytes(own) < results.disk_bytes
     torch.testing.assert_close(logits(own), logits(ara.load(folder / "checkpoint")), rtol=1e-4, atol=1e-4)
-    refused(command("quantise", *FEW, "--from", f"quantise/{folder.name}", "-w", root), 2, "is rounded already")
+    refused(command("quantise", *FEW, "--from", f"quantise/{folder.name}", "-w", root), 2, "is rounded to 4 and 8 bits")
 
 
 def test_the_embedding_alone_can_be_rounded(copied: Path) -> None:
