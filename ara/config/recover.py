@@ -42,8 +42,8 @@ class RecoverConfig(PlacementConfig):
         0.5,
         gt=0,
         le=1,
-        description="closed: how much of the measured errors is corrected at most: with 1 the result fits its text "
-        "best, with less it keeps more of what other texts need",
+        description="closed: largest share of a measured error that is corrected; with 1 single layers fit best, but "
+        "not the model",
     )
     block_epochs: int = Field(2, ge=1, le=bounds.MAX_STEPS, description="block: passes over the windows")
     block_rate: float = Field(
