@@ -28,6 +28,7 @@ from ara.stages.tuning import open_tuning_context, placed
 from ara.workspace.manifest import file_sha256
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
+from ara.workspace.writer import StageWriter
 
 # Resolved to `ara` if trained masks exist, else to `sensitivity`.
 AUTO = "auto"
@@ -62,53 +63,78 @@ def allocate(
             f"--ranks FILE and --masks {masks} are both given", "the file gives every rank: use one of them"
         )
     with open_task("allocate", run, started) as task:
-        workspace = task.workspace
-        decomposition = workspace.require("factors", factors)
-        if ranks is not None:
-            config = config.model_copy(update={"layout": _layout_in(ranks, config.layout)})
-        specs = specs_of(decomposition, config.layout)
-        if ranks is None:
-            if config.asked_sizes:
-                refuse_with_size(config, masks)
-                config, trained = config.model_copy(update={"keep": None, "method": JOINT}), None
-                run.report.step(f"Allocating ranks and bits for {config.asked_sizes[0]}")
-            elif config.keep is None:
-                raise UsageError("no budget given", "add --keep 0.8, for example")
-            else:
-                config, trained = _resolve_method(config, workspace, decomposition, masks, run)
-                config = with_text_of(config, trained, run.report)
-                refuse_layout(config.method, config.layout)
-                run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}")
-        else:
-            run.report.step(f"Reading ranks from {ranks}")
-            _refuse_method_settings(config)
-            trained = None
-        resolved = placed(config, run) if ranks is None and _needs_model(config) else config
-        # read_ranks reports a file that cannot be read.
-        if ranks is not None and ranks.is_file():
-            resolved = config.model_copy(update={"ranks_sha256": file_sha256(ranks)})
+        decomposition = task.workspace.require("factors", factors)
+        config, trained = _settled(config, task.workspace, decomposition, ranks, masks, run)
         parents = [view for view in (decomposition, trained) if view]
-        task.describe(name or _name(config, decomposition.name, ranks), _recorded(resolved, ranks), parents)
+        task.describe(name or _name(config, decomposition.name, ranks), _recorded(config, ranks), parents)
         if (done := task.done()) is not None:
             return done
+        specs = specs_of(decomposition, config.layout)
         verdict, size = None, None
         if ranks:
             allocation = _from_file(config, ranks, specs)
         elif config.asked_sizes:
-            allocation, verdict, size = allocate_bytes(resolved, decomposition, workspace, run)
+            allocation, verdict, size = allocate_bytes(config, decomposition, task.workspace, run)
         else:
-            allocation, verdict = _by_method(resolved, decomposition, trained, workspace, run)
-        results = replace(summary(allocation, specs, FactorsResults.read(decomposition).model_parameters), size=size)
+            allocation, verdict = _by_method(config, decomposition, trained, task.workspace, run)
+        guard = GuardResults.of(verdict.winner, verdict.held_out, verdict.stderr) if verdict else None
+        figures = summary(allocation, specs, FactorsResults.read(decomposition).model_parameters)
         with task.writer() as stage:
-            about = {"method": "file" if ranks else config.method}
-            left = ("kinds", "guard", "size")
-            about.update({key: value for key, value in results.plain().items() if key not in left})
-            embedding_bits = read_embedding_bits(ranks) if ranks else few_bits(config.embedding_bits)
-            document = ranks_document(allocation, config.layout, about, specs, embedding_bits)
-            (stage.folder / RANKS_FILE).write_text(document, encoding="utf-8")
-            guard = GuardResults.of(verdict.winner, verdict.held_out, verdict.stderr) if verdict else None
-            replace(results, guard=guard).write(stage)
+            _write(stage, config, ranks, allocation, specs, replace(figures, guard=guard, size=size))
         return task.view()
+
+
+def _settled(
+    config: AllocateConfig,
+    workspace: Workspace,
+    decomposition: StageView,
+    ranks: Path | None,
+    masks: str | None,
+    run: Run,
+) -> tuple[AllocateConfig, StageView | None]:
+    """Return ``config`` with method, text, layout, device and dtype resolved, and the training that the method uses.
+
+    Raises:
+        UsageError: settings contradict each other, or there is no budget.
+    """
+    if ranks is not None:
+        run.report.step(f"Reading ranks from {ranks}")
+        config = config.model_copy(update={"layout": _layout_in(ranks, config.layout)})
+        _refuse_method_settings(config)
+        # read_ranks reports a file that cannot be read.
+        digest = {"ranks_sha256": file_sha256(ranks)} if ranks.is_file() else {}
+        return config.model_copy(update=digest), None
+    trained = None
+    if config.asked_sizes:
+        refuse_with_size(config, masks)
+        config = config.model_copy(update={"keep": None, "method": JOINT})
+        run.report.step(f"Allocating ranks and bits for {config.asked_sizes[0]}")
+    elif config.keep is None:
+        raise UsageError("no budget given", "add --keep 0.8, for example")
+    else:
+        config, trained = _resolve_method(config, workspace, decomposition, masks, run)
+        config = with_text_of(config, trained, run.report)
+        refuse_layout(config.method, config.layout)
+        run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}")
+    return (placed(config, run) if _needs_model(config) else config), trained
+
+
+def _write(
+    stage: StageWriter,
+    config: AllocateConfig,
+    ranks: Path | None,
+    allocation: Allocation,
+    specs: list[LinearSpec],
+    results: RanksResults,
+) -> None:
+    """Store the ranks and their figures."""
+    left = ("kinds", "guard", "size")
+    about = {"method": "file" if ranks else config.method}
+    about.update({key: value for key, value in results.plain().items() if key not in left})
+    embedding_bits = read_embedding_bits(ranks) if ranks else few_bits(config.embedding_bits)
+    document = ranks_document(allocation, config.layout, about, specs, embedding_bits)
+    (stage.folder / RANKS_FILE).write_text(document, encoding="utf-8")
+    results.write(stage)
 
 
 def _resolve_method(
