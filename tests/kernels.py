@@ -101,7 +101,7 @@ def _result(
 
 
 def _allowed(parameter: str, kernel: Mapping[str, str]) -> Sequence[ir.DataType] | None:
-    """Return the types that a parameter, such as T1, or a type, such as int64, stands for; ``None``: any."""
+    """Return the allowed types of a parameter such as T1; a type such as int64 is its own; ``None``: any type."""
     if parameter not in kernel and parameter[0].isupper():
         return None
     return [ir.DataType[name.upper()] for name in kernel.get(parameter, parameter).split()]

@@ -12,7 +12,7 @@ class Form:
 
     Attributes:
         title: in tables.
-        bits: widths to choose from; 16 stands for those of the model, which are not rounded.
+        bits: bits per weight to choose from; 16 means that the weights are not rounded, whatever their dtype is.
         sized: whether it is made for a given size. Otherwise all layers are dense in the only width.
         ranks: whether layers may be factorised.
         method: of rounding.

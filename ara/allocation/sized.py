@@ -40,7 +40,7 @@ class SizedAllocator:
 
         Args:
             limit: bytes of all layers.
-            bits: widths to choose from; 16 stands for those of the model.
+            bits: bits per weight to choose from; 16 means not rounded.
             ranks: whether layers may be factorised.
 
         Raises:
@@ -72,6 +72,6 @@ class SizedAllocator:
         return self.best(limit, form.bits, form.ranks) if form.sized else self.dense(form.bits[0])
 
     def widths(self, bits: Sequence[int]) -> tuple[int, ...]:
-        """Return widths in bits, largest first; 16 stands for those of the model."""
+        """Return bits per weight, largest first; 16 becomes the number of bits that the model has."""
         own = self.specs[0].bits
         return tuple(dict.fromkeys(own if width == 16 else width for width in sorted(bits, reverse=True)))

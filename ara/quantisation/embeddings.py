@@ -4,8 +4,8 @@
   the scales of the least squared error. It is rounded first, and all other matrices are fitted to what it then gives.
 - **Head.** It is a linear layer and rounded like one (:mod:`ara.quantisation.calibrated`), last of all, on the second
   moment G of its inputs with everything before it rounded.
-- **Head tied to the embedding.** One matrix W serves both, so that its rounded Q has two errors: of the logits,
-  tr((W − Q) G (W − Q)ᵀ), and of the rows, ‖W − Q‖². GPTQ minimises their sum if the identity is added to G, which is
+- **Head tied to the embedding.** One matrix W serves both. Its rounded Q has two errors. That of the logits is
+  tr((W − Q) G (W − Q)ᵀ), that of the rows is ‖W − Q‖². GPTQ minimises their sum if the identity is added to G, which is
   what damping does. With :data:`TIED_DAMPING` as the share, both count alike: an error in a direction in which the
   inputs have their mean energy weighs as much in the logits as in the rows. It is rounded last, as the head.
 """

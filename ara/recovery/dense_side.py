@@ -54,7 +54,8 @@ class Observed:
 class DenseSide:
     """The dense model's passes through its present block.
 
-    No correction changes them. So one pass per batch serves all groups of the block, if there is room for its inputs.
+    Corrections do not change the dense model. So one pass per batch serves all groups of the block. It is kept only if
+    the inputs of all groups fit into memory.
     """
 
     def __init__(self, stream: Stream) -> None:

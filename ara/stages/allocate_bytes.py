@@ -131,7 +131,7 @@ def open_sized_allocator(
 
     Args:
         config: with resolved device and dtype.
-        bits: widths that will be chosen from; 16 stands for those of the model.
+        bits: bits per weight that will be chosen from; 16 means not rounded.
         decomposition: the factors.
         workspace: for the caches.
         run: reporter.
