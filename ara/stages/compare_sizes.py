@@ -143,6 +143,8 @@ def _measure_all(
 def _measured(key: str, form: Form, model: SizedModel, sized: SizedAllocator, others: Others) -> SizedModel:
     """Return a model with its figures."""
     rest = others.of(form)
+    if model.size is not None and model.limit is not None:
+        check_room(model.limit, rest, f"--size {model.size}")
     allocation = sized.of_form(form, (model.limit or 0) - rest)
     losses = sized.rounder.loss(key, allocation, form.method == "nearest", form.rounds)
     held_out = float(losses.mean())
