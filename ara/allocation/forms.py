@@ -24,6 +24,11 @@ class Form:
     ranks: bool = False
     method: Literal["calibrated", "nearest"] = "calibrated"
 
+    @property
+    def rounds(self) -> bool:
+        """Whether weights may have few bits; then the embedding and the head may have them as well."""
+        return self.bits != (16,)
+
 
 JOINT = "joint"
 # By the name that keys and files have.

@@ -17,11 +17,13 @@ other ranks it is the same share of the energy that is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from ara.allocation.rounded_ends import RoundedEnds
 from ara.calibration.moments import collect_moments, shared_inputs
 from ara.layouts import layout_named
 from ara.layouts.grid import Grid
@@ -57,10 +59,23 @@ class Rounder:
     Attributes:
         context: the model and its windows.
         grids: bits → grid.
+        ends: the embedding and the head in few bits; ``None`` if they stay.
     """
 
-    def __init__(self, context: TuningContext, grids: Mapping[int, Grid]) -> None:
+    def __init__(self, context: TuningContext, grids: Mapping[int, Grid], ends: Grid | None = None) -> None:
+        """Prepare; nothing is rounded yet.
+
+        Args:
+            context: the model and its windows.
+            grids: bits → grid of layers.
+            ends: grid of the embedding and the head, if they are rounded.
+
+        Raises:
+            UnsupportedModelError: they cannot be rounded.
+            UsageError: a block is longer than a row of them.
+        """
         self.context, self.grids = context, grids
+        self.ends = None if ends is None else RoundedEnds(context, ends)
 
     @cached_property
     def _moments(self) -> dict[str, torch.Tensor]:
@@ -128,13 +143,14 @@ class Rounder:
             return round_to_nearest(exact, grid).weight()
         return round_calibrated(exact, self._moments[spec.name], grid).weight()
 
-    def loss(self, name: str, allocation: Allocation, nearest: bool = False) -> torch.Tensor:
+    def loss(self, name: str, allocation: Allocation, nearest: bool = False, ends: bool = True) -> torch.Tensor:
         """Return the loss of each held-out window with the rounded weights of an allocation, nats per token.
 
         Args:
             name: shown with the progress.
             allocation: rank and bits of every layer.
             nearest: as of :meth:`weight`.
+            ends: whether to round the embedding and the head too, if they have few bits.
         """
         context, model = self.context, self.context.model
         model.use_dense()
@@ -147,7 +163,8 @@ class Rounder:
         try:
             for path, weight in weights.items():
                 model.layers[path].weight = weight
-            return model.nll(context.held_out, context.batch_size)
+            with self.ends.in_place(nearest) if self.ends is not None and ends else nullcontext():
+                return model.nll(context.held_out, context.batch_size)
         finally:
             for path, weight in kept.items():
                 model.layers[path].weight = weight

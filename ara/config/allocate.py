@@ -50,6 +50,10 @@ class BudgetConfig(StageConfig):
 class SizedConfig(TuningConfig, BudgetConfig, GridConfig):
     """What a choice of ranks and bits needs beside the size itself."""
 
+    embedding_bits: EmbeddingBits = Field(
+        16, description="with a size: bits per weight of the embedding and the head, 16: as they are"
+    )
+
 
 class AllocateConfig(SizedConfig):
     """``ara allocate``: choose a rank, or dense, for every layer under one budget."""
@@ -75,9 +79,6 @@ class AllocateConfig(SizedConfig):
         min_length=1,
         description="with a size: bits per weight to choose from, separated by commas; 16: as many as the model has "
         "(--exclude '*' leaves all layers dense, so that only their bits are chosen)",
-    )
-    embedding_bits: EmbeddingBits = Field(
-        16, description="with a size: bits per weight of the embedding and the head, 16: as they are"
     )
     method: Method = Field(
         "auto", description="allocator (see ara methods); auto: ara if trained masks exist, else sensitivity"

@@ -49,7 +49,7 @@ def allocate_bytes(
         UsageError: the size is too small.
     """
     limit = config.limit_bytes(FactorsResults.read(decomposition).model_parameters)
-    others = other_bytes(decomposition) - _saved_bytes(config, decomposition, run)
+    others = other_bytes(decomposition) - saved_bytes(config, decomposition, run)
     check_room(limit, others, config.asked_sizes[0])
     sized = open_sized_allocator(config, config.bits, decomposition, workspace, run)
     chosen, verdict = sized.best(limit - others, config.bits), None
@@ -139,7 +139,9 @@ def open_sized_allocator(
     modules = load_modules(decomposition, config.layout)
     context = open_tuning_context(decomposition, [module.spec for module in modules], config, workspace, run)
     grids: dict[int, Grid] = {width: Grid(width, config.block, config.zero_points) for width in BITS if width in bits}
-    return SizedAllocator(modules, Rounder(context, grids), config)
+    ends = few_bits(config.embedding_bits)
+    grid = None if ends is None else Grid(ends, config.block, config.zero_points)
+    return SizedAllocator(modules, Rounder(context, grids, grid), config)
 
 
 def _one_width(sized: SizedAllocator, limit: int, widths: Sequence[int]) -> dict[str, Allocation]:
@@ -161,7 +163,7 @@ def other_bytes(decomposition: StageView) -> int:
     return parameters * specs[0].bits // 8 + _HEADER * _TENSORS * len(specs)
 
 
-def _saved_bytes(config: AllocateConfig, decomposition: StageView, run: Run) -> int:
+def saved_bytes(config: SizedConfig, decomposition: StageView, run: Run) -> int:
     """Return by how many bytes the embedding and the head become smaller.
 
     Raises:

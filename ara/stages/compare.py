@@ -76,7 +76,7 @@ def compare(
         )
         texts = {task: load_documents(task, "evaluation", report=run.report) for task in config.tasks}
         settings = {
-            **resolved.model_dump(mode="json", exclude={"size", *GridConfig.model_fields}),
+            **resolved.model_dump(mode="json", exclude={"size", "embedding_bits", *GridConfig.model_fields}),
             "text_sha256": {task: documents.digest for task, documents in texts.items()},
         }
         name = name or default_name(decomposition.name, keep=config.keep, layout=config.layout)

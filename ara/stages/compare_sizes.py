@@ -5,25 +5,48 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ara.allocation.forms import FORMS, Form
 from ara.allocation.sized import SizedAllocator
 from ara.artifacts.comparison import SIZES_PICTURE_FILE, ComparisonResults, SizedModel
-from ara.config import BudgetConfig, CompareConfig, TuningConfig
-from ara.config.sizes import GridConfig, bytes_in
+from ara.config import CompareConfig
+from ara.config.allocate import SizedConfig
+from ara.config.sizes import bytes_in, few_bits
 from ara.errors import NumericalError, UsageError
 from ara.jsonfile import dump
 from ara.reporting.figures import size_curves
 from ara.solver.problem import DENSE
-from ara.stages.allocate_bytes import check_room, open_sized_allocator, other_bytes
+from ara.stages.allocate_bytes import check_room, open_sized_allocator, other_bytes, saved_bytes
 from ara.stages.common import Run, begin, default_name, open_task
 from ara.stages.tuning import placed
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
 
 # Fields of the config that mean something here.
-_SETTINGS = {"size", *TuningConfig.model_fields, *BudgetConfig.model_fields, *GridConfig.model_fields}
+_SETTINGS = {"size", *SizedConfig.model_fields}
+
+
+@dataclass(frozen=True)
+class Others:
+    """Bytes of everything that is not a factorised layer.
+
+    Attributes:
+        plain: with the embedding and the head as they are.
+        saved: by how many bytes these two become smaller in the models that are rounded.
+    """
+
+    plain: int
+    saved: int
+
+    @property
+    def rounded(self) -> int:
+        """Bytes in a model that is rounded."""
+        return self.plain - self.saved
+
+    def of(self, form: Form) -> int:
+        """Return the bytes in a model of a form."""
+        return self.rounded if form.rounds else self.plain
 
 
 def compare_sizes(config: CompareConfig, run: Run, *, factors: str | None = None, name: str | None = None) -> StageView:
@@ -46,16 +69,17 @@ def compare_sizes(config: CompareConfig, run: Run, *, factors: str | None = None
         decomposition = work.workspace.require("factors", factors)
         run.report.step(f"Comparing ranks and bits at {', '.join(config.size)}")
         resolved = placed(config, run)
+        ends = [] if few_bits(config.embedding_bits) is None else [f"embedding{config.embedding_bits}"]
         work.describe(
-            name or default_name(decomposition.name, "sizes", *config.size, layout=config.layout),
+            name or default_name(decomposition.name, "sizes", *config.size, *ends, layout=config.layout),
             resolved.model_dump(mode="json", include=_SETTINGS),
             [decomposition],
         )
         if (done := work.done()) is not None:
             return done
-        others = other_bytes(decomposition)
+        others = Others(other_bytes(decomposition), saved_bytes(resolved, decomposition, run))
         for size in config.size:
-            check_room(int(bytes_in(size)), others, f"--size {size}")
+            check_room(int(bytes_in(size)), others.rounded, f"--size {size}")
         with work.writer(seed=config.seed, resumable=True) as stage:
             bits = {width for form in FORMS.values() for width in form.bits}
             sized = open_sized_allocator(resolved, tuple(bits), decomposition, work.workspace, run)
@@ -95,7 +119,7 @@ def _wanted(sizes: tuple[str, ...]) -> Iterator[tuple[str, Form, str | None]]:
 
 
 def _measure_all(
-    sizes: tuple[str, ...], sized: SizedAllocator, others: int, stage: StageWriter, run: Run
+    sizes: tuple[str, ...], sized: SizedAllocator, others: Others, stage: StageWriter, run: Run
 ) -> dict[str, SizedModel]:
     """Measure every model not measured yet; returns all of them."""
     models = dict(ComparisonResults.parse(stage.results).models or {})
@@ -116,17 +140,20 @@ def _measure_all(
     return models
 
 
-def _measured(key: str, form: Form, model: SizedModel, sized: SizedAllocator, others: int) -> SizedModel:
+def _measured(key: str, form: Form, model: SizedModel, sized: SizedAllocator, others: Others) -> SizedModel:
     """Return a model with its figures."""
-    allocation = sized.of_form(form, (model.limit or 0) - others)
-    losses = sized.rounder.loss(key, allocation, form.method == "nearest")
+    rest = others.of(form)
+    if model.size is not None and model.limit is not None:
+        check_room(model.limit, rest, f"--size {model.size}")
+    allocation = sized.of_form(form, (model.limit or 0) - rest)
+    losses = sized.rounder.loss(key, allocation, form.method == "nearest", form.rounds)
     held_out = float(losses.mean())
     if not math.isfinite(held_out):
         raise NumericalError(f"a loss of {held_out} on held-out text", "try --dtype float32")
     counts = Counter(str(choice.bits) for choice in allocation.choices.values())
     return replace(
         model,
-        bytes=others + allocation.cost,
+        bytes=rest + allocation.cost,
         layers=dict(sorted(counts.items())),
         dense_layers=allocation.dense_count(),
         held_out=held_out,

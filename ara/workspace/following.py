@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ara.layout_names import DEFAULT_LAYOUT
-from ara.pipeline import Stage, naming_words, next_stage, producers, stages, steps
+from ara.pipeline import Stage, naming_words, next_stage, producers, stage_named, stages, steps
 from ara.workspace.store import DEFAULT_ROOT, Workspace
 from ara.workspace.view import StageView, parent_of
 
 # Budgets to suggest after the last stage; the first one without a result is taken.
 _OTHER_BUDGETS = (0.6, 0.8, 0.7, 0.5, 0.9, 0.4)
+# Settings of ranks that were chosen with bits, for a size of the rounded checkpoint.
+_SIZES = ("size", "bits_per_parameter", "budget_bytes")
 
 
 def next_command(workspace: Workspace, after: StageView | None = None) -> str:
@@ -31,12 +33,14 @@ def next_command(workspace: Workspace, after: StageView | None = None) -> str:
 def _next_words(workspace: Workspace, after: StageView | None) -> list[str]:
     views = workspace.views()
     done = [view for view in views if view.state == "done" and view.manifest is not None]
+    if after is not None and after.kind == "comparison" and (words := _size_words(after)):
+        return ["ara", producers("ranks")[0], *words, *_factors(after, views)]
     current = next((view for view in done if after is not None and view.key == after.key), None)
     if current is None or not _is_step(current):
         current = max(filter(_is_step, done), key=_created, default=None)
     if current is None:
         return ["ara", stages()[0].name, (workspace.model or {}).get("requested", "MODEL")]
-    while (further := _further(current)) is not None:
+    while (further := _further(current, views)) is not None:
         made = [view for view in done if view.kind == further.produces and _is_child(view, current)]
         if not made:
             return ["ara", further.name, *_given(further, current, views)]
@@ -44,13 +48,42 @@ def _next_words(workspace: Workspace, after: StageView | None) -> list[str]:
     return _another_budget(current, done, views)
 
 
-def _further(view: StageView) -> Stage | None:
+def _further(view: StageView, views: Sequence[StageView]) -> Stage | None:
     """Return the next stage for a result."""
     stage = next_stage(view.stage)
+    if view.stage == "recover" and _has_bits(view, views):
+        return stage_named("quantise")
     # A densified checkpoint has no ranks that a repair could keep.
     if stage is not None and stage.produces == view.kind and view.manifest and view.manifest.config.get("densify"):
         return next_stage(stage.name)
     return stage
+
+
+def _has_bits(checkpoint: StageView, views: Sequence[StageView]) -> bool:
+    """Tell whether the ranks of a checkpoint were chosen with bits, to which its weights are to be rounded."""
+    by_key = {view.key: view for view in views}
+    wanted, seen = [checkpoint], set()
+    while wanted:
+        view = wanted.pop()
+        if view.manifest is None or view.key in seen:
+            continue
+        if view.kind == "ranks":
+            return any(view.manifest.config.get(name) is not None for name in _SIZES)
+        seen.add(view.key)
+        wanted += [by_key[parent.key] for parent in view.manifest.parents if parent.key in by_key]
+    return False
+
+
+def _size_words(comparison: StageView) -> list[str]:
+    """Return the options of ``ara allocate`` for the first size of a comparison of sizes; none for another one."""
+    config = comparison.manifest.config if comparison.manifest else {}
+    if not config.get("size"):
+        return []
+    words = ["--size", config["size"][0]]
+    for name, usual in (("embedding_bits", 16), ("layout", DEFAULT_LAYOUT)):
+        if (value := config.get(name, usual)) != usual:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
 
 
 def _is_step(view: StageView) -> bool:

@@ -86,4 +86,21 @@ def test_a_comparison_of_allocators_has_the_settings_of_before(copied: Path, tin
     words = ("--keep", 0.7, "--methods", "uniform", "--tasks", tiny_text, "--max-windows", 1, "--eval-seq-len", 24)
     name = json.loads(done("compare", *words, *FEW, "-w", copied, "--json").stdout)["name"]
     config = json.loads((copied / "compare" / name / "manifest.json").read_text())["config"]
-    assert not {"size", "block", "zero_points"} & set(config)
+    assert not {"size", "block", "zero_points", "embedding_bits"} & set(config)
+
+
+def test_the_embedding_of_rounded_models_may_have_few_bits(copied: Path) -> None:
+    one = size(copied, 0.35)
+    words = ("compare", "--size", one, *FEW, "--block", 16, "-w", copied)
+    done(*words)
+    done(*words, "--embedding-bits", 4)
+    plain, small = models_of(copied, f"sizes-{one}"), models_of(copied, f"sizes-{one}-embedding4")
+    for key, model in small.items():
+        before = plain[key]
+        if key in ("dense", f"ranks-{one}"):
+            assert model == before, key
+        elif model.error is None:
+            assert model.held_out != before.held_out, key
+    for key in ("int8", "int4"):
+        fewer, more = small[key].bytes, plain[key].bytes
+        assert fewer is not None and more is not None and fewer < more

@@ -71,6 +71,28 @@ def test_an_older_result_is_named(workspace):
     assert following(workspace, "allocate/0.60") == "recover --checkpoint 0.60"
 
 
+@pytest.mark.parametrize("budget", [{"size": "90MB"}, {"bits_per_parameter": 3.5}, {"budget_bytes": 9}])
+def test_ranks_with_bits_are_rounded_after_the_repair(workspace, budget):
+    store(workspace, "decompose/plain")
+    store(workspace, "allocate/a", parents=["decompose/plain"], **budget)
+    store(workspace, "truncate/a", parents=["allocate/a", "decompose/plain"])
+    assert following(workspace, "truncate/a") == "recover"
+    store(workspace, "recover/a", parents=["truncate/a", "decompose/plain"])
+    assert following(workspace, "recover/a") == following(workspace) == "quantise"
+    store(workspace, "quantise/a", parents=["recover/a", "decompose/plain"])
+    assert following(workspace, "quantise/a") == following(workspace, "recover/a") == "eval --tasks wikitext2"
+
+
+def test_a_comparison_of_sizes_leads_to_its_first_size(workspace):
+    store(workspace, "decompose/plain")
+    store(workspace, "decompose/whitened")
+    store(workspace, "compare/x", parents=["decompose/plain"], size=["90MB", "60MB"], embedding_bits=8)
+    assert following(workspace, "compare/x") == "allocate --size 90MB --embedding-bits 8 --factors plain"
+    store(workspace, "compare/y", parents=["decompose/whitened"], size=["60MB"], layout="factors", embedding_bits=16)
+    assert following(workspace, "compare/y") == "allocate --size 60MB"
+    assert following(workspace) == "allocate --keep 0.8"
+
+
 def test_a_densified_checkpoint_is_not_repaired(workspace):
     store(workspace, "decompose/plain")
     store(workspace, "truncate/a", parents=["decompose/plain"], densify=True)
