@@ -44,7 +44,7 @@ from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
 from ara.workspace.view import StageView
 from ara_cli.console import Console
-from benchmarks.recovery_rows import CALIBRATIONS, LEVELS, Row, reference, wanted
+from benchmarks.recovery_rows import CALIBRATIONS, Row, reference, wanted
 from benchmarks.recovery_table import show
 from benchmarks.row_file import RowFile
 from benchmarks.text_losses import TextLosses
@@ -157,7 +157,7 @@ class Bench:
         """Return the checkpoint of a row: truncated, then repaired level by level."""
         a, chosen = self.arguments, self.ranks(row)
         made = truncate(TruncateConfig(), self.run, allocation=chosen.name)
-        for level in LEVELS[1 : LEVELS.index(row.level) + 1]:
+        for level in row.repairs:
             config = RecoverConfig(
                 level=level,
                 only=True,
@@ -170,7 +170,7 @@ class Bench:
                 block_epochs=a.epochs,
                 text=CALIBRATIONS[row.calibration],
             )
-            name = f"{chosen.name}-{level}"
+            name = f"{chosen.name}-{row.level if level == row.repairs[-1] else level}"
             made = recover(config, self.run, checkpoint=made.key, name=name)
         return made
 

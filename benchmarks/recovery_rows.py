@@ -14,13 +14,17 @@ RANKS = ("ara", "uniform")
 # Learned ranks of layers in two factors; all others are pivoted.
 FACTORS = "ara-factors"
 LEVELS = ("frozen", "closed", "block", "distill")
+# Distillation without the training of blocks before it.
+DIRECT = "closed+distill"
+# In the order of the tables.
+ORDER = (*LEVELS[:-1], DIRECT, LEVELS[-1])
 
 
 @dataclass(frozen=True)
 class Row:
     """One measurement: calibration text, ranks, budget, seed of ranks and repair, level of recovery.
 
-    ``ranks`` is one of :data:`RANKS`, pivoted, or :data:`FACTORS`.
+    ``ranks`` is one of :data:`RANKS`, pivoted, or :data:`FACTORS`. ``level`` is one of :data:`ORDER`.
     """
 
     calibration: str
@@ -40,18 +44,27 @@ class Row:
         return "factors" if self.ranks == FACTORS else "pivoted"
 
     @property
+    def repairs(self) -> tuple[str, ...]:
+        """Levels that are run one after the other."""
+        return tuple(DIRECT.split("+")) if self.level == DIRECT else LEVELS[1 : LEVELS.index(self.level) + 1]
+
+    @property
     def key(self) -> str:
         """Key in the file of finished rows."""
         return f"{self.calibration}/{self.ranks}/{self.keep:g}/{self.seed}/{self.level}"
 
 
 def wanted(keeps: list[float], seeds: int) -> Iterator[Row]:
-    """List the measurements: one seed of everything first; then raw text, two factors and further seeds at keep 0.6."""
+    """List the measurements: one seed of everything first.
+
+    Then, at keep 0.6: distillation without block training, raw text, two factors and further seeds.
+    """
     for keep in keeps:
         for ranks in RANKS:
             for level in LEVELS:
                 yield Row("mixed", ranks, keep, 0, level)
     if 0.6 in keeps:
+        yield Row("mixed", RANKS[0], 0.6, 0, DIRECT)
         for calibration, ranks in (("c4", "ara"), ("mixed", FACTORS)):
             for level in LEVELS:
                 yield Row(calibration, ranks, 0.6, 0, level)

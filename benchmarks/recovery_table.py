@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ara_cli.console import Console
-from benchmarks.recovery_rows import LEVELS, Row, gap_closed, reference
+from benchmarks.recovery_rows import ORDER, Row, gap_closed, reference
 from benchmarks.text_losses import TEXTS
 
 
@@ -71,7 +71,7 @@ def _groups(rows: Mapping[str, Any]) -> list[list[Row]]:
     """Return the rows that differ in their seed only, in the order of budgets, ranks and levels."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in filter(None, map(parsed, rows)):
-        groups.setdefault((row.calibration, -row.keep, row.ranks, LEVELS.index(row.level)), []).append(row)
+        groups.setdefault((row.calibration, -row.keep, row.ranks, ORDER.index(row.level)), []).append(row)
     return [groups[name] for name in sorted(groups)]
 
 

@@ -39,7 +39,7 @@ class RecoverConfig(PlacementConfig):
     batch_size: int = Field(4, ge=1, le=bounds.MAX_BATCH, description="windows per forward and backward pass")
     seed: int = Field(0, ge=0, lt=bounds.SEED_LIMIT, description="random seed of windows and batches")
     closed_share: float = Field(
-        0.5,
+        0.25,
         gt=0,
         le=1,
         description="closed: largest share of a measured error that is corrected; with 1 single layers fit best, but "

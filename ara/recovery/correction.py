@@ -9,10 +9,10 @@ with β = 1 and λ = 0. A smaller β believes less of the measured shift, a larg
 arXiv 2602.03051; AA-SVD, arXiv 2604.02119, is β = 1). W' is then cut to the rank of the layer in the metric (S, H), H
 being the output metric of the layer's factors. β and λ are those with the least error on held-out windows of the text.
 
-β is at most a given share, ½ by default. With β = 1 a layer gives the mean of W x over all x of the text that may be
+β is at most a given share, ¼ by default. With β = 1 a layer gives the mean of W x over all x of the text that may be
 behind x'. So it gives less of what the compressed model renders badly, and whatever depends on exactly that loses.
 Held-out errors of single layers do not show it: they are least near β = 1, where the whole model is worse. The error of
-a layer is quadratic in β, so β = ½ has three quarters of the gain.
+a layer is quadratic in β, so β = ¼ still has nearly half of the gain.
 
 The full factors of a layer, W = B A, satisfy Bᵀ H B = I (:mod:`ara.decomposition.subspace`). So in the coordinates of B
 the norm is the plain one, H is not needed, and everything happens on A (r, n):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.recovery import main
-from benchmarks.recovery_rows import LEVELS, Row, gap_closed, wanted
+from benchmarks.recovery_rows import DIRECT, LEVELS, Row, gap_closed, wanted
 from benchmarks.recovery_table import cost, parsed, quality
 from benchmarks.text_losses import TEXTS
 from tests.tiny import save_tiny
@@ -46,7 +46,8 @@ def test_every_level_is_wanted_for_learned_and_uniform_ranks() -> None:
     assert len(found) == len(set(found)) and all(parsed(one.key) == one for one in found)
     for keep, seeds in ((0.8, 1), (0.6, 3), (0.4, 1)):
         mixed = [one for one in found if one.keep == keep and one.calibration == "mixed" and one.layout == "pivoted"]
-        assert len(mixed) == 2 * len(LEVELS) * seeds
+        assert len(mixed) == 2 * len(LEVELS) * seeds + (keep == 0.6)
+    assert [one.repairs for one in found if one.level == DIRECT] == [("closed", "distill")]
     assert [one.level for one in found if one.layout == "factors"] == list(LEVELS)
     assert {one.level for one in found if one.calibration == "c4"} == set(LEVELS)
 
