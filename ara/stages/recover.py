@@ -67,7 +67,7 @@ def recover(
         placement = _placement(config)
         run.report.fact(placement.why)
         source = model_of(before.factors, run)
-        texts = recovery_texts(config, levels, before.factors, source, task.workspace, run)
+        texts = recovery_texts(config, levels, before.view, before.factors, source, task.workspace, run)
         settings = _settings(config, levels, before, placement, texts)
         task.describe(name or _default_name(before.view, config), settings, (before.view, before.factors))
         done = task.finished()
