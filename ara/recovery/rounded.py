@@ -46,7 +46,7 @@ class ScaledLinear(RoundedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``x`` (..., n) to (..., m)."""
-        weight: torch.Tensor = _Weight.apply(self.scales, self, x.dtype)  # type: ignore[no-untyped-call]
+        weight: torch.Tensor = _Weight.apply(self.scales, self, x.dtype)
         return nn.functional.linear(x, weight, self.bias)
 
     def scale_gradient(self, gradient: torch.Tensor) -> torch.Tensor:

@@ -131,8 +131,8 @@ def test_a_tiny_model_goes_through_and_a_second_run_measures_nothing(
     assert found["twin/dense/-/frozen"]["linear_share"] == 1 and found["twin/int8/-/frozen"]["layers"] == {"8": 21}
     assert found["twin/mixed/40/frozen"]["low_rank_layers"] == 0
     assert found["twin/joint/40/frozen"]["texts"] != found["twin/joint/40/closed"]["texts"]
-    assert found["twin/int4/-/distilled"]["texts"] != found["twin/int4/-/frozen"]["texts"]
-    assert found["twin/int4/-/distilled"]["file_bytes"] == found["twin/int4/-/frozen"]["file_bytes"]
+    nearest = [found[f"twin/int4-nearest/-/{level}"] for level in ("frozen", "distilled")]
+    assert nearest[0]["texts"] != nearest[1]["texts"] and nearest[0]["file_bytes"] == nearest[1]["file_bytes"]
     assert "| 40 % |" in capsys.readouterr().out
     monkeypatch.setattr("benchmarks.bytes.Compressor", None)
     main(words)

@@ -121,9 +121,9 @@ def test_half_precision_blocks_learn_through_float32_copies(tmp_path: Path) -> N
 
 
 def test_a_block_that_gets_worse_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil(self: Any, index: int, block: torch.nn.Module, *args: object) -> None:
+    def spoil(self: Any, index: int, name: str, *args: object) -> None:
         with torch.no_grad():
-            for parameter in block.parameters():
+            for parameter in self.recovery.model.get_submodule(name).parameters():
                 parameter.mul_(1.3 if index == 1 else 1)
 
     recovery = recovery_of(tmp_path)
