@@ -191,10 +191,12 @@ def show_checkpoint(console: Console, view: StageView) -> None:
         rows.append(("held-out loss", f"{rounding.loss_before:.4f} → {rounding.loss_after:.4f} nats/token"))
     console.table(f"{view.name}", columns("", ""), rows)
     if results.recovery is not None:
-        _show_recovery(console, results.recovery)
+        _show_recovery(console, "Recovery", results.recovery)
+    if results.recovery_after_rounding is not None:
+        _show_recovery(console, "Recovery after rounding", results.recovery_after_rounding)
 
 
-def _show_recovery(console: Console, figures: RecoveryFigures) -> None:
+def _show_recovery(console: Console, what: str, figures: RecoveryFigures) -> None:
     """Show what each level of recovery has changed."""
     rows = [
         (
@@ -207,7 +209,7 @@ def _show_recovery(console: Console, figures: RecoveryFigures) -> None:
         for row in figures.levels
     ]
     headers = columns("level", "KL to dense before (held-out, nats/token)", "after", "training tokens", "time")
-    title = f"Recovery: held-out loss {figures.loss_before:.4f} → {figures.loss_after:.4f} nats/token, dense "
+    title = f"{what}: held-out loss {figures.loss_before:.4f} → {figures.loss_after:.4f} nats/token, dense "
     console.table(f"{title}{figures.dense_loss:.4f}", headers, rows)
 
 

@@ -3,6 +3,7 @@
     ARA_DATA_DIR=... make bench-bytes                                            # in ./bench-bytes
     python benchmarks/bytes.py --size 33 --only 'twin/*' --windows 2             # a part of it
     python benchmarks/bytes.py --recovered                                       # also repaired before rounding
+    python benchmarks/bytes.py --distilled --only '*/distilled'                  # also repaired after rounding
 
 Sizes are those of the linear layers, in per cent of bfloat16; embeddings, head and norms are the same in all files. At
 each size stand the dense model in 16, 8 and 4 bits (rounded to nearest, and calibrated) where it fits, the dense model
@@ -48,7 +49,7 @@ from ara.stages.recover import recover
 from ara.stages.truncate import truncate
 from ara.workspace.view import StageView
 from ara_cli.console import Console
-from benchmarks.bytes_rows import ORIGINAL, RECOVERED, SIZES, TWIN, Row, wanted
+from benchmarks.bytes_rows import DISTILLED, ORIGINAL, RECOVERED, SIZES, TWIN, Row, level_at, wanted
 from benchmarks.bytes_table import show
 from benchmarks.off_grid import write_twin
 from benchmarks.row_file import RowFile
@@ -58,6 +59,8 @@ from benchmarks.text_losses import TextLosses
 STORED = "bfloat16"
 # Tokens of a calibration window.
 SEQ_LEN = 512
+# The repair after rounding.
+REPAIR: dict[str, Any] = {"level": "distill", "only": True}
 # Settings that determine a row.
 SETTINGS = ("model", "windows", "seq_len", "samples", "rank_samples", "held_out", "layout", "block", "dtype", "seed")
 
@@ -103,19 +106,24 @@ class Compressor:
         return allocate(config, self.run, factors=self.factors.name, name=name)
 
     def checkpoint(self, row: Row, chosen: StageView) -> StageView:
-        """Return the checkpoint of a row: truncated, repaired if wanted, rounded unless it has 16 bits."""
+        """Return the checkpoint of a row: truncated, repaired if wanted, rounded unless it has 16 bits, repaired."""
         form, a = FORMS[row.form], self.arguments
+        settings = {"samples": a.samples, "held_out": a.held_out, "seed": a.seed, "dtype": a.dtype}
         made = truncate(TruncateConfig(), self.run, allocation=chosen.name)
-        if row.level == RECOVERED:
-            repair = RecoverConfig(samples=a.samples, held_out=a.held_out, seed=a.seed, dtype=a.dtype)
-            made = recover(repair, self.run, checkpoint=made.key, name=f"{chosen.name}-{row.level}")
+        before = level_at(row.form, RECOVERED if row.level == DISTILLED else row.level)
+        if before == RECOVERED:
+            made = recover(RecoverConfig(**settings), self.run, checkpoint=made.key, name=f"{chosen.name}-{RECOVERED}")
         if set(self.widths(row, chosen)) == {16}:
             return made
         # A large loss is a result as well.
         config = QuantiseConfig(
             bits=None if form.sized else form.bits[0], method=form.method, tolerance=bounds.MAX_WEIGHT, **self.tuning
         )
-        return quantise(config, self.run, checkpoint=made.key, name=f"{row.form}-{row.size or 'dense'}-{row.level}")
+        rounded = quantise(config, self.run, checkpoint=made.key, name=f"{row.form}-{row.size or 'dense'}-{before}")
+        if row.level != DISTILLED:
+            return rounded
+        repair = RecoverConfig(**settings, **REPAIR)
+        return recover(repair, self.run, checkpoint=rounded.key, name=f"{rounded.name}-{DISTILLED}")
 
     def widths(self, row: Row, chosen: StageView) -> list[int]:
         """Return the bits per weight of every layer."""
@@ -205,6 +213,7 @@ def main(words: Sequence[str] | None = None) -> None:
         help=f"per cent of the linear layers in bfloat16; may be repeated [default: {', '.join(map(str, SIZES))}]",
     )
     parser.add_argument("--recovered", action="store_true", help="also repair models with ranks, at the level closed")
+    parser.add_argument("--distilled", action="store_true", help="also repair rounded models, at the level distill")
     parser.add_argument("--only", action="append", help="pattern of rows, such as 'twin/joint/*'; may be repeated")
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows per text")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens per evaluation window")
@@ -223,7 +232,8 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit("error: ARA_DATA_DIR is not set\nhint: point it at a folder with c4_sample/ and wikitext2_raw/")
     console = Console()
     bench = Bench(arguments, console)
-    for row in wanted(sorted(set(arguments.size or SIZES), reverse=True), arguments.recovered):
+    sizes = sorted(set(arguments.size or SIZES), reverse=True)
+    for row in wanted(sizes, arguments.recovered, arguments.distilled):
         if arguments.only is None or any(fnmatchcase(row.key, pattern) for pattern in arguments.only):
             bench.measure(row)
     show(console, bench.file.rows)

@@ -9,13 +9,13 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ara.allocation.forms import FORMS, JOINT
 from ara_cli.console import Console
-from benchmarks.bytes_rows import FROZEN, ORIGINAL, RECOVERED, TWIN, Row
+from benchmarks.bytes_rows import DISTILLED, FROZEN, ORIGINAL, RECOVERED, TWIN, Row, level_at
 from benchmarks.text_losses import TEXTS
 
 # A difference of at least this many standard errors counts, and a gain of at least this many nats is the goal.
@@ -35,11 +35,11 @@ def fitting(rows: Rows, size: int, level: str) -> dict[str, Mapping[str, Any]]:
     Args:
         rows: finished rows.
         size: of the linear layers, per cent of bfloat16.
-        level: of forms with ranks; other forms are not recovered.
+        level: of forms that can have it, see :func:`benchmarks.bytes_rows.level_at`.
     """
     found = {}
     for name, form in FORMS.items():
-        row = rows.get(Row(TWIN, name, size if form.sized else None, level if form.ranks else FROZEN).key, {})
+        row = rows.get(Row(TWIN, name, size if form.sized else None, level_at(name, level)).key, {})
         if "texts" in row and row["linear_share"] <= size / 100 + 1e-9:
             found[name] = row
     return found
@@ -122,7 +122,8 @@ def original(rows: Rows) -> list[str]:
 def conclusions(rows: Rows) -> Iterator[str]:
     """Yield sentences: what calibration saves at 4 bits, and where joint is worse or better than every other form."""
     yield from _calibration(rows)
-    for level in (FROZEN, RECOVERED):
+    yield from _after_rounding(rows)
+    for level in (FROZEN, RECOVERED, DISTILLED):
         worse, better, count = [], [], 0
         for size in sizes_of(rows, level):
             for text in TEXTS:
@@ -151,6 +152,25 @@ def _calibration(rows: Rows) -> Iterator[str]:
             yield f"dense int4, {text}: calibrated loses {calibrated - dense:.3f} nats, nearest {lost:.3f} ({share})."
 
 
+def _after_rounding(rows: Rows) -> Iterator[str]:
+    """Yield what each repair after rounding changes."""
+    for row in map(Row.parsed, rows):
+        before = rows.get(Row(row.model, row.form, row.size, level_at(row.form, RECOVERED)).key, {})
+        after = rows[row.key]
+        if row.level == DISTILLED and "texts" in before and "texts" in after:
+            found = [f"{text} {_change_text(before['windows'][text], after['windows'][text])}" for text in TEXTS]
+            size = "" if row.size is None else f" at {row.size} %"
+            yield f"{FORMS[row.form].title}{size}, repaired after rounding: {', '.join(found)} nats."
+
+
+def _change_text(before: Sequence[float], after: Sequence[float]) -> str:
+    differences = [late - early for early, late in zip(before, after, strict=True)]
+    words = f"{statistics.fmean(differences):+.3f}"
+    if len(differences) < 2:
+        return words
+    return f"{words} ± {statistics.stdev(differences) / math.sqrt(len(differences)):.3f}"
+
+
 def sizes_of(rows: Rows, level: str) -> list[int]:
     """Return the sizes with a finished row of a level, largest first."""
     parsed = [Row.parsed(key) for key in rows]
@@ -174,7 +194,7 @@ def _lead_text(found: tuple[float, float] | None) -> str:
 
 def show(console: Console, rows: Rows) -> None:
     """Print all tables and what they say."""
-    for level in (FROZEN, RECOVERED):
+    for level in (FROZEN, RECOVERED, DISTILLED):
         for text in TEXTS if sizes_of(rows, level) else ():
             console.text(f"{text}, {level}: perplexity of the twin\n")
             console.text("\n".join(quality(rows, text, level)) + "\n")

@@ -121,6 +121,7 @@ class CheckpointResults(Results):
         disk_bytes: of the weight files.
         recovery: how it was repaired; ``None`` for a checkpoint that was only truncated.
         rounding: how it was rounded to few bits; ``None`` if it was not.
+        recovery_after_rounding: how it was repaired after that; ``None`` if it was not.
     """
 
     Settings = CheckpointSettings
@@ -135,6 +136,7 @@ class CheckpointResults(Results):
     disk_bytes: Count
     recovery: RecoveryFigures | None = field(default=None, metadata=LEFT_OUT)
     rounding: RoundingFigures | None = field(default=None, metadata=LEFT_OUT)
+    recovery_after_rounding: RecoveryFigures | None = field(default=None, metadata=LEFT_OUT)
 
 
 def label_of(checkpoint: StageView) -> str:

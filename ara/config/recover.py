@@ -12,7 +12,7 @@ from ara.config.flags import Flag
 
 
 class RecoverConfig(PlacementConfig):
-    """``ara recover``: repair the values of a compressed checkpoint; its ranks stay."""
+    """``ara recover``: repair the values of a compressed checkpoint; its ranks stay, and whole numbers of few bits."""
 
     level: str = Field(
         "closed",
@@ -65,7 +65,7 @@ class RecoverConfig(PlacementConfig):
     train: Literal["all", "factors", "lora"] = Field(
         "all",
         description="distill: what is trained: all weights of the blocks, the factors alone, or LoRA adapters "
-        "(requires the package peft)",
+        "(requires the package peft); rounded checkpoints allow all only",
     )
     lora_rank: int = Field(16, ge=1, le=bounds.MAX_RANK, description="distill: rank of the LoRA adapters")
     keep_adapter: bool = Field(

@@ -96,12 +96,23 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrai
         ModelError: not a checkpoint, or a damaged one.
         UsageError: unknown device or dtype.
     """
+    return load_rounded(path, device, dtype)[0]
+
+
+def load_rounded(
+    path: str | Path, device: str = "auto", dtype: str = "auto"
+) -> tuple[PreTrainedModel, dict[str, RoundedMatrix]]:
+    """Load a compressed checkpoint as :func:`load` does, and return its rounded matrices by path as well.
+
+    The modules are on the CPU. A tied head has none.
+    """
     folder = Path(path)
     stored = str(read_config(folder).get("dtype") or "float32")
     placement = choose_placement(device, stored if dtype == "auto" else dtype)
     model = _read(folder, torch_dtype(placement.dtype))
+    rounded = {name: module for name, module in model.named_modules() if isinstance(module, RoundedMatrix)}
     dequantise(model)
-    return model.to(placement.device).eval().requires_grad_(False)
+    return model.to(placement.device).eval().requires_grad_(False), rounded
 
 
 def check_loads(folder: Path) -> None:

@@ -21,8 +21,10 @@ from ara.models.likelihood import window_nll
 from ara.models.losses import token_losses
 from ara.models.weights import LinearSpec, find_blocks
 from ara.progress import SILENT, Reporter
+from ara.recovery.optimiser import MasterAdamW, Stored
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -110,7 +112,8 @@ class Recovery:
     Attributes:
         dense: the dense model, in evaluation mode; no parameter requires a gradient, and none may change.
         model: the compressed model, in evaluation mode, changed in place. Its low-rank layers are
-            two balanced factors each (:mod:`ara.recovery.trainable`), whatever the checkpoint's layout.
+            two balanced factors each (:mod:`ara.recovery.trainable`), whatever the checkpoint's layout. Rounded
+            matrices have trainable scales instead (:mod:`ara.recovery.rounded`).
         specs: the factorised layers, low-rank or dense, in the order of the model.
         factors: module path → safetensors file with the full factors ``<path>.A`` (r, n) and ``<path>.B`` (m, r).
         train: text that the level learns from.
@@ -120,6 +123,7 @@ class Recovery:
         saved: finished parts of an interrupted run.
         report: progress.
         keep_on_interrupt: on Ctrl+C a level returns what it has finished, instead of raising ``KeyboardInterrupt``.
+        stored: of a rounded model, how its parameters will be stored, by name.
     """
 
     dense: PreTrainedModel
@@ -133,6 +137,7 @@ class Recovery:
     saved: Saved
     report: Reporter = SILENT
     keep_on_interrupt: bool = False
+    stored: Mapping[str, Stored] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -151,6 +156,10 @@ class Recovery:
                 "earlier blocks"
             )
         return independent
+
+    def optimiser(self, parameters: Mapping[str, nn.Parameter], steps: int, rate: float) -> MasterAdamW:
+        """Return the optimiser of parameters of the compressed model, by their name in it; see :class:`MasterAdamW`."""
+        return MasterAdamW(parameters, steps, rate, self.stored)
 
     def unseen_distance(self, advance: Callable[[int], None] | None = None) -> Distance:
         """Return how far the compressed model is from the dense one on the unseen windows.
@@ -186,15 +195,24 @@ class Level(ABC):
 
     Class attributes:
         settings: fields of :class:`~ara.config.RecoverConfig` that no other level reads.
+        not_rounded: why the level cannot repair a rounded checkpoint, in words; ``None`` if it can.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset()
+    not_rounded: ClassVar[str | None] = None
 
     def check(self, config: RecoverConfig) -> None:  # noqa: B027 - most levels have nothing to refuse
         """Refuse settings that the level cannot fulfil, before anything is loaded.
 
         Raises:
             AraError: a package is missing, or settings contradict each other.
+        """
+
+    def check_rounded(self, config: RecoverConfig) -> None:  # noqa: B027 - most levels have nothing to refuse
+        """Refuse settings that the level cannot fulfil for a rounded checkpoint.
+
+        Raises:
+            UsageError: they make no sense there.
         """
 
     def windows(self, config: RecoverConfig) -> int:

@@ -1,5 +1,7 @@
 """Block training: every block of the compressed model learns to give the output of the dense block.
 
+Of a rounded block, θ are the scales of its matrices, and its norms, biases and matrices that are not rounded.
+
 For block i with parameters θ, over counted tokens t of the training windows,
 
     minimise  Σ_t e_tᵀ M e_t,   e_t = block_θ(x'_t) − dense block(x_t)
@@ -21,14 +23,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from ara.errors import NAN_HINT, NumericalError, UnsupportedModelError
 from ara.models.weights import find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery
 from ara.recovery.fisher import block_fisher
 from ara.recovery.metric import Metric
-from ara.recovery.optimiser import MasterAdamW, trained
+from ara.recovery.optimiser import trained
 from ara.recovery.side_by_side import Errors, SideBySide
 from ara.recovery.trainable import block_tensors, load_tensors
 
@@ -173,7 +174,7 @@ class _Training:
         start = {key: tensor.clone() for key, tensor in block.state_dict().items()}
         try:
             if min(before.forms) > 0:
-                self._fit(index, block, train, metrics, before, advance)
+                self._fit(index, name, train, metrics, before, advance)
                 after = held_out.measure(metrics)
             ratio = self._ratio(name, before, after)
         except BaseException as error:
@@ -193,15 +194,16 @@ class _Training:
     def _fit(
         self,
         index: int,
-        block: nn.Module,
+        name: str,
         train: SideBySide,
         metrics: Sequence[Metric],
         before: Errors,
         advance: Callable[[int], None],
     ) -> None:
         """Take all steps on one block."""
-        config = self.config
-        optimiser = MasterAdamW(trained(block.named_parameters()), self._steps, config.block_rate)
+        config, block = self.config, self.recovery.model.get_submodule(name)
+        parameters = trained(block.named_parameters(prefix=name))
+        optimiser = self.recovery.optimiser(parameters, self._steps, config.block_rate)
         for epoch in range(config.block_epochs):
             for batch in batch_order(len(train.counts), config.seed, index, epoch):
                 with torch.enable_grad():

@@ -51,6 +51,7 @@ class Closed(Level):
     """Sequential correction without gradients."""
 
     settings = frozenset({"closed_share"})
+    not_rounded = "its corrections change all numbers of a matrix, so it belongs before the rounding"
 
     def repair(self, recovery: Recovery) -> LevelOutcome:
         """Correct all layers, block by block."""

@@ -32,7 +32,7 @@ from ara.models.weights import LinearSpec, find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery, RecoveryText
 from ara.recovery.history import History, Row
 from ara.recovery.lora import Adapters, in_stored_layout, peft
-from ara.recovery.optimiser import MasterAdamW, rate_at, trained
+from ara.recovery.optimiser import rate_at, trained
 from ara.recovery.teacher import Teacher
 
 ADAPTER_FOLDER = "adapter"
@@ -61,6 +61,14 @@ class Distill(Level):
         if config.tensorboard:
             event_writer_class()
 
+    def check_rounded(self, config: RecoverConfig) -> None:
+        """Refuse to train factors, whose whole numbers stay; see :meth:`Level.check_rounded`."""
+        if config.train != "all":
+            raise UsageError(
+                f"--train {config.train} changes all numbers of the factors, and those of a rounded checkpoint stay",
+                "use --train all: it trains scales, norms, biases and matrices that are not rounded",
+            )
+
     def windows(self, config: RecoverConfig) -> int:
         """Return the windows of all steps: none is read twice if the text is long enough."""
         return config.steps * config.batch
@@ -84,7 +92,7 @@ def trained_parameters(recovery: Recovery) -> dict[str, nn.Parameter]:
     """Let the parameters that ``config.train`` names require gradients, and return them by name.
 
     ``all`` is everything in the decoder blocks, and the vectors outside of them but for the head's bias: these are the
-    final norm. Embeddings and the head are matrices and stay.
+    final norm. Embeddings and the head are matrices and stay. Of rounded matrices the scales are parameters.
 
     Raises:
         ModelError: the factors are to be trained, and all layers are dense.
@@ -135,7 +143,7 @@ class _Training:
 
     def __init__(self, recovery: Recovery, parameters: dict[str, nn.Parameter]) -> None:
         self.recovery, self.config, self.parameters = recovery, recovery.config, parameters
-        self.optimiser = MasterAdamW(parameters, self.config.steps, self.config.rate)
+        self.optimiser = recovery.optimiser(parameters, self.config.steps, self.config.rate)
         self.history = History()
         self.best: dict[str, torch.Tensor] = {}
         self.judge = Teacher(recovery.dense, recovery.held_out.ids, keep=True)

@@ -1,13 +1,16 @@
 """AdamW with float32 master copies, a cosine schedule, and a state that is stored as tensors.
 
 Half-precision weights lose small updates: a step of 1e-4 of a weight is below the resolution of bfloat16. So the
-optimiser steps on float32 copies, and each step rounds them into the model. Float32 weights need no copy.
+optimiser steps on float32 copies, and each step rounds them into the model. Float32 weights need no copy, unless the
+model is to compute with what a checkpoint of less precision will hold.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -36,6 +39,19 @@ def rate_at(step: int, steps: int, rate: float) -> float:
     return rate * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How a trained parameter will be stored.
+
+    Attributes:
+        dtype: each step rounds the parameter to it, so that the model computes with what will be stored.
+        pace: factor on its learning rate.
+    """
+
+    dtype: torch.dtype
+    pace: float = 1.0
+
+
 class MasterAdamW:
     """AdamW over named parameters of a model.
 
@@ -43,21 +59,41 @@ class MasterAdamW:
         parameters: name → parameter of the model; gradients are read from its ``grad``.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], steps: int, rate: float) -> None:
-        """Prepare the first of ``steps`` steps with the highest learning rate ``rate``."""
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        steps: int,
+        rate: float,
+        stored: Mapping[str, Stored] = MappingProxyType({}),
+    ) -> None:
+        """Prepare the first step.
+
+        Args:
+            parameters: name → parameter of the model.
+            steps: in all.
+            rate: the highest learning rate.
+            stored: how parameters will be stored, by name; the others have the precision of the model.
+        """
         self.parameters = dict(parameters)
         self.steps, self.rate, self.done = steps, rate, 0
+        self._stored = {name: stored.get(name, Stored(value.dtype)) for name, value in self.parameters.items()}
         self._masters = {
-            name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
+            name: parameter if self._is_exact(name) else nn.Parameter(parameter.detach().to(torch.float32, copy=True))
             for name, parameter in self.parameters.items()
         }
         self._fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in self._masters.values())
-        self._adam = torch.optim.AdamW(
-            self._masters.values(), lr=rate, betas=_BETAS, weight_decay=0.0, fused=self._fused
-        )
+        paces: dict[float, list[nn.Parameter]] = {}
+        for name, master in self._masters.items():
+            paces.setdefault(self._stored[name].pace, []).append(master)
+        groups = [{"params": masters, "pace": pace} for pace, masters in paces.items()]
+        self._adam = torch.optim.AdamW(groups, lr=rate, betas=_BETAS, weight_decay=0.0, fused=self._fused)
+
+    def _is_exact(self, name: str) -> bool:
+        """Tell whether the model and the checkpoint hold a parameter in float32, so that it needs no copy."""
+        return self.parameters[name].dtype == self._stored[name].dtype == torch.float32
 
     def collect(self) -> None:
-        """Add the gradients of half-precision parameters to float32 sums, and clear them.
+        """Add the gradients of parameters with copies to float32 sums, and clear them.
 
         Called after each backward pass of a step, so that sums over passes are not rounded to half precision.
         """
@@ -93,7 +129,7 @@ class MasterAdamW:
             )
         torch.nn.utils.clip_grads_with_norm_(self._masters.values(), CLIP, torch.tensor(norm))
         for group in self._adam.param_groups:
-            group["lr"] = rate_at(self.done, self.steps, self.rate)
+            group["lr"] = rate_at(self.done, self.steps, self.rate) * group["pace"]
         self._adam.step()
         self.clear()
         self.done += 1
@@ -109,7 +145,7 @@ class MasterAdamW:
     def _round(self) -> None:
         for name, parameter in self.parameters.items():
             if self._masters[name] is not parameter:
-                parameter.copy_(self._masters[name])
+                parameter.copy_(self._masters[name].to(self._stored[name].dtype))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return float32 weights and moments by name, for a later :meth:`restore`; not copied."""

@@ -1,4 +1,7 @@
-"""The trainable form of a compressed model: every low-rank layer as two balanced factors."""
+"""The trainable form of a compressed model: every low-rank layer as two balanced factors.
+
+Layers with rounded parts keep them (:mod:`ara.recovery.rounded`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import nn
 
 from ara.layout_names import LayoutName
 from ara.layouts import layout_named
-from ara.layouts.modeling_ara import CompressedLinear, replace_linear
+from ara.layouts.modeling_ara import CompressedLinear, RoundedMatrix, replace_linear
 from ara.progress import SILENT, Reporter
 
 # The layout of the trainable form.
@@ -103,4 +106,6 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _low_rank(model: nn.Module) -> list[tuple[str, CompressedLinear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, CompressedLinear)]
+    """Return the low-rank layers by path, without those whose parts are rounded."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, CompressedLinear)]
+    return [(name, layer) for name, layer in layers if not isinstance(layer.A, RoundedMatrix)]

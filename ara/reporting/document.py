@@ -122,6 +122,7 @@ class Stored(Part):
         disk_keep: ``disk_bytes`` as a share of the dense model's weights.
         recovery: ``None`` if it was only truncated.
         rounding: ``None`` if it was not rounded to few bits.
+        recovery_after_rounding: ``None`` if it was not repaired after that.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Stored(Part):
     disk_keep: float
     recovery: RecoveryFigures | None = None
     rounding: RoundingFigures | None = None
+    recovery_after_rounding: RecoveryFigures | None = None
 
 
 @dataclass(frozen=True)

@@ -52,12 +52,20 @@ _Part = TypeVar("_Part")
 
 @dataclass(frozen=True)
 class Made:
-    """Manifests of one checkpoint: truncation, ranks, and measurements, oldest first."""
+    """Manifests of one checkpoint, its ranks, and its measurements, oldest first.
+
+    Attributes:
+        truncated: the checkpoint.
+        allocation: its ranks.
+        evaluations, benches: made from it.
+        earlier: the checkpoints that it was made from, oldest first.
+    """
 
     truncated: Manifest
     allocation: Manifest
     evaluations: tuple[Manifest, ...] = ()
     benches: tuple[Manifest, ...] = ()
+    earlier: tuple[Manifest, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,8 @@ def gather(sources: Sources) -> Report:
     trained = [sources.training] if sources.training else []
     trainings = _read_all(read_training, trained, missing, place)
     base = read_base(decomposition.model)
-    main = (decomposition, *trained, made.allocation, made.truncated, *made.evaluations, *made.benches)
+    checkpoints = (*made.earlier, made.truncated)
+    main = (decomposition, *trained, made.allocation, *checkpoints, *made.evaluations, *made.benches)
     report = Report(
         title=title(base, current.allocation, current.checkpoint),
         verdict=verdict(base, current.allocation, current.checkpoint, current.evaluations, current.benches),
@@ -226,7 +235,8 @@ def _anew(key: str, place: tuple[str, ...]) -> str:
 def _fitted(report: Report) -> set[str]:
     """Return the texts that factors or repairs were fitted to, as tables name them."""
     names = [split_share(item)[0] for item in split_items(report.decomposition.text or "")]
-    names += [part.name for part in report.checkpoint.recovery.parts] if report.checkpoint.recovery else []
+    repairs = report.checkpoint.recovery, report.checkpoint.recovery_after_rounding
+    names += [part.name for repair in repairs if repair is not None for part in repair.parts]
     return set(text_labels(names).values())
 
 

@@ -13,7 +13,7 @@ from ara.artifacts.checkpoint import CheckpointResults
 from ara.layouts import LAYOUTS
 from ara.printable import printable
 from ara.reporting.cells import Cell, Table
-from ara.reporting.document import Report
+from ara.reporting.document import Report, Stored
 from ara.reporting.gather import basic_report
 from ara.reporting.sharing import shared_command
 from ara.reporting.summary import main_texts, recovery_words, rounding_words
@@ -23,7 +23,7 @@ from ara.reporting.tables import (
     harness_table,
     kinds_table,
     models_table,
-    recovery_table,
+    recovery_tables,
     size_table,
     text_table,
 )
@@ -61,7 +61,7 @@ def card(report: Report) -> str:
         _what(report, measured),
         _markdown(size_table(report)),
         *_measurements(report),
-        *([_captioned(recovery_table(report.checkpoint.recovery))] if report.checkpoint.recovery else []),
+        *(_captioned(table) for table in recovery_tables(report.checkpoint)),
         _markdown(kinds_table(report.allocation)),
         _loading(report),
         _reproduce(report),
@@ -135,9 +135,7 @@ def _what(report: Report, measured: bool) -> str:
     shape = "multiplied back to dense weights" if stored.densified else shape
     lines = [
         f"{stored.low_rank_layers} linear layers of {_code(report.base.name)} were factorised by SVD and are {shape}; "
-        f"{stored.dense_layers} stay dense, embeddings and head are untouched. "
-        + (recovery_words(stored.recovery) if stored.recovery else "No weight was trained.")
-        + (f" {rounding_words(stored.rounding)}" if stored.rounding else ""),
+        f"{stored.dense_layers} stay dense, embeddings and head are untouched. " + _changes(stored),
         "",
         f"- decomposition: {_code(factors.method)}, calibration text: {text}",
         f"- ranks: {_code(ranks.name)} ({_code(ranks.method)})",
@@ -147,6 +145,15 @@ def _what(report: Report, measured: bool) -> str:
             "- evaluation: run `ara eval` in the workspace; this card holds no quality figure that was not measured"
         )
     return "\n".join(lines)
+
+
+def _changes(stored: Stored) -> str:
+    """Return what has changed values after the truncation, in the order in which it was done."""
+    before, after = stored.recovery, stored.recovery_after_rounding
+    sentences = [recovery_words(before)] if before else [] if after else ["No weight was trained."]
+    sentences += [rounding_words(stored.rounding)] if stored.rounding else []
+    sentences += [recovery_words(after, after_rounding=True)] if after else []
+    return " ".join(sentences)
 
 
 def _measurements(report: Report) -> list[str]:

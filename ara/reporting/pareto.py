@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ara.artifacts.checkpoint import RecoveryFigures
 from ara.artifacts.evaluation import DENSE, UNIFORM, SpreadFigures
 from ara.layout_names import DEFAULT_LAYOUT
 from ara.reporting.document import (
@@ -53,9 +54,15 @@ class Measured:
             words.append(self.allocation.layout)
         if self.checkpoint.densified:
             words.append("densified")
-        if self.checkpoint.recovery is not None and method != UNIFORM:
-            words += [level.level for level in self.checkpoint.recovery.levels if level.kept][-1:]
+        if method != UNIFORM:
+            words += _last_level(self.checkpoint.recovery)
+            words += [f"{level} after rounding" for level in _last_level(self.checkpoint.recovery_after_rounding)]
         return ", ".join(words)
+
+
+def _last_level(recovery: RecoveryFigures | None) -> list[str]:
+    """Return the last level of a recovery that was kept, if there is one."""
+    return [] if recovery is None else [level.level for level in recovery.levels if level.kept][-1:]
 
 
 def perplexity_fronts(measured: Sequence[Measured]) -> tuple[Front, ...]:

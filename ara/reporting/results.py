@@ -112,8 +112,12 @@ def _guard(guard: GuardResults) -> document.Guard:
 def read_stored(name: str, results: CheckpointResults, dtype: str) -> document.Stored:
     """Return the checkpoint."""
     disk_keep = results.disk_bytes / results.dense_weight_bytes
-    recovery = results.recovery and replace(results.recovery, parts=tuple(map(_shared_part, results.recovery.parts)))
-    return document.Stored.from_source(results, name=name, dtype=dtype, disk_keep=disk_keep, recovery=recovery)
+    repairs = {
+        field: found and replace(found, parts=tuple(map(_shared_part, found.parts)))
+        for field in ("recovery", "recovery_after_rounding")
+        for found in [getattr(results, field)]
+    }
+    return document.Stored.from_source(results, name=name, dtype=dtype, disk_keep=disk_keep, **repairs)
 
 
 def read_work(manifest: Manifest) -> document.Work:

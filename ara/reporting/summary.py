@@ -189,13 +189,19 @@ def _change(what: str, evaluation: Evaluated, result: ZeroShot | HarnessResult) 
     return f"{words} (uniform ranks: {models[UNIFORM]}{noise})"
 
 
-def recovery_words(recovery: RecoveryFigures) -> str:
-    """Return how a checkpoint was repaired, in sentences."""
+def recovery_words(recovery: RecoveryFigures, after_rounding: bool = False) -> str:
+    """Return how a checkpoint was repaired, in sentences.
+
+    Args:
+        recovery: its figures.
+        after_rounding: whether whole numbers stayed.
+    """
     kept = [level.level for level in recovery.levels if level.kept]
+    whose = "After the rounding, its scales and unrounded" if after_rounding else "Its"
     what = f"repaired at the level{'s' * (len(kept) > 1)} {', '.join(kept)}" if kept else "not changed by any repair"
     text = mixture_spec([Share(part.name, part.share) for part in recovery.parts])
     words = (
-        f"Its values were {what}, with {recovery.windows} × {recovery.seq_len} tokens of {text}. "
+        f"{whose} values were {what}, with {recovery.windows} × {recovery.seq_len} tokens of {text}. "
         f"On {recovery.held_out} held-out windows the divergence from the dense model went from {recovery.before:.4f} "
         f"to {recovery.after:.4f} nats per token, and the loss from {recovery.loss_before:.4f} to "
         f"{recovery.loss_after:.4f} (dense {recovery.dense_loss:.4f})."

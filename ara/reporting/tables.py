@@ -36,8 +36,14 @@ def size_table(report: document.Report) -> Table:
     return Table("Parameters and bytes", ("", "dense", "compressed", "kept"), rows)
 
 
-def recovery_table(recovery: RecoveryFigures) -> Table:
-    """Return what each level of recovery has changed."""
+def recovery_tables(stored: document.Stored) -> list[Table]:
+    """Return one table per recovery: before the rounding, and after it."""
+    both = (stored.recovery, False), (stored.recovery_after_rounding, True)
+    return [recovery_table(recovery, after) for recovery, after in both if recovery is not None]
+
+
+def recovery_table(recovery: RecoveryFigures, after_rounding: bool = False) -> Table:
+    """Return what each level of a recovery has changed."""
     rows = [
         (
             Cell(level.level if level.kept else f"{level.level} (taken back)"),
@@ -49,7 +55,7 @@ def recovery_table(recovery: RecoveryFigures) -> Table:
         for level in recovery.levels
     ]
     columns = ("level", "KL to dense before (nats/token)", "after", "training tokens", "minutes")
-    return Table("Recovery, on held-out text", columns, rows)
+    return Table(f"Recovery{' after rounding' * after_rounding}, on held-out text", columns, rows)
 
 
 def kinds_table(allocation: document.Allocated) -> Table:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults, CheckpointSettings
+from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults, CheckpointSettings, RoundingFigures
 from ara.artifacts.factors import specs_of
 from ara.artifacts.ranks import layout_of
 from ara.errors import UsageError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A checkpoint with low-rank layers whose weights are floating-point numbers.
+    """A checkpoint that has not been densified.
 
     Attributes:
         view: the checkpoint.
@@ -50,6 +50,11 @@ class Compressed:
     def dtype(self) -> str:
         """Name of the dtype of the stored weights."""
         return CheckpointSettings.read(self.view).dtype
+
+    @property
+    def rounding(self) -> RoundingFigures | None:
+        """How it was rounded to few bits; ``None`` if it was not."""
+        return self.results.rounding
 
     @cached_property
     def layout(self) -> LayoutName:
@@ -82,7 +87,8 @@ class Compressed:
         """
         decomposition, ranks = _manifest(self.factors), _manifest(self.ranks)
         run.report.fact("writing the checkpoint")
-        model.to(torch_dtype(self.dtype))
+        for part in (model, *(rounded or {}).values()):
+            part.to(torch_dtype(self.dtype))
         folder = stage.folder / CHECKPOINT
         save_checkpoint(
             model,
@@ -104,28 +110,28 @@ def require_compressed(workspace: Workspace, name: str | None, not_by: Sequence[
 
     Args:
         workspace: holds it.
-        name: NAME or STAGE/NAME; by default the latest one that no stage of ``not_by`` has made.
+        name: NAME or STAGE/NAME; by default the latest one that is not rounded and that no stage of ``not_by`` has
+            made.
         not_by: names of stages.
         verb: what the stage does, for messages: recover.
 
     Raises:
         WorkspaceError: there is none.
-        UsageError: it is densified, or rounded to few bits.
+        UsageError: it is densified.
     """
-    view = workspace.require("checkpoint", name, not_by=tuple(not_by))
+    view = workspace.require("checkpoint", name, not_by=tuple(not_by), skip=_is_rounded)
     results = CheckpointResults.read(view)
     if results.densified:
         raise UsageError(
             f"{view.key} is densified: it has no low-rank layers",
             f"{verb} the checkpoint that ara truncate writes without --densify",
         )
-    if results.rounding is not None:
-        raise UsageError(
-            f"{view.key} is rounded to {results.rounding.widths} bits",
-            f"{verb} the checkpoint that it was made from",
-        )
     ranks = workspace.ancestor(view, "ranks")
     return Compressed(view, results, ranks, workspace.ancestor(ranks, "factors"))
+
+
+def _is_rounded(view: StageView) -> bool:
+    return CheckpointResults.read(view).rounding is not None
 
 
 def _manifest(view: StageView) -> Manifest:

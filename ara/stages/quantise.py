@@ -53,7 +53,12 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
     """
     started = begin(name, checkpoint)
     with open_task("quantise", run, started) as task:
-        before = require_compressed(task.workspace, checkpoint, ("quantise",), "quantise")
+        before = require_compressed(task.workspace, checkpoint, (), "quantise")
+        if before.rounding is not None:
+            raise UsageError(
+                f"{before.view.key} is rounded to {before.rounding.widths} bits",
+                "quantise the checkpoint that it was made from",
+            )
         plan = _plan(config, before)
         run.report.step(f"Rounding {before.view.key}: {plan}")
         resolved = placed(config, run)

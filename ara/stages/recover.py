@@ -1,4 +1,4 @@
-"""``ara recover``: repair the values of a compressed checkpoint, level by level; its ranks stay."""
+"""``ara recover``: repair the values of a compressed checkpoint, level by level; its ranks and whole numbers stay."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ara.artifacts.checkpoint import CHECKPOINT
+from ara.artifacts.checkpoint import CHECKPOINT, RecoveryFigures, RoundingFigures
 from ara.artifacts.factors import factor_files
 from ara.config import RecoverConfig
 from ara.environment import keep_freed_memory
-from ara.models.checkpoint import load
+from ara.errors import UsageError
+from ara.models.checkpoint import load_rounded
 from ara.models.placement import Placement, choose_placement, torch_dtype
 from ara.recovery import LEVELS, levels_to_run
 from ara.recovery.base import Level, Recovery
+from ara.recovery.rounded import from_scaled, stored_parameters, to_scaled
 from ara.recovery.trainable import from_trainable, to_trainable
 from ara.stages.common import Run, already_done, begin, model_of, open_task
 from ara.stages.compressed import Compressed, require_compressed
@@ -24,6 +26,9 @@ from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ara.layouts.modeling_ara import RoundedMatrix
     from ara.models.sources import ModelSource
 
 # Choices of every layer and curves of every level, for other programs.
@@ -49,17 +54,20 @@ def recover(
             Ctrl+C raises ``KeyboardInterrupt``, and the next call resumes as well.
 
     Raises:
-        AraError: no checkpoint, a densified one, too little text, NaN or divergence, a missing package.
+        AraError: no checkpoint, a densified one, a rounded one that the level cannot repair, too little text, NaN or
+            divergence, a missing package.
     """
     started = begin(name, checkpoint)
     levels = check_levels(config)
     with open_task("recover", run, started) as task:
-        before = require_compressed(task.workspace, checkpoint, ("recover", "quantise"), "recover")
+        before = require_compressed(task.workspace, checkpoint, ("recover",), "recover")
+        if before.rounding is not None:
+            levels = _levels_after_rounding(levels, before.view, before.rounding, config, run)
         run.report.step(f"Recovering {before.view.key}: {', '.join(levels)}")
         placement = _placement(config)
         run.report.fact(placement.why)
         source = model_of(before.factors, run)
-        texts = recovery_texts(config, levels, before.factors, source, task.workspace, run)
+        texts = recovery_texts(config, levels, before.view, before.factors, source, task.workspace, run)
         settings = _settings(config, levels, before, placement, texts)
         task.describe(name or _default_name(before.view, config), settings, (before.view, before.factors))
         done = task.finished()
@@ -67,11 +75,9 @@ def recover(
             return already_done(done, run)
         with task.writer(seed=config.seed, resumable=True) as stage:
             used = config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
-            recovery = _open(used, before, source, texts, stage, run, keep_on_interrupt)
+            recovery, rounded = _open(used, before, source, texts, stage, run, keep_on_interrupt)
             found, details = LevelRuns(recovery, stage, texts).all(levels)
-            from_trainable(recovery.model, before.layout, torch_dtype(before.dtype), run.report)
-            how = [{"level": row.level, "tokens": row.tokens} for row in found.levels if row.kept]
-            before.write(recovery.model, stage, run, {"recovery": how}, recovery=found)
+            _write(before, recovery.model, rounded, found, stage, run)
             text = json.dumps(details, indent=1, allow_nan=False)
             (stage.folder / DETAILS).write_text(text + "\n", encoding="utf-8")
         return task.view()
@@ -87,6 +93,31 @@ def check_levels(config: RecoverConfig) -> dict[str, Level]:
     for level in levels.values():
         level.check(config)
     return levels
+
+
+def _levels_after_rounding(
+    levels: Mapping[str, Level], view: StageView, rounding: RoundingFigures, config: RecoverConfig, run: Run
+) -> dict[str, Level]:
+    """Return the levels that can repair a rounded checkpoint, and report those that cannot.
+
+    Raises:
+        UsageError: the wanted one cannot, or settings make no sense there.
+    """
+    found = {}
+    for name, level in levels.items():
+        if level.not_rounded is None:
+            level.check_rounded(config)
+            found[name] = level
+        elif name == config.level:
+            able = [f"--level {entry.name}" for entry in LEVELS if entry.load().not_rounded is None]
+            raise UsageError(
+                f"{view.key} is rounded to {rounding.widths} bits, and the level {name} cannot repair it: "
+                f"{level.not_rounded}",
+                f"use {' or '.join(able)}; or recover the checkpoint that it was made from, and round afterwards",
+            )
+        else:
+            run.report.fact(f"{name} is left out: {level.not_rounded}")
+    return found
 
 
 def _placement(config: RecoverConfig) -> Placement:
@@ -129,15 +160,18 @@ def _open(
     stage: StageWriter,
     run: Run,
     keep_on_interrupt: bool,
-) -> Recovery:
-    """Load both models, in the device and dtype of ``config``."""
+) -> tuple[Recovery, dict[str, RoundedMatrix]]:
+    """Load both models, in the device and dtype of ``config``; also return the rounded matrices by path."""
     run.report.fact("loading both models")
     if config.device == "cpu":
         keep_freed_memory()
     dense = source.load_model(torch_dtype(config.dtype), config.device).eval().requires_grad_(False)
-    model = load(before.view.path / CHECKPOINT, config.device, config.dtype)
-    to_trainable(model, before.layout)
-    return Recovery(
+    model, rounded = load_rounded(before.view.path / CHECKPOINT, config.device, config.dtype)
+    if rounded:
+        to_scaled(model, rounded, before.layout)
+    else:
+        to_trainable(model, before.layout)
+    recovery = Recovery(
         dense,
         model,
         before.specs,
@@ -149,4 +183,25 @@ def _open(
         LevelParts(stage, ""),
         run.report,
         keep_on_interrupt,
+        stored_parameters(model, torch_dtype(before.dtype), rounded) if rounded else {},
     )
+    return recovery, rounded
+
+
+def _write(
+    before: Compressed,
+    model: PreTrainedModel,
+    rounded: Mapping[str, RoundedMatrix],
+    found: RecoveryFigures,
+    stage: StageWriter,
+    run: Run,
+) -> None:
+    """Store the repaired model in the form of the checkpoint before."""
+    how = [{"level": row.level, "tokens": row.tokens} for row in found.levels if row.kept]
+    if before.rounding is None:
+        from_trainable(model, before.layout, torch_dtype(before.dtype), run.report)
+        before.write(model, stage, run, {"recovery": how}, recovery=found)
+    else:
+        provenance = {"rounding": before.rounding.plain(), "recovery_after_rounding": how}
+        numbers = from_scaled(model, rounded)
+        before.write(model, stage, run, provenance, numbers, recovery_after_rounding=found)

@@ -9,12 +9,16 @@ import torch
 
 from ara.artifacts.factors import FactorsSettings, TextPart
 from ara.config import RecoverConfig
+from ara.errors import UsageError
 from ara.models.sources import ModelSource
-from ara.recovery import LEVELS
+from ara.recovery import LEVELS, levels_to_run
 from ara.recovery.base import Level, RecoveryText
 from ara.stages.common import Run, check_window, text_parts, warn_without_chat, window_reader
 from ara.workspace.store import Workspace
-from ara.workspace.view import StageView
+from ara.workspace.view import StageView, ancestors
+
+# Settings of an earlier repair that decide where its windows end.
+_DECIDING = ("level", "only", "samples", "steps", "batch")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class RecoveryTexts:
 def recovery_texts(
     config: RecoverConfig,
     levels: Mapping[str, Level],
+    checkpoint: StageView,
     decomposition: StageView,
     source: ModelSource,
     workspace: Workspace,
@@ -54,14 +59,15 @@ def recovery_texts(
 
     What has been fitted to a window shows too small an error on it. So the levels read windows after those of the
     decomposition, if it has the same text, and each level its own ones: those of a level start where all windows of the
-    levels before it end, whether these run or not. Held-out windows follow at the end: half to choose by, half
-    to judge by. A text that is too short is read
-    again from its beginning.
+    levels before it end, whether these run or not. Held-out windows follow at the end, also after those of earlier
+    repairs of the checkpoint: half to choose by, half to judge by. A text that is too short is read again from its
+    beginning.
 
     Args:
         config: text, number and length of windows.
         levels: by name, those that run.
-        decomposition: that the checkpoint was made from.
+        checkpoint: to repair.
+        decomposition: that it was made from.
         source: the model.
         workspace: holds the token cache.
         run: reporter.
@@ -82,7 +88,8 @@ def recovery_texts(
     run.report.fact(f"text: {reader.text.origin}")
     same = spec == resolved_text(made.text, tokenizer) and (seq_len, config.seed) == (made.seq_len, made.seed)
     ranges = _ranges(config, levels)
-    needed = max(end for _, end in ranges.values())
+    earlier = _read_earlier(checkpoint, workspace, spec, seq_len, config.seed)
+    needed = max(earlier, *(end for _, end in ranges.values()))
     read, held = reader.further(made.samples if same else 0, needed, 2 * config.held_out)
     counted = None if config.loss_on == "all" else read.answers
     text_read = RecoveryText(read.ids, counted)
@@ -104,6 +111,23 @@ def recovery_texts(
         held_out=RecoveryText(held.ids[:choosing]),
         unseen=RecoveryText(unseen),
     )
+
+
+def _read_earlier(checkpoint: StageView, workspace: Workspace, spec: str, seq_len: int, seed: int) -> int:
+    """Return where the windows end that earlier repairs of a checkpoint have learned from, on the same text."""
+    end = 0
+    for view in (checkpoint, *map(workspace.view, ancestors(checkpoint, workspace.view))):
+        made = {} if view.manifest is None or view.kind != checkpoint.kind else view.manifest.config
+        if "level" not in made or [made.get(name) for name in ("text", "seq_len", "seed")] != [spec, seq_len, seed]:
+            continue
+        try:
+            config = RecoverConfig(**{name: made[name] for name in _DECIDING if name in made})
+            levels = {name: LEVELS.load(name)() for name in levels_to_run(config.level, config.only)}
+        except (UsageError, ValueError):
+            # Another version with other levels has made it.
+            continue
+        end = max(end, *(stop for _, stop in _ranges(config, levels).values()))
+    return end
 
 
 def _ranges(config: RecoverConfig, levels: Mapping[str, Level]) -> dict[str, tuple[int, int]]:

@@ -148,7 +148,9 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
     verify_files(chosen.path, manifest_of(chosen), [RANKS_FILE])
     evaluations, benches = measured("evaluation", truncated), measured("benchmark", truncated)
     comparisons, exports = measured("comparison", decomposition), measured("graph", truncated)
-    parents = [truncated, chosen, decomposition, *trained, *evaluations, *benches, *comparisons, *exports]
+    above_it = [whole[key] for key in ancestors(truncated, whole.__getitem__)]
+    earlier = [view for view in reversed(above_it) if view.kind == "checkpoint"]
+    parents = [truncated, *earlier, chosen, decomposition, *trained, *evaluations, *benches, *comparisons, *exports]
     others = []
     for other in everything:
         if other.kind != "checkpoint" or other.state != "done" or other.key == truncated.key:
@@ -168,7 +170,7 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
     place = () if workspace.root == Path(DEFAULT_ROOT) else ("-w", str(workspace.root))
     sources = Sources(
         decomposition=manifest_of(decomposition),
-        current=_made(truncated, chosen, evaluations, benches),
+        current=_made(truncated, chosen, evaluations, benches, earlier),
         others=tuple(others),
         modules=_modules(decomposition, specs),
         ranks=read_allocation(chosen, specs),
@@ -183,13 +185,18 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
 
 
 def _made(
-    truncated: StageView, chosen: StageView, evaluations: Sequence[StageView], benches: Sequence[StageView]
+    truncated: StageView,
+    chosen: StageView,
+    evaluations: Sequence[StageView],
+    benches: Sequence[StageView],
+    earlier: Sequence[StageView] = (),
 ) -> Made:
     return Made(
         manifest_of(truncated),
         manifest_of(chosen),
         tuple(map(manifest_of, evaluations)),
         tuple(map(manifest_of, benches)),
+        tuple(map(manifest_of, earlier)),
     )
 
 

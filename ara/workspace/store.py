@@ -17,7 +17,7 @@ A result whose parent has changed since is *stale*: no stage uses it.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,12 @@ class Workspace:
         return States(self.root).view(key)
 
     def require(
-        self, kind: str, which: str | None = None, verify: bool = True, not_by: Collection[str] = ()
+        self,
+        kind: str,
+        which: str | None = None,
+        verify: bool = True,
+        not_by: Collection[str] = (),
+        skip: Callable[[StageView], bool] | None = None,
     ) -> StageView:
         """Return a finished, current result of a kind.
 
@@ -149,12 +154,13 @@ class Workspace:
             verify: also compare every file with its checksum.
             not_by: stages whose results are not taken by default: a stage that consumes what it produces would
                 otherwise make another result each time.
+            skip: tells which results with a manifest are not taken by default.
 
         Raises:
             UsageError: ``which`` is not a valid name.
             WorkspaceError: missing, ambiguous, stale, partial or damaged; the hint names the command that makes it.
         """
-        view = self._latest_readable(kind, not_by) if which is None else self._named(kind, which)
+        view = self._latest_readable(kind, not_by, skip) if which is None else self._named(kind, which)
         if view.state == "stale":
             raise WorkspaceError(f"{view.key} is stale: {view.why}", view.remedy)
         if view.manifest is None:
@@ -174,13 +180,15 @@ class Workspace:
         """
         return self.require(kind, ancestor_key(view, kind, self.view), verify)
 
-    def _latest_readable(self, kind: str, not_by: Collection[str] = ()) -> StageView:
+    def _latest_readable(
+        self, kind: str, not_by: Collection[str] = (), skip: Callable[[StageView], bool] | None = None
+    ) -> StageView:
         views = [view for view in self.views(kind) if view.stage not in not_by]
         for view in views:
             if view.state == "damaged":
                 # Its age is unknown, so that it may be the latest one. Reading it again raises the precise error.
                 States(self.root).manifest(view.key)
-        whole = [view for view in views if view.manifest is not None]
+        whole = [view for view in views if view.manifest is not None and (skip is None or not skip(view))]
         if not whole:
             make = " or ".join(f"ara {stage}" for stage in makers(kind))
             raise WorkspaceError(f"{self.root} has no result of {make} yet", f"run {make} first")

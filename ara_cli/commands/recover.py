@@ -21,7 +21,8 @@ def command(
     """Repair the values of a compressed checkpoint and write a further one. Its ranks stay.
 
     Each level runs the ones before it, unless --only is given. A level that raises the divergence from the dense model
-    on held-out text is taken back.
+    on held-out text is taken back. Of a checkpoint that is rounded to few bits, the levels block and distill train the
+    scales; its whole numbers stay.
     """
     from ara.stages.recover import recover
     from ara_cli.render import show_checkpoint, show_end

@@ -159,6 +159,15 @@ def test_every_level_has_windows_of_its_own(toy: None, copied: Path) -> None:
     assert torch.equal(READ["Second"], second)
 
 
+def test_a_later_repair_is_judged_on_text_that_no_earlier_one_has_read(toy: None, copied: Path) -> None:
+    few = CONFIG.model_copy(update={"samples": 5, "held_out": 3, "steps": 7})
+    first = recover(few.model_copy(update={"level": "second"}), Run(copied))
+    read = torch.cat([READ["First"], READ["Second"]])
+    recover(few.model_copy(update={"level": "first"}), Run(copied), checkpoint=first.key)
+    held_out = torch.cat([READ["held out"], READ["unseen"]])
+    assert len(torch.cat([read, held_out]).unique(dim=0)) == len(read) + len(held_out)
+
+
 def test_a_level_that_makes_it_worse_is_taken_back(toy: None, copied: Path) -> None:
     heard = Recorder()
     view = recover(CONFIG.model_copy(update={"only": True}), Run(copied, report=heard))

@@ -18,6 +18,7 @@ from ara.recovery.base import Recovery, RecoveryText
 from ara.recovery.block import Block, batch_order
 from ara.recovery.fisher import block_fisher
 from ara.recovery.metric import DAMPING, Metric
+from ara.recovery.optimiser import MasterAdamW
 from ara.recovery.side_by_side import SideBySide
 from tests.recorder import Recorder
 from tests.recovery import MemorySaved, stored, tiny_recovery, weights_of
@@ -120,9 +121,9 @@ def test_half_precision_blocks_learn_through_float32_copies(tmp_path: Path) -> N
 
 
 def test_a_block_that_gets_worse_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil(self: Any, index: int, block: torch.nn.Module, *args: object) -> None:
+    def spoil(self: Any, index: int, name: str, *args: object) -> None:
         with torch.no_grad():
-            for parameter in block.parameters():
+            for parameter in self.recovery.model.get_submodule(name).parameters():
                 parameter.mul_(1.3 if index == 1 else 1)
 
     recovery = recovery_of(tmp_path)
@@ -167,7 +168,7 @@ class _Killed(Exception):
 
 def _end_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
     """Let optimiser step number ``call`` raise ``error``."""
-    real, calls = module.MasterAdamW.step, []
+    real, calls = MasterAdamW.step, []
 
     def step(self: Any, scale: float = 1.0) -> float:
         calls.append(1)
@@ -175,7 +176,7 @@ def _end_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) ->
             raise error
         return real(self, scale)
 
-    monkeypatch.setattr(module.MasterAdamW, "step", step)
+    monkeypatch.setattr(MasterAdamW, "step", step)
 
 
 def _watch_inputs(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
