@@ -25,7 +25,7 @@ from ara.models.placement import choose_placement, torch_dtype
 from ara.models.weights import find_blocks
 from ara.recovery.base import RecoveryText
 from ara.recovery.metric import Metric
-from ara.recovery.optimiser import MasterAdamW, trained
+from ara.recovery.optimiser import MasterOptimiser, trained
 from ara.recovery.side_by_side import SideBySide
 from ara.recovery.teacher import Teacher
 from ara.recovery.trainable import to_trainable
@@ -90,7 +90,7 @@ def _passes(
 
     def distil(teacher: Teacher) -> None:
         """Take one step of distillation."""
-        optimiser = optimisers.setdefault("distill", MasterAdamW(trained(parameters.items()), 10**6, 1e-9))
+        optimiser = optimisers.setdefault("distill", MasterOptimiser(trained(parameters.items()), 10**6, 1e-9))
         logits = model(input_ids=ids, use_cache=False).logits
         token_losses(logits, ids, teacher.logits(rows)).sum().backward()
         optimiser.step(1 / ids.numel())
@@ -101,7 +101,7 @@ def _passes(
         pair = SideBySide(dense, model, text, len(ids), True, False)
         for index, block in enumerate(blocks):
             pair.aim()
-            optimiser = MasterAdamW(trained(block.named_parameters()), 10**6, 1e-9)
+            optimiser = MasterOptimiser(trained(block.named_parameters()), 10**6, 1e-9)
             for _ in range(epochs):
                 (pair.forms(0, [metric], pair.run(0))[0] / ids.numel()).backward()
                 optimiser.step()
@@ -110,7 +110,7 @@ def _passes(
                 pair.advance(pair.outputs())
         model.requires_grad_(True)
 
-    optimisers: dict[str, MasterAdamW] = {}
+    optimisers: dict[str, MasterOptimiser] = {}
     kept = Teacher(dense, ids, keep=True)
     return {
         "dense, forward and backward": dense_pass,

@@ -60,7 +60,13 @@ class RecoverConfig(PlacementConfig):
         16, ge=1, le=bounds.MAX_WINDOWS, description="distill: windows per step; each step reads new ones"
     )
     rate: float = Field(
-        5e-5, ge=bounds.MIN_RATE, le=bounds.MAX_RATE, description="distill: highest learning rate of AdamW"
+        5e-5,
+        ge=bounds.MIN_RATE,
+        le=bounds.MAX_RATE,
+        description="distill: highest learning rate, the root mean square change of a number per step",
+    )
+    optimiser: Literal["muon", "adamw"] = Field(
+        "muon", description="distill: of matrices; vectors, scales and LoRA adapters have AdamW"
     )
     train: Literal["all", "factors", "lora"] = Field(
         "all",

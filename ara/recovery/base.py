@@ -21,7 +21,7 @@ from ara.models.likelihood import window_nll
 from ara.models.losses import token_losses
 from ara.models.weights import LinearSpec, find_blocks
 from ara.progress import SILENT, Reporter
-from ara.recovery.optimiser import MasterAdamW, Stored
+from ara.recovery.optimiser import MasterOptimiser, Method, Stored
 
 if TYPE_CHECKING:
     from torch import nn
@@ -157,9 +157,11 @@ class Recovery:
             )
         return independent
 
-    def optimiser(self, parameters: Mapping[str, nn.Parameter], steps: int, rate: float) -> MasterAdamW:
-        """Return the optimiser of parameters of the compressed model, by their name in it; see :class:`MasterAdamW`."""
-        return MasterAdamW(parameters, steps, rate, self.stored)
+    def optimiser(
+        self, parameters: Mapping[str, nn.Parameter], steps: int, rate: float, method: Method = "adamw"
+    ) -> MasterOptimiser:
+        """Return the optimiser of parameters of the compressed model by their name; see :class:`MasterOptimiser`."""
+        return MasterOptimiser(parameters, steps, rate, self.stored, method)
 
     def unseen_distance(self, advance: Callable[[int], None] | None = None) -> Distance:
         """Return how far the compressed model is from the dense one on the unseen windows.

@@ -32,7 +32,7 @@ from ara.models.weights import LinearSpec, find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery, RecoveryText
 from ara.recovery.history import History, Row
 from ara.recovery.lora import Adapters, in_stored_layout, peft
-from ara.recovery.optimiser import rate_at, trained
+from ara.recovery.optimiser import Method, rate_at, trained
 from ara.recovery.teacher import Teacher
 
 ADAPTER_FOLDER = "adapter"
@@ -48,7 +48,7 @@ class Distill(Level):
     """Trains all weights of the blocks, the factors alone, or LoRA adapters."""
 
     settings = frozenset(
-        {"steps", "batch", "rate", "train", "lora_rank", "keep_adapter"}
+        {"steps", "batch", "rate", "optimiser", "train", "lora_rank", "keep_adapter"}
         | {"check_every", "patience", "save_every", "tensorboard"}
     )
 
@@ -143,7 +143,9 @@ class _Training:
 
     def __init__(self, recovery: Recovery, parameters: dict[str, nn.Parameter]) -> None:
         self.recovery, self.config, self.parameters = recovery, recovery.config, parameters
-        self.optimiser = recovery.optimiser(parameters, self.config.steps, self.config.rate)
+        # The two matrices of an adapter are small, one of them starts at zero.
+        method: Method = "adamw" if self.config.train == "lora" else self.config.optimiser
+        self.optimiser = recovery.optimiser(parameters, self.config.steps, self.config.rate, method)
         self.history = History()
         self.best: dict[str, torch.Tensor] = {}
         self.judge = Teacher(recovery.dense, recovery.held_out.ids, keep=True)

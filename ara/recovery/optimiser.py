@@ -1,4 +1,8 @@
-"""AdamW with float32 master copies, a cosine schedule, and a state that is stored as tensors.
+"""AdamW and Muon with float32 master copies, a cosine schedule, and a state that is stored as tensors.
+
+Muon (Liu et al., arXiv 2502.16982) changes a matrix along U Vᵀ instead of its momentum U Σ Vᵀ, so that all directions
+move equally far. Vectors, and scales of rounded matrices, always have AdamW. The rate is the root mean square change of
+a number per step: that of Muon's steps exactly, the size of AdamW's about.
 
 Half-precision weights lose small updates: a step of 1e-4 of a weight is below the resolution of bfloat16. So the
 optimiser steps on float32 copies, and each step rounds them into the model. Float32 weights need no copy, unless the
@@ -11,6 +15,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import nn
@@ -22,6 +27,12 @@ WARM_UP = 0.1
 _FLOOR = 0.1
 CLIP = 1.0
 _BETAS = (0.9, 0.95)
+_MOMENTUM = 0.95
+# With match_rms_adamw, torch's Muon makes steps with this root mean square times its rate.
+_MUON_RMS = 0.2
+Method = Literal["adamw", "muon"]
+# Names of the moments in the state of torch's optimisers.
+_MOMENTS: dict[Method, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 
 
 def rate_at(step: int, steps: int, rate: float) -> float:
@@ -46,14 +57,16 @@ class Stored:
     Attributes:
         dtype: each step rounds the parameter to it, so that the model computes with what will be stored.
         pace: factor on its learning rate.
+        linear: whether a parameter of two dimensions is a linear map; otherwise it has AdamW.
     """
 
     dtype: torch.dtype
     pace: float = 1.0
+    linear: bool = True
 
 
-class MasterAdamW:
-    """AdamW over named parameters of a model.
+class MasterOptimiser:
+    """AdamW, or Muon for the matrices, over named parameters of a model.
 
     Attributes:
         parameters: name → parameter of the model; gradients are read from its ``grad``.
@@ -65,6 +78,7 @@ class MasterAdamW:
         steps: int,
         rate: float,
         stored: Mapping[str, Stored] = MappingProxyType({}),
+        method: Method = "adamw",
     ) -> None:
         """Prepare the first step.
 
@@ -73,6 +87,7 @@ class MasterAdamW:
             steps: in all.
             rate: the highest learning rate.
             stored: how parameters will be stored, by name; the others have the precision of the model.
+            method: of matrices.
         """
         self.parameters = dict(parameters)
         self.steps, self.rate, self.done = steps, rate, 0
@@ -82,11 +97,25 @@ class MasterAdamW:
             for name, parameter in self.parameters.items()
         }
         self._fused = all(parameter.device.type in ("cpu", "cuda", "mps") for parameter in self._masters.values())
+        self._methods: dict[str, Method] = {
+            name: method if self._stored[name].linear and value.ndim == 2 else "adamw"
+            for name, value in self.parameters.items()
+        }
+        self._optimisers = {kind: self._optimiser(kind) for kind in dict.fromkeys(self._methods.values())}
+
+    def _optimiser(self, method: Method) -> torch.optim.Optimizer:
+        """Return torch's optimiser of the parameters with a method; ``pace`` of a group is a factor on its rate."""
         paces: dict[float, list[nn.Parameter]] = {}
         for name, master in self._masters.items():
-            paces.setdefault(self._stored[name].pace, []).append(master)
+            if self._methods[name] == method:
+                paces.setdefault(self._stored[name].pace, []).append(master)
+        if method == "muon":
+            groups = [{"params": masters, "pace": pace / _MUON_RMS} for pace, masters in paces.items()]
+            return torch.optim.Muon(
+                groups, lr=self.rate, momentum=_MOMENTUM, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+            )
         groups = [{"params": masters, "pace": pace} for pace, masters in paces.items()]
-        self._adam = torch.optim.AdamW(groups, lr=rate, betas=_BETAS, weight_decay=0.0, fused=self._fused)
+        return torch.optim.AdamW(groups, lr=self.rate, betas=_BETAS, weight_decay=0.0, fused=self._fused)
 
     def _is_exact(self, name: str) -> bool:
         """Tell whether the model and the checkpoint hold a parameter in float32, so that it needs no copy."""
@@ -128,9 +157,10 @@ class MasterAdamW:
                 "lower the learning rate (--block-rate, --rate), or try --dtype float32",
             )
         torch.nn.utils.clip_grads_with_norm_(self._masters.values(), CLIP, torch.tensor(norm))
-        for group in self._adam.param_groups:
-            group["lr"] = rate_at(self.done, self.steps, self.rate) * group["pace"]
-        self._adam.step()
+        for optimiser in self._optimisers.values():
+            for group in optimiser.param_groups:
+                group["lr"] = rate_at(self.done, self.steps, self.rate) * group["pace"]
+            optimiser.step()
         self.clear()
         self.done += 1
         self._round()
@@ -152,8 +182,8 @@ class MasterAdamW:
         found: dict[str, torch.Tensor] = {}
         for name, master in self._masters.items():
             found[f"weight:{name}"] = master.detach()
-            for key in ("exp_avg", "exp_avg_sq") if self.done else ():
-                found[f"{key}:{name}"] = self._adam.state[master][key]
+            moments = self._optimisers[self._methods[name]].state[master] if self.done else {}
+            found |= {f"{key}:{name}": moments[key] for key in _MOMENTS[self._methods[name]] if moments}
         return found
 
     @torch.no_grad()
@@ -164,16 +194,20 @@ class MasterAdamW:
             ValueError: a tensor is missing or has another shape.
         """
         for name, master in self._masters.items():
-            for key in ("weight", *(("exp_avg", "exp_avg_sq") if done else ())):
+            method = self._methods[name]
+            keys = _MOMENTS[method] if done else ()
+            for key in ("weight", *keys):
                 stored = tensors.get(f"{key}:{name}")
                 if stored is None or stored.shape != master.shape:
                     raise ValueError(f"no {key} of {name} with the shape {tuple(master.shape)}")
             master.copy_(tensors[f"weight:{name}"])
-            if done:
-                moments = {key: tensors[f"{key}:{name}"].clone().to(master) for key in ("exp_avg", "exp_avg_sq")}
+            if not done:
+                continue
+            state = {key: tensors[f"{key}:{name}"].clone().to(master) for key in keys}
+            if method == "adamw":
                 # Fused steps want the counter on the device, as AdamW itself creates it.
-                counter = torch.tensor(float(done), device=master.device if self._fused else "cpu")
-                self._adam.state[master] = {"step": counter, **moments}
+                state["step"] = torch.tensor(float(done), device=master.device if self._fused else "cpu")
+            self._optimisers[method].state[master] = state
         self.done = done
         self._round()
 

@@ -134,7 +134,7 @@ def stored_parameters(model: nn.Module, dtype: torch.dtype, rounded: Mapping[str
     }
     for name, module in model.named_modules():
         if isinstance(module, ScaledLinear):
-            found[f"{name}.scales"] = Stored(torch.float16, module.pace())
+            found[f"{name}.scales"] = Stored(torch.float16, module.pace(), linear=False)
     with torch.no_grad():
         for name, stored in found.items():
             parameter = model.get_parameter(name)

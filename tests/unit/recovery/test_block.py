@@ -18,7 +18,7 @@ from ara.recovery.base import Recovery, RecoveryText
 from ara.recovery.block import Block, batch_order
 from ara.recovery.fisher import block_fisher
 from ara.recovery.metric import DAMPING, Metric
-from ara.recovery.optimiser import MasterAdamW
+from ara.recovery.optimiser import MasterOptimiser
 from ara.recovery.side_by_side import SideBySide
 from tests.recorder import Recorder
 from tests.recovery import MemorySaved, stored, tiny_recovery, weights_of
@@ -168,7 +168,7 @@ class _Killed(Exception):
 
 def _end_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
     """Let optimiser step number ``call`` raise ``error``."""
-    real, calls = MasterAdamW.step, []
+    real, calls = MasterOptimiser.step, []
 
     def step(self: Any, scale: float = 1.0) -> float:
         calls.append(1)
@@ -176,7 +176,7 @@ def _end_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) ->
             raise error
         return real(self, scale)
 
-    monkeypatch.setattr(MasterAdamW, "step", step)
+    monkeypatch.setattr(MasterOptimiser, "step", step)
 
 
 def _watch_inputs(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:

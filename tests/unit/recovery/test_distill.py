@@ -17,7 +17,7 @@ from ara.models.losses import token_losses
 from ara.recovery import distill
 from ara.recovery.base import Recovery, RecoveryText
 from ara.recovery.distill import Distill, trained_parameters
-from ara.recovery.optimiser import MasterAdamW
+from ara.recovery.optimiser import MasterOptimiser
 from tests.recovery import MemorySaved, tiny_recovery, weights_of
 from tests.tiny import tiny_model
 
@@ -282,12 +282,12 @@ def _kill_before_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 def _interrupt_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Press Ctrl+C after the parameters of a step have changed."""
-    step = MasterAdamW.step
+    step = MasterOptimiser.step
 
-    def interrupted(optimiser: MasterAdamW, scale: float = 1.0) -> float:
+    def interrupted(optimiser: MasterOptimiser, scale: float = 1.0) -> float:
         norm = step(optimiser, scale)
         if optimiser.done == number:
             raise KeyboardInterrupt
         return norm
 
-    monkeypatch.setattr(MasterAdamW, "step", interrupted)
+    monkeypatch.setattr(MasterOptimiser, "step", interrupted)

@@ -1,4 +1,4 @@
-"""AdamW with master copies: against torch's own, resumed, and in half precision."""
+"""AdamW and Muon with master copies: against torch's own, resumed, and in half precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ara.errors import NumericalError
-from ara.recovery.optimiser import CLIP, MasterAdamW, rate_at, trained
+from ara.recovery.optimiser import CLIP, MasterOptimiser, Method, Stored, rate_at, trained
 
 STEPS = 20
 
@@ -22,7 +22,7 @@ def parameter(dtype: torch.dtype = torch.float32) -> nn.Parameter:
     return nn.Parameter(torch.randn(3, 5, generator=torch.Generator().manual_seed(99)).to(dtype))
 
 
-def step(adam: MasterAdamW, of: nn.Parameter, number: int) -> float:
+def step(adam: MasterOptimiser, of: nn.Parameter, number: int) -> float:
     of.grad = gradients(number).to(of.dtype)
     return adam.step()
 
@@ -37,7 +37,7 @@ def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
 
 def test_steps_are_those_of_torch_with_clipped_gradients() -> None:
     ours, theirs = parameter(), parameter()
-    adam = MasterAdamW({"w": ours}, STEPS, 0.01)
+    adam = MasterOptimiser({"w": ours}, STEPS, 0.01)
     reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
     for number in range(5):
         norm = step(adam, ours, number)
@@ -50,17 +50,36 @@ def test_steps_are_those_of_torch_with_clipped_gradients() -> None:
     assert ours.grad is None
 
 
+def test_matrices_move_along_all_directions_at_the_rate() -> None:
+    """Muon's step is near U Vᵀ, scaled to the root mean square that the rate gives; vectors and scales have AdamW."""
+    ours, vector, scales = parameter(), nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(3, 5))
+    stored = {"s": Stored(torch.float32, linear=False)}
+    muon = MasterOptimiser({"w": ours, "v": vector, "s": scales}, 1, 0.01, stored, "muon")
+    before, gradient = ours.detach().clone(), gradients(0)
+    ours.grad, vector.grad, scales.grad = gradient, torch.ones(5), gradient.clone()
+    muon.step()
+    change = (before - ours.detach()) / 0.01
+    u, _, vt = torch.linalg.svd(gradient, full_matrices=False)
+    singular = torch.linalg.svdvals(change)
+    assert float(change.square().mean().sqrt()) == pytest.approx(1.0, abs=0.3)
+    assert float(singular.min()) > 0.5 * float(singular.max())
+    assert float((change * (u @ vt)).sum() / (change.norm() * (u @ vt).norm())) > 0.95
+    torch.testing.assert_close(vector.detach(), torch.full((5,), -0.01))
+    torch.testing.assert_close(scales.detach(), -0.01 * gradient.sign())
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_restored_optimiser_continues_with_the_same_bits(dtype: torch.dtype) -> None:
+def test_a_restored_optimiser_continues_with_the_same_bits(dtype: torch.dtype, method: Method) -> None:
     whole = parameter(dtype)
-    adam = MasterAdamW({"w": whole}, STEPS, 0.01)
+    adam = MasterOptimiser({"w": whole}, STEPS, 0.01, method=method)
     for number in range(4):
         step(adam, whole, number)
     stored = {name: tensor.clone() for name, tensor in adam.state().items()}
     for number in range(4, 8):
         step(adam, whole, number)
     resumed = parameter(dtype)
-    again = MasterAdamW({"w": resumed}, STEPS, 0.01)
+    again = MasterOptimiser({"w": resumed}, STEPS, 0.01, method=method)
     again.restore(stored, 4)
     for number in range(4, 8):
         step(again, resumed, number)
@@ -70,7 +89,7 @@ def test_a_restored_optimiser_continues_with_the_same_bits(dtype: torch.dtype) -
 
 def test_masters_collect_steps_that_bfloat16_would_lose() -> None:
     low = nn.Parameter(torch.ones(3, 5, dtype=torch.bfloat16))
-    adam = MasterAdamW({"w": low}, 1000, 1e-4)
+    adam = MasterOptimiser({"w": low}, 1000, 1e-4)
     for _ in range(200):
         low.grad = torch.ones_like(low)
         adam.step()
@@ -80,7 +99,7 @@ def test_masters_collect_steps_that_bfloat16_would_lose() -> None:
 
 def test_accumulated_gradients_are_scaled() -> None:
     one, other = parameter(), parameter()
-    adams = [MasterAdamW({"w": each}, STEPS, 0.01) for each in (one, other)]
+    adams = [MasterOptimiser({"w": each}, STEPS, 0.01) for each in (one, other)]
     one.grad, other.grad = gradients(0), 4 * gradients(0)
     assert adams[0].step() == pytest.approx(adams[1].step(0.25))
     torch.testing.assert_close(one, other)
@@ -88,7 +107,7 @@ def test_accumulated_gradients_are_scaled() -> None:
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     weight = parameter()
-    adam = MasterAdamW({"w": weight}, STEPS, 0.01)
+    adam = MasterOptimiser({"w": weight}, STEPS, 0.01)
     before = weight.detach().clone()
     weight.grad = torch.full_like(weight, torch.nan)
     with pytest.raises(NumericalError, match="norm nan") as caught:
@@ -97,7 +116,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
 
 
 def test_a_state_of_another_shape_is_refused() -> None:
-    adam = MasterAdamW({"w": parameter()}, STEPS, 0.01)
+    adam = MasterOptimiser({"w": parameter()}, STEPS, 0.01)
     with pytest.raises(ValueError, match="no weight of w"):
         adam.restore({"weight:w": torch.zeros(2)}, 0)
 
@@ -112,7 +131,7 @@ def test_only_floating_point_parameters_are_trained() -> None:
 def test_gradients_of_passes_add_up_in_float32() -> None:
     """In bfloat16, 1 + 2⁻¹⁰ is 1."""
     low = nn.Parameter(torch.ones(3, 5, dtype=torch.bfloat16))
-    adam = MasterAdamW({"w": low}, STEPS, 0.01)
+    adam = MasterOptimiser({"w": low}, STEPS, 0.01)
     for value in (1.0, *[2.0**-10] * 512):
         low.grad = torch.full_like(low, value)
         adam.collect()

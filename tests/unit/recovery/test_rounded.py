@@ -18,7 +18,7 @@ from ara.quantisation.sequential import matrices_of
 from ara.quantisation.storing import numbers_of, put_in
 from ara.recovery import rounded as module
 from ara.recovery.base import Recovery
-from ara.recovery.optimiser import MasterAdamW, Stored, rate_at
+from ara.recovery.optimiser import MasterOptimiser, Stored, rate_at
 from ara.recovery.rounded import ScaledLinear, from_scaled, stored_parameters, to_scaled
 from ara.recovery.trainable import from_trainable
 from tests.recovery import tiny_recovery
@@ -90,7 +90,7 @@ def test_a_step_of_the_rate_moves_weights_by_the_rate() -> None:
     for bits in (4, 8):
         scaled = ScaledLinear(layer_of(bits, True))
         before, rate, stored = scaled.dense(torch.float32), 1e-3, Stored(torch.float32, scaled.pace())
-        adam = MasterAdamW({"scales": scaled.scales}, 1, rate, {"scales": stored})
+        adam = MasterOptimiser({"scales": scaled.scales}, 1, rate, {"scales": stored})
         scaled.scales.grad = torch.randn(scaled.scales.shape)
         adam.step()
         moved = (scaled.dense(torch.float32) - before).square().mean().sqrt()
@@ -106,7 +106,7 @@ def test_the_pace_of_a_zero_matrix_is_one() -> None:
 def test_parameters_always_hold_what_will_be_stored_and_small_steps_add_up() -> None:
     scales = nn.Parameter(torch.full((3, 5), 0.0123).half().float())
     start = scales.detach().clone()
-    adam = MasterAdamW({"s": scales}, 200, 1e-6, {"s": Stored(torch.float16)})
+    adam = MasterOptimiser({"s": scales}, 200, 1e-6, {"s": Stored(torch.float16)})
     for _ in range(60):
         scales.grad = torch.ones_like(scales)
         adam.step()
@@ -115,7 +115,7 @@ def test_parameters_always_hold_what_will_be_stored_and_small_steps_add_up() -> 
     assert bool((scales < start).all())
     state = {name: tensor.clone() for name, tensor in adam.state().items()}
     resumed = nn.Parameter(start.clone())
-    again = MasterAdamW({"s": resumed}, 200, 1e-6, {"s": Stored(torch.float16)})
+    again = MasterOptimiser({"s": resumed}, 200, 1e-6, {"s": Stored(torch.float16)})
     again.restore(state, 60)
     assert torch.equal(resumed, scales)
     for optimiser, one in ((adam, scales), (again, resumed)):
