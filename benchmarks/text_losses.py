@@ -8,7 +8,7 @@ import torch
 
 from ara.data.texts import load_documents
 from ara.data.tokens import evaluation_windows
-from ara.models.likelihood import window_nll
+from ara.models.likelihood import nll_of_windows
 from ara.progress import Reporter
 
 if TYPE_CHECKING:
@@ -41,10 +41,9 @@ class TextLosses:
 
     @torch.inference_mode()
     def _read(self, model: PreTrainedModel, windows: torch.Tensor, label: str) -> list[float]:
-        found: list[float] = []
-        with self.report.bar(label, len(windows)) as bar:
-            for ids in windows.split(1):
-                placed = ids.to(model.device)
-                found += window_nll(model(input_ids=placed, use_cache=False).logits, placed).tolist()
-                bar.advance()
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+            return logits
+
+        found: list[float] = nll_of_windows(forward, windows, model.device, 1, self.report, label).tolist()
         return found

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from ara.errors import NumericalError
 from ara.masks.linear import MaskedLinear
-from ara.models.likelihood import window_nll
+from ara.models.likelihood import nll_of_windows
 from ara.models.losses import sampled_targets, token_losses
 from ara.models.weights import LinearSpec
 from ara.progress import SILENT, Reporter
@@ -107,13 +107,7 @@ class MaskedModel:
         Returns:
             (w) float64, nats per predicted token; may be NaN.
         """
-        with report.bar(label or "Reading", len(windows)) if label else SILENT.bar("", 0) as bar:
-            values = []
-            for batch in windows.split(batch_size):
-                ids = batch.to(self.device)
-                values.append(window_nll(self.forward(ids), ids))
-                bar.advance(len(batch))
-        return torch.cat(values)
+        return nll_of_windows(self.forward, windows, self.device, batch_size, report, label)
 
     @torch.no_grad()
     def kl(self, windows: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,11 @@ processor: with AVX2 and 49,152 tokens the bias was 2·10⁻⁵ nats per token. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+from ara.progress import SILENT, Reporter
 
 # Terms that are added in float32: few enough that the error is about one rounding.
 _BLOCK = 256
@@ -90,6 +94,36 @@ def window_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             losses = token_nll(logits[window, start:end], ids[window, start + 1 : end + 1])
             total[window] += losses.cpu().sum(dtype=torch.float64)
     return total / (length - 1)
+
+
+def nll_of_windows(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    windows: torch.Tensor,
+    device: torch.device,
+    batch_size: int,
+    report: Reporter = SILENT,
+    label: str = "",
+) -> torch.Tensor:
+    """Return the mean negative log-likelihood of each window; call it without gradients.
+
+    Args:
+        forward: token ids (b, t) int64 on ``device`` → logits (b, t, v).
+        windows: (w, t) int64.
+        device: of the model.
+        batch_size: windows per call.
+        report: shows a progress bar if ``label`` is given.
+        label: of the bar.
+
+    Returns:
+        (w) float64 on the CPU, nats per predicted token; may be NaN.
+    """
+    found = []
+    with (report if label else SILENT).bar(label, len(windows)) as bar:
+        for batch in windows.split(batch_size):
+            ids = batch.to(device)
+            found.append(window_nll(forward(ids), ids))
+            bar.advance(len(batch))
+    return torch.cat(found)
 
 
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

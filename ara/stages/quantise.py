@@ -23,7 +23,7 @@ from ara.layouts.grid import BITS, Bits, Grid
 from ara.layouts.modeling_ara import RoundedMatrix
 from ara.models.checkpoint import load
 from ara.models.embeddings import find_embeddings
-from ara.models.likelihood import window_nll
+from ara.models.likelihood import nll_of_windows
 from ara.models.weights import find_blocks
 from ara.quantisation.sequential import Parts, round_model
 from ara.stages.common import Run, begin, model_of, open_task, window_reader
@@ -239,10 +239,10 @@ def _windows(
 @torch.inference_mode()
 def _loss(model: PreTrainedModel, windows: torch.Tensor, batch_size: int, run: Run) -> float:
     """Return the mean negative log-likelihood of a model, nats per token."""
-    found = []
-    with run.report.bar("Reading held-out text", len(windows)) as bar:
-        for batch in windows.split(batch_size):
-            ids = batch.to(model.device)
-            found.append(window_nll(model(input_ids=ids, use_cache=False).logits, ids))
-            bar.advance(len(batch))
-    return float(torch.cat(found).mean())
+    label = "Reading held-out text"
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    return float(nll_of_windows(forward, windows, model.device, batch_size, run.report, label).mean())
