@@ -212,7 +212,13 @@ def _show_recovery(console: Console, figures: RecoveryFigures) -> None:
 
 
 def show_export(console: Console, results: GraphResults) -> None:
-    """Show how much the graph differs from the checkpoint in torch."""
+    """Show how much the graph differs from the checkpoint in torch, and what it cost to get that near."""
+    if results.fallback is not None:
+        more = results.fallback
+        console.fact(
+            f"{results.precision} with {len(more.matrices)} of {more.candidates} matrices in 16 bits: "
+            f"{bytes_text(more.extra_bytes)} more; without them, KL {more.kl:.2g} nats"
+        )
     if results.parity is None:
         console.warn("the graph was not compared with the checkpoint (--no-parity)")
         return
