@@ -67,7 +67,8 @@ class Fallback(_Part):
         matrices: path → what its rounding to 8 bits costs, nats per token; the first one costs most per weight.
         candidates: number of matrices that could be in 8 bits.
         weights: number of weights in ``matrices``.
-        extra_bytes: by which the files are larger than with all candidates in 8 bits.
+        extra_bytes: by which the files are larger than with all candidates in 8 bits; negative where rows are so short
+            that blocks and their scales take more.
         kl: largest KL(torch ‖ ONNX) of a case with all candidates in 8 bits, nats per token.
     """
 

@@ -71,7 +71,7 @@ def fall_back(
         NumericalError: a weight is beyond the range of float16.
     """
     kl = worst_kl(cases)
-    report.fact(f"KL {kl:.2g} nats in 8 bits, allowed {tolerance.kl:g}: measuring what each matrix costs")
+    report.fact(f"too far in 8 bits ({all_misses(cases, tolerance)[0]}): measuring what each matrix costs")
     order = candidates(reference, inputs=before.execution_provider == "cpu")
     about, found = before, list(cases)
     for count in attempts([one.cost for one in order], kl, tolerance.kl):

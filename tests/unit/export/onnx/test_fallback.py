@@ -29,7 +29,7 @@ from tests.damage import contents
 from tests.exportable import exported
 from tests.recorder import Recorder
 
-INT8 = {"precision": "int8"}
+INT8: dict[str, Any] = {"precision": "int8", "parity_tokens": 32}
 SPOILT = "model.layers.1.mlp.down_proj"
 
 
@@ -89,7 +89,7 @@ def test_the_matrix_that_costs_most_comes_first(spoilt: Path, tmp_path: Path, mo
     assert plain["fallback"] is None
     allow(monkeypatch, worst(plain) / 2)
     report = Recorder()
-    config = resolve(ExportConfig(execution_provider="cpu", precision="int8"))
+    config = resolve(ExportConfig(execution_provider="cpu", **INT8))
     (tmp_path / "out").mkdir()
     about = write_onnx(Checkpoint(spoilt), tmp_path / "out", config, "0" * 64, report).model_dump(mode="json")
     assert list(about["fallback"]["matrices"]) == [f"{SPOILT}.B"]
