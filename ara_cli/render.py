@@ -214,7 +214,15 @@ def _show_recovery(console: Console, what: str, figures: RecoveryFigures) -> Non
 
 
 def show_export(console: Console, results: GraphResults) -> None:
-    """Show how much the graph differs from the checkpoint in torch."""
+    """Show how much the graph differs from the checkpoint in torch, and what it cost to get that near."""
+    if results.fallback is not None:
+        wide = results.fallback
+        # Short rows take fewer bytes in 16 bits: they fill no block, and need no scales.
+        size = f"{bytes_text(abs(wide.extra_bytes))} {'more' if wide.extra_bytes >= 0 else 'less'}"
+        console.fact(
+            f"{results.precision} with {len(wide.matrices)} of {wide.candidates} matrices in 16 bits: {size}; "
+            f"all in 8 bits: KL {wide.kl:.2g} nats"
+        )
     if results.parity is None:
         console.warn("the graph was not compared with the checkpoint (--no-parity)")
         return

@@ -259,14 +259,14 @@ def comparison() -> Manifest:
     return manifest("compare", "0.80", {"methods": methods, "training": "priced"}, config={"keep": 0.8})
 
 
-def export() -> Manifest:
-    """Return an export with its comparison."""
+def export(**changes: Any) -> Manifest:
+    """Return an export with its comparison; ``changes`` replace results."""
     case = {"tokens": 120, "difference": 0.0123, "scale": 20.0, "agreement": 0.995, "kl": 1.2e-6}
     case |= {"nll_torch": 3.4011, "nll_onnx": 3.4012}
     proof = {"text": "help", "tolerance": {}, "cases": [{"case": name, **case} for name in ("prefill", "decode")]}
     files = {"model.onnx": {"bytes": 1 << 20, "sha256": "0" * 64}}
     results = {"precision": "fp32", "execution_provider": "cpu", "last_logits": False, "files": files, "parity": proof}
-    return manifest("export", f"{NAME}-fp32", results)
+    return manifest("export", f"{NAME}-fp32", {**results, **changes})
 
 
 def sources(**changes: Any) -> Sources:

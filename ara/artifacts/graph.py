@@ -47,6 +47,16 @@ class ParityResults(Part):
 
 
 @dataclass(frozen=True)
+class FallbackResults(Part):
+    """The matrices that an int8 export holds in 16 bits; see :class:`export.onnx.export_report.Fallback`."""
+
+    matrices: Mapping[str, Number]
+    candidates: Count
+    extra_bytes: int
+    kl: Number
+
+
+@dataclass(frozen=True)
 class GraphResults(Results):
     """The part of an export target's ``ara_export.json`` that later stages read.
 
@@ -55,6 +65,7 @@ class GraphResults(Results):
         last_logits: whether the export computes the logits of the last position only.
         execution_provider: of ONNX Runtime.
         files: name → size of the files that the runtime reads.
+        fallback: ``None`` if no matrix had to leave the precision of the export.
         parity: ``None`` if the export was not compared with torch.
     """
 
@@ -63,6 +74,7 @@ class GraphResults(Results):
     last_logits: StrictBool
     execution_provider: str | None = None
     files: Mapping[str, FileSize] | None = None
+    fallback: FallbackResults | None = None
     parity: ParityResults | None = None
 
 

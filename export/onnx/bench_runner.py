@@ -98,14 +98,30 @@ def count_checkpoint(checkpoint: Checkpoint, about: ExportReport) -> Cost:
     number = 2 if about.execution_provider == "cuda" or about.precision == "fp16" else 4
     shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
     linear = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2)
+    head = config.vocab_size * config.hidden_size
     return cost_of(
         config,
         linear=linear,
-        head=config.vocab_size * config.hidden_size,
-        weight_bytes=BITS / 8 + number / BLOCK if about.precision == "int8" else number,
+        head=head,
+        weight_bytes=_weight_bytes(about, number, linear + head),
         cache_bytes=number,
         last_logits=about.last_logits,
     )
+
+
+def _weight_bytes(about: ExportReport, number: int, weights: int) -> float:
+    """Return the mean bytes that a pass reads per weight of the linear layers and the head.
+
+    Args:
+        about: precision of the graph.
+        number: bytes of an activation.
+        weights: how many there are.
+    """
+    if about.precision != "int8":
+        return number
+    eight = BITS / 8 + number / BLOCK
+    # ONNX Runtime widens matrices in 16 bits to the type of the activations when it loads the graph.
+    return eight if about.fallback is None else eight + (number - eight) * about.fallback.weights / weights
 
 
 def parameters_of(checkpoint: Checkpoint) -> int:

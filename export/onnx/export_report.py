@@ -60,12 +60,32 @@ class Proof(_Part):
     cases: tuple[Parity, ...]
 
 
+class Fallback(_Part):
+    """The matrices that an int8 graph holds in 16 bits, because with 8 bits it differed too much from torch.
+
+    Attributes:
+        matrices: path → what its rounding to 8 bits costs, nats per token; the first one costs most per weight.
+        candidates: number of matrices that could be in 8 bits.
+        weights: number of weights in ``matrices``.
+        extra_bytes: by which the files are larger than with all candidates in 8 bits; negative where rows are so short
+            that blocks and their scales take more.
+        kl: largest KL(torch ‖ ONNX) of a case with all candidates in 8 bits, nats per token.
+    """
+
+    matrices: Mapping[str, float]
+    candidates: int = Field(ge=1)
+    weights: int = Field(ge=1)
+    extra_bytes: int
+    kl: float
+
+
 class ExportReport(_Part):
     """The contents of ``ara_export.json``.
 
     Attributes:
         precision: of all weights that the checkpoint does not store in few bits.
         rounded: number of matrices that it stores in few bits; the graph has the same numbers.
+        fallback: ``None`` where no matrix had to leave the precision of the export.
         parity: ``None`` where the graph was not compared.
     """
 
@@ -82,6 +102,7 @@ class ExportReport(_Part):
     decoder: DecoderFacts
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str | None]
+    fallback: Fallback | None = None
     parity: Proof | None = None
 
     def write(self, folder: Path) -> None:

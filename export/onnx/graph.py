@@ -21,7 +21,7 @@ from export.onnx.linear_nodes import TORCH_TYPES, GraphOptions, LinearNodes
 from export.onnx.nodes import CONTRIB
 from export.onnx.stored_weights import Checkpoint
 
-_EMBEDDING = "model.embed_tokens"
+EMBEDDING = "model.embed_tokens"
 
 
 def build(checkpoint: Checkpoint, decoder: Decoder, options: GraphOptions) -> ir.Model:
@@ -52,7 +52,7 @@ class _Builder(LinearNodes):
             self.constant("rotary.cos", cos.to(TORCH_TYPES[self.float]).numpy()),
             self.constant("rotary.sin", sin.to(TORCH_TYPES[self.float]).numpy()),
         ]
-        stream = self.lookup(ids, _EMBEDDING, decoder.vocabulary, decoder.hidden)
+        stream = self.lookup(ids, EMBEDDING, decoder.vocabulary, decoder.hidden)
         if decoder.embedding_scale != 1:
             scale = self.constant("model.embed_tokens.scale", self._array(torch.tensor(decoder.embedding_scale)))
             stream = self.op("Mul", [stream, scale], "model.embed_tokens.scaled")
@@ -95,8 +95,8 @@ class _Builder(LinearNodes):
         # A stored head is used even if the config says that it is tied, as transformers does.
         if not self.decoder.tied or self.checkpoint.has("lm_head.weight"):
             return self.linear(x, self._layer("lm_head", self.decoder.vocabulary, self.decoder.hidden))
-        weight = f"{_EMBEDDING}.weight"
-        if self.options.precision == "int8" or _EMBEDDING in self.checkpoint.rounded:
+        weight = f"{EMBEDDING}.weight"
+        if self.options.precision == "int8" or EMBEDDING in self.checkpoint.rounded:
             return self._matmul(x, "lm_head", weight)
         return self.op("FusedMatMul", [x, self.weight(weight)], "lm_head", {"transB": 1}, domain=CONTRIB)
 

@@ -37,6 +37,7 @@ class GraphOptions:
         provider: where the graph will run.
         merge_shared_inputs: compute the products with the first matrices of q, k, v, and of gate, up, as one.
         last_logits: only the logits of the last position.
+        sixteen: paths of matrices that a graph of precision int8 holds in float16; see :mod:`export.onnx.fallback`.
     """
 
     precision: Precision = "fp32"
@@ -44,6 +45,7 @@ class GraphOptions:
     provider: Provider = "cpu"
     merge_shared_inputs: bool = False
     last_logits: bool = False
+    sixteen: frozenset[str] = frozenset()
 
 
 class LinearNodes(LowRankGraph):
@@ -74,7 +76,7 @@ class LinearNodes(LowRankGraph):
     def linears(self, x: ir.Value, layers: Sequence[LinearLayer], path: str) -> list[ir.Value]:
         """Return the outputs of layers with the same input x (…, n); merged products are named after ``path``."""
         first = [f"{layer.path}.weight" if layer.rank is None else f"{layer.path}.A.weight" for layer in layers]
-        ways = {self.checkpoint.rounded.get(name.removesuffix(".weight")) for name in first}
+        ways = {self._way(name.removesuffix(".weight")) for name in first}
         if self.options.merge_shared_inputs and len(layers) > 1 and len(ways) == 1:
             sizes = [layer.m if layer.rank is None else layer.rank for layer in layers]
             inner = self.split(self._matmul(x, f"{path}.merged", *first), sizes, path)
@@ -96,6 +98,8 @@ class LinearNodes(LowRankGraph):
     def _matmul(self, x: ir.Value, path: str, *names: str) -> ir.Value:
         """Multiply by weights of the checkpoint, each (out, in), stacked along the outputs."""
         self.used.update(names)
+        # A tied head is called by its own name. Merged matrices are all of one way, so the first one speaks for them.
+        owner = path if len(names) == 1 else names[0].removesuffix(".weight")
         rounding = self.checkpoint.rounded.get(names[0].removesuffix(".weight"))
         if rounding is not None:
             return self._matmul_rounded(x, path, names, rounding)
@@ -106,8 +110,11 @@ class LinearNodes(LowRankGraph):
             tensors = [self.checkpoint.tensor(name) for name in names]
             return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
-        if self.options.precision != "int8":
-            weight = self.lazy(f"{path}.weight", self.float, (n, m), lambda: self._array(stacked().T))
+        if self.options.precision != "int8" or owner in self.options.sixteen:
+            kind = self.float if self.options.precision != "int8" else ir.DataType.FLOAT16
+            weight = self.lazy(f"{path}.weight", kind, (n, m), lambda: self._array(stacked().T, kind))
+            if kind != self.float:  # 16 bits on the disk; ONNX Runtime converts them once, when it loads the graph
+                weight = self.op("Cast", [weight], f"{path}.weight", {"to": self.float.value})
             return self.op("MatMul", [x, weight], path)
         blocks = -(-n // BLOCK)
         packed = self.lazy(
@@ -124,6 +131,10 @@ class LinearNodes(LowRankGraph):
         )
         attributes = {"K": n, "N": m, "bits": BITS, "block_size": BLOCK, "accuracy_level": 4}
         return self.op("MatMulNBits", [x, packed, scales], path, attributes, domain=CONTRIB)
+
+    def _way(self, owner: str) -> tuple[Rounding | None, bool]:
+        """Return how the graph holds a matrix; only matrices of one way can be merged."""
+        return self.checkpoint.rounded.get(owner), owner in self.options.sixteen
 
     def _matmul_rounded(self, x: ir.Value, path: str, names: Sequence[str], rounding: Rounding) -> ir.Value:
         """Multiply by weights that the checkpoint stores in few bits, all in the same way, as they are stored."""
@@ -220,10 +231,11 @@ class LinearNodes(LowRankGraph):
             lambda: self._array(change(self.checkpoint.tensor(name)) if change else self.checkpoint.tensor(name)),
         )
 
-    def _array(self, tensor: torch.Tensor) -> np.ndarray:
-        """Return a tensor in the precision of the activations."""
-        converted = tensor.to(TORCH_TYPES[self.float])
-        narrowed = self.float == ir.DataType.FLOAT16 and tensor.dtype != torch.float16 and tensor.numel() > 0
+    def _array(self, tensor: torch.Tensor, kind: ir.DataType | None = None) -> np.ndarray:
+        """Return a tensor in the precision ``kind``, by default that of the activations."""
+        kind = self.float if kind is None else kind
+        converted = tensor.to(TORCH_TYPES[kind])
+        narrowed = kind == ir.DataType.FLOAT16 and tensor.dtype != torch.float16 and tensor.numel() > 0
         # Smallest and largest number are enough: a mask over all numbers would take as much memory again.
         if narrowed and not torch.stack(converted.aminmax()).isfinite().all():
             raise NumericalError("a weight is beyond the range of float16", "export with --precision fp32")

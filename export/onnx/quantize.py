@@ -46,7 +46,10 @@ def scales_of(weight: torch.Tensor, scale_dtype: torch.dtype = torch.float32) ->
 
 
 def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return a weight (m, n) rounded to ``bits`` bits, as float32."""
+    """Return a weight (m, n) rounded to ``bits`` bits, as float32.
+
+    With 8 bits it also gives what MatMulNBits rounds activations (t, n) to.
+    """
     steps, scales = _steps(weight, bits, torch.float32)
     return (steps * scales[..., None]).flatten(1)[:, : weight.shape[1]]
 

@@ -18,6 +18,7 @@ from ara.stages.common import Run
 from ara.stages.run import run_pipeline
 from export.onnx import architecture, writing
 from export.onnx.runner import OnnxDecoder
+from export.onnx.tolerance import TOLERANCES, Tolerance
 from export.onnx.torch_like import TorchLike
 from tests.commands import ara, done, refused
 from tests.damage import flip, listing
@@ -70,6 +71,31 @@ def test_a_folder_is_exported_without_a_workspace(checkpoint: Callable[..., Any]
     refused(ara("export", "--output", output), 2, "--source and --output belong together")
     refused(ara("export", "--overwrite"), 2, "--overwrite is for --output")
     refused(ara(*command, output, "--name", "mine"), 2, "--name and --source are both given")
+
+
+def test_int8_falls_back_to_16_bits_and_says_so(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["export", "--execution-provider", "cpu", "--precision", "int8", "--parity-tokens", 32, "-w", workspace]
+    monkeypatch.setitem(TOLERANCES, "int8", Tolerance(None, 0.0, 1.0, 1.0))
+    plain = done(*command, "--name", "plain", "--json")
+    results = json.loads(plain.stdout)["results"]
+    assert results["fallback"] is None and "matrices in 16 bits" not in plain.stderr
+    worst = max(case["kl"] for case in results["parity"]["cases"])
+    # Impossible: one line, exit code 1, and only the earlier export is there.
+    with monkeypatch.context() as patch:
+        patch.setitem(TOLERANCES, "int8", Tolerance(None, 0.0, -1.0, 1.0))
+        refused(ara(*command, "--name", "never", "-q"), 1, "does not match the checkpoint, even with")
+    assert [path.name for path in (workspace / "export").iterdir() if path.is_dir()] == ["plain"]
+    monkeypatch.setitem(TOLERANCES, "int8", Tolerance(None, 0.0, worst / 2, 1.0))
+    made = done(*command, "--name", "mixed")
+    told = made.stdout + made.stderr
+    assert "measuring what each matrix costs" in told and "matrices in 16 bits: " in told
+    assert f"all in 8 bits: KL {worst:.2g} nats" in told
+    found = json.loads((workspace / "export" / "mixed" / "manifest.json").read_text())["results"]["fallback"]
+    assert 0 < len(found["matrices"]) < found["candidates"] and found["kl"] == worst
+    assert f"{len(found['matrices'])} of {found['candidates']} matrices in 16 bits" in told
+    done("report", "-w", workspace)
+    (page,) = workspace.glob("report/*/report.html")
+    assert f"int8 graph with {len(found['matrices'])} of {found['candidates']} matrices in 16 bits" in page.read_text()
 
 
 def test_nothing_is_left_where_it_fails(

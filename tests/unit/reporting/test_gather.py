@@ -16,6 +16,7 @@ from ara.artifacts.graph import ParityCase
 from ara.reporting.document import Difference, Report
 from ara.reporting.gather import Made, gather, layers
 from ara.reporting.summary import differs
+from ara.reporting.tables import export_table
 from ara_cli.app import COMMANDS, app
 from tests.reported import (
     EVIL,
@@ -471,3 +472,18 @@ def test_the_fixture_is_what_the_stages_write(finished):
     row = next(iter(next(iter(views["eval"].results["tasks"].values()))["models"].values()))
     assert set(text_rows(NAME, divergence=False)[NAME]) <= set(row)
     assert re.fullmatch(r"[0-9a-f]{64}", views["eval"].id)
+
+
+def test_an_export_says_how_many_matrices_are_in_16_bits():
+    fallback = {
+        "matrices": {"lm_head": 0.01, "x.A": 0.002},
+        "candidates": 7,
+        "weights": 9,
+        "extra_bytes": 8,
+        "kl": 0.04,
+    }
+    report = gather(sources(exports=(export(precision="int8", fallback=fallback), export())))
+    mixed, plain = report.exports
+    assert (mixed.sixteen_bits, mixed.candidates) == (2, 7) and (plain.sixteen_bits, plain.candidates) == (0, 0)
+    assert ": int8 graph with 2 of 7 matrices in 16 bits, 1.0 MiB, ONNX" in export_table(mixed).caption
+    assert "16 bits" not in export_table(plain).caption

@@ -15,6 +15,7 @@ from ara.models.checkpoint import load
 from ara.stages.common import Run
 from export.config import ExportConfig
 from export.onnx.bench_runner import OnnxRunner, count_checkpoint, parameters_of
+from export.onnx.export_report import Fallback
 from export.onnx.stored_weights import Checkpoint
 from export.stage import export_folder
 
@@ -38,6 +39,11 @@ def test_files_are_counted_as_the_model_is(
         narrower = about.model_copy(update={"precision": precision, "last_logits": False})
         expected = replace(count_model(model, last_logits=False), weight_bytes=weight, cache_bytes=cache)
         assert count_checkpoint(source, narrower) == expected
+    # A quarter of the weights in 16 bits on the disk, float32 in memory.
+    weights = (expected.linear + expected.head) // 4
+    fallback = Fallback(matrices={"lm_head": 0.1}, candidates=3, weights=weights, extra_bytes=1, kl=0.1)
+    mixed = count_checkpoint(source, narrower.model_copy(update={"fallback": fallback}))
+    assert mixed.weight_bytes == pytest.approx(1.25 + 2.75 / 4, abs=1e-3)
 
 
 @pytest.mark.parametrize("case", [Case(2, 0, 7), Case(3, 11, 1)])

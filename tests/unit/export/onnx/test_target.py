@@ -204,9 +204,9 @@ def test_weights_are_read_one_at_a_time(
     most = 0
     original = _Builder._array
 
-    def watched(self: _Builder, tensor: torch.Tensor) -> np.ndarray:
+    def watched(self: _Builder, tensor: torch.Tensor, *kind: Any) -> np.ndarray:
         nonlocal most
-        array = original(self, tensor)
+        array = original(self, tensor, *kind)
         gc.collect()
         alive[:] = [reference for reference in alive if reference() is not None]
         alive.append(weakref.ref(array))
