@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -31,6 +33,7 @@ class AraQuantizationConfig(QuantizationConfig):
         super().__init__()
         self.layout = settings.layout
         self.ranks, self.rounded = dict(settings.ranks), dict(settings.rounded)
+        self._embeddings: set[str] = set()
 
     @classmethod
     def get_name(cls) -> Any:
@@ -80,7 +83,21 @@ class AraQuantizationConfig(QuantizationConfig):
             ModelError: a tensor is missing, has no place, or has another shape.
         """
         if (folder := Path(model_name)).is_dir():
-            check_complete(folder)
+            _check_once(folder)
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """Return vLLM's default. vLLM asks for it when the model is built, before it loads the weights.
+
+        Raises:
+            UnsupportedModelError: vLLM's code of this architecture does not let plugins load its embedding.
+        """
+        missed = sorted(self._outside() - self._embeddings)
+        if missed and get_pp_group().world_size == 1:
+            raise UnsupportedModelError(
+                f"vLLM's code of this architecture cannot load {missed[0]} in few bits: add --model-impl transformers",
+                "or round without --embedding-bits: ara quantise",
+            )
+        return super().get_checkpoint_weight_mapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return what creates and multiplies by the weights of ``layer``; ``None``: vLLM's default.
@@ -109,11 +126,21 @@ class AraQuantizationConfig(QuantizationConfig):
             raise UnsupportedModelError(
                 f"the checkpoint factorises {prefix}, which cannot be served", "leave it dense: ara truncate --densify"
             )
-        if prefix:
-            how = self.rounded.get(prefix)
-            return None if how is None else RoundedEmbeddingMethod(prefix, how)
-        # Some architectures do not tell the path of their embedding. Embedding and head have the same bits.
-        outside = {name: how for name, how in self.rounded.items() if not any(map(str.isdecimal, name.split(".")))}
-        if len({tuple(how) for how in outside.values()}) > 1:
-            raise UnsupportedModelError("embedding and head have different bits, which cannot be served")
-        return next((RoundedEmbeddingMethod(name, how) for name, how in outside.items()), None)
+        name = prefix if prefix in self.rounded else None
+        if not prefix:
+            # Some architectures do not tell the path of their embedding, only that of their head.
+            name = next((found for found in sorted(self._outside()) if not found.endswith("lm_head")), None)
+        if name is None:
+            return None
+        self._embeddings.add(name)
+        return RoundedEmbeddingMethod(name, self.rounded[name])
+
+    def _outside(self) -> set[str]:
+        """Return the rounded matrices outside the blocks: the embedding, and a head of its own."""
+        return {name for name in self.rounded if not any(map(str.isdecimal, name.split(".")))}
+
+
+@cache
+def _check_once(folder: Path) -> None:
+    # vLLM makes its config several times, also after --model-impl transformers has changed the classes of transformers.
+    check_complete(folder)

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ara.errors import ModelError
+from ara.layouts.grid import Grid
 from ara.layouts.modeling_ara import CHECKPOINT_FORMAT
 from tests.vllm.greedy import by_vllm
 
@@ -91,6 +92,11 @@ def test_without_its_settings_it_is_no_dense_model(copied: Path) -> None:
     path.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(Exception, match=r"\S"):
         by_vllm(copied)
+
+
+def test_an_embedding_of_few_bits_that_vllm_loads_itself(folder: Callable[..., Path]) -> None:
+    source = folder("gemma", None, grid=Grid(8, 16, True), embedding=Grid(8, 16, True))
+    assert "--model-impl transformers" in refusal(source)
 
 
 def test_a_family_whose_weights_vllm_turns_over(folder: Callable[..., Path]) -> None:

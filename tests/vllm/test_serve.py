@@ -1,4 +1,4 @@
-"""The command of the documentation: ``vllm serve FOLDER`` and a request."""
+"""vLLM's server on a checkpoint folder, as ``vllm serve`` starts it, and a request."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ def test_a_folder_is_served_without_options_of_ours(folder: Callable[..., Path],
 
 @contextmanager
 def served(source: Path, log: Path) -> Iterator[str]:
-    """Run ``vllm serve`` inside the block, with small caches and no compilation; the value is its address."""
+    """Run the server inside the block, with small caches and no compilation; the value is its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     sizes = {"max-model-len": 96, "max-num-seqs": 4, "kv-cache-memory-bytes": 1 << 26, "dtype": "float32"}
     options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(source), "--enforce-eager", *options]
+    # What `vllm serve` runs: the command itself does not start in the CPU build, which has another distribution's name.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(source), "--enforce-eager"]
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            [*command, *options, "--host", "127.0.0.1", "--port", str(port)],
             env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
