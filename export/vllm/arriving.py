@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from ara.errors import ModelError
-from ara.layouts.modeling_ara import LAYERS, CompressedLinear, RoundedLinear
+from ara.layouts import layout_named
+from ara.layouts.base import Layout, Piece
+from ara.layouts.modeling_ara import CompressedLinear, RoundedLinear
 from export.vllm.sharing import Share
-from export.vllm.stacking import Piece, Stack, cut, stack
+from export.vllm.stacking import Stack, cut, stack
 
 _AGAIN = "the checkpoint is damaged or was changed: write it again, or copy it again"
 # An empty tensor of this name keeps software without ARA from reading a compressed layer as a dense one.
@@ -29,10 +31,11 @@ class Matrix:
         name: its path in the checkpoint, for errors.
         module: as the checkpoint stores it, on the meta device and without a bias.
         share: what this process holds of it.
+        layout: of a low-rank matrix; ``None`` for a dense one.
     """
 
-    def __init__(self, name: str, module: nn.Module, share: Share) -> None:
-        self.name, self.share = name, share
+    def __init__(self, name: str, module: nn.Module, share: Share, layout: Layout | None = None) -> None:
+        self.name, self.share, self._layout = name, share, layout
         self._module: nn.Module | None = module
         self._expected = module.state_dict()
         self._arrived: dict[str, torch.Tensor] = {}
@@ -75,7 +78,7 @@ class Matrix:
         module.load_state_dict(self._arrived, assign=True)
         if isinstance(module, CompressedLinear) and (problem := module.problem()):
             raise ModelError(f"the checkpoint cannot be used: {self.name}.{problem}", _AGAIN)
-        piece = cut(module, self.share, dtype, device)
+        piece = cut(module, self._layout, self.share, dtype, device)
         self._arrived = dict.fromkeys(self._expected, torch.empty(0))
         return piece
 
@@ -164,8 +167,9 @@ def empty_matrix(
         return Matrix(name, linear(name, m, n), share)
     if rank > min(m, n):
         raise ModelError(f"the checkpoint has rank {rank} for {name}, a layer of {m} × {n}", _AGAIN)
-    module = LAYERS[layout](n, m, rank, False, device="meta")
+    form = layout_named(layout)
+    module = form.module(n, m, rank, False, device="meta")
     for part, old in list(module.named_children()):
         assert isinstance(old, nn.Linear)
         setattr(module, part, linear(f"{name}.{part}", old.out_features, old.in_features))
-    return Matrix(name, module, share)
+    return Matrix(name, module, share, form)

@@ -15,27 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ara.layouts.modeling_ara import LowRankLinear, PivotedLinear, RoundedLinear
+from ara.layouts.base import Layout, Piece
+from ara.layouts.modeling_ara import RoundedMatrix
 from export.vllm.sharing import Share
 
 # A weight, and its product with an input: (t, width) → (t, rows).
 Product = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Piece(NamedTuple):
-    """The share that a process holds of one matrix.
-
-    Attributes:
-        first: (f, c), rows of the first product: A of a low-rank matrix, the rows of a dense one.
-        second: (s, f), or ``None``: the rows of B, or of C.
-        kept: whether the first product is among the outputs.
-        order: (r) int64, or ``None``: output i is element ``order[i]`` of the products, first one first.
-    """
-
-    first: torch.Tensor
-    second: torch.Tensor | None
-    kept: bool
-    order: torch.Tensor | None
 
 
 class Part(NamedTuple):
@@ -68,51 +53,37 @@ class Stack(NamedTuple):
     order: torch.Tensor | None
 
 
-def cut(module: nn.Module, share: Share, dtype: torch.dtype, device: torch.device | str) -> Piece:
+def cut(
+    module: nn.Module, layout: Layout | None, share: Share, dtype: torch.dtype, device: torch.device | str
+) -> Piece:
     """Return the share of a matrix.
 
     Args:
         module: the whole matrix, as a checkpoint stores it; its parts may be rounded to few bits.
+        layout: of a low-rank matrix; ``None`` for a dense one.
         share: the rows and columns to hold.
         dtype: of the piece; matrices of few bits are computed in float32 and rounded to it once.
         device: where the piece is to be.
     """
 
     def weight(part: Any) -> torch.Tensor:
-        return part.dense(dtype) if isinstance(part, RoundedLinear) else part.weight.to(dtype)
+        return part.dense(dtype) if isinstance(part, RoundedMatrix) else part.weight.to(dtype)
 
-    def place(tensor: torch.Tensor) -> torch.Tensor:
+    def place(tensor: torch.Tensor | None) -> torch.Tensor | None:
         # A view would keep the whole matrix in memory.
-        return tensor.to(device).clone(memory_format=torch.contiguous_format)
+        return None if tensor is None else tensor.to(device).clone(memory_format=torch.contiguous_format)
 
-    def rows(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat([tensor[span] for span in share.rows])
-
-    if isinstance(module, LowRankLinear):
-        second = rows(weight(module.B))
-        return Piece(place(weight(module.A)[:, share.columns]), place(second), False, None)
-    if isinstance(module, PivotedLinear):
-        order, others = held(rows(module.order).long(), module.rank)
-        second = weight(module.C)[others]
-        return Piece(place(weight(module.A)[:, share.columns]), place(second), True, place(order))
-    return Piece(place(rows(weight(module)[:, share.columns])), None, True, None)
-
-
-def held(order: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the order of some outputs of a pivoted matrix if only the rows of C that they need are computed.
-
-    Args:
-        order: (r) int64, elements of [h; C h].
-        k: rank, the width of h.
-
-    Returns:
-        The order (r) int64 among [h; C' h], and the rows (s) int64 of C that C' consists of.
-    """
-    combined = order >= k
-    others = order[combined] - k
-    found = order.clone()
-    found[combined] = k + torch.arange(len(others), device=order.device)
-    return found, others
+    if layout is None:
+        whole = weight(module)
+        piece = Piece(torch.cat([whole[span, share.columns] for span in share.rows]), kept=True)
+    else:
+        tensors = {f"{name}.weight": weight(part) for name, part in module.named_children()}
+        tensors |= {name: one.detach().to(dtype) for name, one in module.named_parameters(recurse=False)}
+        tensors |= dict(module.named_buffers(recurse=False))
+        piece = layout.cut(tensors, share.rows, share.columns)
+    first = place(piece.first)
+    assert first is not None
+    return Piece(first, place(piece.second), piece.kept, place(piece.order))
 
 
 def stack(pieces: Sequence[Piece]) -> Stack:

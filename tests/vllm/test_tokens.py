@@ -90,5 +90,5 @@ def test_two_processes(folder: Folder, family: str, layout: str, options: dict[s
 
 
 def test_more_processes_than_key_heads(folder: Folder) -> None:
-    source = folder("llama", "pivoted", num_attention_heads=4, num_key_value_heads=1)
+    source = folder("llama", "pivoted", hidden_size=128, num_attention_heads=4, num_key_value_heads=1)
     assert by_vllm(source, tensor_parallel_size=2) == by_transformers(source)
