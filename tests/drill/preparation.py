@@ -87,7 +87,7 @@ def _seed(folder: Path) -> Path:
     if child == 0:
         code = 1
         try:
-            from tests.exportable import make_checkpoint
+            from tests.checkpoints import make_checkpoint
             from tests.tiny import tiny_texts
 
             made = make_checkpoint(folder, "llama", None)

@@ -19,7 +19,8 @@ from export.onnx.rewrite import load_graph
 from export.onnx.settings import resolve
 from export.onnx.stored_weights import Checkpoint
 from export.onnx.writing import write_onnx
-from tests.exportable import Made, exported
+from tests.checkpoints import Made
+from tests.exportable import exported
 
 
 @pytest.fixture
