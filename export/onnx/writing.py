@@ -87,11 +87,6 @@ def write_onnx(
         f"{facts.family}: {len(checkpoint.ranks)} low-rank layers; {config.precision} for {provider_of(config)}"
     )
 
-    with disk_errors(folder):
-        for name in _COMPANIONS:
-            if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, folder / name)
-
     def write(sixteen: frozenset[str]) -> ExportReport:
         """Write the graph and its report; a graph of precision int8 gets these matrices in 16 bits."""
         model, genai = _graph(checkpoint, decoder, facts, config, sixteen, report)
@@ -106,6 +101,10 @@ def write_onnx(
         return about
 
     about = write(frozenset())
+    with disk_errors(folder):
+        for name in _COMPANIONS:
+            if (checkpoint.folder / name).is_file():
+                shutil.copyfile(checkpoint.folder / name, folder / name)
     if config.parity:
         reference = read_reference(checkpoint, folder, decoder, config.parity_tokens, report)
         cases, tolerance = compare_graph(reference), TOLERANCES[about.precision]
