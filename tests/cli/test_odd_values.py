@@ -45,7 +45,7 @@ def no_work(monkeypatch, tmp_path):
 
     for place in (
         "export.generate.load",  # first, so that its module is not imported while what it imports is patched
-        "ara.stages.recover.load",
+        "ara.stages.recover.load_rounded",
         "ara.stages.quantise.load",
         "ara.models.checkpoint.load",
         "ara.stages.bench._measure",
