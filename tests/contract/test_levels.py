@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,29 @@ SETTINGS: dict[str, Any] = {
 
 class Killed(BaseException):
     """Stands for kill -9: no code of the stage may handle it."""
+
+
+@contextmanager
+def killed_at(at: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within this context a stage is killed after it has stored finished work for the ``at``-th time."""
+    calls = [0]
+
+    def killing(real: Any) -> Any:
+        def function(self: StageWriter, *args: Any, **kwargs: Any) -> None:
+            real(self, *args, **kwargs)
+            calls[0] += 1
+            if calls[0] == at:
+                raise Killed
+
+        return function
+
+    with monkeypatch.context() as patch:
+        for name in ("finish_work", "save_checkpoint"):
+            patch.setattr(StageWriter, name, killing(getattr(StageWriter, name)))
+        # A killed process leaves the folder as it is.
+        patch.setattr(StageWriter, "_abandon", lambda self, error: None)
+        with pytest.raises(Killed):
+            yield
 
 
 @pytest.fixture(scope="module", params=[("llama", "pivoted"), ("gpt2", "factors")], ids=lambda case: "-".join(case))
@@ -146,24 +171,8 @@ def test_a_killed_repair_resumes_to_the_same_bytes(
 ) -> None:
     other = Path(shutil.copytree(root, tmp_path / "other"))
     whole = recover(config, Run(other))
-    calls = [0]
-
-    def killing(real: Any) -> Any:
-        def function(self: StageWriter, *args: Any, **kwargs: Any) -> None:
-            real(self, *args, **kwargs)
-            calls[0] += 1
-            if calls[0] == at:
-                raise Killed
-
-        return function
-
-    with monkeypatch.context() as patch:
-        for name in ("finish_work", "save_checkpoint"):
-            patch.setattr(StageWriter, name, killing(getattr(StageWriter, name)))
-        # A killed process leaves the folder as it is.
-        patch.setattr(StageWriter, "_abandon", lambda self, error: None)
-        with pytest.raises(Killed):
-            recover(config, Run(root))
+    with killed_at(at, monkeypatch):
+        recover(config, Run(root))
     (partial,) = (path for path in (root / "recover").iterdir() if path.name.endswith(".partial"))
     assert any(path.name.startswith((".work-", ".checkpoint")) for path in partial.iterdir())
     view = recover(config, Run(root))

@@ -24,8 +24,7 @@ from ara.stages.quantise import quantise
 from ara.stages.recover import recover
 from ara.stages.run import run_pipeline
 from ara.workspace.view import StageView
-from ara.workspace.writer import StageWriter
-from tests.contract.test_levels import CPU, SETTINGS, Killed
+from tests.contract.test_levels import CPU, SETTINGS, killed_at
 from tests.damage import contents
 from tests.recorder import Recorder
 from tests.tiny import save_tiny
@@ -133,23 +132,8 @@ def test_a_killed_repair_resumes_to_the_same_bytes(
 ) -> None:
     other = Path(shutil.copytree(root, tmp_path / "other"))
     whole = recover(config, Run(other), checkpoint=FROM)
-    calls = [0]
-
-    def killing(real: Any) -> Any:
-        def function(self: StageWriter, *args: Any, **kwargs: Any) -> None:
-            real(self, *args, **kwargs)
-            calls[0] += 1
-            if calls[0] == at:
-                raise Killed
-
-        return function
-
-    with monkeypatch.context() as patch:
-        for name in ("finish_work", "save_checkpoint"):
-            patch.setattr(StageWriter, name, killing(getattr(StageWriter, name)))
-        patch.setattr(StageWriter, "_abandon", lambda self, error: None)
-        with pytest.raises(Killed):
-            recover(config, Run(root), checkpoint=FROM)
+    with killed_at(at, monkeypatch):
+        recover(config, Run(root), checkpoint=FROM)
     view = recover(config, Run(root), checkpoint=FROM)
     assert contents(view.path, "**/*.safetensors") == contents(whole.path, "**/*.safetensors")
 
