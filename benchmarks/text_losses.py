@@ -41,9 +41,8 @@ class TextLosses:
 
     @torch.inference_mode()
     def _read(self, model: PreTrainedModel, windows: torch.Tensor, label: str) -> list[float]:
-        def forward(ids: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-            return logits
-
-        found: list[float] = nll_of_windows(forward, windows, model.device, 1, self.report, label).tolist()
+        losses = nll_of_windows(
+            lambda ids: model(input_ids=ids, use_cache=False).logits, windows, model.device, 1, self.report, label
+        )
+        found: list[float] = losses.tolist()
         return found

@@ -4,10 +4,11 @@
   the scales of the least squared error. It is rounded first, and all other matrices are fitted to what it then gives.
 - **Head.** It is a linear layer and rounded like one (:mod:`ara.quantisation.calibrated`), last of all, on the second
   moment G of its inputs with everything before it rounded.
-- **Head tied to the embedding.** One matrix W serves both. Its rounded Q has two errors. That of the logits is
-  tr((W − Q) G (W − Q)ᵀ), that of the rows is ‖W − Q‖². GPTQ minimises their sum if the identity is added to G, which is
-  what damping does. With :data:`TIED_DAMPING` as the share, both count alike: an error in a direction in which the
-  inputs have their mean energy weighs as much in the logits as in the rows. It is rounded last, as the head.
+- **Head tied to the embedding.** Embedding and head share one matrix W. After rounding it to Q, the squared error of
+  the logits is tr((W − Q) G (W − Q)ᵀ), and that of the embedding is ‖W − Q‖². GPTQ minimises the sum if the identity is
+  added to G, which is what damping does. With :data:`TIED_DAMPING` as the share, both count alike: an error in a
+  direction in which the inputs have their mean energy weighs as much in the logits as in the rows. The matrix is
+  rounded last, as the head.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ class Observed:
 class DenseSide:
     """The dense model's passes through its present block.
 
-    Corrections do not change the dense model. So one pass per batch serves all groups of the block. It is kept only if
-    the inputs of all groups fit into memory.
+    Corrections do not change the dense model, so one pass per batch gives the inputs of all groups of a block. They are
+    kept only if they fit into memory.
     """
 
     def __init__(self, stream: Stream) -> None:

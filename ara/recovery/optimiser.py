@@ -109,12 +109,12 @@ class MasterOptimiser:
         for name, master in self._masters.items():
             if self._methods[name] == method:
                 paces.setdefault(self._stored[name].pace, []).append(master)
+        unit = _MUON_RMS if method == "muon" else 1.0
+        groups = [{"params": masters, "pace": pace / unit} for pace, masters in paces.items()]
         if method == "muon":
-            groups = [{"params": masters, "pace": pace / _MUON_RMS} for pace, masters in paces.items()]
             return torch.optim.Muon(
                 groups, lr=self.rate, momentum=_MOMENTUM, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
             )
-        groups = [{"params": masters, "pace": pace} for pace, masters in paces.items()]
         return torch.optim.AdamW(groups, lr=self.rate, betas=_BETAS, weight_decay=0.0, fused=self._fused)
 
     def _is_exact(self, name: str) -> bool:

@@ -239,10 +239,12 @@ def _windows(
 @torch.inference_mode()
 def _loss(model: PreTrainedModel, windows: torch.Tensor, batch_size: int, run: Run) -> float:
     """Return the mean negative log-likelihood of a model, nats per token."""
-    label = "Reading held-out text"
-
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-        return logits
-
-    return float(nll_of_windows(forward, windows, model.device, batch_size, run.report, label).mean())
+    losses = nll_of_windows(
+        lambda ids: model(input_ids=ids, use_cache=False).logits,
+        windows,
+        model.device,
+        batch_size,
+        run.report,
+        "Reading held-out text",
+    )
+    return float(losses.mean())

@@ -9,7 +9,7 @@ from pathlib import Path
 from ara.layout_names import DEFAULT_LAYOUT
 from ara.pipeline import Stage, naming_words, next_stage, producers, stage_named, stages, steps
 from ara.workspace.store import DEFAULT_ROOT, Workspace
-from ara.workspace.view import StageView, parent_of
+from ara.workspace.view import StageView, ancestors, parent_of
 
 # Budgets to suggest after the last stage; the first one without a result is taken.
 _OTHER_BUDGETS = (0.6, 0.8, 0.7, 0.5, 0.9, 0.4)
@@ -40,7 +40,7 @@ def _next_words(workspace: Workspace, after: StageView | None) -> list[str]:
         current = max(filter(_is_step, done), key=_created, default=None)
     if current is None:
         return ["ara", stages()[0].name, (workspace.model or {}).get("requested", "MODEL")]
-    while (further := _further(current, views)) is not None:
+    while (further := _further(current, workspace)) is not None:
         made = [view for view in done if view.kind == further.produces and _is_child(view, current)]
         if not made:
             return ["ara", further.name, *_given(further, current, views)]
@@ -48,10 +48,10 @@ def _next_words(workspace: Workspace, after: StageView | None) -> list[str]:
     return _another_budget(current, done, views)
 
 
-def _further(view: StageView, views: Sequence[StageView]) -> Stage | None:
+def _further(view: StageView, workspace: Workspace) -> Stage | None:
     """Return the next stage for a result."""
     stage = next_stage(view.stage)
-    if view.stage == "recover" and _has_bits(view, views):
+    if view.stage == "recover" and _has_bits(view, workspace):
         return stage_named("quantise")
     # A densified checkpoint has no ranks that a repair could keep.
     if stage is not None and stage.produces == view.kind and view.manifest and view.manifest.config.get("densify"):
@@ -59,19 +59,11 @@ def _further(view: StageView, views: Sequence[StageView]) -> Stage | None:
     return stage
 
 
-def _has_bits(checkpoint: StageView, views: Sequence[StageView]) -> bool:
+def _has_bits(checkpoint: StageView, workspace: Workspace) -> bool:
     """Tell whether the ranks of a checkpoint were chosen with bits, to which its weights are to be rounded."""
-    by_key = {view.key: view for view in views}
-    wanted, seen = [checkpoint], set()
-    while wanted:
-        view = wanted.pop()
-        if view.manifest is None or view.key in seen:
-            continue
-        if view.kind == "ranks":
-            return any(view.manifest.config.get(name) is not None for name in _SIZES)
-        seen.add(view.key)
-        wanted += [by_key[parent.key] for parent in view.manifest.parents if parent.key in by_key]
-    return False
+    made_from = map(workspace.view, ancestors(checkpoint, workspace.view))
+    config = next((view.manifest.config for view in made_from if view.kind == "ranks" and view.manifest), {})
+    return any(config.get(name) is not None for name in _SIZES)
 
 
 def _size_words(comparison: StageView) -> list[str]:
