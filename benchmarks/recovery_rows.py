@@ -55,23 +55,14 @@ class Row:
 
 
 def wanted(keeps: list[float], seeds: int) -> Iterator[Row]:
-    """List the measurements: one seed of everything first.
-
-    Then, at keep 0.6: distillation without block training, raw text, two factors and further seeds.
-    """
-    for keep in keeps:
-        for ranks in RANKS:
-            for level in LEVELS:
-                yield Row("mixed", ranks, keep, 0, level)
+    """List the measurements: one seed of everything, then, at keep 0.6, raw text, two factors and further seeds."""
+    groups = [("mixed", ranks, keep, 0) for keep in keeps for ranks in RANKS]
     if 0.6 in keeps:
-        yield Row("mixed", RANKS[0], 0.6, 0, DIRECT)
-        for calibration, ranks in (("c4", "ara"), ("mixed", FACTORS)):
-            for level in LEVELS:
-                yield Row(calibration, ranks, 0.6, 0, level)
-        for seed in range(1, seeds):
-            for ranks in RANKS:
-                for level in LEVELS:
-                    yield Row("mixed", ranks, 0.6, seed, level)
+        groups += [("c4", "ara", 0.6, 0), ("mixed", FACTORS, 0.6, 0)]
+        groups += [("mixed", ranks, 0.6, seed) for seed in range(1, seeds) for ranks in RANKS]
+    for group in groups:
+        for level in ORDER:
+            yield Row(*group, level)
 
 
 def reference(calibration: str, keep: float) -> str:

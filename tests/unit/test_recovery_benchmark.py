@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.recovery import main
-from benchmarks.recovery_rows import DIRECT, LEVELS, Row, gap_closed, wanted
+from benchmarks.recovery_rows import DIRECT, ORDER, Row, gap_closed, wanted
 from benchmarks.recovery_table import cost, parsed, quality
 from benchmarks.text_losses import TEXTS
 from tests.tiny import save_tiny
@@ -46,10 +46,10 @@ def test_every_level_is_wanted_for_learned_and_uniform_ranks() -> None:
     assert len(found) == len(set(found)) and all(parsed(one.key) == one for one in found)
     for keep, seeds in ((0.8, 1), (0.6, 3), (0.4, 1)):
         mixed = [one for one in found if one.keep == keep and one.calibration == "mixed" and one.layout == "pivoted"]
-        assert len(mixed) == 2 * len(LEVELS) * seeds + (keep == 0.6)
-    assert [one.repairs for one in found if one.level == DIRECT] == [("closed", "distill")]
-    assert [one.level for one in found if one.layout == "factors"] == list(LEVELS)
-    assert {one.level for one in found if one.calibration == "c4"} == set(LEVELS)
+        assert len(mixed) == 2 * len(ORDER) * seeds
+    assert {one.repairs for one in found if one.level == DIRECT} == {("closed", "distill")}
+    assert [one.level for one in found if one.layout == "factors"] == list(ORDER)
+    assert {one.level for one in found if one.calibration == "c4"} == set(ORDER)
 
 
 def test_tables_show_means_with_the_range(rows: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ def test_a_tiny_model_goes_through_and_a_second_run_measures_nothing(
     ]
     main(words)
     document = json.loads((benchmark_data / "ws" / "recovery.json").read_text())
-    names = [f"mixed/uniform/0.6/0/{level}" for level in LEVELS]
+    names = [f"mixed/uniform/0.6/0/{level}" for level in ORDER]
     assert list(document["rows"]) == ["dense", "mixed/whitened/0.6", *names]
     assert all(set(found["texts"]) == set(TEXTS) for found in document["rows"].values())
     assert "| mixed | 0.6 | uniform | distill | 1 |" in capsys.readouterr().out
