@@ -16,10 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ara.models.likelihood import divergence
-
-# Bytes of float32 logits in one chunk of rows.
-_CHUNK_BYTES = 64 * 2**20
+from ara.models.likelihood import chunk_rows, divergence
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,7 @@ def mean_divergence(dense: torch.Tensor, logits: torch.Tensor) -> tuple[float, f
     Returns:
         KL is NaN if a logit is NaN, and infinite if only the other model gives a token the probability 0.
     """
-    length, vocabulary = dense.shape
-    rows = max(1, _CHUNK_BYTES // (4 * vocabulary))
+    length, rows = len(dense), chunk_rows(dense)
     kl, same = 0.0, 0
     for start in range(0, length, rows):
         ours, theirs = dense[start : start + rows], logits[start : start + rows].to(dense.device)

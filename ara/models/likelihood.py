@@ -19,8 +19,15 @@ from ara.progress import SILENT, Reporter
 
 # Terms that are added in float32: few enough that the error is about one rounding.
 _BLOCK = 256
-# Bytes of float32 logits per chunk of rows; 128 rows for a vocabulary of 131,072.
-CHUNK_BYTES = 64 * 2**20
+# Bytes of float32 logits per chunk of rows. Several passes read a chunk: on a CPU it should stay in a core's cache,
+# elsewhere it should keep the device busy.
+CHUNK_BYTES, CPU_CHUNK_BYTES = 64 * 2**20, 2 * 2**20
+
+
+def chunk_rows(logits: torch.Tensor) -> int:
+    """Return how many rows of ``logits`` (..., v) are worked on at once, in float32."""
+    size = CPU_CHUNK_BYTES if logits.device.type == "cpu" else CHUNK_BYTES
+    return max(1, size // (4 * logits.shape[-1]))
 
 
 def wide_sum(terms: torch.Tensor) -> torch.Tensor:
@@ -75,7 +82,7 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def window_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Return the mean negative log-likelihood of each window.
 
-    Rows are processed in chunks, so float32 copies take only about :data:`CHUNK_BYTES` in addition to ``logits``.
+    Float32 copies exist of :func:`chunk_rows` rows only.
 
     Args:
         logits: (b, t, v), any floating dtype; position i predicts token i + 1.
@@ -84,8 +91,7 @@ def window_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     Returns:
         (b,) float64 on the CPU, nats per predicted token; NaN where a logit is.
     """
-    batch, length, vocabulary = logits.shape
-    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
+    (batch, length), rows = logits.shape[:2], chunk_rows(logits)
     # On the CPU: Apple GPUs have no float64.
     total = torch.zeros(batch, dtype=torch.float64)
     for window in range(batch):

@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 
-from ara.models.likelihood import divergence, softmax
-
-# Bytes of float32 per chunk of rows.
-CHUNK_BYTES = 32 * 2**20
+from ara.models.likelihood import chunk_rows, divergence, softmax
 
 
 def token_losses(logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor | None = None) -> torch.Tensor:
@@ -50,7 +47,7 @@ def sampled_targets(logits: torch.Tensor, generator: torch.Generator) -> torch.T
     """
     batch, length, vocabulary = logits.shape
     targets = torch.zeros(batch, length, dtype=torch.int64, device=logits.device)
-    flat, rows = logits.detach()[:, :-1].reshape(-1, vocabulary), _rows(vocabulary)
+    flat, rows = logits.detach()[:, :-1].reshape(-1, vocabulary), chunk_rows(logits)
     drawn = []
     for chunk in flat.split(rows):
         uniform = torch.rand(len(chunk), 1, generator=generator).to(logits.device)
@@ -65,10 +62,13 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor | None) -> torch.Tensor:
         """Return losses (batch, length − 1), and keep the gradient of the logits, which costs little extra."""
-        batch, length, vocabulary = logits.shape
-        rows, wanted = _rows(vocabulary), ctx.needs_input_grad[0]
+        batch, length, _ = logits.shape
+        rows, wanted = chunk_rows(logits), ctx.needs_input_grad[0]
         losses = torch.empty(batch, length - 1, dtype=torch.float32, device=logits.device)
-        gradient = torch.zeros_like(logits) if wanted else None
+        gradient = torch.empty_like(logits) if wanted else None
+        if gradient is not None:
+            # The last position predicts no token of the window.
+            gradient[:, -1] = 0
         for window in range(batch):
             for start in range(0, length - 1, rows):
                 stop = min(start + rows, length - 1)
@@ -94,7 +94,3 @@ class _TokenLosses(torch.autograd.Function):
         # In place: the graph is used once.
         gradient[:, :-1] *= grads[0].unsqueeze(-1).to(gradient.dtype)
         return gradient, None, None
-
-
-def _rows(vocabulary: int) -> int:
-    return max(1, CHUNK_BYTES // (4 * vocabulary))

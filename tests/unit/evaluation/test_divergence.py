@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ara.errors import NumericalError
-from ara.evaluation import divergence
 from ara.evaluation.divergence import summarise_divergence, window_divergence
 from ara.evaluation.perplexity import interleaved_perplexity
+from ara.models import likelihood
 from tests.tiny import tiny_model
 
 
@@ -33,7 +33,7 @@ def test_it_is_the_definition(rows: int, monkeypatch: pytest.MonkeyPatch) -> Non
     generator = torch.Generator().manual_seed(0)
     dense = 3 * torch.randn(2, 23, 101, generator=generator)
     other = dense + torch.randn(2, 23, 101, generator=generator)
-    monkeypatch.setattr(divergence, "_CHUNK_BYTES", rows * 4 * 101)
+    monkeypatch.setattr(likelihood, "CPU_CHUNK_BYTES", rows * 4 * 101)
     found = window_divergence(dense, other)
     np.testing.assert_allclose(found, _oracle(dense.double().numpy(), other.double().numpy()), rtol=1e-5)
     assert [same for _, same in window_divergence(dense, dense)] == [1, 1]

@@ -47,7 +47,7 @@ def test_nll_matches_the_float64_oracle_on_the_same_logits(dtype: torch.dtype) -
 def test_chunks_do_not_change_the_result(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, ids = _logits(2, 37, 11)
     whole = window_nll(logits, ids)
-    monkeypatch.setattr(likelihood, "CHUNK_BYTES", rows * 4 * 11)
+    monkeypatch.setattr(likelihood, "CPU_CHUNK_BYTES", rows * 4 * 11)
     torch.testing.assert_close(window_nll(logits, ids), whole, rtol=1e-7, atol=0)
 
 
@@ -61,7 +61,7 @@ def test_float32_copies_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(chunk, targets)
 
     monkeypatch.setattr(likelihood, "token_nll", watch)
-    monkeypatch.setattr(likelihood, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(likelihood, "CPU_CHUNK_BYTES", 500)
     window_nll(logits.bfloat16(), ids)
     assert len(seen) > 4 and max(seen) <= 500
 
