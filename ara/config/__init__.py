@@ -16,7 +16,8 @@ from ara.config.base import (
 )
 from ara.config.bench import BenchConfig
 from ara.config.decompose import DecomposeConfig
-from ara.config.evaluate import EvalConfig, GenerateConfig
+from ara.config.evaluate import EvalConfig
+from ara.config.generate import AnswerConfig, ChatConfig, GenerateConfig
 from ara.config.quantise import QuantiseConfig
 from ara.config.recover import RecoverConfig
 from ara.config.train_masks import MaskTrainingOptions, TrainMasksConfig
@@ -24,8 +25,10 @@ from ara.config.truncate import TruncateConfig
 
 __all__ = [
     "AllocateConfig",
+    "AnswerConfig",
     "BenchConfig",
     "BudgetConfig",
+    "ChatConfig",
     "CompareConfig",
     "DecomposeConfig",
     "EvalConfig",
