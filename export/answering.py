@@ -104,10 +104,10 @@ class Answerer:
         """Read the weights now instead of for the first answer."""
         _ = self._decoder
 
-    def excess(self, ids: torch.Tensor) -> int:
-        """Return by how many tokens a prompt (t) and the longest answer exceed the context; 0 if they fit."""
+    def has_room(self, ids: torch.Tensor) -> bool:
+        """Tell whether a prompt (t) and the longest answer fit into the context of the model."""
         context = self._decoder.context
-        return 0 if context is None else max(0, len(ids) + self._config.max_new_tokens - context)
+        return context is None or len(ids) + self._config.max_new_tokens <= context
 
     def answer(self, ids: torch.Tensor) -> Answer:
         """Return the answer to a prompt (t) int64, which is computed while it is read.
@@ -120,7 +120,7 @@ class Answerer:
         check_tokens(ids, decoder.vocabulary, self.tokenizer, "the prompt", _NO_ROW)
         check_room(len(ids), new, decoder.context)
         tokens = decoder.generate(ids.numpy(), new, sampler=self._sampler)
-        return Answer(self.tokenizer, tokens, self._report, prompt_tokens=len(ids), limit=new)
+        return Answer(self.tokenizer, tokens, self._report, new)
 
     @cached_property
     def _decoder(self) -> TextDecoder:
@@ -141,7 +141,6 @@ class Answer:
     Attributes:
         text: the pieces so far.
         tokens: number of tokens so far.
-        prompt_tokens: number of tokens of the prompt.
         limit: largest number of tokens.
     """
 
@@ -150,13 +149,10 @@ class Answer:
         tokenizer: PreTrainedTokenizerBase,
         tokens: Iterator[int],
         report: Reporter,
-        *,
-        prompt_tokens: int,
         limit: int,
     ) -> None:
         self._tokenizer, self._computed, self._report = tokenizer, tokens, report
-        self.text, self.tokens = "", 0
-        self.prompt_tokens, self.limit = prompt_tokens, limit
+        self.text, self.tokens, self.limit = "", 0, limit
 
     def __iter__(self) -> Iterator[str]:
         with silence_transformers():

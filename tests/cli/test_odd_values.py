@@ -26,6 +26,7 @@ VALID = {
     "bench": ["--prefill", "16", "--decode", "16"],
     "report": [],
     "generate": ["hello"],
+    "chat": [],
     "status": [],
     "models": [],
     "methods": [],
