@@ -20,6 +20,7 @@ from ara.config.evaluate import EvalConfig
 from ara.config.generate import AnswerConfig, ChatConfig, GenerateConfig
 from ara.config.quantise import QuantiseConfig
 from ara.config.recover import RecoverConfig
+from ara.config.serve import ServeConfig
 from ara.config.train_masks import MaskTrainingOptions, TrainMasksConfig
 from ara.config.truncate import TruncateConfig
 
@@ -38,6 +39,7 @@ __all__ = [
     "PlacementConfig",
     "QuantiseConfig",
     "RecoverConfig",
+    "ServeConfig",
     "Settings",
     "StageConfig",
     "TrainMasksConfig",

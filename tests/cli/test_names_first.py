@@ -21,6 +21,7 @@ OPTIONS = {
     "report": ("--name", "--checkpoint"),
     "generate": ("--checkpoint", "--export"),
     "chat": ("--checkpoint", "--export"),
+    "serve": ("--checkpoint",),
 }
 
 

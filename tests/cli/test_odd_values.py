@@ -27,6 +27,7 @@ VALID = {
     "report": [],
     "generate": ["hello"],
     "chat": [],
+    "serve": [],
     "status": [],
     "models": [],
     "methods": [],
@@ -53,9 +54,11 @@ def no_work(monkeypatch, tmp_path):
         "ara.stages.report.gather",
         "export.onnx.writing.write_onnx",
         "export.onnx.runner.OnnxDecoder",
+        "export.serve.check_complete",
     ):
         monkeypatch.setattr(place, cut_short)
     monkeypatch.setattr(ModelSource, "load_model", cut_short)
+    monkeypatch.setattr("export.serve.find_spec", lambda name: name)
     # lm-eval's index takes seconds to read.
     monkeypatch.setattr("ara.evaluation.tasks.check_task", cut_short)
     monkeypatch.setattr("ara.stages.evaluate.check_task", cut_short)
