@@ -109,8 +109,8 @@ def service(
         AraError: no checkpoint, or one that does not load.
     """
     _check_words(words)
-    name = _installed(config.server)
     folder = model_folder(None, run, checkpoint=checkpoint, source=source).resolve()
+    name = _installed(config.server)
     run.report.step(f"Checking {folder}")
     check_complete(folder)
     address = ("--host", config.host, "--port", str(config.port))

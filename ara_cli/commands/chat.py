@@ -73,7 +73,7 @@ class _Loop:
         if self._is_dialogue:
             self._console.fact("/help shows the commands; Ctrl+D ends the chat")
         for line in self._lines:
-            if line.strip() in _EXITS:
+            if line.rstrip() in _EXITS:
                 return
             try:
                 self._take(line.rstrip())
