@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run:command", "All stages for one model, resuming what is done"),
     **{stage.name: (f"{stage.name.replace('-', '_')}:command", stage.help) for stage in stages()},
     "generate": ("generate:command", "Answer a prompt with the compressed model, in torch or ONNX Runtime"),
+    "chat": ("chat:command", "Talk with the compressed model, in torch or ONNX Runtime"),
+    "serve": ("serve:command", "Serve the compressed model over HTTP, with vLLM or transformers"),
     "status": ("status:command", "What the workspace holds, what is stale or missing, the next command"),
     "models": ("info:models", "Aliases of models"),
     "methods": ("info:methods", "Decompositions, allocators and recovery levels with their options"),

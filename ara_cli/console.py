@@ -168,6 +168,25 @@ class Console:
         """Whether moving bars may appear: stderr is a terminal, and ``quiet`` is off."""
         return not self.quiet and self._is_terminal(self._stderr)
 
+    # -- dialogue: stdin and stdout --------------------------------------------------------------------------------
+
+    @property
+    def is_dialogue(self) -> bool:
+        """Whether somebody types at a terminal and reads there; otherwise stdin is a script."""
+        return not self.as_json and sys.stdin.isatty() and self._stdout.isatty()
+
+    def ask(self, prompt: str) -> str:
+        """Print a prompt and return the line that is typed after it, with the editing keys of the terminal.
+
+        Raises:
+            EOFError: Ctrl+D on an empty line.
+            UnicodeDecodeError: the line is no text.
+        """
+        with suppress(ImportError):  # not on every system
+            import readline  # noqa: F401 – input() uses it once it is imported
+        with redirect_stdout(self._stdout):
+            return input(prompt)
+
     # -- results: stdout -----------------------------------------------------------------------------------------
 
     def table(self, title: str, columns: Sequence[Column], rows: Sequence[Sequence[object]]) -> None:

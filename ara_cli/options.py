@@ -36,6 +36,12 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print only res
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
 ForceOption = Annotated[bool, typer.Option("--force", help="make the result again even if it exists")]
 NameOption = Annotated[str | None, typer.Option("--name", help="name of the result [default: made from the settings]")]
+SourceOption = Annotated[
+    Path | None,
+    path_option(
+        "--source", help="run this checkpoint folder or exported folder, without a workspace", metavar="FOLDER"
+    ),
+]
 FactorsOption = Annotated[str | None, typer.Option(help="result of ara decompose to use [default: the latest]")]
 MasksOption = Annotated[
     str | None,

@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,11 +51,19 @@ _OWN_PACKAGES = ("", "ara", "ara_cli", "export")
 
 @dataclass(frozen=True)
 class Session:
-    """One run of a command."""
+    """One run of a command.
+
+    Attributes:
+        console: prints.
+        root: workspace folder.
+        force: make results again.
+        interrupts: one number for every Ctrl+C that nobody has handled yet.
+    """
 
     console: Console
     root: Path
     force: bool
+    interrupts: list[int] = field(default_factory=list)
 
     def run(self) -> Run:
         """Return what stages need besides their config."""
@@ -63,19 +71,32 @@ class Session:
 
         return Run(self.root, command_line(), self.console, self.force)
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Run a part of the command that Ctrl+C ends by a KeyboardInterrupt, whatever C code makes of it.
+
+        The caller handles the exception; the command can go on.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.interrupts and _may_be_interrupt(error, self.root):
+                raise KeyboardInterrupt from error
+            raise
+        finally:
+            self.interrupts.clear()
+
 
 @contextmanager
 def session(root: Path, quiet: bool = False, as_json: bool = False, force: bool = False) -> Iterator[Session]:
     """Run a command's body; an error becomes one line and an exit code, see :func:`report_error`."""
     console = Console(quiet=quiet, as_json=as_json)
     _quiet_libraries(downloads=console.is_live)
-    interrupts: list[int] = []
+    started = Session(console, root, force)
     try:
-        with recording_interrupts(interrupts), console.only_results_on_stdout():
-            yield Session(console, root, force)
+        with recording_interrupts(started.interrupts), console.only_results_on_stdout(), started.interruptible():
+            yield started
     except BaseException as error:
-        if interrupts and _may_be_interrupt(error, root):
-            error = KeyboardInterrupt()
         if isinstance(error, KeyboardInterrupt):
             with suppress(OSError):
                 console.warn("interrupted; finished work is kept, and the same command continues from there")

@@ -1,9 +1,23 @@
-"""Replaces standard streams that were closed before the program started: ``ara status >&-``."""
+"""Standard streams: those that were closed before the program started (``ara status >&-``), and piped input."""
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import BinaryIO
+
+from ara.errors import UsageError
+
+
+def piped_input(example: str) -> BinaryIO:
+    """Return the bytes of stdin; ``example`` is the hint of the error.
+
+    Raises:
+        UsageError: stdin is closed.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise UsageError("prompts are read from stdin, which is closed", example)
+    return sys.stdin.buffer
 
 
 def replace_closed() -> None:

@@ -54,10 +54,9 @@ def commands() -> str:
         _table(header, shared),
     ]
     for name, command in found.items():
-        arguments = " ".join(_flag(p) for p in command.params if not p.opts[0].startswith("-"))
         own = [row for row in rows[name] if row not in shared]
         taken = [row[0] for row in rows[name] if row in shared]
-        text += [f"## ara {name}", f"`{' '.join(['ara', name, arguments]).strip()} [OPTIONS]`", _prose(command.help)]
+        text += [f"## ara {name}", f"`{_usage(name, command)}`", _prose(command.help)]
         text += [_table(header, own)] if own else []
         text += [f"Shared options: {', '.join(taken)}."] if taken else []
     return _page("Commands", text)
@@ -154,6 +153,14 @@ def _option(parameter: Any, schemas: dict[str, dict[str, Any]]) -> tuple[str, ..
     if parameter.required:
         default = "required"
     return f"`{_flag(parameter)}`", meaning, values, default
+
+
+def _usage(name: str, command: Any) -> str:
+    """Return the form of a command's line: arguments that are required, options, other arguments in brackets."""
+    arguments = [parameter for parameter in command.params if not parameter.opts[0].startswith("-")]
+    required = [_flag(one) for one in arguments if one.required]
+    optional = [f"[{_flag(one)}]" for one in arguments if not one.required]
+    return " ".join(["ara", name, *required, "[OPTIONS]", *optional])
 
 
 def _flag(parameter: Any) -> str:

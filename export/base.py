@@ -16,6 +16,7 @@ from export.config import ExportConfig
 if TYPE_CHECKING:
     import numpy as np
 
+    from ara.evaluation.sampling import Sampler
     from ara.stages.bench_models import Exported
 
 # Every export has a file of this name; a folder without it is not an export.
@@ -57,18 +58,21 @@ class TargetReport(Protocol):
 
 
 class TextDecoder(Protocol):
-    """A loaded export, for ``ara generate``."""
+    """A loaded model that continues token ids: an export, or a checkpoint in torch."""
 
     @property
-    def context(self) -> int:
-        """Most positions of prompt and answer together."""
+    def context(self) -> int | None:
+        """Most positions of prompt and answer together; ``None``: no limit is known."""
 
     @property
-    def vocabulary(self) -> int:
-        """Number of token ids that the model knows."""
+    def vocabulary(self) -> int | None:
+        """Number of token ids that the model knows; ``None``: it does not say."""
 
-    def generate(self, ids: np.ndarray, max_new_tokens: int) -> Iterator[int]:
-        """Yield the most likely next tokens of a prompt (s) int64, one by one, until the model ends the text."""
+    def generate(self, ids: np.ndarray, max_new_tokens: int, *, sampler: Sampler | None = None) -> Iterator[int]:
+        """Yield the next tokens of a prompt (s) int64, one by one, until the model ends the text.
+
+        ``sampler`` draws them; without it each is the most likely one.
+        """
 
 
 class Target(ABC):

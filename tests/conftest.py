@@ -98,3 +98,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Render chat templates in this process: starting another one takes a second."""
+    from ara.data import chat, chat_renderer
+
+    def ask(request: str, limits: chat.Limits) -> dict[str, Any]:
+        return chat_renderer.render(json.loads(request))
+
+    monkeypatch.setattr(chat, "_ask", ask)

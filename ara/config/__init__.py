@@ -16,16 +16,20 @@ from ara.config.base import (
 )
 from ara.config.bench import BenchConfig
 from ara.config.decompose import DecomposeConfig
-from ara.config.evaluate import EvalConfig, GenerateConfig
+from ara.config.evaluate import EvalConfig
+from ara.config.generate import AnswerConfig, ChatConfig, GenerateConfig
 from ara.config.quantise import QuantiseConfig
 from ara.config.recover import RecoverConfig
+from ara.config.serve import ServeConfig
 from ara.config.train_masks import MaskTrainingOptions, TrainMasksConfig
 from ara.config.truncate import TruncateConfig
 
 __all__ = [
     "AllocateConfig",
+    "AnswerConfig",
     "BenchConfig",
     "BudgetConfig",
+    "ChatConfig",
     "CompareConfig",
     "DecomposeConfig",
     "EvalConfig",
@@ -35,6 +39,7 @@ __all__ = [
     "PlacementConfig",
     "QuantiseConfig",
     "RecoverConfig",
+    "ServeConfig",
     "Settings",
     "StageConfig",
     "TrainMasksConfig",

@@ -1,4 +1,4 @@
-"""Configs of ``ara eval`` and ``ara generate``."""
+"""Config of ``ara eval``."""
 
 from __future__ import annotations
 
@@ -64,11 +64,3 @@ class EvalConfig(PlacementConfig):
     @classmethod
     def _prompt(cls, value: str | None) -> str | None:
         return None if value is None else check_prompt(value)
-
-
-class GenerateConfig(PlacementConfig):
-    """``ara generate``: continue a text greedily."""
-
-    backend: str = Field("torch", description="torch: the checkpoint; onnx: the exported graph")
-    max_new_tokens: int = Field(200, ge=1, le=bounds.MAX_TOKENS, description="largest length of the answer, in tokens")
-    chat: bool = Field(True, description="apply the model's chat template, if it has one")

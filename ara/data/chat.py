@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ara.data import chat_renderer
 from ara.errors import ModelError
@@ -21,7 +21,11 @@ from ara.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_HINT = "use --no-chat: the model then continues the plain text"
+# A message of a conversation: ``role`` and ``content``.
+Message: TypeAlias = Mapping[str, str]
+
+_HINT = "use ara generate --no-chat: the model then continues the plain text"
+_SYSTEM_HINT = "leave --system out, and say it in the prompt: some models know no system prompt"
 _TEXT_HINT = "leave that conversation out, or choose a text without conversations, such as c4"
 # Seconds to start Python and import transformers: usually one, more on a busy machine.
 _STARTING = 60
@@ -55,24 +59,35 @@ class Limits:
 LIMITS = Limits()
 
 
-def chat_text(tokenizer: PreTrainedTokenizerBase, text: str, limits: Limits = LIMITS) -> str:
-    """Return the prompt that the chat template makes of one user message.
+def message(role: Literal["system", "user", "assistant"], content: str) -> Message:
+    """Return a message as chat templates expect it."""
+    return {"role": role, "content": content}
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], limits: Limits = LIMITS) -> str:
+    """Return the prompt that the chat template makes of a conversation, up to the start of an answer.
 
     The result is that of transformers' ``apply_chat_template``. It contains the special tokens: do not add them again.
 
     Args:
         tokenizer: with a chat template.
-        text: the user's message.
+        messages: the conversation so far.
         limits: of the rendering.
 
     Raises:
-        ModelError: there is no default template, or it fails, refuses the prompt or exceeds the limits.
+        ModelError: there is no default template, or it fails, refuses the prompt, exceeds the limits, or leaves a
+            system prompt out.
     """
-    request = [_Request([{"role": "user", "content": text}], prompt=True)]
-    answer = _ask(json.dumps(_message(tokenizer, request, limits, None, _HINT)), limits)
+    system = [one["content"].strip() for one in messages if one["role"] == "system"]
+    hint = _SYSTEM_HINT if system else _HINT
+    request = [_Request([dict(one) for one in messages], prompt=True)]
+    answer = _ask(json.dumps(_message(tokenizer, request, limits, None, hint)), limits)
     if "error" in answer:
-        raise ModelError(f"the chat template {answer['error']}", _HINT)
-    return str(answer["rendered"][0]["text"])
+        raise ModelError(f"the chat template {answer['error']}", hint)
+    text = str(answer["rendered"][0]["text"])
+    if not all(content in text for content in system):
+        raise ModelError("the chat template leaves the system prompt out", hint)
+    return text
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
-"""Greedy generation of text."""
+"""Generation of text: greedy, or with tokens drawn by a sampler."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ara.data.chat import chat_text
+from ara.data.chat import Message, chat_text
 from ara.errors import NAN_HINT, ModelError, NumericalError
+from ara.evaluation.sampling import Sampler
 from ara.models.loading import forward_errors
 from ara.models.vocabulary import check_tokens, end_tokens, token_rows
 
@@ -65,7 +66,28 @@ def greedy_tokens(
     Raises:
         NumericalError: the model gives NaN; it begins with ``who``.
     """
-    for (token,) in _greedy_steps(model, ids[None], max_new_tokens, who):
+    return next_tokens(model, ids, max_new_tokens, stop, None, who)
+
+
+def next_tokens(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    max_new_tokens: int,
+    stop: set[int],
+    sampler: Sampler | None,
+    who: str = "generating",
+) -> Iterator[int]:
+    """Yield the next tokens as ``sampler`` draws them; arguments and errors as of :func:`greedy_tokens`.
+
+    Args:
+        sampler: draws every token; ``None``: the most likely one.
+    """
+
+    def drawn(logits: torch.Tensor) -> torch.Tensor:
+        assert sampler is not None
+        return torch.tensor([[sampler(logits[0].float().cpu().numpy())]])
+
+    for (token,) in _steps(model, ids[None], max_new_tokens, who, _most_likely if sampler is None else drawn):
         if token in stop:
             return
         yield token
@@ -91,7 +113,7 @@ def greedy_batch(
     """
     found: list[list[int]] = [[] for _ in ids]
     running = dict(enumerate(found))
-    for tokens in _greedy_steps(model, ids, max_new_tokens, who):
+    for tokens in _steps(model, ids, max_new_tokens, who, _most_likely):
         running = {row: text for row, text in running.items() if tokens[row] not in stop}
         for row, text in running.items():
             text.append(tokens[row])
@@ -100,16 +122,30 @@ def greedy_batch(
     return found
 
 
+def _most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """Return the most likely tokens (b, 1) by logits (b, v)."""
+    return logits.argmax(-1, keepdim=True)
+
+
 @torch.inference_mode()
-def _greedy_steps(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int, who: str) -> Iterator[list[int]]:
-    """Yield the most likely next token of every row of prompts (b, t), ``max_new_tokens`` times."""
+def _steps(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    max_new_tokens: int,
+    who: str,
+    choose: Callable[[torch.Tensor], torch.Tensor],
+) -> Iterator[list[int]]:
+    """Yield the next token of every row of prompts (b, t), ``max_new_tokens`` times.
+
+    ``choose`` takes logits (b, v) and returns tokens (b, 1) int64.
+    """
     text = new = ids.to(model.device)
     cache: dict[str, Any] = {"use_cache": True}
     for _ in range(max_new_tokens):
         with forward_errors(model):
             found = model(input_ids=new, logits_to_keep=1, **cache)
         check_logits(found.logits[:, -1], who)
-        new = found.logits[:, -1].argmax(-1, keepdim=True).to(model.device)
+        new = choose(found.logits[:, -1]).to(model.device)
         yield new[:, 0].tolist()
         cache = next(({"use_cache": True, name: found[name]} for name in _CACHES if found.get(name) is not None), {})
         if not cache:  # GPT-1 has no cache; RWKV and RecurrentGemma have their own kinds
@@ -127,16 +163,25 @@ def stop_tokens(model: PreTrainedModel) -> set[int]:
     return set(end_tokens(config.eos_token_id, "the model", "correct generation_config.json, or config.json"))
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> torch.Tensor:
-    """Return the tokens (t) int64 of a prompt, in the model's chat template if ``chat`` is set and there is one.
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """Return the tokens (t) int64 of a text to continue, without a chat template.
 
     Raises:
-        ModelError: the chat template fails, see :func:`ara.data.chat.chat_text`; or the prompt has no token.
+        ModelError: it has no token.
     """
-    if chat and tokenizer.chat_template:
-        ids = tokenizer(chat_text(tokenizer, text), add_special_tokens=False, verbose=False)["input_ids"]
-    else:
-        ids = tokenizer(text, verbose=False)["input_ids"]
+    return _nonempty(tokenizer(text, verbose=False)["input_ids"])
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> torch.Tensor:
+    """Return the tokens (t) int64 of a conversation in the model's chat template, up to the start of an answer.
+
+    Raises:
+        ModelError: the template fails, see :func:`ara.data.chat.chat_text`; or its text has no token.
+    """
+    return _nonempty(tokenizer(chat_text(tokenizer, messages), add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _nonempty(ids: list[int]) -> torch.Tensor:
     if not ids:
         raise ModelError("the tokenizer makes no token of the prompt", "write a longer prompt, or check the tokenizer")
     return torch.tensor(ids, dtype=torch.int64)
@@ -195,7 +240,7 @@ def greedy_continuation(
         DataError: the prompt holds a token that the model has no row for.
         ModelError: the prompt has no token, or the model's config names no valid end tokens.
     """
-    ids = prompt_ids(tokenizer, prompt, chat=False)
+    ids = prompt_ids(tokenizer, prompt)
     check_tokens(ids, token_rows(model.config), tokenizer, f"the prompt of {who}")
     tokens = list(greedy_tokens(model, ids, max_new_tokens, stop_tokens(model), who))
     return str(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -105,7 +105,7 @@ def questions_for(source: ModelSource, sources: Sources, config: EvalConfig, rep
         prompts = _prompts(sources.texts, config.continuations, tokenizer, room)
     else:
         prompts = [config.prompt]
-        check_room(len(prompt_ids(tokenizer, config.prompt, chat=False)), config.max_new_tokens, context)
+        check_room(len(prompt_ids(tokenizer, config.prompt)), config.max_new_tokens, context)
     return Questions(tokenizer, sources.texts, sources.tasks, chosen, prompts, rows)
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ara.config import GenerateConfig
-from ara.errors import UsageError
 from ara.prompts import check_prompt, piped_prompt
-from ara_cli.options import WhichCheckpoint, WhichExport, path_option
+from ara_cli.options import SourceOption, WhichCheckpoint, WhichExport
 from ara_cli.session import Session
 from ara_cli.signature import command_line
+from ara_cli.streams import piped_input
 from export.targets import target_of
 
 
@@ -24,35 +22,19 @@ def command(
     config: GenerateConfig,
     which: Annotated[WhichCheckpoint, ""],
     exported: Annotated[WhichExport, "runs"],
-    source: Annotated[
-        Path | None,
-        path_option(
-            "--source", help="run this checkpoint folder or exported folder, without a workspace", metavar="FOLDER"
-        ),
-    ] = None,
+    source: SourceOption = None,
     s: Session,
 ) -> None:
     """Answer a prompt with the compressed model, word by word."""
     export = exported.asked(config.backend)
     target_of(config.backend)
-    text = _piped() if prompt == "-" else check_prompt(prompt)
-    from export.generate import answer
+    text = piped_prompt(piped_input("echo 'Who are you?' | ara generate -")) if prompt == "-" else check_prompt(prompt)
+    from export.answering import Answerer
 
-    pieces = []
-    for piece in answer(config, s.run(), text, checkpoint=which.asked, source=source, export=export):
-        pieces.append(piece)
+    model = Answerer(config, s.run(), checkpoint=which.asked, source=source, export=export)
+    found = model.answer(model.prompt_ids(text, config.chat))
+    for piece in found:
         s.console.stream(piece)
     s.console.stream("\n")
-    found = "".join(pieces)
-    s.console.result({"prompt": text, "answer": found, "empty": not found.strip(), "backend": config.backend})
-
-
-def _piped() -> str:
-    """Return the prompt from stdin.
-
-    Raises:
-        UsageError: stdin is closed, or its content is not a prompt.
-    """
-    if sys.stdin is None or sys.stdin.closed:
-        raise UsageError("the prompt - is read from stdin, which is closed", "echo 'Who are you?' | ara generate -")
-    return piped_prompt(sys.stdin.buffer)
+    document = {"prompt": text, "answer": found.text, "empty": found.is_empty, "backend": config.backend}
+    s.console.result({**document, "seed": model.seed})

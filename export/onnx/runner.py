@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ara.errors import ModelError, NumericalError, UnavailableError, first_line
+from ara.evaluation.sampling import Sampler
 from ara.models.context import check_room
 from export.onnx.export_report import GRAPH_FILE, Provider, read_report
 
@@ -123,13 +124,21 @@ class OnnxDecoder:
             logits, *present = self.session.run(self._outputs, {**fed, **past})
         return logits.astype(np.float32, copy=False), dict(zip(self._caches, present, strict=True))
 
-    def generate(self, ids: np.ndarray, max_new_tokens: int, stop: set[int] | None = None) -> Iterator[int]:
-        """Yield the most likely next tokens one by one, up to the first token of ``stop``, which is not yielded.
+    def generate(
+        self,
+        ids: np.ndarray,
+        max_new_tokens: int,
+        stop: set[int] | None = None,
+        *,
+        sampler: Sampler | None = None,
+    ) -> Iterator[int]:
+        """Yield the next tokens one by one, up to the first token of ``stop``, which is not yielded.
 
         Args:
             ids: (s) int64, the prompt.
             max_new_tokens: upper limit.
             stop: token ids that end the text; the model's own by default.
+            sampler: draws every token; by default each is the most likely one.
 
         Raises:
             UsageError: prompt and answer together are longer than the context.
@@ -152,7 +161,7 @@ class OnnxDecoder:
                     f"the graph gives logits of {logits.max()}, expected finite numbers",
                     "export with --precision fp32, and check the checkpoint's weights",
                 )
-            token = int(logits.argmax())
+            token = int(logits.argmax()) if sampler is None else sampler(logits)
             if token in stop:
                 return
             yield token

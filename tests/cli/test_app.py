@@ -55,7 +55,7 @@ def each(words, tiny_text, tmp_path):
 def test_help_lists_the_commands_in_the_order_of_the_pipeline():
     text = done("--help").stdout
     listed = re.findall(r"^  ([a-z-]+) ", text[text.index("Commands:") :], re.MULTILINE)
-    others = ["compare", "bench", "report", "generate", "status", "models", "methods"]
+    others = ["compare", "bench", "report", "generate", "chat", "serve", "status", "models", "methods"]
     assert listed == ["run", *(stage.name for stage in steps()), *others]
     assert listed == list(COMMANDS)
     for stage in steps():

@@ -20,6 +20,8 @@ OPTIONS = {
     "bench": ("--name", "--checkpoint", "--export"),
     "report": ("--name", "--checkpoint"),
     "generate": ("--checkpoint", "--export"),
+    "chat": ("--checkpoint", "--export"),
+    "serve": ("--checkpoint",),
 }
 
 

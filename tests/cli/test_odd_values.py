@@ -26,6 +26,8 @@ VALID = {
     "bench": ["--prefill", "16", "--decode", "16"],
     "report": [],
     "generate": ["hello"],
+    "chat": [],
+    "serve": [],
     "status": [],
     "models": [],
     "methods": [],
@@ -44,7 +46,7 @@ def no_work(monkeypatch, tmp_path):
         raise CutShort("cut short")
 
     for place in (
-        "export.generate.load",  # first, so that its module is not imported while what it imports is patched
+        "export.torch_decoder.load",  # first, so that its module is not imported while what it imports is patched
         "ara.stages.recover.load_rounded",
         "ara.stages.quantise.load",
         "ara.models.checkpoint.load",
@@ -52,9 +54,11 @@ def no_work(monkeypatch, tmp_path):
         "ara.stages.report.gather",
         "export.onnx.writing.write_onnx",
         "export.onnx.runner.OnnxDecoder",
+        "export.serve.check_complete",
     ):
         monkeypatch.setattr(place, cut_short)
     monkeypatch.setattr(ModelSource, "load_model", cut_short)
+    monkeypatch.setattr("export.serve.find_spec", lambda name: name)
     # lm-eval's index takes seconds to read.
     monkeypatch.setattr("ara.evaluation.tasks.check_task", cut_short)
     monkeypatch.setattr("ara.stages.evaluate.check_task", cut_short)

@@ -47,6 +47,7 @@ _CALLS: dict[str, tuple[int, list[str]]] = {
     "export": (2, ["--no-parity", "--name", "other", *WS]),
     "report": (1, ["--name", RANKS, *WS]),
     "generate": (4, ["hello", "--max-new-tokens", "1", *PLACE, *WS]),
+    "chat": (1, ["--max-new-tokens", "1", *PLACE, *WS]),
     "run": (
         2,
         [

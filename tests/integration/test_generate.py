@@ -7,15 +7,16 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from ara.errors import UsageError, WorkspaceError
 from ara.workspace.store import Workspace
-from ara_cli.commands.generate import _piped
+from ara_cli.streams import piped_input
 from export.find import latest_export
 from export.onnx.target import OnnxTarget
-from tests.commands import ara, refused
+from tests.commands import ara, done, refused
 from tests.tiny import VOCABULARY
 
 NAME = "energy-0.70"
@@ -49,7 +50,57 @@ def test_an_empty_answer_is_said_to_be_one(folder: Path) -> None:
     )
     assert silent.stderr.startswith(warning) and len(silent.stderr.splitlines()) == 1
     document = json.loads(ara(*words, "--json").stdout)
-    assert document == {"prompt": "hi", "answer": "", "empty": True, "backend": "torch"}
+    assert document == {"prompt": "hi", "answer": "", "empty": True, "backend": "torch", "seed": None}
+
+
+def test_a_seed_gives_the_same_text_again(folder: Path) -> None:
+    words = ("generate", "the river", "--source", folder, "--max-new-tokens", 20, "--device", "cpu", "--json")
+    drawn = (*words, "--temperature", 1.5)
+
+    def said(*more: Any) -> tuple[str, int | None]:
+        document = json.loads(done(*more).stdout)
+        return document["answer"], document["seed"]
+
+    assert said(*drawn, "--seed", 3) == said(*drawn, "--seed", 3) != said(*drawn, "--seed", 4)
+    assert said(*drawn, "--seed", 3)[1] == 3
+    # Without a seed every text is another one, and its seed is shown.
+    text, seed = said(*drawn)
+    assert seed is not None and said(*drawn, "--seed", seed) == (text, seed) != said(*drawn)
+    assert f"temperature 1.5, top-p 1, seed {seed}" in ara(*drawn, "--seed", seed).stderr
+    # Greedy is the default, and what top-p leaves at the least.
+    greedy, none = said(*words)
+    assert none is None and said(*words, "--seed", 3) == (greedy, None)
+    assert said(*drawn, "--top-p", 1e-9)[0] == greedy
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--temperature", -0.1), "temperature: input should be greater than or equal to 0, got -0.1"),
+        (("--temperature", 1, "--top-p", 0), "top-p: input should be greater than 0, got 0"),
+        (("--temperature", 1, "--top-p", 1.1), "top-p: input should be less than or equal to 1, got 1.1"),
+        (("--top-p", 0.9), "top-p: without a temperature above 0 no token is drawn, got 0.9"),
+        (("--seed", -1), "seed: input should be greater than or equal to 0, got -1"),
+        (("--system", " "), "the system prompt is empty"),
+        (("--system", "x", "--no-chat"), "chat: a system prompt needs the chat template, got False"),
+    ],
+)
+def test_settings_of_an_answer_that_make_no_sense(tmp_path: Path, words: tuple[Any, ...], said: str) -> None:
+    """Without a model: they are refused before one is looked for."""
+    refused(ara("generate", "hi", *words, "-w", tmp_path / "none", *SHORT), 2, said, hint=False)
+
+
+def test_a_system_prompt_goes_ahead_of_the_prompt(folder: Path) -> None:
+    words = ("generate", "hi", "--source", folder, "--system", "Answer in verse.")
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ raise_exception(messages | map(attribute='role') | join(', ')) }}")
+    refused(ara(*words, *SHORT), 1, "the chat template refuses the prompt: system, user", "--system")
+    template.write_text("{{ bos_token }}{% for message in messages %}{{ message.content }}|{% endfor %}")
+    joined = json.loads(done(*words, *SHORT, "--json").stdout)["answer"]
+    plain = ("generate", "Answer in verse.|hi|", "--source", folder, "--no-chat", *SHORT, "--json")
+    assert joined == json.loads(done(*plain).stdout)["answer"]
+    template.unlink()
+    refused(ara(*words, *SHORT), 2, "the model has no chat template, which --system needs")
 
 
 def test_several_chat_templates(folder: Path) -> None:
@@ -104,7 +155,7 @@ def test_prompts_that_are_none(finished: Path, monkeypatch: pytest.MonkeyPatch) 
     for closed in (None, SimpleNamespace(closed=True)):
         monkeypatch.setattr(sys, "stdin", closed)
         with pytest.raises(UsageError, match="stdin, which is closed"):
-            _piped()
+            piped_input("echo")
 
 
 def test_a_prompt_longer_than_the_model(finished: Path, copied: Path, tiny_text: str) -> None:

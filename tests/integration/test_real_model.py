@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ara
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, TruncateConfig
+from ara.data.chat import message
 from ara.errors import ModelError
-from ara.evaluation.generation import greedy_tokens, prompt_ids, stop_tokens
+from ara.evaluation.generation import chat_ids, greedy_tokens, stop_tokens
 from ara.models.low_rank import low_rank_layers
 from ara.models.sources import resolve
 from ara.stages.common import Run
@@ -153,7 +154,7 @@ def test_genai_chats_with_the_export_as_torch_does(made, exported):
         generator.generate_next_token()
         found.append(int(generator.get_next_tokens()[0]))
     model = ara.load(made["truncate"].path / "checkpoint", device="cpu", dtype="float32")
-    ids = prompt_ids(AutoTokenizer.from_pretrained(exported["fp32"].path), question, chat=True)
+    ids = chat_ids(AutoTokenizer.from_pretrained(exported["fp32"].path), [message("user", question)])
     stop = stop_tokens(model)
     expected = list(greedy_tokens(model, ids, 20, stop))
     assert [token for token in found if token not in stop] == expected and len(expected) > 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shlex
 import subprocess
@@ -65,7 +66,8 @@ def wrong_commands(text):
             wrong.append((name, "no such command"))
             continue
         known = {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)} | {"--help", "-h"}
-        wrong += [(name, word) for word in line[2:] if word.startswith("-") and word.partition("=")[0] not in known]
+        ours = itertools.takewhile(lambda word: word != "--", line[2:])  # what follows is for another program
+        wrong += [(name, word) for word in ours if word.startswith("-") and word.partition("=")[0] not in known]
     for line in block_commands(text):
         command = GROUP.get_command(None, line[1]) if not line[1].startswith("-") else None
         if command is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ara.data import chat_renderer
-from ara.data.chat import Limits, chat_text
+from ara.data.chat import Limits, chat_text, message
 from ara.errors import ModelError
 from tests.tiny import tiny_tokenizer
 
@@ -73,9 +73,33 @@ def with_template(template: Any) -> Any:
 @pytest.mark.parametrize("template", [LLAMA3, CHATML, MISTRAL, GEMMA, {"default": MISTRAL, "tool_use": REFUSES}])
 def test_the_text_is_that_of_transformers(here: None, template: Any) -> None:
     tokenizer = with_template(template)
-    messages = [{"role": "user", "content": PROMPT}]
+    messages = [message("user", PROMPT)]
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert chat_text(tokenizer, PROMPT) == expected and len(expected) > len(PROMPT)
+    assert chat_text(tokenizer, messages) == expected and len(expected) > len(PROMPT)
+
+
+@pytest.mark.parametrize("template", [LLAMA3, CHATML, GEMMA])
+def test_a_conversation_with_a_system_prompt_is_that_of_transformers(here: None, template: str) -> None:
+    answer = message("assistant", "Seven.")
+    messages = [message("system", " Answer in verse.\n"), message("user", "How many?"), answer, message("user", PROMPT)]
+    tokenizer = with_template(template)
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat_text(tokenizer, messages) == expected and "Answer in verse." in expected
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (MISTRAL, "the chat template refuses the prompt: Roles must alternate"),
+        ("{{ messages[-1].content }}", "the chat template leaves the system prompt out"),
+    ],
+)
+def test_a_template_that_knows_no_system_prompt_is_one_line(here: None, template: str, words: str) -> None:
+    messages = [message("system", "Answer in verse."), message("user", PROMPT)]
+    with pytest.raises(ModelError, match=words) as caught:
+        chat_text(with_template(template), messages)
+    assert caught.value.hint is not None and "--system" in caught.value.hint
+    chat_text(with_template(template), messages[1:])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +120,7 @@ def test_the_text_is_that_of_transformers(here: None, template: Any) -> None:
 )
 def test_a_template_that_cannot_be_used_is_one_line(here: None, template: Any, words: str) -> None:
     with pytest.raises(ModelError, match=words) as caught:
-        chat_text(with_template(template), PROMPT, Limits(characters=1000))
+        chat_text(with_template(template), [message("user", PROMPT)], Limits(characters=1000))
     assert "\n" not in str(caught.value) and caught.value.hint is not None and "--no-chat" in caught.value.hint
 
 
@@ -104,7 +128,7 @@ def test_it_is_rendered_in_a_process_of_its_own() -> None:
     messages = [{"role": "user", "content": PROMPT}]
     tokenizer = with_template(GEMMA)
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert chat_text(tokenizer, PROMPT) == expected
+    assert chat_text(tokenizer, [message("user", PROMPT)]) == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems limit less")
@@ -118,20 +142,27 @@ def test_it_is_rendered_in_a_process_of_its_own() -> None:
 )
 def test_a_template_without_end_is_stopped(template: str, words: str) -> None:
     with pytest.raises(ModelError, match=words):
-        chat_text(with_template(template), PROMPT, Limits(seconds=1, bytes=2**27))
+        chat_text(with_template(template), [message("user", PROMPT)], Limits(seconds=1, bytes=2**27))
 
 
 def test_a_text_that_would_fill_the_memory_is_never_tokenised(here: None) -> None:
     with pytest.raises(ModelError, match="makes a text of more than 1,048,576 characters"):
-        chat_text(with_template("{{ 'x' * 10**7 }}"), PROMPT)
+        chat_text(with_template("{{ 'x' * 10**7 }}"), [message("user", PROMPT)])
     prompt = "a" * 2**20
-    assert len(chat_text(with_template("{{ messages[0].content }}, {{ messages[0].content[:9] }}"), prompt)) > 2**20
+    assert (
+        len(
+            chat_text(
+                with_template("{{ messages[0].content }}, {{ messages[0].content[:9] }}"), [message("user", prompt)]
+            )
+        )
+        > 2**20
+    )
 
 
 def test_a_renderer_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_renderer, "__file__", "/nowhere/renderer.py")
     with pytest.raises(ModelError, match=r"was not rendered: .*nowhere"):
-        chat_text(with_template(GEMMA), PROMPT)
+        chat_text(with_template(GEMMA), [message("user", PROMPT)])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems limit less")
@@ -143,4 +174,4 @@ def test_a_renderer_that_was_ended_is_told(monkeypatch: pytest.MonkeyPatch, numb
     ended = subprocess.CompletedProcess([], -number, b"", b"")
     monkeypatch.setattr(subprocess, "run", lambda *_args, **_named: ended)
     with pytest.raises(ModelError, match=f"the chat template {words}"):
-        chat_text(with_template(GEMMA), PROMPT)
+        chat_text(with_template(GEMMA), [message("user", PROMPT)])

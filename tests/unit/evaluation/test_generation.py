@@ -9,16 +9,20 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from ara.data.chat import message
 from ara.errors import DataError, ModelError, NumericalError
 from ara.evaluation.generation import (
+    chat_ids,
     greedy_batch,
     greedy_continuation,
     greedy_tokens,
+    next_tokens,
     prompt_ids,
     stop_tokens,
     text_pieces,
     why_empty,
 )
+from ara.evaluation.sampling import Sampler
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -92,6 +96,18 @@ def test_a_batch_stops_when_all_rows_have_ended() -> None:
     assert len(calls) == 1
 
 
+def test_a_sampler_chooses_the_tokens() -> None:
+    model, prompt = tiny_model("llama"), torch.arange(4, 24)
+    texts = [list(next_tokens(model, prompt, 30, set(), Sampler(1.0, 0.9, seed))) for seed in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0] != (greedy := list(greedy_tokens(model, prompt, 30, set())))
+    assert list(next_tokens(model, prompt, 30, set(), Sampler(1e-9, 1.0, 0))) == greedy
+    assert (
+        list(next_tokens(model, prompt, 30, {texts[0][4]}, Sampler(1.0, 0.9, 3)))
+        == texts[0][: texts[0].index(texts[0][4])]
+    )
+
+
 # Families that remember in another way than by past_key_values, or not at all.
 OTHER_CACHES: dict[str, dict[str, Any]] = {
     "openai-gpt": {"n_embd": 60, "n_layer": 2, "n_head": 6, "n_positions": 90},
@@ -138,30 +154,28 @@ def test_what_cannot_end_a_text(eos: Any) -> None:
         stop_tokens(model)
 
 
-def test_prompts_go_into_the_chat_template_if_there_is_one() -> None:
+def test_conversations_go_into_the_chat_template() -> None:
     tokenizer = tiny_tokenizer()
-    plain = prompt_ids(tokenizer, "hi", chat=False).tolist()
-    assert plain == tokenizer("hi")["input_ids"]
-    assert tokenizer.decode(prompt_ids(tokenizer, "hi", chat=True)).endswith("user: hi\nassistant: ")
-    messages = [{"role": "user", "content": "hi"}]
+    assert prompt_ids(tokenizer, "hi").tolist() == tokenizer("hi")["input_ids"]
+    messages = [message("user", "hi"), message("assistant", "ho"), message("user", "hey")]
+    found = chat_ids(tokenizer, messages)
+    assert tokenizer.decode(found).endswith("user: hi\nassistant: ho\nuser: hey\nassistant: ")
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert prompt_ids(tokenizer, "hi", chat=True).tolist() == expected
-    tokenizer.chat_template = None
-    assert prompt_ids(tokenizer, "hi", chat=True).tolist() == plain
+    assert found.tolist() == expected
 
 
 def test_a_prompt_without_tokens_is_told() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = None
     with pytest.raises(ModelError, match="makes no token of the prompt"):
-        prompt_ids(tokenizer, "", chat=False)
+        prompt_ids(tokenizer, "")
 
 
 def test_a_generation_config_makes_no_other_continuation() -> None:
     """Beams and penalties are none of a greedy text, and settings of wrong types no traceback."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     plain = greedy_continuation(model, tokenizer, "Once", 6)
-    tokens = list(greedy_tokens(model, prompt_ids(tokenizer, "Once", chat=False), 6, stop_tokens(model)))
+    tokens = list(greedy_tokens(model, prompt_ids(tokenizer, "Once"), 6, stop_tokens(model)))
     assert plain == tokenizer.decode(tokens, skip_special_tokens=True) and plain
     model.generation_config.num_beams, model.generation_config.repetition_penalty = 3, 1.9
     model.generation_config.min_length = "x"
