@@ -63,7 +63,8 @@ SCENARIOS = {
             "--execution-provider cpu --no-parity --overwrite", _CUT),
         Scenario("compare", f"compare --keep 0.7 --methods uniform,energy,sensitivity --tasks {_TEXT} "
             f"--eval-seq-len 64 --max-windows 2 {_TUNED}", ("decompose",)),
-        Scenario("compare sizes", f"compare --size 300KB,150KB --block 16 --embedding-bits 8 {_TUNED}", ("decompose",)),
+        Scenario("compare sizes", f"compare --size 300KB,150KB --block 16 --embedding-bits 8 --recover block {_TUNED}",
+            ("decompose",)),
         Scenario("bench", _BENCH, _CUT),
         Scenario("report", f"{_REPORT} --output page.html", (*_CUT, "eval", "bench")),
         Scenario("recover", "recover --checkpoint energy-0.70 --level distill --samples 8 --held-out 3 --batch-size 4 "
