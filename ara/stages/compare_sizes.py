@@ -17,6 +17,7 @@ from ara.config.recover import LEAST_SAMPLES, NO_RECOVERY
 from ara.config.sizes import bytes_in, few_bits
 from ara.errors import AraError, NumericalError, UsageError
 from ara.jsonfile import dump
+from ara.recovery import levels_to_run
 from ara.reporting.figures import size_curves
 from ara.solver.problem import DENSE, Allocation
 from ara.stages.allocate_bytes import check_room, open_sized_allocator, other_bytes, saved_bytes
@@ -110,10 +111,10 @@ def compare_sizes(config: CompareConfig, run: Run, *, factors: str | None = None
 
 
 def refuse_with_sizes(config: CompareConfig, masks: str | None) -> None:
-    """Check that nothing is given that only a comparison of allocators takes.
+    """Check that nothing is given that only a comparison of allocators takes, and that the repairs are possible.
 
     Raises:
-        UsageError: something is, or a repair has too few windows.
+        UsageError: something is, there is no such level of recovery, or it has too few windows.
     """
     unset = CompareConfig()
     only = ("methods", "tasks", "eval_seq_len", "max_windows", "eval_batch_size")
@@ -125,11 +126,13 @@ def refuse_with_sizes(config: CompareConfig, masks: str | None) -> None:
             f"--size and {flags} are given together",
             "a comparison of sizes has no budget of parameters, and measures held-out calibration text only",
         )
-    if config.recover != NO_RECOVERY and config.samples < LEAST_SAMPLES:
-        raise UsageError(
-            f"--recover {config.recover} needs {LEAST_SAMPLES} windows to learn from, got {config.samples}",
-            f"give --samples {LEAST_SAMPLES} or more",
-        )
+    if config.recover != NO_RECOVERY:
+        levels_to_run(config.recover, only=False)
+        if config.samples < LEAST_SAMPLES:
+            raise UsageError(
+                f"--recover {config.recover} needs {LEAST_SAMPLES} windows to learn from, got {config.samples}",
+                f"give --samples {LEAST_SAMPLES} or more",
+            )
 
 
 @dataclass(frozen=True)
