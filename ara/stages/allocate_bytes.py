@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ara.allocation.forms import JOINT
@@ -22,6 +23,7 @@ from ara.models.embeddings import find_embeddings
 from ara.solver.problem import Allocation
 from ara.stages.common import Run, model_of
 from ara.stages.modules import load_modules
+from ara.stages.moments import kept_moments
 from ara.stages.tuning import open_tuning_context
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
@@ -149,6 +151,7 @@ def open_sized_allocator(
     modules = load_modules(decomposition, config.layout)
     specs = [module.spec for module in modules]
     context = open_tuning_context(decomposition, specs, config, workspace, run, windows)
+    context = replace(context, moments=kept_moments(decomposition, run))
     grids: dict[int, Grid] = {width: Grid(width, config.block, config.zero_points) for width in BITS if width in bits}
     ends = few_bits(config.embedding_bits)
     grid = None if ends is None else Grid(ends, config.block, config.zero_points)

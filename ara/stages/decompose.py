@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from ara.artifacts.factors import FactorisedLayer, FactorsResults, layer_file
+from ara.artifacts.factors import FactorisedLayer, FactorsResults, layer_file, moments_file
 from ara.calibration.chunks import ChunkReader, GradientReading, split_into_chunks
 from ara.calibration.gradients import GradientStats
 from ara.calibration.moments import InputStats, shared_inputs
@@ -27,6 +27,7 @@ from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec, find_linears, left_dense
 from ara.stages.common import Run, begin, check_window, open_task, text_parts, warn_without_chat
+from ara.stages.moments import moment_leaders, packed_moments, room_for_moments
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
@@ -81,10 +82,11 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         linears = _factorisable(model, find_linears(model, config.exclude), windows, run)
         if windows is not None:
             _warn_if_few(windows, linears, run)
+        owners = {} if windows is None else shared_inputs(model, linears, windows.ids[:1].to(model.device))
         with task.writer(seed=config.seed, resumable=True) as stage:
-            _preflight(model, linears, stage, run)
-            _overview(model, linears, windows, text).write(stage)
-            _factor_layers(model, linears, method, windows, config, stage, run)
+            moments = _preflight(model, linears, owners, config.keep_moments, stage, run)
+            _overview(model, linears, windows, text, moments).write(stage)
+            _factor_layers(model, linears, method, windows, owners, moments, config, stage, run)
         return task.view()
 
 
@@ -156,8 +158,19 @@ def _warn_if_few(windows: TokenWindows, linears: Sequence[LinearSpec], run: Run)
         )
 
 
-def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], stage: StageWriter, run: Run) -> None:
-    """Refuse to start if the disk is too small or a weight is not finite."""
+def _preflight(
+    model: PreTrainedModel,
+    linears: Sequence[LinearSpec],
+    owners: Mapping[str, str],
+    keep_moments: bool,
+    stage: StageWriter,
+    run: Run,
+) -> dict[str, str] | None:
+    """Refuse to start if the disk is too small or a weight is not finite, and decide whether moments are kept.
+
+    Returns:
+        :attr:`FactorsResults.moments`.
+    """
     finished = set(stage.finished)
     todo = [spec for spec in linears if layer_file(spec.layer) not in finished]
     needed = sum(spec.full_rank * (spec.m + spec.n) for spec in todo) * model.dtype.itemsize
@@ -171,10 +184,24 @@ def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], stage: Sta
     for spec in linears:
         with _naming(spec):
             refuse_nonfinite(spec.weight.read(model))
+    if not owners:
+        return None
+    leaders = moment_leaders(linears, owners)
+    if finished:
+        # All blocks have moments, or none.
+        kept = FactorsResults.parse(stage.results).moments is not None
+        if kept != keep_moments:
+            run.report.fact(f"second moments are {'kept' if kept else 'not kept'}, as in the interrupted run")
+        return leaders if kept else None
+    return leaders if keep_moments and room_for_moments(linears, leaders, free - needed, run) else None
 
 
 def _overview(
-    model: PreTrainedModel, linears: Sequence[LinearSpec], windows: TokenWindows | None, text: CalibrationText | None
+    model: PreTrainedModel,
+    linears: Sequence[LinearSpec],
+    windows: TokenWindows | None,
+    text: CalibrationText | None,
+    moments: Mapping[str, str] | None,
 ) -> FactorsResults:
     from ara.models.accounting import parameter_count
 
@@ -186,6 +213,7 @@ def _overview(
         parts=text_parts(text, windows) if text is not None and windows is not None else (),
         windows=tuple(windows.ids.shape) if windows is not None else None,
         windows_sha256=windows.digest if windows is not None else None,
+        moments=moments,
     )
 
 
@@ -194,6 +222,8 @@ def _factor_layers(
     linears: Sequence[LinearSpec],
     method: Decomposition,
     windows: TokenWindows | None,
+    owners: Mapping[str, str],
+    moments: Mapping[str, str] | None,
     config: DecomposeConfig,
     stage: StageWriter,
     run: Run,
@@ -203,9 +233,6 @@ def _factor_layers(
     todo = [spec for spec in linears if layer_file(spec.layer) not in finished]
     if finished:
         run.report.fact(f"resuming after an interruption: {len(finished)} blocks are done")
-    owners: dict[str, str] = {}
-    if windows is not None and todo:
-        owners = shared_inputs(model, linears, windows.ids[:1].to(model.device))
     if config.moment_memory is None:
         moment_bytes = available_bytes(model.device) // 4
     else:
@@ -227,6 +254,10 @@ def _factor_layers(
                     for spec in chunk
                     if spec.layer == layer
                 ]
+                if moments is not None:
+                    # Before the factors: with these the block is finished.
+                    found = {spec.name: stats for spec, (stats, _) in work if stats is not None}
+                    stage.tensors(moments_file(layer), packed_moments(found, moments))
                 tensors: dict[str, torch.Tensor] = {}
                 for factors in map_layers(partial(_factor, model, method), work, device):
                     tensors |= factors

@@ -6,8 +6,10 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from ara.artifacts.checkpoint import CHECKPOINT, RoundingFigures
+from ara.artifacts.factors import FactorsResults
 from ara.artifacts.ranks import RanksResults, read_allocation
 from ara.artifacts.ranks_file import RANKS_FILE, read_embedding_bits
+from ara.calibration.kept_moments import KeptMoments
 from ara.config import QuantiseConfig
 from ara.config.sizes import few_bits
 from ara.data.tokens import TokenWindows
@@ -22,6 +24,7 @@ from ara.quantisation.plan import RoundingPlan
 from ara.quantisation.sequential import Parts, round_model
 from ara.stages.common import Run, begin, embedding_words, open_task
 from ara.stages.compressed import Compressed, require_compressed
+from ara.stages.moments import kept_moments
 from ara.stages.rounding_parts import RoundingParts
 from ara.stages.tuning import further_windows, placed
 from ara.workspace.view import StageView
@@ -55,14 +58,15 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
         plan = _plan(config, before)
         run.report.step(f"Rounding {before.view.key}: {plan}")
         resolved = placed(config, run)
-        if resolved.method == "nearest":
+        moments = _moments(resolved, before, run)
+        if resolved.method == "nearest" or (moments is not None and plan.embedding_bits is None):
             # Nothing is read to calibrate with.
             resolved = resolved.model_copy(update={"samples": QuantiseConfig.model_fields["samples"].default})
-        task.describe(
-            name or _name(before.view.name, config),
-            resolved.model_dump(mode="json") | {"dtype": before.dtype, "compute_dtype": resolved.dtype},
-            (before.view, before.factors),
-        )
+        settings = resolved.model_dump(mode="json", exclude={"inputs"})
+        settings |= {"dtype": before.dtype, "compute_dtype": resolved.dtype}
+        if moments is not None:
+            settings["inputs"] = "dense"
+        task.describe(name or _name(before.view.name, config), settings, (before.view, before.factors))
         if (done := task.done()) is not None:
             return done
         windows = further_windows(before.factors, resolved.samples, resolved.held_out, task.workspace, run)
@@ -72,7 +76,7 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
             if resolved.device == "cpu":
                 keep_freed_memory()
             model = load(before.view.path / CHECKPOINT, resolved.device, resolved.dtype)
-            rounded, found = _rounded(model, resolved, before, plan, windows, RoundingParts(stage), run)
+            rounded, found = _rounded(model, resolved, before, plan, windows, moments, RoundingParts(stage), run)
             before.write(model, stage, run, {"rounding": found.plain()}, rounded, rounding=found)
         return task.view()
 
@@ -83,6 +87,7 @@ def _rounded(
     before: Compressed,
     plan: RoundingPlan,
     windows: tuple[TokenWindows, TokenWindows],
+    moments: KeptMoments | None,
     parts: Parts,
     run: Run,
 ) -> tuple[dict[str, RoundedMatrix], RoundingFigures]:
@@ -94,6 +99,7 @@ def _rounded(
         before: the checkpoint.
         plan: what is rounded to how many bits.
         windows: to calibrate with, and held-out ones.
+        moments: of the layers' inputs in the dense model; ``None``: their inputs are read.
         parts: finished blocks of an interrupted run.
         run: reporter.
 
@@ -108,7 +114,7 @@ def _rounded(
     grids = plan.grids(model)
     first = float(nll_of_model(model, held.ids, config.batch_size, run.report).mean())
     ids = train.ids if calibrated else None
-    rounded = round_model(model, before.specs, grids, ids, config.batch_size, parts, run.report)
+    rounded = round_model(model, before.specs, grids, ids, config.batch_size, parts, run.report, moments)
     after = float(nll_of_model(model, held.ids, config.batch_size, run.report).mean())
     run.report.fact(f"held-out loss {first:.4f} → {after:.4f} nats per token")
     if not after - first <= config.tolerance:
@@ -124,13 +130,32 @@ def _rounded(
         block=plan.block,
         zero_points=plan.zero_points,
         method=config.method,
-        windows=train.windows if calibrated else 0,
+        windows=0 if not calibrated else train.windows if moments is None else _windows_of(before.factors),
         held_out=held.windows,
         seq_len=held.ids.shape[1],
         loss_before=first,
         loss_after=after,
         embedding_bits=plan.embedding_bits,
     )
+
+
+def _moments(config: QuantiseConfig, before: Compressed, run: Run) -> KeptMoments | None:
+    """Return the second moments of the layers' inputs in the dense model, if the layers are to be rounded on them.
+
+    A layer that was only cut is fitted to these inputs. A repaired one is fitted to what the layers before it give.
+    """
+    if config.method == "nearest" or config.inputs == "own":
+        return None
+    if config.inputs == "auto" and before.results.recovery is not None:
+        run.report.fact("the checkpoint is repaired: text is read for the inputs that its layers get")
+        return None
+    return kept_moments(before.factors, run)
+
+
+def _windows_of(decomposition: StageView) -> int:
+    """Return the number of windows that a decomposition has read."""
+    windows = FactorsResults.read(decomposition).windows
+    return windows[0] if windows else 0
 
 
 def _plan(config: QuantiseConfig, before: Compressed) -> RoundingPlan:
