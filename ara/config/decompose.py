@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -40,8 +40,8 @@ class DecomposeConfig(PlacementConfig):
         le=bounds.MAX_GIB,
         description="memory for second moments, in GiB; more memory means fewer passes [default: 1/4 of free memory]",
     )
-    keep_moments: bool = Field(
-        True,
-        description="keep the second moments of the layers' inputs beside the factors, if they take at most 1/4 of the "
-        "free disk; rounding to few bits then needs no text",
+    keep_moments: Literal["auto", "yes", "no"] = Field(
+        "auto",
+        description="whether to keep the second moments of the layers' inputs beside the factors, so that rounding to "
+        "few bits needs no text; auto: if they take at most 1/4 of the free disk",
     )

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -27,7 +27,7 @@ from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec, find_linears, left_dense
 from ara.stages.common import Run, begin, check_window, open_task, text_parts, warn_without_chat
-from ara.stages.moments import moment_leaders, packed_moments, room_for_moments
+from ara.stages.moments import moment_bytes, moments_to_keep, packed_moments
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
@@ -162,7 +162,7 @@ def _preflight(
     model: PreTrainedModel,
     linears: Sequence[LinearSpec],
     owners: Mapping[str, str],
-    keep_moments: bool,
+    keep_moments: Literal["auto", "yes", "no"],
     stage: StageWriter,
     run: Run,
 ) -> dict[str, str] | None:
@@ -176,24 +176,20 @@ def _preflight(
     needed = sum(spec.full_rank * (spec.m + spec.n) for spec in todo) * model.dtype.itemsize
     free = shutil.disk_usage(stage.folder).free
     run.report.fact(f"{len(todo)} linear layers; their factors take {needed / 2**20:,.0f} MiB")
+    leaders = moments_to_keep(linears, owners, keep_moments, free - needed, stage, run)
+    what = "the factors"
+    if leaders is not None:
+        what += " and second moments"
+        needed += moment_bytes(todo, leaders)
     if free < needed:
         raise DiskFullError(
-            f"the factors need {needed / 2**20:,.0f} MiB, {stage.folder.parent} has {free / 2**20:,.0f} MiB free",
+            f"{what} need {needed / 2**20:,.0f} MiB, {stage.folder.parent} has {free / 2**20:,.0f} MiB free",
             "free some space or choose another workspace with -w",
         )
     for spec in linears:
         with _naming(spec):
             refuse_nonfinite(spec.weight.read(model))
-    if not owners:
-        return None
-    leaders = moment_leaders(linears, owners)
-    if finished:
-        # All blocks have moments, or none.
-        kept = FactorsResults.parse(stage.results).moments is not None
-        if kept != keep_moments:
-            run.report.fact(f"second moments are {'kept' if kept else 'not kept'}, as in the interrupted run")
-        return leaders if kept else None
-    return leaders if keep_moments and room_for_moments(linears, leaders, free - needed, run) else None
+    return leaders
 
 
 def _overview(

@@ -3,47 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 
 from ara.artifacts.factors import FactorsResults, moment_name, moments_file
 from ara.calibration.kept_moments import KeptMoment, KeptMoments
 from ara.calibration.moments import InputStats, packed_triangle
+from ara.errors import UsageError
 from ara.models.weights import LinearSpec
 from ara.stages.common import Run
 from ara.workspace.view import StageView
+from ara.workspace.writer import StageWriter
 
 # Second moments are kept if they take at most this share of the disk that the factors leave free: checkpoints and
 # exports of later stages need the rest.
 _SHARE = 0.25
 
 
-def moment_leaders(linears: Sequence[LinearSpec], owners: Mapping[str, str]) -> dict[str, str]:
-    """Return module path → the first layer of its block with the same input."""
-    first: dict[tuple[int, str], str] = {}
-    return {spec.name: first.setdefault((spec.layer, owners[spec.name]), spec.name) for spec in linears}
-
-
-def room_for_moments(linears: Sequence[LinearSpec], leaders: Mapping[str, str], free: int, run: Run) -> bool:
-    """Tell whether the moments take little enough of the free disk, and report it.
+def moments_to_keep(
+    linears: Sequence[LinearSpec],
+    owners: Mapping[str, str],
+    wanted: Literal["auto", "yes", "no"],
+    free: int,
+    stage: StageWriter,
+    run: Run,
+) -> dict[str, str] | None:
+    """Decide whether a decomposition keeps moments; the decision and its bytes are reported.
 
     Args:
         linears: the layers.
-        leaders: from :func:`moment_leaders`.
-        free: bytes that the factors leave.
+        owners: module path → the first layer of the model with the same input; empty if no text is read.
+        wanted: ``auto``: if they take little of the disk.
+        free: bytes of the disk that the factors leave.
+        stage: with the blocks of an interrupted run.
         run: reporter.
+
+    Returns:
+        :attr:`FactorsResults.moments`: module path → the first layer of its block with the same input.
+
+    Raises:
+        UsageError: moments are wanted, and the method or an interrupted run has none.
     """
-    widths = {spec.name: spec.n for spec in linears}
-    needed = sum(4 * (widths[name] * (widths[name] + 1) // 2) for name in set(leaders.values()))
+    if not owners:
+        if wanted == "yes":
+            raise UsageError("--keep-moments yes is given, and this method reads no text", "omit --keep-moments")
+        return None
+    first: dict[tuple[int, str], str] = {}
+    leaders = {spec.name: first.setdefault((spec.layer, owners[spec.name]), spec.name) for spec in linears}
+    if stage.finished:
+        # All blocks have moments, or none.
+        kept = FactorsResults.parse(stage.results).moments is not None
+        if not kept and wanted == "yes":
+            raise UsageError(
+                "--keep-moments yes is given, and an interrupted run has finished blocks without moments",
+                f"omit it to resume that run, or delete {stage.folder} to start over",
+            )
+        run.report.fact(f"second moments are {'kept' if kept else 'not kept'}, as in the interrupted run")
+        return leaders if kept else None
+    if wanted == "no":
+        return None
+    needed = moment_bytes(linears, leaders)
     size = f"{needed / 2**20:,.0f} MiB"
-    if needed <= _SHARE * free:
-        run.report.fact(f"second moments of their inputs are kept as well: {size} (off: --no-keep-moments)")
-        return True
+    if wanted == "yes" or needed <= _SHARE * free:
+        run.report.fact(f"second moments of their inputs are kept as well: {size} (off: --keep-moments no)")
+        return leaders
     run.report.warn(
-        f"second moments are not kept: they take {size}, more than {_SHARE:.0%} of the "
-        f"{max(free, 0) / 2**20:,.0f} MiB that the factors leave free; rounding will read text instead"
+        f"second moments are not kept: they take {size}, more than {_SHARE:.0%} of the {max(free, 0) / 2**20:,.0f} MiB "
+        "that the factors leave free; rounding will read text instead (--keep-moments yes keeps them all the same)"
     )
-    return False
+    return None
+
+
+def moment_bytes(linears: Sequence[LinearSpec], leaders: Mapping[str, str]) -> int:
+    """Return the bytes of the moments of some layers, in files.
+
+    Args:
+        linears: the layers.
+        leaders: from :func:`moments_to_keep`.
+    """
+    return sum(4 * (spec.n * (spec.n + 1) // 2) for spec in linears if leaders[spec.name] == spec.name)
 
 
 def packed_moments(stats: Mapping[str, InputStats], leaders: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -51,7 +90,7 @@ def packed_moments(stats: Mapping[str, InputStats], leaders: Mapping[str, str]) 
 
     Args:
         stats: module path → statistics of its inputs.
-        leaders: from :func:`moment_leaders`.
+        leaders: from :func:`moments_to_keep`.
     """
     return {
         moment_name(name): packed_triangle(found.second_moment).cpu()

@@ -16,6 +16,7 @@ from ara.artifacts.factors import FactorsResults, FactorsSettings, moment_name, 
 from ara.calibration.kept_moments import KeptMoments
 from ara.calibration.moments import collect_moments, from_triangle, packed_triangle, shared_inputs
 from ara.config import DecomposeConfig
+from ara.errors import DiskFullError, UsageError
 from ara.layouts.grid import Grid
 from ara.models.blocks import BlockRunner
 from ara.models.checkpoint import load
@@ -72,7 +73,7 @@ def without_moments(root: Path) -> None:
     """Make the decomposition again without moments."""
     made = Workspace.open(root).view(FACTORS).manifest
     assert made is not None
-    config = {**made.config, "options": {}, "keep_moments": False}
+    config = {**made.config, "options": {}, "keep_moments": "no"}
     del config["text_sha256"]
     shutil.rmtree(root / "allocate")
     decompose(DecomposeConfig(**config), Run(root, force=True))
@@ -100,7 +101,7 @@ def test_keeping_moments_does_not_make_another_result(copied: Path) -> None:
     """An old decomposition, or one without moments, is not made again; its moments are a matter of space."""
     made = Workspace.open(copied).view(FACTORS).manifest
     assert made is not None
-    config = {**made.config, "options": {}, "keep_moments": False}
+    config = {**made.config, "options": {}, "keep_moments": "no"}
     del config["text_sha256"]
     recorder = Recorder()
     decompose(DecomposeConfig(**config), Run(copied, report=recorder))
@@ -117,6 +118,11 @@ def test_moments_are_left_out_where_the_disk_is_small(
     assert FactorsResults.read(view).moments is None and not list(view.path.glob("moments-*"))
     warning = next(text for text in recorder.texts("warn") if "moments" in text)
     assert warning.startswith("second moments are not kept: they take 0 MiB, more than 25% of the")
+    config = DecomposeConfig(**tiny_settings, keep_moments="yes")
+    assert FactorsResults.read(stage.decompose(config, Run(tmp_path / "other"))).moments is not None
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**18))
+    with pytest.raises(DiskFullError, match="the factors and second moments need"):
+        stage.decompose(config, Run(tmp_path / "third"))
 
 
 def test_a_killed_decomposition_resumes_with_its_moments(
@@ -127,7 +133,7 @@ def test_a_killed_decomposition_resumes_with_its_moments(
     words += ["--device", "cpu", "--dtype", "float32", "--moment-memory", 1e-6, "-w", root]
     # Between the moments of the second block and its factors.
     killed("ara.workspace.writer:StageWriter.tensors", 3, "after", *map(str, words))
-    result = done(*words, "--no-keep-moments")
+    result = done(*words, "--keep-moments", "no")
     assert "second moments are kept, as in the interrupted run" in result.stderr
     for file in sorted((copied / FACTORS).glob("*.safetensors")):
         ours = load_file(root / FACTORS / file.name)
@@ -154,8 +160,10 @@ def test_moments_that_do_not_fit_the_layers_are_refused(broken: str, copied: Pat
 
 
 def test_a_method_that_reads_no_text_keeps_none(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
-    view = decompose(DecomposeConfig(**{**tiny_settings, "text": None}, method="plain"), Run(tmp_path / "ws"))
-    assert FactorsResults.read(view).moments is None
+    settings = {**tiny_settings, "text": None, "method": "plain"}
+    assert FactorsResults.read(decompose(DecomposeConfig(**settings), Run(tmp_path / "ws"))).moments is None
+    with pytest.raises(UsageError, match="this method reads no text"):
+        decompose(DecomposeConfig(**settings, keep_moments="yes"), Run(tmp_path / "other"))
 
 
 ROUND = ("quantise", "--bits", 4, "--block", 16, *FEW, "--tolerance", 9)
