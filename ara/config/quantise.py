@@ -29,11 +29,10 @@ class QuantiseConfig(TuningConfig, GridConfig):
         description="calibrated: each rounding error is made up for by the weights that are not rounded yet; nearest: "
         "round every weight for itself",
     )
-    inputs: Literal["auto", "own", "dense"] = Field(
-        "auto",
-        description="calibrated: the inputs that layers are rounded on: own: of the model whose earlier matrices are "
-        "rounded, read from text; dense: of the dense model, as kept by ara decompose; auto: dense for a checkpoint "
-        "that is not repaired",
+    inputs: Literal["own", "dense"] = Field(
+        "own",
+        description="calibrated: the inputs that layers are rounded on: own: those of the model whose earlier matrices "
+        "are rounded, read from text; dense: those of the dense model, as kept by ara decompose, without reading text",
     )
     tolerance: float = Field(
         0.5,

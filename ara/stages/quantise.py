@@ -58,7 +58,8 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
         plan = _plan(config, before)
         run.report.step(f"Rounding {before.view.key}: {plan}")
         resolved = placed(config, run)
-        moments = _moments(resolved, before, run)
+        wanted = resolved.method == "calibrated" and resolved.inputs == "dense"
+        moments = kept_moments(before.factors, run) if wanted else None
         if resolved.method == "nearest" or (moments is not None and plan.embedding_bits is None):
             # Nothing is read to calibrate with.
             resolved = resolved.model_copy(update={"samples": QuantiseConfig.model_fields["samples"].default})
@@ -137,19 +138,6 @@ def _rounded(
         loss_after=after,
         embedding_bits=plan.embedding_bits,
     )
-
-
-def _moments(config: QuantiseConfig, before: Compressed, run: Run) -> KeptMoments | None:
-    """Return the second moments of the layers' inputs in the dense model, if the layers are to be rounded on them.
-
-    A layer that was only cut is fitted to these inputs. A repaired one is fitted to what the layers before it give.
-    """
-    if config.method == "nearest" or config.inputs == "own":
-        return None
-    if config.inputs == "auto" and before.results.recovery is not None:
-        run.report.fact("the checkpoint is repaired: text is read for the inputs that its layers get")
-        return None
-    return kept_moments(before.factors, run)
 
 
 def _windows_of(decomposition: StageView) -> int:

@@ -14,7 +14,6 @@ import torch
 
 from ara.allocation.forms import Form
 from ara.artifacts.factors import FactorsSettings, factor_files, specs_of
-from ara.calibration.kept_moments import KeptMoments
 from ara.config import CompareConfig, RecoverConfig
 from ara.config.sizes import few_bits
 from ara.layouts.grid import BITS
@@ -28,7 +27,6 @@ from ara.recovery.rounded import from_scaled
 from ara.recovery.trainable import from_trainable
 from ara.solver.problem import Allocation
 from ara.stages.common import Run, model_of
-from ara.stages.moments import kept_moments
 from ara.stages.recover import check_levels, idle_settings
 from ara.stages.recovery_levels import LevelRuns, open_recovery
 from ara.stages.recovery_text import RecoveryTexts, recovery_texts
@@ -127,8 +125,7 @@ class FormRepairs:
             if rounds:
                 round_model(model, self._specs, plan.grids(model), windows, batch, parts, report)
         else:
-            moments = None if form.method == "nearest" else self._moments
-            rounded = round_model(model, self._specs, plan.grids(model), windows, batch, parts, report, moments)
+            rounded = round_model(model, self._specs, plan.grids(model), windows, batch, parts, report)
             kept = self._repair(key, model, rounded, self.levels_of(form, allocation), stage)
             from_scaled(model, rounded)
         return nll_of_model(model, self.texts.fresh, batch, report), kept
@@ -136,11 +133,6 @@ class FormRepairs:
     @cached_property
     def _specs(self) -> Any:
         return specs_of(self._decomposition, self._config.layout)
-
-    @cached_property
-    def _moments(self) -> KeptMoments | None:
-        """Second moments of the inputs of dense layers."""
-        return kept_moments(self._decomposition, self._run)
 
     @cached_property
     def _dtype(self) -> str:

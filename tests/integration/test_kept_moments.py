@@ -175,8 +175,8 @@ def numbers(root: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def test_a_checkpoint_that_is_not_repaired_is_rounded_on_kept_moments(copied: Path) -> None:
-    told = done(*ROUND, "--name", "few", "-w", copied).stderr
+def test_a_checkpoint_is_rounded_on_kept_moments(copied: Path) -> None:
+    told = done(*ROUND, "--inputs", "dense", "--name", "few", "-w", copied).stderr
     assert f"second moments of inputs: those of {FACTORS}" in told and "Reading inputs" not in told
     view = Workspace.open(copied).view("quantise/few")
     rounding = CheckpointResults.read(view).rounding
@@ -192,32 +192,25 @@ def test_a_checkpoint_that_is_not_repaired_is_rounded_on_kept_moments(copied: Pa
             assert torch.equal(found[f"{path}.steps"], numbers_of(one)["steps"]), path
 
 
-def test_own_inputs_are_those_of_a_workspace_without_moments(copied: Path) -> None:
-    done(*ROUND, "--inputs", "own", "--name", "own", "-w", copied)
-    own = numbers(copied, "own")
-    done(*ROUND, "--name", "dense", "-w", copied)
-    without = copied.parent / "without"
-    shutil.copytree(copied, without)
-    without_moments(without)
-    done("allocate", "--keep", 0.7, "--method", "energy", "-w", without)
-    done("truncate", "-w", without)
-    told = done(*ROUND, "--name", "read", "-w", without).stderr
+def test_without_kept_moments_a_checkpoint_is_rounded_on_its_own_inputs(copied: Path) -> None:
+    done(*ROUND, "--name", "own", "-w", copied)
+    done(*ROUND, "--inputs", "dense", "--name", "dense", "-w", copied)
+    own, dense = numbers(copied, "own"), numbers(copied, "dense")
+    without_moments(copied)
+    done("allocate", "--keep", 0.7, "--method", "energy", "-w", copied)
+    done("truncate", "-w", copied)
+    told = done(*ROUND, "--inputs", "dense", "--name", "read", "-w", copied).stderr
     assert f"{FACTORS} has kept no second moments: text is read for them" in told
-    read, dense = numbers(without, "read"), numbers(copied, "dense")
+    read = numbers(copied, "read")
     assert read.keys() == own.keys() == dense.keys()
     assert all(torch.equal(read[name], own[name]) for name in own)
     assert any(not torch.equal(dense[name], own[name]) for name in own)
-
-
-def test_a_repaired_checkpoint_is_rounded_on_its_own_inputs(copied: Path) -> None:
-    done("recover", "-w", copied, *FEW)
-    told = done(*ROUND, "-w", copied).stderr
-    assert "the checkpoint is repaired: text is read for the inputs that its layers get" in told
-    assert "second moments of inputs" in done(*ROUND, "--inputs", "dense", "--name", "dense", "-w", copied).stderr
+    manifest = Workspace.open(copied).view("quantise/read").manifest
+    assert manifest is not None and "inputs" not in manifest.config
 
 
 def test_rounding_on_kept_moments_resumes_and_rounds_the_head(copied: Path, killed: Any) -> None:
-    words = [*map(str, ROUND), "--embedding-bits", "8", "-w", str(copied)]
+    words = [*map(str, ROUND), "--embedding-bits", "8", "--inputs", "dense", "-w", str(copied)]
     done(*words, "--name", "one")
     killed("ara.stages.rounding_parts:RoundingParts.finish_part", 2, "after", *words, "--name", "two")
     assert "resuming: 2 blocks are rounded already" in done(*words, "--name", "two").stderr
