@@ -171,8 +171,7 @@ def _preflight(
     Returns:
         :attr:`FactorsResults.moments`.
     """
-    finished = set(stage.finished)
-    todo = [spec for spec in linears if layer_file(spec.layer) not in finished]
+    todo = _unfinished(linears, stage)
     needed = sum(spec.full_rank * (spec.m + spec.n) for spec in todo) * model.dtype.itemsize
     free = shutil.disk_usage(stage.folder).free
     run.report.fact(f"{len(todo)} linear layers; their factors take {needed / 2**20:,.0f} MiB")
@@ -190,6 +189,12 @@ def _preflight(
         with _naming(spec):
             refuse_nonfinite(spec.weight.read(model))
     return leaders
+
+
+def _unfinished(linears: Sequence[LinearSpec], stage: StageWriter) -> list[LinearSpec]:
+    """Return the layers of blocks that no interrupted run has finished."""
+    finished = set(stage.finished)
+    return [spec for spec in linears if layer_file(spec.layer) not in finished]
 
 
 def _overview(
@@ -225,10 +230,10 @@ def _factor_layers(
     run: Run,
 ) -> None:
     """Collect statistics for as many layers as fit into memory, factor and store them; repeat."""
-    finished = set(stage.finished)
-    todo = [spec for spec in linears if layer_file(spec.layer) not in finished]
-    if finished:
-        run.report.fact(f"resuming after an interruption: {len(finished)} blocks are done")
+    todo = _unfinished(linears, stage)
+    if len(todo) < len(linears):
+        blocks = len({spec.layer for spec in linears}) - len({spec.layer for spec in todo})
+        run.report.fact(f"resuming after an interruption: {blocks} blocks are done")
     if config.moment_memory is None:
         moment_bytes = available_bytes(model.device) // 4
     else:
