@@ -156,8 +156,14 @@ def _show_sizes(console: Console, name: str, models: Mapping[str, SizedModel]) -
     console.table(name, columns("model", "made for", "weight files (MB)", *figures), rows)
     for model in models.values():
         if model.error is not None:
-            console.text(f"{model.title}{f' for {model.size}' if model.size else ''}: {model.error}")
+            console.text(f"{_sized_name(model)}: {model.error}")
+        elif model.recovered == ():
+            console.text(f"{_sized_name(model)}: no level lowered the divergence from the dense model")
     console.text(best_in_words(models.values()))
+
+
+def _sized_name(model: SizedModel) -> str:
+    return f"{model.title} for {model.size}" if model.size else model.title
 
 
 def _held_out(methods: Mapping[str, ComparedMethod]) -> Callable[[str], float]:

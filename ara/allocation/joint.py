@@ -54,7 +54,7 @@ class RoundingShares:
 
 
 class Rounder:
-    """Rounds the layers of a model at any rank, with the moments of their inputs in the dense model.
+    """Rounds the layers of a model at any rank, with the second moments of their inputs in the dense model.
 
     Attributes:
         context: the model and its windows.
@@ -78,15 +78,21 @@ class Rounder:
         self.ends = None if ends is None else RoundedEnds(context, ends)
 
     @cached_property
-    def _moments(self) -> dict[str, torch.Tensor]:
-        """Module path → G (n, n) of the inputs of a layer, on the windows to learn from."""
+    def _moments(self) -> Mapping[str, torch.Tensor]:
+        """Module path → G (n, n) of the inputs of a layer: those of the context, or of its windows to learn from."""
         context, specs = self.context, self.context.model.specs
+        if context.moments is not None:
+            return context.moments
         context.model.use_dense()
         model = context.model.model
         owners = shared_inputs(model, specs, context.train[:1].to(context.model.device))
         runner = BlockRunner(model, context.train, context.batch_size, report=context.report)
         found = collect_moments(runner, specs, owners, context.report)
         return {name: found[leader].second_moment for name, leader in owners.items()}
+
+    def _moment(self, name: str) -> torch.Tensor:
+        """Return G (n, n) of the inputs of a layer, on the device of the model."""
+        return self._moments[name].to(self.context.model.device)
 
     def shares(self) -> dict[str, dict[int, RoundingShares]]:
         """Return module path → bits → rounding error, from the cache of the context if it is there.
@@ -103,6 +109,8 @@ class Rounder:
     def _shares_of(self, grid: Grid) -> dict[str, RoundingShares]:
         specs = self.context.model.specs
         settings: dict[str, str | int] = {"grid": repr(grid), "layout": specs[0].layout}
+        if self.context.moments is not None:
+            settings["moments"] = "kept"
         sizes = {spec.name: 2 for spec in specs}
         table = cached_table(self.context, settings, sizes, lambda: self._measured(grid), "table of rounding errors")
         return {name: RoundingShares(*values.tolist()) for name, values in table.values.items()}
@@ -114,7 +122,7 @@ class Rounder:
         with self.context.report.bar(f"Rounding layers to {grid.bits} bits", len(specs)) as bar:
             for spec in specs:
                 layer = self.context.model.layers[spec.name]
-                shares = rounding_shares(spec, layer.a, layer.b, self._moments[spec.name], grid)
+                shares = rounding_shares(spec, layer.a, layer.b, self._moment(spec.name), grid)
                 found[spec.name] = torch.tensor([shares.dense, shares.factors], dtype=torch.float64)
                 bar.advance()
         return found
@@ -134,14 +142,14 @@ class Rounder:
             rounded = layer.b[:, : choice.rank] @ layer.a[: choice.rank]
         else:
             a, b = layer.a[: choice.rank].double(), layer.b[:, : choice.rank].double()
-            rounded = _rounded_product(spec, a, b, self._moments[spec.name], grid)
+            rounded = _rounded_product(spec, a, b, self._moment(spec.name), grid)
         return rounded.to(layer.weight)
 
     def _rounded_dense(self, spec: LinearSpec, grid: Grid, nearest: bool) -> torch.Tensor:
         exact = self.context.model.layers[spec.name].weight
         if nearest:
             return round_to_nearest(exact, grid).weight()
-        return round_calibrated(exact, self._moments[spec.name], grid).weight()
+        return round_calibrated(exact, self._moment(spec.name), grid).weight()
 
     def loss(self, name: str, allocation: Allocation, nearest: bool = False, ends: bool = True) -> torch.Tensor:
         """Return the loss of each held-out window with the rounded weights of an allocation, nats per token.

@@ -80,6 +80,7 @@ class SizedModel(Part):
         dense_layers: layers that are not factorised.
         held_out: loss on held-out calibration text, nats per token.
         window_nlls: of every window.
+        recovered: levels that have repaired it, in order; empty if none helped, ``None`` if none was tried.
         error: why it was not measured.
     """
 
@@ -91,6 +92,7 @@ class SizedModel(Part):
     dense_layers: Count | None = field(default=None, metadata=LEFT_OUT)
     held_out: Number | None = field(default=None, metadata=LEFT_OUT)
     window_nlls: tuple[Number, ...] = ()
+    recovered: tuple[str, ...] | None = field(default=None, metadata=LEFT_OUT)
     error: str | None = field(default=None, metadata=LEFT_OUT)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import ConfigDict, Field, Strict
 
-from ara.artifacts.base import Count, Least1, Part, Results, Settings, StoredDtype
+from ara.artifacts.base import LEFT_OUT, Count, Least1, Part, Results, Settings, StoredDtype
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.workspace.manifest import Manifest
 from ara.workspace.view import StageView
@@ -76,6 +76,8 @@ class FactorsResults(Results):
         parts: of the calibration text; empty in older results and for a method without calibration.
         windows: (count, tokens) of the calibration windows.
         windows_sha256: checksum of their tokens.
+        moments: module path → the layer in the same block whose name the second moment of its inputs has, in
+            :func:`moments_file`; ``None`` if no moments were kept.
     """
 
     Settings = FactorsSettings
@@ -86,11 +88,15 @@ class FactorsResults(Results):
     parts: tuple[TextPart, ...] = ()
     windows: tuple[Count, ...] | None = None
     windows_sha256: str | None = None
+    moments: Mapping[str, str] | None = field(default=None, metadata=LEFT_OUT)
 
     @classmethod
     def problem(cls, manifest: Manifest) -> str | None:
         """Return what is wrong with settings, results or the table of tensors, or ``None``."""
-        return super().problem(manifest) or _layers_problem(manifest, cls.parse(manifest.results))
+        if (found := super().problem(manifest)) is not None:
+            return found
+        results = cls.parse(manifest.results)
+        return _layers_problem(manifest, results) or _moments_problem(manifest, results)
 
 
 def specs_of(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) -> list[LinearSpec]:
@@ -106,6 +112,16 @@ def specs_of(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) -> l
 def layer_file(layer: int) -> str:
     """Name of the file with the factors of one decoder block."""
     return f"layer-{layer:03d}.safetensors"
+
+
+def moments_file(layer: int) -> str:
+    """Name of the file with the second moments of the inputs of one decoder block, if they are kept."""
+    return f"moments-{layer:03d}.safetensors"
+
+
+def moment_name(layer: str) -> str:
+    """Name of the tensor with the second moment G (n, n) of a layer's inputs: its upper triangle, row after row."""
+    return f"{layer}.moment"
 
 
 def factor_files(decomposition: StageView, specs: Sequence[LinearSpec]) -> dict[str, Path]:
@@ -127,4 +143,23 @@ def _layers_problem(manifest: Manifest, results: FactorsResults) -> str | None:
             if record is None or record.shape != shape or record.file != layer_file(layer.layer):
                 found = "there is none" if record is None else f"it has {list(record.shape)} in {record.file}"
                 return f"results: layer {layer.name!r} needs a tensor {part} of shape {list(shape)}, {found}"
+    return None
+
+
+def _moments_problem(manifest: Manifest, results: FactorsResults) -> str | None:
+    """Check that every layer has a second moment of its width in the file of its block, if moments were kept."""
+    if results.moments is None:
+        return None
+    layers = {layer.name: layer for layer in results.modules}
+    if results.moments.keys() != layers.keys():
+        return "results: the kept moments are not those of the layers"
+    for name, leader in results.moments.items():
+        layer, other = layers[name], layers.get(leader)
+        if other is None or (other.layer, other.n) != (layer.layer, layer.n):
+            return f"results: layer {name!r} cannot have the moment of {leader!r}"
+        shape = (layer.n * (layer.n + 1) // 2,)
+        record: Any = manifest.tensors.get(moment_name(leader))
+        if record is None or record.shape != shape or record.file != moments_file(layer.layer):
+            found = "there is none" if record is None else f"it has {list(record.shape)} in {record.file}"
+            return f"results: layer {name!r} needs a moment of shape {list(shape)}, {found}"
     return None

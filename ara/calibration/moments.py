@@ -86,6 +86,19 @@ def mirrored(total: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def packed_triangle(moment: torch.Tensor) -> torch.Tensor:
+    """Return the upper triangle of a symmetric matrix (n, n), row after row: (n (n + 1) / 2), its dtype."""
+    return torch.cat([row[at:] for at, row in enumerate(moment)])
+
+
+def from_triangle(packed: torch.Tensor, n: int) -> torch.Tensor:
+    """Return the symmetric matrix (n, n) of :func:`packed_triangle`."""
+    found = packed.new_zeros(n, n)
+    for at, part in enumerate(packed.split(list(range(n, 0, -1)))):
+        found[at, at:] = part
+    return mirrored(found)
+
+
 def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tensor) -> dict[str, str]:
     """Map every layer to the first layer that receives the same input tensor, found by one forward pass.
 

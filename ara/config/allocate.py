@@ -9,6 +9,7 @@ from pydantic import Field
 from ara import bounds
 from ara.config.base import Exclude, MaxWindows, Method, MethodValues, PlacementConfig, SeqLen, StageConfig
 from ara.config.flags import Flag
+from ara.config.recover import NO_RECOVERY
 from ara.config.sizes import SIZE_PATTERN, EmbeddingBits, GridConfig, bytes_in
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 
@@ -122,6 +123,11 @@ class CompareConfig(SizedConfig):
         (),
         description="instead of --keep: compare ranks, fewer bits, and both together at these sizes of the weight "
         "files, separated by commas, by their loss on held-out calibration text",
+    )
+    recover: Annotated[str, Flag(metavar="LEVEL")] = Field(
+        NO_RECOVERY,
+        description="with sizes: also measure every form after a repair up to this level: closed, block, distill; or "
+        "none",
     )
     keep: Annotated[float, Flag(removable=True)] = Field(0.8, gt=0, le=1, description=_KEEP)
     methods: Annotated[tuple[str, ...], Flag(metavar="NAMES", commas="allocator", example="uniform,ara")] = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -39,4 +39,9 @@ class DecomposeConfig(PlacementConfig):
         ge=bounds.MIN_GIB,
         le=bounds.MAX_GIB,
         description="memory for second moments, in GiB; more memory means fewer passes [default: 1/4 of free memory]",
+    )
+    keep_moments: Literal["auto", "yes", "no"] = Field(
+        "auto",
+        description="whether to keep the second moments of the layers' inputs beside the factors, so that rounding to "
+        "few bits needs no text; auto: if they take at most 1/4 of the free disk",
     )

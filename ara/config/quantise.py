@@ -29,6 +29,11 @@ class QuantiseConfig(TuningConfig, GridConfig):
         description="calibrated: each rounding error is made up for by the weights that are not rounded yet; nearest: "
         "round every weight for itself",
     )
+    inputs: Literal["own", "dense"] = Field(
+        "own",
+        description="calibrated: the inputs that layers are rounded on: own: those of the model whose earlier matrices "
+        "are rounded, read from text; dense: those of the dense model, as kept by ara decompose, without reading text",
+    )
     tolerance: float = Field(
         0.5,
         gt=0,

@@ -10,6 +10,11 @@ from ara import bounds
 from ara.config.base import PlacementConfig
 from ara.config.flags import Flag
 
+# In place of a level.
+NO_RECOVERY = "none"
+# Windows that a level learns from, at least.
+LEAST_SAMPLES = 2
+
 
 class RecoverConfig(PlacementConfig):
     """``ara recover``: repair the values of a compressed checkpoint; its ranks stay, and whole numbers of few bits."""
@@ -25,7 +30,10 @@ class RecoverConfig(PlacementConfig):
         "[default: that of the decomposition]",
     )
     samples: int = Field(
-        256, ge=2, le=bounds.MAX_WINDOWS, description="windows that closed and block learn from, each its own"
+        256,
+        ge=LEAST_SAMPLES,
+        le=bounds.MAX_WINDOWS,
+        description="windows that closed and block learn from, each its own",
     )
     held_out: int = Field(
         32, ge=1, le=bounds.MAX_WINDOWS, description="further windows to choose by, and as many to judge by"

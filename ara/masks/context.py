@@ -30,6 +30,8 @@ class TuningContext:
         learned: results of ``ara train-masks``, one per budget; ``None`` without a training.
         table: the sensitivity table of that training; ``None`` if it needed none.
         table_cache: where tables of layers are stored; ``None``: they are always computed.
+        moments: module path → second moment G (n, n) of the layer's inputs in the dense model; ``None``: who needs them
+            reads ``train``.
     """
 
     model: MaskedModel
@@ -41,3 +43,4 @@ class TuningContext:
     learned: Sequence[LearnedLosses] | None = None
     table: Mapping[str, torch.Tensor] | None = None
     table_cache: TableCache | None = None
+    moments: Mapping[str, torch.Tensor] | None = None

@@ -12,10 +12,14 @@ processor: with AVX2 and 49,152 tokens the bias was 2·10⁻⁵ nats per token. 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from ara.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Terms that are added in float32: few enough that the error is about one rounding.
 _BLOCK = 256
@@ -130,6 +134,29 @@ def nll_of_windows(
             found.append(window_nll(forward(ids), ids))
             bar.advance(len(batch))
     return torch.cat(found)
+
+
+@torch.inference_mode()
+def nll_of_model(
+    model: PreTrainedModel, windows: torch.Tensor, batch_size: int, report: Reporter = SILENT
+) -> torch.Tensor:
+    """Return the mean negative log-likelihood of each window of held-out text, with a progress bar.
+
+    Args:
+        model: a causal language model.
+        windows: (w, t) int64.
+        batch_size: windows per pass.
+        report: shows the bar.
+
+    Returns:
+        (w) float64 on the CPU, nats per predicted token; may be NaN.
+    """
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    return nll_of_windows(forward, windows, model.device, batch_size, report, "Reading held-out text")
 
 
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,6 +3,8 @@
 The embedding first, then block by block, and in a block through the groups of layers with the same input, and the head
 last. The inputs are those of the model whose earlier matrices are rounded already. The dense model is not needed: what
 is rounded is the weight as it is.
+
+If second moments of the inputs are known already, such as those in the dense model, no text is read for the blocks.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ def round_model(
     batch_size: int,
     parts: Parts,
     report: Reporter = SILENT,
+    moments: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, RoundedMatrix]:
     """Round matrices of a model in place; afterwards it computes with the rounded numbers, in its own dtype.
 
@@ -65,10 +68,13 @@ def round_model(
         specs: its linear layers.
         grids: name of a layer, or path of the embedding and of a head that is not tied to it → grid; all other matrices
             stay.
-        windows: token ids (w, t) int64 to calibrate with; ``None`` rounds every number to the nearest one.
+        windows: token ids (w, t) int64 to calibrate with; ``None`` rounds every number for which there are no
+            ``moments`` to the nearest one.
         batch_size: windows per pass.
         parts: finished blocks of an interrupted run.
         report: progress.
+        moments: name of a layer → second moment (n, n) float32 of its inputs, in place of those on the windows. The
+            windows are then read for the head alone.
 
     Returns:
         Path of a matrix → module of few bits in its place, for a checkpoint.
@@ -82,12 +88,12 @@ def round_model(
     if ends is not None and not ends.tied:
         path, grid = ends.embedding, grids[ends.embedding]
         found |= put_in(model, path, numbers_of(round_to_nearest(WeightRef(path).read(model), grid)), grid)
-    stream = None if windows is None else _stream(model, windows, batch_size)
-    if stream is None:
+    stream = None if windows is None or (moments is not None and ends is None) else _stream(model, windows, batch_size)
+    if stream is None and moments is None:
         for spec in wanted:
             found |= _round(model, spec, grids[spec.name], None)
     else:
-        found |= _round_blocks(stream, wanted, grids, parts, report)
+        found |= _round_blocks(model, stream, moments, wanted, grids, parts, report)
     if ends is not None:
         found |= _round_head(model, ends, grids[ends.matrices[-1]], stream, parts)
     return found
@@ -100,11 +106,30 @@ def _stream(model: nn.Module, windows: torch.Tensor, batch_size: int) -> Stream:
 
 
 def _round_blocks(
-    stream: Stream, wanted: Sequence[LinearSpec], grids: Mapping[str, Grid], parts: Parts, report: Reporter
+    model: nn.Module,
+    stream: Stream | None,
+    moments: Mapping[str, torch.Tensor] | None,
+    wanted: Sequence[LinearSpec],
+    grids: Mapping[str, Grid],
+    parts: Parts,
+    report: Reporter,
 ) -> dict[str, RoundedMatrix]:
-    """Round the layers of all blocks; the stream then is at the last block."""
-    model, blocks = stream.model, len(stream.blocks)
-    groups = input_groups(model, wanted, stream.batches[0][:1].to(next(model.parameters()).device))
+    """Round the layers of all blocks by known moments or by those of a stream, which then is at the last block."""
+    blocks, device = len(find_blocks(model)[1]), next(model.parameters()).device
+    groups: dict[int, list[list[LinearSpec]]] = {}
+    if moments is None:
+        assert stream is not None
+        groups = input_groups(model, wanted, stream.batches[0][:1].to(device))
+    else:
+        for spec in wanted:
+            groups.setdefault(spec.layer, []).append([spec])
+
+    def moment_of(leader: LinearSpec) -> torch.Tensor:
+        if moments is not None:
+            return moments[leader.name].to(device)
+        assert stream is not None
+        return _moment(stream, leader.weight.owner(model), leader.n, leader.name)
+
     found: dict[str, RoundedMatrix] = {}
     with report.bar("Rounding blocks", blocks) as bar:
         for layer in range(blocks):
@@ -112,14 +137,13 @@ def _round_blocks(
             stored = _stored(parts, name)
             done: dict[str, RoundedMatrix] = {}
             for group in groups.get(layer, []):
-                leader = group[0]
-                moment = None if stored else _moment(stream, leader.weight.owner(model), leader.n, leader.name)
+                moment = None if stored else moment_of(group[0])
                 for spec in group:
                     done |= _round(model, spec, grids[spec.name], moment, stored)
             if done and not stored:
                 parts.finish_part(name, named(done))
             found |= done
-            if layer + 1 < blocks:
+            if stream is not None and layer + 1 < blocks:
                 stream.advance(stream.outputs())
             bar.advance()
     return found

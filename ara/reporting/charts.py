@@ -154,12 +154,17 @@ def keep_front(front: Front, name: str) -> str:
 def size_front(front: SizeFront, name: str) -> str:
     """Return perplexity on held-out text against megabytes, one line per form; ``name`` is unique on the page."""
     measured = [(p.title, p.bytes / 1e6, p.perplexity) for p in front.points if p.bytes and p.perplexity is not None]
-    with _figure(3.2) as figure:
-        axis = figure.subplots()
-        for number, title in enumerate(dict.fromkeys(title for title, _, _ in measured)):
+    repaired = {point.title for point in front.points if point.recovered is not None}
+    with _figure(4.2 if repaired else 3.2) as figure:
+        axis, number = figure.subplots(), -1
+        for title in dict.fromkeys(title for title, _, _ in measured):
+            # A repaired form follows the same form without repairs, and has its style with hollow markers.
+            number += title not in repaired
             points = sorted((size, perplexity) for other, size, perplexity in measured if other == title)
             # More forms than colours: the marker tells them apart.
             style = {**_style(number), "marker": _FORM_MARKERS[number % len(_FORM_MARKERS)]}
+            if title in repaired:
+                style["fillstyle"] = "none"
             axis.plot([size for size, _ in points], [value for _, value in points], label=title, **style)
         _perplexity_axis(axis, [perplexity for _, _, perplexity in measured])
         axis.set_xlabel("size of the weight files, MB")

@@ -405,8 +405,8 @@ class Compared(Part):
 class SizedPoint(Part):
     """One form of the model.
 
-    ``size`` is what it was made for, as it was given; ``None`` for a dense model of one width. A form that does not fit
-    has only its ``error``.
+    ``size`` is what it was made for, as it was given; ``None`` for a dense model of one width. ``recovered`` has the
+    levels that have repaired it; ``None`` if none was tried. A form that does not fit has only its ``error``.
     """
 
     title: str
@@ -416,6 +416,7 @@ class SizedPoint(Part):
     dense_layers: int | None
     held_out: float | None
     perplexity: float | None
+    recovered: tuple[str, ...] | None = None
     error: str | None
 
 

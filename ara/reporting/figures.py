@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ara.models.weights import LinearSpec
@@ -24,12 +23,20 @@ def keep_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title
     return perplexity_curves(curves, dense, title, "keep: fraction of the factorised layers' parameters")
 
 
-def size_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title: str) -> bytes:
+def size_curves(
+    curves: Mapping[str, Mapping[float, float]], dense: float, title: str, dashed: Collection[str] = ()
+) -> bytes:
     """Return an SVG of perplexity against megabytes; see :func:`perplexity_curves`."""
-    return perplexity_curves(curves, dense, title, "size of the weight files, MB")
+    return perplexity_curves(curves, dense, title, "size of the weight files, MB", dashed)
 
 
-def perplexity_curves(curves: Mapping[str, Mapping[float, float]], dense: float, title: str, axis_title: str) -> bytes:
+def perplexity_curves(
+    curves: Mapping[str, Mapping[float, float]],
+    dense: float,
+    title: str,
+    axis_title: str,
+    dashed: Collection[str] = (),
+) -> bytes:
     """Return an SVG of perplexity (logarithmic) against a measure of size.
 
     Args:
@@ -37,6 +44,7 @@ def perplexity_curves(curves: Mapping[str, Mapping[float, float]], dense: float,
         dense: perplexity of the dense model, drawn as a line.
         title: above the picture.
         axis_title: what the sizes are.
+        dashed: labels of curves to draw dashed, in the colour of the curve before.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -44,9 +52,14 @@ def perplexity_curves(curves: Mapping[str, Mapping[float, float]], dense: float,
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axis = figure.subplots()
-        for (label, points), marker in zip(curves.items(), itertools.cycle("os^Dv*PX"), strict=False):
+        markers, number = "os^Dv*PX", -1
+        for label, points in curves.items():
+            number += label not in dashed
             sizes = sorted(points)
-            axis.plot(sizes, [points[size] for size in sizes], marker=marker, markersize=4, label=label)
+            style: Any = {"color": f"C{number % 10}", "marker": markers[number % len(markers)], "markersize": 4}
+            if label in dashed:
+                style |= {"linestyle": "--", "fillstyle": "none"}
+            axis.plot(sizes, [points[size] for size in sizes], label=label, **style)
         axis.axhline(dense, color="gray", linestyle="--", linewidth=1, label="dense")
         axis.set_yscale("log")
         axis.set_xlabel(axis_title)

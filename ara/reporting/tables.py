@@ -263,17 +263,20 @@ def comparison_table(comparison: document.Compared, allocation: document.Allocat
 def size_front_table(front: document.SizeFront) -> Table:
     """Return the forms of the model with their size and loss, the dense ones first, then size by size."""
     rows = []
+    repaired = any(point.recovered is not None for point in front.points)
     for point in front.points:
         bits = ", ".join(f"{count} × {width}" for width, count in (point.layers or {}).items())
         failed = None if point.error is None else Cell(shorten(point.error, _ERROR_WIDTH))
         size = failed or (NONE if point.bytes is None else Cell(f"{point.bytes / 1e6:,.1f}", point.bytes))
         names = Cell(point.title), Cell(point.size or NONE.text)
+        levels = (Cell(", ".join(point.recovered or ()) or NONE.text),) if repaired else ()
         quality = cells.number(point.held_out, 4), cells.number(point.perplexity, 2)
-        rows.append((*names, size, Cell(bits or NONE.text), cells.count(point.dense_layers), *quality))
-    columns = ("model", "made for", "weight files (MB)", "layers × bits per weight", "dense layers")
+        rows.append((*names, *levels, size, Cell(bits or NONE.text), cells.count(point.dense_layers), *quality))
+    words = ("model", "made for", *(("repaired by",) if repaired else ()))
+    columns = (*words, "weight files (MB)", "layers × bits per weight", "dense layers")
     layout = "" if front.layout == DEFAULT_LAYOUT else f", {front.layout}"
     caption = f"{front.name}: held-out calibration text{layout}"
-    return Table(caption, (*columns, "held-out loss (nats/token)", "perplexity"), rows, words=2)
+    return Table(caption, (*columns, "held-out loss (nats/token)", "perplexity"), rows, words=len(words))
 
 
 def export_table(export: document.Exported) -> Table:

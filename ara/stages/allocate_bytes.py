@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ara.allocation.forms import JOINT
 from ara.allocation.guard import Verdict, verdict_of
@@ -21,9 +23,13 @@ from ara.models.embeddings import find_embeddings
 from ara.solver.problem import Allocation
 from ara.stages.common import Run, model_of
 from ara.stages.modules import load_modules
+from ara.stages.moments import kept_moments
 from ara.stages.tuning import open_tuning_context
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
+
+if TYPE_CHECKING:
+    import torch
 
 # Fields of the config that give a size.
 SIZES = ("size", "bits_per_parameter", "budget_bytes")
@@ -125,7 +131,12 @@ def size_name(config: AllocateConfig) -> str:
 
 
 def open_sized_allocator(
-    config: SizedConfig, bits: Sequence[int], decomposition: StageView, workspace: Workspace, run: Run
+    config: SizedConfig,
+    bits: Sequence[int],
+    decomposition: StageView,
+    workspace: Workspace,
+    run: Run,
+    windows: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> SizedAllocator:
     """Load the model, and measure what ranks and rounding lose.
 
@@ -135,9 +146,12 @@ def open_sized_allocator(
         decomposition: the factors.
         workspace: for the caches.
         run: reporter.
+        windows: see :func:`ara.stages.tuning.open_tuning_context`.
     """
     modules = load_modules(decomposition, config.layout)
-    context = open_tuning_context(decomposition, [module.spec for module in modules], config, workspace, run)
+    specs = [module.spec for module in modules]
+    context = open_tuning_context(decomposition, specs, config, workspace, run, windows)
+    context = replace(context, moments=kept_moments(decomposition, run))
     grids: dict[int, Grid] = {width: Grid(width, config.block, config.zero_points) for width in BITS if width in bits}
     ends = few_bits(config.embedding_bits)
     grid = None if ends is None else Grid(ends, config.block, config.zero_points)

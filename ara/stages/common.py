@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ara.artifacts.factors import TextPart
 from ara.config import DecomposeConfig
+from ara.config.sizes import EmbeddingBits
 from ara.environment import reset_peak_memory
 from ara.errors import ModelError, UsageError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
@@ -272,6 +273,11 @@ def default_name(
         short = f"{one:g}"
         words.append(short if len(short) > 4 else f"{one:.2f}")
     return "-".join(words if layout == DEFAULT_LAYOUT else [*words, layout])
+
+
+def embedding_words(bits: EmbeddingBits | None) -> list[str]:
+    """Return the part of a result's name for the bits of embedding and head; none if they were not given."""
+    return [] if bits is None else [f"embedding{bits}"]
 
 
 def already_done(view: StageView, run: Run) -> StageView:

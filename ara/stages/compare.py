@@ -15,10 +15,11 @@ from ara.artifacts.factors import FactorsResults
 from ara.artifacts.ranks_file import from_table, ranks_table
 from ara.artifacts.training import training_cost
 from ara.config import CompareConfig, method_options
+from ara.config.recover import NO_RECOVERY
 from ara.config.sizes import GridConfig
 from ara.data.texts import check_text_spec, load_documents
 from ara.data.tokens import TokenWindows, evaluation_windows
-from ara.errors import NumericalError
+from ara.errors import NumericalError, UsageError
 from ara.jsonfile import dump
 from ara.layout_names import LayoutName
 from ara.masks.context import TuningContext
@@ -58,6 +59,11 @@ def compare(
     if config.size:
         refuse_with_sizes(config, masks)
         return compare_sizes(config, run, factors=factors, name=name)
+    if config.recover != NO_RECOVERY:
+        raise UsageError(
+            f"--recover {config.recover} is given without --size",
+            "allocators are compared as they are; give sizes, or omit --recover",
+        )
     started = begin(name, factors, masks)
     methods = config.methods or methods_for(config.layout)
     for method in methods:
@@ -76,7 +82,7 @@ def compare(
         )
         texts = {task: load_documents(task, "evaluation", report=run.report) for task in config.tasks}
         settings = {
-            **resolved.model_dump(mode="json", exclude={"size", "embedding_bits", *GridConfig.model_fields}),
+            **resolved.model_dump(mode="json", exclude={"size", "recover", "embedding_bits", *GridConfig.model_fields}),
             "text_sha256": {task: documents.digest for task, documents in texts.items()},
         }
         name = name or default_name(decomposition.name, keep=config.keep, layout=config.layout)

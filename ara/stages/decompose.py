@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ara.artifacts.factors import FactorisedLayer, FactorsResults, layer_file
+from ara.artifacts.factors import FactorisedLayer, FactorsResults, layer_file, moments_file
 from ara.calibration.chunks import ChunkReader, GradientReading, split_into_chunks
 from ara.calibration.gradients import GradientStats
 from ara.calibration.moments import InputStats, shared_inputs
@@ -27,6 +27,7 @@ from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec, find_linears, left_dense
 from ara.stages.common import Run, begin, check_window, open_task, text_parts, warn_without_chat
+from ara.stages.moments import moment_bytes, moments_to_keep, packed_moments
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
@@ -81,10 +82,11 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         linears = _factorisable(model, find_linears(model, config.exclude), windows, run)
         if windows is not None:
             _warn_if_few(windows, linears, run)
+        owners = {} if windows is None else shared_inputs(model, linears, windows.ids[:1].to(model.device))
         with task.writer(seed=config.seed, resumable=True) as stage:
-            _preflight(model, linears, stage, run)
-            _overview(model, linears, windows, text).write(stage)
-            _factor_layers(model, linears, method, windows, config, stage, run)
+            moments = _preflight(model, linears, owners, config.keep_moments, stage, run)
+            _overview(model, linears, windows, text, moments).write(stage)
+            _factor_layers(model, linears, method, windows, owners, moments, config, stage, run)
         return task.view()
 
 
@@ -156,25 +158,51 @@ def _warn_if_few(windows: TokenWindows, linears: Sequence[LinearSpec], run: Run)
         )
 
 
-def _preflight(model: PreTrainedModel, linears: Sequence[LinearSpec], stage: StageWriter, run: Run) -> None:
-    """Refuse to start if the disk is too small or a weight is not finite."""
-    finished = set(stage.finished)
-    todo = [spec for spec in linears if layer_file(spec.layer) not in finished]
+def _preflight(
+    model: PreTrainedModel,
+    linears: Sequence[LinearSpec],
+    owners: Mapping[str, str],
+    keep_moments: Literal["auto", "yes", "no"],
+    stage: StageWriter,
+    run: Run,
+) -> dict[str, str] | None:
+    """Refuse to start if the disk is too small or a weight is not finite, and decide whether moments are kept.
+
+    Returns:
+        :attr:`FactorsResults.moments`.
+    """
+    todo = _unfinished(linears, stage)
     needed = sum(spec.full_rank * (spec.m + spec.n) for spec in todo) * model.dtype.itemsize
     free = shutil.disk_usage(stage.folder).free
     run.report.fact(f"{len(todo)} linear layers; their factors take {needed / 2**20:,.0f} MiB")
+    leaders = moments_to_keep(linears, owners, keep_moments, free - needed, stage, run)
+    what = "the factors"
+    if leaders is not None:
+        what += " and second moments"
+        needed += moment_bytes(todo, leaders)
     if free < needed:
         raise DiskFullError(
-            f"the factors need {needed / 2**20:,.0f} MiB, {stage.folder.parent} has {free / 2**20:,.0f} MiB free",
+            f"{what} need {needed / 2**20:,.0f} MiB, {stage.folder.parent} has {free / 2**20:,.0f} MiB free",
             "free some space or choose another workspace with -w",
         )
     for spec in linears:
         with _naming(spec):
             refuse_nonfinite(spec.weight.read(model))
+    return leaders
+
+
+def _unfinished(linears: Sequence[LinearSpec], stage: StageWriter) -> list[LinearSpec]:
+    """Return the layers of blocks that no interrupted run has finished."""
+    finished = set(stage.finished)
+    return [spec for spec in linears if layer_file(spec.layer) not in finished]
 
 
 def _overview(
-    model: PreTrainedModel, linears: Sequence[LinearSpec], windows: TokenWindows | None, text: CalibrationText | None
+    model: PreTrainedModel,
+    linears: Sequence[LinearSpec],
+    windows: TokenWindows | None,
+    text: CalibrationText | None,
+    moments: Mapping[str, str] | None,
 ) -> FactorsResults:
     from ara.models.accounting import parameter_count
 
@@ -186,6 +214,7 @@ def _overview(
         parts=text_parts(text, windows) if text is not None and windows is not None else (),
         windows=tuple(windows.ids.shape) if windows is not None else None,
         windows_sha256=windows.digest if windows is not None else None,
+        moments=moments,
     )
 
 
@@ -194,18 +223,17 @@ def _factor_layers(
     linears: Sequence[LinearSpec],
     method: Decomposition,
     windows: TokenWindows | None,
+    owners: Mapping[str, str],
+    moments: Mapping[str, str] | None,
     config: DecomposeConfig,
     stage: StageWriter,
     run: Run,
 ) -> None:
     """Collect statistics for as many layers as fit into memory, factor and store them; repeat."""
-    finished = set(stage.finished)
-    todo = [spec for spec in linears if layer_file(spec.layer) not in finished]
-    if finished:
-        run.report.fact(f"resuming after an interruption: {len(finished)} blocks are done")
-    owners: dict[str, str] = {}
-    if windows is not None and todo:
-        owners = shared_inputs(model, linears, windows.ids[:1].to(model.device))
+    todo = _unfinished(linears, stage)
+    if len(todo) < len(linears):
+        blocks = len({spec.layer for spec in linears}) - len({spec.layer for spec in todo})
+        run.report.fact(f"resuming after an interruption: {blocks} blocks are done")
     if config.moment_memory is None:
         moment_bytes = available_bytes(model.device) // 4
     else:
@@ -227,6 +255,10 @@ def _factor_layers(
                     for spec in chunk
                     if spec.layer == layer
                 ]
+                if moments is not None:
+                    # Before the factors: with these the block is finished.
+                    found = {spec.name: stats for spec, (stats, _) in work if stats is not None}
+                    stage.tensors(moments_file(layer), packed_moments(found, moments))
                 tensors: dict[str, torch.Tensor] = {}
                 for factors in map_layers(partial(_factor, model, method), work, device):
                     tensors |= factors

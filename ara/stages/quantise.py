@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from ara.artifacts.checkpoint import CHECKPOINT, RoundingFigures
-from ara.artifacts.factors import FactorsSettings
+from ara.artifacts.factors import FactorsResults
 from ara.artifacts.ranks import RanksResults, read_allocation
 from ara.artifacts.ranks_file import RANKS_FILE, read_embedding_bits
+from ara.calibration.kept_moments import KeptMoments
 from ara.config import QuantiseConfig
 from ara.config.sizes import few_bits
 from ara.data.tokens import TokenWindows
 from ara.environment import keep_freed_memory
 from ara.errors import NumericalError, UsageError
-from ara.layouts.grid import BITS, Bits, Grid
+from ara.layouts.grid import BITS, Bits
 from ara.layouts.modeling_ara import RoundedMatrix
 from ara.models.checkpoint import load
-from ara.models.embeddings import find_embeddings
-from ara.models.likelihood import nll_of_windows
+from ara.models.likelihood import nll_of_model
 from ara.models.weights import find_blocks
+from ara.quantisation.plan import RoundingPlan
 from ara.quantisation.sequential import Parts, round_model
-from ara.stages.common import Run, begin, model_of, open_task, window_reader
+from ara.stages.common import Run, begin, embedding_words, open_task
 from ara.stages.compressed import Compressed, require_compressed
-from ara.stages.tuning import placed
-from ara.workspace.store import Workspace
+from ara.stages.moments import kept_moments
+from ara.stages.rounding_parts import RoundingParts
+from ara.stages.tuning import further_windows, placed
 from ara.workspace.view import StageView
-from ara.workspace.writer import StageWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,24 +58,26 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
         plan = _plan(config, before)
         run.report.step(f"Rounding {before.view.key}: {plan}")
         resolved = placed(config, run)
-        if resolved.method == "nearest":
+        wanted = resolved.method == "calibrated" and resolved.inputs == "dense"
+        moments = kept_moments(before.factors, run) if wanted else None
+        if resolved.method == "nearest" or (moments is not None and plan.embedding_bits is None):
             # Nothing is read to calibrate with.
             resolved = resolved.model_copy(update={"samples": QuantiseConfig.model_fields["samples"].default})
-        task.describe(
-            name or _name(before.view.name, config),
-            resolved.model_dump(mode="json") | {"dtype": before.dtype, "compute_dtype": resolved.dtype},
-            (before.view, before.factors),
-        )
+        settings = resolved.model_dump(mode="json", exclude={"inputs"})
+        settings |= {"dtype": before.dtype, "compute_dtype": resolved.dtype}
+        if moments is not None:
+            settings["inputs"] = "dense"
+        task.describe(name or _name(before.view.name, config), settings, (before.view, before.factors))
         if (done := task.done()) is not None:
             return done
-        windows = _windows(resolved, before.factors, task.workspace, run)
+        windows = further_windows(before.factors, resolved.samples, resolved.held_out, task.workspace, run)
         with task.writer(seed=config.seed, resumable=True) as stage:
             if finished := stage.all_work():
                 run.report.fact(f"resuming: {len(finished)} blocks are rounded already")
             if resolved.device == "cpu":
                 keep_freed_memory()
             model = load(before.view.path / CHECKPOINT, resolved.device, resolved.dtype)
-            rounded, found = _rounded(model, resolved, before, plan, windows, _Parts(stage), run)
+            rounded, found = _rounded(model, resolved, before, plan, windows, moments, RoundingParts(stage), run)
             before.write(model, stage, run, {"rounding": found.plain()}, rounded, rounding=found)
         return task.view()
 
@@ -88,8 +86,9 @@ def _rounded(
     model: PreTrainedModel,
     config: QuantiseConfig,
     before: Compressed,
-    plan: _Plan,
+    plan: RoundingPlan,
     windows: tuple[TokenWindows, TokenWindows],
+    moments: KeptMoments | None,
     parts: Parts,
     run: Run,
 ) -> tuple[dict[str, RoundedMatrix], RoundingFigures]:
@@ -101,6 +100,7 @@ def _rounded(
         before: the checkpoint.
         plan: what is rounded to how many bits.
         windows: to calibrate with, and held-out ones.
+        moments: of the layers' inputs in the dense model; ``None``: their inputs are read.
         parts: finished blocks of an interrupted run.
         run: reporter.
 
@@ -113,10 +113,10 @@ def _rounded(
     train, held = windows
     calibrated = config.method == "calibrated"
     grids = plan.grids(model)
-    first = _loss(model, held.ids, config.batch_size, run)
+    first = float(nll_of_model(model, held.ids, config.batch_size, run.report).mean())
     ids = train.ids if calibrated else None
-    rounded = round_model(model, before.specs, grids, ids, config.batch_size, parts, run.report)
-    after = _loss(model, held.ids, config.batch_size, run)
+    rounded = round_model(model, before.specs, grids, ids, config.batch_size, parts, run.report, moments)
+    after = float(nll_of_model(model, held.ids, config.batch_size, run.report).mean())
     run.report.fact(f"held-out loss {first:.4f} → {after:.4f} nats per token")
     if not after - first <= config.tolerance:
         raise NumericalError(
@@ -131,7 +131,7 @@ def _rounded(
         block=plan.block,
         zero_points=plan.zero_points,
         method=config.method,
-        windows=train.windows if calibrated else 0,
+        windows=0 if not calibrated else train.windows if moments is None else _windows_of(before.factors),
         held_out=held.windows,
         seq_len=held.ids.shape[1],
         loss_before=first,
@@ -140,41 +140,13 @@ def _rounded(
     )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is rounded to how many bits.
-
-    Attributes:
-        layers: path of a factorised layer → bits; layers without an entry stay.
-        embedding_bits: of the embedding and the head; ``None``: they stay.
-        block, zero_points: of all grids.
-    """
-
-    layers: Mapping[str, Bits]
-    embedding_bits: Bits | None
-    block: int
-    zero_points: bool
-
-    def __str__(self) -> str:
-        widths = " and ".join(map(str, sorted(set(self.layers.values()))))
-        layers = [f"layers to {widths} bits"] if widths else []
-        ends = [f"embedding and head to {self.embedding_bits} bits"] if self.embedding_bits else []
-        return ", ".join(layers + ends)
-
-    def grids(self, model: PreTrainedModel) -> dict[str, Grid]:
-        """Return path of a layer, of the embedding or of the head → grid.
-
-        Raises:
-            UnsupportedModelError: embedding and head of the model cannot be rounded.
-            UsageError: a block is longer than a row of the embedding.
-        """
-        found = {name: Grid(bits, self.block, self.zero_points) for name, bits in self.layers.items()}
-        if self.embedding_bits is not None:
-            found |= find_embeddings(model).on(Grid(self.embedding_bits, self.block, self.zero_points))
-        return found
+def _windows_of(decomposition: StageView) -> int:
+    """Return the number of windows that a decomposition has read."""
+    windows = FactorsResults.read(decomposition).windows
+    return windows[0] if windows else 0
 
 
-def _plan(config: QuantiseConfig, before: Compressed) -> _Plan:
+def _plan(config: QuantiseConfig, before: Compressed) -> RoundingPlan:
     """Return the bits that the config names; where it names none, those that the allocation has chosen.
 
     Raises:
@@ -197,54 +169,11 @@ def _plan(config: QuantiseConfig, before: Compressed) -> _Plan:
             f"{before.ranks.key} gives no layer 4 or 8 bits",
             "say how many: --bits 8; or choose them: ara allocate --size 90MB",
         )
-    return _Plan(layers, bits, block, zero_points)
+    return RoundingPlan(layers, bits, block, zero_points)
 
 
 def _name(before: str, config: QuantiseConfig) -> str:
     """Return a name such as ``energy-0.80-int4-embedding8``."""
-    embedding = [] if config.embedding_bits is None else [f"embedding{config.embedding_bits}"]
+    embedding = embedding_words(config.embedding_bits)
     layers = [f"int{config.bits}"] if config.bits is not None else [] if embedding else ["rounded"]
     return "-".join([before, *layers, *embedding])
-
-
-class _Parts(Parts):
-    """Finished blocks in the unfinished folder of the stage."""
-
-    def __init__(self, stage: StageWriter) -> None:
-        self.stage = stage
-
-    def part(self, name: str) -> Path | None:
-        """See :class:`Parts`."""
-        found = self.stage.work(name)
-        return None if found is None else found[0]
-
-    def finish_part(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """See :class:`Parts`."""
-        self.stage.finish_work(name, tensors, {})
-
-
-def _windows(
-    config: QuantiseConfig, decomposition: StageView, workspace: Workspace, run: Run
-) -> tuple[TokenWindows, TokenWindows]:
-    """Return windows to calibrate with and held-out ones, from the text of the decomposition after its own windows."""
-    from ara.data.mixtures import resolved_text
-
-    made, source = FactorsSettings.read(decomposition), model_of(decomposition, run)
-    spec = resolved_text(made.text, source.load_tokenizer())
-    return window_reader(spec, source, made.seq_len, made.seed, workspace, run).further(
-        made.samples, config.samples, config.held_out
-    )
-
-
-@torch.inference_mode()
-def _loss(model: PreTrainedModel, windows: torch.Tensor, batch_size: int, run: Run) -> float:
-    """Return the mean negative log-likelihood of a model, nats per token."""
-    losses = nll_of_windows(
-        lambda ids: model(input_ids=ids, use_cache=False).logits,
-        windows,
-        model.device,
-        batch_size,
-        run.report,
-        "Reading held-out text",
-    )
-    return float(losses.mean())

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ara.artifacts.checkpoint import CHECKPOINT, RecoveryFigures, RoundingFigures
 from ara.artifacts.factors import factor_files
 from ara.config import RecoverConfig
+from ara.config.base import PlacementConfig
 from ara.environment import keep_freed_memory
 from ara.errors import UsageError
 from ara.models.checkpoint import load_rounded
 from ara.models.placement import Placement, choose_placement, torch_dtype
 from ara.recovery import LEVELS, levels_to_run
 from ara.recovery.base import Level, Recovery
-from ara.recovery.rounded import from_scaled, stored_parameters, to_scaled
-from ara.recovery.trainable import from_trainable, to_trainable
+from ara.recovery.rounded import from_scaled
+from ara.recovery.trainable import from_trainable
 from ara.stages.common import Run, already_done, begin, model_of, open_task
 from ara.stages.compressed import Compressed, require_compressed
-from ara.stages.recovery_levels import LevelRuns
-from ara.stages.recovery_parts import LevelParts
+from ara.stages.recovery_levels import LevelRuns, open_recovery
 from ara.stages.recovery_text import RecoveryTexts, recovery_texts
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
@@ -64,7 +64,7 @@ def recover(
         if before.rounding is not None:
             levels = _levels_after_rounding(levels, before.view, before.rounding, config, run)
         run.report.step(f"Recovering {before.view.key}: {', '.join(levels)}")
-        placement = _placement(config)
+        placement = training_placement(config)
         run.report.fact(placement.why)
         source = model_of(before.factors, run)
         texts = recovery_texts(config, levels, before.view, before.factors, source, task.workspace, run)
@@ -95,6 +95,11 @@ def check_levels(config: RecoverConfig) -> dict[str, Level]:
     return levels
 
 
+def idle_settings(levels: Collection[str]) -> set[str]:
+    """Return the settings of levels that do not run: they make no other result."""
+    return {name for entry in LEVELS if entry.name not in levels for name in entry.load().settings}
+
+
 def _levels_after_rounding(
     levels: Mapping[str, Level], view: StageView, rounding: RoundingFigures, config: RecoverConfig, run: Run
 ) -> dict[str, Level]:
@@ -120,7 +125,8 @@ def _levels_after_rounding(
     return found
 
 
-def _placement(config: RecoverConfig) -> Placement:
+def training_placement(config: PlacementConfig) -> Placement:
+    """Return device and dtype of a stage that trains."""
     placement = choose_placement(config.device, config.dtype)
     if placement.dtype == "float16":
         # Gradients of float16 weights underflow; the GPUs that would get it by default have no bfloat16.
@@ -140,9 +146,8 @@ def _settings(
     placement: Placement,
     texts: RecoveryTexts,
 ) -> dict[str, Any]:
-    """Return what the result depends on. Settings of levels that do not run make no other result."""
-    idle = {name for entry in LEVELS if entry.name not in levels for name in entry.load().settings}
-    return config.model_dump(mode="json", exclude=idle) | {
+    """Return what the result depends on."""
+    return config.model_dump(mode="json", exclude=idle_settings(levels)) | {
         "device": placement.device,
         "dtype": before.dtype,
         "text": texts.spec,
@@ -165,25 +170,11 @@ def _open(
     run.report.fact("loading both models")
     if config.device == "cpu":
         keep_freed_memory()
-    dense = source.load_model(torch_dtype(config.dtype), config.device).eval().requires_grad_(False)
+    dense = source.load_model(torch_dtype(config.dtype), config.device)
     model, rounded = load_rounded(before.view.path / CHECKPOINT, config.device, config.dtype)
-    if rounded:
-        to_scaled(model, rounded, before.layout)
-    else:
-        to_trainable(model, before.layout)
-    recovery = Recovery(
-        dense,
-        model,
-        before.specs,
-        factor_files(before.factors, before.specs),
-        next(iter(texts.train.values())),
-        texts.held_out,
-        texts.unseen,
-        config.model_copy(update={"text": texts.spec, "seq_len": texts.seq_len}),
-        LevelParts(stage, ""),
-        run.report,
-        keep_on_interrupt,
-        stored_parameters(model, torch_dtype(before.dtype), rounded) if rounded else {},
+    files = factor_files(before.factors, before.specs)
+    recovery = open_recovery(
+        dense, model, rounded, before.specs, files, texts, config, before.dtype, stage, run.report, keep_on_interrupt
     )
     return recovery, rounded
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 
 from ara.artifacts.checkpoint import RecoveredLevel, RecoveryFigures
+from ara.config import RecoverConfig
 from ara.environment import peak_memory_bytes
+from ara.models.placement import torch_dtype
+from ara.models.weights import LinearSpec
+from ara.progress import Reporter
 from ara.recovery import LEVELS
 from ara.recovery.base import Distance, Level, Recovery
-from ara.recovery.trainable import load_tensors
+from ara.recovery.rounded import stored_parameters, to_scaled
+from ara.recovery.trainable import load_tensors, to_trainable
 from ara.stages.recovery_parts import LevelParts
 from ara.stages.recovery_text import RecoveryTexts
 from ara.workspace.writer import StageWriter
@@ -21,12 +27,72 @@ from ara.workspace.writer import StageWriter
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ara.layouts.modeling_ara import RoundedMatrix
+
+
+def open_recovery(
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    rounded: Mapping[str, RoundedMatrix],
+    specs: Sequence[LinearSpec],
+    factors: Mapping[str, Path],
+    texts: RecoveryTexts,
+    config: RecoverConfig,
+    dtype: str,
+    stage: StageWriter,
+    report: Reporter,
+    keep_on_interrupt: bool = False,
+) -> Recovery:
+    """Bring a compressed model into its trainable form, in place, and return what the levels work on.
+
+    Args:
+        dense: the dense model.
+        model: the compressed one, with ordinary matrices in place of the rounded ones.
+        rounded: path → module of few bits; none if the model is not rounded.
+        specs: the factorised layers, in the layout of the model.
+        factors: module path → file with its full factors.
+        texts: windows of the levels.
+        config: with resolved device and dtype.
+        dtype: name of the dtype in which the repaired model will be stored.
+        stage: keeps finished parts.
+        report: progress.
+        keep_on_interrupt: see :class:`Recovery`.
+    """
+    layout = specs[0].layout
+    if rounded:
+        to_scaled(model, rounded, layout)
+    else:
+        to_trainable(model, layout)
+    return Recovery(
+        dense.eval().requires_grad_(False),
+        model,
+        specs,
+        factors,
+        next(iter(texts.train.values())),
+        texts.held_out,
+        texts.unseen,
+        config.model_copy(update={"text": texts.spec, "seq_len": texts.seq_len}),
+        LevelParts(stage, ""),
+        report,
+        keep_on_interrupt,
+        stored_parameters(model, torch_dtype(dtype), rounded) if rounded else {},
+    )
+
 
 class LevelRuns:
     """Runs levels one after the other; takes one back that raises the divergence from the dense model."""
 
-    def __init__(self, recovery: Recovery, stage: StageWriter, texts: RecoveryTexts) -> None:
+    def __init__(self, recovery: Recovery, stage: StageWriter, texts: RecoveryTexts, scope: str = "") -> None:
+        """Prepare the first level.
+
+        Args:
+            recovery: both models.
+            stage: keeps finished parts.
+            texts: windows of every level.
+            scope: see :class:`LevelParts`.
+        """
         self.recovery, self.stage, self.texts, self.report = recovery, stage, texts, recovery.report
+        self._scope = scope
 
     def all(self, levels: Mapping[str, Level]) -> tuple[RecoveryFigures, dict[str, Any]]:
         """Run the levels and return their figures and details; finished ones are read from the stage."""
@@ -36,7 +102,7 @@ class LevelRuns:
         details: dict[str, Any] = {}
         now, stopped = first, None
         for name, level in levels.items():
-            work = self.stage.work(f"level-{name}")
+            work = self.stage.work(f"{self._scope}level-{name}")
             if work is None:
                 row, now, stopped, details[name] = self._run(name, level, now)
             else:
@@ -66,20 +132,20 @@ class LevelRuns:
 
     def _start(self) -> Distance:
         """Return the distance from the dense model before any repair."""
-        work = self.stage.work("start")
+        work = self.stage.work(f"{self._scope}start")
         if work is not None:
             return Distance(**work[1])
         with self.report.bar("Reading held-out text", len(self.recovery.unseen.ids)) as bar:
             found = self.recovery.unseen_distance(bar.advance)
         self.report.fact(f"divergence from the dense model on held-out text: {found.kl:.4f} nats/token")
-        self.stage.finish_work("start", {"none": torch.zeros(1)}, asdict(found))
+        self.stage.finish_work(f"{self._scope}start", {"none": torch.zeros(1)}, asdict(found))
         return found
 
     def _run(
         self, name: str, level: Level, before: Distance
     ) -> tuple[RecoveredLevel, Distance, str | None, dict[str, Any]]:
         """Run one level, keep it unless the divergence has grown, and store the state after it."""
-        parts = LevelParts(self.stage, name)
+        parts = LevelParts(self.stage, name, self._scope)
         recovery = replace(self.recovery, train=self.texts.train[name], saved=parts)
         self.report.step(f"Level {name}: {LEVELS.entry(name).title}")
         kept = _state(recovery.model)
@@ -105,8 +171,8 @@ class LevelRuns:
         now, details = after if row.kept else before, dict(outcome.details)
         if outcome.interrupted is None:
             values = {"row": row.plain(), "distance": asdict(now), "details": details}
-            self.stage.finish_work(f"level-{name}", _state(recovery.model), values)
-            self.stage.drop_work(f"{name}:")
+            self.stage.finish_work(f"{self._scope}level-{name}", _state(recovery.model), values)
+            self.stage.drop_work(f"{self._scope}{name}:")
         return row, now, outcome.interrupted, details
 
 

@@ -11,17 +11,25 @@ import torch
 
 from ara.files import remove
 from ara.recovery.base import Saved
-from ara.workspace.writer import StageWriter
+from ara.workspace.writer import WORK, StageWriter
 
 
 class LevelParts(Saved):
     """Parts of a level's work, and its unfinished state, in the folder of the stage."""
 
-    def __init__(self, stage: StageWriter, level: str) -> None:
-        self.stage, self.level = stage, level
-        earlier = [values["seconds"] for name, values in stage.all_work().items() if name.startswith(f"{level}:")]
+    def __init__(self, stage: StageWriter, level: str, scope: str = "") -> None:
+        """Find what an interrupted run has finished.
+
+        Args:
+            stage: the writer.
+            level: name of the level.
+            scope: beginning of the names of all parts, for a stage that repairs several models. Such a stage keeps no
+                logs.
+        """
+        self.stage, self.level, self._scope = stage, f"{scope}{level}", scope
+        earlier = [values["seconds"] for name, values in stage.all_work().items() if name.startswith(f"{self.level}:")]
         self._checkpoint = stage.checkpoint() if level else None
-        if self._checkpoint is not None and self._checkpoint[1].get("level") == level:
+        if self._checkpoint is not None and self._checkpoint[1].get("level") == self.level:
             earlier.append(self._checkpoint[1]["seconds"])
         self._started = time.monotonic() - max(earlier, default=0.0)
 
@@ -58,6 +66,9 @@ class LevelParts(Saved):
 
     def log_file(self, name: str) -> Path:
         """See :meth:`Saved.log_file`."""
+        if self._scope:
+            # Removed with the unfinished work.
+            return self.stage.folder / f"{WORK}{self._scope}{name}"
         self.stage.loose(name)
         return self.stage.folder / name
 

@@ -34,6 +34,7 @@ class RecoveryTexts:
         windows: how many different ones that are in all.
         held_out: windows to choose by; at least one window lies between these and those of the levels.
         unseen: windows to judge by, which no level reads. What is chosen on a text looks too good on it.
+        fresh: (w, t) int64, windows for the caller that neither the levels nor their judge read.
     """
 
     spec: str
@@ -44,33 +45,36 @@ class RecoveryTexts:
     windows: int
     held_out: RecoveryText
     unseen: RecoveryText
+    fresh: torch.Tensor
 
 
 def recovery_texts(
     config: RecoverConfig,
     levels: Mapping[str, Level],
-    checkpoint: StageView,
+    checkpoint: StageView | None,
     decomposition: StageView,
     source: ModelSource,
     workspace: Workspace,
     run: Run,
+    fresh: int = 0,
 ) -> RecoveryTexts:
     """Return the windows of a recovery.
 
     What has been fitted to a window shows too small an error on it. So the levels read windows after those of the
     decomposition, if it has the same text, and each level its own ones: those of a level start where all windows of the
     levels before it end, whether these run or not. Held-out windows follow at the end, also after those of earlier
-    repairs of the checkpoint: half to choose by, half to judge by. A text that is too short is read again from its
-    beginning.
+    repairs of the checkpoint: half to choose by, half to judge by, and after these the caller's. A text that is too
+    short is read again from its beginning.
 
     Args:
         config: text, number and length of windows.
         levels: by name, those that run.
-        checkpoint: to repair.
+        checkpoint: to repair; ``None`` for a model that was never repaired.
         decomposition: that it was made from.
         source: the model.
         workspace: holds the token cache.
         run: reporter.
+        fresh: windows for the caller.
 
     Raises:
         UsageError: the text or the window length cannot be used.
@@ -88,17 +92,19 @@ def recovery_texts(
     run.report.fact(f"text: {reader.text.origin}")
     same = spec == resolved_text(made.text, tokenizer) and (seq_len, config.seed) == (made.seq_len, made.seed)
     ranges = _ranges(config, levels)
-    earlier = _read_earlier(checkpoint, workspace, spec, seq_len, config.seed)
+    earlier = 0 if checkpoint is None else _read_earlier(checkpoint, workspace, spec, seq_len, config.seed)
     needed = max(earlier, *(end for _, end in ranges.values()))
-    read, held = reader.further(made.samples if same else 0, needed, 2 * config.held_out)
+    read, held = reader.further(made.samples if same else 0, needed, 2 * config.held_out + fresh)
     counted = None if config.loss_on == "all" else read.answers
     text_read = RecoveryText(read.ids, counted)
     chosen = {name: torch.arange(*ends)[: read.windows] % read.windows for name, ends in ranges.items()}
     for name, windows in chosen.items():
         run.report.fact(f"{name}: {len(windows)} windows of {seq_len} tokens")
-    # A text of a few windows may give one only, for both.
-    choosing = max(1, held.windows // 2)
-    unseen = held.ids[choosing:] if held.windows > 1 else held.ids
+    # A short text has fewer windows; if one only, it serves all ends.
+    last = -(-held.windows * fresh // (2 * config.held_out + fresh))
+    judged = held.ids[: max(1, held.windows - last)]
+    choosing = max(1, len(judged) // 2)
+    unseen = judged[choosing:] if len(judged) > 1 else judged
     run.report.fact(f"held out: {choosing} windows to choose by, {len(unseen)} to judge by")
     different = torch.tensor(sorted({row for windows in chosen.values() for row in windows.tolist()}))
     return RecoveryTexts(
@@ -110,6 +116,7 @@ def recovery_texts(
         windows=len(different),
         held_out=RecoveryText(held.ids[:choosing]),
         unseen=RecoveryText(unseen),
+        fresh=held.ids[held.windows - last :],
     )
 
 

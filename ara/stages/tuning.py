@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ara.artifacts.factors import FactorsSettings, factor_files
 from ara.config import TuningConfig
@@ -17,6 +17,11 @@ from ara.stages.common import Run, model_of, window_reader
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 
+if TYPE_CHECKING:
+    import torch
+
+    from ara.data.tokens import TokenWindows
+
 C = TypeVar("C", bound=TuningConfig)
 
 
@@ -27,19 +32,19 @@ def placed(config: C, run: Run) -> C:
     return config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
 
 
-def open_tuning_context(
-    decomposition: StageView, specs: Sequence[LinearSpec], config: TuningConfig, workspace: Workspace, run: Run
-) -> TuningContext:
-    """Load the model with its factors, and two separate sets of calibration windows.
+def further_windows(
+    decomposition: StageView, samples: int, held_out: int, workspace: Workspace, run: Run
+) -> tuple[TokenWindows, TokenWindows]:
+    """Return windows to learn from and held-out ones, from the text of a decomposition.
 
-    Windows come from the text of the decomposition, in its order, after those that the factors were fitted to; see
+    They come in its order, after those that the factors were fitted to; see
     :meth:`ara.data.windows.WindowReader.further`.
 
     Args:
         decomposition: a verified result of ``ara decompose``.
-        specs: its layers, in the wanted layout.
-        config: with resolved device and dtype.
-        workspace: for the caches.
+        samples: windows to learn from.
+        held_out: further windows.
+        workspace: for the cache.
         run: reporter.
 
     Raises:
@@ -48,16 +53,44 @@ def open_tuning_context(
     """
     from ara.data.mixtures import resolved_text
 
-    assert decomposition.manifest is not None
-    made = FactorsSettings.read(decomposition)
-    source = model_of(decomposition, run)
+    made, source = FactorsSettings.read(decomposition), model_of(decomposition, run)
     spec = resolved_text(made.text, source.load_tokenizer())
     reader = window_reader(spec, source, made.seq_len, made.seed, workspace, run)
-    train, held = reader.further(made.samples, config.samples, config.held_out)
+    train, held = reader.further(made.samples, samples, held_out)
     run.report.fact(
         f"{train.windows} windows of {made.seq_len} tokens to learn from, {held.windows} held out "
         f"({reader.text.origin})"
     )
+    return train, held
+
+
+def open_tuning_context(
+    decomposition: StageView,
+    specs: Sequence[LinearSpec],
+    config: TuningConfig,
+    workspace: Workspace,
+    run: Run,
+    windows: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> TuningContext:
+    """Load the model with its factors, and two separate sets of calibration windows.
+
+    Args:
+        decomposition: a verified result of ``ara decompose``.
+        specs: its layers, in the wanted layout.
+        config: with resolved device and dtype.
+        workspace: for the caches.
+        run: reporter.
+        windows: to learn from and held out, (w, t) int64 each; by default those of :func:`further_windows`.
+
+    Raises:
+        ModelError: the model is missing or has changed.
+        DataError: a text has fewer than three windows.
+    """
+    assert decomposition.manifest is not None
+    source = model_of(decomposition, run)
+    if windows is None:
+        train, held = further_windows(decomposition, config.samples, config.held_out, workspace, run)
+        windows = train.ids, held.ids
     if config.device == "cpu":
         keep_freed_memory()
     run.report.fact("loading the model")
@@ -65,4 +98,4 @@ def open_tuning_context(
     masked = MaskedModel(model, list(specs), factor_files(decomposition, specs))
     made_from = decomposition.manifest.id
     tables = None if run.force else TableCache(workspace.cache / "tables", made_from, run.report)
-    return TuningContext(masked, train.ids, held.ids, config.batch_size, config.seed, run.report, table_cache=tables)
+    return TuningContext(masked, *windows, config.batch_size, config.seed, run.report, table_cache=tables)

@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
 # Settings that change only speed and memory, or that the model's fingerprint covers.
 _NOT_DECISIVE = {
-    "decompose": frozenset({"model", "revision", "device", "moment_memory"}),
+    "decompose": frozenset({"model", "revision", "device", "moment_memory", "keep_moments"}),
     "train-masks": frozenset({"save_every", "tensorboard"}),
     "recover": frozenset({"save_every", "tensorboard"}),
     "quantise": frozenset({"tolerance"}),

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, RecoverConfig, StageConfig, TruncateConfig
+from ara.config.recover import NO_RECOVERY
 from ara_cli.fields import Only
 from ara_cli.options import RemoveOption
 from ara_cli.session import Session
@@ -14,11 +15,10 @@ from ara_cli.signature import Maker, command_line
 from ara_cli.values import keep_of
 
 _SHARED = ("seed", "device", "dtype")
-_DECOMPOSE = Only("model", "text", "samples", "seq_len", *_SHARED, "revision", decomposition="method")
+_DECOMPOSE = Only("model", "text", "samples", "seq_len", *_SHARED, "revision", "keep_moments", decomposition="method")
 _ALLOCATE = Only("method", "layout", "rank_multiple", "held_out", *_SHARED, rank_samples="samples")
 _RECOVER = Only("samples", "held_out", *_SHARED)
 _EVALUATE = Only("tasks", "max_windows", "include_path", "limit", "prompt", "device", "dtype", eval_seq_len="seq_len")
-NO_RECOVERY = "none"
 _AFTER = {
     "model": ("keep", "remove", "method", "decomposition", "layout", "rank_multiple"),
     "samples": ("rank_samples", "held_out"),

@@ -35,7 +35,9 @@ class Scenario:
         return words if "--source" in words else [*words, "-w", "ws"]
 
 
-_DECOMPOSE = f"decompose model --text {_TEXT} --samples 12 --seq-len 48 --moment-memory 1e-6 {_PLACED}"
+# Whether moments are kept must not depend on the disk that is made small.
+_FIRST = f"--text {_TEXT} --samples 12 --seq-len 48 --keep-moments yes"
+_DECOMPOSE = f"decompose model {_FIRST} --moment-memory 1e-6 {_PLACED}"
 _EVAL = (
     f"eval --checkpoint energy-0.70 --tasks {_TEXT} --seq-len 64 --max-windows 2 --prompt 'The baker' "
     f"--max-new-tokens 4 {_PLACED}"
@@ -48,7 +50,7 @@ _CUT = ("decompose", "allocate", "truncate")
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario("run", f"run model --text {_TEXT} --samples 12 --seq-len 48 --rank-samples 6 --held-out 3 --keep 0.8 "
+        Scenario("run", f"run model {_FIRST} --rank-samples 6 --held-out 3 --keep 0.8 "
             f"--method sensitivity --tasks {_TEXT} --eval-seq-len 64 --max-windows 2 {_PLACED}"),
         Scenario("decompose", _DECOMPOSE),
         Scenario("train-masks", f"train-masks --keep 0.8 --keep 0.6 --steps 3 --batch 2 --check-every 2 {_TUNED}",
@@ -63,7 +65,8 @@ SCENARIOS = {
             "--execution-provider cpu --no-parity --overwrite", _CUT),
         Scenario("compare", f"compare --keep 0.7 --methods uniform,energy,sensitivity --tasks {_TEXT} "
             f"--eval-seq-len 64 --max-windows 2 {_TUNED}", ("decompose",)),
-        Scenario("compare sizes", f"compare --size 300KB,150KB --block 16 --embedding-bits 8 {_TUNED}", ("decompose",)),
+        Scenario("compare sizes", f"compare --size 300KB,150KB --block 16 --embedding-bits 8 --recover block {_TUNED}",
+            ("decompose",)),
         Scenario("bench", _BENCH, _CUT),
         Scenario("report", f"{_REPORT} --output page.html", (*_CUT, "eval", "bench")),
         Scenario("recover", "recover --checkpoint energy-0.70 --level distill --samples 8 --held-out 3 --batch-size 4 "

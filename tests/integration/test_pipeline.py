@@ -37,6 +37,8 @@ from tests.tiny import FAMILIES, save_tiny, story, tiny_config, tiny_model, tiny
 
 NAME = "energy-0.70"
 CPU = {"device": "cpu", "dtype": "float32"}
+# Files of a block in a decomposition.
+KINDS = ("layer", "moments")
 KEEP = 0.7
 # 60 wide, heads of 14, 6 query and 2 key-value heads, 92 in the middle: the tiny llama by hand.
 SHAPES = {
@@ -91,7 +93,7 @@ def test_workspace_holds_exactly_these_files(finished):
         ".lock",
         *(
             f"decompose/two-sided/{name}"
-            for name in ("manifest.json", *(f"layer-{i:03d}.safetensors" for i in range(3)))
+            for name in ("manifest.json", *(f"{kind}-{i:03d}.safetensors" for kind in KINDS for i in range(3)))
         ),
         f"allocate/{NAME}/manifest.json",
         f"allocate/{NAME}/ranks.json",
@@ -532,7 +534,8 @@ def test_same_seed_gives_the_same_bytes(finished, tiny_settings, tmp_path):
         Run(root),
     )
     first = {name: sha for name, sha in contents(finished, "*.safetensors").items()}
-    assert len(first) == 5
+    # Factors and moments of three blocks, the checkpoint, tokens.
+    assert len(first) == 8
     assert contents(root, "*.safetensors") == first
     for key in ("decompose/two-sided", f"allocate/{NAME}", f"truncate/{NAME}"):
         assert manifest(root, key).id == manifest(finished, key).id
@@ -628,8 +631,7 @@ def test_excluded_layers_stay_dense_and_uncounted(tmp_path, tiny_settings):
     )
     assert listing(tmp_path / "ws" / "decompose" / "two-sided") == {
         "manifest.json",
-        "layer-001.safetensors",
-        "layer-002.safetensors",
+        *(f"{kind}-{i:03d}.safetensors" for kind in KINDS for i in (1, 2)),
     }
     ranks = ranks_of(tmp_path / "ws")
     assert len(ranks) == 12

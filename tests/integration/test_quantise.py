@@ -127,7 +127,7 @@ def test_later_commands_read_it(copied: Path, tiny_text: str) -> None:
 def test_a_run_that_was_killed_resumes_to_the_same_bytes(copied: Path, killed: Any) -> None:
     written(copied, "--name", "one")
     words = [str(word) for word in (*FEW, "--bits", 8, "--name", "two", "-w", copied)]
-    killed("ara.stages.quantise:_Parts.finish_part", 2, "after", "quantise", *words)
+    killed("ara.stages.rounding_parts:RoundingParts.finish_part", 2, "after", "quantise", *words)
     again = done("quantise", *words)
     assert "resum" in again.stderr
     assert _weights(copied / "quantise" / "two") == _weights(copied / "quantise" / "one")

@@ -156,9 +156,11 @@ def test_a_ranks_file_and_a_size_are_refused(copied: Path) -> None:
 
 def test_bits_alone_are_chosen_where_all_layers_stay_dense(copied: Path) -> None:
     """The checkpoint of a dense model in 8 and 4 bits, and the same dense model as candidates of the guard."""
-    found = sized(copied, "--size", size(copied, 0.22), "--bits", "8,4", "--block", 16, "--exclude", "*")
+    words = ("--size", size(copied, 0.22), "--bits", "8,4", "--block", 16, "--exclude", "*")
+    guard = sized(copied, *words, "--name", "guarded").guard
+    assert guard is not None and guard.held_out["dense, 4 bits"] == guard.held_out["ranks, 4 bits"]
+    found = sized(copied, *words, "--no-guard")
     assert found.size is not None and found.linear_keep == 1 and set(found.size.layers) == {"4", "8"}
-    assert found.guard is not None and found.guard.held_out["dense, 4 bits"] == found.guard.held_out["ranks, 4 bits"]
     done("truncate", "-w", copied)
     document = json.loads(done("quantise", *FEW, "--tolerance", 9, "-w", copied, "--json").stdout)
     results = CheckpointResults.read(Workspace.open(copied).view(f"quantise/{document['name']}"))
