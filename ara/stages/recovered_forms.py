@@ -20,6 +20,7 @@ from ara.layouts.grid import BITS
 from ara.models.likelihood import nll_of_model
 from ara.models.low_rank import apply_factors
 from ara.models.placement import torch_dtype
+from ara.models.weights import LinearSpec
 from ara.quantisation.plan import RoundingPlan
 from ara.quantisation.sequential import round_model
 from ara.recovery.base import Level
@@ -131,7 +132,7 @@ class FormRepairs:
         return nll_of_model(model, self.texts.fresh, batch, report), kept
 
     @cached_property
-    def _specs(self) -> Any:
+    def _specs(self) -> list[LinearSpec]:
         return specs_of(self._decomposition, self._config.layout)
 
     @cached_property
