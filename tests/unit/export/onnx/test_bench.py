@@ -17,6 +17,7 @@ from ara.stages.common import Run
 from export.config import ExportConfig
 from export.onnx.bench_runner import OnnxRunner, count_checkpoint, parameters_of
 from export.onnx.export_report import Fallback
+from export.onnx.quantize import BLOCK
 from export.onnx.stored_weights import Checkpoint
 from export.stage import export_folder
 
@@ -36,14 +37,14 @@ def test_files_are_counted_as_the_model_is(
     about = exported(folder, tmp_path / "out", last_logits=True)
     assert count_checkpoint(source, about) == count_model(model, last_logits=True)
     assert parameters_of(source) == sum(parameter.numel() for parameter in model.parameters())
-    for precision, weight, cache in (("fp16", 2, 2), ("int8", 1 + 4 / 16, 4)):
+    for precision, weight, cache in (("fp16", 2, 2), ("int8", 1 + 4 / BLOCK, 4)):
         narrower = about.model_copy(update={"precision": precision, "last_logits": False})
         expected = replace(count_model(model, last_logits=False), weight_bytes=weight, cache_bytes=cache)
         assert count_checkpoint(source, narrower) == expected
     # 16 bits on the disk, float32 in memory.
     fallback = Fallback(matrices={"lm_head": 0.1}, candidates=3, weights=expected.head, extra_bytes=1, kl=0.1)
     mixed = count_checkpoint(source, narrower.model_copy(update={"fallback": fallback}))
-    total = 1.25 * expected.linear + 4 * expected.head
+    total = (1 + 4 / BLOCK) * expected.linear + 4 * expected.head
     assert mixed.weight_bytes == pytest.approx(total / (expected.linear + expected.head))
 
 
