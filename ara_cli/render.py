@@ -215,7 +215,7 @@ def _show_recovery(console: Console, what: str, figures: RecoveryFigures) -> Non
 
 def show_export(console: Console, results: GraphResults) -> None:
     """Show the form of the graph, how much it differs from the checkpoint in torch, and what it cost to get so near."""
-    if results.rounded:
+    if results.rounded and not results.rewritten:
         console.fact(_few_bits(results))
     if results.fallback is not None:
         wide = results.fallback

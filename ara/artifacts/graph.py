@@ -65,6 +65,7 @@ class GraphResults(Results):
         last_logits: whether the export computes the logits of the last position only.
         execution_provider: of ONNX Runtime.
         files: name → size of the files that the runtime reads.
+        rewritten: whether another exporter's graph was rewritten; it has matrices of few bits as float weights.
         rounded: number of matrices that the checkpoint stores in few bits.
         expanded: number of products for which ONNX Runtime expands one of them to float when it loads the graph.
         fallback: ``None`` if no product had to be exact.
@@ -76,6 +77,7 @@ class GraphResults(Results):
     last_logits: StrictBool
     execution_provider: str | None = None
     files: Mapping[str, FileSize] | None = None
+    rewritten: StrictBool = False
     rounded: Count = 0
     expanded: Count = 0
     fallback: FallbackResults | None = None
