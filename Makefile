@@ -34,7 +34,7 @@ PIP_INSTALL := if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-vllm drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes clean
+.PHONY: help setup demo test test-fast test-vllm drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -183,6 +183,10 @@ bench-export-memory: $(STAMP) ## peak memory of exporting a 7B-shaped checkpoint
 bench-inference: $(STAMP) ## speed of exported models against dense, and what the arithmetic predicts
 	@echo "Timing exported models"
 	@$(BIN)/python benchmarks/inference.py $(BENCH_FLAGS)
+
+bench-products: $(STAMP) ## time single products of ONNX Runtime: float weights against 8 and 4 bits
+	@echo "Timing single products"
+	@$(BIN)/python benchmarks/products.py $(BENCH_FLAGS)
 
 bench-quantised: $(STAMP) ## what 8 and 4 bits cost dense and factorised models (after bench-inference)
 	@echo "Rounding weights"

@@ -220,13 +220,15 @@ def _show_recovery(console: Console, what: str, figures: RecoveryFigures) -> Non
 
 
 def show_export(console: Console, results: GraphResults) -> None:
-    """Show how much the graph differs from the checkpoint in torch, and what it cost to get that near."""
+    """Show the form of the graph, how much it differs from the checkpoint in torch, and what it cost to get so near."""
+    if results.rounded and not results.rewritten:
+        console.fact(_few_bits(results))
     if results.fallback is not None:
         wide = results.fallback
         # Short rows take fewer bytes in 16 bits: they fill no block, and need no scales.
         size = f"{bytes_text(abs(wide.extra_bytes))} {'more' if wide.extra_bytes >= 0 else 'less'}"
         console.fact(
-            f"{results.precision} with {len(wide.matrices)} of {wide.candidates} matrices in 16 bits: {size}; "
+            f"{results.precision} with {len(wide.matrices)} of {wide.candidates} products exact: {size}; "
             f"all in 8 bits: KL {wide.kl:.2g} nats"
         )
     if results.parity is None:
@@ -248,6 +250,17 @@ def show_export(console: Console, results: GraphResults) -> None:
         "run as", "tokens", "largest difference of a logit", "same token", "KL, nats", "NLL torch", "NLL ONNX"
     )
     console.table(f"{results.precision} graph in ONNX Runtime against torch", headers, rows)
+
+
+def _few_bits(results: GraphResults) -> str:
+    """Say in which form the graph has the matrices of few bits."""
+    form = (
+        "their inputs are rounded to 8 bits (exact with --precision fp32)"
+        if results.precision == "int8" and results.execution_provider == "cpu"
+        else "their products are exact"
+    )
+    memory = f"; {results.expanded} take the memory of float weights" if results.expanded else ""
+    return f"{results.rounded} matrices of few bits as stored: {form}{memory}"
 
 
 @shows_results

@@ -91,8 +91,12 @@ class Target(ABC):
     # -- writing ------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def resolve(self, config: ExportConfig) -> ExportConfig:
+    def resolve(self, config: ExportConfig, source: Path | None = None) -> ExportConfig:
         """Return the config with every automatic choice made, such as provider and precision.
+
+        Args:
+            config: as the user gave it.
+            source: folder of the checkpoint, on which some choices depend; ``None`` to check the settings alone.
 
         Raises:
             UsageError: this target cannot write such a combination of settings.

@@ -19,7 +19,9 @@ class ExportConfig(StageConfig):
 
     target: str = Field("onnx", description="runtime to write for")
     precision: Annotated[Literal["fp32", "fp16", "int8", "int4"] | None, Flag(choices=False)] = Field(
-        None, description="precision of the weights: fp32, fp16, int8 [default: fp32 on CPU, fp16 on CUDA]"
+        None,
+        description="precision of the weights, in int8 also of inputs: fp32, fp16, int8 [default: on CPU int8 for "
+        "checkpoints of ara quantise, else fp32; on CUDA fp16]",
     )
     execution_provider: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the graph will run: cpu, cuda, or auto (CUDA if available)"

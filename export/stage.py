@@ -42,19 +42,19 @@ def export(config: ExportConfig, run: Run, *, checkpoint: str | None = None, nam
     """
     started = begin(name, checkpoint)
     target = load_target(config.target)
-    resolved = target.resolve(config)
-    target.inputs(resolved)  # a missing file is an error before any work
+    target.inputs(target.resolve(config))  # wrong settings and missing files are errors before any work
     with open_task("export", run, started) as task:
         truncated = task.workspace.require("checkpoint", checkpoint)
         assert truncated.manifest is not None
         run.report.step(f"Exporting {truncated.key} to {target.title}")
+        source = truncated.path / CHECKPOINT
+        resolved = target.resolve(config, source)
         settings = target.recorded(resolved)
         task.describe(name or target.result_name(truncated.name, resolved), settings, (truncated,))
         if (done := task.done()) is not None:
             return done
         with task.writer() as stage:
-            source, origin = truncated.path / CHECKPOINT, truncated.manifest.id
-            write_report(target.write(source, stage.folder, resolved, origin, run.report), stage)
+            write_report(target.write(source, stage.folder, resolved, truncated.manifest.id, run.report), stage)
         return task.view()
 
 
@@ -74,8 +74,7 @@ def export_folder(
         AraError: as :func:`export`; ``output`` is not empty.
     """
     target = load_target(config.target)
-    resolved = target.resolve(config)
-    others = target.inputs(resolved)
+    others = target.inputs(target.resolve(config))
     if output.is_symlink():
         raise OutputError(
             f"--output {output} is a link, and ARA does not write through links", "name its folder itself"
@@ -85,6 +84,7 @@ def export_folder(
     _refuse_output(output, needed, overwrite)
     run.report.step(f"Exporting {source} to {target.title}")
     read_config(source)  # a folder that is no checkpoint is an error before anything is written
+    resolved = target.resolve(config, source)
     with _work_folder(output, run.command) as work:
         # An earlier run, killed between its two renames, may have left the old folder here.
         _refuse_output(output, needed, overwrite)

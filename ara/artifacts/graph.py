@@ -48,7 +48,7 @@ class ParityResults(Part):
 
 @dataclass(frozen=True)
 class FallbackResults(Part):
-    """The matrices that an int8 export holds in 16 bits; see :class:`export.onnx.export_report.Fallback`."""
+    """The matrices that an int8 export multiplies exactly; see :class:`export.onnx.export_report.Fallback`."""
 
     matrices: Mapping[str, Number]
     candidates: Count
@@ -65,7 +65,10 @@ class GraphResults(Results):
         last_logits: whether the export computes the logits of the last position only.
         execution_provider: of ONNX Runtime.
         files: name → size of the files that the runtime reads.
-        fallback: ``None`` if no matrix had to leave the precision of the export.
+        rewritten: whether another exporter's graph was rewritten; it has matrices of few bits as float weights.
+        rounded: number of matrices that the checkpoint stores in few bits.
+        expanded: number of products for which ONNX Runtime expands one of them to float when it loads the graph.
+        fallback: ``None`` if no product had to be exact.
         parity: ``None`` if the export was not compared with torch.
     """
 
@@ -74,6 +77,9 @@ class GraphResults(Results):
     last_logits: StrictBool
     execution_provider: str | None = None
     files: Mapping[str, FileSize] | None = None
+    rewritten: StrictBool = False
+    rounded: Count = 0
+    expanded: Count = 0
     fallback: FallbackResults | None = None
     parity: ParityResults | None = None
 

@@ -15,6 +15,7 @@ from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import modeling_ara
 from ara.layouts.modeling_ara import (
     LAYERS,
+    QUANT_METHOD,
     AraConfig,
     AraQuantizer,
     RoundedMatrix,
@@ -215,6 +216,16 @@ def quantization_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             f"{folder}/config.json: quantization_config is a {type(found).__name__}, expected an object", _AGAIN
         )
     return found
+
+
+def is_rounded(folder: Path) -> bool:
+    """Tell whether a checkpoint of ARA has matrices of few bits.
+
+    Raises:
+        ModelError: its config cannot be read.
+    """
+    quantization = quantization_of(folder, read_config(folder))
+    return quantization.get("quant_method") == QUANT_METHOD and bool(quantization.get("rounded"))
 
 
 def checkpoint_bytes(folder: Path) -> int:

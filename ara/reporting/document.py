@@ -432,14 +432,14 @@ class SizeFront(Part):
 class Exported(Part):
     """One result of ``ara export``; ``parity`` is empty when the graph was not compared.
 
-    Of ``candidates`` matrices, an int8 graph holds ``sixteen_bits`` in 16 bits.
+    Of ``candidates`` matrices, an int8 graph multiplies ``exact`` exactly.
     """
 
     name: str
     precision: str
     provider: str | None
     graph_bytes: int | None
-    sixteen_bits: int
+    exact: int
     candidates: int
     parity: tuple[ParityCase, ...]
 

@@ -305,7 +305,7 @@ def read_export(manifest: Manifest) -> document.Exported:
         name=manifest.name,
         provider=results.execution_provider,
         graph_bytes=sum(file.bytes for file in results.files.values()) if results.files else None,
-        sixteen_bits=len(results.fallback.matrices) if results.fallback else 0,
+        exact=len(results.fallback.matrices) if results.fallback else 0,
         candidates=results.fallback.candidates if results.fallback else 0,
         parity=results.parity.cases if results.parity else (),
     )

@@ -295,7 +295,7 @@ def export_table(export: document.Exported) -> Table:
     ]
     columns = ("run as", "tokens", "largest difference of a logit", "same token", "KL (nats/token)")
     size = "" if export.graph_bytes is None else f", {export.graph_bytes / 2**20:,.1f} MiB"
-    mixed = f" with {export.sixteen_bits} of {export.candidates} matrices in 16 bits" if export.sixteen_bits else ""
+    mixed = f" with {export.exact} of {export.candidates} products exact" if export.exact else ""
     caption = f"{export.name}: {export.precision} graph{mixed}{size}, ONNX Runtime against torch"
     return Table(caption, (*columns, "loss in torch", "loss in ONNX Runtime"), rows)
 

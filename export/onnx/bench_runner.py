@@ -17,9 +17,10 @@ from ara.stages.common import Run
 from ara.workspace.view import StageView
 from export.config import ExportConfig
 from export.onnx.export_report import DATA_FILE, ExportReport, read_report
+from export.onnx.few_bits import is_expanded
 from export.onnx.quantize import BITS, BLOCK
 from export.onnx.runner import OnnxDecoder
-from export.onnx.stored_weights import Checkpoint
+from export.onnx.stored_weights import HEAD, Checkpoint
 from export.onnx.writing import model_config
 from export.stage import export_folder
 
@@ -96,32 +97,43 @@ def count_checkpoint(checkpoint: Checkpoint, about: ExportReport) -> Cost:
     """
     config = model_config(checkpoint.folder)
     number = 2 if about.execution_provider == "cuda" or about.precision == "fp16" else 4
-    shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
-    linear = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." in name and len(shape) == 2)
     head = config.vocab_size * config.hidden_size
+    matrices = {
+        name.removesuffix(".weight"): math.prod(checkpoint.shape(name))
+        for name in checkpoint.names()
+        if ".layers." in name and len(checkpoint.shape(name)) == 2
+    }
+    linear = sum(matrices.values())
+    matrices[HEAD] = head
+    total = sum(count * _weight_bytes(checkpoint, about, path, number) for path, count in matrices.items())
     return cost_of(
         config,
         linear=linear,
         head=head,
-        weight_bytes=_weight_bytes(about, number, linear + head),
+        weight_bytes=total / (linear + head),
         cache_bytes=number,
         last_logits=about.last_logits,
     )
 
 
-def _weight_bytes(about: ExportReport, number: int, weights: int) -> float:
-    """Return the mean bytes that a pass reads per weight of the linear layers and the head.
+def _weight_bytes(checkpoint: Checkpoint, about: ExportReport, path: str, number: int) -> float:
+    """Return the bytes that a pass reads per weight of the matrix that is multiplied at ``path``.
 
     Args:
-        about: precision of the graph.
+        checkpoint: that the graph was made from.
+        about: precision and provider of the graph.
+        path: of a linear layer, a part of one, or the head.
         number: bytes of an activation.
-        weights: how many there are.
     """
-    if about.precision != "int8":
+    exact = about.precision != "int8" or (about.fallback is not None and path in about.fallback.matrices)
+    rounding = checkpoint.rounded.get(checkpoint.owner(path))
+    if rounding is None:
+        # ONNX Runtime widens matrices in 16 bits to the type of the activations when it loads the graph.
+        return number if exact else BITS / 8 + number / BLOCK
+    if exact and is_expanded(rounding, about.execution_provider):
         return number
-    eight = BITS / 8 + number / BLOCK
-    # ONNX Runtime widens matrices in 16 bits to the type of the activations when it loads the graph.
-    return eight if about.fallback is None else eight + (number - eight) * about.fallback.weights / weights
+    bits, block, zero_points = rounding
+    return bits / 8 + (number + zero_points * bits / 8) / block
 
 
 def parameters_of(checkpoint: Checkpoint) -> int:

@@ -61,15 +61,17 @@ class Proof(_Part):
 
 
 class Fallback(_Part):
-    """The matrices that an int8 graph holds in 16 bits, because with 8 bits it differed too much from torch.
+    """The matrices that an int8 graph multiplies exactly, because with 8 bits it differed too much from torch.
+
+    Their inputs are not rounded. Their weights are in 16 bits, or as the checkpoint stores them in few.
 
     Attributes:
-        matrices: path → what its rounding to 8 bits costs, nats per token; the first one costs most per weight.
-        candidates: number of matrices that could be in 8 bits.
+        matrices: path → what 8 bits cost there, nats per token; the first one costs most per weight.
+        candidates: number of matrices at which 8 bits round weights or inputs.
         weights: number of weights in ``matrices``.
-        extra_bytes: by which the files are larger than with all candidates in 8 bits; negative where rows are so short
-            that blocks and their scales take more.
-        kl: largest KL(torch ‖ ONNX) of a case with all candidates in 8 bits, nats per token.
+        extra_bytes: by which the files are larger than without any of them; negative where rows are so short that
+            blocks and their scales take more.
+        kl: largest KL(torch ‖ ONNX) of a case without any of them, nats per token.
     """
 
     matrices: Mapping[str, float]
@@ -83,9 +85,11 @@ class ExportReport(_Part):
     """The contents of ``ara_export.json``.
 
     Attributes:
-        precision: of all weights that the checkpoint does not store in few bits.
-        rounded: number of matrices that it stores in few bits; the graph has the same numbers.
-        fallback: ``None`` where no matrix had to leave the precision of the export.
+        precision: of all weights that the checkpoint does not store in few bits, and of the inputs of products.
+        rounded: number of matrices that it stores in few bits; the graph has the same numbers. Precision int8 rounds
+            their inputs to 8 bits; in other precisions their products are exact.
+        expanded: number of products whose matrix of few bits ONNX Runtime expands to float when it loads the graph.
+        fallback: ``None`` where no product had to be exact.
         parity: ``None`` where the graph was not compared.
     """
 
@@ -99,6 +103,7 @@ class ExportReport(_Part):
     layout: LayoutName
     ranks: Mapping[str, int]
     rounded: int = Field(0, ge=0)
+    expanded: int = Field(0, ge=0)
     decoder: DecoderFacts
     files: Mapping[str, FileRecord]
     versions: Mapping[str, str | None]

@@ -1,8 +1,7 @@
-"""Puts the few matrices of an int8 graph that cost most into 16 bits, until the graph is near enough to torch.
+"""Gives the few matrices of an int8 graph that cost most exact products, until the graph is near enough to torch.
 
-Such a matrix has neither rounded weights nor rounded inputs. Keeping its weights in 8 bits and computing with exact
-inputs would save bytes, but the error of the weights stays, and on a CPU ONNX Runtime then expands the whole matrix in
-every pass, which takes longer than multiplying by a float32 one.
+The inputs of such a matrix are not rounded. Its weights are in 16 bits, or have the few bits that the checkpoint
+stores. Weights that the checkpoint does not round could stay in 8 bits too, but then their error would stay.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from torch import nn
 
 from ara.errors import NumericalError
 from ara.progress import Reporter
-from export.onnx.export_report import ExportReport, Fallback
-from export.onnx.graph import EMBEDDING
+from export.onnx.export_report import ExportReport, Fallback, Provider
 from export.onnx.proof import Reference, compare_graph
-from export.onnx.rounding_cost import rounding_costs
+from export.onnx.quantize import BLOCK
+from export.onnx.rounding_cost import Eight, rounding_costs
 from export.onnx.stored_weights import Checkpoint
 from export.onnx.tolerance import Parity, Tolerance, all_misses
 
@@ -26,16 +25,17 @@ from export.onnx.tolerance import Parity, Tolerance, all_misses
 _WINDOWS = 4
 # The first attempt is expected to reach this share of the allowed KL: costs are estimates, and texts differ.
 _MARGIN = 0.8
+_NOTHING = Eight(weights=False, inputs=None)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A matrix that could be in 8 bits.
+    """A matrix whose product could be in 8 bits.
 
     Attributes:
         path: of its module.
         weights: number of its weights.
-        cost: of rounding it, nats per token.
+        cost: of these 8 bits, nats per token.
     """
 
     path: str
@@ -51,12 +51,12 @@ def fall_back(
     tolerance: Tolerance,
     report: Reporter,
 ) -> tuple[ExportReport, list[Parity]]:
-    """Write an int8 graph again with more and more matrices in 16 bits, until it is within the tolerance.
+    """Write an int8 graph again with more and more exact products, until it is within the tolerance.
 
-    The number of attempts is at most 2 + log₂ of the number of matrices. The last one has all of them in 16 bits.
+    The number of attempts is at most 2 + log₂ of the number of matrices. In the last one all products are exact.
 
     Args:
-        write: writes the graph with the given matrices in 16 bits in place of the existing one.
+        write: writes the graph with exact products of the given matrices in place of the existing one.
         reference: what the graph is compared with.
         before: report on the graph that misses the tolerance.
         cases: its comparison.
@@ -72,7 +72,7 @@ def fall_back(
     """
     kl = worst_kl(cases)
     report.fact(f"too far in 8 bits ({all_misses(cases, tolerance)[0]}): measuring what each matrix costs")
-    order = candidates(reference, inputs=before.execution_provider == "cpu")
+    order = candidates(reference, before.execution_provider)
     about, found = before, list(cases)
     for count in attempts([one.cost for one in order], kl, tolerance.kl):
         chosen = order[:count]
@@ -86,29 +86,30 @@ def fall_back(
         )
         about = about.model_copy(update={"fallback": fallback})
         found = compare_graph(reference)
-        report.fact(f"KL {worst_kl(found):.2g} nats with {count} of {len(order)} matrices in 16 bits")
+        report.fact(f"KL {worst_kl(found):.2g} nats with {count} of {len(order)} products exact")
         if not all_misses(found, tolerance):
             break
     return about, found
 
 
-def candidates(reference: Reference, *, inputs: bool) -> list[Candidate]:
-    """Return the matrices of a checkpoint that are not stored in few bits; the largest cost per weight comes first.
+def candidates(reference: Reference, provider: Provider) -> list[Candidate]:
+    """Return the matrices at which the graph rounds weights or inputs; the largest cost per weight comes first.
 
-    In this order a KL is reached with the fewest bytes.
+    In this order a KL is reached with the fewest bytes, in the file or in memory.
 
     Args:
         reference: the checkpoint.
-        inputs: whether the runtime rounds the inputs of a matrix as well.
+        provider: where the graph runs.
 
     Raises:
         DataError: the calibration text is too short.
         NumericalError: a cost is NaN or infinite.
     """
     model = reference.load()
-    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    paths = [path for path in paths if _owner(reference.checkpoint, path) not in reference.checkpoint.rounded]
-    costs = rounding_costs(model, reference.windows("calibration", _WINDOWS), paths, inputs=inputs)
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    what = {path: _eight(reference.checkpoint, path, provider) for path in linears}
+    what = {path: eight for path, eight in what.items() if eight != _NOTHING}
+    costs = rounding_costs(model, reference.windows("calibration", _WINDOWS), what)
     found = [Candidate(path, model.get_submodule(path).weight.numel(), cost) for path, cost in costs.items()]
     if not all(0 <= one.cost < float("inf") for one in found):
         raise NumericalError(
@@ -117,8 +118,15 @@ def candidates(reference: Reference, *, inputs: bool) -> list[Candidate]:
     return sorted(found, key=lambda one: (-one.cost / one.weights, one.path))
 
 
+def _eight(checkpoint: Checkpoint, path: str, provider: Provider) -> Eight:
+    """Return what an int8 graph rounds at the linear module ``path``. On CUDA, MatMulNBits rounds no inputs."""
+    rounding = checkpoint.rounded.get(checkpoint.owner(path))
+    block = BLOCK if rounding is None else rounding.block
+    return Eight(weights=rounding is None, inputs=block if provider == "cpu" else None)
+
+
 def attempts(costs: Sequence[float], kl: float, allowed: float) -> Iterator[int]:
-    """Yield how many of the first matrices to put into 16 bits, until the caller stops.
+    """Yield how many of the first matrices to multiply exactly, until the caller stops.
 
     The first number is the smallest one after which the costs of the others, scaled so that all together are ``kl``,
     are well within what is allowed. Every further number is twice as large; the last one is all.
@@ -142,11 +150,6 @@ def attempts(costs: Sequence[float], kl: float, allowed: float) -> Iterator[int]
 def worst_kl(cases: Sequence[Parity]) -> float:
     """Return the largest KL of a case, nats per token."""
     return max(case.kl for case in cases)
-
-
-def _owner(checkpoint: Checkpoint, path: str) -> str:
-    """Return the path that the checkpoint stores the matrix of a module under; a tied head has none of its own."""
-    return path if checkpoint.has(f"{path}.weight") else EMBEDDING
 
 
 def _size(about: ExportReport) -> int:

@@ -17,11 +17,11 @@ import torch
 
 from ara.errors import ModelError
 from export.onnx.architecture import Decoder
-from export.onnx.linear_nodes import TORCH_TYPES, GraphOptions, LinearNodes
+from export.onnx.few_bits import TORCH_TYPES
+from export.onnx.graph_options import GraphOptions
+from export.onnx.linear_nodes import LinearNodes
 from export.onnx.nodes import CONTRIB
-from export.onnx.stored_weights import Checkpoint
-
-EMBEDDING = "model.embed_tokens"
+from export.onnx.stored_weights import EMBEDDING, HEAD, Checkpoint
 
 
 def build(checkpoint: Checkpoint, decoder: Decoder, options: GraphOptions) -> ir.Model:
@@ -93,12 +93,12 @@ class _Builder(LinearNodes):
     def _head(self, x: ir.Value) -> ir.Value:
         """Return the logits. A tied head multiplies by the embedding, which is stored once."""
         # A stored head is used even if the config says that it is tied, as transformers does.
-        if not self.decoder.tied or self.checkpoint.has("lm_head.weight"):
-            return self.linear(x, self._layer("lm_head", self.decoder.vocabulary, self.decoder.hidden))
+        if not self.decoder.tied or self.checkpoint.has(f"{HEAD}.weight"):
+            return self.linear(x, self._layer(HEAD, self.decoder.vocabulary, self.decoder.hidden))
         weight = f"{EMBEDDING}.weight"
         if self.options.precision == "int8" or EMBEDDING in self.checkpoint.rounded:
-            return self._matmul(x, "lm_head", weight)
-        return self.op("FusedMatMul", [x, self.weight(weight)], "lm_head", {"transB": 1}, domain=CONTRIB)
+            return self._matmul(x, HEAD, weight)
+        return self.op("FusedMatMul", [x, self.weight(weight)], HEAD, {"transB": 1}, domain=CONTRIB)
 
     # -- parts of a block ---------------------------------------------------------------------------------------
 

@@ -107,7 +107,7 @@ def prove(about: ExportReport, cases: Sequence[Parity]) -> Proof:
     if problems:
         more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
         fallback = about.fallback
-        even = "" if fallback is None else f", even with {_few(fallback)} matrices in 16 bits"
+        even = "" if fallback is None else f", even with {_few(fallback)} products exact"
         raise NumericalError(
             f"the {about.precision} graph does not match the checkpoint{even}: {'; '.join(problems[:2])}{more}",
             "try another --precision; if fp32 fails as well, this is a defect of the export",

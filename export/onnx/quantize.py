@@ -45,19 +45,19 @@ def scales_of(weight: torch.Tensor, scale_dtype: torch.dtype = torch.float32) ->
     return torch.cat(parts).flatten()
 
 
-def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return a weight (m, n) rounded to ``bits`` bits, as float32.
+def rounded(weight: torch.Tensor, bits: int, block: int = BLOCK) -> torch.Tensor:
+    """Return a weight (m, n) rounded to ``bits`` bits in blocks of this length, as float32.
 
     With 8 bits it also gives what MatMulNBits rounds activations (t, n) to.
     """
-    steps, scales = _steps(weight, bits, torch.float32)
+    steps, scales = _steps(weight, bits, torch.float32, block)
     return (steps * scales[..., None]).flatten(1)[:, : weight.shape[1]]
 
 
-def _blocks(weight: torch.Tensor) -> torch.Tensor:
+def _blocks(weight: torch.Tensor, block: int = BLOCK) -> torch.Tensor:
     m, n = weight.shape
-    blocks = -(-n // BLOCK)
-    return torch.nn.functional.pad(weight.float(), (0, blocks * BLOCK - n)).view(m, blocks, BLOCK)
+    blocks = -(-n // block)
+    return torch.nn.functional.pad(weight.float(), (0, blocks * block - n)).view(m, blocks, block)
 
 
 def _scales(blocks: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
@@ -71,9 +71,11 @@ def _scales(blocks: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor
     return scales
 
 
-def _steps(weight: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights in whole steps, (m, b, 16), and scales, (m, b), both float32."""
-    blocks, last = _blocks(weight), (1 << (bits - 1)) - 1
+def _steps(
+    weight: torch.Tensor, bits: int, dtype: torch.dtype, block: int = BLOCK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights in whole steps, (m, b, block), and scales, (m, b), both float32."""
+    blocks, last = _blocks(weight, block), (1 << (bits - 1)) - 1
     scales = _scales(blocks, bits, dtype)
     divisor = scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
     return blocks.div(divisor).round_().clamp_(-last - 1, last), scales

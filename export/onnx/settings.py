@@ -16,8 +16,12 @@ _BLOCKED_INT4 = (
 )
 
 
-def resolve(config: ExportConfig) -> ExportConfig:
+def resolve(config: ExportConfig, *, rounded: bool = False) -> ExportConfig:
     """Return the config with provider and precision decided.
+
+    Args:
+        config: as the user gave it.
+        rounded: whether the checkpoint has matrices of few bits.
 
     Raises:
         UnavailableError: CUDA was asked for and this ONNX Runtime lacks it; int4.
@@ -31,7 +35,7 @@ def resolve(config: ExportConfig) -> ExportConfig:
         raise UnavailableError(
             f"this ONNX Runtime has no {PROVIDERS['cuda']}", "install onnxruntime-gpu, or use --execution-provider cpu"
         )
-    precision = config.precision or ("fp16" if provider == "cuda" else "fp32")
+    precision = config.precision or _default(config, provider, rounded)
     if precision == "int4":
         raise UnavailableError(_BLOCKED_INT4, "run ara quantise --bits 4 first, and export its checkpoint")
     if config.rewrite is not None and (config.merge_shared_inputs or config.last_logits or config.precision):
@@ -44,6 +48,17 @@ def resolve(config: ExportConfig) -> ExportConfig:
             "fused attention of ONNX Runtime has no fp32 on CUDA", "use --precision fp16, or --execution-provider cpu"
         )
     return config.model_copy(update={"execution_provider": provider, "precision": precision})
+
+
+def _default(config: ExportConfig, provider: Provider, rounded: bool) -> Precision:
+    """Return the precision of a config that names none.
+
+    Matrices of few bits are fast and small in int8 alone. It is the default where the comparison with torch sees to it
+    that rounded inputs cost little.
+    """
+    if provider == "cuda":
+        return "fp16"
+    return "int8" if rounded and config.parity and config.rewrite is None else "fp32"
 
 
 def provider_of(config: ExportConfig) -> Provider:

@@ -18,6 +18,8 @@ from ara.layouts.modeling_ara import NUMBERS, QUANT_METHOD, AraConfig, RoundedMa
 from ara.models.checkpoint import quantization_of, read_config
 from ara.models.folder import INDEX, SINGLE, read_index, read_shapes
 
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
 _AGAIN = "write the checkpoint again: ara truncate --force"
 
 
@@ -117,6 +119,10 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         """Tell whether a tensor exists."""
         return name in self._matrices or name in self._shapes
+
+    def owner(self, path: str) -> str:
+        """Return the path whose matrix is multiplied at ``path``: a tied head has none of its own."""
+        return EMBEDDING if path == HEAD and not self.has(f"{path}.weight") else path
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor.

@@ -31,11 +31,12 @@ class OnnxTarget(Target):
     title: ClassVar[str] = "ONNX"
     command: ClassVar[str] = "ara export --onnx"
 
-    def resolve(self, config: ExportConfig) -> ExportConfig:
+    def resolve(self, config: ExportConfig, source: Path | None = None) -> ExportConfig:
         """Decide provider and precision."""
+        from ara.models.checkpoint import is_rounded
         from export.onnx.settings import resolve
 
-        return resolve(config)
+        return resolve(config, rounded=source is not None and is_rounded(source))
 
     def inputs(self, config: ExportConfig) -> list[Path]:
         """Return the dense graph of ``--rewrite``, if there is one."""

@@ -32,9 +32,10 @@ from export.onnx.export_report import (
     graph_files,
 )
 from export.onnx.fallback import fall_back
+from export.onnx.few_bits import count_expanded
 from export.onnx.genai import genai_config
 from export.onnx.graph import build
-from export.onnx.linear_nodes import GraphOptions
+from export.onnx.graph_options import GraphOptions
 from export.onnx.proof import compare_graph, prove, read_reference
 from export.onnx.rewrite import graph_errors, load_graph, rewrite
 from export.onnx.settings import precision_of, provider_of
@@ -73,8 +74,8 @@ def write_onnx(
 
     Raises:
         ModelError: the checkpoint is damaged, or the graph builder does not know its family.
-        NumericalError: the results of the graph differ from those of the checkpoint, in int8 also with matrices in 16
-            bits.
+        NumericalError: the results of the graph differ from those of the checkpoint, in int8 also with exact
+            products.
         DiskFullError: the disk is full.
     """
     if not checkpoint.compressed:
@@ -87,9 +88,9 @@ def write_onnx(
         f"{facts.family}: {len(checkpoint.ranks)} low-rank layers; {config.precision} for {provider_of(config)}"
     )
 
-    def write(sixteen: frozenset[str]) -> ExportReport:
-        """Write the graph and its report; a graph of precision int8 gets these matrices in 16 bits."""
-        model, genai = _graph(checkpoint, decoder, facts, config, sixteen, report)
+    def write(exact: frozenset[str]) -> ExportReport:
+        """Write the graph and its report; a graph of precision int8 multiplies by these matrices exactly."""
+        model, genai = _graph(checkpoint, decoder, facts, config, exact, report)
         with disk_errors(folder), graph_errors(Path(config.rewrite)) if config.rewrite else nullcontext():
             _save(model, folder, report)
         with disk_errors(folder):
@@ -130,6 +131,7 @@ def _about(
         layout=checkpoint.layout,
         ranks=checkpoint.ranks,
         rounded=len(checkpoint.rounded),
+        expanded=count_expanded(model),
         decoder=facts.model_copy(update={"shared_caches": _shares_caches(model)}),
         files=graph_files(folder),
         versions={**versions(), "onnx_ir": ir.__version__, "onnxruntime": ort.__version__},
@@ -164,7 +166,7 @@ def _graph(
     decoder: Decoder | None,
     facts: DecoderFacts,
     config: ExportConfig,
-    sixteen: frozenset[str],
+    exact: frozenset[str],
     report: Reporter,
 ) -> tuple[ir.Model, dict[str, Any] | None]:
     """Return the graph and the document for GenAI: both built, or both taken from ``--rewrite``."""
@@ -176,7 +178,7 @@ def _graph(
             provider=provider,
             merge_shared_inputs=config.merge_shared_inputs,
             last_logits=config.last_logits,
-            sixteen=sixteen,
+            exact=exact,
         )
         return build(checkpoint, decoder, options), genai_config(decoder, list(facts.eos), provider)
     assert config.rewrite is not None

@@ -78,7 +78,7 @@ def test_int8_falls_back_to_16_bits_and_says_so(workspace: Path, monkeypatch: py
     monkeypatch.setitem(TOLERANCES, "int8", Tolerance(None, 0.0, 1.0, 1.0))
     plain = done(*command, "--name", "plain", "--json")
     results = json.loads(plain.stdout)["results"]
-    assert results["fallback"] is None and "matrices in 16 bits" not in plain.stderr
+    assert results["fallback"] is None and "products exact" not in plain.stderr
     worst = max(case["kl"] for case in results["parity"]["cases"])
     # Impossible: one line, exit code 1, and only the earlier export is there.
     with monkeypatch.context() as patch:
@@ -88,14 +88,14 @@ def test_int8_falls_back_to_16_bits_and_says_so(workspace: Path, monkeypatch: py
     monkeypatch.setitem(TOLERANCES, "int8", Tolerance(None, 0.0, worst / 2, 1.0))
     made = done(*command, "--name", "mixed")
     told = made.stdout + made.stderr
-    assert "measuring what each matrix costs" in told and "matrices in 16 bits: " in told
+    assert "measuring what each matrix costs" in told and "products exact: " in told
     assert f"all in 8 bits: KL {worst:.2g} nats" in told
     found = json.loads((workspace / "export" / "mixed" / "manifest.json").read_text())["results"]["fallback"]
     assert 0 < len(found["matrices"]) < found["candidates"] and found["kl"] == worst
-    assert f"{len(found['matrices'])} of {found['candidates']} matrices in 16 bits" in told
+    assert f"{len(found['matrices'])} of {found['candidates']} products exact" in told
     done("report", "-w", workspace)
     (page,) = workspace.glob("report/*/report.html")
-    assert f"int8 graph with {len(found['matrices'])} of {found['candidates']} matrices in 16 bits" in page.read_text()
+    assert f"int8 graph with {len(found['matrices'])} of {found['candidates']} products exact" in page.read_text()
 
 
 def test_nothing_is_left_where_it_fails(

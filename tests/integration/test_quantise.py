@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from onnx.numpy_helper import to_array
 from safetensors.torch import load_file
 
 import ara
@@ -202,13 +203,28 @@ def test_the_graph_has_the_same_numbers(
     model = checkpoint("llama", None).folder
     root = made(model, tmp_path / "ws", tiny_text, "--layout", layout)
     folder = written(root, "--bits", bits, "--tolerance", 9, *words)
-    exported = json.loads(done("export", "-w", root, "--json").stdout)
-    assert exported["parents"][0]["key"] == f"quantise/{folder.name}"
-    graph = onnx.load(root / "export" / exported["name"] / "model.onnx", load_external_data=False)
-    nodes = [node for node in graph.graph.node if node.op_type == "MatMulNBits"]
-    config = json.loads((folder / "checkpoint" / "config.json").read_text())["quantization_config"]
-    assert len(nodes) == len(config["rounded"])
-    assert {attribute.i for node in nodes for attribute in node.attribute if attribute.name == "bits"} == {bits}
-    assert all(case["kl"] < 0.02 for case in exported["results"]["parity"]["cases"])
-    merged = json.loads(done("export", "--merge-shared-inputs", "--name", "merged", "-w", root, "--json").stdout)
-    assert all(case["kl"] < 0.02 for case in merged["results"]["parity"]["cases"])
+    command = ["export", "--execution-provider", "cpu", "-w", root, "--json"]
+    stored = load_file(folder / "checkpoint" / "model.safetensors")
+    rounded = json.loads((folder / "checkpoint" / "config.json").read_text())["quantization_config"]["rounded"]
+    # By default, inputs are rounded to 8 bits, as far as that costs little.
+    printed = done(*command)
+    exported = json.loads(printed.stdout)
+    results = exported["results"]
+    assert exported["parents"][0]["key"] == f"quantise/{folder.name}" and exported["name"] == f"{folder.name}-int8"
+    assert results["precision"] == "int8" and results["rounded"] == len(rounded)
+    assert all(case["kl"] <= 0.01 for case in results["parity"]["cases"])
+    assert f"{len(rounded)} matrices of few bits as stored: their inputs are rounded to 8 bits" in printed.stderr
+    # Exact products are an option.
+    printed = done(*command, "--precision", "fp32")
+    exact = json.loads(printed.stdout)
+    assert all(case["kl"] < 1e-5 for case in exact["results"]["parity"]["cases"])
+    assert exact["results"]["expanded"] == (len(rounded) if bits == 8 else 0)
+    assert f"{len(rounded)} matrices of few bits as stored: their products are exact" in printed.stderr
+    assert ("take the memory of float weights" in printed.stderr) is (bits == 8)
+    for name in (exported["name"], exact["name"]):
+        graph = onnx.load(root / "export" / name / "model.onnx")
+        tensors = {one.name: to_array(one).reshape(-1) for one in graph.graph.initializer}
+        for path in rounded:
+            assert (tensors[f"{path}.steps"] == stored[f"{path}.steps"].flatten().numpy()).all()
+    merged = json.loads(done(*command, "--precision", "fp32", "--merge-shared-inputs", "--name", "merged").stdout)
+    assert all(case["kl"] < 1e-5 for case in merged["results"]["parity"]["cases"])

@@ -19,6 +19,7 @@ from tests.tiny import save_tiny
 CPU = ("--device", "cpu", "--dtype", "float32")
 FEW = (*CPU, "--samples", 12, "--held-out", 6)
 STEPS = ("--steps", 12, "--batch", 4, "--check-every", 3, "--rate", 1e-4, "--block-rate", 1e-3)
+EXPORT = ("export", "--execution-provider", "cpu", "--precision", "fp32")
 FROM = ("--from", "quantise/energy-0.50-closed-int4")
 
 
@@ -90,7 +91,7 @@ def test_the_graph_has_the_trained_scales_and_the_same_whole_numbers(root: Path)
     graphs = {}
     for key in (FROM[1], "recover/repaired"):
         name = key.replace("/", "-")
-        exported = json.loads(done("export", "--from", key, "--name", name, "-w", root, "--json").stdout)
+        exported = json.loads(done(*EXPORT, "--from", key, "--name", name, "-w", root, "--json").stdout)
         cases = exported["results"]["parity"]["cases"]
         assert cases and all(case["kl"] < 0.02 for case in cases)
         model = onnx.load(root / "export" / name / "model.onnx")

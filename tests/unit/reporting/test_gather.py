@@ -484,6 +484,6 @@ def test_an_export_says_how_many_matrices_are_in_16_bits():
     }
     report = gather(sources(exports=(export(precision="int8", fallback=fallback), export())))
     mixed, plain = report.exports
-    assert (mixed.sixteen_bits, mixed.candidates) == (2, 7) and (plain.sixteen_bits, plain.candidates) == (0, 0)
-    assert ": int8 graph with 2 of 7 matrices in 16 bits, 1.0 MiB, ONNX" in export_table(mixed).caption
-    assert "16 bits" not in export_table(plain).caption
+    assert (mixed.exact, mixed.candidates) == (2, 7) and (plain.exact, plain.candidates) == (0, 0)
+    assert ": int8 graph with 2 of 7 products exact, 1.0 MiB, ONNX" in export_table(mixed).caption
+    assert "exact" not in export_table(plain).caption

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from ara.evaluation.cost import Case, count_model
+from ara.layouts.grid import Grid
 from ara.models.checkpoint import load
 from ara.stages.common import Run
 from export.config import ExportConfig
 from export.onnx.bench_runner import OnnxRunner, count_checkpoint, parameters_of
 from export.onnx.export_report import Fallback
+from export.onnx.quantize import BLOCK
 from export.onnx.stored_weights import Checkpoint
 from export.stage import export_folder
 
@@ -35,15 +37,39 @@ def test_files_are_counted_as_the_model_is(
     about = exported(folder, tmp_path / "out", last_logits=True)
     assert count_checkpoint(source, about) == count_model(model, last_logits=True)
     assert parameters_of(source) == sum(parameter.numel() for parameter in model.parameters())
-    for precision, weight, cache in (("fp16", 2, 2), ("int8", 1 + 4 / 16, 4)):
+    for precision, weight, cache in (("fp16", 2, 2), ("int8", 1 + 4 / BLOCK, 4)):
         narrower = about.model_copy(update={"precision": precision, "last_logits": False})
         expected = replace(count_model(model, last_logits=False), weight_bytes=weight, cache_bytes=cache)
         assert count_checkpoint(source, narrower) == expected
-    # A quarter of the weights in 16 bits on the disk, float32 in memory.
-    weights = (expected.linear + expected.head) // 4
-    fallback = Fallback(matrices={"lm_head": 0.1}, candidates=3, weights=weights, extra_bytes=1, kl=0.1)
+    # 16 bits on the disk, float32 in memory.
+    fallback = Fallback(matrices={"lm_head": 0.1}, candidates=3, weights=expected.head, extra_bytes=1, kl=0.1)
     mixed = count_checkpoint(source, narrower.model_copy(update={"fallback": fallback}))
-    assert mixed.weight_bytes == pytest.approx(1.25 + 2.75 / 4, abs=1e-3)
+    total = (1 + 4 / BLOCK) * expected.linear + 4 * expected.head
+    assert mixed.weight_bytes == pytest.approx(total / (expected.linear + expected.head))
+
+
+@pytest.mark.parametrize(
+    ("grid", "precision", "provider", "weight"),
+    [
+        (Grid(8, 32, True), "fp32", "cpu", 4),
+        (Grid(8, 32, True), "int8", "cpu", 1 + 5 / 32),
+        (Grid(8, 16, False), "fp16", "cuda", 1 + 2 / 16),
+        (Grid(4, 32, True), "fp32", "cpu", 0.5 + 4.5 / 32),
+        (Grid(4, 64, False), "int8", "cpu", 0.5 + 4 / 64),
+    ],
+    ids=str,
+)
+def test_few_bits_are_counted_in_the_form_that_they_are_read_in(
+    checkpoint: Callable[..., Any], tmp_path: Path, grid: Grid, precision: str, provider: str, weight: float
+) -> None:
+    folder = checkpoint("llama", "factors", grid=grid, embedding=grid, tie_word_embeddings=True).folder
+    source, about = Checkpoint(folder), exported(folder, tmp_path / "out", precision="fp32")
+    about = about.model_copy(update={"precision": precision, "execution_provider": provider})
+    assert count_checkpoint(source, about).weight_bytes == pytest.approx(weight)
+    fallback = Fallback(matrices={"lm_head": 0.1}, candidates=3, weights=1, extra_bytes=0, kl=0.1)
+    mixed = count_checkpoint(source, about.model_copy(update={"fallback": fallback}))
+    expands = grid.bits == 8 and precision == "int8"
+    assert (mixed.weight_bytes > weight + 0.01) is expands
 
 
 @pytest.mark.parametrize("case", [Case(2, 0, 7), Case(3, 11, 1)])

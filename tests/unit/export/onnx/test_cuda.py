@@ -14,7 +14,7 @@ from ara.progress import SILENT
 from export.config import ExportConfig
 from export.onnx.architecture import FAMILIES, read_decoder
 from export.onnx.graph import build
-from export.onnx.linear_nodes import GraphOptions
+from export.onnx.graph_options import GraphOptions
 from export.onnx.stored_weights import Checkpoint
 from export.onnx.writing import write_onnx
 from tests.kernels import NoKernel, require_kernels
@@ -57,7 +57,7 @@ def test_every_node_of_few_bits_has_a_kernel(
     family: str, layout: str | None, grid: Grid, checkpoint: Callable[..., Any]
 ) -> None:
     made = checkpoint(family, layout, grid=grid)
-    for options in ({}, MERGED):
+    for options in ({}, MERGED, {"precision": "int8"}):
         model = graph(made, **options)
         require_kernels(model)
         assert any(node.op_type == "MatMulNBits" for node in model.graph)

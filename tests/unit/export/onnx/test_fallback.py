@@ -1,4 +1,4 @@
-"""An int8 graph that is too far from torch gets matrices in 16 bits, those that cost most first, and says so."""
+"""An int8 graph that is too far from torch gets exact products, those that cost most in 8 bits first, and says so."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_matrix_that_costs_most_comes_first(spoilt: Path, tmp_path: Path, mo
     found = operators(tmp_path / "out")
     assert [path for path, kind in found.items() if kind == "MatMul"] == [f"{SPOILT}.B"]
     assert about["fallback"]["candidates"] == len(found)
-    assert any(fact.endswith(f"with 1 of {len(found)} matrices in 16 bits") for fact in report.facts)
+    assert any(fact.endswith(f"with 1 of {len(found)} products exact") for fact in report.facts)
     sizes = [sum(file["bytes"] for file in one["files"].values()) for one in (plain, about)]
     assert about["fallback"]["extra_bytes"] == sizes[1] - sizes[0] > 0
     m, k = Checkpoint(spoilt).shape(f"{SPOILT}.B.weight")
@@ -130,6 +130,23 @@ def test_any_graph_gets_nearer(
     assert again == about and contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
+@pytest.mark.parametrize("grid", [Grid(8, 32, True), Grid(8, 16, False), Grid(4, 32, True)], ids=str)
+def test_a_graph_of_few_bits_gets_nearer_and_no_larger(
+    grid: Grid, checkpoint: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint("llama", "pivoted", grid=grid, embedding=grid, tie_word_embeddings=True).folder
+    allow(monkeypatch, 1)
+    plain = exported(folder, tmp_path / "plain", **INT8)
+    assert plain["expanded"] == 0 and set(operators(tmp_path / "plain").values()) == {"MatMulNBits"}
+    allow(monkeypatch, worst(plain) / 3)
+    about = exported(folder, tmp_path / "out", **INT8)
+    exact = about["fallback"]["matrices"]
+    assert worst(about) <= worst(plain) / 3 and 0 < len(exact) < about["fallback"]["candidates"]
+    assert about["expanded"] == (len(exact) if grid.bits == 8 else 0)
+    data = [one["files"]["model.onnx.data"]["bytes"] for one in (plain, about)]
+    assert data[1] <= 1.05 * data[0]
+
+
 def _multiplied(about: dict[str, Any]) -> set[str]:
     return {f"{path}.weight" for path in about["fallback"]["matrices"]}
 
@@ -143,18 +160,21 @@ def test_candidates_are_the_matrices_that_the_graph_has_in_8_bits(
     nodes = [node for node in ir.load(tmp_path / "out" / "model.onnx").graph if node.op_type == "MatMulNBits"]
     eight = {(node.name or "").rpartition("/")[0] for node in nodes if node.attributes["accuracy_level"].as_int() == 4}
     reference = read_reference(Checkpoint(folder), tmp_path / "out", None, 64, SILENT)
-    found = candidates(reference, inputs=True)
-    assert {one.path for one in found} == eight and ("lm_head" in eight) is (embedding is None)
+    found = candidates(reference, "cpu")
+    assert {one.path for one in found} == eight and "lm_head" in eight
     per_weight = [one.cost / one.weights for one in found]
     assert per_weight == sorted(per_weight, reverse=True)
     # Without rounded inputs, only the weights cost something.
-    assert sum(one.cost for one in candidates(reference, inputs=False)) < sum(one.cost for one in found)
+    on_cuda = candidates(reference, "cuda")
+    assert sum(one.cost for one in on_cuda) < sum(one.cost for one in found)
+    # A head of few bits is not rounded again, so nothing is rounded there.
+    assert {one.path for one in found} - {one.path for one in on_cuda} == ({"lm_head"} if embedding else set())
 
 
 # -- the end --------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_reached_ends_with_all_in_16_bits(
+def test_what_cannot_be_reached_ends_with_all_exact(
     checkpoint: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[Path] = []
@@ -169,7 +189,7 @@ def test_what_cannot_be_reached_ends_with_all_in_16_bits(
     with pytest.raises(NumericalError) as caught:
         exported(checkpoint("llama", "pivoted").folder, tmp_path / "out", **INT8)
     number = len(operators(tmp_path / "out"))
-    assert f"int8 graph does not match the checkpoint, even with {number} of {number} matrices in 16 bits" in str(
+    assert f"int8 graph does not match the checkpoint, even with {number} of {number} products exact" in str(
         caught.value
     )
     assert set(operators(tmp_path / "out").values()) == {"MatMul"}
@@ -179,7 +199,7 @@ def test_what_cannot_be_reached_ends_with_all_in_16_bits(
 def test_a_graph_without_numbers_fails_soon(
     checkpoint: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fallback, "rounding_costs", lambda model, ids, paths, inputs: dict.fromkeys(paths, math.nan))
+    monkeypatch.setattr(fallback, "rounding_costs", lambda model, ids, what: dict.fromkeys(what, math.nan))
     allow(monkeypatch, -1)
     with pytest.raises(NumericalError, match="what 8 bits cost cannot be measured: a gradient is NaN or infinite"):
         exported(checkpoint("llama", "pivoted").folder, tmp_path / "out", **INT8)
