@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from ara.models.placement import choose_placement, torch_dtype
 from ara.models.weights import find_blocks
 from ara.recovery.base import RecoveryText
 from ara.recovery.metric import Metric
-from ara.recovery.optimiser import MasterOptimiser, trained
+from ara.recovery.optimiser import MasterOptimiser, Method, trained
 from ara.recovery.side_by_side import SideBySide
 from ara.recovery.teacher import Teacher
 from ara.recovery.trainable import to_trainable
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help="windows per pass")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per window")
     parser.add_argument("--epochs", type=int, default=2, help="passes of block training")
+    parser.add_argument("--optimiser", default="muon", choices=("muon", "adamw"), help="of matrices in distillation")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     console = Console()
@@ -57,7 +59,7 @@ def main() -> None:
     size = (arguments.windows, arguments.seq_len)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, size, generator=generator).to(dense.device)
-    passes = _passes(dense, reference, model, ids, arguments.epochs)
+    passes = _passes(dense, reference, model, ids, arguments.epochs, arguments.optimiser)
     seconds = seconds_in_turn(console, passes, arguments.rounds, dense.device)
     base = "dense, forward and backward"
     rows = []
@@ -72,7 +74,12 @@ def main() -> None:
 
 
 def _passes(
-    dense: torch.nn.Module, reference: torch.nn.Module, model: torch.nn.Module, ids: torch.Tensor, epochs: int
+    dense: torch.nn.Module,
+    reference: torch.nn.Module,
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    epochs: int,
+    method: Method,
 ) -> dict[str, Callable[[], None]]:
     """Return what is timed, by name; ``reference`` is a second dense model, whose blocks get gradients."""
     text = RecoveryText(ids)
@@ -82,35 +89,40 @@ def _passes(
     path, blocks = find_blocks(model)
     parameters = {name: one for name, one in model.named_parameters() if name.startswith(f"{path}.")}
     metric = Metric(None, ids.device)
+    model.requires_grad_(False)
+    trained(parameters.items())
 
     def dense_pass() -> None:
         """Run the dense model forward and backward."""
         token_losses(reference(input_ids=ids, use_cache=False).logits, ids).sum().backward()
         reference.zero_grad(set_to_none=True)
 
+    @cache
+    def optimiser() -> MasterOptimiser:
+        return MasterOptimiser(trained(parameters.items()), 10**6, 1e-9, method=method)
+
     def distil(teacher: Teacher) -> None:
         """Take one step of distillation."""
-        optimiser = optimisers.setdefault("distill", MasterOptimiser(trained(parameters.items()), 10**6, 1e-9))
         logits = model(input_ids=ids, use_cache=False).logits
         token_losses(logits, ids, teacher.logits(rows)).sum().backward()
-        optimiser.step(1 / ids.numel())
+        optimiser().step(1 / ids.numel())
 
     def block_training() -> None:
         """Train every block for all epochs, from the embeddings on."""
-        model.requires_grad_(False)
+        for block in blocks:
+            block.requires_grad_(False)
         pair = SideBySide(dense, model, text, len(ids), True, False)
         for index, block in enumerate(blocks):
             pair.aim()
-            optimiser = MasterOptimiser(trained(block.named_parameters()), 10**6, 1e-9)
+            adam = MasterOptimiser(trained(block.named_parameters()), 10**6, 1e-9)
             for _ in range(epochs):
                 (pair.forms(0, [metric], pair.run(0))[0] / ids.numel()).backward()
-                optimiser.step()
+                adam.step()
             block.requires_grad_(False)
             if index + 1 < len(blocks):
                 pair.advance(pair.outputs())
-        model.requires_grad_(True)
+        trained(parameters.items())
 
-    optimisers: dict[str, MasterOptimiser] = {}
     kept = Teacher(dense, ids, keep=True)
     return {
         "dense, forward and backward": dense_pass,
