@@ -94,11 +94,20 @@ class WhichCheckpoint:
             raise UsageError(
                 f"--checkpoint {self.checkpoint} and --from {self.origin} are both given", "give one of them"
             )
-        stage, slash, _ = self.origin.partition("/")
-        if not slash or stage_named(stage) is None:
-            names = ", ".join(f"{name}/NAME" for name in producers("checkpoint"))
-            raise UsageError(f"--from {shown(self.origin)}: expected STAGE/NAME", f"checkpoints are called {names}")
-        return self.origin
+        return stage_and_name("--from", self.origin)
+
+
+def stage_and_name(flag: str, value: str) -> str:
+    """Return the value of an option that names a checkpoint as STAGE/NAME.
+
+    Raises:
+        UsageError: it names no stage.
+    """
+    stage, slash, _ = value.partition("/")
+    if not slash or stage_named(stage) is None:
+        names = ", ".join(f"{name}/NAME" for name in producers("checkpoint"))
+        raise UsageError(f"{flag} {shown(value)}: expected STAGE/NAME", f"checkpoints are called {names}")
+    return value
 
 
 @dataclass(frozen=True)

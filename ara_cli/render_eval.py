@@ -8,7 +8,6 @@ from typing import Any
 from ara.artifacts.evaluation import (
     DENSE,
     EMPTY_TEXT,
-    UNIFORM,
     ChatResults,
     EvaluationResults,
     MeanFigures,
@@ -91,7 +90,7 @@ def _show_chat(console: Console, results: EvaluationResults, name: str, chat: Ch
 def _show_tasks(console: Console, results: EvaluationResults) -> None:
     """Show every model's score ± standard error, and differences with p; ≈ marks those that may be chance."""
     models, chosen = list(results.variants), results.chosen
-    rivals = [name for name in (DENSE, UNIFORM) if name in models and name != chosen]
+    rivals = [name for name in models if name != chosen]
     columns = [Column("task", "left"), Column("metric", "left"), Column("questions")]
     for model in models:
         columns += [Column(model), *([Column("kept of dense")] if model != DENSE else [])]

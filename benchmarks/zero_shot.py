@@ -5,10 +5,10 @@
     python benchmarks/zero_shot.py --workspace WS --checkpoint NAME --tasks wikitext --limit 8    # whole articles
 
 Without --checkpoint the pipeline runs first with its default settings: two-sided factors, ranks by the sensitivity
-table at --keep, and a repair up to the level --recover ("none" measures the truncated model). Afterwards lm-eval's own
-command asks the dense model the same questions, in a separate process. The last table shows how many of them get the
-same score from both. The script fails if an accuracy differs by more than one standard error, or if the questions
-differ.
+table at --keep, and a repair up to the level --recover ("none" measures the truncated model). The checkpoint before
+the repair is measured beside it. Afterwards lm-eval's own command asks the dense model the same questions, in a
+separate process. The last table shows how many of them get the same score from both. The script fails if an accuracy
+differs by more than one standard error, or if the questions differ.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=400, help="questions per task")
     parser.add_argument("--batch-size", type=int, default=8, help="texts per forward pass")
     parser.add_argument("--checkpoint", help="NAME or STAGE/NAME of a checkpoint in the workspace [default: made here]")
+    parser.add_argument("--beside", action="append", default=[], help="STAGE/NAME of a further checkpoint; repeatable")
     parser.add_argument("--no-check", action="store_true", help="do not run lm-eval's own command")
     parser.add_argument("--workspace", type=Path, default=Path("bench-zero-shot"), help="where to work")
     arguments = parser.parse_args()
@@ -66,11 +67,12 @@ def main() -> None:
         chosen = allocate(AllocateConfig(keep=arguments.keep, method="sensitivity", layout=arguments.layout), run)
         made = truncate(TruncateConfig(), run, allocation=chosen.name)
         if arguments.recover != "none":
+            arguments.beside.append(made.key)
             made = recover(RecoverConfig(level=arguments.recover), run, checkpoint=made.key)
         arguments.checkpoint = made.key
     names = tuple(arguments.tasks.split(","))
     config = EvalConfig(tasks=names, limit=arguments.limit, batch_size=arguments.batch_size)
-    view = evaluate(config, run, checkpoint=arguments.checkpoint)
+    view = evaluate(config, run, checkpoint=arguments.checkpoint, beside=arguments.beside)
     show_evaluation(console, view)
     if not arguments.no_check:
         check(view, factors, run, console)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from ara.artifacts.factors import factor_files, specs_of
 from ara.artifacts.ranks import RanksSettings, read_allocation
 from ara.config import EvalConfig
 from ara.data.filespecs import is_file
+from ara.errors import UsageError
 from ara.evaluation.task_folders import open_task_folders
 from ara.evaluation.tasks import check_task, expand
 from ara.models.checkpoint import load
@@ -64,6 +65,7 @@ def evaluate(
     run: Run,
     *,
     checkpoint: str | None = None,
+    beside: Sequence[str] = (),
     name: str | None = None,
     find_export: FindExport | None = None,
 ) -> StageView:
@@ -73,10 +75,12 @@ def evaluate(
         config: tasks, windows, device.
         run: workspace and reporter.
         checkpoint: NAME or STAGE/NAME; the latest by default.
-        name: of the result; by default checkpoint, tasks and limit.
+        beside: NAME or STAGE/NAME of further checkpoints to measure.
+        name: of the result; by default checkpoint, tasks, limit and further checkpoints.
         find_export: required if ``config.backend`` is not torch.
 
     Raises:
+        UsageError: a checkpoint is given twice.
         AraError: a stage or text is missing, a stage is stale, a model yields NaN.
     """
     started = begin(name, checkpoint)
@@ -90,6 +94,7 @@ def evaluate(
     with open_task("eval", run, started) as work:
         workspace = work.workspace
         truncated = workspace.require("checkpoint", checkpoint)
+        others = _others(truncated, beside, workspace)
         run.report.step(f"Evaluating {truncated.key} on {', '.join(config.tasks)}")
         run.report.fact(placement.why)
         chosen = workspace.ancestor(truncated, "ranks")
@@ -98,7 +103,8 @@ def evaluate(
         seq_len = window_length(config.seq_len, source.config)
         placed = {"device": placement.device, "dtype": placement.dtype}
         resolved = config.model_copy(update={**placed, "seq_len": seq_len})
-        exported, parents = None, [truncated, decomposition]
+        # The first checkpoint is the one that the result is about.
+        exported, parents = None, [truncated, decomposition, *others]
         if config.backend != "torch":
             assert find_export is not None
             exported = find_export(workspace, truncated)
@@ -111,28 +117,31 @@ def evaluate(
             **({} if own is None else {"task_files_sha256": own.digest}),
         }
         if name is None:
-            name = result_name(truncated.name, config.tasks, sources.digests, config.limit if sources.tasks else None)
+            limit = config.limit if sources.tasks else None
+            name = result_name(truncated.name, config.tasks, sources.digests, limit, [view.key for view in others])
             name += f"-{exported.view.name}" if exported else ""
         work.describe(name, settings, parents)
         if (done := work.done()) is not None:
             return done
         variants = _variants(truncated, chosen, decomposition, source, resolved, run)
+        variants += _variants_beside(others, {variant.name for variant in variants}, resolved)
         if exported is not None:
             variants.append(_exported(truncated, exported))
         questions = questions_for(source, sources, resolved, run.report)
         with work.writer(resumable=True, keep_after_nan=True) as stage:
             measurement = Measurement(variants, label_of(truncated), questions, resolved, stage, run.report)
-            sizes = CheckpointResults.read(truncated)
-            interleaved = measurement.run(sizes.dense_weight_bytes)
-            measurement.results(interleaved, sizes.disk_bytes).write_file(stage)
+            interleaved = measurement.run(CheckpointResults.read(truncated).dense_weight_bytes)
+            measurement.results(interleaved).write_file(stage)
         return work.view()
 
 
-def result_name(checkpoint: str, tasks: Sequence[str], digests: Mapping[str, str], limit: int | None) -> str:
-    """Return ``checkpoint-task-task-limit-N``; a file contributes its stem and a checksum of its content.
+def result_name(
+    checkpoint: str, tasks: Sequence[str], digests: Mapping[str, str], limit: int | None, beside: Sequence[str] = ()
+) -> str:
+    """Return ``checkpoint-task-task-limit-N-beside-KEY``; a file contributes its stem and a checksum of its content.
 
-    The limit is part of the name so that a limited run never replaces a full one. If the name would be too long, the
-    number of tasks and a checksum replace their names.
+    The limit is part of the name so that a limited run never replaces a full one. If the name would be too long,
+    numbers and checksums replace the names of tasks and further checkpoints.
     """
     names = [
         f"{NOT_PLAIN.sub('_', Path(task.partition(':')[2]).stem)}-{digests[task][:8]}"
@@ -141,9 +150,23 @@ def result_name(checkpoint: str, tasks: Sequence[str], digests: Mapping[str, str
         for task in tasks
     ]
     end = [] if limit is None else ["limit", str(limit)]
-    if len("-".join([checkpoint, *names, *end]).encode()) > MAX_NAME_BYTES - _EXPORT_ROOM:
+    others = ["beside", *(NOT_PLAIN.sub("_", key) for key in beside)] if beside else []
+    if len("-".join([checkpoint, *names, *end, *others]).encode()) > MAX_NAME_BYTES - _EXPORT_ROOM:
         names = [str(len(tasks)), "tasks", digest(names)[:8]]
+        others = ["beside", str(len(beside)), digest(list(beside))[:8]] if beside else []
+    end += others
     return "-".join([checkpoint, *names, *end])
+
+
+def _others(truncated: StageView, names: Sequence[str], workspace: Workspace) -> list[StageView]:
+    """Return the checkpoints that are measured beside another one."""
+    found: dict[str, StageView] = {}
+    for name in names:
+        view = workspace.require("checkpoint", name)
+        if view.key == truncated.key or view.key in found:
+            raise UsageError(f"--beside {view.key}: this checkpoint is measured already", "name each checkpoint once")
+        found[view.key] = view
+    return list(found.values())
 
 
 def window_length(asked: int | None, model_config: Any) -> int:
@@ -178,7 +201,6 @@ def _variants(
         uniform = Uniform().allocate(load_modules(decomposition, layout), budget)
 
     load_dense = partial(source.load_model, dtype, config.device)
-    load_chosen = partial(load, truncated.path / CHECKPOINT, config.device, config.dtype)
 
     def load_uniform() -> PreTrainedModel:
         model = load_dense()
@@ -188,8 +210,23 @@ def _variants(
     variants = [Variant(DENSE, load_dense, 1.0)]
     if uniform != allocation:
         variants.append(Variant("uniform", load_uniform, uniform.keep(specs)))
-    variants.append(Variant(label_of(truncated), load_chosen, allocation.keep(specs)))
+    variants.append(_stored(truncated, label_of(truncated), config))
     return variants
+
+
+def _variants_beside(others: Sequence[StageView], taken: Collection[str], config: EvalConfig) -> list[Variant]:
+    """Return the rows of further checkpoints, by their key where another row has their name."""
+    names = [label_of(view) for view in others]
+    return [
+        _stored(view, view.key if name in taken or names.count(name) > 1 else name, config)
+        for view, name in zip(others, names, strict=True)
+    ]
+
+
+def _stored(checkpoint: StageView, name: str, config: EvalConfig) -> Variant:
+    results = CheckpointResults.read(checkpoint)
+    load_it = partial(load, checkpoint.path / CHECKPOINT, config.device, config.dtype)
+    return Variant(name, load_it, results.linear_keep, disk_bytes=results.disk_bytes)
 
 
 def _exported(truncated: StageView, exported: RunnableExport) -> Variant:

@@ -67,12 +67,14 @@ class Variant:
         load: loads the model.
         linear_keep: fraction kept of the factorised layers' parameters.
         figures: parameters and weight bytes, if they cannot be counted on what ``load`` returns.
+        disk_bytes: of the stored weights of a checkpoint.
     """
 
     name: str
     load: Callable[[], PreTrainedModel]
     linear_keep: float
     figures: Mapping[str, int] | None = None
+    disk_bytes: int | None = None
 
 
 class Measurement:
@@ -131,12 +133,11 @@ class Measurement:
                 gc.collect()
         return len(groups) == 1
 
-    def results(self, interleaved: bool, disk_bytes: int) -> EvaluationResults:
+    def results(self, interleaved: bool) -> EvaluationResults:
         """Return the figures of all models, texts and tasks, from the finished pieces.
 
         Args:
             interleaved: whether the models ran interleaved.
-            disk_bytes: of the chosen checkpoint.
 
         Raises:
             CorruptedError: a piece does not belong to these questions or has another form.
@@ -145,6 +146,7 @@ class Measurement:
         if any(len(row.continuations) != len(self.questions.prompts) for row in models.values()):
             raise CorruptedError(f"{self.stage.folder} holds continuations of other prompts", self._again)
         dense = models[DENSE].parameters
+        stored = {variant.name: variant.disk_bytes for variant in self.variants}
         answers = {task.name: self._answers(task) for task in self.questions.tasks}
         tasks = {
             task.name: task_results(task, answers[task.name], self.chosen, self.config.seed)
@@ -158,7 +160,7 @@ class Measurement:
                     weight_bytes=row.weight_bytes,
                     linear_keep=row.linear_keep,
                     model_keep=row.parameters / dense,
-                    disk_bytes=disk_bytes if name == self.chosen else None,
+                    disk_bytes=stored[name],
                 )
                 for name, row in models.items()
             },

@@ -18,6 +18,7 @@ from ara.files import is_plain_file, open_regular, read_text, write_text
 from ara.jsonfile import read
 from ara.models.identity import ModelIdentity
 from ara.models.weights import LinearSpec
+from ara.pipeline import producers
 from ara.progress import SILENT
 from ara.reporting.document import REPORT_FORMAT, Report
 from ara.reporting.gather import Made, Sources, gather
@@ -136,9 +137,9 @@ def _sources(workspace: Workspace, truncated: StageView) -> tuple[Sources, list[
         return whole[ancestor_key(child, kind, whole.__getitem__)]
 
     def measured(kind: str, of: StageView) -> list[StageView]:
-        """Return the finished results of a kind that were made from ``of``, oldest first."""
+        """Return the finished results of a kind that are about ``of``, oldest first."""
         made = [view for view in everything if view.kind == kind and view.state == "done"]
-        return [view for view in made if parent_of(of) in manifest_of(view).parents]
+        return [view for view in made if _is_about(view, of)]
 
     chosen, decomposition = above(truncated, "ranks"), above(truncated, "factors")
     ModelIdentity.from_dict(manifest_of(decomposition).model)  # refuse a malformed one
@@ -198,6 +199,13 @@ def _made(
         tuple(map(manifest_of, benches)),
         tuple(map(manifest_of, earlier)),
     )
+
+
+def _is_about(view: StageView, of: StageView) -> bool:
+    """Tell whether ``of`` is the first parent of its kind; an evaluation may measure further checkpoints beside it."""
+    makers = producers(of.kind)
+    parents = (parent for parent in manifest_of(view).parents if parent.key.partition("/")[0] in makers)
+    return next(parents, None) == parent_of(of)
 
 
 def _parent_keys(view: StageView) -> list[str]:

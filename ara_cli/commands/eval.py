@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import typer
+
 from ara.config import EvalConfig
-from ara_cli.options import NameOption, WhichCheckpoint, WhichExport
+from ara_cli.options import NameOption, WhichCheckpoint, WhichExport, stage_and_name
 from ara_cli.session import Session
 from ara_cli.signature import command_line
 
 _AFTER = {
-    "tasks": ("checkpoint", "origin"),
+    "tasks": ("checkpoint", "origin", "beside"),
     "max_windows": ("include_path",),
     "batch_size": ("name",),
     "backend": ("export",),
@@ -23,6 +25,10 @@ def command(
     config: EvalConfig,
     which: Annotated[WhichCheckpoint, "to measure"],
     exported: Annotated[WhichExport, "measures"],
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE/NAME", help="measure this checkpoint as well; may be repeated"),
+    ] = None,
     name: NameOption = None,
     s: Session,
 ) -> None:
@@ -33,6 +39,7 @@ def command(
     from export.find import find_for_eval
 
     find = find_for_eval(config.backend, exported.asked(config.backend))
-    view = evaluate(config, s.run(), checkpoint=which.asked, name=name, find_export=find)
+    others = [stage_and_name("--beside", key) for key in beside or ()]
+    view = evaluate(config, s.run(), checkpoint=which.asked, beside=others, name=name, find_export=find)
     show_evaluation(s.console, view)
     show_end(s.console, view, s.root)
