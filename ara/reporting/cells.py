@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ara.artifacts.evaluation import SpreadFigures
 from ara.evaluation.paired import NOISE
-from ara.reporting.document import Difference, HarnessRow
+from ara.reporting.evaluation_parts import Difference, HarnessRow
 from ara.reporting.summary import share_text
 
 # Seconds below which milliseconds have more digits.

@@ -14,8 +14,11 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ara.artifacts.evaluation import DENSE, UNIFORM
-from ara.reporting.document import Front, Layer, SizeFront, SpeedFront, Trained
+from ara.reporting.checkpoint_parts import Layer
+from ara.reporting.comparison_parts import SizeFront
 from ara.reporting.figures import draw, short_kind
+from ara.reporting.pareto_parts import Front, SpeedFront
+from ara.reporting.training_parts import Trained
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

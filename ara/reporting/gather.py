@@ -18,7 +18,8 @@ from ara.artifacts.report import MissingPart
 from ara.data.filespecs import split_items, split_share
 from ara.errors import CorruptedError
 from ara.pipeline import naming_words
-from ara.reporting.document import Layer, Report
+from ara.reporting.checkpoint_parts import Layer
+from ara.reporting.document import Report
 from ara.reporting.pareto import Measured, perplexity_fronts, speed_front
 from ara.reporting.results import (
     read_allocation,

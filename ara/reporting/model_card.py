@@ -13,7 +13,8 @@ from ara.artifacts.checkpoint import CheckpointResults
 from ara.layouts import LAYOUTS
 from ara.printable import printable
 from ara.reporting.cells import Cell, Table
-from ara.reporting.document import Report, Stored
+from ara.reporting.checkpoint_parts import Stored
+from ara.reporting.document import Report
 from ara.reporting.gather import basic_report
 from ara.reporting.sharing import shared_command
 from ara.reporting.summary import main_texts, recovery_words, rounding_words

@@ -9,18 +9,10 @@ from typing import Literal
 from ara.artifacts.checkpoint import RecoveryFigures
 from ara.artifacts.evaluation import DENSE, UNIFORM, SpreadFigures
 from ara.layout_names import DEFAULT_LAYOUT
-from ara.reporting.document import (
-    Allocated,
-    BenchCase,
-    Benched,
-    Evaluated,
-    Front,
-    FrontPoint,
-    SpeedFront,
-    SpeedPoint,
-    Stored,
-    TextResult,
-)
+from ara.reporting.benchmark_parts import BenchCase, Benched
+from ara.reporting.checkpoint_parts import Allocated, Stored
+from ara.reporting.evaluation_parts import Evaluated, TextResult
+from ara.reporting.pareto_parts import Front, FrontPoint, SpeedFront, SpeedPoint
 from ara.reporting.summary import (
     case_name,
     in_runtime,

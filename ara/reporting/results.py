@@ -38,14 +38,21 @@ from ara.artifacts.ranks import GuardResults, RanksResults, RanksSettings
 from ara.artifacts.training import TrainingResults, TrainingSettings
 from ara.data.filespecs import is_file
 from ara.data.mixtures import Share, mixture_spec, origin_in_words
-from ara.reporting import document
+from ara.reporting import (
+    benchmark_parts,
+    checkpoint_parts,
+    comparison_parts,
+    evaluation_parts,
+    export_parts,
+    training_parts,
+)
 from ara.reporting.sharing import display_name, shared_origin, shared_text
 from ara.workspace.manifest import Manifest
 
 
-def read_base(model: Mapping[str, Any]) -> document.Base:
+def read_base(model: Mapping[str, Any]) -> checkpoint_parts.Base:
     """Return the dense model of a manifest."""
-    return document.Base(
+    return checkpoint_parts.Base(
         name=display_name(dict(model)),
         requested=model["requested"],
         kind=model["kind"],
@@ -55,10 +62,10 @@ def read_base(model: Mapping[str, Any]) -> document.Base:
     )
 
 
-def read_decomposition(manifest: Manifest) -> document.Decomposed:
+def read_decomposition(manifest: Manifest) -> checkpoint_parts.Decomposed:
     """Return the factors."""
     settings, results = FactorsSettings.read(manifest), FactorsResults.read(manifest)
-    return document.Decomposed.from_source(
+    return checkpoint_parts.Decomposed.from_source(
         settings,
         name=manifest.name,
         text=_calibration_text(settings, results),
@@ -87,29 +94,29 @@ def _calibration_origin(results: FactorsResults) -> str | None:
     return origin_in_words([(part.share, part.origin) for part in map(_shared_part, results.parts)])
 
 
-def read_allocation(manifest: Manifest) -> document.Allocated:
+def read_allocation(manifest: Manifest) -> checkpoint_parts.Allocated:
     """Return the ranks."""
     settings, results = RanksSettings.read(manifest), RanksResults.read(manifest)
-    return document.Allocated.from_source(
+    return checkpoint_parts.Allocated.from_source(
         results,
         name=manifest.name,
         method="from a file" if settings.ranks_sha256 else settings.method,
         keep=settings.keep,
         layout=settings.layout,
-        kinds=[document.Kind.from_source(row, kind=kind) for kind, row in results.kinds.items()],
+        kinds=[checkpoint_parts.Kind.from_source(row, kind=kind) for kind, row in results.kinds.items()],
         guard=_guard(results.guard) if results.guard else None,
     )
 
 
-def _guard(guard: GuardResults) -> document.Guard:
+def _guard(guard: GuardResults) -> checkpoint_parts.Guard:
     losses, best = guard.held_out, guard.held_out[guard.winner]
     behind = {
         name: None if loss is None or best is None else loss - best for name, loss in losses.items() if name != DENSE
     }
-    return document.Guard.from_source(guard, behind=behind)
+    return checkpoint_parts.Guard.from_source(guard, behind=behind)
 
 
-def read_stored(name: str, results: CheckpointResults, dtype: str) -> document.Stored:
+def read_stored(name: str, results: CheckpointResults, dtype: str) -> checkpoint_parts.Stored:
     """Return the checkpoint."""
     disk_keep = results.disk_bytes / results.dense_weight_bytes
     repairs = {
@@ -117,39 +124,39 @@ def read_stored(name: str, results: CheckpointResults, dtype: str) -> document.S
         for field in ("recovery", "recovery_after_rounding")
         for found in [getattr(results, field)]
     }
-    return document.Stored.from_source(results, name=name, dtype=dtype, disk_keep=disk_keep, **repairs)
+    return checkpoint_parts.Stored.from_source(results, name=name, dtype=dtype, disk_keep=disk_keep, **repairs)
 
 
-def read_work(manifest: Manifest) -> document.Work:
+def read_work(manifest: Manifest) -> checkpoint_parts.Work:
     """Return how one result was made."""
     config = manifest.config
-    return document.Work.from_source(manifest, device=config.get("device"), dtype=config.get("dtype"))
+    return checkpoint_parts.Work.from_source(manifest, device=config.get("device"), dtype=config.get("dtype"))
 
 
-def read_training(manifest: Manifest) -> document.Trained:
+def read_training(manifest: Manifest) -> training_parts.Trained:
     """Return the curves of a training."""
     results = TrainingResults.read(manifest)
     curves = [
-        document.Curve.from_source(row, keep=float(keep), log=results.log.get(keep, ()))
+        training_parts.Curve.from_source(row, keep=float(keep), log=results.log.get(keep, ()))
         for keep, row in results.budgets.items()
     ]
-    return document.Trained.from_source(TrainingSettings.read(manifest), name=manifest.name, curves=curves)
+    return training_parts.Trained.from_source(TrainingSettings.read(manifest), name=manifest.name, curves=curves)
 
 
-def read_evaluation(manifest: Manifest) -> document.Evaluated:
+def read_evaluation(manifest: Manifest) -> evaluation_parts.Evaluated:
     """Return an evaluation: its perplexities, conversations, zero-shot tasks and continuations."""
     settings, results = EvaluationSettings.read(manifest), EvaluationResults.read(manifest)
     names = text_labels(list(results.tasks))
     checksums = settings.text_sha256 or {}
-    return document.Evaluated.from_source(
+    return evaluation_parts.Evaluated.from_source(
         results,
         name=manifest.name,
         device=settings.device,
         dtype=settings.dtype,
-        models=[document.ModelSize.from_source(row, name=name) for name, row in results.variants.items()],
+        models=[evaluation_parts.ModelSize.from_source(row, name=name) for name, row in results.variants.items()],
         texts=[_text(names[task], row, checksums.get(task), results) for task, row in results.texts.items()],
         harness=[
-            document.HarnessResult.from_source(row, task=names[task], sha256=checksums.get(task))
+            evaluation_parts.HarnessResult.from_source(row, task=names[task], sha256=checksums.get(task))
             for task, row in results.harness.items()
         ],
         zero_shot=_zero_shot(results.zero_shot) if results.zero_shot else None,
@@ -168,11 +175,11 @@ def text_labels(tasks: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def _text(label: str, row: TextResults, sha256: str | None, results: EvaluationResults) -> document.TextResult:
+def _text(label: str, row: TextResults, sha256: str | None, results: EvaluationResults) -> evaluation_parts.TextResult:
     models, chosen = row.models, results.chosen
     # The load of the machine may change between models that did not take turns: their speeds make no ratio.
     dense = models[DENSE].tokens_per_second if results.interleaved else None
-    return document.TextResult.from_source(
+    return evaluation_parts.TextResult.from_source(
         row,
         task=label,
         origin=shared_origin(row.text) if row.text else None,
@@ -182,8 +189,8 @@ def _text(label: str, row: TextResults, sha256: str | None, results: EvaluationR
     )
 
 
-def _chat(label: str, row: ChatResults, sha256: str | None) -> document.ChatResult:
-    return document.ChatResult.from_source(
+def _chat(label: str, row: ChatResults, sha256: str | None) -> evaluation_parts.ChatResult:
+    return evaluation_parts.ChatResult.from_source(
         row,
         task=label,
         origin=shared_origin(row.text),
@@ -192,9 +199,9 @@ def _chat(label: str, row: ChatResults, sha256: str | None) -> document.ChatResu
     )
 
 
-def _chat_row(figures: ChatFigures) -> document.ChatRow:
+def _chat_row(figures: ChatFigures) -> evaluation_parts.ChatRow:
     found = figures.divergence
-    return document.ChatRow(
+    return evaluation_parts.ChatRow(
         kl=found.kl if found else None,
         kl_stderr=found.kl_stderr if found else None,
         agreement=found.agreement if found else None,
@@ -202,12 +209,12 @@ def _chat_row(figures: ChatFigures) -> document.ChatRow:
     )
 
 
-def _text_row(figures: TextFigures, dense: SpreadFigures | None) -> document.TextRow:
+def _text_row(figures: TextFigures, dense: SpreadFigures | None) -> evaluation_parts.TextRow:
     divergence, speed = figures.divergence, figures.tokens_per_second
     ratio = None
     if dense is not None:
         ratio = SpreadFigures(speed.median / dense.median, speed.low / dense.high, speed.high / dense.low)
-    return document.TextRow.from_source(
+    return evaluation_parts.TextRow.from_source(
         figures,
         stderr=figures.nll_stderr,
         speed=speed,
@@ -218,33 +225,34 @@ def _text_row(figures: TextFigures, dense: SpreadFigures | None) -> document.Tex
     )
 
 
-def _paired(one: TextFigures, other: TextFigures) -> document.Difference | None:
+def _paired(one: TextFigures, other: TextFigures) -> evaluation_parts.Difference | None:
     """Return the mean difference of two models' NLLs over the windows that both have read, and its standard error."""
     first, second = one.window_nlls, other.window_nlls
     if not first or len(first) != len(second):
         return None
     differences = [a - b for a, b in zip(first, second, strict=True)]
     stderr = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
-    return document.Difference(difference=statistics.fmean(differences), stderr=stderr)
+    return evaluation_parts.Difference(difference=statistics.fmean(differences), stderr=stderr)
 
 
-def _zero_shot(mean: MeanResults) -> document.ZeroShot:
+def _zero_shot(mean: MeanResults) -> evaluation_parts.ZeroShot:
     models = {
-        name: document.HarnessRow.from_source(figures, value=figures.mean) for name, figures in mean.models.items()
+        name: evaluation_parts.HarnessRow.from_source(figures, value=figures.mean)
+        for name, figures in mean.models.items()
     }
-    return document.ZeroShot.from_source(mean, models=models)
+    return evaluation_parts.ZeroShot.from_source(mean, models=models)
 
 
-def read_bench(manifest: Manifest) -> document.Benched:
+def read_bench(manifest: Manifest) -> benchmark_parts.Benched:
     """Return a benchmark."""
     results = BenchmarkResults.read(manifest)
     cases = [_case(case, results.interleaved) for case in results.cases]
-    return document.Benched.from_source(results, name=manifest.name, cases=cases)
+    return benchmark_parts.Benched.from_source(results, name=manifest.name, cases=cases)
 
 
-def _case(case: CaseResults, interleaved: bool) -> document.BenchCase:
+def _case(case: CaseResults, interleaved: bool) -> benchmark_parts.BenchCase:
     models = {
-        name: document.BenchRow.from_source(
+        name: benchmark_parts.BenchRow.from_source(
             row,
             seconds=_spread(row.seconds),
             tokens_per_second=_spread(row.tokens_per_second),
@@ -252,18 +260,18 @@ def _case(case: CaseResults, interleaved: bool) -> document.BenchCase:
         )
         for name, row in case.models.items()
     }
-    return document.BenchCase.from_source(case, models=models)
+    return benchmark_parts.BenchCase.from_source(case, models=models)
 
 
 def _spread(rounds: Percentiles) -> SpreadFigures:
     return SpreadFigures(rounds.median, rounds.p10, rounds.p90)
 
 
-def read_comparison(manifest: Manifest) -> document.Compared:
+def read_comparison(manifest: Manifest) -> comparison_parts.Compared:
     """Return a comparison of allocators."""
     results = ComparisonResults.read(manifest)
     names = text_labels(list(results.methods[DENSE].tasks or {}))
-    return document.Compared.from_source(
+    return comparison_parts.Compared.from_source(
         ComparisonSettings.read(manifest),
         name=manifest.name,
         tasks=list(names.values()),
@@ -271,36 +279,36 @@ def read_comparison(manifest: Manifest) -> document.Compared:
     )
 
 
-def read_size_front(manifest: Manifest) -> document.SizeFront:
+def read_size_front(manifest: Manifest) -> comparison_parts.SizeFront:
     """Return a comparison of forms of the model at some sizes."""
     models = (ComparisonResults.read(manifest).models or {}).values()
     points = [_sized_point(model) for model in models]
     if all(point.perplexity is None for point in points):
         raise ValueError("no model was measured")
-    return document.SizeFront.from_source(
+    return comparison_parts.SizeFront.from_source(
         ComparisonSettings.read(manifest), name=manifest.name, verdict=best_in_words(models), points=points
     )
 
 
-def _sized_point(model: SizedModel) -> document.SizedPoint:
+def _sized_point(model: SizedModel) -> comparison_parts.SizedPoint:
     measured = model.held_out is not None and model.bytes is not None
     perplexity = math.exp(model.held_out) if measured and model.held_out is not None else None
-    return document.SizedPoint.from_source(model, perplexity=perplexity)
+    return comparison_parts.SizedPoint.from_source(model, perplexity=perplexity)
 
 
-def _allocator(row: ComparedMethod, names: Mapping[str, str]) -> document.AllocatorRow:
+def _allocator(row: ComparedMethod, names: Mapping[str, str]) -> comparison_parts.AllocatorRow:
     tasks = {names[task]: found for task, found in (row.tasks or {}).items()}
-    return document.AllocatorRow.from_source(
+    return comparison_parts.AllocatorRow.from_source(
         row,
         perplexity={name: found.perplexity for name, found in tasks.items()},
         gap_closed={name: found.gap_closed for name, found in tasks.items()},
     )
 
 
-def read_export(manifest: Manifest) -> document.Exported:
+def read_export(manifest: Manifest) -> export_parts.Exported:
     """Return an export and its comparison with torch."""
     results = GraphResults.read(manifest)
-    return document.Exported.from_source(
+    return export_parts.Exported.from_source(
         results,
         name=manifest.name,
         provider=results.execution_provider,

@@ -8,19 +8,9 @@ from ara.artifacts.checkpoint import RecoveryFigures, RoundingFigures
 from ara.artifacts.evaluation import DENSE, UNIFORM, SpreadFigures
 from ara.data.mixtures import Share, mixture_spec
 from ara.evaluation.paired import NOISE
-from ara.reporting.document import (
-    Allocated,
-    Base,
-    BenchCase,
-    Benched,
-    ChatResult,
-    Difference,
-    Evaluated,
-    HarnessResult,
-    Stored,
-    TextResult,
-    ZeroShot,
-)
+from ara.reporting.benchmark_parts import BenchCase, Benched
+from ara.reporting.checkpoint_parts import Allocated, Base, Stored
+from ara.reporting.evaluation_parts import ChatResult, Difference, Evaluated, HarnessResult, TextResult, ZeroShot
 
 # A mean difference is significant from this many standard errors on, over at least this many windows: with few
 # windows the standard error itself is uncertain.

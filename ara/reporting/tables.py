@@ -12,15 +12,22 @@ from ara.artifacts.checkpoint import RecoveryFigures
 from ara.artifacts.evaluation import DENSE, UNIFORM
 from ara.evaluation.tasks import mean_label
 from ara.layout_names import DEFAULT_LAYOUT
-from ara.reporting import cells, document
+from ara.reporting import cells
+from ara.reporting.benchmark_parts import Benched
 from ara.reporting.cells import NONE, Cell, Table
+from ara.reporting.checkpoint_parts import Allocated, Layer, Stored, Work
+from ara.reporting.comparison_parts import Compared, SizeFront
+from ara.reporting.document import Report
+from ara.reporting.evaluation_parts import ChatResult, Evaluated, HarnessResult, TextResult, ZeroShot
+from ara.reporting.export_parts import Exported
 from ara.reporting.summary import case_name
+from ara.reporting.training_parts import Trained
 
 # Characters of an error that a table has room for.
 _ERROR_WIDTH = 60
 
 
-def size_table(report: document.Report) -> Table:
+def size_table(report: Report) -> Table:
     """Return parameters and bytes, dense and compressed."""
     figures, stored = report.allocation, report.checkpoint
     parameters = (
@@ -36,7 +43,7 @@ def size_table(report: document.Report) -> Table:
     return Table("Parameters and bytes", ("", "dense", "compressed", "kept"), rows)
 
 
-def recovery_tables(stored: document.Stored) -> list[Table]:
+def recovery_tables(stored: Stored) -> list[Table]:
     """Return one table per recovery: before the rounding, and after it."""
     both = (stored.recovery, False), (stored.recovery_after_rounding, True)
     return [recovery_table(recovery, after) for recovery, after in both if recovery is not None]
@@ -58,7 +65,7 @@ def recovery_table(recovery: RecoveryFigures, after_rounding: bool = False) -> T
     return Table(f"Recovery{' after rounding' * after_rounding}, on held-out text", columns, rows)
 
 
-def kinds_table(allocation: document.Allocated) -> Table:
+def kinds_table(allocation: Allocated) -> Table:
     """Return ranks by kind of layer."""
     rows = []
     for kind in allocation.kinds:
@@ -72,7 +79,7 @@ def kinds_table(allocation: document.Allocated) -> Table:
     return Table("Ranks by kind of layer", columns, rows, words=2)
 
 
-def layers_table(layers: Sequence[document.Layer]) -> Table:
+def layers_table(layers: Sequence[Layer]) -> Table:
     """Return every layer."""
     rows = [
         (
@@ -88,7 +95,7 @@ def layers_table(layers: Sequence[document.Layer]) -> Table:
     return Table("All layers", columns, rows, words=2)
 
 
-def models_table(evaluation: document.Evaluated) -> Table:
+def models_table(evaluation: Evaluated) -> Table:
     """Return the sizes of the models of an evaluation."""
     rows = [
         (
@@ -105,7 +112,7 @@ def models_table(evaluation: document.Evaluated) -> Table:
     return Table("Models", columns, rows, marked=cells.index(names, evaluation.chosen))
 
 
-def text_table(evaluation: document.Evaluated, result: document.TextResult) -> Table:
+def text_table(evaluation: Evaluated, result: TextResult) -> Table:
     """Return all models on one text: quality and the speed of reading."""
     names = [model.name for model in evaluation.models if model.name in result.models]
     with_kl = any(row.kl is not None for row in result.models.values())
@@ -122,7 +129,7 @@ def text_table(evaluation: document.Evaluated, result: document.TextResult) -> T
     return Table(caption, columns, rows, marked=cells.index(names, evaluation.chosen))
 
 
-def chat_table(evaluation: document.Evaluated, result: document.ChatResult) -> Table:
+def chat_table(evaluation: Evaluated, result: ChatResult) -> Table:
     """Return all models on conversations: distance from the dense model on the answers, and empty answers."""
     names = [model.name for model in evaluation.models if model.name in result.models]
     rows = []
@@ -135,7 +142,7 @@ def chat_table(evaluation: document.Evaluated, result: document.ChatResult) -> T
     return Table(caption, columns, rows, marked=cells.index(names, evaluation.chosen))
 
 
-def harness_table(evaluation: document.Evaluated) -> Table:
+def harness_table(evaluation: Evaluated) -> Table:
     """Return zero-shot accuracies: one row per task, the mean last; one column per model, then comparisons."""
     names = [model.name for model in evaluation.models]
     rivals = [name for name in (DENSE, UNIFORM) if name in names and name != evaluation.chosen]
@@ -159,16 +166,14 @@ def harness_table(evaluation: document.Evaluated) -> Table:
     return Table("Zero-shot accuracy (≈: may be chance, p > 0.05)", columns, rows, words=2)
 
 
-def _comparisons(
-    evaluation: document.Evaluated, result: document.HarnessResult | document.ZeroShot, rivals: Sequence[str]
-) -> Iterator[Cell]:
+def _comparisons(evaluation: Evaluated, result: HarnessResult | ZeroShot, rivals: Sequence[str]) -> Iterator[Cell]:
     """Yield the chosen model's share of the dense model's accuracy, then its differences to ``rivals``."""
     row = result.models.get(evaluation.chosen)
     yield cells.share(row.retained if row else None)
     yield from (cells.difference(result.compared.get(rival)) for rival in rivals)
 
 
-def bench_tables(bench: document.Benched) -> Iterator[Table]:
+def bench_tables(bench: Benched) -> Iterator[Table]:
     """Return a table of sizes and one of speeds."""
     names = list(bench.models)
     sizes = [
@@ -202,7 +207,7 @@ def bench_tables(bench: document.Benched) -> Iterator[Table]:
     yield Table("Speed", (*columns, *counted), rows, words=2)
 
 
-def training_table(training: document.Trained) -> Table:
+def training_table(training: Trained) -> Table:
     """Return how far the training has lowered the held-out loss at each budget."""
     rows = [
         (
@@ -220,7 +225,7 @@ def training_table(training: document.Trained) -> Table:
     return Table(f"Masks of {training.name}", (*columns, "backward passes", "seconds"), rows)
 
 
-def guard_table(allocation: document.Allocated) -> Table | None:
+def guard_table(allocation: Allocated) -> Table | None:
     """Return the candidates that the guard has compared, or ``None`` without a guard."""
     guard = allocation.guard
     if guard is None:
@@ -234,7 +239,7 @@ def guard_table(allocation: document.Allocated) -> Table | None:
     return Table(f"Guard: {guard.winner} was chosen", columns, rows, marked=cells.index(names, guard.winner))
 
 
-def comparison_table(comparison: document.Compared, allocation: document.Allocated) -> Table:
+def comparison_table(comparison: Compared, allocation: Allocated) -> Table:
     """Return the dense model, then all allocators by held-out loss; the method of ``allocation`` is marked."""
     methods = comparison.methods
     measured = [name for name, row in methods.items() if row.held_out is not None and name != DENSE]
@@ -260,7 +265,7 @@ def comparison_table(comparison: document.Compared, allocation: document.Allocat
     return Table(caption, tuple(columns), rows, marked=cells.index(order, allocation.method if same else None))
 
 
-def size_front_table(front: document.SizeFront) -> Table:
+def size_front_table(front: SizeFront) -> Table:
     """Return the forms of the model with their size and loss, the dense ones first, then size by size."""
     rows = []
     repaired = any(point.recovered is not None for point in front.points)
@@ -279,7 +284,7 @@ def size_front_table(front: document.SizeFront) -> Table:
     return Table(caption, (*columns, "held-out loss (nats/token)", "perplexity"), rows, words=len(words))
 
 
-def export_table(export: document.Exported) -> Table:
+def export_table(export: Exported) -> Table:
     """Return the differences between a graph and torch."""
     rows = [
         (
@@ -300,7 +305,7 @@ def export_table(export: document.Exported) -> Table:
     return Table(caption, (*columns, "loss in torch", "loss in ONNX Runtime"), rows)
 
 
-def work_table(work: Sequence[document.Work]) -> Table:
+def work_table(work: Sequence[Work]) -> Table:
     """Return time, memory and device of every stage."""
     rows = [
         (

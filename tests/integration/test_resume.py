@@ -116,7 +116,7 @@ def test_part_belongs_to_its_model(cut, tiny_text, tmp_path):
 
 def test_killed_before_the_first_layer_starts_over(killed, tmp_path, tiny_settings, finished):
     root = tmp_path / "ws"
-    killed("ara.stages.decompose:_factor", 4, "after", *decompose_arguments(tiny_settings, root))
+    killed("ara.stages.factoring:_factor", 4, "after", *decompose_arguments(tiny_settings, root))
     assert status(root) == {"decompose/two-sided": "partial"}
     view = decompose(DecomposeConfig(**tiny_settings), Run(root))
     assert contents(view.path, "*.safetensors") == contents(finished / "decompose" / "two-sided", "*.safetensors")

@@ -13,7 +13,8 @@ import pytest
 import typer
 
 from ara.artifacts.graph import ParityCase
-from ara.reporting.document import Difference, Report
+from ara.reporting.document import Report
+from ara.reporting.evaluation_parts import Difference
 from ara.reporting.gather import Made, gather, layers
 from ara.reporting.summary import differs
 from ara.reporting.tables import export_table
