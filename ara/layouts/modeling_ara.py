@@ -475,8 +475,10 @@ class AraQuantizer(HfQuantizer):
         for empty in rounded.values():
             vars(empty)["_is_hf_initialized"] = True
         replace_rounded(model, rounded)
+        self._shapes = _stored_shapes(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _check_shapes(_stored_shapes(model), self._shapes)
         for name, module in model.named_modules():
             if isinstance(module, CompressedLinear) and (problem := module.problem()):
                 raise ValueError(f"{name}.{problem}")
@@ -622,6 +624,29 @@ def register() -> None:
     """Register ``quant_method: ara`` with transformers; a second call changes nothing."""
     AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, AraConfig)
     AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, AraQuantizer)
+
+
+def _stored_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of the tensors that a checkpoint of ``model`` holds, by name; tied ones appear once."""
+    stored = model.state_dict(keep_vars=True)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.shape for name, tensor in tensors.items() if name in stored}
+
+
+def _check_shapes(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
+    """Refuse tensors of another shape than those of the empty model.
+
+    transformers before 5.20 puts whatever a file holds into a model that has a quantizer. Newer ones report the shapes.
+
+    Raises:
+        ValueError: a tensor has another shape.
+    """
+    differ = [name for name, shape in sorted(found.items()) if shape != expected.get(name, shape)]
+    if differ:
+        name, more = differ[0], f" ({len(differ)} tensors differ)" if len(differ) > 1 else ""
+        raise ValueError(
+            f"the checkpoint has {name} of shape {list(found[name])}, its config asks for {list(expected[name])}{more}"
+        )
 
 
 def _native_class(config: Any) -> Any:

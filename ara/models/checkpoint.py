@@ -161,7 +161,8 @@ def _read(folder: Path, dtype: torch.dtype | None, device: str | None = None) ->
             raise
         reason, _hint = why_not_loaded(error)
         raise ModelError(f"{folder} cannot be loaded: {reason}", _AGAIN) from error
-    check_loaded(model, loading, f"{folder} cannot be loaded: it", stored_tensors(weight_files(folder)), _AGAIN)
+    stored = stored_tensors(weight_files(folder))
+    check_loaded(model, loading, f"{folder} cannot be loaded: the checkpoint", stored, _AGAIN)
     loaded: PreTrainedModel = model
     return loaded
 

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -21,8 +23,9 @@ FORBIDDEN = {"ara": {"ara_cli", "export"}, "export": {"ara_cli"}, "ara_cli": set
 
 
 def requirements():
+    """Return all requirements but those of the extra ``vllm``: it wants an older transformers than the pinned one."""
     project = PROJECT["project"]
-    extras = (line for extra in project["optional-dependencies"].values() for line in extra)
+    extras = [line for name, extra in project["optional-dependencies"].items() if name != "vllm" for line in extra]
     return [Requirement(line) for line in [*project["dependencies"], *extras]]
 
 
@@ -122,6 +125,24 @@ def test_every_direct_dependency_is_pinned_within_its_range():
     assert wrong == []
 
 
+def test_the_tests_of_vllm_run_a_version_of_its_extra():
+    (vllm,) = map(Requirement, PROJECT["project"]["optional-dependencies"]["vllm"])
+    tested = re.search(r"^VLLM_VERSION := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert vllm.name == "vllm"
+    assert Version(tested[1]) in vllm.specifier
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_lowest_environment_has_the_oldest_transformers_of_the_range(tmp_path):
+    (bounds,) = [requirement.specifier for requirement in requirements() if requirement.name == "transformers"]
+    (lowest,) = [bound.version for bound in bounds if bound.operator == ">="]
+    steps = subprocess.run(
+        ["make", "--dry-run", f"LOWEST_VENV={tmp_path}", "test-lowest"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert f"'s/^transformers==.*/transformers=={lowest}/' constraints.txt" in steps.stdout, steps.stderr
+    assert pins()["transformers"] > Version(lowest)
+
+
 def test_pins_carry_no_local_build():
     assert [name for name, version in pins().items() if version.local] == []
 
@@ -176,6 +197,7 @@ def test_makefile_describes_its_targets():
         "setup",
         "demo",
         "test",
+        "test-lowest",
         "check",
         "format",
         "bench-decompose",

@@ -1,8 +1,8 @@
 """What to install beside vLLM's CPU build: ``python environment.py WHEEL`` prints requirements, one a line.
 
 They are those of the wheel without packages that text models do not need, and those of ARA that serving and the tests
-import. vLLM wants a transformers below the one that ARA's other commands want, so neither is installed with its own
-requirements.
+import. So the environment is smaller than one with all requirements of both; these fit together
+(``tests/vllm/test_installed.py``).
 """
 
 from __future__ import annotations

@@ -204,15 +204,18 @@ def test_pivots_are_rounded_once_to_the_dtype_of_the_model(dtype: torch.dtype, t
 
 # -- three ways of loading --------------------------------------------------------------------------------------
 
+_WITHOUT_ARA = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("ara", "ara_cli", "export"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocker())
+"""
 _SCRIPT = """
 import json, sys
 root, out, way = sys.argv[1:]
 if way == "without ara":
-    class Blocker:
-        def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] in ("ara", "ara_cli", "export"):
-                raise ModuleNotFoundError(name)
-    sys.meta_path.insert(0, Blocker())
     import transformers
 elif way == "ara first":
     import ara, transformers
@@ -253,20 +256,27 @@ print(json.dumps({"facts": facts, "ara": "ara" in sys.modules}))
 
 def _run(checkpoints: Path, out: Path, way: str) -> dict[str, Any]:
     """Load all families in a fresh process; returns what it said and the logits."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    facts = _said(_SCRIPT, str(checkpoints), str(out), way, home=out.parent, with_ara=way != "without ara")
+    return {**facts, "logits": load_file(f"{out}.safetensors")}
+
+
+def _said(script: str, *arguments: str, home: Path, with_ara: bool) -> dict[str, Any]:
+    """Run a script in a fresh process in the folder ``home``; returns the JSON object of its last line."""
+    home.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(out.parent / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    if way != "without ara":
+    environment |= {"HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    if with_ara:
         environment["PYTHONPATH"] = str(_REPOSITORY)
     done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, str(checkpoints), str(out), way],
+        [sys.executable, "-c", script if with_ara else _WITHOUT_ARA + script, *arguments],
         capture_output=True,
         text=True,
-        cwd=out.parent,
+        cwd=home,
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return {**json.loads(done.stdout.splitlines()[-1]), "logits": load_file(f"{out}.safetensors")}
+    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return facts
 
 
 def _different(checkpoints: Path, logits: dict[str, torch.Tensor]) -> list[str]:
@@ -544,8 +554,64 @@ def test_a_rank_other_than_the_stored_one_is_refused(change: int, checkpoints: P
     ranks = dict(read_config(checkpoints / "llama")["quantization_config"]["ranks"])
     ranks["model.layers.1.mlp.up_proj"] += change
     folder = _copy(checkpoints, "llama", tmp_path, ranks=ranks)
-    with pytest.raises(ModelError, match=r"cannot be loaded: it has .*up_proj\.A\.weight of shape \[29, 60\]"):
+    expected = 29 + change
+    with pytest.raises(
+        ModelError,
+        match=rf"cannot be loaded: the checkpoint has model\.layers\.1\.mlp\.up_proj\.A\.weight of shape \[29, 60\], "
+        rf"its config asks for \[{expected}, 60\] \(2 tensors differ\)",
+    ):
         load(folder, device="cpu")
+
+
+_REFUSED = """
+import io, json, logging, sys
+root, way = sys.argv[1:]
+if way == "ara":
+    import ara
+import transformers
+from pathlib import Path
+outcomes = {}
+for config in Path(root).glob("*/*/config.json"):
+    log = io.StringIO()
+    transformers.logging.add_handler(logging.StreamHandler(log))
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(config.parent, trust_remote_code=way == "code")
+        outcomes[config.parts[-3]] = "loaded"
+    except (RuntimeError, ValueError) as error:
+        outcomes[config.parts[-3]] = f"refused: {error} {log.getvalue()}"
+print(json.dumps(outcomes))
+"""
+
+
+@pytest.mark.parametrize("way", ["ara", "code"])
+def test_tensors_of_another_shape_are_refused_by_from_pretrained(way: str, checkpoints: Path, tmp_path: Path) -> None:
+    """transformers before 5.20 reports none in a model that has a quantizer."""
+    cases = {
+        "factor": ("llama", "model.layers.1.mlp.up_proj.A.weight"),
+        "order": ("llama-pivoted", "model.layers.1.mlp.up_proj.order"),
+        "dense": ("llama", "model.norm.weight"),
+        "tied": ("gemma", "model.embed_tokens.weight"),
+    }
+    for case, (family, name) in cases.items():
+        folder = _copy(checkpoints, family, tmp_path / "at" / case)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name] = tensors[name][:-1].contiguous()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _copy(checkpoints, "llama", tmp_path / "at" / "intact")
+    outcomes = _said(_REFUSED, str(tmp_path / "at"), way, home=tmp_path / "run", with_ara=way == "ara")
+    assert outcomes.pop("intact") == "loaded"
+    assert set(outcomes) == set(cases)
+    unnamed = {case: outcomes[case] for case, (_, name) in cases.items() if name not in outcomes[case]}
+    assert unnamed == {}
+
+
+def test_the_quantizer_compares_shapes_with_any_transformers(checkpoints: Path) -> None:
+    model = load(checkpoints / "llama", device="cpu")
+    model.model.norm.weight = nn.Parameter(torch.ones(59))
+    model.model.layers[0].mlp.up_proj.B.weight = nn.Parameter(torch.ones(92, 3))
+    expected = r"up_proj\.B\.weight of shape \[92, 3\], its config asks for \[92, 30\] \(2 tensors differ\)"
+    with pytest.raises(ValueError, match=expected):
+        model.hf_quantizer.postprocess_model(model)
 
 
 def test_a_rank_that_is_missing_is_refused(checkpoints: Path, tmp_path: Path) -> None:
