@@ -67,11 +67,12 @@ class RecoverConfig(PlacementConfig):
     batch: int = Field(
         16, ge=1, le=bounds.MAX_WINDOWS, description="distill: windows per step; each step reads new ones"
     )
-    rate: float = Field(
-        5e-5,
+    rate: float | None = Field(
+        None,
         ge=bounds.MIN_RATE,
         le=bounds.MAX_RATE,
-        description="distill: highest learning rate, the root mean square change of a number per step",
+        description="distill: highest learning rate, the root mean square change of a number per step [default: 5e-5, "
+        "less if the model is already near the dense one]",
     )
     optimiser: Literal["muon", "adamw"] = Field(
         "muon", description="distill: of matrices; vectors, scales and LoRA adapters have AdamW"

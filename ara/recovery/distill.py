@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ara import bounds
 from ara.config import RecoverConfig
 from ara.errors import DataError, ModelError, NumericalError, UsageError
 from ara.events import event_writer_class
@@ -40,6 +41,9 @@ ADAPTER_FOLDER = "adapter"
 _BEST = "best:"
 # Activations are kept if they and the optimiser take at most this share of the free memory.
 _MEMORY_SHARE = 0.5
+# The rate by default, and a limit of it per nat of held-out KL before the training: the nearer the dense model, the
+# smaller the steps that still lead there (docs/lab-notes.md).
+_RATE, _RATE_PER_NAT = 5e-5, 8.5e-5
 # Float32 numbers per trained parameter: gradient, two moments, and the copies of half-precision weights.
 _OPTIMISER_BYTES = 4 * 4
 
@@ -145,7 +149,7 @@ class _Training:
         self.recovery, self.config, self.parameters = recovery, recovery.config, parameters
         # The two matrices of an adapter are small, one of them starts at zero.
         method: Method = "adamw" if self.config.train == "lora" else self.config.optimiser
-        self.optimiser = recovery.optimiser(parameters, self.config.steps, self.config.rate, method)
+        self.optimiser = recovery.optimiser(parameters, self.config.steps, self.config.rate or _RATE, method)
         self.history = History()
         self.best: dict[str, torch.Tensor] = {}
         self.judge = Teacher(recovery.dense, recovery.held_out.ids, keep=True)
@@ -163,6 +167,7 @@ class _Training:
             with self.recovery.report.bar("Distilling", self.config.steps) as bar:
                 if not self.history.rows:
                     self._log(0, None, None, self._check())
+                self.optimiser.rate = self._rate()
                 bar.advance(self.history.step)
                 while self.history.step < self.config.steps and (ended := self._ended()) is None:
                     self._step()
@@ -175,6 +180,17 @@ class _Training:
         self._assign(self.best)
         self.history.write(self.recovery.saved, self.config.tensorboard)
         return self._outcome(ended, interrupted)
+
+    def _rate(self) -> float:
+        """Return the highest learning rate; the limit per nat is for the weights of blocks, which alone it is known for."""
+        config = self.config
+        if config.rate is not None:
+            return config.rate
+        if config.train == "lora" or self.recovery.stored:
+            return _RATE
+        rate = min(_RATE, max(_RATE_PER_NAT * self.history.checks[0], bounds.MIN_RATE))
+        self.recovery.report.fact(f"learning rate {rate:.2g} (--rate)")
+        return rate
 
     def _step(self) -> None:
         """Take one step, log it, check it and save the state where they are due."""
@@ -233,7 +249,7 @@ class _Training:
 
     def _log(self, step: int, loss: float | None, norm: float | None, held_out: float | None) -> None:
         config = self.config
-        rate = rate_at(step - 1, config.steps, config.rate) if step else None
+        rate = rate_at(step - 1, config.steps, self.optimiser.rate) if step else None
         tokens, seconds = step * config.batch * self.recovery.train.ids.shape[1], time.monotonic() - self.clock
         self.history.rows.append(Row(step, loss, held_out, rate, norm, tokens, seconds))
         if held_out is None:

@@ -172,6 +172,38 @@ def test_the_best_in_between_is_kept(tmp_path, monkeypatch):
     assert [_same(weights_of(recovery.model), weights) for weights in seen] == [False, False, True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("settings", "start", "rate"),
+    [
+        ({"rate": None}, 2.0, 5e-5),
+        ({"rate": None}, 0.1, 8.5e-6),
+        ({"rate": None}, 0.0, 1e-12),
+        ({"rate": None, "train": "lora"}, 0.1, 5e-5),
+        ({"rate": 2e-3}, 0.1, 2e-3),
+    ],
+)
+def test_near_the_dense_model_the_default_rate_is_low(tmp_path, monkeypatch, settings, start, rate):
+    recovery = tiny_recovery(tmp_path, "qwen2", **{**FAST, "steps": 4, **settings})
+    _checks_give(monkeypatch, [start] * 3)
+    Distill().repair(recovery)
+    # The warm-up takes one step.
+    assert float(_log(recovery)[1]["rate"]) == pytest.approx(rate)
+
+
+def test_a_resumed_run_has_the_rate_of_its_start(tmp_path, monkeypatch):
+    saved = MemorySaved(tmp_path / "saved")
+    settings = {**FAST, "rate": None}
+    whole = tiny_recovery(tmp_path / "a", **settings)
+    expected = Distill().repair(whole)
+    with monkeypatch.context() as patch:
+        _interrupt_in_step(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            Distill().repair(tiny_recovery(tmp_path / "a", saved=saved, **settings))
+    again = tiny_recovery(tmp_path / "a", saved=saved, **settings)
+    assert Distill().repair(again) == expected
+    assert _same(weights_of(again.model), weights_of(whole.model))
+
+
 def test_divergence_says_what_to_do(tmp_path, monkeypatch):
     recovery = tiny_recovery(tmp_path, **{**FAST, "check_every": 1, "patience": 10})
     _checks_give(monkeypatch, [1.0, 3.5, 4.0])
