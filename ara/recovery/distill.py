@@ -182,7 +182,7 @@ class _Training:
         return self._outcome(ended, interrupted)
 
     def _rate(self) -> float:
-        """Return the highest learning rate; the limit per nat is for the weights of blocks, which alone it is known for."""
+        """Return the highest learning rate; the limit per nat is known for the weights of blocks only."""
         config = self.config
         if config.rate is not None:
             return config.rate
