@@ -570,6 +570,7 @@ if way == "ara":
     import ara
 import transformers
 from pathlib import Path
+transformers.logging.set_verbosity_warning()
 outcomes = {}
 for config in Path(root).glob("*/*/config.json"):
     log = io.StringIO()
