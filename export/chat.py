@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ara.config import ChatConfig
 from ara.data.chat import Message, has_template, message
 from ara.errors import UsageError
+from ara.progress import Reporter
 from ara.prompts import check_prompt
-from ara.stages.common import Run
 from export.answering import Answer, Answerer
 
 if TYPE_CHECKING:
@@ -39,11 +37,8 @@ class Chat:
     """A conversation. Every answer reads the whole history again, which the chat template may render anew each time.
 
     Args:
-        config: backend, length, sampling, system prompt, placement.
-        run: workspace and reporter.
-        checkpoint: which one, as NAME or STAGE/NAME; the latest by default.
-        source: a checkpoint folder or an exported folder to run instead of a result of the workspace.
-        export: which export of the checkpoint; the latest by default.
+        model: answers; its weights are read here.
+        report: takes warnings.
 
     Attributes:
         turns: what is remembered.
@@ -54,17 +49,8 @@ class Chat:
         ModelError: its chat template fails, or the model cannot be loaded.
     """
 
-    def __init__(
-        self,
-        config: ChatConfig,
-        run: Run,
-        *,
-        checkpoint: str | None = None,
-        source: Path | None = None,
-        export: str | None = None,
-    ) -> None:
-        self._report = run.report
-        self._model = Answerer(config, run, checkpoint=checkpoint, source=source, export=export)
+    def __init__(self, model: Answerer, report: Reporter) -> None:
+        self._model, self._report = model, report
         if not has_template(self._model.tokenizer):
             raise UsageError(
                 "the model has no chat template, which a chat needs", "use ara generate, which continues a text"

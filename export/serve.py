@@ -21,7 +21,7 @@ _OURS = ("--host", "--port", "--model")
 
 @dataclass(frozen=True)
 class _Server:
-    """A program that serves checkpoint folders.
+    """A server that can load checkpoint folders.
 
     Attributes:
         title: its name in messages.

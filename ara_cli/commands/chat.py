@@ -45,9 +45,10 @@ def command(
     export = exported.asked(config.backend)
     target_of(config.backend)
     stdin = piped_input("echo 'Who are you?' | ara chat")
+    from export.answering import Answerer
     from export.chat import Chat
 
-    chat = Chat(config, s.run(), checkpoint=which.asked, source=source, export=export)
+    chat = Chat(Answerer(config, s.run(), checkpoint=which.asked, source=source, export=export), s.console)
     loop = _Loop(s, chat, stdin)
     loop.run()
     s.console.result({"turns": loop.said, "backend": config.backend, "seed": chat.seed})

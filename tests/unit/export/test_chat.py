@@ -14,6 +14,7 @@ from ara.config import ChatConfig
 from ara.errors import ModelError, UsageError
 from ara.progress import SilentReporter
 from ara.stages.common import Run
+from export.answering import Answerer
 from export.chat import Chat
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -38,7 +39,8 @@ def made(checkpoint: Callable[..., Any]) -> Any:
 
 def start(folder: Path, heard: Heard | None = None, **settings: Any) -> Chat:
     config = ChatConfig(**{"max_new_tokens": NEW, "device": "cpu", "dtype": "float32", **settings})
-    return Chat(config, Run(folder, report=heard or Heard()), source=folder)
+    run = Run(folder, report=heard or Heard())
+    return Chat(Answerer(config, run, source=folder), run.report)
 
 
 def say(chat: Chat, prompt: str) -> str:
