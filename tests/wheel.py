@@ -1,7 +1,7 @@
-"""Tries a wheel like a user who has nothing else: ``python -m tests.wheel WHEEL --constraints FILE``; used by ``make dist``.
+"""Tries a wheel like a user who has nothing else: ``python -m tests.wheel WHEEL --constraints FILE`` (``make dist``).
 
-A new environment gets the wheel, outside of the repository. The demo model goes through ``ara run`` with little text, and
-its checkpoint is loaded in the three ways. Nothing here imports ARA.
+A new environment gets the wheel, outside of the repository. The demo model goes through ``ara run`` with little text,
+and its checkpoint is loaded in the three ways. Nothing here imports ARA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _LOADS = {
     "trust_remote_code": "import transformers; "
     "model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
 }
-_FORWARD = "import sys; folder = sys.argv[1]; {load}; print(model.forward(model.dummy_inputs['input_ids']).logits.shape)"
+_FORWARD = (
+    "import sys; folder = sys.argv[1]; {load}; print(model.forward(model.dummy_inputs['input_ids']).logits.shape)"
+)
 
 
 def main() -> None:

@@ -68,18 +68,43 @@ def save_checkpoint(
     elif ranks or rounded:
         modules = rounded or {}
         replace_rounded(model, modules)
-        settings = {name: [one.bits, one.block, one.zeros is not None] for name, one in modules.items()}
-        since = max(LAYERS[layout].since if ranks else 1, *(one.since for one in modules.values()), 1)
-        config = AraConfig(dict(ranks), since, provenance, layout, settings)
-        model.config.quantization_config = config
-        model.config.auto_map = {"AutoModelForCausalLM": f"{Path(CODE_FILE).stem}.AraForCausalLM"}
-        model.hf_quantizer = AraQuantizer(config)
-        assert modeling_ara.__file__ is not None
-        shutil.copyfile(modeling_ara.__file__, folder / CODE_FILE)
+        declare_compressed(model, folder, ranks=ranks, provenance=provenance, layout=layout, rounded=modules)
     with silence_transformers():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
-    # safetensors makes its files readable by the owner alone; give them the permissions of config.json.
+    finish_files(folder)
+
+
+def declare_compressed(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    ranks: Mapping[str, int],
+    provenance: dict[str, Any],
+    layout: LayoutName,
+    rounded: Mapping[str, RoundedMatrix] | None = None,
+) -> AraQuantizer:
+    """Let the config of a model say how it is compressed, and put the code that reads it into the folder.
+
+    Arguments as for :func:`save_checkpoint`.
+
+    Returns:
+        The quantizer of the model, which knows what ``save_pretrained`` stores.
+    """
+    modules = rounded or {}
+    settings = {name: [one.bits, one.block, one.zeros is not None] for name, one in modules.items()}
+    since = max(LAYERS[layout].since if ranks else 1, *(one.since for one in modules.values()), 1)
+    config = AraConfig(dict(ranks), since, provenance, layout, settings)
+    model.config.quantization_config = config
+    model.config.auto_map = {"AutoModelForCausalLM": f"{Path(CODE_FILE).stem}.AraForCausalLM"}
+    model.hf_quantizer = AraQuantizer(config)
+    assert modeling_ara.__file__ is not None
+    shutil.copyfile(modeling_ara.__file__, folder / CODE_FILE)
+    return model.hf_quantizer
+
+
+def finish_files(folder: Path) -> None:
+    """Give the weight files of a checkpoint the permissions of its config; safetensors makes them private."""
     mode = (folder / "config.json").stat().st_mode
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)

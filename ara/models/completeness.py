@@ -19,6 +19,7 @@ from ara.jsonfile import read
 from ara.models.shown import first_names
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"})
@@ -160,26 +161,29 @@ def weight_files(origin: str | Path, revision: str | None = None) -> list[Path]:
     return [path for path in map(at, names) if path is not None]
 
 
-def check_range(model: PreTrainedModel, name: str, stored: Mapping[str, StoredTensor]) -> None:
-    """Refuse a model in float16 whose weights are beyond its range.
+def check_range(parameters: Iterable[tuple[str, torch.Tensor]], name: str) -> None:
+    """Refuse weights that became infinite when they were converted to float16.
 
     Args:
-        model: loaded in float16; other dtypes pass.
+        parameters: names and tensors; other dtypes pass.
         name: of the model, for errors.
-        stored: from :func:`stored_tensors`.
 
     Raises:
-        NumericalError: a parameter became infinite.
+        NumericalError: a parameter is infinite.
     """
     import torch
 
-    wider = {tensor.dtype for tensor in stored.values()} & {"F32", "F64", "BF16"}
-    for key, parameter in model.named_parameters() if wider else ():
+    for key, parameter in parameters:
         if parameter.dtype == torch.float16 and bool(parameter.isinf().any()):
             raise NumericalError(
                 f"{key} of {name} exceeds the range of float16 (±65,504) in {int(parameter.isinf().sum())} numbers",
                 "use --dtype bfloat16 or --dtype float32",
             )
+
+
+def has_wider_range(stored: Mapping[str, StoredTensor]) -> bool:
+    """Tell whether tensors of some files may be beyond the range of float16."""
+    return not {tensor.dtype for tensor in stored.values()}.isdisjoint(("F32", "F64", "BF16"))
 
 
 def _is_computed(key: str, stored: StoredTensor | None) -> bool:

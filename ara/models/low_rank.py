@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ara.errors import NumericalError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import layout_named
+from ara.layouts.base import Layout
 from ara.layouts.modeling_ara import CompressedLinear
 from ara.models.weights import WeightRef, bias_of
 from ara.progress import SILENT, Reporter
@@ -47,20 +49,57 @@ def apply_factors(
         for path in dict.fromkeys(files[name] for name in ranks):
             with safe_open(path, "pt") as file:
                 for name in (name for name in ranks if files[name] == path):
-                    a = file.get_slice(f"{name}.A")[: ranks[name]]
-                    b = file.get_slice(f"{name}.B")[:, : ranks[name]]
                     ref = WeightRef.named(name)
                     module = ref.owner(model)
-                    transposed = isinstance(module, Conv1D)
-                    layer = form.build(a, b, bias_of(module), transposed, device=model.device, dtype=model.dtype)
-                    if not all(bool(parameter.isfinite().all()) for parameter in layer.parameters()):
-                        raise NumericalError(
-                            f"the factors of {name} exceed the range of {str(model.dtype).removeprefix('torch.')}",
-                            "use --dtype bfloat16 or --dtype float32",
-                        )
+                    layer = build_layer(
+                        file,
+                        name,
+                        ranks[name],
+                        form,
+                        bias_of(module),
+                        isinstance(module, Conv1D),
+                        device=model.device,
+                        dtype=model.dtype,
+                    )
                     ref.replace(model, layer)
                     if bar is not None:
                         bar.advance()
+
+
+def build_layer(
+    file: safe_open,
+    name: str,
+    rank: int,
+    form: Layout,
+    bias: torch.Tensor | None,
+    transposed: bool,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype,
+) -> CompressedLinear:
+    """Return one low-rank layer.
+
+    Args:
+        file: opened, with the full factors; only the first components are read.
+        name: module path, with which the names of the factors begin.
+        rank: k.
+        form: how the layer is stored.
+        bias: (m), used as it is.
+        transposed: whether the layer replaces a ``Conv1D``.
+        device: of the layer.
+        dtype: of the layer.
+
+    Raises:
+        NumericalError: factors become infinite in ``dtype``.
+    """
+    a, b = file.get_slice(f"{name}.A")[:rank], file.get_slice(f"{name}.B")[:, :rank]
+    layer = form.build(a, b, bias, transposed, device=device, dtype=dtype)
+    if not all(bool(parameter.isfinite().all()) for parameter in layer.parameters()):
+        raise NumericalError(
+            f"the factors of {name} exceed the range of {str(dtype).removeprefix('torch.')}",
+            "use --dtype bfloat16 or --dtype float32",
+        )
+    return layer
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, int]:

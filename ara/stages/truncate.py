@@ -11,6 +11,7 @@ from ara.config import TruncateConfig
 from ara.layout_names import LayoutName
 from ara.models.accounting import weight_bytes
 from ara.models.checkpoint import check_loads, checkpoint_bytes, save_checkpoint
+from ara.models.cutting import save_cut
 from ara.models.low_rank import apply_factors
 from ara.models.placement import torch_dtype
 from ara.progress import Reporter
@@ -52,30 +53,35 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
         specs = specs_of(decomposition, layout)
         ranks = read_allocation(chosen, specs).low_rank()
         source = model_of(decomposition, run)
-        model = source.load_model(torch_dtype(dtype), "cpu")
-        dense_bytes = weight_bytes(model)
-        # Products of the stored factors themselves give the most exact dense weights.
-        built: LayoutName = "factors" if config.densify else layout
-        apply_factors(model, ranks, factor_files(decomposition, specs), built, run.report)
+        stored = source.stored_model(torch_dtype(dtype))
+        dense_bytes = weight_bytes(stored.model)
+        files = factor_files(decomposition, specs)
+        how: dict[str, Any] = {
+            "ranks": ranks,
+            "layout": layout,
+            "provenance": provenance(decomposition.manifest, chosen.manifest),
+            "dense": config.densify,
+            "max_shard_size": config.max_shard_size,
+        }
         with task.writer() as stage:
-            folder, stored = stage.folder / CHECKPOINT, weight_bytes(model)
-            save_checkpoint(
-                model,
-                source.load_tokenizer(),
-                folder,
-                ranks=ranks,
-                layout=layout,
-                provenance=provenance(decomposition.manifest, chosen.manifest),
-                dense=config.densify,
-                max_shard_size=config.max_shard_size,
-            )
+            folder, tokenizer = stage.folder / CHECKPOINT, source.load_tokenizer()
+            if (why := stored.converted()) is None:
+                compressed_bytes = save_cut(stored, tokenizer, folder, files=files, report=run.report, **how)
+            else:
+                run.report.fact(f"{why}: the whole model is loaded")
+                model = source.load_model(torch_dtype(dtype), "cpu")
+                # Products of the stored factors themselves give the most exact dense weights.
+                built: LayoutName = "factors" if config.densify else layout
+                apply_factors(model, ranks, files, built, run.report)
+                compressed_bytes = weight_bytes(model)
+                save_checkpoint(model, tokenizer, folder, **how)
             results = CheckpointResults(
                 linear_keep=figures.linear_keep,
                 model_keep=figures.model_keep,
                 low_rank_layers=len(ranks),
                 dense_layers=len(specs) - len(ranks),
                 parameters=figures.model_parameters,
-                weight_bytes=stored,
+                weight_bytes=compressed_bytes,
                 dense_weight_bytes=dense_bytes,
                 densified=config.densify,
                 disk_bytes=checkpoint_bytes(folder),

@@ -1,0 +1,148 @@
+"""Writes the checkpoint of a model whose weights and factors stay in their files until they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ara.layout_names import LayoutName
+from ara.layouts import layout_named
+from ara.layouts.base import Layout
+from ara.layouts.modeling_ara import CompressedLinear, densify
+from ara.models.accounting import weight_bytes
+from ara.models.checkpoint import declare_compressed, finish_files
+from ara.models.low_rank import build_layer
+from ara.models.shards import write_model
+from ara.models.silence import silence_transformers
+from ara.models.stored_model import StoredModel
+from ara.models.weights import WeightRef
+from ara.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def save_cut(
+    stored: StoredModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    ranks: Mapping[str, int],
+    files: Mapping[str, Path],
+    provenance: dict[str, Any],
+    layout: LayoutName,
+    dense: bool = False,
+    max_shard_size: str = "5GB",
+    report: Reporter = SILENT,
+) -> int:
+    """Write the checkpoint of a dense model at some ranks, and return the bytes of its weights in memory.
+
+    The files are those of :func:`ara.models.low_rank.apply_factors` and
+    :func:`ara.models.checkpoint.save_checkpoint` on the loaded model. In memory are one file and one layer.
+
+    Args:
+        stored: the dense model; its modules are replaced.
+        tokenizer: saved in the same folder.
+        folder: created if missing.
+        ranks: module path → kept rank of the low-rank layers.
+        files: module path → file with its full factors.
+        provenance: stored in ``config.json``.
+        layout: of the low-rank layers.
+        dense: write an ordinary dense checkpoint.
+        max_shard_size: largest file, such as ``5GB``.
+        report: progress, for a layout whose layers take time to build.
+
+    Raises:
+        NumericalError: weights or factors are beyond the range of the model's dtype.
+        ModelError: a file of the model is damaged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = stored.model
+    # Products of the stored factors themselves give the most exact dense weights.
+    form = layout_named("factors" if dense else layout)
+    with report.bar(form.progress, len(ranks)) if form.progress else nullcontext() as bar:
+        layers = _Layers(stored, ranks, files, form, dense, (lambda: None) if bar is None else bar.advance)
+        state: Mapping[str, torch.Tensor] = model.state_dict()
+        if ranks and not dense:
+            quantizer = declare_compressed(model, folder, ranks=ranks, provenance=provenance, layout=layout)
+            state = quantizer.get_state_dict_and_metadata(model)[0]
+        with silence_transformers():
+            write_model(model, state, partial(_read, state, layers, stored), folder, max_shard_size)
+            tokenizer.save_pretrained(folder)
+    finish_files(folder)
+    return weight_bytes(model)
+
+
+def _read(state: Mapping[str, torch.Tensor], layers: _Layers, stored: StoredModel, key: str) -> torch.Tensor:
+    """Return a tensor of the checkpoint; only those without numbers are on the meta device."""
+    if not state[key].is_meta:
+        return state[key]
+    return layers.read(key) if key in layers else stored.read(key)
+
+
+class _Layers:
+    """The low-rank layers of a checkpoint. They replace those of the model, and are built one by one."""
+
+    def __init__(
+        self,
+        stored: StoredModel,
+        ranks: Mapping[str, int],
+        files: Mapping[str, Path],
+        form: Layout,
+        dense: bool,
+        built: Callable[[], None],
+    ) -> None:
+        self._stored, self._ranks, self._files, self._form, self._dense = stored, ranks, files, form, dense
+        self._built = built
+        # Name of a tensor → path of its layer; the last layer and its tensors.
+        self._owners: dict[str, str] = {}
+        self._last: tuple[str, Mapping[str, torch.Tensor]] = "", {}
+        self._replaced: dict[str, Any] = {}
+        for name, rank in ranks.items():
+            ref = WeightRef.named(name)
+            module: Any = ref.owner(stored.model)
+            self._replaced[name] = module
+            parts = ["weight"]
+            if not dense:
+                m, n = ref.read(stored.model).shape
+                settings = {"device": "meta", "dtype": stored.model.dtype}
+                empty = form.module(n, m, rank, module.bias is not None, isinstance(module, Conv1D), **settings)
+                ref.replace(stored.model, empty.requires_grad_(False))
+                parts = list(empty.state_dict())
+            self._owners |= {f"{name}.{part}": name for part in parts}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._owners
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return a tensor of a layer; tensors of the same layer are best read one after the other."""
+        name = self._owners[key]
+        if self._last[0] != name:
+            layer: nn.Module = self._build(name)
+            if self._dense:
+                layer = densify(nn.Sequential(layer))[0]  # type: ignore[index]
+            self._last = name, layer.state_dict()
+            self._built()
+        return self._last[1][key.removeprefix(f"{name}.")]
+
+    def _build(self, name: str) -> CompressedLinear:
+        module = self._replaced[name]
+        bias = None if module.bias is None else self._stored.read(f"{name}.bias")
+        with safe_open(self._files[name], "pt") as file:
+            return build_layer(
+                file,
+                name,
+                self._ranks[name],
+                self._form,
+                bias,
+                isinstance(module, Conv1D),
+                dtype=self._stored.model.dtype,
+            )

@@ -1,0 +1,140 @@
+"""Checkpoints written tensor by tensor are those of the loaded model, byte for byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ara.decomposition.plain import Plain
+from ara.errors import ModelError, NumericalError
+from ara.models.checkpoint import check_loads, save_checkpoint
+from ara.models.cutting import save_cut
+from ara.models.low_rank import apply_factors
+from ara.models.sources import ModelSource, resolve
+from ara.models.weights import LinearSpec, find_linears
+from tests.tiny import FAMILIES, save_tiny, tiny_tokenizer
+
+LAYOUTS = ("factors", "pivoted")
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[ModelSource, list[LinearSpec], Path]]:
+    """Return a model, its layers and a file with their factors, by family."""
+    root, found = tmp_path_factory.mktemp("sources"), {}
+    for family in FAMILIES:
+        source = resolve(str(save_tiny(root / family, family)))
+        model, tensors = source.load_model(torch.float32), {}
+        linears = find_linears(model)
+        for spec in linears:
+            factors = Plain().decompose(spec.weight.read(model), None)
+            tensors |= {f"{spec.name}.A": factors.a.contiguous(), f"{spec.name}.B": factors.b.contiguous()}
+        save_file(tensors, root / f"{family}.safetensors")
+        found[family] = source, linears, root / f"{family}.safetensors"
+    return found
+
+
+def ranks_of(linears: list[LinearSpec]) -> dict[str, int]:
+    """Return a rank for every layer but one."""
+    return {spec.name: 3 + i % 5 for i, spec in enumerate(linears) if i != 1}
+
+
+def both(found: tuple[ModelSource, list[LinearSpec], Path], folder: Path, layout: Any, **how: Any) -> tuple[Path, Path]:
+    """Write the checkpoint from files, and that of the loaded model."""
+    source, linears, file = found
+    ranks, files = ranks_of(linears), dict.fromkeys((spec.name for spec in linears), file)
+    how = {"ranks": ranks, "layout": layout, "provenance": {"ara_version": "0"}, **how}
+    stored = source.stored_model(BF16)
+    assert stored.converted() is None
+    save_cut(stored, tiny_tokenizer(), folder / "cut", files=files, **how)
+    model = source.load_model(BF16)
+    apply_factors(model, ranks, files, "factors" if how.get("dense") else layout)
+    save_checkpoint(model, tiny_tokenizer(), folder / "whole", **how)
+    return folder / "cut", folder / "whole"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_files_are_those_of_the_loaded_model(sources: Any, family: str, layout: str, tmp_path: Path) -> None:
+    cut, whole = both(sources[family], tmp_path, layout)
+    assert contents(cut) == contents(whole)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma"])
+def test_a_dense_checkpoint_is_that_of_the_loaded_model(sources: Any, family: str, tmp_path: Path) -> None:
+    cut, whole = both(sources[family], tmp_path, "pivoted", dense=True)
+    assert contents(cut) == contents(whole)
+
+
+def test_a_checkpoint_in_several_files(sources: Any, tmp_path: Path) -> None:
+    cut, whole = both(sources["gemma"], tmp_path, "pivoted", max_shard_size="20KB")
+    tensors = {}
+    for path in cut.glob("*.safetensors"):
+        found = load_file(path)
+        assert sum(tensor.nbytes for tensor in found.values()) <= 20_000 or len(found) == 1
+        tensors |= found
+    expected = {key: tensor for path in whole.glob("*.safetensors") for key, tensor in load_file(path).items()}
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
+    indexes = [json.loads((folder / "model.safetensors.index.json").read_text()) for folder in (cut, whole)]
+    assert indexes[0]["metadata"] == indexes[1]["metadata"]
+    check_loads(cut)
+
+
+def test_one_layer_is_built_at_a_time(sources: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of a layer are neighbours, so that each layer is built once."""
+    import ara.models.cutting
+
+    built: list[str] = []
+    build = ara.models.cutting.build_layer
+
+    def counted(file: safe_open, name: str, *arguments: Any, **more: Any) -> Any:
+        built.append(name)
+        return build(file, name, *arguments, **more)
+
+    monkeypatch.setattr(ara.models.cutting, "build_layer", counted)
+    source, linears, file = sources["phi"]
+    files = dict.fromkeys((spec.name for spec in linears), file)
+    how: dict[str, Any] = {"ranks": ranks_of(linears), "layout": "pivoted", "provenance": {}}
+    save_cut(source.stored_model(BF16), tiny_tokenizer(), tmp_path, files=files, **how)
+    assert sorted(built) == sorted(how["ranks"])
+
+
+def test_weights_beyond_float16_are_refused(sources: Any, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e6
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    stored = resolve(str(folder)).stored_model(torch.float16)
+    with pytest.raises(NumericalError, match=r"model\.norm\.weight of .* exceeds the range of float16 .* in 1 numbers"):
+        save_cut(stored, tiny_tokenizer(), tmp_path / "cut", ranks={}, files={}, provenance={}, layout="factors")
+
+
+def test_names_that_differ_from_the_files_are_said(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    # As the first GPT-2 checkpoints of the hub name them.
+    renamed = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    why = resolve(str(folder)).stored_model(BF16).converted()
+    assert why is not None and "transformer" in why
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "llama")
+    stored = resolve(str(folder)).stored_model(BF16)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ModelError, match="is damaged"):
+        stored.read("model.norm.weight")
