@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import sys
@@ -42,12 +43,19 @@ def keep_freed_memory() -> None:
     """Make glibc reuse freed memory instead of returning it to the system; no effect without glibc.
 
     By default glibc returns every block above 32 MiB at once. The next block is then cleared and mapped page by page,
-    which takes a fifth of a training step on a CPU. Resident memory stays at its peak until the process ends.
+    which takes a fifth of a training step on a CPU. Resident memory stays at its peak until :func:`release_memory`.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)  # as size_t: never
+
+
+def release_memory() -> None:
+    """Return freed memory to the system, with what only cycles of objects still hold; without glibc only the latter."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def reset_peak_memory() -> None:

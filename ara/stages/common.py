@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ara.artifacts.factors import TextPart
 from ara.config import DecomposeConfig
 from ara.config.sizes import EmbeddingBits
-from ara.environment import reset_peak_memory
+from ara.environment import release_memory, reset_peak_memory
 from ara.errors import ModelError, UsageError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.context import context_length
@@ -59,7 +59,9 @@ class Run:
 
 
 def begin(name: str | None = None, *consumed: str | None) -> float:
-    """Check names, reset the peak memory, and return the start time, ``time.monotonic()``.
+    """Check names, give back the memory of earlier stages, and return the start time, ``time.monotonic()``.
+
+    The peak memory is counted from here, so it is that of the stage itself.
 
     Args:
         name: of the result to make.
@@ -73,6 +75,7 @@ def begin(name: str | None = None, *consumed: str | None) -> float:
     for which in consumed:
         if which is not None:
             check_which(which)
+    release_memory()
     reset_peak_memory()
     return time.monotonic()
 

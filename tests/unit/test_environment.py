@@ -13,6 +13,24 @@ from ara import environment
 
 _MIB = 1 << 20
 
+# What an earlier stage of `ara run` has freed, and what cycles of its objects hold.
+_RELEASED = """
+import torch
+from ara.environment import keep_freed_memory, peak_memory_bytes, release_memory, reset_peak_memory
+keep_freed_memory()
+cycle = [torch.ones(100 << 18)]
+cycle.append(cycle)
+small = [torch.ones(1 << 10) for _ in range(100)]
+blocks = [torch.ones(10 << 18) for _ in range(20)]
+above = torch.ones(1 << 18)
+del cycle, blocks
+reset_peak_memory()
+before = peak_memory_bytes()
+release_memory()
+reset_peak_memory()
+print(before >> 20, peak_memory_bytes() >> 20)
+"""
+
 # In a process of its own: the peak of a test process is whatever an earlier test held.
 _RESET = """
 from ara.environment import peak_memory_bytes, reset_peak_memory
@@ -166,3 +184,10 @@ def test_other_c_libraries_are_left_alone(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", missing)
     environment.keep_freed_memory()
     assert asked == ["libc.so.6"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc and /proc")
+def test_a_stage_does_not_count_the_memory_of_earlier_ones():
+    out = subprocess.run([sys.executable, "-c", _RELEASED], capture_output=True, text=True, check=True, timeout=120)
+    before, after = map(int, out.stdout.split())
+    assert after < before - 250
