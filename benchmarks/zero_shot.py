@@ -62,8 +62,8 @@ def main() -> None:
         sys.exit("error: ARA_DATA_DIR is not set\nhint: point it at a folder with arc_easy/, piqa/, …")
     console = Console()
     run = Run(arguments.workspace, "python benchmarks/zero_shot.py", console)
-    factors = decompose(DecomposeConfig(model=arguments.model), run)
     if arguments.checkpoint is None:
+        decompose(DecomposeConfig(model=arguments.model), run)
         chosen = allocate(AllocateConfig(keep=arguments.keep, method="sensitivity", layout=arguments.layout), run)
         made = truncate(TruncateConfig(), run, allocation=chosen.name)
         if arguments.recover != "none":
@@ -75,11 +75,12 @@ def main() -> None:
     view = evaluate(config, run, checkpoint=arguments.checkpoint, beside=arguments.beside)
     show_evaluation(console, view)
     if not arguments.no_check:
-        check(view, factors, run, console)
+        check(view, run, console)
 
 
-def check(view: StageView, factors: StageView, run: Run, console: Console) -> None:
+def check(view: StageView, run: Run, console: Console) -> None:
     """Ask the dense model the same questions by lm-eval's command, and compare."""
+    factors = run.open().ancestor(view, "factors")
     assert view.manifest is not None
     config = view.manifest.config
     tasks = [name for name in expand(config["tasks"]) if not is_text(name) and name in LOCAL]
