@@ -82,6 +82,8 @@ class AraLinearMethod(LinearMethodBase):
         layer.first = self._product(stack.first)
         layer.seconds = nn.ModuleList(map(self._product, stack.seconds))
         layer.register_buffer("order", stack.order, persistent=False)
+        # vLLM's LoRA layers ask where a layer is by the device of its weight, and read nothing else of it.
+        layer.register_buffer("weight", stack.first.new_empty(0), persistent=False)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Map ``x`` (..., c) to the outputs (..., r) of this process."""

@@ -15,7 +15,7 @@ from pip._vendor.packaging.requirements import Requirement
 
 # torch comes first, from constraints.txt; the others are for pictures, sound and Intel's compiler.
 _LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec", "intel-openmp"}
-_ARA = ["accelerate>=1.1", "pytest>=8.3", "pytest-timeout>=2.3"]
+_ARA = ["accelerate>=1.1", "lm-eval>=0.4.13", "peft>=0.21", "pytest>=8.3", "pytest-timeout>=2.3"]
 
 
 def requirements(wheel: str) -> list[str]:
