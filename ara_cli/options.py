@@ -14,7 +14,7 @@ from ara.names import check_name
 from ara.pipeline import producers, stage_named
 from ara.workspace.store import DEFAULT_ROOT
 from ara_cli.values import existing_or_new_path
-from export.targets import TARGETS, TORCH
+from export.targets import RUNTIMES, TARGETS, TORCH
 
 
 def path_option(*flags: str, help: str, metavar: str, envvar: str | None = None) -> Any:
@@ -122,11 +122,11 @@ class WhichExport:
         """Return the name of the export; ``None`` for the latest.
 
         Raises:
-            UsageError: an export is named although the backend is torch, or the name is invalid.
+            UsageError: an export is named although the backend runs none, or the name is invalid.
         """
-        if self.export is not None and backend == TORCH:
+        if self.export is not None and backend in (TORCH, *RUNTIMES.names()):
             others = " or ".join(f"--backend {name}" for name in TARGETS.names())
-            raise UsageError(f"--export {self.export} is given, and --backend is torch", f"add {others}")
+            raise UsageError(f"--export {self.export} is given, and --backend is {backend}", f"use {others}")
         if self.export is not None and backend in TARGETS:
             check_name(self.export)
         return self.export

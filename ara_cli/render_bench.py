@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from ara.artifacts.benchmark import BenchmarkResults, BenchmarkSettings, CaseResults
+from collections.abc import Sequence
+
+from ara.artifacts.benchmark import (
+    BenchmarkResults,
+    BenchmarkSettings,
+    CaseResults,
+    Percentiles,
+    RatioFigures,
+    ServingCase,
+)
 from ara.workspace.view import StageView
 from ara_cli.console import Column, Console, columns
 from ara_cli.formatting import count_text
@@ -21,6 +30,9 @@ def show_bench(console: Console, view: StageView) -> None:
     ]
     headers = columns("model", "parameters", "weights (MiB)", "on disk (MiB)", "peak memory (MiB)")
     console.table(f"Sizes: {where}", headers, rows)
+    if results.serving is not None:
+        _show_serving(console, results, results.serving, BenchmarkSettings.read(view).rounds)
+        return
     figures = ("ms", "tokens/s (p10 – p90)", "times as fast as dense (95 % interval)", "predicted", "off by")
     order = "in turn" if results.interleaved else "one after the other"
     console.table(
@@ -30,10 +42,35 @@ def show_bench(console: Console, view: StageView) -> None:
     )
 
 
+def _show_serving(console: Console, results: BenchmarkResults, cases: Sequence[ServingCase], rounds: int) -> None:
+    """Show the speed of answers to requests."""
+    lengths = f"prompts of {cases[0].prompt:,} tokens, answers of {cases[0].new:,}"
+    order = "in turn" if results.interleaved else "one after the other"
+    rows = [
+        (
+            f"{case.requests:,}",
+            name,
+            _spread(row.output_tokens_per_second, "{:,.1f}"),
+            _spread(row.first_token_seconds, "{:,.0f}", 1000),
+            _times(row.ratio) if name != next(iter(case.models)) else None,
+        )
+        for case in cases
+        for name, row in case.models.items()
+    ]
+    figures = ("output tokens/s (p10 – p90)", "first token, ms (p10 – p90)", "times as fast as dense (95 % interval)")
+    console.table(
+        f"Requests: {lengths}; models {order}, medians of {rounds} rounds",
+        [Column("at once"), *columns("model", *figures)],
+        rows,
+    )
+
+
 def bench_figure(view: StageView) -> str:
     """Return the smallest and the largest speed-up in one line; without one if the models did not run in turn."""
     results = BenchmarkResults.read(view)
-    ratios = [ratio.median for case in results.cases if (ratio := case.models[results.chosen].ratio)]
+    rows = [case.models[results.chosen].ratio for case in results.cases]
+    rows += [case.models[results.chosen].ratio for case in results.serving or ()]
+    ratios = [ratio.median for ratio in rows if ratio]
     if not ratios:
         return f"speeds that cannot be compared with dense ({results.backend})"
     return f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as dense ({results.backend})"
@@ -48,11 +85,20 @@ def _row(case: CaseResults, name: str) -> tuple[str | None, ...]:
         f"{what}, batch {case.batch}",
         name,
         f"{1000 * row.seconds.median:,.1f}",
-        f"{speed.median:,.0f} ({speed.p10:,.0f} – {speed.p90:,.0f})",
-        f"{ratio.median:.2f} ({ratio.low:.2f} – {ratio.high:.2f})" if ratio and not is_dense else None,
+        _spread(speed, "{:,.0f}"),
+        None if is_dense else _times(ratio),
         None if is_dense else f"{row.predicted:.2f}",
         f"{ratio.median / row.predicted - 1:+.0%}" if ratio and not is_dense else None,
     )
+
+
+def _spread(values: Percentiles, form: str, unit: float = 1) -> str:
+    median, p10, p90 = (form.format(unit * value) for value in (values.median, values.p10, values.p90))
+    return f"{median} ({p10} – {p90})"
+
+
+def _times(ratio: RatioFigures | None) -> str | None:
+    return None if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} – {ratio.high:.2f})"
 
 
 def _mib(size: int | None) -> str | None:

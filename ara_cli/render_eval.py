@@ -69,7 +69,8 @@ def _show_texts(console: Console, results: EvaluationResults) -> None:
             cells.append(f"{speed.median:,.0f} ({speed.low:,.0f} – {speed.high:,.0f})")
         rows.append(cells)
     order = ", on the same windows in turn" if results.interleaved else ", one after the other"
-    console.table(f"Dense, uniform and chosen{order if texts else ''}", columns, rows)
+    where = f", in {results.runtime}" if results.runtime else ""
+    console.table(f"Dense, uniform and chosen{order if texts else ''}{where}", columns, rows)
 
 
 def _show_chat(console: Console, results: EvaluationResults, name: str, chat: ChatResults) -> None:

@@ -12,20 +12,20 @@ from ara.stages import bench_models, evaluate
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView, parent_of
 from export.base import Target
-from export.targets import target_of
+from export.targets import RUNTIMES, measuring_backends, target_of
 
 
 def find_for_eval(backend: str, export: str | None = None) -> evaluate.FindExport | None:
-    """Return a function that finds the export that ``ara eval`` measures; ``None`` for torch.
+    """Return a function that finds the export that ``ara eval`` measures; ``None`` if it measures none.
 
     Args:
-        backend: torch, or the name of a target.
+        backend: torch, or the name of a target or of a runtime.
         export: name of the export; the latest of the checkpoint by default.
 
     Raises:
         AraError: as :func:`export.targets.target_of`. The returned function raises as :func:`latest_export`.
     """
-    if (target := target_of(backend)) is None:
+    if backend in RUNTIMES or (target := target_of(backend, measuring_backends())) is None:
         return None
 
     def find(workspace: Workspace, truncated: StageView) -> evaluate.RunnableExport:
@@ -43,7 +43,7 @@ def find_for_eval(backend: str, export: str | None = None) -> evaluate.FindExpor
 
 def find_for_bench(backend: str, export: str | None = None) -> bench_models.FindExport | None:
     """Return a function that finds the export that ``ara bench`` measures; arguments as for :func:`find_for_eval`."""
-    if (target := target_of(backend)) is None:
+    if backend in RUNTIMES or (target := target_of(backend, measuring_backends())) is None:
         return None
     return lambda workspace, truncated: target.for_bench(latest_export(target, workspace, truncated, export))
 

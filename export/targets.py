@@ -1,7 +1,8 @@
-"""The registry of export targets: the runtimes that checkpoints are exported for."""
+"""The registries of runtimes: export targets, and those that read the checkpoints themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ara.bounds import shown
@@ -9,6 +10,7 @@ from ara.errors import ProblemsError
 from ara.registry import Entry, Registry
 
 if TYPE_CHECKING:
+    from ara.evaluation.runtime import Runtime
     from export.base import Target
 
 TORCH = "torch"
@@ -17,6 +19,10 @@ TARGETS = Registry(
     [
         Entry("onnx", "an ONNX graph for ONNX Runtime and ONNX Runtime GenAI", "export.onnx.target:OnnxTarget"),
     ],
+)
+# Runtimes that measure checkpoint folders without an export.
+RUNTIMES = Registry(
+    "runtime", [Entry("vllm", "vLLM, through lm-eval's own model of it", "export.vllm.runtime:VllmRuntime")]
 )
 
 
@@ -35,8 +41,25 @@ def backends() -> list[str]:
     return [TORCH, *TARGETS.names()]
 
 
-def target_of(backend: str) -> Target | None:
+def measuring_backends() -> list[str]:
+    """Return what ``--backend`` of ``ara eval`` and ``ara bench`` accepts: targets and runtimes."""
+    return [*backends(), *RUNTIMES.names()]
+
+
+def runtime_of(backend: str) -> Runtime | None:
+    """Return the runtime that ``--backend`` names; ``None`` if it names another backend."""
+    if backend not in RUNTIMES:
+        return None
+    runtime: Runtime = RUNTIMES.load(backend)()
+    return runtime
+
+
+def target_of(backend: str, known: Sequence[str] | None = None) -> Target | None:
     """Return the export target that ``--backend`` names; ``None`` for torch.
+
+    Args:
+        backend: the value of the option.
+        known: all values that the command accepts; those of :func:`backends` by default.
 
     Raises:
         ProblemsError: an unknown backend.
@@ -44,7 +67,7 @@ def target_of(backend: str) -> Target | None:
     if backend == TORCH:
         return None
     if backend not in TARGETS:
-        *most, last = (repr(name) for name in backends())
+        *most, last = (repr(name) for name in known or backends())
         problem = f"backend: input should be {', '.join(most)} or {last}, got {shown(backend)}"
         raise ProblemsError("these settings cannot be used", [problem])
     return load_target(backend)

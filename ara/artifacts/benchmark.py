@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import StrictBool
 
-from ara.artifacts.base import Count, Least1, Number, Part, Results, Settings
+from ara.artifacts.base import LEFT_OUT, Count, Least1, Number, Part, Results, Settings
 from ara.artifacts.evaluation import SpreadFigures
 
 
@@ -75,6 +75,31 @@ class CaseResults(Part):
 
 
 @dataclass(frozen=True)
+class ServingFigures(Part):
+    """One model that answers requests.
+
+    Attributes:
+        output_tokens_per_second: of all requests together, prompts included in the time.
+        first_token_seconds: from the arrival of a request to its first token; of a round the median over its requests.
+        ratio: how many times as fast as dense; ``None`` if the models did not take turns.
+    """
+
+    output_tokens_per_second: Percentiles
+    first_token_seconds: Percentiles
+    ratio: RatioFigures | None
+
+
+@dataclass(frozen=True)
+class ServingCase(Part):
+    """All models with ``requests`` at once: each has ``prompt`` tokens and gets ``new`` ones."""
+
+    requests: Least1
+    prompt: Least1
+    new: Least1
+    models: Mapping[str, ServingFigures]
+
+
+@dataclass(frozen=True)
 class BenchmarkResults(Results):
     """Results of ``ara bench``.
 
@@ -86,6 +111,7 @@ class BenchmarkResults(Results):
         models: name → sizes, the dense one first.
         last_logits: whether a pass computes the logits of the last position only.
         cases: one per batch size and length.
+        serving: one per number of requests; ``None`` if no requests were served.
     """
 
     Settings = BenchmarkSettings
@@ -100,3 +126,4 @@ class BenchmarkResults(Results):
     models: Mapping[str, ModelCost]
     last_logits: StrictBool
     cases: tuple[CaseResults, ...]
+    serving: tuple[ServingCase, ...] | None = field(default=None, metadata=LEFT_OUT)

@@ -208,6 +208,7 @@ class EvaluationResults(Results):
         continuations: one per prompt.
         zero_shot: mean accuracy; ``None`` if fewer than two tasks have one.
         interleaved: whether the models took turns.
+        runtime: title of the runtime that all models ran in; ``None`` for torch.
     """
 
     Settings = EvaluationSettings
@@ -218,6 +219,7 @@ class EvaluationResults(Results):
     continuations: tuple[ContinuedPrompt, ...]
     zero_shot: MeanResults | None
     interleaved: StrictBool
+    runtime: str | None = field(default=None, metadata=LEFT_OUT)
 
     @property
     def texts(self) -> dict[str, TextResults]:

@@ -43,5 +43,14 @@ class BenchConfig(PlacementConfig):
     )
     backend: str = Field(
         "torch",
-        description="torch, or onnx: the exported graphs in ONNX Runtime, on the device of the export (see ara export)",
+        description="torch, or onnx: the exported graphs in ONNX Runtime, on the device of the export (see ara "
+        "export), or vllm: requests to both models in vLLM",
     )
+    concurrency: Annotated[tuple[_Rows, ...], Flag(metavar="NUMBERS", commas="number")] = Field(
+        (1, 8, 32),
+        min_length=1,
+        max_length=bounds.MAX_CASES,
+        description="vllm: numbers of requests at once, separated by commas",
+    )
+    prompt_tokens: int = Field(512, ge=1, le=bounds.MAX_TOKENS, description="vllm: length of the prompts, in tokens")
+    new_tokens: int = Field(128, ge=2, le=bounds.MAX_TOKENS, description="vllm: length of the answers, in tokens")

@@ -42,7 +42,9 @@ class EvalConfig(PlacementConfig):
         "tasks is executed",
     )
     backend: str = Field(
-        "torch", description="torch, or onnx: also measure the exported graph in ONNX Runtime (see ara export)"
+        "torch",
+        description="torch, or onnx: also measure the exported graph in ONNX Runtime (see ara export), or vllm: all "
+        "models in vLLM, one after the other",
     )
     continuations: int = Field(
         3,

@@ -129,6 +129,18 @@ def cost_of(
     )
 
 
+def cache_bytes(model_config: Any, tokens: int, itemsize: int) -> int:
+    """Return the bytes of the keys and values of ``tokens`` positions, without regard to attention windows.
+
+    Args:
+        model_config: of transformers.
+        tokens: positions of all rows together.
+        itemsize: bytes per number.
+    """
+    cost = cost_of(model_config, linear=0, head=0, weight_bytes=0, cache_bytes=itemsize, last_logits=True)
+    return 2 * len(cost.windows) * cost.cache_width * cost.cache_bytes * tokens
+
+
 def _windows(text: Any) -> tuple[int | None, ...]:
     """Return the attention window of each block in positions, read from a config as transformers' caches do."""
     window = getattr(text, "sliding_window", None)

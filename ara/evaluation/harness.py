@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,18 @@ def ask(
         NumericalError: the model gives NaN; raised at the first such batch.
         DataError: lm-eval cannot ask or score the questions, or one holds a token that the model has no row for.
     """
+    return ask_through(lambda: _wrapped(model, tokenizer, batch_size, report, label), task, documents, label)
+
+
+def ask_through(make: Callable[[], Any], task: Task, documents: list[int] | None, label: str) -> TaskScore:
+    """Ask the questions of a task through a model of lm-eval; errors as of :func:`ask`.
+
+    Args:
+        make: returns lm-eval's model.
+        task: as for :func:`ask`.
+        documents: as for :func:`ask`.
+        label: task and model, for errors.
+    """
     from lm_eval.evaluator import evaluate
 
     definition = task.definition
@@ -100,12 +112,30 @@ def ask(
             definition.set_config(key="num_fewshot", value=0)
         definition.set_fewshot_seed(seed=_EXAMPLES_SEED)
         found = evaluate(
-            lm=_wrapped(model, tokenizer, batch_size, report, label),
+            lm=make(),
             task_dict={"tasks": {task.name: definition}, "groups": {}, "group_map": {}},
             samples=None if documents is None else {task.name: documents},
             bootstrap_iters=0,
         )
     return _score(found["results"][task.name], found["samples"][task.name], label)
+
+
+def check_likelihoods(values: Sequence[float], label: str) -> None:
+    """Check that log-likelihoods (nats) are finite.
+
+    Args:
+        values: one for each text.
+        label: task and model, for the error.
+
+    Raises:
+        NumericalError: one is not.
+    """
+    for number, value in enumerate(values):
+        if not math.isfinite(value):
+            raise NumericalError(
+                f"the model gives a log-likelihood of {value} on text {number} of {label}, expected a finite number",
+                NAN_HINT,
+            )
 
 
 def _score(results: Mapping[str, Any], samples: list[dict[str, Any]], label: str) -> TaskScore:
@@ -190,13 +220,7 @@ def _wrapped(
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
             with self._counting(len(requests)):
                 found = super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
-            for number, (value, _greedy) in enumerate(found):
-                if not math.isfinite(value):
-                    raise NumericalError(
-                        f"the model gives a log-likelihood of {value} on text {number} of {label}, "
-                        "expected a finite number",
-                        NAN_HINT,
-                    )
+            check_likelihoods([value for value, _greedy in found], label)
             return found
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:

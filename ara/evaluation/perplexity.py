@@ -65,17 +65,18 @@ class VariantRun:
     divergence: Divergence | None = None
 
 
-def summarise(window_nlls: Sequence[float], seq_len: int) -> PerplexityResult:
+def summarise(window_nlls: Sequence[float], seq_len: int, who: str = "the model") -> PerplexityResult:
     """Turn the windows' mean NLLs into a perplexity.
 
     Args:
         window_nlls: nats per predicted token, one per window, at least one.
         seq_len: tokens per window.
+        who: the model, for the error.
 
     Raises:
         NumericalError: a window's NLL is not finite, or the perplexity overflows.
     """
-    _check_finite(window_nlls, 0, "the model")
+    _check_finite(window_nlls, 0, who)
     nll = math.fsum(window_nlls) / len(window_nlls)
     try:
         perplexity = math.exp(nll)

@@ -41,6 +41,23 @@ class BenchCase(Part):
     models: Mapping[str, BenchRow]
 
 
+class ServingRow(Part):
+    """One model that answers requests; fields as in :class:`ara.artifacts.benchmark.ServingFigures`."""
+
+    output_tokens_per_second: SpreadFigures
+    first_token_seconds: SpreadFigures
+    ratio: SpreadFigures | None
+
+
+class ServingRequests(Part):
+    """All models with ``requests`` at once, each with a prompt and ``new`` tokens of answer."""
+
+    requests: int
+    prompt: int
+    new: int
+    models: Mapping[str, ServingRow]
+
+
 class Machine(TypedDict, total=False):
     """The machine of a benchmark, as far as it was recorded; a later version may add keys."""
 
@@ -70,3 +87,4 @@ class Benched(Part):
     interleaved: bool
     models: Mapping[str, ModelCost]
     cases: tuple[BenchCase, ...]
+    serving: tuple[ServingRequests, ...] = ()

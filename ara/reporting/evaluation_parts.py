@@ -125,7 +125,10 @@ class ZeroShot(Part):
 
 
 class Evaluated(Part):
-    """One result of ``ara eval``; the dense model comes first, ``chosen`` names the compressed one."""
+    """One result of ``ara eval``; the dense model comes first, ``chosen`` names the compressed one.
+
+    ``runtime`` is ``None`` if the models ran in torch.
+    """
 
     name: str
     chosen: str
@@ -138,3 +141,4 @@ class Evaluated(Part):
     zero_shot: ZeroShot | None
     continuations: tuple[ContinuedPrompt, ...]
     chats: tuple[ChatResult, ...] = ()
+    runtime: str | None = None

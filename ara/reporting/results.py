@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ara.artifacts.benchmark import BenchmarkResults, CaseResults, Percentiles
+from ara.artifacts.benchmark import BenchmarkResults, CaseResults, Percentiles, ServingCase
 from ara.artifacts.checkpoint import CheckpointResults
 from ara.artifacts.comparison import (
     ComparedMethod,
@@ -247,7 +247,8 @@ def read_bench(manifest: Manifest) -> benchmark_parts.Benched:
     """Return a benchmark."""
     results = BenchmarkResults.read(manifest)
     cases = [_case(case, results.interleaved) for case in results.cases]
-    return benchmark_parts.Benched.from_source(results, name=manifest.name, cases=cases)
+    serving = [_serving(case, results.interleaved) for case in results.serving or ()]
+    return benchmark_parts.Benched.from_source(results, name=manifest.name, cases=cases, serving=serving)
 
 
 def _case(case: CaseResults, interleaved: bool) -> benchmark_parts.BenchCase:
@@ -261,6 +262,18 @@ def _case(case: CaseResults, interleaved: bool) -> benchmark_parts.BenchCase:
         for name, row in case.models.items()
     }
     return benchmark_parts.BenchCase.from_source(case, models=models)
+
+
+def _serving(case: ServingCase, interleaved: bool) -> benchmark_parts.ServingRequests:
+    models = {
+        name: benchmark_parts.ServingRow(
+            output_tokens_per_second=_spread(row.output_tokens_per_second),
+            first_token_seconds=_spread(row.first_token_seconds),
+            ratio=row.ratio if interleaved else None,
+        )
+        for name, row in case.models.items()
+    }
+    return benchmark_parts.ServingRequests.from_source(case, models=models)
 
 
 def _spread(rounds: Percentiles) -> SpreadFigures:

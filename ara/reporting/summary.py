@@ -68,7 +68,7 @@ def case_name(case: BenchCase) -> str:
 
 def runtime_words(bench: Benched) -> tuple[str, ...]:
     """Return runtime, device, precision and threads of a benchmark."""
-    runtime = {"torch": "torch", "onnx": "ONNX Runtime"}.get(bench.backend, bench.backend)
+    runtime = {"torch": "torch", "onnx": "ONNX Runtime", "vllm": "vLLM"}.get(bench.backend, bench.backend)
     return runtime, bench.device, bench.precision, f"{bench.threads} thread{'' if bench.threads == 1 else 's'}"
 
 

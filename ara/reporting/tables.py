@@ -174,7 +174,7 @@ def _comparisons(evaluation: Evaluated, result: HarnessResult | ZeroShot, rivals
 
 
 def bench_tables(bench: Benched) -> Iterator[Table]:
-    """Return a table of sizes and one of speeds."""
+    """Return a table of sizes, and one of passes or of requests."""
     names = list(bench.models)
     sizes = [
         (
@@ -188,6 +188,9 @@ def bench_tables(bench: Benched) -> Iterator[Table]:
     ]
     titles = ("model", "parameters", "weights (MiB)", "on disk (MiB)", "peak memory (MiB)")
     yield Table("Memory", titles, tuple(sizes), marked=cells.index(names, bench.chosen))
+    if bench.serving:
+        yield _serving_table(bench)
+        return
     rows = [
         (
             Cell(case_name(case)),
@@ -205,6 +208,24 @@ def bench_tables(bench: Benched) -> Iterator[Table]:
     columns = ("case", "model", "ms (p10 – p90)", "tokens/s", "× dense (95 % interval)", "× by arithmetic")
     counted = ("G mult-adds", "MiB read")
     yield Table("Speed", (*columns, *counted), rows, words=2)
+
+
+def _serving_table(bench: Benched) -> Table:
+    rows = [
+        (
+            cells.count(case.requests),
+            Cell(name),
+            cells.spread(row.output_tokens_per_second, 1),
+            cells.milliseconds(row.first_token_seconds),
+            cells.spread(row.ratio, 2),
+        )
+        for case in bench.serving
+        for name, row in case.models.items()
+    ]
+    first = bench.serving[0]
+    figures = "output tokens/s (p10 – p90)", "first token, ms (p10 – p90)", "× dense (95 % interval)"
+    caption = f"Requests with prompts of {first.prompt:,} tokens and answers of {first.new:,}"
+    return Table(caption, ("at once", "model", *figures), rows)
 
 
 def training_table(training: Trained) -> Table:

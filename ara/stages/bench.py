@@ -26,6 +26,8 @@ from ara.stages.bench_models import BenchModel, BenchModels, FindExport, in_othe
 from ara.stages.common import Run, begin, check_window, groups_in_memory, model_of, open_task
 from ara.workspace.view import StageView
 
+# Fields of the config that belong to :mod:`ara.stages.bench_serving`.
+SERVING_FIELDS = ("concurrency", "prompt_tokens", "new_tokens")
 # Folder for temporary exports.
 _ASIDE = "aside"
 
@@ -51,6 +53,7 @@ def bench(
         AraError: a stage is missing or stale, a length exceeds the model's limit, a device does not exist.
     """
     started = begin(name, checkpoint)
+    refuse_others(config, SERVING_FIELDS, "they describe requests to --backend vllm")
     cases = _cases(config)
     resolved = _resolved(config, run)
     with open_task("bench", run, started) as task:
@@ -68,7 +71,8 @@ def bench(
             exported = find_export(workspace, truncated)
             parents.append(exported.view)
         measured = truncated.name if exported is None else exported.view.name
-        task.describe(name or f"{measured}-{config.backend}", resolved, parents)
+        settings = resolved.model_dump(mode="json", exclude=set(SERVING_FIELDS))
+        task.describe(name or f"{measured}-{config.backend}", settings, parents)
         if (done := task.done()) is not None:
             return done
         with task.writer() as stage:
@@ -80,6 +84,23 @@ def bench(
             shutil.rmtree(stage.folder / _ASIDE, ignore_errors=True)
             results.write_file(stage)
         return task.view()
+
+
+def refuse_others(config: BenchConfig, fields: Sequence[str], hint: str) -> None:
+    """Refuse options that the backend has no use for.
+
+    Args:
+        config: as the user gave it.
+        fields: those of other backends.
+        hint: what they are for.
+
+    Raises:
+        UsageError: one of them differs from its default.
+    """
+    defaults = BenchConfig()
+    given = [f"--{name.replace('_', '-')}" for name in fields if getattr(config, name) != getattr(defaults, name)]
+    if given:
+        raise UsageError(f"{', '.join(given)} cannot be combined with --backend {config.backend}", hint)
 
 
 def _cases(config: BenchConfig) -> list[Case]:
@@ -190,8 +211,8 @@ def case_results(
     base = next(iter(seconds))
     rows = {
         name: CaseFigures(
-            seconds=_percentiles(values),
-            tokens_per_second=_percentiles([case.tokens / value for value in values]),
+            seconds=percentiles(values),
+            tokens_per_second=percentiles([case.tokens / value for value in values]),
             ratio=RatioFigures(**asdict(ratio(seconds[base], values))) if in_turn else None,
             predicted=costs[name].predicted_ratio(costs[base], case),
             macs=costs[name].macs(case),
@@ -202,7 +223,8 @@ def case_results(
     return CaseResults(case.kind, case.batch, case.past, case.new, rows)
 
 
-def _percentiles(values: Sequence[float]) -> Percentiles:
+def percentiles(values: Sequence[float]) -> Percentiles:
+    """Return median, 10th and 90th percentile of at least one value."""
     found = spread(values)
     return Percentiles(median=found.median, p10=found.low, p90=found.high)
 

@@ -176,21 +176,28 @@ def model_of(view: StageView, run: Run) -> ModelSource:
     return source
 
 
-def check_window(seq_len: int, model_config: Any, flag: str = "--seq-len") -> int | None:
-    """Return the model's number of positions, or ``None`` if its config has no limit.
+def check_window(seq_len: int, model_config: Any, flag: str = "--seq-len", *, spare: int = 0) -> int | None:
+    """Return how many positions of the model a window may have, or ``None`` if its config has no limit.
 
     Args:
         seq_len: requested tokens per window.
         model_config: of transformers.
         flag: the option, for the error.
+        spare: positions that must stay free.
 
     Raises:
-        UsageError: ``seq_len`` exceeds the number of positions.
+        UsageError: ``seq_len`` is more than that.
     """
-    limit = context_length(model_config)
-    if limit is not None and seq_len > limit:
-        raise UsageError(f"{flag} {seq_len} is more than the {limit} positions of the model", f"use at most {limit}")
-    return limit
+    positions = context_length(model_config)
+    if positions is None:
+        return None
+    if seq_len > positions - spare:
+        free = f", of which {spare} must stay free" if spare else ""
+        raise UsageError(
+            f"{flag} {seq_len} is more than the {positions} positions of the model{free}",
+            f"use at most {positions - spare}",
+        )
+    return positions - spare
 
 
 def warn_without_chat(spec: str, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:

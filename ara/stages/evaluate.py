@@ -15,7 +15,9 @@ from ara.artifacts.factors import factor_files, specs_of
 from ara.artifacts.ranks import RanksSettings, read_allocation
 from ara.config import EvalConfig
 from ara.data.filespecs import is_file
+from ara.data.texts import is_chat
 from ara.errors import UsageError
+from ara.evaluation.runtime import Runtime
 from ara.evaluation.task_folders import open_task_folders
 from ara.evaluation.tasks import check_task, expand
 from ara.models.checkpoint import load
@@ -26,9 +28,12 @@ from ara.models.weights import matching
 from ara.names import MAX_NAME_BYTES
 from ara.solver.problem import Budget
 from ara.stages.common import NOT_PLAIN, Run, begin, check_window, model_of, open_task
-from ara.stages.measure import Measurement, Variant
+from ara.stages.measure import Measurement
+from ara.stages.measure_elsewhere import MeasurementElsewhere, placement_in
 from ara.stages.modules import load_modules
+from ara.stages.pieces import Variant
 from ara.stages.questions import load_sources, questions_for
+from ara.stages.stored_models import NO_RANKS, StoredModel, written
 from ara.workspace.manifest import digest
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
@@ -68,6 +73,7 @@ def evaluate(
     beside: Sequence[str] = (),
     name: str | None = None,
     find_export: FindExport | None = None,
+    runtime: Runtime | None = None,
 ) -> StageView:
     """Measure perplexity and speed on texts, accuracy on tasks, and store them with the settings.
 
@@ -77,10 +83,12 @@ def evaluate(
         checkpoint: NAME or STAGE/NAME; the latest by default.
         beside: NAME or STAGE/NAME of further checkpoints to measure.
         name: of the result; by default checkpoint, tasks, limit and further checkpoints.
-        find_export: required if ``config.backend`` is not torch.
+        find_export: finds the export to measure as one more model, if ``config.backend`` is an export target.
+        runtime: measures the models instead of torch, if ``config.backend`` is a runtime.
 
     Raises:
-        UsageError: a checkpoint is given twice.
+        UsageError: a checkpoint is given twice, or the runtime cannot measure what is asked for.
+        UnavailableError: the runtime is not installed.
         AraError: a stage or text is missing, a stage is stale, a model yields NaN.
     """
     started = begin(name, checkpoint)
@@ -90,7 +98,10 @@ def evaluate(
         check_task(task, run.report, own)
     if own is not None and not any(task in own for task in names):
         run.report.warn(f"--tasks {','.join(config.tasks)} names no task in {', '.join(config.include_path)}")
-    placement = choose_placement(config.device, config.dtype)
+    if runtime is None:
+        placement = choose_placement(config.device, config.dtype)
+    else:
+        placement = placement_in(runtime, config, [name for name in names if is_chat(name)])
     with open_task("eval", run, started) as work:
         workspace = work.workspace
         truncated = workspace.require("checkpoint", checkpoint)
@@ -100,13 +111,12 @@ def evaluate(
         chosen = workspace.ancestor(truncated, "ranks")
         decomposition = workspace.ancestor(chosen, "factors")
         source = model_of(decomposition, run)
-        seq_len = window_length(config.seq_len, source.config)
+        seq_len = window_length(config.seq_len, source.config, runtime.spare_positions if runtime else 0)
         placed = {"device": placement.device, "dtype": placement.dtype}
         resolved = config.model_copy(update={**placed, "seq_len": seq_len})
         # The first checkpoint is the one that the result is about.
         exported, parents = None, [truncated, decomposition, *others]
-        if config.backend != "torch":
-            assert find_export is not None
+        if find_export is not None:
             exported = find_export(workspace, truncated)
             parents.append(exported.view)
         sources = load_sources(names, own, run.report)
@@ -119,7 +129,7 @@ def evaluate(
         if name is None:
             limit = config.limit if sources.tasks else None
             name = result_name(truncated.name, config.tasks, sources.digests, limit, [view.key for view in others])
-            name += f"-{exported.view.name}" if exported else ""
+            name += f"-{exported.view.name}" if exported else f"-{config.backend}" if runtime else ""
         work.describe(name, settings, parents)
         if (done := work.done()) is not None:
             return done
@@ -129,7 +139,8 @@ def evaluate(
             variants.append(_exported(truncated, exported))
         questions = questions_for(source, sources, resolved, run.report)
         with work.writer(resumable=True, keep_after_nan=True) as stage:
-            measurement = Measurement(variants, label_of(truncated), questions, resolved, stage, run.report)
+            asked = variants, label_of(truncated), questions, resolved, stage, run.report
+            measurement = Measurement(*asked) if runtime is None else MeasurementElsewhere(runtime, *asked)
             interleaved = measurement.run(CheckpointResults.read(truncated).dense_weight_bytes)
             measurement.results(interleaved).write_file(stage)
         return work.view()
@@ -169,13 +180,18 @@ def _others(truncated: StageView, names: Sequence[str], workspace: Workspace) ->
     return list(found.values())
 
 
-def window_length(asked: int | None, model_config: Any) -> int:
+def window_length(asked: int | None, model_config: Any, spare: int = 0) -> int:
     """Return the tokens per window: ``asked``, else 2048 or the model's limit if that is less.
 
+    Args:
+        asked: by the user.
+        model_config: of transformers.
+        spare: positions of the model that a window must leave.
+
     Raises:
-        UsageError: ``asked`` exceeds the model's limit.
+        UsageError: ``asked`` exceeds the limit.
     """
-    limit = check_window(asked or 0, model_config)
+    limit = check_window(asked or 0, model_config, spare=spare)
     return asked or min(_DEFAULT_SEQ_LEN, limit or _DEFAULT_SEQ_LEN)
 
 
@@ -200,16 +216,20 @@ def _variants(
         budget = Budget(allocation.cost, made.rank_multiple, made.min_rank, made.min_keep, excluded)
         uniform = Uniform().allocate(load_modules(decomposition, layout), budget)
 
-    load_dense = partial(source.load_model, dtype, config.device)
-
-    def load_uniform() -> PreTrainedModel:
-        model = load_dense()
+    def load_uniform(device: str) -> PreTrainedModel:
+        model = source.load_model(dtype, device)
         apply_factors(model, uniform.low_rank(), files, layout, run.report)
         return model
 
-    variants = [Variant(DENSE, load_dense, 1.0)]
+    def row(name: str, load_on: Callable[[str], PreTrainedModel], keep: float, ranks: Mapping[str, int]) -> Variant:
+        def store(folder: Path) -> StoredModel:
+            return written(partial(load_on, "cpu"), source.load_tokenizer(), folder, ranks, layout)
+
+        return Variant(name, partial(load_on, config.device), keep, store=store)
+
+    variants = [row(DENSE, partial(source.load_model, dtype), 1.0, NO_RANKS)]
     if uniform != allocation:
-        variants.append(Variant("uniform", load_uniform, uniform.keep(specs)))
+        variants.append(row("uniform", load_uniform, uniform.keep(specs), uniform.low_rank()))
     variants.append(_stored(truncated, label_of(truncated), config))
     return variants
 
@@ -225,8 +245,14 @@ def _variants_beside(others: Sequence[StageView], taken: Collection[str], config
 
 def _stored(checkpoint: StageView, name: str, config: EvalConfig) -> Variant:
     results = CheckpointResults.read(checkpoint)
-    load_it = partial(load, checkpoint.path / CHECKPOINT, config.device, config.dtype)
-    return Variant(name, load_it, results.linear_keep, disk_bytes=results.disk_bytes)
+    folder = checkpoint.path / CHECKPOINT
+    return Variant(
+        name,
+        partial(load, folder, config.device, config.dtype),
+        results.linear_keep,
+        disk_bytes=results.disk_bytes,
+        store=lambda _: StoredModel(folder, results.parameters),
+    )
 
 
 def _exported(truncated: StageView, exported: RunnableExport) -> Variant:

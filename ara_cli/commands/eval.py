@@ -37,9 +37,13 @@ def command(
     from ara_cli.render import show_end
     from ara_cli.render_eval import show_evaluation
     from export.find import find_for_eval
+    from export.targets import runtime_of
 
     find = find_for_eval(config.backend, exported.asked(config.backend))
     others = [stage_and_name("--beside", key) for key in beside or ()]
-    view = evaluate(config, s.run(), checkpoint=which.asked, beside=others, name=name, find_export=find)
+    runtime = runtime_of(config.backend)
+    view = evaluate(
+        config, s.run(), checkpoint=which.asked, beside=others, name=name, find_export=find, runtime=runtime
+    )
     show_evaluation(s.console, view)
     show_end(s.console, view, s.root)

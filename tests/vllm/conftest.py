@@ -42,3 +42,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def root(folder: Callable[..., Path], tiny_text: str, tmp_path: Path) -> Path:
+    """Return a workspace with a checkpoint of a model that vLLM's CPU kernels know."""
+    from ara.config import AllocateConfig, DecomposeConfig, TruncateConfig
+    from ara.stages.allocate import allocate
+    from ara.stages.common import Run
+    from ara.stages.decompose import decompose
+    from ara.stages.truncate import truncate
+
+    run, cpu = Run(tmp_path / "ws"), {"device": "cpu", "dtype": "float32"}
+    model = str(folder("llama", None))
+    decompose(DecomposeConfig(model=model, text=tiny_text, samples=16, seq_len=48, **cpu), run)
+    allocate(AllocateConfig(keep=0.7, method="energy", **cpu), run)
+    truncate(TruncateConfig(), run)
+    return run.root
