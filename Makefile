@@ -44,7 +44,7 @@ CREATE_VENV = for python in $(PYTHON); do \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -214,6 +214,10 @@ bench-export-memory: $(STAMP) ## peak memory of exporting a 7B-shaped checkpoint
 bench-inference: $(STAMP) ## speed of exported models against dense, and what the arithmetic predicts
 	@echo "Timing exported models"
 	@$(BIN)/python benchmarks/inference.py $(BENCH_FLAGS)
+
+bench-vllm: $(VLLM_VENV)/.ara-setup ## speed of compressed models in vLLM, and what the arithmetic predicts
+	@echo "Timing models in vLLM"
+	@$(VLLM_VENV)/bin/python benchmarks/serving.py $(BENCH_FLAGS)
 
 bench-products: $(STAMP) ## time single products of ONNX Runtime: float weights against 8 and 4 bits
 	@echo "Timing single products"

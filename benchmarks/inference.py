@@ -9,103 +9,31 @@ Each ratio to dense comes with a prediction: counted multiplications for prefill
 decoding.
 
 Models: SmolLM2-135M (``--shapes demo``), or two blocks of LLaMA-7B's shape with random weights and random low-rank
-layers (``--shapes llama-7b``), at uniform ranks: every layer is low-rank and needs two products.
+layers (``--shapes llama-7b``), at uniform ranks: every layer is low-rank and needs two products. ``--shapes tiny``
+tries the benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ara.allocation.uniform import Uniform
-from ara.artifacts.factors import factor_files
-from ara.config import DecomposeConfig
 from ara.evaluation.cost import Case
 from ara.evaluation.speed import Runner, TorchRunner, interleaved_seconds
-from ara.layout_names import LAYOUT_NAMES, LayoutName
-from ara.layouts import layout_named
-from ara.layouts.modeling_ara import replace_linear
-from ara.models.checkpoint import load, save_checkpoint
-from ara.models.low_rank import apply_factors
-from ara.models.silence import silence_transformers
-from ara.models.weights import find_linears
-from ara.solver.problem import Budget, Module
-from ara.stages.common import Run, model_of
-from ara.stages.decompose import decompose
-from ara.stages.modules import load_modules
+from ara.layout_names import LAYOUT_NAMES
+from ara.models.checkpoint import load
+from ara.stages.common import Run
 from ara_cli.console import Column, Console
+from benchmarks.shapes import DEMO, SHAPES, compressed_folder, dense_folder
 from export.config import ExportConfig
 from export.onnx.bench_runner import OnnxRunner, count_checkpoint, parameters_of
 from export.onnx.export_report import read_report
 from export.onnx.stored_weights import Checkpoint
 from export.stage import export_folder
-
-LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
-
-
-def dense_folder(arguments: argparse.Namespace, run: Run) -> Path:
-    """Return a folder with the dense model; it is made if it does not exist."""
-    folder: Path = arguments.workspace / "dense"
-    if (folder / "config.json").exists():
-        return folder
-    with silence_transformers():
-        if arguments.shapes == "demo":
-            from ara.models.sources import resolve
-
-            source = resolve("demo")
-            source.load_model(torch.float32).save_pretrained(folder)
-            source.load_tokenizer().save_pretrained(folder)
-            return folder
-        from transformers import AutoModelForCausalLM, LlamaConfig
-
-        config = LlamaConfig(**LLAMA_7B, num_hidden_layers=2, vocab_size=1000, max_position_embeddings=4096)
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        from ara.models.sources import resolve
-
-        resolve("demo").load_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def compressed_folder(arguments: argparse.Namespace, run: Run, dense: Path, keep: float, layout: LayoutName) -> Path:
-    """Return a folder with the model at uniform ranks; it is made if it does not exist, by plain SVD."""
-    folder: Path = arguments.workspace / f"keep-{keep:g}-{layout}"
-    if (folder / "config.json").exists():
-        return folder
-    if arguments.shapes == "llama-7b":
-        draw_layers(dense, folder, keep, layout)
-        return folder
-    view = decompose(DecomposeConfig(model=str(dense), method="plain", device="cpu", dtype="float32"), run)
-    modules = load_modules(view, layout)
-    specs = [module.spec for module in modules]
-    ranks = Uniform().allocate(modules, Budget.for_keep(specs, keep)).low_rank()
-    source = model_of(view, run)
-    model = source.load_model(torch.float32)
-    apply_factors(model, ranks, factor_files(view, specs), layout, run.report)
-    save_checkpoint(model, source.load_tokenizer(), folder, ranks=ranks, provenance={}, layout=layout)
-    return folder
-
-
-def draw_layers(dense: Path, folder: Path, keep: float, layout: LayoutName) -> None:
-    """Write a random model's checkpoint with random low-rank layers; factoring it would take minutes."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    specs = [replace(spec, layout=layout) for spec in find_linears(model)]
-    flat = [Module(spec, torch.ones(spec.full_rank, dtype=torch.float64)) for spec in specs]
-    ranks = Uniform().allocate(flat, Budget.for_keep(specs, keep)).low_rank()
-    for spec in (spec for spec in specs if spec.name in ranks):
-        # A new layer has random weights, but its indices are in order, which would be faster than in a real layer.
-        layer = layout_named(layout).module(spec.n, spec.m, ranks[spec.name], bias=False)
-        for indices in layer.buffers(recurse=False):
-            indices.copy_(torch.randperm(len(indices)))
-        replace_linear(model, spec.name, layer)
-    save_checkpoint(model, AutoTokenizer.from_pretrained(dense), folder, ranks=ranks, provenance={}, layout=layout)
 
 
 def onnx_runner(folder: Path, precision: str, arguments: argparse.Namespace, run: Run) -> Runner:
@@ -129,7 +57,7 @@ def torch_runner(folder: Path, compiled: bool) -> Runner:
 def main() -> None:
     """Measure all cases and print a table for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", choices=["demo", "llama-7b"], default="demo", help="whose shapes")
+    parser.add_argument("--shapes", choices=SHAPES, default=DEMO, help="whose shapes")
     parser.add_argument("--keep", type=float, action="append", help="budget; may be repeated [default: 0.8 and 0.6]")
     parser.add_argument("--layout", choices=LAYOUT_NAMES, action="append", help="of low-rank layers [default: all]")
     parser.add_argument("--prefill", type=int, action="append", help="tokens [default: 128, 512, 2048]; 0: none")
@@ -146,11 +74,13 @@ def main() -> None:
     console = Console()
     run = Run(arguments.workspace / "ws", "python benchmarks/inference.py", console)
     torch.set_num_threads(arguments.threads)
-    dense = dense_folder(arguments, run)
+    dense = dense_folder(arguments.workspace, arguments.shapes)
     folders = {"dense": dense}
     for keep in arguments.keep or [0.8, 0.6]:
         for layout in arguments.layout or LAYOUT_NAMES:
-            folders[f"keep {keep:g}, {layout}"] = compressed_folder(arguments, run, dense, keep, layout)
+            folders[f"keep {keep:g}, {layout}"] = compressed_folder(
+                arguments.workspace, arguments.shapes, run, dense, keep, layout
+            )
     runners = {f"ONNX fp32, {name}": onnx_runner(path, "fp32", arguments, run) for name, path in folders.items()}
     if arguments.int8:
         runners |= {f"ONNX int8, {name}": onnx_runner(path, "int8", arguments, run) for name, path in folders.items()}
