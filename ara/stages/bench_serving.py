@@ -31,7 +31,7 @@ from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
 from ara.stages.bench import percentiles, refuse_others
 from ara.stages.common import Run, begin, check_window, groups_in_memory, model_of, open_task
-from ara.stages.stored_models import StoredModel, written
+from ara.stages.model_folders import ModelFolder, written
 from ara.workspace.view import StageView
 
 # Options of the other backends. Given with this one, they would change nothing.
@@ -91,11 +91,11 @@ def _resolved(config: BenchConfig, runtime: Runtime) -> BenchConfig:
 
 def _models(
     truncated: StageView, decomposition: StageView, source: ModelSource, config: BenchConfig, aside: Path
-) -> dict[str, tuple[StoredModel, int]]:
+) -> dict[str, tuple[ModelFolder, int]]:
     """Return folder and bytes on disk of the dense model, which is written to ``aside``, and of the checkpoint."""
     results = CheckpointResults.read(truncated)
     load_dense = partial(source.load_model, torch_dtype(config.dtype), "cpu")
-    chosen = StoredModel(truncated.path / CHECKPOINT, results.parameters)
+    chosen = ModelFolder(truncated.path / CHECKPOINT, results.parameters)
     return {
         DENSE: (written(load_dense, source.load_tokenizer(), aside), results.dense_weight_bytes),
         label_of(truncated): (chosen, results.disk_bytes),
@@ -103,7 +103,7 @@ def _models(
 
 
 def _measure(
-    models: Mapping[str, tuple[StoredModel, int]], source: ModelSource, config: BenchConfig, runtime: Runtime, run: Run
+    models: Mapping[str, tuple[ModelFolder, int]], source: ModelSource, config: BenchConfig, runtime: Runtime, run: Run
 ) -> BenchmarkResults:
     itemsize = torch_dtype(config.dtype).itemsize
     most, tokens = max(config.concurrency), config.prompt_tokens + config.new_tokens

@@ -30,10 +30,10 @@ from ara.solver.problem import Budget
 from ara.stages.common import NOT_PLAIN, Run, begin, check_window, model_of, open_task
 from ara.stages.measure import Measurement
 from ara.stages.measure_elsewhere import MeasurementElsewhere, placement_in
+from ara.stages.model_folders import NO_RANKS, ModelFolder, written
 from ara.stages.modules import load_modules
 from ara.stages.pieces import Variant
 from ara.stages.questions import load_sources, questions_for
-from ara.stages.stored_models import NO_RANKS, StoredModel, written
 from ara.workspace.manifest import digest
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
@@ -222,7 +222,7 @@ def _variants(
         return model
 
     def row(name: str, load_on: Callable[[str], PreTrainedModel], keep: float, ranks: Mapping[str, int]) -> Variant:
-        def store(folder: Path) -> StoredModel:
+        def store(folder: Path) -> ModelFolder:
             return written(partial(load_on, "cpu"), source.load_tokenizer(), folder, ranks, layout)
 
         return Variant(name, partial(load_on, config.device), keep, store=store)
@@ -251,7 +251,7 @@ def _stored(checkpoint: StageView, name: str, config: EvalConfig) -> Variant:
         partial(load, folder, config.device, config.dtype),
         results.linear_keep,
         disk_bytes=results.disk_bytes,
-        store=lambda _: StoredModel(folder, results.parameters),
+        store=lambda _: ModelFolder(folder, results.parameters),
     )
 
 

@@ -17,8 +17,8 @@ from ara.evaluation.perplexity import VariantRun, summarise
 from ara.evaluation.runtime import RunningModel, Runtime
 from ara.evaluation.timing import spread
 from ara.models.placement import Placement, choose_placement, torch_dtype
+from ara.stages.model_folders import ModelFolder
 from ara.stages.pieces import Pieces, Variant, text_figures
-from ara.stages.stored_models import StoredModel
 
 # Folder for models that are in no folder yet, within the unfinished folder of the stage.
 _ASIDE = "aside"
@@ -63,7 +63,7 @@ class MeasurementElsewhere(Pieces):
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
-    def _measured(self, piece: str, variant: Variant, model: RunningModel, stored: StoredModel) -> Any:
+    def _measured(self, piece: str, variant: Variant, model: RunningModel, stored: ModelFolder) -> Any:
         """Return a piece as plain data."""
         if piece == "model":
             return self._figures(variant, model, stored).plain()
@@ -73,7 +73,7 @@ class MeasurementElsewhere(Pieces):
         label = f"{piece}, {variant.name}"
         return asdict(ask_through(lambda: model.harness(self.report, label), task, self.documents[task.name], label))
 
-    def _figures(self, variant: Variant, model: RunningModel, stored: StoredModel) -> ModelPiece:
+    def _figures(self, variant: Variant, model: RunningModel, stored: ModelFolder) -> ModelPiece:
         size = stored.parameters * torch_dtype(self.config.dtype).itemsize
         tokenizer, length = self.questions.tokenizer, self.config.max_new_tokens
         continued = tuple(

@@ -41,9 +41,9 @@ from ara.jsonfile import dump, first_problem, read_object
 from ara.progress import Reporter
 from ara.stages.chats import Chat, chat_results
 from ara.stages.common import NOT_PLAIN
+from ara.stages.model_folders import ModelFolder
 from ara.stages.questions import Questions
 from ara.stages.scores import mean_accuracy, task_results
-from ara.stages.stored_models import StoredModel
 from ara.workspace.writer import StageWriter
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Variant:
     linear_keep: float
     figures: Mapping[str, int] | None = None
     disk_bytes: int | None = None
-    store: Callable[[Path], StoredModel] | None = None
+    store: Callable[[Path], ModelFolder] | None = None
 
 
 class Pieces(ABC):

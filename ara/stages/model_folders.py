@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NO_RANKS: Mapping[str, int] = {}
 
 
-class StoredModel(NamedTuple):
+class ModelFolder(NamedTuple):
     """A model as a checkpoint folder.
 
     Attributes:
@@ -34,7 +34,7 @@ def written(
     folder: Path,
     ranks: Mapping[str, int] = NO_RANKS,
     layout: LayoutName = DEFAULT_LAYOUT,
-) -> StoredModel:
+) -> ModelFolder:
     """Write a model to a folder.
 
     Args:
@@ -47,4 +47,4 @@ def written(
     model = load()
     parameters = parameter_count(model)
     save_checkpoint(model, tokenizer, folder, ranks=ranks, provenance={}, layout=layout)
-    return StoredModel(folder, parameters)
+    return ModelFolder(folder, parameters)
