@@ -22,6 +22,7 @@ _REGISTERED: dict[str, Callable[[], list[str]]] = {
     "EvalConfig.backend": measuring_backends,
     "BenchConfig.backend": measuring_backends,
     "backend": backends,
+    "latency_backend": backends,
     "target": TARGETS.names,
 }
 

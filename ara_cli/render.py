@@ -13,7 +13,7 @@ from ara.artifacts.comparison import ComparedMethod, ComparedText, ComparisonRes
 from ara.artifacts.evaluation import DENSE, EvaluationResults
 from ara.artifacts.factors import FactorisedLayer, FactorsResults
 from ara.artifacts.graph import GraphResults
-from ara.artifacts.ranks import GuardResults, RanksResults
+from ara.artifacts.ranks import GuardResults, LatencyResults, RanksResults
 from ara.artifacts.report import HTML_FILE, ReportResults
 from ara.artifacts.training import TrainingResults
 from ara.errors import CorruptedError
@@ -67,8 +67,19 @@ def show_allocation(console: Console, view: StageView) -> None:
             counts += f", embedding and head {size.embedding_bits} bits"
         whole = f"{bytes_text(size.linear + size.others)} of {bytes_text(size.limit)}"
         console.text(f"{counts}; {whole} after ara quantise, {bytes_text(size.linear)} of them in these layers")
+    if (latency := results.latency) is not None:
+        console.text(_latency_text(latency))
     if results.guard is not None:
         console.text(_guard_text(results.guard))
+
+
+def _latency_text(latency: LatencyResults) -> str:
+    threads = f"{latency.threads} thread{'s' if latency.threads > 1 else ''}"
+    place = f"{latency.library} on {latency.device}, {latency.precision}, {threads}"
+    return (
+        f"predicted time of these layers: {percent(latency.share, 2)} of dense, {latency.predicted_ns / 1e6:.2f} of "
+        f"{latency.dense_ns / 1e6:.2f} ms for {latency.tokens} tokens ({place})"
+    )
 
 
 def _guard_text(guard: GuardResults) -> str:

@@ -19,10 +19,8 @@ import argparse
 import json
 import re
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +30,7 @@ import torch
 
 from ara_cli.console import Console
 from benchmarks.in_turn import seconds_in_turn
+from export.onnx.layer_runner import load_graph
 from export.onnx.nodes import CONTRIB, GraphNodes
 
 SHAPES = "576x576,1536x576,576x1536,49152x576"
@@ -85,12 +84,7 @@ def session(widths: Sequence[int], forms: Sequence[Form]) -> ort.InferenceSessio
         y = multiply(graph, y, m, k, forms[i], f"product{i}")
     y.name, y.type, y.shape = "y", x.type, ir.Shape([1, "t", widths[0]])
     graph.graph.outputs.append(y)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        ir.save(ir.Model(graph.graph, ir_version=10), path)
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return load_graph(graph.graph, threads=1)
 
 
 def repeated(model: ort.InferenceSession, rows: int, width: int) -> tuple[Callable[[], None], int]:

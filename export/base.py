@@ -16,6 +16,7 @@ from export.config import ExportConfig
 if TYPE_CHECKING:
     import numpy as np
 
+    from ara.evaluation.layer_times import LayerRunner
     from ara.evaluation.sampling import Sampler
     from ara.stages.bench_models import Exported
 
@@ -179,4 +180,16 @@ class Target(ABC):
         Raises:
             ModelError: the folder is not an export for this target, or the runtime cannot load it.
             UnavailableError: the runtime lacks the execution provider of the export.
+        """
+
+    @abstractmethod
+    def for_latency(self, precision: str | None, threads: int) -> LayerRunner:
+        """Return what runs single layers as exports of this target do, for ``ara allocate --objective latency``.
+
+        Args:
+            precision: of the weights; the target's choice by default.
+            threads: CPU threads.
+
+        Raises:
+            UsageError: the target has no such precision.
         """

@@ -1,4 +1,4 @@
-"""Finds exports of a checkpoint in a workspace, for the commands that run them with ``--backend``."""
+"""Finds exports of a checkpoint, or what runs single layers, for the commands that run them with ``--backend``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import shlex
 
 from ara.artifacts.checkpoint import CHECKPOINT
 from ara.artifacts.graph import GraphResults, GraphSettings
+from ara.config.latency import LatencyConfig
 from ara.errors import WorkspaceError
+from ara.evaluation.layer_times import LayerRunner
 from ara.pipeline import naming_words
 from ara.stages import bench_models, evaluate
 from ara.workspace.store import Workspace
@@ -46,6 +48,18 @@ def find_for_bench(backend: str, export: str | None = None) -> bench_models.Find
     if backend in RUNTIMES or (target := target_of(backend, measuring_backends())) is None:
         return None
     return lambda workspace, truncated: target.for_bench(latest_export(target, workspace, truncated, export))
+
+
+def layers_in(config: LatencyConfig) -> LayerRunner | None:
+    """Return what times layers for ``ara allocate --objective latency``; ``None`` for torch, or without need.
+
+    Raises:
+        AraError: as :func:`export.targets.target_of`, or the target cannot run this.
+    """
+    target = target_of(config.latency_backend, "latency-backend")
+    if target is None or config.objective != "latency":
+        return None
+    return target.for_latency(config.latency_precision, config.latency_threads)
 
 
 def latest_export(target: Target, workspace: Workspace, truncated: StageView, name: str | None = None) -> StageView:

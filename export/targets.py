@@ -54,12 +54,13 @@ def runtime_of(backend: str) -> Runtime | None:
     return runtime
 
 
-def target_of(backend: str, known: Sequence[str] | None = None) -> Target | None:
+def target_of(backend: str, known: Sequence[str] | None = None, option: str = "backend") -> Target | None:
     """Return the export target that ``--backend`` names; ``None`` for torch.
 
     Args:
         backend: the value of the option.
         known: all values that the command accepts; those of :func:`backends` by default.
+        option: the setting, for the error.
 
     Raises:
         ProblemsError: an unknown backend.
@@ -68,6 +69,6 @@ def target_of(backend: str, known: Sequence[str] | None = None) -> Target | None
         return None
     if backend not in TARGETS:
         *most, last = (repr(name) for name in known or backends())
-        problem = f"backend: input should be {', '.join(most)} or {last}, got {shown(backend)}"
+        problem = f"{option}: input should be {', '.join(most)} or {last}, got {shown(backend)}"
         raise ProblemsError("these settings cannot be used", [problem])
     return load_target(backend)

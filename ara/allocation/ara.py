@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from ara.allocation.base import Allocator
 from ara.config import MaskTrainingOptions
+from ara.config.latency import OBJECTIVES
+from ara.errors import UsageError
 from ara.masks.ara_family import ara_family, needs_table
 from ara.masks.context import TuningContext
 from ara.masks.loop import trained_allocation
@@ -24,6 +26,7 @@ class Ara(Allocator):
 
     Options = MaskTrainingOptions
     needs_model = True
+    objectives = OBJECTIVES
 
     def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
         """Allocate by the learned losses; without any, train first."""
@@ -33,7 +36,12 @@ class Ara(Allocator):
             total = sum(budget.dense_cost(spec) for spec in specs)
             keep = budget.limit / total
             used = nearest(context.learned, keep)
-            # Budgets are whole numbers of parameters, or of bytes.
+            if used.tables is None and budget.unit == "nanoseconds":
+                raise UsageError(
+                    "a training of the paper's form has no losses of ranks, which --objective latency needs",
+                    "train with --objective priced, or use --method sensitivity",
+                )
+            # Budgets are whole numbers of parameters, bytes or nanoseconds.
             if abs(used.keep - keep) * total > 1:
                 context.report.fact(f"there is no training at keep {keep:.4g}: the one at {used.keep:g} is used")
             return used.allocation(specs, budget)

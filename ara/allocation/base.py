@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from ara.config.latency import Objective
 from ara.decomposition.base import MethodOptions
 from ara.layout_names import LAYOUT_NAMES, LayoutName
 from ara.masks.context import TuningContext
@@ -18,11 +19,13 @@ class Allocator:
         Options: the method's own options.
         needs_model: whether :meth:`allocate` needs a :class:`TuningContext`.
         layouts: the layouts that the method supports.
+        objectives: what its budget may limit: parameters, or time (latency).
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     needs_model: ClassVar[bool] = False
     layouts: ClassVar[tuple[LayoutName, ...]] = LAYOUT_NAMES
+    objectives: ClassVar[tuple[Objective, ...]] = ("parameters",)
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         self.options = options or self.Options()
@@ -32,7 +35,7 @@ class Allocator:
 
         Args:
             modules: the factorised layers.
-            budget: the limit, in parameters or bytes.
+            budget: the limit, in parameters, bytes or nanoseconds.
             context: the model and calibration text; may be ``None`` if ``needs_model`` is false.
 
         The result never costs more than ``budget.limit`` and leaves less than the cheapest rank step unspent. Every

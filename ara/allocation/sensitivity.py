@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ara.allocation.base import Allocator
+from ara.config.latency import OBJECTIVES
 from ara.masks.context import TuningContext
 from ara.masks.sensitivity_table import SensitivityOptions, sensitivity_table
 from ara.solver.knapsack import best_ranks
@@ -19,6 +20,7 @@ class Sensitivity(Allocator):
 
     Options = SensitivityOptions
     needs_model = True
+    objectives = OBJECTIVES
 
     def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
         """Compute the table of the dense model and solve the knapsack."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ara.allocation.base import Allocator
+from ara.config.latency import OBJECTIVES
 from ara.masks.context import TuningContext
 from ara.solver.problem import Allocation, Budget, Module
 from ara.solver.rounding import spend_rest
 
 
 class Uniform(Allocator):
-    """The largest rank within keep · mn parameters; the rest goes to the layers that lost most by rounding."""
+    """The largest rank within keep · cost of every dense layer; the rest goes to those that lost most by rounding."""
+
+    objectives = OBJECTIVES
 
     def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:
-        """Give every module the same fraction of its parameters, or its least cost if that is more."""
+        """Give every module the same fraction of its dense cost, or its least cost if that is more."""
         specs = [module.spec for module in modules]
         choices = [budget.rank_choices(spec) for spec in specs]
         share = _common_share([(options[0].cost, options[-1].cost) for options in choices], budget.limit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, Strict, StrictBool
 
@@ -29,6 +29,7 @@ class RanksSettings(Settings):
     exclude: tuple[str, ...]
     layout: LayoutName = DEFAULT_LAYOUT
     keep: Share | None = None
+    objective: Literal["parameters", "latency"] = "parameters"
     ranks_sha256: str | None = None
 
 
@@ -92,6 +93,53 @@ class SizeResults(Part):
 
 
 @dataclass(frozen=True)
+class ShapeLatency(Part):
+    """Measured times of the layers of one shape, nanoseconds.
+
+    Attributes:
+        shape: (m, n).
+        dense: of the dense layer.
+        ranks: rank → time; between them times are linear in the rank.
+    """
+
+    shape: tuple[Least1, ...]
+    dense: Least1
+    ranks: Mapping[str, Least1]
+
+
+@dataclass(frozen=True)
+class LatencyResults(Part):
+    """Times of the factorised layers for a budget of time.
+
+    Attributes:
+        backend, device, precision, threads, library: where and how layers were timed.
+        machine: see :func:`ara.environment.machine`.
+        tokens: that a layer reads at once.
+        dense_ns: all layers dense, nanoseconds.
+        limit_ns: the budget.
+        predicted_ns: all layers at the chosen ranks.
+        shapes: what was measured.
+    """
+
+    backend: str
+    device: str
+    precision: str
+    threads: Least1
+    library: str
+    machine: Mapping[str, Any]
+    tokens: Least1
+    dense_ns: Least1
+    limit_ns: Least1
+    predicted_ns: Least1
+    shapes: tuple[ShapeLatency, ...]
+
+    @property
+    def share(self) -> float:
+        """Predicted time, as a share of the dense layers'."""
+        return self.predicted_ns / self.dense_ns
+
+
+@dataclass(frozen=True)
 class RanksResults(Results):
     """Results of ``ara allocate``; parameters are counts, ``keep`` is a share of the dense ones.
 
@@ -101,7 +149,8 @@ class RanksResults(Results):
         dense_layers: factorised layers that stay dense.
         kinds: by kind of layer, such as ``mlp.up_proj``.
         guard: ``None`` if the guard did not run.
-        size: ``None`` for a budget of parameters.
+        size: ``None`` unless the budget is one of bytes.
+        latency: ``None`` unless the budget is one of time.
     """
 
     Settings = RanksSettings
@@ -115,6 +164,7 @@ class RanksResults(Results):
     kinds: Mapping[str, KindRanks]
     guard: GuardResults | None = None
     size: SizeResults | None = field(default=None, metadata=LEFT_OUT)
+    latency: LatencyResults | None = field(default=None, metadata=LEFT_OUT)
 
 
 def layout_of(ranks: StageView) -> LayoutName:

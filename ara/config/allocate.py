@@ -9,6 +9,7 @@ from pydantic import Field
 from ara import bounds
 from ara.config.base import Exclude, MaxWindows, Method, MethodValues, PlacementConfig, SeqLen, StageConfig
 from ara.config.flags import Flag
+from ara.config.latency import LatencyConfig
 from ara.config.recover import NO_RECOVERY
 from ara.config.sizes import SIZE_PATTERN, EmbeddingBits, GridConfig, bytes_in
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
@@ -56,7 +57,7 @@ class SizedConfig(TuningConfig, BudgetConfig, GridConfig):
     )
 
 
-class AllocateConfig(SizedConfig):
+class AllocateConfig(SizedConfig, LatencyConfig):
     """``ara allocate``: choose a rank, or dense, for every layer under one budget."""
 
     keep: Annotated[float | None, Flag(removable=True)] = Field(0.8, gt=0, le=1, description=_KEEP)

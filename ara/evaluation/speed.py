@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from ara.models.accounting import parameter_count, weight_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+K = TypeVar("K", bound=Hashable)
 # Bootstrap samples, and coverage of the interval.
 _RESAMPLES, _COVERAGE = 10_000, 0.95
 
@@ -133,8 +134,19 @@ def interleaved_seconds(
         advance: called after every pass.
     """
     prepared = {name: runner.prepare(case) for name, runner in runners.items()}
-    names = list(runners)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    return seconds_in_turn(prepared, rounds, clock=clock, advance=advance)
+
+
+def seconds_in_turn(
+    prepared: Mapping[K, Prepared],
+    rounds: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    advance: Callable[[], object] = lambda: None,
+) -> dict[K, list[float]]:
+    """Return the seconds of every pass in every round; see :func:`interleaved_seconds` for the arguments."""
+    names = list(prepared)
+    seconds: dict[K, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:

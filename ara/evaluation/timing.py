@@ -1,9 +1,10 @@
-"""Timing: wait for the device, and summarise repeated measurements."""
+"""Timing: wait for the device, set its threads, and summarise repeated measurements."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,3 +33,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Set torch's number of CPU threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""A cache of tables of layers, such as the sensitivity table: budgets and trainings of the same factors share one."""
+"""A cache of tables, such as the sensitivity table: budgets and trainings of the same factors share one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,10 +29,10 @@ TABLE_FORMAT = 2
 
 @dataclass(frozen=True, eq=False)
 class LayerTable:
-    """A vector for every layer; who makes the table says what the entries are.
+    """A vector for every layer, or shape of layers; who makes the table says what the entries are.
 
     Attributes:
-        values: module path → float64.
+        values: module path, or shape → float64.
         seconds: time of its computation.
     """
 
@@ -62,30 +62,51 @@ class TableCache:
         make: Callable[[], LayerTable],
         what: str = "sensitivity table",
     ) -> LayerTable:
-        """Return the table of the same factors, ``windows`` and ``settings`` from a file, or make and store it.
-
-        A damaged file is reported and replaced. A table without ``sizes`` entries per layer, by module path, counts as
-        damaged. A table that cannot be stored is returned with a warning. Reports call the table ``what``.
-        """
+        """Return the table of the same factors, ``windows`` and ``settings``; see :func:`stored_table`."""
         text = hashlib.sha256(windows.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
-        key = json.dumps(
-            [TABLE_FORMAT, torch.__version__, self.factors, list(windows.shape), text, settings], sort_keys=True
-        )
-        path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-        if os.path.lexists(path):
-            try:
-                found = _read(path, sizes)
-            except (SafetensorError, OSError, KeyError, ValueError) as error:
-                self.report.warn(f"discarding the damaged {what} {path} ({error})")
-            else:
-                self.report.fact(f"{what} read from {path}")
-                return found
-        found = make()
+        key = [torch.__version__, self.factors, list(windows.shape), text, settings]
+        return stored_table(self.folder, key, sizes, make, what, self.report)
+
+
+def stored_table(
+    folder: Path,
+    key: Sequence[Any],
+    sizes: Mapping[str, int],
+    make: Callable[[], LayerTable],
+    what: str,
+    report: Reporter,
+    again: bool = False,
+) -> LayerTable:
+    """Return the table of a key from a file, or make and store it.
+
+    A damaged file is reported and replaced. A table without ``sizes`` entries per name counts as damaged. A table that
+    cannot be stored is returned with a warning.
+
+    Args:
+        folder: created if missing.
+        key: JSON data; what determines the table.
+        sizes: name → number of entries.
+        make: computes the table.
+        what: reports call the table so.
+        report: hears of tables read and tables discarded.
+        again: make the table even if there is a file, which is replaced.
+    """
+    text = json.dumps([TABLE_FORMAT, *key], sort_keys=True)
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+    if not again and os.path.lexists(path):
         try:
-            _write(path, found)
-        except (DiskFullError, OSError) as error:
-            self.report.warn(f"the {what} could not be stored for later use ({error})")
-        return found
+            found = _read(path, sizes)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            report.warn(f"discarding the damaged {what} {path} ({error})")
+        else:
+            report.fact(f"{what} read from {path}")
+            return found
+    found = make()
+    try:
+        _write(path, found)
+    except (DiskFullError, OSError) as error:
+        report.warn(f"the {what} could not be stored for later use ({error})")
+    return found
 
 
 def cached_table(

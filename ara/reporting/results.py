@@ -101,7 +101,8 @@ def read_allocation(manifest: Manifest) -> checkpoint_parts.Allocated:
         results,
         name=manifest.name,
         method="from a file" if settings.ranks_sha256 else settings.method,
-        keep=settings.keep,
+        # A share of time is none of parameters, which all others are.
+        keep=settings.keep if settings.objective == "parameters" else None,
         layout=settings.layout,
         kinds=[checkpoint_parts.Kind.from_source(row, kind=kind) for kind, row in results.kinds.items()],
         guard=_guard(results.guard) if results.guard else None,

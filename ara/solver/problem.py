@@ -2,14 +2,15 @@
 
 A layer's choices are the ranks 1·s, 2·s, … (s the rank multiple) that cost less than the dense weight, and dense. A
 rank that costs as much as the dense weight W is not offered, because W itself is the better layer (ARA, arXiv
-2510.19389, Eq. 8). The parameters of a rank depend on the layout, see :meth:`ara.models.weights.LinearSpec.cost`.
+2510.19389, Eq. 8). The parameters of a rank depend on the layout, see :meth:`ara.models.weights.LinearSpec.cost`. Its
+time depends on the machine, see :mod:`ara.solver.times`.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -18,11 +19,12 @@ import torch
 from ara.errors import UsageError
 from ara.layouts.grid import Grid
 from ara.models.weights import LinearSpec
+from ara.solver.times import TimeTable
 
 # The rank of a dense layer in files and tables.
 DENSE = "dense"
 
-Unit = Literal["parameters", "bytes"]
+Unit = Literal["parameters", "bytes", "nanoseconds"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Choice:
         cls,
         spec: LinearSpec,
         rank: int | None,
-        unit: Unit = "parameters",
+        unit: Literal["parameters", "bytes"] = "parameters",
         bits: int | None = None,
         grids: Mapping[int, Grid] | None = None,
     ) -> Choice:
@@ -93,6 +95,7 @@ class Budget:
         unit: of the limit and of all costs.
         bits: bit widths offered for every layer; ``None`` for the model's own.
         grids: bits → grid of weights of so few bits; see :meth:`Choice.of`.
+        times: of every shape, for a limit in nanoseconds.
     """
 
     limit: int
@@ -103,6 +106,7 @@ class Budget:
     unit: Unit = "parameters"
     bits: tuple[int, ...] | None = None
     grids: Mapping[int, Grid] | None = None
+    times: TimeTable | None = None
     # Cache: layers of the same shape have the same choices.
     _offered: dict[Hashable, tuple[Choice, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -115,25 +119,34 @@ class Budget:
         min_rank: int = 1,
         min_keep: float = 0.0,
         dense: frozenset[str] = frozenset(),
+        times: TimeTable | None = None,
     ) -> Budget:
-        """Return the budget in parameters that keeps the fraction ``keep`` of the dense parameters of ``specs``.
+        """Return the budget that keeps the fraction ``keep`` of what ``specs`` cost if they are dense.
+
+        Args:
+            specs: the layers.
+            keep: in (0, 1].
+            rank_multiple, min_rank, min_keep, dense: as of :class:`Budget`.
+            times: limit the time of the layers, which is this; by default their parameters are limited.
 
         Raises:
-            UsageError: the least ranks cost more.
+            UsageError: the cheapest choices cost more.
         """
+        unit: Unit = "parameters" if times is None else "nanoseconds"
+        offered = cls(0, rank_multiple, min_rank, min_keep, dense, unit, times=times)
+        total = sum(offered.dense_cost(spec) for spec in specs)
         # The small term compensates for rounding in products such as 0.8 · 1 000 000.
-        limit = int(keep * sum(spec.dense_cost for spec in specs) + 1e-6)
-        budget = cls(limit, rank_multiple, min_rank, min_keep, dense)
+        budget = replace(offered, limit=int(keep * total + 1e-6))
         least = sum(budget.choices(spec)[0].cost for spec in specs)
         if least > budget.limit:
-            total = sum(spec.dense_cost for spec in specs)
             floors = [f"at least {min_rank}", f"multiples of {rank_multiple}"]
             floors += [f"{min_keep:.0%} of each layer"] if min_keep else []
             floors += [f"{len(dense)} layers dense"] if dense else []
+            cheapest = "least ranks" if times is None else "fastest choices"
             raise UsageError(
-                f"keep {keep:g} allows {budget.limit:,} parameters, but the least ranks "
-                f"({', '.join(floors)}) already cost {least:,}",
-                f"use --keep {least / total + 0.005:.2f} or more, or a smaller --min-rank or --rank-multiple",
+                f"keep {keep:g} allows {budget.limit:,} {unit}, but the {cheapest} "
+                f"(ranks {', '.join(floors)}) already cost {least:,}",
+                f"use --keep {min(1.0, least / total + 0.005):.2f} or more, or a smaller --min-rank or --rank-multiple",
             )
         return budget
 
@@ -180,6 +193,19 @@ class Budget:
             self._offered[key] = self._list(spec)
         return self._offered[key]
 
+    def choice(self, spec: LinearSpec, rank: int | None, bits: int | None = None) -> Choice:
+        """Return the choice of a rank, offered or not, with its cost in the unit of the budget.
+
+        Args:
+            spec: the layer.
+            rank: ``None`` for dense.
+            bits: per weight; those of the model by default.
+        """
+        if self.unit != "nanoseconds":
+            return Choice.of(spec, rank, self.unit, bits, self.grids)
+        assert self.times is not None, "a budget of time needs times"
+        return Choice(rank, spec.bits if bits is None else bits, self.times.nanoseconds(spec, rank))
+
     def _list(self, spec: LinearSpec) -> tuple[Choice, ...]:
         ranks: Sequence[int] = ()
         if spec.name not in self.dense:
@@ -190,8 +216,9 @@ class Budget:
             ranks = range(max(step, -(-least // step) * step), spec.top_rank + 1, step)
         found: list[Choice] = []
         for bits in self.bits or (spec.bits,):
-            rising = [Choice.of(spec, rank, self.unit, bits, self.grids) for rank in (*ranks, None)]
-            # A rank may need no fewer bytes than a larger one or than the dense weight: it is not offered.
+            rising = [self.choice(spec, rank, bits) for rank in (*ranks, None)]
+            # A rank may need no fewer bytes, or no less time, than a larger one or than the dense weight: it is not
+            # offered.
             for choice in reversed(rising):
                 if not found or found[-1].bits != bits or choice.cost < found[-1].cost:
                     found.append(choice)
@@ -262,11 +289,11 @@ class Allocation:
         Args:
             specs: the layers.
             ranks: module path → rank, or ``None`` for dense.
-            budget: gives the unit of costs and the bit width; by default parameters and the model's bits.
+            budget: gives the costs and the bit width; by default parameters and the model's bits.
         """
-        unit: Unit = "parameters" if budget is None else budget.unit
-        bits = None if budget is None or budget.bits is None else budget.bits[0]
-        return cls({spec.name: Choice.of(spec, ranks[spec.name], unit, bits) for spec in specs})
+        priced = Budget(0) if budget is None else budget
+        bits = None if priced.bits is None else priced.bits[0]
+        return cls({spec.name: priced.choice(spec, ranks[spec.name], bits) for spec in specs})
 
     @cached_property
     def ranks(self) -> dict[str, int | None]:

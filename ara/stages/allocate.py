@@ -12,16 +12,30 @@ from ara.allocation.forms import JOINT
 from ara.allocation.guard import Verdict, compare_candidates
 from ara.allocation.uniform import Uniform
 from ara.artifacts.factors import FactorsResults, specs_of
-from ara.artifacts.ranks import GuardResults, KindRanks, RanksResults
-from ara.artifacts.ranks_file import RANKS_FILE, ranks_document, read_embedding_bits, read_layout, read_ranks
-from ara.config import AllocateConfig, BudgetConfig, TuningConfig, method_options
+from ara.artifacts.ranks import GuardResults, KindRanks, LatencyResults, RanksResults
+from ara.artifacts.ranks_file import RANKS_FILE, ranks_document, read_embedding_bits
+from ara.config import AllocateConfig, BudgetConfig, PlacementConfig, TuningConfig, method_options
+from ara.config.latency import LatencyConfig
 from ara.config.sizes import GridConfig, few_bits
 from ara.errors import UsageError, WorkspaceError
+from ara.evaluation.layer_times import LayerRunner
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
+from ara.masks.context import TuningContext
 from ara.models.weights import LinearSpec, matching
-from ara.solver.problem import Allocation, Budget
+from ara.solver.problem import Allocation, Budget, Module
+from ara.solver.times import TimeTable
 from ara.stages.allocate_bytes import SIZES, allocate_bytes, refuse_with_size, size_name
 from ara.stages.common import Run, begin, default_name, open_task
+from ara.stages.given_ranks import from_file, layout_in, refuse_method_settings
+from ara.stages.latency import (
+    LATENCY,
+    check_settings,
+    latency_results,
+    latency_words,
+    measured_times,
+    refuse_objective,
+    timed_in,
+)
 from ara.stages.modules import load_modules
 from ara.stages.trainings import find_training, require_training, with_text_of, with_training
 from ara.stages.tuning import open_tuning_context, placed
@@ -42,6 +56,7 @@ def allocate(
     name: str | None = None,
     ranks: Path | None = None,
     masks: str | None = None,
+    layers: LayerRunner | None = None,
 ) -> StageView:
     """Allocate ranks and store them as ``ranks.json``.
 
@@ -53,6 +68,7 @@ def allocate(
         ranks: read the ranks from this file instead; with ``config.keep`` they must meet that budget.
         masks: name of the training that ``--method ara`` uses; by default the one that fits best, see
             :func:`ara.stages.trainings.find_training`.
+        layers: times layers for ``--objective latency``; required if ``config.latency_backend`` is not torch.
 
     Raises:
         AraError: no decomposition, a budget that cannot be met, a ranks file that does not fit.
@@ -65,22 +81,26 @@ def allocate(
     with open_task("allocate", run, started) as task:
         decomposition = task.workspace.require("factors", factors)
         config, trained = _settled(config, task.workspace, decomposition, ranks, masks, run)
+        if config.objective == LATENCY:
+            config, layers = timed_in(config, layers)
+        else:
+            layers = None
         parents = [view for view in (decomposition, trained) if view]
         task.describe(name or _name(config, decomposition.name, ranks), _recorded(config, ranks), parents)
         if (done := task.done()) is not None:
             return done
         specs = specs_of(decomposition, config.layout)
-        verdict, size = None, None
+        verdict, size, latency = None, None, None
         if ranks:
-            allocation = _from_file(config, ranks, specs)
+            allocation = from_file(config, ranks, specs)
         elif config.asked_sizes:
             allocation, verdict, size = allocate_bytes(config, decomposition, task.workspace, run)
         else:
-            allocation, verdict = _by_method(config, decomposition, trained, task.workspace, run)
+            allocation, verdict, latency = _by_method(config, decomposition, trained, layers, task.workspace, run)
         guard = GuardResults.of(verdict.winner, verdict.held_out, verdict.stderr) if verdict else None
         figures = summary(allocation, specs, FactorsResults.read(decomposition).model_parameters)
         with task.writer() as stage:
-            _write(stage, config, ranks, allocation, specs, replace(figures, guard=guard, size=size))
+            _write(stage, config, ranks, allocation, specs, replace(figures, guard=guard, size=size, latency=latency))
         return task.view()
 
 
@@ -97,10 +117,11 @@ def _settled(
     Raises:
         UsageError: settings contradict each other, or there is no budget.
     """
+    check_settings(config)
     if ranks is not None:
         run.report.step(f"Reading ranks from {ranks}")
-        config = config.model_copy(update={"layout": _layout_in(ranks, config.layout)})
-        _refuse_method_settings(config)
+        config = config.model_copy(update={"layout": layout_in(ranks, config.layout)})
+        refuse_method_settings(config)
         # read_ranks reports a file that cannot be read.
         digest = {"ranks_sha256": file_sha256(ranks)} if ranks.is_file() else {}
         return config.model_copy(update=digest), None
@@ -115,8 +136,10 @@ def _settled(
         config, trained = _resolve_method(config, workspace, decomposition, masks, run)
         config = with_text_of(config, trained, run.report)
         refuse_layout(config.method, config.layout)
-        run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}")
-    return (placed(config, run) if _needs_model(config) else config), trained
+        refuse_objective(config.method, config.objective)
+        of = " of the time" if config.objective == LATENCY else ""
+        run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}{of}")
+    return (placed(config, run) if _needs_model(config) or _timed_in_torch(config) else config), trained
 
 
 def _write(
@@ -128,7 +151,7 @@ def _write(
     results: RanksResults,
 ) -> None:
     """Store the ranks and their figures."""
-    left = ("kinds", "guard", "size")
+    left = ("kinds", "guard", "size", "latency")
     about = {"method": "file" if ranks else config.method}
     about.update({key: value for key, value in results.plain().items() if key not in left})
     embedding_bits = read_embedding_bits(ranks) if ranks else few_bits(config.embedding_bits)
@@ -168,15 +191,24 @@ def _needs_model(config: AllocateConfig) -> bool:
     return bool(config.asked_sizes or ALLOCATORS.load(config.method).needs_model)
 
 
+def _timed_in_torch(config: AllocateConfig) -> bool:
+    return config.objective == LATENCY and config.latency_backend == "torch"
+
+
 def _recorded(config: AllocateConfig, ranks: Path | None) -> dict[str, Any]:
     """Return the settings for the manifest; those of the tuning context only if the method uses the model."""
     # Without a size these settings mean nothing, and results of earlier versions have none.
     sized = {*GridConfig.model_fields, *SIZES, "bits", "embedding_bits"}
     left = sized if not config.asked_sizes else {name for name in SIZES if getattr(config, name) is None}
+    if config.objective != LATENCY:
+        left |= set(LatencyConfig.model_fields)
     values = config.model_dump(mode="json", exclude=left)
     if ranks is None and _needs_model(config):
         return values
-    return {key: value for key, value in values.items() if key not in {*TuningConfig.model_fields, "guard"}}
+    unused = {*TuningConfig.model_fields, "guard"} - (
+        set(PlacementConfig.model_fields) if _timed_in_torch(config) else set()
+    )
+    return {key: value for key, value in values.items() if key not in unused}
 
 
 def _training(
@@ -211,7 +243,8 @@ def _name(config: AllocateConfig, factors: str, ranks: Path | None) -> str:
     if config.asked_sizes:
         return default_name(factors, JOINT, size_name(config), layout=config.layout)
     multiple = [f"x{config.rank_multiple}"] if config.rank_multiple > 1 else []
-    return "-".join([default_name(factors, config.method, keep=config.keep, layout=config.layout), *multiple])
+    parts = [config.method, *latency_words(config)]
+    return "-".join([default_name(factors, *parts, keep=config.keep, layout=config.layout), *multiple])
 
 
 def summary(allocation: Allocation, specs: list[LinearSpec], model_parameters: int) -> RanksResults:
@@ -244,26 +277,45 @@ def summary(allocation: Allocation, specs: list[LinearSpec], model_parameters: i
     )
 
 
-def budget_of(config: BudgetConfig, specs: list[LinearSpec], keep: float) -> Budget:
-    """Return the budget at ``keep`` with the limits of ``config``."""
-    return Budget.for_keep(
-        specs, keep, config.rank_multiple, config.min_rank, config.min_keep, matching(specs, config.exclude)
-    )
+def budget_of(config: BudgetConfig, specs: list[LinearSpec], keep: float, times: TimeTable | None = None) -> Budget:
+    """Return the budget at ``keep`` with the limits of ``config``: of parameters, or of time if ``times`` are given."""
+    dense = matching(specs, config.exclude)
+    return Budget.for_keep(specs, keep, config.rank_multiple, config.min_rank, config.min_keep, dense, times)
 
 
 def _by_method(
-    config: AllocateConfig, decomposition: StageView, trained: StageView | None, workspace: Workspace, run: Run
-) -> tuple[Allocation, Verdict | None]:
-    """Allocate by the method; the guard chooses between its result and simpler ones."""
-    kind: type[Allocator] = ALLOCATORS.load(config.method)
-    allocator = kind(method_options(kind.Options, config.options))
+    config: AllocateConfig,
+    decomposition: StageView,
+    trained: StageView | None,
+    layers: LayerRunner | None,
+    workspace: Workspace,
+    run: Run,
+) -> tuple[Allocation, Verdict | None, LatencyResults | None]:
+    """Allocate by the method under a budget of time if there are ``layers`` to be timed, else of parameters."""
     assert config.keep is not None
     modules = load_modules(decomposition, config.layout)
     specs = [module.spec for module in modules]
-    budget = budget_of(config, specs, config.keep)
+    times = None if layers is None else measured_times(config, specs, layers, workspace, run)
+    budget = budget_of(config, specs, config.keep, times)
+    kind: type[Allocator] = ALLOCATORS.load(config.method)
+    allocator = kind(method_options(kind.Options, config.options))
     context = None
     if allocator.needs_model:
         context = with_training(open_tuning_context(decomposition, specs, config, workspace, run), trained)
+    allocation, verdict = _guarded(config, allocator, modules, budget, context, run)
+    latency = None if layers is None else latency_results(config, specs, allocation, budget, layers.runtime)
+    return allocation, verdict, latency
+
+
+def _guarded(
+    config: AllocateConfig,
+    allocator: Allocator,
+    modules: list[Module],
+    budget: Budget,
+    context: TuningContext | None,
+    run: Run,
+) -> tuple[Allocation, Verdict | None]:
+    """Allocate; the guard chooses between the result and simpler ones."""
     allocation = allocator.allocate(modules, budget, context)
     assert allocation.cost <= budget.limit, f"{config.method} exceeds the budget"
     if context is None or not config.guard:
@@ -278,36 +330,3 @@ def _by_method(
             f"{verdict.winner} is better than {config.method} on held-out text and is used instead (off: --no-guard)"
         )
     return candidates[verdict.winner], verdict
-
-
-def _refuse_method_settings(config: AllocateConfig) -> None:
-    """Check that no setting of a method is given together with a ranks file."""
-    unset = AllocateConfig(keep=config.keep)
-    given = [
-        key
-        for key in ("method", "options", "rank_multiple", "min_rank", "min_keep", "exclude", *SIZES)
-        if getattr(config, key) != getattr(unset, key)
-    ]
-    if given:
-        flags = ", ".join(f"--{key.replace('_', '-')}" for key in given).replace("--options", "--option")
-        raise UsageError(f"--ranks FILE and {flags} are both given", "the file gives every rank: omit the others")
-
-
-def _from_file(config: AllocateConfig, path: Path, specs: list[LinearSpec]) -> Allocation:
-    allocation = read_ranks(path, specs)
-    if config.keep is not None:
-        limit = Budget.for_keep(specs, config.keep).limit
-        if allocation.cost > limit:
-            raise UsageError(
-                f"the ranks in {path} cost {allocation.cost:,} parameters; keep {config.keep:g} allows {limit:,}",
-                f"lower some ranks, or give --keep {allocation.keep(specs) + 0.0005:.3f}, or no --keep at all",
-            )
-    return allocation
-
-
-def _layout_in(path: Path, asked: LayoutName) -> LayoutName:
-    """Return the layout that a ranks file names."""
-    layout = read_layout(path)
-    if asked not in (DEFAULT_LAYOUT, layout):
-        raise UsageError(f"{path} names the layout {layout}, but --layout {asked} is given", "omit --layout")
-    return layout

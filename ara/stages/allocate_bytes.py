@@ -114,6 +114,11 @@ def refuse_with_size(config: AllocateConfig, masks: str | None) -> None:
     budgets = [*keep, *config.asked_sizes]
     if len(budgets) > 1:
         raise UsageError(f"{' and '.join(budgets)} are given together", "give one budget")
+    if config.objective != "parameters":
+        raise UsageError(
+            f"--objective {config.objective} and {budgets[0]} are given together",
+            f"a size limits bytes: omit --objective, or give --keep instead of {budgets[0]}",
+        )
     others = {"--method": None if config.method == "auto" else config.method, "--masks": masks}
     for flag, value in others.items():
         if value is not None:

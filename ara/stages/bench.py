@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -19,11 +17,11 @@ from ara.errors import UnavailableError, UsageError
 from ara.evaluation.cost import Case, Cost
 from ara.evaluation.footprint import peak_memory
 from ara.evaluation.speed import interleaved_seconds, ratio
-from ara.evaluation.timing import spread
+from ara.evaluation.timing import spread, torch_threads
 from ara.models.placement import choose_placement
 from ara.models.sources import ModelSource
 from ara.stages.bench_models import BenchModel, BenchModels, FindExport, in_other, in_torch
-from ara.stages.common import Run, begin, check_window, groups_in_memory, model_of, open_task
+from ara.stages.common import Run, begin, check_threads, check_window, groups_in_memory, model_of, open_task
 from ara.workspace.view import StageView
 
 # Fields of the config that belong to :mod:`ara.stages.bench_serving`.
@@ -117,12 +115,7 @@ def _resolved(config: BenchConfig, run: Run) -> BenchConfig:
     Raises:
         UsageError: an unknown or missing device, device or dtype with an export, or more threads than processors.
     """
-    processors = os.cpu_count() or 1
-    if config.threads is not None and config.threads > processors:
-        raise UsageError(
-            f"--threads {config.threads} is more than the {processors} processors of this machine",
-            f"use at most {processors}",
-        )
+    check_threads(config.threads)
     threads = {"threads": config.threads or torch.get_num_threads()}
     placement = choose_placement(config.device, config.dtype)
     if config.backend == "torch":
@@ -169,7 +162,7 @@ def _measure(compared: BenchModels, cases: list[Case], config: BenchConfig, run:
     costs: dict[str, Cost] = {}
     seconds: dict[Case, dict[str, list[float]]] = {case: {} for case in cases}
     passes = len(variants) * len(cases) * (config.rounds + 1)
-    with _torch_threads(config.threads), run.report.bar("Measuring", passes) as bar:
+    with torch_threads(config.threads), run.report.bar("Measuring", passes) as bar:
         for group in groups:
             run.report.fact(f"loading {', '.join(model.name for model in group)}")
             runners = {model.name: model.load() for model in group}
@@ -242,14 +235,3 @@ def _peaks(models: Sequence[BenchModel], cases: Sequence[Case], run: Run) -> dic
                 run.report.warn(f"{model.name}: {error}")
             bar.advance()
     return peaks
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    """Set torch's number of CPU threads inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

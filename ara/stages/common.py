@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -198,6 +199,23 @@ def check_window(seq_len: int, model_config: Any, flag: str = "--seq-len", *, sp
             f"use at most {positions - spare}",
         )
     return positions - spare
+
+
+def check_threads(threads: int | None, flag: str = "--threads") -> None:
+    """Check a number of CPU threads.
+
+    Args:
+        threads: as asked for; ``None``: nothing was.
+        flag: the option, for the error.
+
+    Raises:
+        UsageError: it is more than this machine has processors.
+    """
+    processors = os.cpu_count() or 1
+    if threads is not None and threads > processors:
+        raise UsageError(
+            f"{flag} {threads} is more than the {processors} processors of this machine", f"use at most {processors}"
+        )
 
 
 def warn_without_chat(spec: str, tokenizer: PreTrainedTokenizerBase, run: Run) -> None:

@@ -8,7 +8,7 @@
       allocate/energy-0.80/     manifest.json + ranks.json
       truncate/energy-0.80/     manifest.json + checkpoint/
       ...
-      cache/                    calibration tokens, losses of ranks and of rounding, keyed by their inputs
+      cache/                    calibration tokens, losses of ranks and of rounding, times, keyed by their inputs
 
 A stage killed at any moment leaves either nothing or a ``.NAME.partial`` folder, from which a resumable stage resumes.
 A result whose parent has changed since is *stale*: no stage uses it.

@@ -10,8 +10,10 @@ from ara_cli.options import FactorsOption, MasksOption, NameOption, path_option
 from ara_cli.session import Session
 from ara_cli.signature import command_line
 
+_LATENCY = ("latency_tokens", "latency_backend", "latency_precision", "latency_threads")
 
-@command_line(after={"exclude": ("guard",)})
+
+@command_line(after={"exclude": ("guard",), "keep": ("remove", "objective", *_LATENCY)})
 def command(
     *,
     config: AllocateConfig,
@@ -24,13 +26,17 @@ def command(
     name: NameOption = None,
     s: Session,
 ) -> None:
-    """Give every layer a rank, or leave it dense, within one budget. The factors are only read, not computed again."""
+    """Give every layer a rank, or leave it dense, within one budget. The factors are only read, not computed again.
+
+    With --objective latency the budget is a share of the layers' time, which is measured on this machine.
+    """
     from ara.stages.allocate import allocate
     from ara_cli.render import show_allocation, show_end
+    from export.find import layers_in
 
     if ranks is not None and "keep" not in config.model_fields_set:
         # Ranks that were chosen by hand need no budget.
         config = config.model_copy(update={"keep": None})
-    view = allocate(config, s.run(), factors=factors, name=name, ranks=ranks, masks=masks)
+    view = allocate(config, s.run(), factors=factors, name=name, ranks=ranks, masks=masks, layers=layers_in(config))
     show_allocation(s.console, view)
     show_end(s.console, view, s.root)

@@ -23,7 +23,7 @@ from export.onnx.export_report import GRAPH_FILE, Provider, read_report
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Log level of ONNX Runtime: errors only. Its warnings do not help a user.
-_ERRORS_ONLY = 3
+ERRORS_ONLY = 3
 
 
 class OnnxDecoder:
@@ -45,7 +45,7 @@ class OnnxDecoder:
         wanted = PROVIDERS[self.provider]
         _require(wanted)
         options = ort.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = ERRORS_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

@@ -16,10 +16,11 @@ from ara.workspace.manifest import file_sha256
 from ara.workspace.view import StageView
 from export.base import Target
 from export.config import ExportConfig
-from export.onnx.export_report import DATA_FILE, ExportReport, read_report
+from export.onnx.export_report import DATA_FILE, ExportReport, Precision, read_report
 
 if TYPE_CHECKING:
     from export.onnx.bench_runner import OnnxExport
+    from export.onnx.layer_runner import OnnxLayers
     from export.onnx.runner import OnnxDecoder
     from export.onnx.torch_like import TorchLike
 
@@ -97,6 +98,18 @@ class OnnxTarget(Target):
         from export.onnx.runner import OnnxDecoder
 
         return OnnxDecoder(folder)
+
+    def for_latency(self, precision: str | None, threads: int) -> OnnxLayers:
+        """Return layers in ONNX Runtime on the CPU, in fp32 by default."""
+        from export.onnx.layer_runner import OnnxLayers
+
+        known: tuple[Precision, ...] = ("fp32", "int8")
+        chosen = next((one for one in known if one == (precision or "fp32")), None)
+        if chosen is None:
+            raise UsageError(
+                f"layers cannot be timed in {precision} in ONNX Runtime on the CPU", f"use {' or '.join(known)}"
+            )
+        return OnnxLayers(chosen, threads)
 
 
 def _dense_graph(config: ExportConfig) -> Path | None:

@@ -139,7 +139,7 @@ def test_figures_are_shown_and_measured_once(copied: Path, peaks: list[tuple[Any
 
 
 def test_threads_are_as_before_afterwards(copied: Path, peaks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
     before, during = torch.get_num_threads(), set()
     original = stage.interleaved_seconds
 
