@@ -16,9 +16,11 @@ from ara.allocation import ALLOCATORS
 from ara.allocation.base import Allocator
 from ara.decomposition.base import MethodOptions
 from ara.errors import UsageError
+from ara.layout_names import LAYOUT_NAMES, LayoutName
 from ara.masks.context import TuningContext
 from ara.models.weights import LinearSpec
 from ara.solver.problem import Allocation, Budget, Module
+from ara.solver.times import ShapeTimes, TimeTable
 from tests.toy import toy_problem
 
 NAMES = ALLOCATORS.names()
@@ -191,6 +193,28 @@ def test_a_budget_in_bytes_is_met_by_the_ranks_of_as_many_parameters(
         n: each * choice.cost for n, choice in wanted.choices.items()
     }
     assert all(choice.bits == modules[0].spec.bits for choice in found.choices.values())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "latency" in ALLOCATORS.load(name).objectives])
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_a_budget_of_time_is_met_and_layers_stay_dense_where_ranks_are_slower(
+    problems: Problems, name: str, layout: LayoutName
+) -> None:
+    modules, context = problems.of(name, MODELS["gqa"])
+    modules = _pivoted(modules) if layout == "pivoted" else modules
+    specs = _specs(modules)
+    slow = specs[3].m, specs[3].n
+    times = {}
+    for spec in specs:
+        fee = 10**7 if (spec.m, spec.n) == slow else 300  # of two products instead of one
+        ranks = {k: 7 * _cost(spec, k) + fee for k in range(1, spec.top_rank + 1)}
+        times[spec.m, spec.n] = ShapeTimes(7 * _cost(spec, None), ranks)
+    budget = Budget.for_keep(specs, 0.8, times=TimeTable(times))
+    allocation = _allocate(name, modules, budget, context)
+    spent = sum(times[spec.m, spec.n].at(allocation.ranks[spec.name]) for spec in specs)
+    assert 0.9 * budget.limit < spent == allocation.cost <= budget.limit
+    assert all(allocation.ranks[spec.name] is None for spec in specs if (spec.m, spec.n) == slow)
+    assert any(rank is not None for rank in allocation.ranks.values())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,6 +17,9 @@ import torch
 from ara.config import AllocateConfig, DecomposeConfig, GenerateConfig, TruncateConfig
 from ara.errors import AraError, ModelError, NumericalError, UsageError, WorkspaceError
 from ara.evaluation.cost import Case
+from ara.evaluation.layer_times import layer_seconds
+from ara.layout_names import LAYOUT_NAMES, LayoutName
+from ara.models.weights import LinearSpec
 from ara.progress import SILENT
 from ara.stages.common import Run
 from ara.stages.run import run_pipeline
@@ -277,6 +280,17 @@ def test_generate_gives_the_text_of_torch(target: Target, exported: dict[Any, An
     with pytest.raises(ModelError, match=f"is a checkpoint, --backend {target.name} runs exports") as caught:
         answer(GenerateConfig(backend=target.name), Run(tmp_path), source=made.folder)
     assert target.command in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("rank", [None, 9])
+def test_latency_times_single_layers(target: Target, layout: LayoutName, rank: int | None) -> None:
+    layers = target.for_latency(None, 1)
+    assert (layers.runtime.backend, layers.runtime.threads) == (target.name, 1)
+    (seconds,) = layer_seconds(layers, [(LinearSpec("b.0", 0, "l", 48, 30, layout), rank)], 7, 3)
+    assert seconds > 0
+    with pytest.raises(UsageError, match="cannot be timed in int3"):
+        target.for_latency("int3", 1)
 
 
 def test_generate_finds_the_export_of_the_workspace(target: Target, workspace: Any) -> None:
