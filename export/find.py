@@ -56,7 +56,7 @@ def layers_in(config: LatencyConfig) -> LayerRunner | None:
     Raises:
         AraError: as :func:`export.targets.target_of`, or the target cannot run this.
     """
-    target = target_of(config.latency_backend, "latency-backend")
+    target = target_of(config.latency_backend, option="latency-backend")
     if target is None or config.objective != "latency":
         return None
     return target.for_latency(config.latency_precision, config.latency_threads)
