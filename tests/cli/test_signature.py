@@ -58,9 +58,9 @@ def test_every_config_of_a_stage_belongs_to_one_command() -> None:
 
 
 def test_the_fields_without_an_option() -> None:
-    """``ranks_sha256`` is computed from the file that ``--ranks`` names."""
+    """They are found out: the machine that times layers, and the checksum of the file that ``--ranks`` names."""
     hidden = [(config, field) for _, config, field, _ in FIELDS if flag_of(config.model_fields[field].metadata).hidden]
-    assert hidden == [(AllocateConfig, "ranks_sha256")]
+    assert hidden == [(AllocateConfig, "latency_machine"), (AllocateConfig, "ranks_sha256")]
 
 
 @pytest.mark.parametrize(

@@ -473,7 +473,7 @@ def test_disk_that_fills_up_after_a_block_keeps_the_block(tmp_path, tiny_llama, 
 
 def test_disk_that_fills_up_in_truncate_and_allocate(unchanged, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("transformers.modeling_utils.safe_save_file", full)
+        patch.setattr("ara.models.shards.save_file", full)
         refused(ara("truncate", "--name", "x", "-w", unchanged, "-q"), 1, "the disk is full")
     write = Path.write_text
 
