@@ -27,7 +27,7 @@ def find_for_eval(backend: str, export: str | None = None) -> evaluate.FindExpor
     Raises:
         AraError: as :func:`export.targets.target_of`. The returned function raises as :func:`latest_export`.
     """
-    if backend in RUNTIMES or (target := target_of(backend, measuring_backends())) is None:
+    if (target := _measured_target(backend)) is None:
         return None
 
     def find(workspace: Workspace, truncated: StageView) -> evaluate.RunnableExport:
@@ -45,7 +45,7 @@ def find_for_eval(backend: str, export: str | None = None) -> evaluate.FindExpor
 
 def find_for_bench(backend: str, export: str | None = None) -> bench_models.FindExport | None:
     """Return a function that finds the export that ``ara bench`` measures; arguments as for :func:`find_for_eval`."""
-    if backend in RUNTIMES or (target := target_of(backend, measuring_backends())) is None:
+    if (target := _measured_target(backend)) is None:
         return None
     return lambda workspace, truncated: target.for_bench(latest_export(target, workspace, truncated, export))
 
@@ -99,6 +99,11 @@ def latest_export(target: Target, workspace: Workspace, truncated: StageView, na
         f"{truncated.key} has no export that can be run: {there}" if there else f"{truncated.key} was not exported",
         f"make one: {target.command} {shlex.join(naming_words(truncated.stage, truncated.name))}",
     )
+
+
+def _measured_target(backend: str) -> Target | None:
+    """Return the target whose exports a backend of ``ara eval`` and ``ara bench`` runs; ``None`` if it runs none."""
+    return None if backend in RUNTIMES else target_of(backend, measuring_backends())
 
 
 def _is_for(target: Target, view: StageView) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ara.evaluation.layer_times import Runtime
+from ara.evaluation.layer_times import LayerRuntime
 from ara.evaluation.speed import Prepared
 from ara.models.weights import LinearSpec
 
@@ -19,7 +19,7 @@ class Clock:
     now: float = 0.0
 
 
-class FakeRuntime(Runtime):
+class FakeRuntime(LayerRuntime):
     """A runtime whose clock is made up."""
 
     def __init__(self, library: str, time: Clock) -> None:

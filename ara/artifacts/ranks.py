@@ -114,7 +114,7 @@ class LatencyResults(Part):
     Attributes:
         backend, device, precision, threads, library: where and how layers were timed.
         machine: see :func:`ara.environment.machine`.
-        tokens: that a layer reads at once.
+        tokens: in the input of a timed layer.
         dense_ns: all layers dense, nanoseconds.
         limit_ns: the budget.
         predicted_ns: all layers at the chosen ranks.

@@ -27,7 +27,7 @@ class LatencyConfig(StageConfig):
         128,
         ge=1,
         le=bounds.MAX_TOKENS,
-        description="with latency: tokens that a layer reads at once while it is timed; 1 stands for decoding",
+        description="with latency: number of tokens in the input of a timed layer; 1 is a decoding step",
     )
     latency_backend: str = Field(
         "torch",

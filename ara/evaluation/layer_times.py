@@ -25,7 +25,7 @@ from ara.progress import SILENT, Reporter
 
 
 @dataclass(frozen=True)
-class Runtime:
+class LayerRuntime:
     """What determines the time of a layer, apart from the machine.
 
     Attributes:
@@ -52,7 +52,7 @@ class LayerRunner(Protocol):
     """Runs single linear layers."""
 
     @property
-    def runtime(self) -> Runtime:
+    def runtime(self) -> LayerRuntime:
         """Where and how it runs them."""
 
     def prepare(self, spec: LinearSpec, rank: int | None, tokens: int) -> Prepared:
@@ -75,7 +75,7 @@ class TorchLayers:
     """
 
     def __init__(self, device: str, dtype: str, threads: int) -> None:
-        self.runtime = Runtime("torch", device, dtype, threads, f"torch {torch.__version__}")
+        self.runtime = LayerRuntime("torch", device, dtype, threads, f"torch {torch.__version__}")
 
     def prepare(self, spec: LinearSpec, rank: int | None, tokens: int) -> Prepared:
         """Build the module of the layer."""

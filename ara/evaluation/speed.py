@@ -20,7 +20,7 @@ import torch
 
 from ara.errors import UnsupportedModelError
 from ara.evaluation.cost import Case, Cost, count_model
-from ara.evaluation.timing import Spread, synchronize
+from ara.evaluation.timing import Spread, synchronize, turns
 from ara.models.accounting import parameter_count, weight_bytes
 
 if TYPE_CHECKING:
@@ -145,11 +145,9 @@ def seconds_in_turn(
     advance: Callable[[], object] = lambda: None,
 ) -> dict[K, list[float]]:
     """Return the seconds of every pass in every round; see :func:`interleaved_seconds` for the arguments."""
-    names = list(prepared)
-    seconds: dict[K, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+    seconds: dict[K, list[float]] = {name: [] for name in prepared}
+    for number, names in turns(prepared, rounds):
+        for name in names:
             begun = clock()
             prepared[name].run()
             passed = clock() - begun

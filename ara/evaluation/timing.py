@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def turns(names: Iterable[K], rounds: int) -> Iterator[tuple[int, list[K]]]:
+    """Yield round 0, the warm-up, and then 1 to ``rounds``, each with the names in their order of that round.
+
+    The order rotates. So a temporary slowdown of the machine, or a place in the order, favours nobody.
+    """
+    order = list(names)
+    for number in range(rounds + 1):
+        yield number, order
+        order = [*order[1:], *order[:1]]
 
 
 @contextmanager

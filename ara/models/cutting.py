@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -17,9 +17,9 @@ from ara.layout_names import LayoutName
 from ara.layouts import layout_named
 from ara.layouts.base import Layout
 from ara.layouts.modeling_ara import CompressedLinear, densify
-from ara.models.accounting import weight_bytes
-from ara.models.checkpoint import declare_compressed, finish_files
-from ara.models.low_rank import build_layer
+from ara.models.accounting import parameter_count, weight_bytes
+from ara.models.checkpoint import declare_compressed, finish_files, save_checkpoint
+from ara.models.low_rank import apply_factors, build_layer
 from ara.models.shards import write_model
 from ara.models.silence import silence_transformers
 from ara.models.stored_model import StoredModel
@@ -28,6 +28,18 @@ from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Saved(NamedTuple):
+    """A model that was written to a checkpoint folder.
+
+    Attributes:
+        parameters: number of parameters.
+        weight_bytes: of its weights in memory.
+    """
+
+    parameters: int
+    weight_bytes: int
 
 
 def save_cut(
@@ -42,11 +54,12 @@ def save_cut(
     dense: bool = False,
     max_shard_size: str = "5GB",
     report: Reporter = SILENT,
-) -> int:
-    """Write the checkpoint of a dense model at some ranks, and return the bytes of its weights in memory.
+) -> Saved:
+    """Write the checkpoint of a dense model at some ranks, with one file and one layer in memory.
 
     The files are those of :func:`ara.models.low_rank.apply_factors` and
-    :func:`ara.models.checkpoint.save_checkpoint` on the loaded model. In memory are one file and one layer.
+    :func:`ara.models.checkpoint.save_checkpoint` on the loaded model. These write them where transformers renames or
+    converts weights while it loads them; that is reported.
 
     Args:
         stored: the dense model; its modules are replaced.
@@ -64,11 +77,19 @@ def save_cut(
         NumericalError: weights or factors are beyond the range of the model's dtype.
         ModelError: a file of the model is damaged.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    model = stored.model
     # Products of the stored factors themselves give the most exact dense weights.
-    form = layout_named("factors" if dense else layout)
-    with report.bar(form.progress, len(ranks)) if form.progress else nullcontext() as bar:
+    built: LayoutName = "factors" if dense else layout
+    if (why := stored.converted()) is not None:
+        report.fact(f"{why}: the whole model is loaded")
+        model = stored.load()
+        apply_factors(model, ranks, files, built, report)
+        saved = _size(model)
+        how: dict[str, Any] = {"ranks": ranks, "provenance": provenance, "layout": layout, "dense": dense}
+        save_checkpoint(model, tokenizer, folder, max_shard_size=max_shard_size, **how)
+        return saved
+    folder.mkdir(parents=True, exist_ok=True)
+    model, form = stored.model, layout_named(built)
+    with report.bar(form.progress, len(ranks)) if form.progress and ranks else nullcontext() as bar:
         layers = _Layers(stored, ranks, files, form, dense, (lambda: None) if bar is None else bar.advance)
         state: Mapping[str, torch.Tensor] = model.state_dict()
         if ranks and not dense:
@@ -78,7 +99,11 @@ def save_cut(
             write_model(model, state, partial(_read, state, layers, stored), folder, max_shard_size)
             tokenizer.save_pretrained(folder)
     finish_files(folder)
-    return weight_bytes(model)
+    return _size(model)
+
+
+def _size(model: nn.Module) -> Saved:
+    return Saved(parameter_count(model), weight_bytes(model))
 
 
 def _read(state: Mapping[str, torch.Tensor], layers: _Layers, stored: StoredModel, key: str) -> torch.Tensor:

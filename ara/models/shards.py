@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
+from ara.models.folder import INDEX
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PATTERN = "model{suffix}.safetensors"
-_INDEX = "model.safetensors.index.json"
 
 
 def write_model(
@@ -51,4 +52,4 @@ def write_model(
     if split.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

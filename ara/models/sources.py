@@ -10,13 +10,21 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ara.errors import AraError, ModelError, UnsupportedModelError, UsageError, is_out_of_memory
 from ara.files import expand_user
 from ara.models.aliases import ALIASES, DEMO
-from ara.models.completeness import check_loaded, check_range, has_wider_range, stored_tensors, weight_files
+from ara.models.completeness import (
+    StoredTensor,
+    check_loaded,
+    check_range,
+    has_wider_range,
+    stored_tensors,
+    weight_files,
+)
 from ara.models.config_check import check_raw_config, check_sizes
 from ara.models.folder import find_gguf, find_weights, read_folder_config, read_shapes
 from ara.models.gguf import GgufFile
@@ -63,8 +71,8 @@ class ModelSource:
             NumericalError: weights are beyond the range of float16.
             DiskFullError: no room in the cache to unpack a GGUF file.
         """
-        model, files = self._read(dtype)
-        if has_wider_range(stored_tensors(files)):
+        model, _, stored = self._read(dtype)
+        if has_wider_range(stored):
             check_range(model.named_parameters(), self.identity.location)
         loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
         return loaded
@@ -73,11 +81,17 @@ class ModelSource:
         """Return the model without numbers, and its tensors in their files; arguments and errors as for loading it."""
         from ara.models.stored_model import StoredModel
 
-        model, files = self._read(dtype, "meta")
-        return StoredModel(model.eval().requires_grad_(False), files, self.identity.location)
+        model, files, _ = self._read(dtype, "meta")
+        load = partial(self.load_model, dtype)
+        return StoredModel(model.eval().requires_grad_(False), files, self.identity.location, load)
 
-    def _read(self, dtype: torch.dtype, device: str | None = None) -> tuple[PreTrainedModel, list[Path]]:
-        """Return the model, compared with its files, and these files. On the meta device no weight is read."""
+    def _read(
+        self, dtype: torch.dtype, device: str | None = None
+    ) -> tuple[PreTrainedModel, list[Path], dict[str, StoredTensor]]:
+        """Return the model, compared with its files, these files, and what they hold.
+
+        On the meta device no weight is read.
+        """
         from transformers import AutoModelForCausalLM
 
         origin = self._origin if self._gguf is None else str(self._gguf.weights_folder(dtype, self._report))
@@ -92,8 +106,9 @@ class ModelSource:
                 **self._options(),
             )
         files = weight_files(origin, self.identity.revision)
-        check_loaded(model, loading, self.identity.location, stored_tensors(files))
-        return model, files
+        stored = stored_tensors(files)
+        check_loaded(model, loading, self.identity.location, stored)
+        return model, files, stored
 
     def for_another_process(self, dtype: torch.dtype) -> ModelSource:
         """Return this source for pickling: it reports nothing, and a GGUF file is already unpacked to ``dtype``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,16 +24,20 @@ class StoredModel:
         model: result of ``from_pretrained`` on the meta device.
         paths: its safetensors files.
         name: of the model, for errors.
+        load: loads the whole model into memory.
 
     Attributes:
         model: its parameters have the dtype that they would have in memory.
+        load: as given.
 
     Raises:
         ModelError: a file is damaged.
     """
 
-    def __init__(self, model: PreTrainedModel, paths: Iterable[Path], name: str) -> None:
-        self.model, self._name = model, name
+    def __init__(
+        self, model: PreTrainedModel, paths: Iterable[Path], name: str, load: Callable[[], PreTrainedModel]
+    ) -> None:
+        self.model, self.load, self._name = model, load, name
         self._files: dict[str, Path] = {}
         self._dtypes = {key: tensor.dtype for key, tensor in model.state_dict().items()}
         for path in paths:

@@ -205,9 +205,9 @@ def _recorded(config: AllocateConfig, ranks: Path | None) -> dict[str, Any]:
     values = config.model_dump(mode="json", exclude=left)
     if ranks is None and _needs_model(config):
         return values
-    unused = {*TuningConfig.model_fields, "guard"} - (
-        set(PlacementConfig.model_fields) if _timed_in_torch(config) else set()
-    )
+    unused = {*TuningConfig.model_fields, "guard"}
+    if _timed_in_torch(config):
+        unused -= set(PlacementConfig.model_fields)
     return {key: value for key, value in values.items() if key not in unused}
 
 

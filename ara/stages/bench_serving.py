@@ -1,4 +1,4 @@
-"""``ara bench`` in a runtime that serves checkpoint folders: throughput and time to the first token."""
+"""``ara bench --backend vllm``: throughput and time to the first token of a server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,14 +22,14 @@ from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults, label_of
 from ara.artifacts.evaluation import DENSE
 from ara.config import BenchConfig
 from ara.environment import machine
-from ara.errors import UsageError
 from ara.evaluation.cost import cache_bytes
 from ara.evaluation.runtime import Runtime, Service, ServiceSize, Timing
 from ara.evaluation.speed import ratio
-from ara.models.placement import choose_placement, torch_dtype
+from ara.evaluation.timing import turns
+from ara.models.placement import torch_dtype
 from ara.models.sources import ModelSource
 from ara.stages.bench import percentiles, refuse_others
-from ara.stages.common import Run, begin, check_window, groups_in_memory, model_of, open_task
+from ara.stages.common import Run, begin, check_window, groups_in_memory, model_of, open_task, placement_in
 from ara.stages.model_folders import ModelFolder, written
 from ara.workspace.view import StageView
 
@@ -48,7 +47,7 @@ def bench_serving(
     Args:
         config: numbers and lengths of requests, rounds, dtype.
         run: workspace and reporter.
-        runtime: serves the models.
+        runtime: loads the models and answers the requests.
         checkpoint: NAME or STAGE/NAME; the latest by default.
         name: of the result; by default checkpoint and backend.
 
@@ -72,7 +71,7 @@ def bench_serving(
             return done
         with task.writer() as stage:
             aside = stage.folder / _ASIDE
-            models = _models(truncated, decomposition, source, resolved, aside)
+            models = _models(truncated, source, resolved, aside)
             results = _measure(models, source, resolved, runtime, run)
             shutil.rmtree(aside)
             results.write_file(stage)
@@ -81,23 +80,20 @@ def bench_serving(
 
 def _resolved(config: BenchConfig, runtime: Runtime) -> BenchConfig:
     """Return the config with device and dtype resolved."""
-    device = runtime.device()
+    placement = placement_in(runtime, config)
     hint = "its requests are described by --concurrency, --prompt-tokens and --new-tokens"
     refuse_others(config, _OTHERS, hint)
-    if config.device not in ("auto", device):
-        raise UsageError(f"--device {config.device} is given, and {runtime.title} runs on {device}", "omit --device")
-    return config.model_copy(update={"device": device, "dtype": choose_placement(device, config.dtype).dtype})
+    return config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
 
 
 def _models(
-    truncated: StageView, decomposition: StageView, source: ModelSource, config: BenchConfig, aside: Path
+    truncated: StageView, source: ModelSource, config: BenchConfig, aside: Path
 ) -> dict[str, tuple[ModelFolder, int]]:
     """Return folder and bytes on disk of the dense model, which is written to ``aside``, and of the checkpoint."""
     results = CheckpointResults.read(truncated)
-    load_dense = partial(source.load_model, torch_dtype(config.dtype), "cpu")
     chosen = ModelFolder(truncated.path / CHECKPOINT, results.parameters)
     return {
-        DENSE: (written(load_dense, source.load_tokenizer(), aside), results.dense_weight_bytes),
+        DENSE: (written(source, torch_dtype(config.dtype), aside), results.dense_weight_bytes),
         label_of(truncated): (chosen, results.disk_bytes),
     }
 
@@ -153,7 +149,7 @@ def in_turn(
 ) -> dict[str, list[Timing]]:
     """Return the timings of every model in every round; each round has prompts of its own, the same for all models.
 
-    The models take turns in rotating order. The first round is a warm-up and does not count.
+    The first round is a warm-up and does not count.
 
     Args:
         services: models that run, by name.
@@ -163,12 +159,10 @@ def in_turn(
         advance: called after every model and round.
     """
     timings: dict[str, list[Timing]] = {name: [] for name in services}
-    names = list(services)
     generator = torch.Generator().manual_seed(number)
-    for turn in range(config.rounds + 1):
+    for turn, names in turns(services, config.rounds):
         prompts = torch.randint(vocabulary, (number, config.prompt_tokens), generator=generator).tolist()
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in names:
             timing = services[name].answer(prompts, config.new_tokens)
             if turn:
                 timings[name].append(timing)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ara.artifacts.factors import TextPart
-from ara.config import DecomposeConfig
+from ara.config import DecomposeConfig, PlacementConfig
 from ara.config.sizes import EmbeddingBits
 from ara.environment import release_memory, reset_peak_memory
 from ara.errors import ModelError, UsageError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.context import context_length
 from ara.models.memory import available_bytes
+from ara.models.placement import Placement, choose_placement
 from ara.names import check_name, check_which
 from ara.progress import SILENT, Reporter
 from ara.workspace.store import Workspace
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ara.data.mixtures import CalibrationText
     from ara.data.tokens import TokenWindows
     from ara.data.windows import WindowReader
+    from ara.evaluation.runtime import Runtime
     from ara.models.sources import ModelSource
 
 Item = TypeVar("Item")
@@ -199,6 +201,26 @@ def check_window(seq_len: int, model_config: Any, flag: str = "--seq-len", *, sp
             f"use at most {positions - spare}",
         )
     return positions - spare
+
+
+def placement_in(runtime: Runtime, config: PlacementConfig) -> Placement:
+    """Return where and in which dtype a runtime runs models.
+
+    Args:
+        runtime: has its own device.
+        config: as the user gave it.
+
+    Raises:
+        UnavailableError: the runtime is not installed.
+        UsageError: another device is given.
+    """
+    device = runtime.device()
+    if config.device not in ("auto", device):
+        raise UsageError(
+            f"--device {config.device} is given, and {runtime.title} runs on {device}",
+            "omit --device; CUDA_VISIBLE_DEVICES chooses among GPUs",
+        )
+    return choose_placement(device, config.dtype)
 
 
 def check_threads(threads: int | None, flag: str = "--threads") -> None:

@@ -18,7 +18,7 @@ from ara.data.filespecs import is_file
 from ara.data.texts import is_chat
 from ara.errors import UsageError
 from ara.evaluation.runtime import Runtime
-from ara.evaluation.task_folders import open_task_folders
+from ara.evaluation.task_folders import TaskFolders, open_task_folders
 from ara.evaluation.tasks import check_task, expand
 from ara.models.checkpoint import load
 from ara.models.low_rank import apply_factors
@@ -27,13 +27,13 @@ from ara.models.sources import ModelSource
 from ara.models.weights import matching
 from ara.names import MAX_NAME_BYTES
 from ara.solver.problem import Budget
-from ara.stages.common import NOT_PLAIN, Run, begin, check_window, model_of, open_task
+from ara.stages.common import NOT_PLAIN, Run, begin, check_window, model_of, open_task, placement_in
 from ara.stages.measure import Measurement
-from ara.stages.measure_elsewhere import MeasurementElsewhere, placement_in
-from ara.stages.model_folders import NO_RANKS, ModelFolder, written
+from ara.stages.measure_elsewhere import MeasurementElsewhere, refuse_chats
+from ara.stages.model_folders import ModelFolder, written
 from ara.stages.modules import load_modules
 from ara.stages.pieces import Variant
-from ara.stages.questions import load_sources, questions_for
+from ara.stages.questions import Sources, load_sources, questions_for
 from ara.workspace.manifest import digest
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
@@ -101,7 +101,8 @@ def evaluate(
     if runtime is None:
         placement = choose_placement(config.device, config.dtype)
     else:
-        placement = placement_in(runtime, config, [name for name in names if is_chat(name)])
+        placement = placement_in(runtime, config)
+        refuse_chats(config, [name for name in names if is_chat(name)])
     with open_task("eval", run, started) as work:
         workspace = work.workspace
         truncated = workspace.require("checkpoint", checkpoint)
@@ -120,12 +121,7 @@ def evaluate(
             exported = find_export(workspace, truncated)
             parents.append(exported.view)
         sources = load_sources(names, own, run.report)
-        settings = {
-            # The number of conversations is a setting only where conversations are measured.
-            **resolved.model_dump(mode="json", exclude=None if sources.chats else {"conversations"}),
-            "text_sha256": sources.digests,
-            **({} if own is None else {"task_files_sha256": own.digest}),
-        }
+        settings = _recorded(resolved, sources, own)
         if name is None:
             limit = config.limit if sources.tasks else None
             name = result_name(truncated.name, config.tasks, sources.digests, limit, [view.key for view in others])
@@ -144,6 +140,16 @@ def evaluate(
             interleaved = measurement.run(CheckpointResults.read(truncated).dense_weight_bytes)
             measurement.results(interleaved).write_file(stage)
         return work.view()
+
+
+def _recorded(config: EvalConfig, sources: Sources, own: TaskFolders | None) -> dict[str, Any]:
+    """Return the settings for the manifest, with checksums of what is read."""
+    return {
+        # The number of conversations is a setting only where conversations are measured.
+        **config.model_dump(mode="json", exclude=None if sources.chats else {"conversations"}),
+        "text_sha256": sources.digests,
+        **({} if own is None else {"task_files_sha256": own.digest}),
+    }
 
 
 def result_name(
@@ -216,20 +222,18 @@ def _variants(
         budget = Budget(allocation.cost, made.rank_multiple, made.min_rank, made.min_keep, excluded)
         uniform = Uniform().allocate(load_modules(decomposition, layout), budget)
 
-    def load_uniform(device: str) -> PreTrainedModel:
-        model = source.load_model(dtype, device)
+    load_dense = partial(source.load_model, dtype, config.device)
+
+    def load_uniform() -> PreTrainedModel:
+        model = load_dense()
         apply_factors(model, uniform.low_rank(), files, layout, run.report)
         return model
 
-    def row(name: str, load_on: Callable[[str], PreTrainedModel], keep: float, ranks: Mapping[str, int]) -> Variant:
-        def store(folder: Path) -> ModelFolder:
-            return written(partial(load_on, "cpu"), source.load_tokenizer(), folder, ranks, layout)
-
-        return Variant(name, partial(load_on, config.device), keep, store=store)
-
-    variants = [row(DENSE, partial(source.load_model, dtype), 1.0, NO_RANKS)]
+    store = partial(written, source, dtype, files=files, layout=layout, report=run.report)
+    variants = [Variant(DENSE, load_dense, 1.0, store=store)]
     if uniform != allocation:
-        variants.append(row("uniform", load_uniform, uniform.keep(specs), uniform.low_rank()))
+        store_uniform = partial(store, ranks=uniform.low_rank())
+        variants.append(Variant("uniform", load_uniform, uniform.keep(specs), store=store_uniform))
     variants.append(_stored(truncated, label_of(truncated), config))
     return variants
 

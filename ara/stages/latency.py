@@ -14,7 +14,7 @@ from ara.config import AllocateConfig
 from ara.config.latency import LatencyConfig, Objective
 from ara.environment import machine
 from ara.errors import UsageError
-from ara.evaluation.layer_times import LayerRunner, Runtime, TorchLayers, layer_seconds
+from ara.evaluation.layer_times import LayerRunner, LayerRuntime, TorchLayers, layer_seconds
 from ara.masks.table_cache import LayerTable, stored_table
 from ara.models.weights import LinearSpec
 from ara.solver.problem import Allocation, Budget
@@ -135,7 +135,7 @@ def latency_results(
     specs: Sequence[LinearSpec],
     allocation: Allocation,
     budget: Budget,
-    runtime: Runtime,
+    runtime: LayerRuntime,
 ) -> LatencyResults:
     """Return the predicted time of an allocation, and the times that it was predicted from."""
     assert budget.times is not None
@@ -163,7 +163,7 @@ def _name(spec: LinearSpec) -> str:
     return f"{spec.m}x{spec.n}"
 
 
-def _hardware(runtime: Runtime) -> str:
+def _hardware(runtime: LayerRuntime) -> str:
     """Return the processor, or the GPU, in words."""
     if runtime.device.startswith("cuda"):
         return torch.cuda.get_device_name(torch.device(runtime.device))

@@ -16,7 +16,7 @@ from ara.evaluation.harness import ask_through
 from ara.evaluation.perplexity import VariantRun, summarise
 from ara.evaluation.runtime import RunningModel, Runtime
 from ara.evaluation.timing import spread
-from ara.models.placement import Placement, choose_placement, torch_dtype
+from ara.models.placement import torch_dtype
 from ara.stages.model_folders import ModelFolder
 from ara.stages.pieces import Pieces, Variant, text_figures
 
@@ -96,27 +96,18 @@ class MeasurementElsewhere(Pieces):
         return VariantRun(summarise(nlls, windows.shape[1], f"model {variant.name!r}"), spread(speeds[1:] or speeds))
 
 
-def placement_in(runtime: Runtime, config: EvalConfig, chats: Sequence[str]) -> Placement:
-    """Return where and in which dtype a runtime measures.
+def refuse_chats(config: EvalConfig, chats: Sequence[str]) -> None:
+    """Refuse conversations, which need logits.
 
     Args:
-        runtime: runs the models.
         config: as the user gave it.
         chats: names of the conversations to measure.
 
     Raises:
-        UnavailableError: the runtime is not installed.
-        UsageError: conversations are to be measured, or a device is given.
+        UsageError: there are some.
     """
-    device = runtime.device()
     if chats:
         raise UsageError(
             f"--backend {config.backend} measures texts and tasks of lm-eval; {chats[0]} are conversations",
             "measure them in a second run with --backend torch",
         )
-    if config.device not in ("auto", device):
-        raise UsageError(
-            f"--device {config.device} is given, and {runtime.title} runs on {device}",
-            "omit --device; CUDA_VISIBLE_DEVICES chooses among GPUs",
-        )
-    return choose_placement(device, config.dtype)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
-from ara.models.accounting import parameter_count
-from ara.models.checkpoint import save_checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from ara.models.cutting import save_cut
+from ara.models.sources import ModelSource
+from ara.progress import SILENT, Reporter
 
 NO_RANKS: Mapping[str, int] = {}
+NO_FILES: Mapping[str, Path] = {}
 
 
 class ModelFolder(NamedTuple):
@@ -29,22 +30,25 @@ class ModelFolder(NamedTuple):
 
 
 def written(
-    load: Callable[[], PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase,
+    source: ModelSource,
+    dtype: torch.dtype,
     folder: Path,
     ranks: Mapping[str, int] = NO_RANKS,
+    files: Mapping[str, Path] = NO_FILES,
     layout: LayoutName = DEFAULT_LAYOUT,
+    report: Reporter = SILENT,
 ) -> ModelFolder:
     """Write a model to a folder.
 
     Args:
-        load: loads it.
-        tokenizer: of the model.
+        source: the dense model.
+        dtype: of its weights.
         folder: to be created.
         ranks: module path → kept rank of its low-rank layers.
+        files: module path → file with its full factors.
         layout: of these layers.
+        report: progress.
     """
-    model = load()
-    parameters = parameter_count(model)
-    save_checkpoint(model, tokenizer, folder, ranks=ranks, provenance={}, layout=layout)
-    return ModelFolder(folder, parameters)
+    tokenizer, stored = source.load_tokenizer(), source.stored_model(dtype)
+    how: dict[str, Any] = {"ranks": ranks, "files": files, "layout": layout, "report": report}
+    return ModelFolder(folder, save_cut(stored, tokenizer, folder, provenance={}, **how).parameters)

@@ -100,7 +100,7 @@ def recovery_texts(
     chosen = {name: torch.arange(*ends)[: read.windows] % read.windows for name, ends in ranges.items()}
     for name, windows in chosen.items():
         run.report.fact(f"{name}: {len(windows)} windows of {seq_len} tokens")
-    # A short text may give a single held-out window. It then serves every purpose.
+    # A short text may give a single held-out window. All checks then use it.
     last = -(-held.windows * fresh // (2 * config.held_out + fresh))
     judged = held.ids[: max(1, held.windows - last)]
     choosing = max(1, len(judged) // 2)

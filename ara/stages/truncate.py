@@ -8,11 +8,9 @@ from ara.artifacts.checkpoint import CARD, CHECKPOINT, CheckpointResults
 from ara.artifacts.factors import FactorsSettings, factor_files, specs_of
 from ara.artifacts.ranks import RanksResults, layout_of, read_allocation
 from ara.config import TruncateConfig
-from ara.layout_names import LayoutName
 from ara.models.accounting import weight_bytes
-from ara.models.checkpoint import check_loads, checkpoint_bytes, save_checkpoint
+from ara.models.checkpoint import check_loads, checkpoint_bytes
 from ara.models.cutting import save_cut
-from ara.models.low_rank import apply_factors
 from ara.models.placement import torch_dtype
 from ara.progress import Reporter
 from ara.reporting.model_card import model_card
@@ -55,33 +53,27 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
         source = model_of(decomposition, run)
         stored = source.stored_model(torch_dtype(dtype))
         dense_bytes = weight_bytes(stored.model)
-        files = factor_files(decomposition, specs)
-        how: dict[str, Any] = {
-            "ranks": ranks,
-            "layout": layout,
-            "provenance": provenance(decomposition.manifest, chosen.manifest),
-            "dense": config.densify,
-            "max_shard_size": config.max_shard_size,
-        }
         with task.writer() as stage:
-            folder, tokenizer = stage.folder / CHECKPOINT, source.load_tokenizer()
-            if (why := stored.converted()) is None:
-                compressed_bytes = save_cut(stored, tokenizer, folder, files=files, report=run.report, **how)
-            else:
-                run.report.fact(f"{why}: the whole model is loaded")
-                model = source.load_model(torch_dtype(dtype), "cpu")
-                # Products of the stored factors themselves give the most exact dense weights.
-                built: LayoutName = "factors" if config.densify else layout
-                apply_factors(model, ranks, files, built, run.report)
-                compressed_bytes = weight_bytes(model)
-                save_checkpoint(model, tokenizer, folder, **how)
+            folder = stage.folder / CHECKPOINT
+            saved = save_cut(
+                stored,
+                source.load_tokenizer(),
+                folder,
+                ranks=ranks,
+                files=factor_files(decomposition, specs),
+                provenance=provenance(decomposition.manifest, chosen.manifest),
+                layout=layout,
+                dense=config.densify,
+                max_shard_size=config.max_shard_size,
+                report=run.report,
+            )
             results = CheckpointResults(
                 linear_keep=figures.linear_keep,
                 model_keep=figures.model_keep,
                 low_rank_layers=len(ranks),
                 dense_layers=len(specs) - len(ranks),
                 parameters=figures.model_parameters,
-                weight_bytes=compressed_bytes,
+                weight_bytes=saved.weight_bytes,
                 dense_weight_bytes=dense_bytes,
                 densified=config.densify,
                 disk_bytes=checkpoint_bytes(folder),

@@ -20,7 +20,7 @@ from export.onnx.architecture import Decoder
 from export.onnx.few_bits import TORCH_TYPES
 from export.onnx.graph_options import GraphOptions
 from export.onnx.linear_nodes import LinearNodes
-from export.onnx.nodes import CONTRIB
+from export.onnx.nodes import CONTRIB, IR_VERSION
 from export.onnx.stored_weights import EMBEDDING, HEAD, Checkpoint
 
 
@@ -79,7 +79,7 @@ class _Builder(LinearNodes):
             value.name, value.dtype, value.shape = name, kind, ir.Shape(shape)
             self.graph.outputs.append(value)
         self._refuse_leftovers()
-        return ir.Model(self.graph, ir_version=10, producer_name="ara")
+        return ir.Model(self.graph, ir_version=IR_VERSION, producer_name="ara")
 
     def _refuse_leftovers(self) -> None:
         """Refuse a checkpoint with a tensor that the graph does not use: a part of the model is not known here."""

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from safetensors.torch import save_file
 
-from ara.evaluation.layer_times import Runtime, random_tensors
+from ara.evaluation.layer_times import LayerRuntime, random_tensors
 from ara.evaluation.speed import Prepared
 from ara.layouts.modeling_ara import CHECKPOINT_FORMAT, AraConfig
 from ara.models.folder import SINGLE
@@ -19,11 +19,10 @@ from ara.models.weights import LinearSpec
 from export.onnx.export_report import Precision
 from export.onnx.graph_options import GraphOptions
 from export.onnx.linear_nodes import LinearNodes
+from export.onnx.nodes import IR_VERSION
 from export.onnx.runner import ERRORS_ONLY, PROVIDERS
 from export.onnx.stored_weights import Checkpoint
 
-# Version of the file format of a graph.
-IR_VERSION = 10
 _PATH = "layer"
 
 
@@ -37,7 +36,7 @@ class OnnxLayers:
 
     def __init__(self, precision: Precision, threads: int) -> None:
         self._precision: Precision = precision
-        self.runtime = Runtime("onnx", "cpu", precision, threads, f"onnxruntime {ort.__version__}")
+        self.runtime = LayerRuntime("onnx", "cpu", precision, threads, f"onnxruntime {ort.__version__}")
 
     def prepare(self, spec: LinearSpec, rank: int | None, tokens: int) -> Prepared:
         """Write the layer as a checkpoint, and load its graph."""

@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 OPSET = 21
+# Version of the file format of a graph.
+IR_VERSION = 10
 CONTRIB = "com.microsoft"
 
 

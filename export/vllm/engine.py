@@ -23,7 +23,7 @@ _CPU_CACHE = 4 << 30
 # Bytes of the KV cache beyond the tokens that it must hold: it is divided into blocks.
 _ROOM = 64 << 20
 _QUIET = {"use_tqdm_on_load": False}
-# lm-eval gives vLLM so many texts at once.
+# Texts that lm-eval passes to vLLM per call.
 _BATCH = 256
 
 _loaded: list[Any] = []

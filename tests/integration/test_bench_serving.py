@@ -1,4 +1,4 @@
-"""``ara bench`` in a runtime that serves models: what is asked, counted, stored, shown. tests/vllm has vLLM."""
+"""``ara bench --backend vllm`` with a fake runtime: requests, figures, results. tests/vllm has vLLM."""
 
 from __future__ import annotations
 

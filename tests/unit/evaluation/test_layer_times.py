@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from ara.evaluation.layer_times import Runtime, TorchLayers, layer_seconds, random_tensors
+from ara.evaluation.layer_times import LayerRuntime, TorchLayers, layer_seconds, random_tensors
 from ara.layout_names import LAYOUT_NAMES, LayoutName
 from ara.layouts import layout_named
 from ara.models.weights import LinearSpec
@@ -49,10 +49,10 @@ def test_layers_in_torch_multiply_by_their_random_weights(layout: LayoutName, ra
     torch.testing.assert_close(x @ weight.T, y[0], atol=1e-3, rtol=1e-3)
     half = TorchLayers("cpu", "bfloat16", 1).prepare(spec, rank, 3).run()
     assert isinstance(half, torch.Tensor) and half.dtype == torch.bfloat16
-    assert layers.runtime == Runtime("torch", "cpu", "float32", 1, f"torch {torch.__version__}")
+    assert layers.runtime == LayerRuntime("torch", "cpu", "float32", 1, f"torch {torch.__version__}")
 
 
 def test_processor_time_counts_where_one_thread_does_all_the_work() -> None:
-    assert Runtime("torch", "cpu", "float32", 1, "x").clock is time.thread_time
-    assert Runtime("torch", "cpu", "float32", 2, "x").clock is time.perf_counter
-    assert Runtime("torch", "cuda:1", "float32", 1, "x").clock is time.perf_counter
+    assert LayerRuntime("torch", "cpu", "float32", 1, "x").clock is time.thread_time
+    assert LayerRuntime("torch", "cpu", "float32", 2, "x").clock is time.perf_counter
+    assert LayerRuntime("torch", "cuda:1", "float32", 1, "x").clock is time.perf_counter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ara.models.cutting import save_cut
 from ara.models.low_rank import apply_factors
 from ara.models.sources import ModelSource, resolve
 from ara.models.weights import LinearSpec, find_linears
+from tests.recorder import Recorder
 from tests.tiny import FAMILIES, save_tiny, tiny_tokenizer
 
 LAYOUTS = ("factors", "pivoted")
@@ -121,14 +123,28 @@ def test_weights_beyond_float16_are_refused(sources: Any, tmp_path: Path) -> Non
         save_cut(stored, tiny_tokenizer(), tmp_path / "cut", ranks={}, files={}, provenance={}, layout="factors")
 
 
-def test_names_that_differ_from_the_files_are_said(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "model", "gpt2")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_where_names_differ_from_the_files_the_whole_model_is_loaded(sources: Any, layout: str, tmp_path: Path) -> None:
+    source, linears, file = sources["gpt2"]
+    folder = Path(shutil.copytree(source.identity.location, tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
     # As the first GPT-2 checkpoints of the hub name them.
     renamed = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
-    why = resolve(str(folder)).stored_model(BF16).converted()
+    report, stored = Recorder(), resolve(str(folder)).stored_model(BF16)
+    why = stored.converted()
     assert why is not None and "transformer" in why
+    how: dict[str, Any] = {"ranks": ranks_of(linears), "layout": layout, "provenance": {}}
+    files = dict.fromkeys((spec.name for spec in linears), file)
+    found = save_cut(stored, tiny_tokenizer(), tmp_path / "cut", files=files, report=report, **how)
+    (fact,) = (text for text in report.facts if "the whole model is loaded" in text)
+    assert fact.startswith("tensors have other names in the files: transformer.")
+    stored = source.stored_model(BF16)
+    assert save_cut(stored, tiny_tokenizer(), tmp_path / "own", files=files, **how) == found
+    cut, own = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "own"))
+    assert {key.removeprefix("transformer."): tensor.tolist() for key, tensor in own.items()} == {
+        key.removeprefix("transformer."): tensor.tolist() for key, tensor in cut.items()
+    }
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
