@@ -44,7 +44,7 @@ CREATE_VENV = for python in $(PYTHON); do \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -206,6 +206,10 @@ bench-quality: $(STAMP) ## perplexity of SmolLM2-135M by every method at keep 0.
 bench-ablation: $(STAMP) ## mask training with one setting changed at a time, on held-out text (needs ARA_DATA_DIR; hours)
 	@echo "Training variants"
 	@$(WITH_DATA); $(BIN)/python benchmarks/ablation.py $(BENCH_FLAGS)
+
+bench-memory: $(STAMP) ## stages of a model larger than memory, under a hard limit (needs root for the limit)
+	@echo "Running stages under a memory limit"
+	@$(BIN)/python benchmarks/memory.py $(BENCH_FLAGS)
 
 bench-export-memory: $(STAMP) ## peak memory of exporting a 7B-shaped checkpoint (22 GB of disk)
 	@echo "Measuring the memory of an export"

@@ -10,6 +10,7 @@ import typer
 
 from ara.bounds import shown
 from ara.errors import UsageError
+from ara.models.offload import Offload
 from ara.names import check_name
 from ara.pipeline import producers, stage_named
 from ara.workspace.store import DEFAULT_ROOT
@@ -35,6 +36,13 @@ WorkspaceOption = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print only results, warnings and errors")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
 ForceOption = Annotated[bool, typer.Option("--force", help="make the result again even if it exists")]
+OffloadOption = Annotated[
+    Offload,
+    typer.Option(
+        help="where weights are on a CPU: disk leaves them in their files, which are read when they are needed; none "
+        "loads them; auto leaves them there if they take more than half of the free memory"
+    ),
+]
 NameOption = Annotated[str | None, typer.Option("--name", help="name of the result [default: made from the settings]")]
 SourceOption = Annotated[
     Path | None,
@@ -58,6 +66,7 @@ class SessionOptions:
 
     workspace: WorkspaceOption = WORKSPACE
     force: ForceOption = False
+    offload: OffloadOption = "auto"
     quiet: QuietOption = False
     as_json: JsonOption = False
 

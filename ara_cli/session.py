@@ -29,6 +29,7 @@ from ara.errors import (
     text_of,
 )
 from ara.models.cache import cache_dir, hub_dir
+from ara.models.offload import Offload
 from ara_cli.console import Console, is_reader_gone, stdout_error
 from ara_cli.interrupts import recording_interrupts
 
@@ -57,19 +58,21 @@ class Session:
         console: prints.
         root: workspace folder.
         force: make results again.
+        offload: whether weights stay in their files on a CPU.
         interrupts: one number for every Ctrl+C that nobody has handled yet.
     """
 
     console: Console
     root: Path
     force: bool
+    offload: Offload = "auto"
     interrupts: list[int] = field(default_factory=list)
 
     def run(self) -> Run:
         """Return what stages need besides their config."""
         from ara.stages.common import Run
 
-        return Run(self.root, command_line(), self.console, self.force)
+        return Run(self.root, command_line(), self.console, self.force, self.offload)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -88,11 +91,13 @@ class Session:
 
 
 @contextmanager
-def session(root: Path, quiet: bool = False, as_json: bool = False, force: bool = False) -> Iterator[Session]:
+def session(
+    root: Path, quiet: bool = False, as_json: bool = False, force: bool = False, offload: Offload = "auto"
+) -> Iterator[Session]:
     """Run a command's body; an error becomes one line and an exit code, see :func:`report_error`."""
     console = Console(quiet=quiet, as_json=as_json)
     _quiet_libraries(downloads=console.is_live)
-    started = Session(console, root, force)
+    started = Session(console, root, force, offload)
     try:
         with recording_interrupts(started.interrupts), console.only_results_on_stdout(), started.interruptible():
             yield started

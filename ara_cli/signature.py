@@ -80,7 +80,7 @@ def command_line(
         def call(**given: Any) -> None:
             _refuse_empty(given, [parameter for parameter in parameters if parameter.name not in may_be_empty])
             options = of_session.value(given)
-            with session(options.workspace, options.quiet, options.as_json, options.force) as s:
+            with session(options.workspace, options.quiet, options.as_json, options.force, options.offload) as s:
                 function(s=s, **{name: part.value(given) for name, part in parts.items()})
 
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -42,6 +43,7 @@ class ChunkReader:
         batch_size: int,
         gradients: GradientReading | None = None,
         report: Reporter = SILENT,
+        folder: Path | None = None,
     ) -> None:
         """Check at which blocks passes may start.
 
@@ -53,6 +55,7 @@ class ChunkReader:
             batch_size: windows per pass.
             gradients: how to read gradients; ``None`` for input statistics alone.
             report: progress, and a note when passes cannot start at a chunk.
+            folder: for outputs of blocks that do not fit into memory.
         """
         self._owners, self._gradients, self._report = owners, gradients, report
         ends = [chunk[-1].layer + 1 for chunk in chunks[:-1]]
@@ -62,9 +65,9 @@ class ChunkReader:
                 "every chunk of blocks is read from the embeddings, which takes longer: blocks of this model reuse "
                 "results of earlier blocks"
             )
-        self._inputs = BlockRunner(model, windows, batch_size, starts, report)
+        self._inputs = BlockRunner(model, windows, batch_size, starts, report, folder)
         if gradients is not None:
-            self._outputs = BlockRunner(model, windows[: gradients.windows], batch_size, starts, report)
+            self._outputs = BlockRunner(model, windows[: gradients.windows], batch_size, starts, report, folder)
 
     def read(self, chunk: Sequence[LinearSpec]) -> tuple[dict[str, InputStats], dict[str, GradientStats]]:
         """Return input statistics by leading layer, and gradient statistics by layer (empty if not wanted).

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from ara.errors import NumericalError
 from ara.masks.linear import MaskedLinear
 from ara.models.likelihood import nll_of_windows
 from ara.models.losses import sampled_targets, token_losses
+from ara.models.recompute import blocks_to_recompute, recomputed
 from ara.models.weights import LinearSpec
 from ara.progress import SILENT, Reporter
 
@@ -62,6 +64,7 @@ class MaskedModel:
         self.model, self.specs = model.requires_grad_(False), list(specs)
         self.layers: dict[str, MaskedLinear] = {}
         self.backward_passes = 0
+        self._recomputed: list[nn.Module] | None = None
         for path in dict.fromkeys(files[spec.name] for spec in self.specs):
             with safe_open(path, "pt") as file:
                 for spec in (spec for spec in self.specs if files[spec.name] == path):
@@ -181,7 +184,8 @@ class MaskedModel:
         """
         generator = torch.Generator().manual_seed(seed)
         found: list[torch.Tensor] = []
-        with report.bar(label, len(windows)) as bar, torch.enable_grad():
+        blocks = self._blocks_to_recompute(windows, batch_size, report)
+        with report.bar(label, len(windows)) as bar, torch.enable_grad(), recomputed(blocks):
             for batch in windows.split(batch_size):
                 ids = batch.to(self.device)
                 teacher = self._teacher(ids) if loss == "kl" else None
@@ -216,6 +220,13 @@ class MaskedModel:
             for layer in self.layers.values():
                 layer.observer = None
                 layer.mask = layer.mask.detach() if layer.soft and layer.mask is not None else None
+
+    def _blocks_to_recompute(self, windows: torch.Tensor, batch_size: int, report: Reporter) -> list[nn.Module]:
+        """Return the blocks whose activations do not fit into memory; decided in the first backward pass."""
+        if self._recomputed is None:
+            ids = windows[:1].to(self.device)
+            self._recomputed = blocks_to_recompute(self.model, ids, min(batch_size, len(windows)), report)
+        return self._recomputed
 
     @torch.no_grad()
     def _teacher(self, ids: torch.Tensor) -> torch.Tensor:

@@ -15,25 +15,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ara.errors import is_out_of_memory
-from ara.models.memory import available_bytes
+from ara.models.forwards import replacing_forward
+from ara.models.kept import Keeper
+from ara.models.recompute import beginning_graph, blocks_to_recompute, recomputed
 from ara.models.weights import find_blocks
 from ara.progress import SILENT, Reporter
-
-# 1 / share of the free memory that kept outputs and gradients of blocks may take.
-_SHARE = 4
 
 Advance = Callable[[int], None]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class BlockRunner:
-    """Runs consecutive blocks over all windows; keeps the outputs that the next blocks start from in CPU memory.
+    """Runs consecutive blocks over all windows; keeps the outputs that the next blocks start from, on the CPU.
 
     Attributes:
         model: a causal language model in eval mode.
@@ -48,6 +48,7 @@ class BlockRunner:
         batch_size: int,
         starts: Mapping[int, int] | None = None,
         report: Reporter = SILENT,
+        folder: Path | None = None,
     ) -> None:
         """Prepare passes; nothing runs yet.
 
@@ -58,13 +59,16 @@ class BlockRunner:
             starts: from :func:`independent_starts`: the blocks that later passes start at. Without it, every pass
                 starts at the embeddings.
             report: progress; notes when not everything fits into memory.
+            folder: for outputs that do not fit into memory; without it, blocks run more often.
         """
         self.model, self.device = model, next(model.parameters()).device
         self.windows = len(windows)
         self._blocks = list(find_blocks(model)[1])
         self._batches = windows.split(batch_size)
         self._bytes = {start: size * len(windows) for start, size in (starts or {}).items()}
-        self._report, self._reported = report, False
+        self._report, self._keeper = report, Keeper(folder, report)
+        # Blocks whose activations are computed again in backward passes; decided in the first one.
+        self._recomputed: list[nn.Module] | None = None
         # Start → the output of the block before, per batch.
         self._outputs: dict[int, list[Any]] = {}
         # Start → the output of the block before and the gradient at it, per batch.
@@ -85,7 +89,7 @@ class BlockRunner:
         keep = bool(self._affordable([last + 1], 1))
         for index, ids in enumerate(self._batches):
             output = self._run(ids, start, outputs[index], last)
-            outputs[index] = _mapped(output, _kept) if keep else None
+            outputs[index] = _mapped(output, self._keeper.keep) if keep else None
             advance(len(ids))
         if keep:
             self._outputs[last + 1] = outputs
@@ -106,16 +110,22 @@ class BlockRunner:
         end = min((at for at in self._cuts if at > last), default=None)
         new = [] if self._cuts else self._affordable([at for at in sorted(self._bytes) if at > last], 2)
         made: dict[int, list[tuple[Any, torch.Tensor]]] = {at: [] for at in new}
+        if self._recomputed is None:
+            ids, most = self._batches[0][:1].to(self.device), len(self._batches[0])
+            self._recomputed = blocks_to_recompute(self.model, ids, most, self._report)
         for index, ids in enumerate(self._batches):
             before = self._cuts[begin][index][0] if begin in self._cuts else None
             with torch.enable_grad(), ExitStack() as hooks:
+                hooks.enter_context(recomputed(self._recomputed[first:]))
                 hooks.enter_context(self._blocks[first].register_forward_pre_hook(_begin_graph, with_kwargs=True))
                 if end is not None:
                     output = self._run(ids, begin, before, end - 1)
                     torch.autograd.backward(_differentiable(output), [self._cuts[end][index][1].to(self.device)])
                 else:
                     for at, pairs in made.items():
-                        hooks.enter_context(self._blocks[at - 1].register_forward_hook(partial(_cut, pairs)))
+                        hooks.enter_context(
+                            self._blocks[at - 1].register_forward_hook(partial(_cut, self._keeper, pairs))
+                        )
                     with starting_at(self._blocks, begin, self._placed(before)):
                         ids = ids.to(self.device)
                         value = loss(self.model(input_ids=ids, use_cache=False).logits, ids)
@@ -138,16 +148,7 @@ class BlockRunner:
         wanted = [at for at in starts if at in self._bytes]
         if not wanted:
             return []
-        size = each * max(self._bytes[at] for at in wanted)
-        fitting = available_bytes("cpu") // _SHARE // size
-        if fitting >= len(wanted):
-            return wanted
-        if not self._reported:
-            self._reported = True
-            self._report.fact(
-                f"{len(wanted)} × {size / 2**20:,.0f} MiB of block outputs do not fit into memory beside the model: "
-                f"{fitting} {'is' if fitting == 1 else 'are'} kept, and blocks run more often"
-            )
+        fitting = self._keeper.number_that_fits(len(wanted), each * max(self._bytes[at] for at in wanted))
         return wanted[:: -(-len(wanted) // fitting)] if fitting else []
 
 
@@ -332,22 +333,6 @@ def starting_at(blocks: Sequence[nn.Module], start: int, output: Any) -> Iterato
 
 
 @contextmanager
-def replacing_forward(blocks: Sequence[nn.Module], replace: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
-    """Within this context the forward function of each block is ``replace`` of its own."""
-    # A block may already have a forward of its own, for instance from accelerate's hooks.
-    before = [vars(block).get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            vars(block)["forward"] = replace(block.forward)
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del vars(block)["forward"]
-            if forward is not None:
-                vars(block)["forward"] = forward
-
-
-@contextmanager
 def keeping_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
     """Collect the outputs of ``blocks``, in the order in which they run."""
     outputs: list[Any] = []
@@ -376,17 +361,15 @@ def ending_after(block: nn.Module) -> Iterator[list[Any]]:
 
 def _begin_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Start the graph at the input of a block (a forward pre-hook)."""
-    if args:
-        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+    return beginning_graph(args, kwargs)
 
 
-def _cut(pairs: list[tuple[Any, torch.Tensor]], module: nn.Module, args: object, output: Any) -> None:
+def _cut(keeper: Keeper, pairs: list[tuple[Any, torch.Tensor]], module: nn.Module, args: object, output: Any) -> None:
     """Keep the output of a block, and the gradient at it when it is known (a forward hook)."""
     tensors = _differentiable(output)
     if len(tensors) == 1:
-        kept = _mapped(output, _kept)
-        tensors[0].register_hook(lambda gradient: pairs.append((kept, _kept(gradient))))
+        kept = _mapped(output, keeper.keep)
+        tensors[0].register_hook(lambda gradient: pairs.append((kept, keeper.keep(gradient))))
 
 
 def _differentiable(output: Any) -> list[torch.Tensor]:

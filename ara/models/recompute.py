@@ -8,7 +8,7 @@ gradients are the same, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,13 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ara.models.blocks import replacing_forward
+from ara.models.forwards import replacing_forward
+from ara.models.memory import available_bytes
+from ara.models.weights import find_blocks
+from ara.progress import Reporter
+
+# Activations are kept if they, and what else a step needs, take at most this share of the free memory.
+_SHARE = 0.5
 
 
 @contextmanager
@@ -26,27 +32,76 @@ def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
         yield
 
 
-def graph_bytes(model: nn.Module, ids: torch.Tensor) -> int:
-    """Return the bytes that a forward pass keeps for the backward pass, without parameters and without the loss.
+def blocks_to_recompute(
+    model: nn.Module, ids: torch.Tensor, windows: int, report: Reporter, extra: int = 0
+) -> list[nn.Module]:
+    """Return the blocks to run in :func:`recomputed`: none if the activations of a backward pass fit into memory.
 
     Args:
-        model: a causal language model, some of whose parameters require gradients.
+        model: a causal language model, in the state in which it will run.
+        ids: token ids (1, t) int64 of a window, on the device of the model.
+        windows: of a pass.
+        report: says that activations are computed again.
+        extra: bytes that the pass needs besides.
+    """
+    needed = windows * graph_bytes(model, ids)
+    if needed + extra <= _SHARE * available_bytes(ids.device):
+        return []
+    report.fact(
+        f"activations of {windows} windows take {needed / 2**20:,.0f} MiB: they are computed again in the backward "
+        "pass; a smaller --batch-size is faster if it fits"
+    )
+    return list(find_blocks(model)[1])
+
+
+def graph_bytes(model: nn.Module, ids: torch.Tensor) -> int:
+    """Return about how many bytes a forward pass keeps for the backward pass, without parameters and without the loss.
+
+    Only the largest block runs with a graph, and counts for all.
+
+    Args:
+        model: a causal language model of transformers.
         ids: token ids (b, t) int64, on the device of the model.
     """
+    blocks = find_blocks(model)[1]
+    largest = max(blocks, key=lambda block: sum(parameter.numel() for parameter in block.parameters()))
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     # Held, so that no freed storage gives its address to another one.
     saved: list[torch.Tensor] = []
 
-    def pack(tensor: torch.Tensor) -> None:
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved.append(tensor.detach())
+        return tensor
 
-    def unpack(packed: None) -> torch.Tensor:
-        raise AssertionError("the graph is only measured")
+    def observed(forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = beginning_graph(args, kwargs)
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                forward(*args, **kwargs)
+            raise _BlockRun
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        logits = model(input_ids=ids, use_cache=False).logits
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in (*saved, logits)}
-    return sum(size for address, size in storages.items() if address not in own)
+        return run
+
+    with torch.no_grad(), replacing_forward([largest], observed), suppress(_BlockRun):
+        model(input_ids=ids, use_cache=False)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    block = sum(size for address, size in storages.items() if address not in own)
+    inside = {id(parameter) for parameter in blocks.parameters()}
+    # The largest parameters outside of the blocks are those of embeddings and head, with a row per token.
+    outside = [parameter for parameter in model.parameters() if id(parameter) not in inside and parameter.ndim > 1]
+    logits = max((ids.numel() * weight.shape[0] * weight.element_size() for weight in outside), default=0)
+    return len(blocks) * block + logits
+
+
+def beginning_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a block with its input as the beginning of a graph."""
+    if args:
+        return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+
+
+class _BlockRun(Exception):
+    """Ends a forward pass after the observed block."""
 
 
 def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:

@@ -31,6 +31,7 @@ from ara.models.gguf import GgufFile
 from ara.models.hub import hub_errors, read_hub_config, unknown_model
 from ara.models.identity import ModelIdentity, folder_fingerprint
 from ara.models.loading import why_not_loaded
+from ara.models.offload import Offload
 from ara.models.silence import silence_transformers
 from ara.models.support import architecture_name, check_decoder_only, check_quantization
 from ara.models.tokenizer_check import check_tokenizer
@@ -58,9 +59,12 @@ class ModelSource:
     _origin: str
     _gguf: GgufFile | None = field(default=None, repr=False)
     _report: Reporter = field(default=SILENT, repr=False)
+    _offload: Offload = field(default="auto", repr=False)
 
     def load_model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
         """Load the causal language model, in evaluation mode and with gradients off.
+
+        On a CPU the weights of a large model stay in their files; see :mod:`ara.models.offload`.
 
         Args:
             dtype: of all floating-point parameters.
@@ -69,9 +73,12 @@ class ModelSource:
         Raises:
             ModelError: the hub cannot be reached, or weights are pickled, missing, damaged or do not fit the config.
             NumericalError: weights are beyond the range of float16.
-            DiskFullError: no room in the cache to unpack a GGUF file.
+            DiskFullError: no room in the cache to unpack a GGUF file, or for a copy in another dtype.
         """
-        model, _, stored = self._read(dtype)
+        origin = self._weights(dtype)
+        if str(device) == "cpu" and self._offload != "none":
+            origin = self._mapped(origin, dtype)
+        model, _, stored = self._read(origin, dtype)
         if has_wider_range(stored):
             check_range(model.named_parameters(), self.identity.location)
         loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
@@ -81,12 +88,40 @@ class ModelSource:
         """Return the model without numbers, and its tensors in their files; arguments and errors as for loading it."""
         from ara.models.stored_model import StoredModel
 
-        model, files, _ = self._read(dtype, "meta")
+        model, files, _ = self._read(self._weights(dtype), dtype, "meta")
         load = partial(self.load_model, dtype)
         return StoredModel(model.eval().requires_grad_(False), files, self.identity.location, load)
 
+    def _weights(self, dtype: torch.dtype) -> str:
+        """Return what transformers reads the weights from: a folder, or a hub id."""
+        return self._origin if self._gguf is None else str(self._gguf.weights_folder(dtype, self._report))
+
+    def _mapped(self, origin: str, dtype: torch.dtype) -> str:
+        """Return where weights that are too large for the memory can stay in their files, or ``origin``."""
+        from ara.models import offload
+
+        files = weight_files(origin, self.identity.revision)
+        # A hub model that was never loaded is not there yet.
+        model = None if files else self.stored_model(dtype)
+        stored = stored_tensors(files or weight_files(origin, self.identity.revision))
+        size = offload.weights_in_memory(stored, dtype)
+        if self._offload == "auto" and offload.fits(size):
+            return origin
+        model = model or self.stored_model(dtype)
+        if (why := model.converted()) is not None:
+            if self._offload == "disk":
+                raise ModelError(
+                    f"the weights of {self.identity.location} cannot stay in their files: {why}", "use --offload none"
+                )
+            self._report.fact(f"{why}: all {size / 2**20:,.0f} MiB of weights must fit into memory")
+            return origin
+        offload.say(size, self._report)
+        if offload.is_mapped(stored, dtype):
+            return origin
+        return str(offload.converted_folder(model, self.identity.fingerprint[:16], dtype, size, self._report))
+
     def _read(
-        self, dtype: torch.dtype, device: str | None = None
+        self, origin: str, dtype: torch.dtype, device: str | None = None
     ) -> tuple[PreTrainedModel, list[Path], dict[str, StoredTensor]]:
         """Return the model, compared with its files, these files, and what they hold.
 
@@ -94,7 +129,6 @@ class ModelSource:
         """
         from transformers import AutoModelForCausalLM
 
-        origin = self._origin if self._gguf is None else str(self._gguf.weights_folder(dtype, self._report))
         with self._loading("weights"):
             model, loading = AutoModelForCausalLM.from_pretrained(
                 origin,
@@ -171,19 +205,26 @@ class ModelSource:
             raise ModelError(f"the {what} of {name} cannot be loaded: {reason}", hint or _hint(what, hub)) from error
 
 
-def resolve(model: str, *, revision: str | None = None, report: Reporter = SILENT) -> ModelSource:
+def resolve(
+    model: str, *, revision: str | None = None, report: Reporter = SILENT, offload: Offload = "auto"
+) -> ModelSource:
     """Find a model: by alias, folder, ``.gguf`` file or hub id, in this order.
 
     Args:
         model: as the user gave it.
         revision: branch, tag or commit of a hub model.
         report: progress, and warnings.
+        offload: whether weights stay in their files on a CPU: ``auto`` decides by their size and the free memory.
 
     Raises:
         UsageError: ``revision`` for a model that is not on the hub.
         ModelError: not found, not readable, gated, unreachable, or without safetensors weights.
         UnsupportedModelError: not a decoder-only language model, or already compressed or quantised.
     """
+    return replace(_find(model, revision, report), _offload=offload)
+
+
+def _find(model: str, revision: str | None, report: Reporter) -> ModelSource:
     if model in ALIASES:
         if Path(model).exists():
             report.warn(f"{model} is an alias; write ./{model} for the folder of that name")

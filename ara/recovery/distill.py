@@ -26,8 +26,7 @@ from ara.errors import DataError, ModelError, NumericalError, UsageError
 from ara.events import event_writer_class
 from ara.layouts.modeling_ara import CompressedLinear
 from ara.models.losses import token_losses
-from ara.models.memory import available_bytes
-from ara.models.recompute import graph_bytes, recomputed
+from ara.models.recompute import blocks_to_recompute, recomputed
 from ara.models.training import batch_indices
 from ara.models.weights import LinearSpec, find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery, RecoveryText
@@ -39,8 +38,6 @@ from ara.recovery.teacher import Teacher
 ADAPTER_FOLDER = "adapter"
 # Prefix of the best parameters in a saved state.
 _BEST = "best:"
-# Activations are kept if they and the optimiser take at most this share of the free memory.
-_MEMORY_SHARE = 0.5
 # The rate by default, and a limit of it per nat of held-out KL before the training: the nearer the dense model, the
 # smaller the steps that still lead there (docs/lab-notes.md).
 _RATE, _RATE_PER_NAT = 5e-5, 8.5e-5
@@ -273,14 +270,9 @@ class _Training:
         windows = min(config.batch_size, config.batch)
         # Two more tensors as large as the logits: those of the dense model, and the gradient.
         logits = ids.numel() * model.config.get_text_config().vocab_size * model.dtype.itemsize
-        needed = windows * (graph_bytes(model, ids) + 2 * logits)
         trained_bytes = _OPTIMISER_BYTES * sum(parameter.numel() for parameter in self.parameters.values())
-        if needed + trained_bytes > _MEMORY_SHARE * available_bytes(self.recovery.device):
-            self.blocks = list(find_blocks(model)[1])
-            self.recovery.report.fact(
-                f"activations of {windows} windows take {needed / 2**20:,.0f} MiB: they are computed again in the "
-                "backward pass; a smaller --batch-size is faster if it fits"
-            )
+        extra = 2 * windows * logits + trained_bytes
+        self.blocks = blocks_to_recompute(model, ids, windows, self.recovery.report, extra)
 
     def _save(self) -> None:
         best = {f"{_BEST}{name}": value for name, value in self.best.items()}

@@ -19,6 +19,7 @@ from ara.errors import ModelError, UsageError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.context import context_length
 from ara.models.memory import available_bytes
+from ara.models.offload import Offload
 from ara.models.placement import Placement, choose_placement
 from ara.names import check_name, check_which
 from ara.progress import SILENT, Reporter
@@ -49,12 +50,14 @@ class Run:
         command: command line, for the manifest.
         report: receives progress.
         force: do the work again even if the same result exists.
+        offload: whether weights stay in their files on a CPU.
     """
 
     root: Path
     command: str = "ara (library call)"
     report: Reporter = SILENT
     force: bool = False
+    offload: Offload = "auto"
 
     def open(self, create: bool = False) -> Workspace:
         """Open the workspace; see :meth:`ara.workspace.store.Workspace.open`."""
@@ -169,6 +172,7 @@ def model_of(view: StageView, run: Run) -> ModelSource:
         identity.location if local else identity.requested,
         revision=identity.revision if identity.kind == "hub" else None,
         report=run.report,
+        offload=run.offload,
     )
     if source.identity.fingerprint != identity.fingerprint:
         raise ModelError(

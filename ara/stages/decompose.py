@@ -55,7 +55,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
     method: Decomposition = entry.load()(method_options(entry.load().Options, config.options))
     placement = choose_placement(config.device, config.dtype)
     run.report.step(f"Decomposing {config.model}")
-    source = resolve(config.model, revision=config.revision, report=run.report)
+    source = resolve(config.model, revision=config.revision, report=run.report, offload=run.offload)
     run.report.fact(placement.why)
     tokenizer = source.load_tokenizer() if method.needs_text else None
     text = None if tokenizer is None else _text(config, tokenizer, run)
@@ -80,7 +80,8 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         with task.writer(seed=config.seed, resumable=True) as stage:
             moments = _preflight(model, linears, owners, config.keep_moments, stage, run)
             _overview(model, linears, windows, text, moments).write(stage)
-            factor_layers(model, linears, method, windows, owners, moments, config, stage, run)
+            spill = task.workspace.cache / "outputs"
+            factor_layers(model, linears, method, windows, owners, moments, config, stage, run, spill)
         return task.view()
 
 

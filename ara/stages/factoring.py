@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +58,7 @@ def factor_layers(
     config: DecomposeConfig,
     stage: StageWriter,
     run: Run,
+    spill: Path,
 ) -> None:
     """Collect statistics for as many layers as fit into memory, factor and store them; repeat.
 
@@ -70,6 +72,7 @@ def factor_layers(
         config: batch size, seed and memory for moments.
         stage: takes the factors of every finished block.
         run: reporter.
+        spill: folder for outputs of blocks that do not fit into memory.
 
     Raises:
         NumericalError: a factor is not finite, or the method fails on a layer.
@@ -89,7 +92,7 @@ def factor_layers(
         gradients = _gradient_reading(method, len(windows.ids), config.seed)
         if gradients is not None:
             model.requires_grad_(False)
-        reader = ChunkReader(model, chunks, owners, windows.ids, config.batch_size, gradients, run.report)
+        reader = ChunkReader(model, chunks, owners, windows.ids, config.batch_size, gradients, run.report, spill)
     device = "cpu" if model.device.type == "mps" else model.device.type
     for chunk in chunks:
         inputs, outputs = reader.read(chunk) if reader is not None else ({}, {})

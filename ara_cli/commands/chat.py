@@ -29,7 +29,7 @@ _HELP = (
 )
 
 
-@command_line(after={"source": ("device", "dtype")}, without=("force",))
+@command_line(after={"source": ("device", "dtype")}, without=("force", "offload"))
 def command(
     *,
     config: ChatConfig,

@@ -16,7 +16,7 @@ from ara_cli.signature import command_line
 from export.config import ExportConfig
 
 
-@command_line(after={"target": ("onnx",), "last_logits": ("rewrite",)})
+@command_line(after={"target": ("onnx",), "last_logits": ("rewrite",)}, without=("offload",))
 def command(
     *,
     config: ExportConfig,

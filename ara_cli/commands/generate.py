@@ -15,7 +15,7 @@ from ara_cli.streams import piped_input
 from export.targets import target_of
 
 
-@command_line(after={"source": ("device", "dtype")}, without=("force",))
+@command_line(after={"source": ("device", "dtype")}, without=("force", "offload"))
 def command(
     *,
     prompt: Annotated[str, typer.Argument(help="text to answer or to continue; - reads it from stdin")],

@@ -6,7 +6,7 @@ from ara_cli.console import Column
 from ara_cli.session import Session
 from ara_cli.signature import command_line
 
-_NO_WORKSPACE = ("workspace", "force")
+_NO_WORKSPACE = ("workspace", "force", "offload")
 
 
 @command_line(without=_NO_WORKSPACE)

@@ -13,7 +13,7 @@ from ara_cli.session import Session
 from ara_cli.signature import command_line
 
 
-@command_line(without=("force",))
+@command_line(without=("force", "offload"))
 def command(
     *,
     words: Annotated[

@@ -12,7 +12,7 @@ from ara_cli.session import Session
 from ara_cli.signature import command_line
 
 
-@command_line()
+@command_line(without=("offload",))
 def command(
     *,
     allocation: Annotated[

@@ -185,7 +185,7 @@ def test_the_help_has_names_types_choices_and_the_order_asked_for() -> None:
         "tasks",
         "patterns",
     ]
-    assert parameters == [*expected, "option", "workspace", "quiet", "as_json"]
+    assert parameters == [*expected, "option", "workspace", "offload", "quiet", "as_json"]
     text = " ".join(invoke(command, "--help").output.split())
     assert "--layout a|b how [default: a]" in text
     assert "--chat / --no-chat" in text and "--no-dense" not in text

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +15,8 @@ from torch import nn
 
 from ara.calibration.gradients import GradientStats, collect_gradients
 from ara.calibration.moments import InputStats, collect_moments, shared_inputs
-from ara.models import blocks as module
+from ara.errors import DiskFullError
+from ara.models import kept, recompute
 from ara.models.blocks import BlockRunner, independent_starts, keeping_outputs, starting_at
 from ara.models.weights import find_blocks, find_linears
 from ara.progress import SilentReporter
@@ -168,14 +172,18 @@ def _counted(model: nn.Module) -> Counter[int]:
 
 
 def _read(
-    model: nn.Module, groups: list[tuple[int, ...]], starts: dict[int, int] | None, report: Any = None
+    model: nn.Module,
+    groups: list[tuple[int, ...]],
+    starts: dict[int, int] | None,
+    report: Any = None,
+    folder: Path | None = None,
 ) -> tuple[dict[str, InputStats], dict[str, GradientStats]]:
     """Read inputs and gradients of all layers, one group of blocks after the other."""
     model.requires_grad_(False)
     windows, linears = _windows(), find_linears(model)
     owners = shared_inputs(model, linears, windows[:1])
     report = report or SilentReporter()
-    forward, backward = (BlockRunner(model, windows, 2, starts, report) for _ in range(2))
+    forward, backward = (BlockRunner(model, windows, 2, starts, report, folder) for _ in range(2))
     inputs: dict[str, InputStats] = {}
     gradients: dict[str, GradientStats] = {}
     for group in groups:
@@ -266,11 +274,56 @@ def test_what_does_not_fit_into_memory_is_run_again(room: int, monkeypatch: pyte
     model = _Model()
     starts = independent_starts(model, _windows(1), [1, 2, 3])
     expected = _read(model, [(0, 1, 2, 3)], None)
-    monkeypatch.setattr(module, "available_bytes", lambda device: module._SHARE * room * 5 * 11 * WIDTH * 4)
+    monkeypatch.setattr(kept, "available_bytes", lambda device: kept._SHARE * room * 5 * 11 * WIDTH * 4)
     report = Recorder()
     _assert_same(_read(model, [(0,), (1,), (2,), (3,)], starts, report), expected)
     assert len(report.facts) == {0: 2, 6: 0}.get(room, 1)
     assert all("do not fit into memory" in fact for fact in report.facts)
+
+
+@pytest.mark.parametrize("kind", [_Model, _Tuples, _BetweenBlocks])
+def test_what_does_not_fit_into_memory_is_kept_in_files(
+    kind: type[_Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits are the same, no block runs again, and no file is left."""
+    model = kind()
+    starts = independent_starts(model, _windows(1), [1, 2, 3])
+    groups = [(0,), (1,), (2,), (3,)]
+    runs = _counted(model)
+    expected = _read(model, groups, starts)
+    often = dict(runs)
+    runs.clear()
+    monkeypatch.setattr(kept, "available_bytes", lambda device: 0)
+    report = Recorder()
+    _assert_same(_read(model, groups, starts, report, tmp_path / "outputs"), expected)
+    assert runs == often
+    assert len(report.facts) == 2 and all(f"kept in {tmp_path / 'outputs'}" in fact for fact in report.facts)
+    assert not list((tmp_path / "outputs").iterdir())
+
+
+def test_a_full_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = _Model()
+    starts = independent_starts(model, _windows(1), [1])
+    monkeypatch.setattr(kept, "available_bytes", lambda device: 0)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(DiskFullError):
+        _read(model, [(0,), (1, 2, 3)], starts, None, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_activations_give_the_same_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(family)
+    starts = independent_starts(model, _windows(1), [1, 2])
+    groups = [(0,), (1,), (2,)]
+    expected = _read(model, groups, starts)
+    monkeypatch.setattr(recompute, "available_bytes", lambda device: 0)
+    report = Recorder()
+    _assert_same(_read(model, groups, starts, report), expected)
+    assert len(report.facts) == 1 and "computed again" in report.facts[0]
 
 
 # -- which blocks run -------------------------------------------------------------------------------------------
@@ -296,6 +349,7 @@ def test_the_backward_pass_recomputes_each_block_once() -> None:
         collect_gradients(runner, [spec for spec in linears if spec.layer == layer])
         # The first group runs the whole model.
         expected = {block: BATCHES * (1 + (0 < block <= layer)) for block in range(4)}
+        expected[0] += 1  # measures how much memory its activations take
         assert runs == expected
 
 

@@ -13,6 +13,7 @@ import torch
 from ara.config import RecoverConfig
 from ara.errors import DataError, ModelError, NumericalError, UnavailableError, UsageError
 from ara.layouts.modeling_ara import LowRankLinear
+from ara.models import recompute
 from ara.models.losses import token_losses
 from ara.recovery import distill
 from ara.recovery.base import Recovery, RecoveryText
@@ -245,7 +246,7 @@ def test_half_precision_has_float32_masters(tmp_path):
 def test_recomputed_activations_give_the_same_bytes(tmp_path, monkeypatch):
     kept = tiny_recovery(tmp_path, **FAST)
     Distill().repair(kept)
-    monkeypatch.setattr(distill, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(recompute, "available_bytes", lambda device: 1000)
     facts = []
     again = tiny_recovery(tmp_path, **FAST)
     monkeypatch.setattr(type(again.report), "fact", lambda self, text: facts.append(text))

@@ -38,11 +38,14 @@ def test_text_is_read_once_however_many_chunks_there_are(
     monkeypatch.setattr(ModelSource, "load_model", load_counted)
     settings = {**tiny_settings, "method": method, "batch_size": 2}
     whole = decompose(DecomposeConfig(**settings), Run(tmp_path / "whole"))
-    assert runs == dict.fromkeys(range(3), _LOOKS + _BATCHES + backward)
+    # The first block also shows how much memory the activations of a backward pass take.
+    measured = {0: 1 if backward else 0}
+    assert runs == Counter(dict.fromkeys(range(3), _LOOKS + _BATCHES + backward)) + Counter(measured)
     runs.clear()
     chunks = decompose(DecomposeConfig(**settings, moment_memory=1e-6), Run(tmp_path / "chunks"))
-    assert runs[0] == _LOOKS + _LOOKS_AT_CHUNKS + _BATCHES + backward
+    once = _LOOKS + _LOOKS_AT_CHUNKS + _BATCHES + backward
+    assert runs[0] == once + measured[0]
     # A later block also runs when a start at its own chunk is tried out, and when its backward pass is recomputed.
-    assert runs[1] == runs[2] == runs[0] + 1 + backward
+    assert runs[1] == runs[2] == once + 1 + backward
     assert whole.manifest is not None and chunks.manifest is not None
     assert whole.manifest.files == chunks.manifest.files

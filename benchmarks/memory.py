@@ -1,0 +1,191 @@
+"""Models larger than memory: decompose, allocate, truncate and export under a hard limit, at a depth and at twice it.
+
+    make bench-memory                                                  # 4 GB of weights with 2 GB of memory
+    python benchmarks/memory.py --gigabytes 1.4 --limit 0.7 --hidden 512     # smaller
+
+The model has LLaMA's architecture and random bfloat16 weights; it is written block by block. Every stage is a process
+in a control group of its own, whose memory is limited; pages of files count too, and the system drops them when the
+limit is reached. Where control groups cannot be written (no root), nothing is limited, and that is said. The peak is
+that of memory which cannot be dropped (RssAnon), asked for every 20 ms: pages of files are as many as the limit allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ara_cli.console import Column, Console
+from ara_cli.formatting import bytes_text, seconds_text
+
+# Width of a head, heads per key head, and width of the MLP relative to the hidden width.
+HEAD, GROUP, WIDER = 64, 4, 2.75
+GROUPS = Path("/sys/fs/cgroup")
+SECONDS_BETWEEN = 0.02
+
+
+def block_shapes(hidden: int) -> dict[str, tuple[int, int]]:
+    """Return the shapes (m, n) of the matrices of a block, by their path in it."""
+    narrow, wide = hidden // GROUP, int(WIDER * hidden)
+    shapes = {"q": (hidden, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, hidden)}
+    found = {f"self_attn.{name}_proj": shape for name, shape in shapes.items()}
+    return found | {
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+    }
+
+
+def write_model(folder: Path, layers: int, hidden: int) -> int:
+    """Write a model of random weights with the tokenizer of SmolLM2, a file per block; returns its bytes."""
+    from transformers import LlamaConfig
+
+    from ara.models.sources import resolve
+
+    tokenizer = resolve("demo").load_tokenizer()
+    generator = torch.Generator().manual_seed(0)
+    weights: dict[str, str] = {}
+    folder.mkdir(parents=True)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).bfloat16()
+
+    def shard(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weights.update(dict.fromkeys(tensors, name))
+
+    ends = {"model.embed_tokens.weight": random(len(tokenizer), hidden)}
+    shard("model-ends.safetensors", {**ends, "model.norm.weight": torch.ones(hidden).bfloat16()})
+    for layer in range(layers):
+        block = f"model.layers.{layer}"
+        tensors = {f"{block}.{n}_layernorm.weight": torch.ones(hidden).bfloat16() for n in ("input", "post_attention")}
+        # Outputs of residual branches shrink with the depth, as in trained models.
+        for kind, shape in block_shapes(hidden).items():
+            scale = (2 * layers) ** -0.5 if kind.endswith(("o_proj", "down_proj")) else 1.0
+            tensors[f"{block}.{kind}.weight"] = random(*shape) * scale
+        shard(f"model-{layer:03d}.safetensors", tensors)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=int(WIDER * hidden),
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // HEAD,
+        num_key_value_heads=hidden // HEAD // GROUP,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@contextlib.contextmanager
+def limited(limit: int) -> Iterator[list[Path]]:
+    """Yield the files that a process writes its number to, to live in a group of ``limit`` bytes; none without root."""
+    root, name = (
+        (GROUPS / "memory", "memory.limit_in_bytes") if (GROUPS / "memory").is_dir() else (GROUPS, "memory.max")
+    )
+    group = root / f"ara-bench-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        yield []
+        return
+    try:
+        (group / name).write_text(str(limit))
+        yield [group / "cgroup.procs"]
+    except OSError:
+        yield []
+    finally:
+        # The kernel moves the last pages of an ended process a moment later.
+        for _ in range(50):
+            with contextlib.suppress(OSError):
+                group.rmdir()
+                break
+            time.sleep(0.1)
+
+
+def run_stage(arguments: list[str], limit: int) -> tuple[float, int, bool]:
+    """Run a stage; returns seconds, peak of memory that cannot be dropped, and whether the limit was in force."""
+    with limited(limit) as groups:
+
+        def enter() -> None:
+            for group in groups:
+                group.write_text("0")
+
+        begun, peak = time.monotonic(), 0
+        process = subprocess.Popen([sys.executable, "-m", "ara_cli", *arguments], preexec_fn=enter)
+        while process.poll() is None:
+            with contextlib.suppress(OSError, ValueError):
+                for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+                    if line.startswith("RssAnon:"):
+                        peak = max(peak, int(line.split()[1]) * 1024)
+            time.sleep(SECONDS_BETWEEN)
+        if process.returncode:
+            sys.exit(f"error: {arguments[0]} ended with {process.returncode} (its words are above)")
+        return time.monotonic() - begun, peak, bool(groups)
+
+
+def main() -> None:
+    """Run all stages at two depths and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="of weights at the first depth")
+    parser.add_argument("--limit", type=float, default=2.0, help="memory of a stage, in GB")
+    parser.add_argument("--hidden", type=int, default=1024, help="width of the model, a multiple of 256")
+    parser.add_argument("--samples", type=int, default=16, help="calibration windows")
+    parser.add_argument("--seq-len", type=int, default=128, help="tokens per window")
+    parser.add_argument("--text", default="python-docs", help="calibration text")
+    parser.add_argument("--workspace", type=Path, default=Path("bench-memory"), help="where to work")
+    parser.add_argument("--keep-files", action="store_true", help="leave models and results on the disk")
+    arguments = parser.parse_args()
+    console, limit = Console(), int(arguments.limit * 1e9)
+    block = 2 * sum(m * n for m, n in block_shapes(arguments.hidden).values())
+    depth = max(1, round(arguments.gigabytes * 1e9 / block))
+    text = ["--samples", str(arguments.samples)]
+    placed = ["--device", "cpu", "--dtype", "bfloat16"]
+    stages = {
+        "decompose": ["--text", arguments.text, *text, "--seq-len", str(arguments.seq_len), "--keep-moments", "no"],
+        "allocate": ["--keep", "0.8", "--method", "sensitivity", *text, "--held-out", "4"],
+        "truncate": [],
+        "export": ["--onnx", "--precision", "fp16", "--execution-provider", "cpu", "--no-parity"],
+    }
+    rows: dict[str, list[str]] = {name: [name] for name in stages}
+    peaks: dict[str, list[int]] = {name: [] for name in stages}
+    titles = []
+    for layers in (depth, 2 * depth):
+        folder, workspace = arguments.workspace / f"model-{layers}", arguments.workspace / f"ws-{layers}"
+        console.step(f"Writing a model of {layers} blocks")
+        shutil.rmtree(folder, ignore_errors=True)
+        size = write_model(folder, layers, arguments.hidden)
+        titles.append(f"{layers} blocks, {bytes_text(size)}")
+        for name, options in stages.items():
+            model = [str(folder), *placed] if name == "decompose" else placed if name == "allocate" else []
+            seconds, peak, held = run_stage([name, *model, *options, "-w", str(workspace)], limit)
+            if not held:
+                console.warn("control groups cannot be written here, so no limit is in force")
+            peaks[name].append(peak)
+            rows[name] += [bytes_text(peak), seconds_text(seconds)]
+        if not arguments.keep_files:
+            shutil.rmtree(arguments.workspace)
+    for name, (first, second) in peaks.items():
+        rows[name].append(f"{second / first - 1:+.1%}")
+    columns = [Column("stage", "left")]
+    for title in titles:
+        columns += [Column(f"peak, {title}"), Column("time")]
+    console.table(f"limit {bytes_text(limit)}", [*columns, Column("growth of the peak")], list(rows.values()))
+
+
+if __name__ == "__main__":
+    main()
