@@ -59,7 +59,14 @@ class Row:
 
 
 def onnx_runner(
-    folder: Path, output: Path, precision: str, run: Run, *, provider: Provider = "cpu", threads: int | None = None
+    folder: Path,
+    output: Path,
+    precision: str,
+    run: Run,
+    *,
+    provider: Provider = "cpu",
+    last_logits: bool = False,
+    threads: int | None = None,
 ) -> Runner:
     """Export a checkpoint, unless it is exported already, and return its runner.
 
@@ -69,20 +76,24 @@ def onnx_runner(
         precision: of the export.
         run: reporter.
         provider: where it runs.
+        last_logits: compute only the logits of the last position.
         threads: CPU threads; ONNX Runtime's choice by default.
     """
     if not (output / "ara_export.json").exists():
-        config = ExportConfig.model_validate({"precision": precision, "execution_provider": provider, "parity": False})
+        settings = {"precision": precision, "execution_provider": provider, "last_logits": last_logits}
+        config = ExportConfig.model_validate({**settings, "parity": False})
         export_folder(config, run, folder, output)
     checkpoint = Checkpoint(folder)
     return OnnxRunner(output, parameters_of(checkpoint), count_checkpoint(checkpoint, read_report(output)), threads)
 
 
-def torch_runner(folder: Path, device: str = "cpu", dtype: str = "float32", *, compiled: bool = False) -> Runner:
-    """Return the runner of a checkpoint in torch; like the graphs it computes the logits of all positions."""
+def torch_runner(
+    folder: Path, device: str = "cpu", dtype: str = "float32", *, last_logits: bool = False, compiled: bool = False
+) -> Runner:
+    """Return the runner of a checkpoint in torch; by default it computes the logits of all positions, as graphs do."""
     model = load(folder, device, dtype)
     call = torch.compile(model, dynamic=True) if compiled else None
-    return TorchRunner(model, last_logits=False, call=call)
+    return TorchRunner(model, last_logits=last_logits, call=call)
 
 
 def compared(case: Case, runners: Mapping[str, Runner], seconds: Mapping[str, Sequence[float]]) -> list[Row]:
@@ -111,7 +122,7 @@ def show(console: Console, rows: Sequence[Row]) -> None:
         (
             row.runtime,
             row.model,
-            f"{1000 * row.seconds:.1f}",
+            f"{1000 * row.seconds:.2f}",
             f"{row.ratio.median:.2f} ({row.ratio.low:.2f} – {row.ratio.high:.2f})",
             f"{row.predicted:.2f}",
             f"{row.ratio.median / row.predicted - 1:+.0%}",

@@ -71,7 +71,7 @@ def _parser(checks: Sequence[CheckEntry]) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal on tiny models")
     parser.add_argument("--only", choices=names, action="append", help="run this check alone; may be repeated")
     parser.add_argument("--model", help="to compress [default: demo; in a rehearsal a tiny random llama]")
-    parser.add_argument("--seconds", type=float, default=BUDGET, help="budget of all checks [default: %(default)s]")
+    parser.add_argument("--seconds", type=float, default=BUDGET, help="for all checks [default: %(default)s]")
     parser.add_argument(
         "--vllm-python",
         default=sys.executable,

@@ -6,7 +6,7 @@ In a rehearsal the graphs run on the CPU, also in fp16.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ import numpy as np
 
 from ara.artifacts.checkpoint import CHECKPOINT
 from ara.config import AllocateConfig, DecomposeConfig, QuantiseConfig, TruncateConfig
+from ara.layout_names import DEFAULT_LAYOUT, LAYOUT_NAMES, LayoutName
 from ara.models.checkpoint import load_tokenizer
 from ara.progress import SILENT
 from ara.stages.common import Run
@@ -33,8 +34,21 @@ from export.onnx.tolerance import TOLERANCES, all_misses
 from export.onnx.writing import model_config
 from export.stage import export_folder
 
-Form = Literal["dense", "factors", "pivoted", "4 bits"]
-FORMS: tuple[Form, ...] = ("dense", "factors", "pivoted", "4 bits")
+
+@dataclass(frozen=True)
+class Form:
+    """A form of the model.
+
+    Attributes:
+        layout: of the low-rank layers; ``None``: dense.
+        bits: per weight; ``None``: not rounded.
+    """
+
+    layout: LayoutName | None = None
+    bits: Literal[4] | None = None
+
+
+FORMS = {"dense": Form(), **{name: Form(name) for name in LAYOUT_NAMES}, "4 bits": Form(DEFAULT_LAYOUT, 4)}
 PRECISION: Literal["fp16"] = "fp16"
 _KEEP = 0.8
 # Tokens per text in the comparison with torch, and of the prompt that is continued.
@@ -56,10 +70,11 @@ def parity(setting: Setting, notes: Notes) -> None:
 
 def binding(setting: Setting, notes: Notes) -> None:
     """Decode with caches that stay on the device, and with caches that are passed on: the same logits."""
-    decoder = OnnxDecoder(graph_of(setting, "factors"))
-    read = prompt(setting, "factors")[None]
+    decoder = OnnxDecoder(graph_of(setting, DEFAULT_LAYOUT))
+    read = prompt(setting, DEFAULT_LAYOUT)[None]
     total, steps = read.shape[1] + setting.sizes.new_tokens, setting.sizes.new_tokens
-    bound, past, new, worst = decoder.bind(1, total), None, read, 0.0
+    bound, past, new = decoder.bind(1, total), None, read
+    differences: list[float] = []
     seconds = {"bound": 0.0, "passed on": 0.0}
     for length in range(read.shape[1], read.shape[1] + steps):
         begun = time.perf_counter()
@@ -69,11 +84,12 @@ def binding(setting: Setting, notes: Notes) -> None:
         seconds["bound"] += between - begun
         seconds["passed on"] += time.perf_counter() - between
         theirs = logits[0, -1]
-        worst = max(worst, float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())))
+        differences.append(float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())))
         new = np.array([[theirs.argmax()]], np.int64)
     tolerance = TOLERANCES[PRECISION].difference
     assert tolerance is not None
-    notes.within("largest difference of a logit, as a share", worst, tolerance)
+    # Unlike max() of Python, this keeps a NaN.
+    notes.within("largest difference of a logit, as a share", float(np.max(differences)), tolerance)
     devices = sorted({cache.device_name() for cache in bound.get_outputs()[1:]})
     notes.require("devices of the caches", devices, [decoder.provider])
     notes.keep("milliseconds per step", {name: 1000 * value / steps for name, value in seconds.items()})
@@ -90,8 +106,8 @@ def genai(setting: Setting, notes: Notes) -> None:
         notes.keep("version", metadata.version(package))
     except metadata.PackageNotFoundError:
         raise NotRun(f"{package} is not installed: pip install --no-deps {package}") from None
-    folder = graph_of(setting, "factors")
-    read = prompt(setting, "factors")
+    folder = graph_of(setting, DEFAULT_LAYOUT)
+    read = prompt(setting, DEFAULT_LAYOUT)
     tokens = _continued_by_genai(folder, read.tolist(), setting.sizes.new_tokens)
     logits, _ = OnnxDecoder(folder).forward(np.array([[*read, *tokens[:-1]]], np.int64))
     rows = logits[0, len(read) - 1 :]
@@ -119,27 +135,31 @@ def _continued_by_genai(folder: Path, read: list[int], new_tokens: int) -> list[
     return tokens
 
 
-def checkpoint_of(setting: Setting, form: Form) -> Path:
-    """Return the folder of the model in one form; it is made if it does not exist."""
-    if form == "dense":
+def checkpoint_of(setting: Setting, form: str) -> Path:
+    """Return the folder of the model in a form of :data:`FORMS`; it is made if it does not exist."""
+    wanted = FORMS[form]
+    if wanted.layout is None:
         return save_dense(setting.workspace / "dense", setting.model)
     run = Run(setting.workspace / "forms")
     placed: dict[str, Any] = {"device": setting.device, "dtype": "float32"}
     # The factors need no text, but the rounding reads that of the decomposition.
-    read: dict[str, Any] = {"text": setting.text, "seq_len": setting.sizes.seq_len}
+    read: dict[str, Any] = {
+        "text": setting.text,
+        "samples": setting.sizes.samples,
+        "seq_len": setting.sizes.seq_len,
+    }
     decomposition = DecomposeConfig(
         model=setting.model, method="plain", exclude=setting.sizes.exclude, **read, **placed
     )
-    layout: Literal["factors", "pivoted"] = "pivoted" if form == "pivoted" else "factors"
-    ranks = AllocateConfig(keep=_KEEP, method="uniform", guard=False, layout=layout, **placed)
+    ranks = AllocateConfig(keep=_KEEP, method="uniform", guard=False, layout=wanted.layout, **placed)
     view: StageView = run_pipeline(decomposition, [ranks], {"truncate": TruncateConfig()}, run)[-1]
-    if form == "4 bits":
-        rounding = QuantiseConfig(bits=4, method="nearest", samples=2, held_out=2, tolerance=10, **placed)
+    if wanted.bits is not None:
+        rounding = QuantiseConfig(bits=wanted.bits, method="nearest", samples=2, held_out=2, tolerance=10, **placed)
         view = quantise(rounding, run, checkpoint=view.key)
     return view.path / CHECKPOINT
 
 
-def graph_of(setting: Setting, form: Form) -> Path:
+def graph_of(setting: Setting, form: str) -> Path:
     """Return the exported graph of one form, for the device; it is made if it does not exist."""
     output = setting.workspace / "graphs" / form.replace(" ", "-")
     if not (output / "ara_export.json").exists():
@@ -149,8 +169,8 @@ def graph_of(setting: Setting, form: Form) -> Path:
     return output
 
 
-def prompt(setting: Setting, form: Form) -> np.ndarray:
+def prompt(setting: Setting, form: str) -> np.ndarray:
     """Return the beginning of the text, as token ids (t) int64."""
-    tokenizer = load_tokenizer(checkpoint_of(setting, form))
+    tokenizer = load_tokenizer(graph_of(setting, form))
     ids: np.ndarray = text_windows(tokenizer, "evaluation", 1, _PROMPT_TOKENS)[0].numpy()
     return ids

@@ -53,19 +53,20 @@ def run_checks(
     Args:
         checks: in their order.
         setting: of all of them.
-        budget: seconds for all together.
+        budget: seconds for all together; if it is more than the sum of their shares, every share is as much longer.
         vllm_python: Python for the checks that need vLLM.
         clock: returns seconds.
     """
     begun = clock()
+    longer = max(1.0, budget / sum(check.seconds for check in checks))
     for check in checks:
-        left = budget - (clock() - begun)
-        if left < _LEAST_SHARE * check.seconds:
-            detail = f"{max(0.0, left):.0f} of {budget:.0f} s were left, and it may take {check.seconds:.0f} s"
+        left, share = budget - (clock() - begun), longer * check.seconds
+        if left < _LEAST_SHARE * share:
+            detail = f"{max(0.0, left):.0f} of {budget:.0f} s were left, and it may take {share:.0f} s"
             yield check, Outcome(status="not run", detail=detail)
         else:
             python = vllm_python if check.with_vllm else sys.executable
-            yield check, run_check(check, setting, min(left, check.seconds), python)
+            yield check, run_check(check, setting, min(left, share), python)
 
 
 def run_check(check: CheckEntry, setting: Setting, limit: float, python: str = sys.executable) -> Outcome:

@@ -7,22 +7,22 @@ import gc
 import torch
 
 from ara.errors import UnavailableError
+from ara.layout_names import LAYOUT_NAMES
 from ara.models.checkpoint import load, load_tokenizer
 from ara.models.likelihood import nll_of_model
 from ara.models.placement import choose_placement
-from benchmarks.gpu_check.graphs import Form, checkpoint_of
+from benchmarks.gpu_check.graphs import checkpoint_of
 from benchmarks.gpu_check.outcome import Notes, NotRun
 from benchmarks.gpu_check.setting import Setting
 from export.onnx.proof import text_windows
 from export.vllm.runtime import VllmRuntime
 
-_FORMS: tuple[Form, ...] = ("factors", "pivoted")
 # Nats per token by which a window's loss in vLLM may differ from that in torch in float32.
 _TOLERANCE = 2e-2
 
 
 def vllm(setting: Setting, notes: Notes) -> None:
-    """Read windows of text in vLLM and in torch, with factors and with pivoted layers.
+    """Read windows of text in vLLM and in torch, in every layout.
 
     Raises:
         NotRun: vLLM is not installed, or its build is for another device.
@@ -31,11 +31,11 @@ def vllm(setting: Setting, notes: Notes) -> None:
     try:
         device = runtime.device()
     except UnavailableError as error:
-        raise NotRun(f"{error}; {error.hint}") from None
+        raise NotRun(f"{error}: docs/gpu.md says how to name an environment that has it") from None
     if device != setting.device:
         raise NotRun(f"this vLLM runs on {device}, and not on {setting.device}")
     dtype = choose_placement(setting.device).dtype
-    for form in _FORMS:
+    for form in LAYOUT_NAMES:
         folder = checkpoint_of(setting, form)
         windows = text_windows(load_tokenizer(folder), "evaluation", setting.sizes.windows, setting.sizes.seq_len)
         expected = _losses_in_torch(folder, windows, setting.device)

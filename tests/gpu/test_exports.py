@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.gpu_check.graphs import FORMS, Form, binding, graph_of, parity, prompt
+from benchmarks.gpu_check.graphs import FORMS, binding, graph_of, parity, prompt
 from benchmarks.gpu_check.outcome import Notes
 from benchmarks.gpu_check.setting import Setting
 from export.onnx.runner import PROVIDERS, OnnxDecoder
@@ -26,7 +26,7 @@ def test_caches_stay_on_the_device(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_generation(form: Form, setting: Setting) -> None:
+def test_generation(form: str, setting: Setting) -> None:
     decoder = OnnxDecoder(graph_of(setting, form))
     assert decoder.session.get_providers()[0] == PROVIDERS[setting.device]
     read = prompt(setting, form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ara.errors import UsageError
 from ara.models.checkpoint import load
 from ara.models.memory import available_bytes
 from ara.models.placement import choose_placement
+from ara.models.sources import ModelSource
 from tests.commands import ara, refused
 
 
@@ -45,12 +47,26 @@ def test_memory_is_that_of_the_gpu(gpu: str) -> None:
     assert held.nbytes + further.nbytes <= peak_memory_bytes() < total
 
 
-def test_too_little_memory_is_one_line(gpu: str, tiny_llama: Path, tiny_text: str, tmp_path: Path) -> None:
+@pytest.fixture
+def full(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take nearly all memory of the GPU away. Its stand-in raises the error that torch has there."""
+    if device == "cpu":
+
+        def load_model(self: ModelSource, *arguments: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has a total capacity")
+
+        monkeypatch.setattr(ModelSource, "load_model", load_model)
+        yield
+        return
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-6)
-    try:
-        words = ["decompose", tiny_llama, "--text", tiny_text, "--samples", 4, "--seq-len", 48, "--device", gpu]
-        said = refused(ara(*words, "-w", tmp_path / "ws"), 1, "out of memory: CUDA out of memory. Tried to allocate")
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_too_little_memory_is_one_line(
+    full: None, device: str, tiny_llama: Path, tiny_text: str, tmp_path: Path
+) -> None:
+    words = ["decompose", tiny_llama, "--text", tiny_text, "--samples", 4, "--seq-len", 48, "--device", device, "-q"]
+    said = refused(ara(*words, "-w", tmp_path / "ws"), 1, "out of memory: CUDA out of memory. Tried to allocate")
     assert "try --device cpu" in said and "--batch-size" in said

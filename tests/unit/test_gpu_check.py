@@ -18,7 +18,7 @@ from ara.errors import ModelError, UnavailableError
 from ara.models.checkpoint import load
 from ara.models.likelihood import nll_of_model
 from ara.models.sources import resolve
-from benchmarks.gpu_check import graphs, report, serving, speed, stages
+from benchmarks.gpu_check import graphs, report, running, serving, speed, stages
 from benchmarks.gpu_check.__main__ import main
 from benchmarks.gpu_check.checks import BUDGET, CHECKS
 from benchmarks.gpu_check.marked import run_tests
@@ -64,17 +64,23 @@ def changed(found: stages.Compressed, **changes: Any) -> stages.Compressed:
 
 def test_stages_that_differ() -> None:
     expected = stages.Compressed(
-        {"x": torch.tensor([4.0, 1.0])}, {"x": 100}, 3.0, {"closed": (0.5, 0.4)}, {"dense": 20.0}
+        {"x": torch.tensor([4.0, 1.0]), "y": torch.tensor([3.0])},
+        {"x": 100},
+        3.0,
+        {"closed": (0.5, 0.4)},
+        {"dense": 20.0},
     )
-    wrong = {
-        "spectra": {"spectra": {"x": torch.tensor([4.0, 1.1])}},
-        "trained ranks": {"ranks": {"x": 97}},
-        "loss of trained ranks": {"training_loss": 3.02},
-        "divergence before closed": {"repaired": {"closed": (0.6, 0.4)}},
-        "divergence after closed": {"repaired": {"closed": (0.5, 0.43)}},
-        "perplexity of dense": {"perplexities": {"dense": math.nan}},
-    }
-    for name, changes in wrong.items():
+    one = expected.spectra["y"]
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("spectra", {"spectra": {"x": torch.tensor([4.0, 1.1]), "y": one}}),
+        ("spectra", {"spectra": {"x": torch.tensor([4.0, math.nan]), "y": one}}),
+        ("trained ranks", {"ranks": {"x": 97}}),
+        ("loss of trained ranks", {"training_loss": 3.02}),
+        ("divergence before closed", {"repaired": {"closed": (0.6, 0.4)}}),
+        ("divergence after closed", {"repaired": {"closed": (0.5, 0.43)}}),
+        ("perplexity of dense", {"perplexities": {"dense": math.nan}}),
+    ]
+    for name, changes in wrong:
         notes = Notes()
         stages.compare(changed(expected, **changes), expected, stages.Tolerance(), notes)
         assert [miss.partition(":")[0] for miss in notes.misses] == [name]
@@ -153,7 +159,7 @@ class StandIn:
         (StandIn(error=0.1), "failed", "loss of a window, factors: 0.1, allowed 0.02"),
         (StandIn(error=math.nan), "failed", "loss of a window, pivoted: nan"),
         (StandIn(device="cuda"), "not run", "this vLLM runs on cuda, and not on cpu"),
-        (StandIn(device=None), "not run", "vLLM is not installed; pip install it"),
+        (StandIn(device=None), "not run", "vLLM is not installed: docs/gpu.md says"),
     ],
     ids=["same", "differs", "nan", "other build", "missing"],
 )
@@ -234,12 +240,25 @@ def test_without_a_failure_the_exit_code_is_0(run: Callable[..., Any]) -> None:
 
 
 def test_a_check_beyond_its_share_is_stopped(run: Callable[..., Any]) -> None:
-    code, results, _ = run("hanging", seconds=4)
+    code, results, _ = run("hanging", seconds=4, budget=4)
     found = results["checks"]["hanging"]
     assert code == 1 and found["status"] == "failed"
     assert found["detail"] == "stopped after 4 s, its share of the time"
     # What it had found by then is kept.
     assert found["numbers"] == {"before": 1} and found["seconds"] < 60
+
+
+def test_more_time_makes_every_share_longer(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+
+    def run_check(check: Any, setting: Setting, limit: float, python: str) -> Outcome:
+        limits.append(limit)
+        return Outcome(status="passed", detail="")
+
+    monkeypatch.setattr(running, "run_check", run_check)
+    for budget in (90, 180):
+        list(run_checks([entry("passing", 30), entry("failing", 60)], setting, budget, clock=lambda: 0.0))
+    assert limits == [30, 60, 60, 120]
 
 
 def test_without_enough_time_a_check_is_not_started(setting: Setting) -> None:
@@ -252,8 +271,9 @@ def test_without_enough_time_a_check_is_not_started(setting: Setting) -> None:
     assert second.detail == "20 of 100 s were left, and it may take 60 s"
 
 
-def test_the_shares_are_the_budget_and_leave_time_for_the_installation() -> None:
-    assert sum(check.seconds for check in CHECKS) == BUDGET <= 420
+def test_the_checks_fit_into_the_budget_and_leave_time_for_the_installation() -> None:
+    *others, last = CHECKS
+    assert sum(check.seconds for check in others) + last.seconds / 2 <= BUDGET <= 400
     assert len({check.name for check in CHECKS}) == len(CHECKS)
     for check in CHECKS:
         module, _, function = check.function.partition(":")
