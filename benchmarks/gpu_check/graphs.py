@@ -48,7 +48,8 @@ class Form:
     bits: Literal[4] | None = None
 
 
-FORMS = {"dense": Form(), **{name: Form(name) for name in LAYOUT_NAMES}, "4 bits": Form(DEFAULT_LAYOUT, 4)}
+FORMS: dict[str, Form] = {"dense": Form(), "4 bits": Form(DEFAULT_LAYOUT, 4)}
+FORMS |= {name: Form(name) for name in LAYOUT_NAMES}
 PRECISION: Literal["fp16"] = "fp16"
 _KEEP = 0.8
 # Tokens per text in the comparison with torch, and of the prompt that is continued.
