@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
@@ -27,7 +28,10 @@ def main(words: Sequence[str] | None = None, checks: Sequence[CheckEntry] = CHEC
         words: of the command line.
         checks: that exist.
     """
-    arguments = _parser(checks).parse_args(words)
+    parser = _parser(checks)
+    arguments = parser.parse_args(words)
+    if shutil.which(arguments.vllm_python) is None:
+        parser.error(f"--vllm-python {arguments.vllm_python}: there is no such program")
     console = Console()
     try:
         choose_placement(arguments.device)

@@ -54,12 +54,15 @@ PRECISION: Literal["fp16"] = "fp16"
 _KEEP = 0.8
 # Tokens per text in the comparison with torch, and of the prompt that is continued.
 _PARITY_TOKENS, _PROMPT_TOKENS = 96, 24
+# Least share of positions with the same most likely token as torch. So short a text has a few at which two tokens are
+# nearly as likely, even in a graph whose divergence from torch is a hundredth of what is allowed.
+_AGREEMENT = 0.9
 _GENAI = {"cuda": "onnxruntime-genai-cuda", "cpu": "onnxruntime-genai"}
 
 
 def parity(setting: Setting, notes: Notes) -> None:
     """Compare the graph of every form with torch, as ``ara export`` does."""
-    tolerance = replace(TOLERANCES[PRECISION], agreement=setting.sizes.agreement)
+    tolerance = replace(TOLERANCES[PRECISION], agreement=_AGREEMENT)
     for form in FORMS:
         checkpoint, graph = Checkpoint(checkpoint_of(setting, form)), graph_of(setting, form)
         decoder = read_decoder(model_config(checkpoint.folder))

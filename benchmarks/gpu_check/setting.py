@@ -21,8 +21,6 @@ class Sizes(BaseModel):
         seq_len: tokens per window.
         steps: of the training of ranks, and of distillation.
         new_tokens: that exported graphs generate.
-        agreement: least share of positions at which a graph has the same most likely token as torch. A random model has
-            many tokens that are nearly as likely.
         shapes: whose layers are timed; one of :data:`benchmarks.shapes.SHAPES`.
         prefill, decode: lengths of prompts, and of contexts that one token follows.
         batches: rows at once.
@@ -38,7 +36,6 @@ class Sizes(BaseModel):
     seq_len: int
     steps: int
     new_tokens: int
-    agreement: float
     shapes: str
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
@@ -75,7 +72,6 @@ FULL = Sizes(
     seq_len=128,
     steps=2,
     new_tokens=32,
-    agreement=0.98,
     shapes="llama-7b",
     prefill=(512, 2048),
     decode=(512, 2048),
@@ -89,7 +85,6 @@ REHEARSAL = Sizes(
     seq_len=48,
     steps=2,
     new_tokens=12,
-    agreement=0.9,
     shapes="tiny",
     prefill=(32,),
     decode=(32,),

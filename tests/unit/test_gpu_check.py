@@ -104,7 +104,7 @@ def test_graphs_that_differ(setting: Setting, monkeypatch: pytest.MonkeyPatch) -
     assert len(set(made)) == len(graphs.FORMS)
     outcome = outcome_of(graphs.parity, setting, Notes())
     assert outcome.status == "failed"
-    assert "factors: " in outcome.detail and not outcome.detail.startswith("dense")
+    assert "4 bits: prefill: largest difference" in outcome.detail and "dense" not in outcome.detail
 
 
 def test_genai(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +287,13 @@ def test_vllm_runs_in_the_python_that_has_it(setting: Setting, tmp_path: Path) -
     (with_vllm,) = (check for check in CHECKS if check.with_vllm)
     ((_, outcome),) = run_checks([with_vllm], setting, BUDGET, str(python))
     assert outcome.detail == "its process ended with exit code 7"
+
+
+def test_a_python_that_is_not_there_is_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--device", "cpu", "--vllm-python", str(tmp_path / "none")], [entry("passing")])
+    assert ended.value.code == 2
+    assert f"--vllm-python {tmp_path / 'none'}: there is no such program" in capsys.readouterr().err
 
 
 def test_without_a_gpu_one_line_says_so(
