@@ -12,6 +12,12 @@ VLLM_VERSION := 0.32.0
 # One for the lower end of the range: the pinned versions, but the oldest transformers that pyproject.toml allows.
 LOWEST_VENV  ?= .venv-lowest
 LOWEST       := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
+# More words for the check of a GPU: make gpu-check GPU_CHECK_FLAGS="--device cpu"
+GPU_CHECK_FLAGS ?=
+# One for a GPU, with ONNX Runtime GenAI's build for CUDA; a rehearsal on the CPU takes .venv.
+GPU_VENV     ?= $(if $(findstring --device cpu,$(GPU_CHECK_FLAGS)),$(VENV),.venv-gpu)
+# One with vLLM for this GPU, if there is one: make gpu-check GPU_VLLM_VENV=FOLDER
+GPU_VLLM_VENV ?= $(GPU_VENV)
 # Test processes; the suite's conftest gives each one torch thread.
 WORKERS ?= 2
 # More words for pytest: make test PYTEST_ARGS="-k console"
@@ -44,7 +50,7 @@ CREATE_VENV = for python in $(PYTHON); do \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes gpu-check clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -247,7 +253,20 @@ bench-bytes: $(STAMP) ## the best model for a size: bits, ranks or both (needs A
 	@echo "Filling sizes"
 	@$(WITH_DATA); $(BIN)/python benchmarks/bytes.py $(BENCH_FLAGS)
 
+gpu-check: $(GPU_VENV)/.ara-setup ## check ARA on this machine's GPU, in under 8 minutes (its own environment; GPU_CHECK_FLAGS)
+	@$(GPU_VENV)/bin/python -m benchmarks.gpu_check --vllm-python $(GPU_VLLM_VENV)/bin/python $(GPU_CHECK_FLAGS)
+
+.venv-gpu/.ara-setup: pyproject.toml constraints.txt
+	@echo "Creating .venv-gpu (large downloads the first time)"
+	@$(call CREATE_VENV,.venv-gpu)
+	@set -e; pip=".venv-gpu/bin/python -m pip --disable-pip-version-check --quiet"; \
+	$$pip install -c constraints.txt torch; \
+	$$pip install -c constraints.txt --editable '.[dev]' 'onnxruntime-gpu[cuda,cudnn]'; \
+	$$pip install -c constraints.txt --no-deps onnxruntime-genai-cuda || \
+		echo "note: no onnxruntime-genai-cuda here; the check of it is not run"
+	@touch $@
+
 clean: ## remove .venv, caches and builds (workspaces stay)
 	@echo "Removing $(VENV), caches and builds"
-	@rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(LOWEST_VENV) $(VLLM_VENV) .venv-gpu build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find ara ara_cli export tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +

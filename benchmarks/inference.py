@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ara.evaluation.cost import Case
 from ara.evaluation.speed import Runner, TorchRunner, interleaved_seconds
+from ara.evaluation.timing import Spread, spread
 from ara.layout_names import LAYOUT_NAMES
 from ara.models.checkpoint import load
 from ara.stages.common import Run
@@ -31,27 +33,112 @@ from ara_cli.console import Column, Console
 from benchmarks.shapes import DEMO, SHAPES, compressed_folder, dense_folder
 from export.config import ExportConfig
 from export.onnx.bench_runner import OnnxRunner, count_checkpoint, parameters_of
-from export.onnx.export_report import read_report
+from export.onnx.export_report import Provider, read_report
 from export.onnx.stored_weights import Checkpoint
 from export.stage import export_folder
 
 
-def onnx_runner(folder: Path, precision: str, arguments: argparse.Namespace, run: Run) -> Runner:
-    """Export a checkpoint and return its runner."""
-    output: Path = arguments.workspace / "onnx" / f"{folder.name}-{precision}"
+@dataclass(frozen=True)
+class Row:
+    """One model in one case.
+
+    Attributes:
+        case: what was measured.
+        runtime, model: its names.
+        seconds: median per pass.
+        ratio: how many times as fast as the dense model of its runtime, over the rounds.
+        predicted: that ratio by multiplications (prefill) or bytes (decoding).
+    """
+
+    case: Case
+    runtime: str
+    model: str
+    seconds: float
+    ratio: Spread
+    predicted: float
+
+
+def onnx_runner(
+    folder: Path,
+    output: Path,
+    precision: str,
+    run: Run,
+    *,
+    provider: Provider = "cpu",
+    last_logits: bool = False,
+    threads: int | None = None,
+) -> Runner:
+    """Export a checkpoint, unless it is exported already, and return its runner.
+
+    Args:
+        folder: of the checkpoint.
+        output: folder of the export.
+        precision: of the export.
+        run: reporter.
+        provider: where it runs.
+        last_logits: compute only the logits of the last position.
+        threads: CPU threads; ONNX Runtime's choice by default.
+    """
     if not (output / "ara_export.json").exists():
-        config = ExportConfig(precision=precision, execution_provider="cpu", parity=False)
+        settings = {"precision": precision, "execution_provider": provider, "last_logits": last_logits}
+        config = ExportConfig.model_validate({**settings, "parity": False})
         export_folder(config, run, folder, output)
     checkpoint = Checkpoint(folder)
-    cost = count_checkpoint(checkpoint, read_report(output))
-    return OnnxRunner(output, parameters_of(checkpoint), cost, arguments.threads)
+    return OnnxRunner(output, parameters_of(checkpoint), count_checkpoint(checkpoint, read_report(output)), threads)
 
 
-def torch_runner(folder: Path, compiled: bool) -> Runner:
-    """Return the runner of a checkpoint in torch; like the graphs it computes the logits of all positions."""
-    model = load(folder, "cpu", "float32")
+def torch_runner(
+    folder: Path, device: str = "cpu", dtype: str = "float32", *, last_logits: bool = False, compiled: bool = False
+) -> Runner:
+    """Return the runner of a checkpoint in torch; by default it computes the logits of all positions, as graphs do."""
+    model = load(folder, device, dtype)
     call = torch.compile(model, dynamic=True) if compiled else None
-    return TorchRunner(model, last_logits=False, call=call)
+    return TorchRunner(model, last_logits=last_logits, call=call)
+
+
+def compared(case: Case, runners: Mapping[str, Runner], seconds: Mapping[str, Sequence[float]]) -> list[Row]:
+    """Compare each model with the dense one of its runtime.
+
+    Args:
+        case: that was measured.
+        runners: by ``RUNTIME, MODEL``; the dense model of a runtime comes first.
+        seconds: of every model in every round.
+    """
+    rows, base = [], next(iter(runners))
+    for name, runner in runners.items():
+        runtime, _, model = name.partition(", ")
+        if model == "dense":
+            base = name
+        ratios = [dense / own for dense, own in zip(seconds[base], seconds[name], strict=True)]
+        predicted = runner.cost.predicted_ratio(runners[base].cost, case)
+        rows.append(Row(case, runtime, model, statistics.median(seconds[name]), spread(ratios), predicted))
+    return rows
+
+
+def show(console: Console, rows: Sequence[Row]) -> None:
+    """Print the models of one case."""
+    case = rows[0].case
+    cells = [
+        (
+            row.runtime,
+            row.model,
+            f"{1000 * row.seconds:.2f}",
+            f"{row.ratio.median:.2f} ({row.ratio.low:.2f} – {row.ratio.high:.2f})",
+            f"{row.predicted:.2f}",
+            f"{row.ratio.median / row.predicted - 1:+.0%}",
+        )
+        for row in rows
+    ]
+    columns = [
+        Column("runtime", "left"),
+        Column("model", "left"),
+        Column("ms"),
+        Column("times as fast as dense"),
+        Column("predicted"),
+        Column("off"),
+    ]
+    what = f"decode at {case.past}" if case.past else f"prefill {case.new}"
+    console.table(f"{what}, batch {case.batch}", columns, cells)
 
 
 def main() -> None:
@@ -81,51 +168,20 @@ def main() -> None:
             folders[f"keep {keep:g}, {layout}"] = compressed_folder(
                 arguments.workspace, arguments.shapes, run, dense, keep, layout
             )
-    runners = {f"ONNX fp32, {name}": onnx_runner(path, "fp32", arguments, run) for name, path in folders.items()}
-    if arguments.int8:
-        runners |= {f"ONNX int8, {name}": onnx_runner(path, "int8", arguments, run) for name, path in folders.items()}
+    runners: dict[str, Runner] = {}
+    for precision in ["fp32", *(["int8"] if arguments.int8 else [])]:
+        for name, path in folders.items():
+            output = arguments.workspace / "onnx" / f"{path.name}-{precision}"
+            runners[f"ONNX {precision}, {name}"] = onnx_runner(path, output, precision, run, threads=arguments.threads)
     if arguments.torch:
-        runners |= {f"torch, {name}": torch_runner(path, False) for name, path in folders.items()}
+        runners |= {f"torch, {name}": torch_runner(path) for name, path in folders.items()}
     if arguments.compiled:
-        runners |= {f"torch.compile, {name}": torch_runner(path, True) for name, path in folders.items()}
+        runners |= {f"torch.compile, {name}": torch_runner(path, compiled=True) for name, path in folders.items()}
     batches = arguments.batch or [1, 4]
     cases = [Case(b, 0, n) for n in arguments.prefill or [128, 512, 2048] for b in batches if n]
     cases += [Case(b, n, 1) for n in arguments.decode or [512, 2048] for b in batches if n]
     for case in cases:
-        show(console, case, runners, interleaved_seconds(runners, case, arguments.rounds))
-
-
-def show(console: Console, case: Case, runners: dict[str, Runner], seconds: dict[str, list[float]]) -> None:
-    """Print one case: each model against the dense one of its runtime."""
-    rows = []
-    base = next(iter(runners))
-    for name, runner in runners.items():
-        runtime, _, model = name.partition(", ")
-        if model == "dense":
-            base = name
-        ratios = [d / c for d, c in zip(seconds[base], seconds[name], strict=True)]
-        low, _, high = np.percentile(ratios, [10, 50, 90])
-        predicted = runner.cost.predicted_ratio(runners[base].cost, case)
-        rows.append(
-            (
-                runtime,
-                model,
-                f"{1000 * statistics.median(seconds[name]):.1f}",
-                f"{statistics.median(ratios):.2f} ({low:.2f} – {high:.2f})",
-                f"{predicted:.2f}",
-                f"{statistics.median(ratios) / predicted - 1:+.0%}",
-            )
-        )
-    columns = [
-        Column("runtime", "left"),
-        Column("model", "left"),
-        Column("ms"),
-        Column("times as fast as dense"),
-        Column("predicted"),
-        Column("off"),
-    ]
-    what = f"decode at {case.past}" if case.past else f"prefill {case.new}"
-    console.table(f"{what}, batch {case.batch}", columns, rows)
+        show(console, compared(case, runners, interleaved_seconds(runners, case, arguments.rounds)))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class RowFile:
         """Add a finished row and write all rows; the file is replaced in one step."""
         if self._run is None:
             self._run = len(self.document["runs"])
-            facts = {"started": now(), "commit": _commit(), "machine": machine(), "versions": versions()}
+            facts = {"started": now(), "commit": commit(), "machine": machine(), "versions": versions()}
             self.document["runs"].append(facts)
         self.rows[key] = {**row, "run": self._run}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ class RowFile:
         os.replace(aside, self.path)
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the commit of the code, marked if there are changes; ``None`` outside a clone."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:

@@ -15,6 +15,7 @@ from ara.layouts import layout_named
 from ara.layouts.modeling_ara import replace_linear
 from ara.models.checkpoint import save_checkpoint
 from ara.models.low_rank import apply_factors
+from ara.models.placement import torch_dtype
 from ara.models.silence import silence_transformers
 from ara.models.weights import find_linears
 from ara.solver.problem import Budget, Module
@@ -36,32 +37,46 @@ _RANDOM = {
 SHAPES = (DEMO, *_RANDOM)
 
 
-def dense_folder(workspace: Path, shapes: str) -> Path:
-    """Return a folder with the dense model, float32; it is made if it does not exist.
+def dense_folder(workspace: Path, shapes: str, dtype: str = "float32") -> Path:
+    """Return a folder with the dense model; it is made if it does not exist.
 
     Args:
         workspace: where to work.
         shapes: one of :data:`SHAPES`.
+        dtype: of random weights; those of the demo are float32.
     """
     folder = workspace / "dense"
+    if shapes == DEMO:
+        return save_dense(folder, DEMO)
     if (folder / "config.json").exists():
         return folder
     with silence_transformers():
-        if shapes == DEMO:
-            from ara.models.sources import resolve
-
-            source = resolve("demo")
-            source.load_model(torch.float32).save_pretrained(folder)
-            source.load_tokenizer().save_pretrained(folder)
-            return folder
         from transformers import AutoModelForCausalLM, LlamaConfig
+
+        from ara.models.sources import resolve
 
         config = LlamaConfig(**_RANDOM[shapes], num_hidden_layers=2, vocab_size=1000, max_position_embeddings=4096)
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        from ara.models.sources import resolve
-
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.to(torch_dtype(dtype)).save_pretrained(folder)
         resolve("demo").load_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_dense(folder: Path, name: str) -> Path:
+    """Save a model in float32 with its tokenizer, if the folder does not exist, and return the folder.
+
+    Args:
+        folder: to write.
+        name: of the model, as ``ara decompose`` takes it.
+    """
+    from ara.models.sources import resolve
+
+    if not (folder / "config.json").exists():
+        source = resolve(name)
+        with silence_transformers():
+            source.load_model(torch.float32).save_pretrained(folder)
+            source.load_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -94,10 +109,11 @@ def compressed_folder(workspace: Path, shapes: str, run: Run, dense: Path, keep:
 
 
 def draw_layers(dense: Path, folder: Path, keep: float, layout: LayoutName) -> None:
-    """Write a random model's checkpoint with random low-rank layers; factoring it would take minutes."""
+    """Write a random model's checkpoint with random low-rank layers in its dtype; factoring it would take minutes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    with silence_transformers():
+        model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
     specs = [replace(spec, layout=layout) for spec in find_linears(model)]
     flat = [Module(spec, torch.ones(spec.full_rank, dtype=torch.float64)) for spec in specs]
     ranks = Uniform().allocate(flat, Budget.for_keep(specs, keep)).low_rank()
@@ -106,5 +122,5 @@ def draw_layers(dense: Path, folder: Path, keep: float, layout: LayoutName) -> N
         layer = layout_named(layout).module(spec.n, spec.m, ranks[spec.name], bias=False)
         for indices in layer.buffers(recurse=False):
             indices.copy_(torch.randperm(len(indices)))
-        replace_linear(model, spec.name, layer)
+        replace_linear(model, spec.name, layer.to(model.dtype))
     save_checkpoint(model, AutoTokenizer.from_pretrained(dense), folder, ranks=ranks, provenance={}, layout=layout)

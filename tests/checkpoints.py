@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,17 @@ class Made:
 
 
 def make_checkpoint(
-    root: Path, family: str, layout: Any, grid: Grid | None = None, embedding: Grid | None = None, **changes: Any
+    root: Path,
+    family: str,
+    layout: Any,
+    grid: Grid | Sequence[Grid | None] | None = None,
+    embedding: Grid | None = None,
+    **changes: Any,
 ) -> Made:
     """Save a checkpoint below ``root``: dense where ``layout`` is ``None``, else with low-rank layers.
 
     The matrices of these layers are rounded to ``grid``, if there is one, and embedding and head to ``embedding``.
+    Several grids take turns from layer to layer; ``None`` among them: not rounded.
     """
     values = {
         key: value
@@ -62,7 +70,8 @@ def make_checkpoint(
         return Made(folder, model)
     linears = find_linears(model)
     ranks = {} if layout is None else _factorise(model, linears, root / "factors.safetensors", layout)
-    grids = {} if grid is None else dict.fromkeys((spec.name for spec in linears), grid)
+    in_turn = cycle([grid] if grid is None or isinstance(grid, Grid) else grid)
+    grids = {spec.name: one for spec, one in zip(linears, in_turn, strict=False) if one is not None}
     if embedding is not None:
         grids |= find_embeddings(model).on(embedding)
     rounded = round_model(model, linears, grids, None, 1, _NoParts(), SILENT) if grids else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+import torch
 
 from ara.layouts.grid import Grid
 from ara.progress import SILENT
@@ -22,6 +23,8 @@ from tests.kernels import NoKernel, require_kernels
 LAYOUTS = [None, "factors", "pivoted"]
 # Both bits, with and without zero points, and the shortest and longest block of ``ara quantise``.
 GRIDS = [Grid(8, 16, False), Grid(8, 32, True), Grid(4, 32, True), Grid(4, 256, False)]
+# Of three neighbouring layers one has 8 bits, one is not rounded, and one has 4 bits.
+MIXED = (GRIDS[0], None, GRIDS[2])
 MERGED = {"merge_shared_inputs": True, "last_logits": True}
 
 
@@ -50,7 +53,7 @@ def test_every_node_has_a_kernel(family: str, layout: str | None, checkpoint: Ca
 @pytest.mark.parametrize(
     ("family", "layout", "grid"),
     [(family, layout, GRIDS[2]) for family in FAMILIES for layout in LAYOUTS]
-    + [("llama", "factors", grid) for grid in GRIDS if grid != GRIDS[2]],
+    + [("llama", layout, grid) for layout in LAYOUTS for grid in GRIDS if grid != GRIDS[2]],
     ids=str,
 )
 def test_every_node_of_few_bits_has_a_kernel(
@@ -68,6 +71,33 @@ def test_every_node_of_an_embedding_of_few_bits_has_a_kernel(grid: Grid, checkpo
     model = graph(checkpoint("llama", None, embedding=grid, tie_word_embeddings=True))
     require_kernels(model)
     assert any(node.op_type == "GatherBlockQuantized" for node in model.graph)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_node_of_a_mixture_has_a_kernel(layout: str | None, checkpoint: Callable[..., Any]) -> None:
+    """Matrices of 16, 8 and 4 bits and a rounded embedding in one graph, as ``ara allocate --size`` chooses them."""
+    made = checkpoint("llama", layout, grid=MIXED, embedding=GRIDS[1], tie_word_embeddings=True)
+    for options in ({}, MERGED):
+        model = graph(made, **options)
+        require_kernels(model)
+        products = [node for node in model.graph if node.op_type == "MatMulNBits"]
+        assert {node.attributes["bits"].value for node in products} == {4, 8}
+        assert any(node.op_type in ("MatMul", "FusedMatMul") for node in model.graph)
+        assert any(node.op_type == "GatherBlockQuantized" for node in model.graph)
+
+
+@pytest.mark.parametrize("grid", [None, GRIDS[2]], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_node_of_an_int8_graph_with_exact_products_has_a_kernel(
+    layout: str | None, grid: Grid | None, checkpoint: Callable[..., Any]
+) -> None:
+    """As :mod:`export.onnx.fallback` writes it: some matrices in 8 bits, others in 16 or as they are stored."""
+    made = checkpoint("llama", layout) if grid is None else checkpoint("llama", layout, grid=grid)
+    linears = [path for path, module in made.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    model = graph(made, precision="int8", exact=frozenset(linears[::2]))
+    require_kernels(model)
+    kinds = {node.op_type for node in model.graph}
+    assert "MatMulNBits" in kinds and (grid is not None or kinds & {"MatMul", "FusedMatMul"})
 
 
 @pytest.mark.parametrize(
