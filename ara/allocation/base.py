@@ -19,12 +19,14 @@ class Allocator:
         Options: the method's own options.
         needs_model: whether :meth:`allocate` needs a :class:`TuningContext`.
         layouts: the layouts that the method supports.
+        all_ranks: whether the method needs the factors of all ranks, also of those that no budget offers.
         objectives: what its budget may limit: parameters, or time (latency).
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     needs_model: ClassVar[bool] = False
     layouts: ClassVar[tuple[LayoutName, ...]] = LAYOUT_NAMES
+    all_ranks: ClassVar[bool] = False
     objectives: ClassVar[tuple[Objective, ...]] = ("parameters",)
 
     def __init__(self, options: MethodOptions | None = None) -> None:

@@ -36,6 +36,7 @@ class Trained(Allocator):
 
     needs_model = True
     layouts: ClassVar[tuple[LayoutName, ...]] = ("factors",)
+    all_ranks = True
     label: ClassVar[str]
 
     def allocate(self, modules: Sequence[Module], budget: Budget, context: TuningContext | None = None) -> Allocation:

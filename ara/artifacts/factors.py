@@ -1,4 +1,4 @@
-"""The kind ``factors``: full-rank factors of every factorised layer, one safetensors file per decoder block."""
+"""The kind ``factors``: factors of every factorised layer, of all or of the lower ranks, one file per decoder block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import ConfigDict, Field, Strict
 
-from ara.artifacts.base import LEFT_OUT, Count, Least1, Part, Results, Settings, StoredDtype
+from ara.artifacts.base import LEFT_OUT, Count, Least1, Part, Results, Settings, Share, StoredDtype
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.workspace.manifest import Manifest
 from ara.workspace.view import StageView
@@ -25,6 +25,7 @@ class FactorsSettings(Settings):
     Attributes:
         text: the calibration text with all shares, see :mod:`ara.data.mixtures`; ``None`` if the method needs none and
             none was given.
+        max_keep: ranks above this share of a layer's parameters were not stored; ``None`` if all were.
     """
 
     method: str
@@ -33,11 +34,12 @@ class FactorsSettings(Settings):
     seq_len: Annotated[int, Strict(), Field(ge=2, lt=2**63)]
     seed: Count
     dtype: StoredDtype
+    max_keep: Share | None = None
 
 
 @dataclass(frozen=True)
-class FactorisedLayer(Part):
-    """One factorised layer; see :class:`ara.models.weights.LinearSpec`."""
+class LayerShape(Part):
+    """Name, place and widths of a linear layer; see :class:`ara.models.weights.LinearSpec`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     name: str
@@ -45,6 +47,17 @@ class FactorisedLayer(Part):
     kind: str
     m: Least1
     n: Least1
+
+
+@dataclass(frozen=True)
+class FactorisedLayer(LayerShape):
+    """One factorised layer.
+
+    Attributes:
+        stored: largest rank whose factors are stored; ``None`` for all ranks.
+    """
+
+    stored: Least1 | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -130,14 +143,17 @@ def factor_files(decomposition: StageView, specs: Sequence[LinearSpec]) -> dict[
 
 
 def _layers_problem(manifest: Manifest, results: FactorsResults) -> str | None:
-    """Check that every layer has tensors A (r, n), B (m, r) and spectrum (r) in the file of its block."""
+    """Check that every layer has tensors A (k, n), B (m, k) and spectrum (r) in its block's file; k: stored rank."""
     seen: set[str] = set()
     for layer in results.modules:
         if layer.name in seen:
             return f"results: layer {layer.name!r} is listed twice"
         seen.add(layer.name)
         r = min(layer.m, layer.n)
-        shapes: dict[str, tuple[int, ...]] = {"A": (r, layer.n), "B": (layer.m, r), "spectrum": (r,)}
+        k = r if layer.stored is None else layer.stored
+        if k > r:
+            return f"results: layer {layer.name!r} stores ranks up to {k}, more than its full rank {r}"
+        shapes: dict[str, tuple[int, ...]] = {"A": (k, layer.n), "B": (layer.m, k), "spectrum": (r,)}
         for part, shape in shapes.items():
             record: Any = manifest.tensors.get(f"{layer.name}.{part}")
             if record is None or record.shape != shape or record.file != layer_file(layer.layer):

@@ -166,6 +166,8 @@ def _problems(ranks: dict[str, Any], specs: Sequence[LinearSpec]) -> list[str]:
             continue
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             problems.append(f'{name}: {_shown(rank)} is neither a whole number of at least 1 nor "dense"')
+        elif spec.lacks_ranks and rank > spec.stored_rank:
+            problems.append(f"{name}: rank {_shown(rank)} is above {spec.stored_rank}, the largest one that is stored")
         elif rank > spec.top_rank:
             less = f" or at most {spec.top_rank}" if spec.top_rank else ""
             problems.append(f'{name}: rank {_shown(rank)} costs as much as the dense weight; write "dense"{less}')

@@ -34,6 +34,13 @@ class DecomposeConfig(PlacementConfig):
         (),
         description="shell pattern of layers to leave dense and out of budgets, such as '*.down_proj'",
     )
+    max_keep: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="store no ranks that need more than this fraction of a layer's parameters in two factors; 1: the "
+        "factors take no more disk than the layers [default: all ranks]",
+    )
     moment_memory: Annotated[float | None, Flag(metavar="GIB")] = Field(
         None,
         ge=bounds.MIN_GIB,

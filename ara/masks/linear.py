@@ -8,6 +8,13 @@ y = Σ_j p_j b_j (a_jᵀ x), and
 so the gradient of every component, kept or not, costs two thin products and no product with the weight. The forward
 pass uses the hard mask 1[j ≤ k]: it computes only the k kept components, or W x if the layer is dense. The backward
 pass is straight-through to p (ARA, arXiv 2510.19389; Bengio et al., arXiv 1308.3432).
+
+If only the first s of the r components are stored, the effect of all others together is still known:
+
+    Σ_{j > s} h_tj q_tj = gᵀ W x − Σ_{j ≤ s} h_tj q_tj
+
+It counts as that of the last component, and those in between have none. So sums over all components from s on are
+right, and a rank between s and r has the loss of rank s.
 """
 
 from __future__ import annotations
@@ -21,20 +28,21 @@ from torch.nn import functional
 
 from ara.models.weights import bias_of
 
-# Called in the backward pass with h ⊙ q, (tokens, r): the first-order effect of each component at each token.
+# Called in the backward pass with h ⊙ q, (tokens, r): the first-order effect of each component at each token. The last
+# one has the effect of all components that are not stored.
 Observer = Callable[[torch.Tensor], None]
 
 
 class MaskedLinear(nn.Module):
-    """Replaces a linear module; holds its weight and the full factors.
+    """Replaces a linear module; holds its weight and the stored factors.
 
     Attributes:
         weight: W (m, n), the original's, not copied.
-        a: (r, n), may be a view of a memory-mapped file.
-        b: (m, r), likewise.
+        a: (s, n), may be a view of a memory-mapped file.
+        b: (m, s), likewise.
         rank: components that the forward pass computes, from the front; ``None`` for the dense weight.
         mask: p (r) float32. Its values are used if :attr:`soft`; otherwise it only receives the gradient.
-        soft: multiply the components by ``mask`` instead of cutting at ``rank``.
+        soft: multiply the components by ``mask`` instead of cutting at ``rank``; only if all components are stored.
         observer: see :data:`Observer`.
     """
 
@@ -47,6 +55,11 @@ class MaskedLinear(nn.Module):
         self.mask: torch.Tensor | None = None
         self.soft = False
         self.observer: Observer | None = None
+
+    @property
+    def full_rank(self) -> int:
+        """r = min(m, n)."""
+        return min(self.weight.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (..., n) to (..., m)."""
@@ -83,12 +96,12 @@ class _StraightThrough(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         g = grads[0].reshape(-1, grads[0].shape[-1]).to(x.dtype)
         q = g @ layer.b
-        grad_x = None
+        grad_x = through = None
         if ctx.needs_input_grad[0]:
             if ctx.soft:
                 grad_x = (q * mask.to(q.dtype)) @ layer.a
             elif ctx.rank is None:
-                grad_x = g @ layer.weight
+                grad_x = through = g @ layer.weight
             else:
                 grad_x = q[:, : ctx.rank] @ layer.a[: ctx.rank]
             grad_x = grad_x.view_as(x)
@@ -101,7 +114,25 @@ class _StraightThrough(torch.autograd.Function):
                 if h.shape[1] < q.shape[1]:
                     h = torch.cat([h, flat @ layer.a[h.shape[1] :].T], 1)
             effect = h * q
+            if effect.shape[1] < layer.full_rank:
+                through = g @ layer.weight if through is None else through
+                effect = _with_rest(effect, flat, through, layer.full_rank)
             if layer.observer is not None:
                 layer.observer(effect)
             grad_mask = effect.sum(0, dtype=torch.float32)
         return grad_x, grad_mask, None
+
+
+def _with_rest(effect: torch.Tensor, x: torch.Tensor, through: torch.Tensor, full: int) -> torch.Tensor:
+    """Return the effects (t, r) of all components, of which only the first s are stored.
+
+    Args:
+        effect: (t, s), of the stored ones.
+        x: inputs (t, n).
+        through: gᵀ W (t, n).
+        full: r.
+    """
+    # At least float32: the rest is a small difference.
+    wide = torch.promote_types(effect.dtype, torch.float32)
+    rest = (x.to(wide) * through.to(wide)).sum(1) - effect.sum(1, dtype=wide)
+    return torch.cat([effect, effect.new_zeros(len(effect), full - effect.shape[1] - 1), rest[:, None].to(effect)], 1)

@@ -59,7 +59,7 @@ class MaskedModel:
         Args:
             model: a causal language model in evaluation mode.
             specs: its factorised layers.
-            files: module path → safetensors file with ``<path>.A`` (r, n) and ``<path>.B`` (m, r).
+            files: module path → safetensors file with ``<path>.A`` (s, n) and ``<path>.B`` (m, s), s ≤ r.
         """
         self.model, self.specs = model.requires_grad_(False), list(specs)
         self.layers: dict[str, MaskedLinear] = {}
@@ -86,7 +86,7 @@ class MaskedModel:
             self.layers[name].rank, self.layers[name].soft = rank, False
 
     def use_soft(self, masks: Mapping[str, torch.Tensor]) -> None:
-        """Multiply the components of the named layers by masks (r), values from 0 to 1."""
+        """Multiply the components of the named layers, all stored, by masks (r), values from 0 to 1."""
         for name, mask in masks.items():
             self.layers[name].mask = mask.detach().to(self.device, torch.float32)
             self.layers[name].soft = True
@@ -210,7 +210,7 @@ class MaskedModel:
         """Within this context, backward passes compute mask gradients and call the ``observers``, by module path."""
         for name, layer in self.layers.items():
             if not layer.soft or layer.mask is None:
-                layer.mask = torch.ones(layer.a.shape[0], device=self.device)
+                layer.mask = torch.ones(layer.full_rank, device=self.device)
             layer.mask = layer.mask.requires_grad_(True)
             layer.mask.grad = None
             layer.observer = observers.get(name) if observers else None

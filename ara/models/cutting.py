@@ -66,7 +66,7 @@ def save_cut(
         tokenizer: saved in the same folder.
         folder: created if missing.
         ranks: module path → kept rank of the low-rank layers.
-        files: module path → file with its full factors.
+        files: module path → file with its factors.
         provenance: stored in ``config.json``.
         layout: of the low-rank layers.
         dense: write an ordinary dense checkpoint.

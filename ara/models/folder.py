@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,25 @@ def read_index(index: Path, hint: str) -> dict[str, Path]:
         hint: what to do if it cannot be read.
 
     Raises:
-        ModelError: it is not an index, names a file outside its folder or of another kind, or a file is missing.
+        ModelError: see :func:`index_names`; or a file is missing.
+    """
+    weights = index_names(index, hint)
+    names = sorted(set(weights.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ModelError(lacks_files(str(index.parent), missing, names), hint)
+    return {tensor: index.parent / file for tensor, file in weights.items()}
+
+
+def index_names(index: Path, hint: str) -> dict[str, str]:
+    """Return tensor name → name of the file that holds it, from ``model.safetensors.index.json``.
+
+    Args:
+        index: path of the index.
+        hint: what to do if it cannot be read.
+
+    Raises:
+        ModelError: it is not an index, or names a file outside its folder or of another kind.
     """
     weights = read_object(index, hint).get("weight_map")
     if not isinstance(weights, dict) or not weights:
@@ -63,13 +81,12 @@ def read_index(index: Path, hint: str) -> dict[str, Path]:
             raise ModelError(f"{index} names the file {file!r}, which is not in its folder", "do not use it")
         if not file.endswith(".safetensors"):
             raise ModelError(f"{index} names the file {file!r}, which is not a safetensors file", "do not use it")
-    names = sorted(set(weights.values()))
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise ModelError(
-            f"{index.parent} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:3])}", hint
-        )
-    return {tensor: index.parent / file for tensor, file in weights.items()}
+    return weights
+
+
+def lacks_files(place: str, missing: Sequence[str], names: Sequence[str]) -> str:
+    """Return the words for a folder or repository that lacks some of its weight files."""
+    return f"{place} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:3])}"
 
 
 def read_shapes(files: Iterable[Path], hint: str) -> dict[str, tuple[int, ...]]:

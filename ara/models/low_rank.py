@@ -36,8 +36,8 @@ def apply_factors(
     Args:
         model: dense; its biases are kept.
         ranks: module path → kept rank k.
-        files: module path → safetensors file with its full factors ``<path>.A`` (r, n) and ``<path>.B`` (m, r); only
-            the first k components are read.
+        files: module path → safetensors file with its factors ``<path>.A`` and ``<path>.B``; only the first k
+            components are read.
         layout: how the new layers are stored.
         report: progress, for a layout whose layers take time to build.
 
@@ -80,7 +80,7 @@ def build_layer(
     """Return one low-rank layer.
 
     Args:
-        file: opened, with the full factors; only the first components are read.
+        file: opened, with the factors; only the first components are read.
         name: module path, with which the names of the factors begin.
         rank: k.
         form: how the layer is stored.
@@ -90,9 +90,12 @@ def build_layer(
         dtype: of the layer.
 
     Raises:
+        ValueError: the factors have fewer components.
         NumericalError: factors become infinite in ``dtype``.
     """
     a, b = file.get_slice(f"{name}.A")[:rank], file.get_slice(f"{name}.B")[:, :rank]
+    if len(a) < rank:
+        raise ValueError(f"rank {rank} of {name} is above {len(a)}, the largest one that is stored")
     layer = form.build(a, b, bias, transposed, device=device, dtype=dtype)
     if not all(bool(parameter.isfinite().all()) for parameter in layer.parameters()):
         raise NumericalError(

@@ -26,6 +26,7 @@ from ara.models.completeness import (
     weight_files,
 )
 from ara.models.config_check import check_raw_config, check_sizes
+from ara.models.download import Download, missing_weights
 from ara.models.folder import find_gguf, find_weights, read_folder_config, read_shapes
 from ara.models.gguf import GgufFile
 from ara.models.hub import hub_errors, read_hub_config, unknown_model
@@ -100,8 +101,8 @@ class ModelSource:
         """Return where weights that are too large for the memory can stay in their files, or ``origin``."""
         from ara.models import offload
 
-        files = weight_files(origin, self.identity.revision)
-        # A hub model that was never loaded is not there yet.
+        # A hub model that was never loaded, or not completely, is not there yet.
+        files = weight_files(origin, self.identity.revision) if self.to_download() is None else []
         model = None if files else self.stored_model(dtype)
         stored = stored_tensors(files or weight_files(origin, self.identity.revision))
         size = offload.weights_in_memory(stored, dtype)
@@ -120,6 +121,18 @@ class ModelSource:
             return origin
         return str(offload.converted_folder(model, self.identity.fingerprint[:16], dtype, size, self._report))
 
+    def to_download(self) -> Download | None:
+        """Return the weights that loading the model will download; ``None`` if there are none.
+
+        Raises:
+            ModelError: see :func:`ara.models.download.missing_weights`.
+        """
+        if self.identity.kind != "hub":
+            return None
+        assert self.identity.revision is not None
+        with silence_transformers():
+            return missing_weights(self.identity.location, self.identity.revision)
+
     def _read(
         self, origin: str, dtype: torch.dtype, device: str | None = None
     ) -> tuple[PreTrainedModel, list[Path], dict[str, StoredTensor]]:
@@ -129,6 +142,8 @@ class ModelSource:
         """
         from transformers import AutoModelForCausalLM
 
+        if (download := self.to_download()) is not None:
+            self._report.fact(f"downloading {len(download.files)} files, {download.bytes / 2**20:,.0f} MiB")
         with self._loading("weights"):
             model, loading = AutoModelForCausalLM.from_pretrained(
                 origin,

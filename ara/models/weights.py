@@ -122,6 +122,7 @@ class LinearSpec:
         n: in features.
         layout: how it is stored at a lower rank; determines what a rank costs.
         bits: per weight in the model.
+        stored: largest rank whose factors are stored; ``None`` for all ranks.
     """
 
     name: str
@@ -131,6 +132,7 @@ class LinearSpec:
     n: int
     layout: LayoutName = DEFAULT_LAYOUT
     bits: int = 16
+    stored: int | None = None
 
     @property
     def weight(self) -> WeightRef:
@@ -141,6 +143,11 @@ class LinearSpec:
     def full_rank(self) -> int:
         """r = min(m, n)."""
         return min(self.m, self.n)
+
+    @property
+    def stored_rank(self) -> int:
+        """The largest rank whose factors are stored."""
+        return self.full_rank if self.stored is None else self.stored
 
     @property
     def dense_cost(self) -> int:
@@ -168,8 +175,13 @@ class LinearSpec:
 
     @property
     def top_rank(self) -> int:
-        """The largest rank that costs less than the dense weight; 0 if there is none."""
-        return layout_named(self.layout).top_rank(self.m, self.n)
+        """The largest rank that costs less than the dense weight and whose factors are stored; 0 if there is none."""
+        return min(layout_named(self.layout).top_rank(self.m, self.n), self.stored_rank)
+
+    @property
+    def lacks_ranks(self) -> bool:
+        """Whether a rank costs less than the dense weight and has no stored factors."""
+        return layout_named(self.layout).top_rank(self.m, self.n) > self.stored_rank
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -115,7 +115,7 @@ class Recovery:
             two balanced factors each (:mod:`ara.recovery.trainable`), whatever the checkpoint's layout. Rounded
             matrices have trainable scales instead (:mod:`ara.recovery.rounded`).
         specs: the factorised layers, low-rank or dense, in the order of the model.
-        factors: module path → safetensors file with the full factors ``<path>.A`` (r, n) and ``<path>.B`` (m, r).
+        factors: module path → safetensors file with ``<path>.A`` (s, n) and ``<path>.B`` (m, s); s = r for all ranks.
         train: text that the level learns from.
         held_out: text that the level chooses by; shares no window with ``train``.
         unseen: text that no level reads; the stage judges by it.
@@ -198,10 +198,12 @@ class Level(ABC):
     Class attributes:
         settings: fields of :class:`~ara.config.RecoverConfig` that no other level reads.
         not_rounded: why the level cannot repair a rounded checkpoint, in words; ``None`` if it can.
+        all_ranks: whether the level needs the factors of all ranks.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset()
     not_rounded: ClassVar[str | None] = None
+    all_ranks: ClassVar[bool] = False
 
     def check(self, config: RecoverConfig) -> None:  # noqa: B027 - most levels have nothing to refuse
         """Refuse settings that the level cannot fulfil, before anything is loaded.

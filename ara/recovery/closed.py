@@ -52,6 +52,7 @@ class Closed(Level):
 
     settings = frozenset({"closed_share"})
     not_rounded = "its corrections change all numbers of a matrix, so it belongs before the rounding"
+    all_ranks = True
 
     def repair(self, recovery: Recovery) -> LevelOutcome:
         """Correct all layers, block by block."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ara.artifacts.base import Number
 from ara.artifacts.checkpoint import RecoveryFigures, RoundingFigures
-from ara.artifacts.factors import FactorisedLayer
+from ara.artifacts.factors import LayerShape
 from ara.layout_names import LayoutName
 from ara.reporting.part import Part
 
@@ -101,7 +101,7 @@ class Stored(Part):
 
 
 @dataclass(frozen=True)
-class Layer(FactorisedLayer):
+class Layer(LayerShape):
     """One factorised layer.
 
     Attributes:

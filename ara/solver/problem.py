@@ -1,9 +1,9 @@
 """The solver's types: the choices of a layer, the budget over all layers, and the allocation of one choice each.
 
-A layer's choices are the ranks 1·s, 2·s, … (s the rank multiple) that cost less than the dense weight, and dense. A
-rank that costs as much as the dense weight W is not offered, because W itself is the better layer (ARA, arXiv
-2510.19389, Eq. 8). The parameters of a rank depend on the layout, see :meth:`ara.models.weights.LinearSpec.cost`. Its
-time depends on the machine, see :mod:`ara.solver.times`.
+A layer's choices are the ranks 1·s, 2·s, … (s the rank multiple) that cost less than the dense weight and whose factors
+are stored, and dense. A rank that costs as much as the dense weight W is not offered, because W itself is the better
+layer (ARA, arXiv 2510.19389, Eq. 8). The parameters of a rank depend on the layout, see
+:meth:`ara.models.weights.LinearSpec.cost`. Its time depends on the machine, see :mod:`ara.solver.times`.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class Budget:
 
         At one bit width, costs increase strictly with the rank.
         """
-        key = (spec.m, spec.n, spec.layout, spec.bits, spec.name in self.dense)
+        key = (spec.m, spec.n, spec.layout, spec.bits, spec.stored, spec.name in self.dense)
         if key not in self._offered:
             self._offered[key] = self._list(spec)
         return self._offered[key]

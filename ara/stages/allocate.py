@@ -37,6 +37,7 @@ from ara.stages.latency import (
     timed_in,
 )
 from ara.stages.modules import load_modules
+from ara.stages.stored_ranks import check_keep, need_all_ranks
 from ara.stages.trainings import find_training, require_training, with_text_of, with_training
 from ara.stages.tuning import open_tuning_context, placed
 from ara.workspace.manifest import file_sha256
@@ -128,6 +129,7 @@ def _settled(
     trained = None
     if config.asked_sizes:
         refuse_with_size(config, masks)
+        need_all_ranks(decomposition, config.asked_sizes[0], "give --keep instead")
         config = config.model_copy(update={"keep": None, "method": JOINT})
         run.report.step(f"Allocating ranks and bits for {config.asked_sizes[0]}")
     elif config.keep is None:
@@ -137,6 +139,10 @@ def _settled(
         config = with_text_of(config, trained, run.report)
         refuse_layout(config.method, config.layout)
         refuse_objective(config.method, config.objective)
+        refuse_method(config.method, decomposition)
+        if config.objective != LATENCY:
+            assert config.keep is not None
+            check_keep(decomposition, specs_of(decomposition, config.layout), config.keep, run.report)
         of = " of the time" if config.objective == LATENCY else ""
         run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}{of}")
     return (placed(config, run) if _needs_model(config) or _timed_in_torch(config) else config), trained
@@ -185,6 +191,16 @@ def refuse_layout(method: str, layout: LayoutName) -> None:
         raise UsageError(
             f"--method {method} does not support --layout {layout}", f"use --layout {known[0]}, or another method"
         )
+
+
+def refuse_method(method: str, decomposition: StageView) -> None:
+    """Check that a decomposition stores what an allocator needs.
+
+    Raises:
+        UsageError: the method needs all ranks, and it does not store them.
+    """
+    if ALLOCATORS.load(method).all_ranks:
+        need_all_ranks(decomposition, f"--method {method}", "use another method")
 
 
 def _needs_model(config: AllocateConfig) -> bool:

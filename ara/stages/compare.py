@@ -11,7 +11,7 @@ from typing import Any
 from ara.allocation import ALLOCATORS
 from ara.allocation.base import Allocator
 from ara.artifacts.comparison import PICTURE_FILE, ComparedMethod, ComparedText, ComparisonResults
-from ara.artifacts.factors import FactorsResults
+from ara.artifacts.factors import FactorsResults, specs_of
 from ara.artifacts.ranks_file import from_table, ranks_table
 from ara.artifacts.training import training_cost
 from ara.config import CompareConfig, method_options
@@ -27,11 +27,12 @@ from ara.masks.rank_losses import nearest
 from ara.models.vocabulary import token_rows
 from ara.reporting.figures import rank_heat_maps
 from ara.solver.problem import DENSE, Allocation, Module
-from ara.stages.allocate import budget_of, refuse_layout, summary
+from ara.stages.allocate import budget_of, refuse_layout, refuse_method, summary
 from ara.stages.common import Run, begin, default_name, model_of, open_task
 from ara.stages.compare_sizes import compare_sizes, refuse_with_sizes
 from ara.stages.evaluate import window_length
 from ara.stages.modules import load_modules
+from ara.stages.stored_ranks import check_keep, lacks_ranks
 from ara.stages.trainings import find_training, with_text_of, with_training
 from ara.stages.tuning import open_tuning_context, placed
 from ara.workspace.view import StageView
@@ -73,6 +74,7 @@ def compare(
     with open_task("compare", run, started) as work:
         workspace = work.workspace
         decomposition = workspace.require("factors", factors)
+        methods = _possible(methods, config, decomposition, run)
         run.report.step(f"Comparing {len(methods)} allocators at keep {config.keep:g}")
         trained = find_training(workspace, decomposition, config.layout, config.keep, run.report, masks)
         resolved = placed(with_text_of(config, trained, run.report), run)
@@ -111,6 +113,21 @@ def compare(
             parameters = FactorsResults.read(decomposition).model_parameters
             _conclude(resolved, modules, parameters, rows, stage, trained)
         return work.view()
+
+
+def _possible(methods: tuple[str, ...], config: CompareConfig, decomposition: StageView, run: Run) -> tuple[str, ...]:
+    """Return the methods that can work with the stored ranks.
+
+    Raises:
+        UsageError: one that was asked for cannot, or the budget needs ranks that are not stored.
+    """
+    check_keep(decomposition, specs_of(decomposition, config.layout), config.keep, run.report)
+    for method in config.methods:
+        refuse_method(method, decomposition)
+    left = [method for method in methods if ALLOCATORS.load(method).all_ranks] if lacks_ranks(decomposition) else []
+    if left:
+        run.report.fact(f"{', '.join(left)} are left out: they need the factors of all ranks")
+    return tuple(method for method in methods if method not in left)
 
 
 def gap_closed(loss: float, uniform: float, dense: float) -> float | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,11 +16,14 @@ from ara.config import DecomposeConfig, method_options
 from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition
 from ara.errors import DiskFullError, UnsupportedModelError
+from ara.models.accounting import parameter_count
+from ara.models.disk import disk_use, factor_bytes, rank_to_store
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec, find_linears, left_dense
 from ara.stages.common import Run, begin, check_window, open_task, text_parts, warn_without_chat
+from ara.stages.disk_room import Need, check_room, mebibytes
 from ara.stages.factoring import factor_layers, refuse_nonfinite_weights, unfinished
 from ara.stages.moments import moment_bytes, moments_to_keep
 from ara.workspace.store import Workspace
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 
     from ara.data.mixtures import CalibrationText
     from ara.data.tokens import TokenWindows
+    from ara.models.download import Download
 
 # With fewer calibration tokens per input dimension the second moments are noisy. Papers use 256 x 2048 tokens for
 # widths of 4096 to 11008.
@@ -66,23 +71,73 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
     with open_task("decompose", run, started, create=True) as task:
         task.workspace.bind(source.identity.as_dict())
         resolved = config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
-        settings = {**resolved.model_dump(mode="json"), "text_sha256": text.digest if text else None}
+        settings = {**_recorded(resolved), "text_sha256": text.digest if text else None}
         task.describe(name or config.method, settings, (), source.identity.as_dict())
         if (done := task.done()) is not None:
             return done
+        if (download := source.to_download()) is not None:
+            resumes = task.unfinished()
+            _check_download(download, source, config, torch_dtype(placement.dtype), task.workspace, resumes, run)
         windows = _windows(config, source, tokenizer, text, task.workspace, run)
         run.report.fact("loading the model")
         model = source.load_model(torch_dtype(placement.dtype), placement.device)
-        linears = _factorisable(model, find_linears(model, config.exclude), windows, run)
+        linears = _factorisable(model, _linears(model, config), windows, run)
         if windows is not None:
             _warn_if_few(windows, linears, run)
         owners = {} if windows is None else shared_inputs(model, linears, windows.ids[:1].to(model.device))
         with task.writer(seed=config.seed, resumable=True) as stage:
-            moments = _preflight(model, linears, owners, config.keep_moments, stage, run)
+            moments = _preflight(model, linears, owners, config, stage, run)
             _overview(model, linears, windows, text, moments).write(stage)
             spill = task.workspace.cache / "outputs"
             factor_layers(model, linears, method, windows, owners, moments, config, stage, run, spill)
         return task.view()
+
+
+def _recorded(config: DecomposeConfig) -> dict[str, Any]:
+    """Return the settings for the manifest; results of earlier versions have no ``max_keep``."""
+    return config.model_dump(mode="json", exclude={"max_keep"} if config.max_keep is None else None)
+
+
+def _linears(model: PreTrainedModel, config: DecomposeConfig) -> list[LinearSpec]:
+    """Return the linear layers of the decoder blocks, with the ranks to store."""
+    return [
+        replace(spec, stored=rank_to_store(spec.m, spec.n, config.max_keep))
+        for spec in find_linears(model, config.exclude)
+    ]
+
+
+def _check_download(
+    download: Download,
+    source: ModelSource,
+    config: DecomposeConfig,
+    dtype: torch.dtype,
+    workspace: Workspace,
+    resumes: bool,
+    run: Run,
+) -> None:
+    """Check that the disk has room for the weights and the factors, before the weights are downloaded.
+
+    An interrupted run has stored some of the factors: then only the weights are checked here.
+
+    Raises:
+        DiskFullError: it has not.
+    """
+    model = source.empty_model()
+    linears = _linears(model, config)
+    use = disk_use(linears, parameter_count(model), dtype.itemsize)
+    needs = [Need("model", download.bytes, download.folder)]
+    needs += [] if resumes else [Need("factors", use.factors, workspace.root)]
+    needs.append(Need("a later checkpoint at most", use.checkpoint, workspace.root, later=True))
+    check_room(needs, _less_room(linears, dtype.itemsize, config), run.report)
+
+
+def _less_room(linears: Sequence[LinearSpec], itemsize: int, config: DecomposeConfig) -> str:
+    """Return what to do if the disk is too small."""
+    hint = "free some space or choose another workspace with -w"
+    if config.max_keep is not None:
+        return hint
+    fewer = [replace(spec, stored=rank_to_store(spec.m, spec.n, 1)) for spec in linears]
+    return f"{hint}; with --max-keep 1 the factors take {mebibytes(factor_bytes(fewer, itemsize))}"
 
 
 def _text(config: DecomposeConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> CalibrationText:
@@ -157,7 +212,7 @@ def _preflight(
     model: PreTrainedModel,
     linears: Sequence[LinearSpec],
     owners: Mapping[str, str],
-    keep_moments: Literal["auto", "yes", "no"],
+    config: DecomposeConfig,
     stage: StageWriter,
     run: Run,
 ) -> dict[str, str] | None:
@@ -166,19 +221,22 @@ def _preflight(
     Returns:
         :attr:`FactorsResults.moments`.
     """
-    todo = unfinished(linears, stage)
-    needed = sum(spec.full_rank * (spec.m + spec.n) for spec in todo) * model.dtype.itemsize
-    free = shutil.disk_usage(stage.folder).free
-    run.report.fact(f"{len(todo)} linear layers; their factors take {needed / 2**20:,.0f} MiB")
-    leaders = moments_to_keep(linears, owners, keep_moments, free - needed, stage, run)
+    todo, itemsize = unfinished(linears, stage), model.dtype.itemsize
+    use, free = disk_use(todo, parameter_count(model), itemsize), shutil.disk_usage(stage.folder).free
+    needed = use.factors
+    run.report.fact(
+        f"{len(todo)} linear layers; their factors take {mebibytes(needed)}, the model {mebibytes(use.model)}, a later "
+        f"checkpoint at most {mebibytes(use.checkpoint)}"
+    )
+    leaders = moments_to_keep(linears, owners, config.keep_moments, free - needed, stage, run)
     what = "the factors"
     if leaders is not None:
         what += " and second moments"
         needed += moment_bytes(todo, leaders)
     if free < needed:
         raise DiskFullError(
-            f"{what} need {needed / 2**20:,.0f} MiB, {stage.folder.parent} has {free / 2**20:,.0f} MiB free",
-            "free some space or choose another workspace with -w",
+            f"{what} need {mebibytes(needed)}, {stage.folder.parent} has {mebibytes(free)} free",
+            _less_room(todo, itemsize, config),
         )
     refuse_nonfinite_weights(model, linears)
     return leaders
@@ -191,10 +249,10 @@ def _overview(
     text: CalibrationText | None,
     moments: Mapping[str, str] | None,
 ) -> FactorsResults:
-    from ara.models.accounting import parameter_count
-
     return FactorsResults(
-        modules=tuple(FactorisedLayer(spec.name, spec.layer, spec.kind, spec.m, spec.n) for spec in linears),
+        modules=tuple(
+            FactorisedLayer(spec.name, spec.layer, spec.kind, spec.m, spec.n, spec.stored) for spec in linears
+        ),
         model_parameters=parameter_count(model),
         linear_parameters=sum(spec.dense_cost for spec in linears),
         text=text.origin if text is not None else None,

@@ -128,7 +128,10 @@ def _factor(
     spec: LinearSpec,
     statistics: tuple[InputStats | None, GradientStats | None],
 ) -> dict[str, torch.Tensor]:
-    """Factor one layer; return A (r, n) and B (m, r) in the model's dtype, and the spectrum (r) in float64."""
+    """Factor one layer; return A (k, n) and B (m, k) in the model's dtype, and the spectrum (r) in float64.
+
+    k is the largest rank to be stored.
+    """
     weight = spec.weight.read(model)
     if weight.device.type == "mps":
         # Apple GPUs have no float64.
@@ -136,8 +139,8 @@ def _factor(
     with _naming(spec):
         factors = method.decompose(weight, *statistics)
     stored = {
-        f"{spec.name}.A": factors.a.to(weight.dtype).cpu(),
-        f"{spec.name}.B": factors.b.to(weight.dtype).cpu(),
+        f"{spec.name}.A": factors.a[: spec.stored_rank].to(weight.dtype).cpu(),
+        f"{spec.name}.B": factors.b[:, : spec.stored_rank].to(weight.dtype).cpu(),
         f"{spec.name}.spectrum": factors.spectrum.cpu(),
     }
     for key, tensor in stored.items():

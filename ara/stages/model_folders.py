@@ -45,7 +45,7 @@ def written(
         dtype: of its weights.
         folder: to be created.
         ranks: module path → kept rank of its low-rank layers.
-        files: module path → file with its full factors.
+        files: module path → file with its factors.
         layout: of these layers.
         report: progress.
     """

@@ -22,6 +22,7 @@ from ara.stages.common import Run, already_done, begin, model_of, open_task
 from ara.stages.compressed import Compressed, require_compressed
 from ara.stages.recovery_levels import LevelRuns, open_recovery
 from ara.stages.recovery_text import RecoveryTexts, recovery_texts
+from ara.stages.stored_ranks import lacks_ranks, need_all_ranks
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
 
@@ -63,6 +64,7 @@ def recover(
         before = require_compressed(task.workspace, checkpoint, ("recover",), "recover")
         if before.rounding is not None:
             levels = _levels_after_rounding(levels, before.view, before.rounding, config, run)
+        levels = _levels_with_ranks(levels, before.factors, config, run)
         run.report.step(f"Recovering {before.view.key}: {', '.join(levels)}")
         placement = training_placement(config)
         run.report.fact(placement.why)
@@ -122,6 +124,26 @@ def _levels_after_rounding(
             )
         else:
             run.report.fact(f"{name} is left out: {level.not_rounded}")
+    return found
+
+
+def _levels_with_ranks(
+    levels: Mapping[str, Level], decomposition: StageView, config: RecoverConfig, run: Run
+) -> dict[str, Level]:
+    """Return the levels that can work with the stored ranks, and report those that cannot.
+
+    Raises:
+        UsageError: the wanted one cannot.
+    """
+    found = {}
+    for name, level in levels.items():
+        if not level.all_ranks or not lacks_ranks(decomposition):
+            found[name] = level
+        elif name == config.level:
+            able = [f"--level {entry.name}" for entry in LEVELS if not entry.load().all_ranks]
+            need_all_ranks(decomposition, f"the level {name}", f"use {' or '.join(able)}")
+        else:
+            run.report.fact(f"{name} is left out: it needs the factors of all ranks")
     return found
 
 

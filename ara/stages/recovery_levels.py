@@ -50,7 +50,7 @@ def open_recovery(
         model: the compressed one, with ordinary matrices in place of the rounded ones.
         rounded: path → module of few bits; none if the model is not rounded.
         specs: the factorised layers, in the layout of the model.
-        factors: module path → file with its full factors.
+        factors: module path → file with its factors.
         texts: windows of the levels.
         config: with resolved device and dtype.
         dtype: name of the dtype in which the repaired model will be stored.

@@ -1,9 +1,11 @@
 """A model that can be cut anywhere: against checkpoints with low-rank layers, and the table against direct removal."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ara.artifacts.factors import layer_file
 from ara.errors import NumericalError
@@ -12,7 +14,7 @@ from ara.masks.sensitivity_table import sensitivity_tables
 from ara.models.low_rank import apply_factors
 from ara.models.weights import find_linears
 from tests.tiny import tiny_model
-from tests.toy import toy_problem
+from tests.toy import ToyModel, toy_problem
 
 SHAPES = [(20, 14), (9, 20), (16, 16), (20, 14)]
 
@@ -28,8 +30,6 @@ def _ranks(specs):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_a_cut_is_what_a_checkpoint_computes(family, tmp_path):
-    from safetensors.torch import save_file
-
     from ara.decomposition.subspace import weighted_factors
 
     model = tiny_model(family)
@@ -194,3 +194,44 @@ def test_the_factors_are_views_of_the_mapped_file(tmp_path):
     ranges = [line.split() for line in maps.splitlines() if str(tmp_path) in line]
     spans = [tuple(int(end, 16) for end in fields[0].split("-")) for fields in ranges]
     assert any(start <= pointer < stop for start, stop in spans)
+
+
+@pytest.fixture
+def lower(tmp_path, toy):
+    """Return the toy again, of whose factors only the lower half of the ranks is stored."""
+    specs = [replace(module.spec, stored=module.spec.full_rank // 2) for module in toy[0]]
+    files = {spec.name: tmp_path / f"lower-{layer_file(spec.layer)}" for spec in specs}
+    for path in set(files.values()):
+        full, tensors = load_file(tmp_path / path.name.removeprefix("lower-")), {}
+        for spec in (spec for spec in specs if files[spec.name] == path):
+            tensors[f"{spec.name}.A"] = full[f"{spec.name}.A"][: spec.stored].contiguous()
+            tensors[f"{spec.name}.B"] = full[f"{spec.name}.B"][:, : spec.stored].contiguous()
+        save_file(tensors, path)
+    return MaskedModel(ToyModel(SHAPES, seed=0).eval(), specs, files)
+
+
+def test_without_the_upper_ranks_the_table_is_the_same_and_ends_at_the_stored_ones(toy, lower):
+    full = sensitivity_tables(toy[1].model, toy[1].train)
+    found = sensitivity_tables(lower, toy[1].train)
+    for spec in lower.specs:
+        table, expected = found[spec.name], full[spec.name]
+        assert table.shape == expected.shape and float(expected[spec.stored]) > 0
+        torch.testing.assert_close(table[: spec.stored + 1], expected[: spec.stored + 1], rtol=1e-3, atol=1e-9)
+        # A rank that is not stored counts as the largest one that is; dense loses nothing.
+        torch.testing.assert_close(table[spec.stored : -1], table[spec.stored].expand(spec.full_rank - spec.stored))
+        assert table[-1] == 0
+
+
+@pytest.mark.parametrize("cut", ["dense", "some"])
+def test_without_the_upper_ranks_sums_of_gradients_are_the_same(toy, lower, cut):
+    ranks = {spec.name: None if cut == "dense" or i % 2 else spec.stored - 1 for i, spec in enumerate(lower.specs)}
+    for model in (toy[1].model, lower):
+        model.use(ranks)
+    full = toy[1].model.gradients(toy[1].train, "ce")
+    found = lower.gradients(toy[1].train, "ce")
+    assert found.loss == pytest.approx(full.loss, abs=1e-6)
+    for spec in lower.specs:
+        one, other = found.masks[spec.name], full.masks[spec.name]
+        torch.testing.assert_close(one[: spec.stored], other[: spec.stored], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(one.sum(), other.sum(), rtol=1e-3, atol=2e-6)
+        assert bool((one[spec.stored : -1] == 0).all()) and bool(other[spec.stored : -1].any())

@@ -91,6 +91,11 @@ def test_a_checkpoint_in_several_files(sources: Any, tmp_path: Path) -> None:
     assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
     indexes = [json.loads((folder / "model.safetensors.index.json").read_text()) for folder in (cut, whole)]
     assert indexes[0]["metadata"] == indexes[1]["metadata"]
+    # Names and index as Hugging Face writes them.
+    count = len(list(cut.glob("*.safetensors")))
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    assert sorted(path.name for path in cut.glob("*.safetensors")) == names
+    assert indexes[0]["weight_map"] == {key: name for name in names for key in load_file(cut / name)}
     check_loads(cut)
 
 
