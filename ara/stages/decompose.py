@@ -15,11 +15,14 @@ from ara.config import DecomposeConfig, method_options
 from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition
 from ara.errors import DiskFullError, UnsupportedModelError
+from ara.models.context import check_window
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec, find_linears, left_dense
-from ara.stages.common import Run, begin, check_window, open_task, text_parts, warn_without_chat
+from ara.planning.before import say_sizes
+from ara.planning.sizes import factor_bytes
+from ara.stages.common import Run, begin, open_task, text_parts, warn_without_chat
 from ara.stages.factoring import factor_layers, refuse_nonfinite_weights, unfinished
 from ara.stages.moments import moment_bytes, moments_to_keep
 from ara.workspace.store import Workspace
@@ -71,8 +74,10 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         if (done := task.done()) is not None:
             return done
         windows = _windows(config, source, tokenizer, text, task.workspace, run)
+        dtype = torch_dtype(placement.dtype)
+        say_sizes(source, dtype, placement.device, config.exclude, task.workspace.root, run.report)
         run.report.fact("loading the model")
-        model = source.load_model(torch_dtype(placement.dtype), placement.device)
+        model = source.load_model(dtype, placement.device)
         linears = _factorisable(model, find_linears(model, config.exclude), windows, run)
         if windows is not None:
             _warn_if_few(windows, linears, run)
@@ -167,7 +172,7 @@ def _preflight(
         :attr:`FactorsResults.moments`.
     """
     todo = unfinished(linears, stage)
-    needed = sum(spec.full_rank * (spec.m + spec.n) for spec in todo) * model.dtype.itemsize
+    needed = factor_bytes(todo)
     free = shutil.disk_usage(stage.folder).free
     run.report.fact(f"{len(todo)} linear layers; their factors take {needed / 2**20:,.0f} MiB")
     leaders = moments_to_keep(linears, owners, keep_moments, free - needed, stage, run)
