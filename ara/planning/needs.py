@@ -48,7 +48,7 @@ class Need:
     disk: int
     weights: int = 0
     pages: int = 0
-    held: int = LIBRARIES
+    held: int = 0
     scratch: int = 0
     optional: bool = False
 
@@ -63,6 +63,7 @@ class Settings:
         eval_tokens: tokens of the text that ``ara eval`` reads.
         eval_seq_len: its window.
         ranks: layer → rank of the low-rank layers; none for the dense model.
+        on_gpu: whether the model is in the memory of a GPU, where the libraries are not.
     """
 
     decompose: DecomposeConfig
@@ -75,6 +76,16 @@ class Settings:
     eval_tokens: int
     eval_seq_len: int
     ranks: Mapping[str, int]
+    on_gpu: bool = False
+
+    @property
+    def libraries(self) -> int:
+        """Memory of Python and its libraries beside the tensors."""
+        return 0 if self.on_gpu else LIBRARIES
+
+    def workers(self, layers: Sequence[LinearSpec], free: int) -> int:
+        """Return how many of the layers are factorised at once."""
+        return 1 if self.on_gpu else workers_for(layers, free)
 
 
 Needs = Callable[[ModelShape, Settings, int], Need]
@@ -108,8 +119,8 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
     for spec in shape.specs:
         work += factorisation(spec, method.needs_text, method.needs_gradients)
     block = _largest_block(shape)
-    factoring = workers_for(block, free) * max(map(factorisation_bytes, block)) + factor_bytes(block)
-    held = LIBRARIES + moments + kept + max(reading, factoring)
+    factoring = settings.workers(block, free) * max(map(factorisation_bytes, block)) + factor_bytes(block)
+    held = settings.libraries + moments + kept + max(reading, factoring)
     return Need("decompose", _writing(work, disk), disk, shape.weight_bytes, held=held)
 
 
@@ -126,7 +137,9 @@ def train_masks(shape: ModelShape, settings: Settings, free: int) -> Need:
     work += _cut_forward(shape, settings, checks * config.held_out, seq_len)
     disk = 2 * 8 * sum(spec.full_rank + 1 for spec in shape.specs)
     held = (
-        LIBRARIES + _graph(shape, config.batch_size, seq_len, masks=True) + _logits(shape, config.batch_size, seq_len)
+        settings.libraries
+        + _graph(shape, config.batch_size, seq_len, masks=True)
+        + _logits(shape, config.batch_size, seq_len)
     )
     factors = factor_bytes(shape.specs)
     return Need("train-masks", _writing(work, disk), disk, shape.weight_bytes, factors, held, optional=True)
@@ -139,7 +152,7 @@ def allocate(shape: ModelShape, settings: Settings, free: int) -> Need:
     work = _table(shape, settings) + shape.window.forward(config.held_out)
     work += _cut_forward(shape, settings, 2 * config.held_out, seq_len)
     disk = 8 * sum(spec.full_rank + 1 for spec in shape.specs)
-    held = LIBRARIES + _graph(shape, config.batch_size, seq_len, masks=True)
+    held = settings.libraries + _graph(shape, config.batch_size, seq_len, masks=True)
     return Need("allocate", _writing(work, disk), disk, shape.weight_bytes, factor_bytes(shape.specs), held)
 
 
@@ -147,7 +160,7 @@ def truncate(shape: ModelShape, settings: Settings, free: int) -> Need:
     """Return what ``ara truncate`` needs: one file of weights and one layer in memory (ara.models.shards)."""
     disk = checkpoint_bytes(shape, settings.ranks)
     file = min(disk, int(bytes_in(settings.truncate.max_shard_size)))
-    held = LIBRARIES + file + largest_layer_bytes(shape.specs)
+    held = settings.libraries + file + largest_layer_bytes(shape.specs)
     return Need("truncate", _writing(Work(), disk), disk, held=held)
 
 
@@ -179,7 +192,7 @@ def recover(shape: ModelShape, settings: Settings, free: int) -> Need:
     inputs = tokens * itemsize * (sum(spec.n for spec in first) + shape.hidden)
     inputs = inputs if inputs <= free // _SHARE else 0
     widest = max(shape.specs, key=lambda spec: spec.n)
-    held = LIBRARIES + streams + inputs + _correction_bytes(shape, widest, free)
+    held = settings.libraries + streams + inputs + _correction_bytes(shape, settings, widest, free)
     # The state before the level, and the parts of finished blocks on the disk.
     held += compressed
     disk = checkpoint_bytes(shape, ranks)
@@ -197,7 +210,11 @@ def evaluate(shape: ModelShape, settings: Settings, free: int) -> Need:
     compressed = checkpoint_bytes(shape, settings.ranks, header=False)
     together = 3 * shape.weight_bytes < _TOGETHER * free
     weights = shape.weight_bytes + (2 * compressed if together else 0)
-    held = LIBRARIES + 3 * _logits(shape, config.batch_size, seq_len) + _transient(shape, config.batch_size, seq_len)
+    held = (
+        settings.libraries
+        + 3 * _logits(shape, config.batch_size, seq_len)
+        + _transient(shape, config.batch_size, seq_len)
+    )
     return Need("eval", work, 0, weights, held=held)
 
 
@@ -205,7 +222,7 @@ def export(shape: ModelShape, settings: Settings, free: int) -> Need:
     """Return what ``ara export --onnx`` needs on a CPU: a graph in float32, compared with the checkpoint in torch."""
     disk = checkpoint_bytes(shape, settings.ranks, header=False) * 4 // shape.dtype.itemsize
     # The comparison has one of the two in memory, the model in float32 or the graph.
-    return Need("export", _writing(Work(), disk), disk, disk, held=LIBRARIES, optional=True)
+    return Need("export", _writing(Work(), disk), disk, disk, held=settings.libraries, optional=True)
 
 
 STAGES: tuple[Needs, ...] = (decompose, train_masks, allocate, truncate, recover, evaluate, export)
@@ -279,7 +296,7 @@ def _transient(shape: ModelShape, windows: int, seq_len: int) -> int:
     return _TRANSIENT * windows * seq_len * widest * shape.dtype.itemsize
 
 
-def _correction_bytes(shape: ModelShape, widest: LinearSpec, free: int) -> int:
+def _correction_bytes(shape: ModelShape, settings: Settings, widest: LinearSpec, free: int) -> int:
     """Return the memory of correcting the layers with the widest inputs: moments, and what each layer adds."""
     from ara.recovery.correction import LAMBDAS
 
@@ -289,7 +306,7 @@ def _correction_bytes(shape: ModelShape, widest: LinearSpec, free: int) -> int:
     # Cholesky factor and D of every λ, A D of every λ, and a few matrices like A.
     own = 8 * (2 * len(LAMBDAS) * n * n + (len(LAMBDAS) + 6) * r * n)
     group = [spec for spec in shape.specs if shape.owners[spec.name] == shape.owners[widest.name]]
-    return moments + min(workers_for(group, free), len(group)) * own
+    return moments + settings.workers(group, free) * own
 
 
 def _writing(work: Work, written: int) -> Work:

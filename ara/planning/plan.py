@@ -142,7 +142,7 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
     report.fact("reading the shape of the model; no weight is read")
     shape = read_shape(source, torch_dtype(placement.dtype), config.seq_len, config.exclude, config.layout)
     size = None if config.size is None else _checked_size(config, source, shape)
-    settings = _settings(config, source, shape)
+    settings = _settings(config, source, shape, placement.device.startswith("cuda"))
     weights = stored_weights(source, shape.parameters, shape.dtype)
     folder, speed = _existing(root), None
     if config.probe:
@@ -207,7 +207,7 @@ def _checked_size(config: PlanConfig, source: ModelSource, shape: ModelShape) ->
     return limit
 
 
-def _settings(config: PlanConfig, source: ModelSource, shape: ModelShape) -> Settings:
+def _settings(config: PlanConfig, source: ModelSource, shape: ModelShape, on_gpu: bool) -> Settings:
     """Return the configs of the stages, and uniform ranks for the budget.
 
     Raises:
@@ -235,6 +235,7 @@ def _settings(config: PlanConfig, source: ModelSource, shape: ModelShape) -> Set
         eval_tokens=config.eval_tokens,
         eval_seq_len=window_length(None, source.config),
         ranks=ranks,
+        on_gpu=on_gpu,
     )
 
 

@@ -6,7 +6,8 @@ every family is counted by its own code, in seconds, whatever its size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -190,7 +191,7 @@ def trace(
             lambda module, args: at_head.append((counter.products, counter.moved))
         )
         try:
-            with watching_inputs(model, linears) as owners, torch.enable_grad(), keeping() as saved, counter:
+            with watching_inputs(model, linears) as owners, torch.enable_grad(), keeping() as saved, _whole(), counter:
                 logits = model(input_ids=ids, use_cache=False).logits
             kept = distinct_bytes([*saved, logits], model)
         except Exception as error:
@@ -203,6 +204,22 @@ def trace(
             handle.remove()
     before = at_head[0][0] if at_head else counter.products
     return WindowPass(seq_len, before, counter.attention, counter.products - before, counter.moved, kept), owners
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Tell transformers that a window is one sequence, which it would otherwise look up in the numbers of positions.
+
+    Where it cannot look, it makes a mask, and attention with a mask repeats keys and values of grouped heads.
+    """
+    from transformers import masking_utils
+
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
 
 
 class _Counter(TorchDispatchMode):

@@ -49,7 +49,8 @@ def test_a_wide_layer_is_factorised_by_products_alone(inputs: bool) -> None:
 @pytest.mark.parametrize("spec", [WIDE, TALL])
 def test_solvers_come_on_top_of_the_products(spec: LinearSpec) -> None:
     weight = torch.randn(spec.m, spec.n, dtype=torch.float64)
-    products = flops(lambda: weighted_factors(weight, spd(spec.n), spd(spec.m)))
+    inputs, outputs = spd(spec.n), spd(spec.m)
+    products = flops(lambda: weighted_factors(weight, inputs, outputs))
     r = 30
     solvers = r**3 / 3 + r**3
     if spec is TALL:
