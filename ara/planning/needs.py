@@ -17,8 +17,14 @@ from ara.planning.shape import ModelShape
 from ara.planning.sizes import checkpoint_bytes, factor_bytes, largest_layer_bytes, moment_bytes
 from ara.planning.work import Work, balancing, correction, factorisation, loss, mask_gradient
 
-# Resident memory of a process that has imported torch and transformers and runs a model, without its tensors.
-LIBRARIES = 600 << 20
+# Resident memory of a process that has imported torch and transformers, loaded a tokenizer and read a text.
+LIBRARIES = 450 << 20
+# Memory of a graph per byte that it keeps: between its tensors lie blocks that were freed while it grew. In
+# ara decompose of SmolLM2-135M, in bfloat16 on a CPU, the graph of 4 × 512 tokens took 1,566 MiB and kept 1,190.
+_GRAPH = 1.3
+# Tensors like the logits that a loss has beside them: the check for NaN has an absolute value and two masks
+# (ara.calibration.gradients), the loss itself a copy, then the gradient (ara.models.losses).
+_LOSS = 2.5
 # 1 / share of the free memory that moments, kept outputs of blocks, and kept inputs of layers each may take
 # (ara.stages.factoring, ara.models.blocks, ara.recovery.dense_side).
 _SHARE = 4
@@ -193,8 +199,8 @@ def recover(shape: ModelShape, settings: Settings, free: int) -> Need:
     inputs = inputs if inputs <= free // _SHARE else 0
     widest = max(shape.specs, key=lambda spec: spec.n)
     held = settings.libraries + streams + inputs + _correction_bytes(shape, settings, widest, free)
-    # The state before the level, and the parts of finished blocks on the disk.
-    held += compressed
+    # The state before the level. Freed memory stays with the process, so the logits of the distance count as well.
+    held += compressed + 2 * _logits(shape, config.batch_size, seq_len)
     disk = checkpoint_bytes(shape, ranks)
     parts = sum(_stored(spec, ranks.get(spec.name)) for spec in shape.specs) * itemsize
     written = _writing(work, disk + parts + compressed)
@@ -283,12 +289,12 @@ def _logits(shape: ModelShape, windows: int, seq_len: int) -> int:
 
 
 def _graph(shape: ModelShape, windows: int, seq_len: int, masks: bool = False) -> int:
-    """Return the memory of a forward pass with its graph, and of the gradient of the logits."""
+    """Return the memory of a forward pass with its graph, and of the loss."""
     kept = shape.window.kept * windows
     if masks:
         # Each layer keeps its input.
         kept += windows * seq_len * sum(spec.n for spec in shape.leaders) * shape.dtype.itemsize
-    return kept + _logits(shape, windows, seq_len)
+    return int(_GRAPH * kept + _LOSS * _logits(shape, windows, seq_len))
 
 
 def _transient(shape: ModelShape, windows: int, seq_len: int) -> int:
