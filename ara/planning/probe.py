@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -23,11 +23,10 @@ from ara.planning.work import Work
 _SECONDS = 0.4
 # Rows and widths of the products at most: larger ones are no faster per FLOP, and take longer.
 _ROWS, _WIDTH = 2048, 2048
+# Heads, tokens and width of a head of the attention.
+_HEADS, _ATTENDED, _HEAD_WIDTH = 16, 512, 64
 # Width of the eigenproblem: large enough for its time to grow with the cube.
 _EIGEN_WIDTH = 768
-# Seconds of a pass per second that its operations take in a loop, where caches are warm. In ara decompose and ara
-# allocate of SmolLM2-135M, in bfloat16 on one thread of an EPYC, it was 1.15 and 1.35.
-_IN_A_PASS = 1.2
 # Bytes written to the disk at most, and per write.
 _DISK_BYTES, _WRITE_BYTES = 128 << 20, 16 << 20
 
@@ -38,12 +37,14 @@ class Speed:
 
     Attributes:
         products, single, double: FLOPs of products in the run's dtype, in float32, in float64.
+        attention: FLOPs of causal attention.
         eigen: r³ of eigenproblems in float64, as many at once as the machine has threads.
         moved: bytes read and written by an operation on single numbers.
         written: bytes written to the disk, with their checksum.
     """
 
     products: float
+    attention: float
     single: float
     double: float
     eigen: float
@@ -52,8 +53,7 @@ class Speed:
 
     def seconds(self, work: Work) -> float:
         """Return how long the machine needs, one kind of work after the other, without the start of Python."""
-        passes = work.products / self.products + work.single / self.single + work.moved / self.moved
-        return _IN_A_PASS * passes + work.double / self.double + work.eigen / self.eigen + work.written / self.written
+        return sum(getattr(work, field.name) / getattr(self, field.name) for field in fields(self))
 
 
 def probe(shape: ModelShape, device: str, rows: int, folder: Path) -> Speed:
@@ -73,6 +73,7 @@ def probe(shape: ModelShape, device: str, rows: int, folder: Path) -> Speed:
     wide = "cpu" if torch.device(device).type == "mps" else device
     return Speed(
         products=_products(rows, width, shape.dtype, device),
+        attention=_attention(shape.dtype, device),
         single=_products(rows, width, torch.float32, device),
         double=_products(min(rows, width), width, torch.float64, wide),
         eigen=_eigen(wide),
@@ -92,6 +93,15 @@ def _typical_width(shape: ModelShape) -> int:
 def _products(rows: int, width: int, dtype: torch.dtype, device: str) -> float:
     x, w = (torch.full((size, width), 0.01, dtype=dtype, device=device) for size in (rows, width))
     return 2.0 * rows * width * width * _per_second(lambda: torch.nn.functional.linear(x, w), device)
+
+
+@torch.inference_mode()
+def _attention(dtype: torch.dtype, device: str) -> float:
+    size = (1, _HEADS, _ATTENDED, _HEAD_WIDTH)
+    q, k, v = (torch.full(size, 0.01, dtype=dtype, device=device) for _ in range(3))
+    flops = 2.0 * q.numel() * _ATTENDED
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return flops * _per_second(lambda: attend(q, k, v, is_causal=True), device)
 
 
 @torch.inference_mode()

@@ -58,8 +58,8 @@ class WindowPass:
             head: whether the head runs.
         """
         scale = (tokens or self.tokens) / self.tokens
-        products = scale * (self.products + (self.head if head else 0)) + scale**2 * self.attention
-        return Work(products=products, moved=scale * self.moved) * windows
+        products, attention = scale * (self.products + (self.head if head else 0)), scale**2 * self.attention
+        return Work(products=products, attention=attention, moved=scale * self.moved) * windows
 
     def backward(self, windows: float) -> Work:
         """Return the work of backward passes to the embeddings, without gradients of weights.
@@ -67,7 +67,8 @@ class WindowPass:
         A product needs one product for the gradient of its input, attention two and a half times its own FLOPs, and
         every other operation reads what was kept and writes as much again.
         """
-        return Work(products=self.products + self.head + 2.5 * self.attention, moved=2 * self.moved) * windows
+        work = Work(products=self.products + self.head, attention=2.5 * self.attention, moved=2 * self.moved)
+        return work * windows
 
 
 @dataclass(frozen=True)

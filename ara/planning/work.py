@@ -26,6 +26,7 @@ class Work:
 
     Attributes:
         products: FLOPs of matrix products in the dtype of the run.
+        attention: FLOPs of causal attention in that dtype.
         single: FLOPs of matrix products in float32.
         double: FLOPs of matrix products in float64.
         eigen: Σ r³ over symmetric eigenproblems in float64.
@@ -34,6 +35,7 @@ class Work:
     """
 
     products: float = 0.0
+    attention: float = 0.0
     single: float = 0.0
     double: float = 0.0
     eigen: float = 0.0
@@ -48,8 +50,8 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """All FLOPs of products and eigenproblems."""
-        return self.products + self.single + self.double + EIGEN_FLOPS * self.eigen
+        """All FLOPs of products, attention and eigenproblems."""
+        return self.products + self.attention + self.single + self.double + EIGEN_FLOPS * self.eigen
 
 
 def factorisation(spec: LinearSpec, inputs: bool, outputs: bool) -> Work:

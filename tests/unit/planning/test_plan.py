@@ -165,7 +165,7 @@ def test_times_come_from_a_probe(tiny_llama: Path, tmp_path: Path, monkeypatch: 
 
     def probe(shape: object, device: str, rows: int, folder: Path) -> Speed:
         asked.append((device, rows, folder))
-        return Speed(1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
+        return Speed(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, 1e9)
 
     monkeypatch.setattr("ara.planning.plan.probe", probe)
     found = plan(tiny_llama, tmp_path / "not" / "there", probe=True)

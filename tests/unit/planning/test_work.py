@@ -32,9 +32,9 @@ def spd(size: int) -> torch.Tensor:
 
 
 def test_work_is_added_and_multiplied() -> None:
-    work = Work(1, 2, 3, 4, 5, 6) + Work(written=1) * 3
-    assert work == Work(1, 2, 3, 4, 5, 9)
-    assert work.flops == 1 + 2 + 3 + 4 * EIGEN_FLOPS
+    work = Work(1, 2, 3, 4, 5, 6, 7) + Work(written=1) * 3
+    assert work == Work(1, 2, 3, 4, 5, 6, 10)
+    assert work.flops == 1 + 2 + 3 + 4 + 5 * EIGEN_FLOPS
 
 
 @pytest.mark.parametrize("inputs", [False, True])
