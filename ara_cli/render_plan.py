@@ -11,7 +11,6 @@ from ara_cli.formatting import bytes_text, count_text, percent, seconds_text
 _PLACES: dict[Place, str] = {
     "memory": "fits",
     "mapped": "pages of files come and go",
-    "blocks": "block by block",
     "nowhere": "does not fit",
 }
 
@@ -39,6 +38,11 @@ def show_plan(console: Console, plan: Plan) -> None:
         f"free here: memory {bytes_text(plan.free_memory)}, disk {bytes_text(plan.free_disk)}; least machine: memory "
         f"{bytes_text(plan.least_memory)}, disk {bytes_text(plan.least_disk)}"
     )
+    if plan.converted_bytes:
+        console.text(
+            f"the weights do not fit into memory: a copy in {plan.dtype}, {bytes_text(plan.converted_bytes)}, is "
+            "written once into the cache (not with the --dtype of the files)"
+        )
     _warn(console, plan)
     console.result(plan.plain())
 

@@ -15,7 +15,7 @@ import torch
 _UNKNOWN = 4 << 30
 
 # Where weights are while a stage runs; see :func:`place_of_weights`.
-Place = Literal["memory", "mapped", "blocks", "nowhere"]
+Place = Literal["memory", "mapped", "nowhere"]
 
 # Linux reports memory, and the limits of containers and batch jobs, here.
 _PROC = Path("/proc")
@@ -44,26 +44,23 @@ def available_bytes(device: torch.device | str) -> int:
     return min([*system, *_left_in_groups()], default=_UNKNOWN)
 
 
-def place_of_weights(weights: int, work: int, free: int, *, pages: int = 0, block: int | None = None) -> Place:
+def place_of_weights(weights: int, work: int, free: int, pages: int = 0) -> Place:
     """Decide where the weights of a stage's models are while it runs.
 
     Args:
-        weights: bytes of weights that are read into memory.
+        weights: bytes of weights that must be in memory.
         work: bytes of everything else that the stage needs.
         free: bytes of memory, see :func:`available_bytes`.
-        pages: bytes of weights that are pages of files. On a CPU, transformers maps files whose dtype is that of the
-            run. The system drops such pages when memory is short, and reads them again.
-        block: bytes of the largest part that must be in memory at once, if the stage can read weights block by block.
+        pages: bytes of weights and factors that can be pages of files, see :mod:`ara.models.offload`. The system drops
+            such pages when memory is short, and reads them again.
 
     Returns:
-        ``memory``: everything fits. ``mapped``: all but the pages fits, and these come and go. ``blocks``: one part at
-        a time fits. ``nowhere``: the stage needs a larger machine.
+        ``memory``: everything fits. ``mapped``: all but the pages fits, and these come and go. ``nowhere``: the stage
+        needs a larger machine.
     """
     if weights + pages + work <= free:
         return "memory"
-    if pages and weights + work <= free:
-        return "mapped"
-    return "blocks" if block is not None and block + work <= free else "nowhere"
+    return "mapped" if pages and weights + work <= free else "nowhere"
 
 
 def _left_in_groups() -> Iterator[int]:

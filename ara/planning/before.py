@@ -43,14 +43,14 @@ def say_sizes(
         f"sizes: model {_mib(weights)}, factors {_mib(factors)}, each checkpoint at most {_mib(weights)}; free: memory "
         f"{_mib(free := available_bytes(device))}, disk {_mib(shutil.disk_usage(folder).free)}{download}"
     )
-    pages = weights if stored.mapped and torch.device(device).type == "cpu" else 0
+    # On a CPU weights that do not fit stay in their files, or in a copy in the dtype of the run (ara.models.offload).
+    pages = weights if torch.device(device).type == "cpu" else 0
     work = max(map(factorisation_bytes, linears))
-    place = place_of_weights(weights - pages, work, free, pages=pages)
-    if place == "mapped":
-        report.fact("the weights stay in their files, and are read again when memory is short: that takes longer")
-    elif place == "nowhere":
+    place = place_of_weights(weights - pages, work, free, pages)
+    if place == "nowhere":
         report.warn(
-            f"too little memory is free: the weights take {_mib(weights)} and the largest factorisation {_mib(work)} "
+            f"too little memory is free: the largest factorisation takes {_mib(work)}, the weights "
+            f"{_mib(weights - pages)} "
             "(ara plan says what every stage needs)"
         )
 

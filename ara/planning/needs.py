@@ -120,7 +120,7 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
             work += shape.window.forward(windows) + shape.window.backward(windows)
             work += _gram([spec.m for spec in shape.specs], windows * config.seq_len)
             work += loss(shape.vocabulary, windows * config.seq_len)
-            reading = _graph(shape, config.batch_size, config.seq_len)
+            reading = _graph(shape, config.batch_size, config.seq_len, free)
             kept += min(2 * cuts * windows * output, free // _SHARE)
     for spec in shape.specs:
         work += factorisation(spec, method.needs_text, method.needs_gradients)
@@ -144,7 +144,7 @@ def train_masks(shape: ModelShape, settings: Settings, free: int) -> Need:
     disk = 2 * 8 * sum(spec.full_rank + 1 for spec in shape.specs)
     held = (
         settings.libraries
-        + _graph(shape, config.batch_size, seq_len, masks=True)
+        + _graph(shape, config.batch_size, seq_len, free, masks=True)
         + _logits(shape, config.batch_size, seq_len)
     )
     factors = factor_bytes(shape.specs)
@@ -158,7 +158,7 @@ def allocate(shape: ModelShape, settings: Settings, free: int) -> Need:
     work = _table(shape, settings) + shape.window.forward(config.held_out)
     work += _cut_forward(shape, settings, 2 * config.held_out, seq_len)
     disk = 8 * sum(spec.full_rank + 1 for spec in shape.specs)
-    held = settings.libraries + _graph(shape, config.batch_size, seq_len, masks=True)
+    held = settings.libraries + _graph(shape, config.batch_size, seq_len, free, masks=True)
     return Need("allocate", _writing(work, disk), disk, shape.weight_bytes, factor_bytes(shape.specs), held)
 
 
@@ -199,12 +199,13 @@ def recover(shape: ModelShape, settings: Settings, free: int) -> Need:
     inputs = inputs if inputs <= free // _SHARE else 0
     widest = max(shape.specs, key=lambda spec: spec.n)
     held = settings.libraries + streams + inputs + _correction_bytes(shape, settings, widest, free)
-    # The state before the level. Freed memory stays with the process, so the logits of the distance count as well.
-    held += compressed + 2 * _logits(shape, config.batch_size, seq_len)
+    # The compressed model, all of which changes, and its state before the level. Freed memory stays with the process,
+    # so the logits of the distance count as well.
+    held += 2 * compressed + 2 * _logits(shape, config.batch_size, seq_len)
     disk = checkpoint_bytes(shape, ranks)
     parts = sum(_stored(spec, ranks.get(spec.name)) for spec in shape.specs) * itemsize
     written = _writing(work, disk + parts + compressed)
-    return Need("recover", written, disk, shape.weight_bytes + compressed, held=held, scratch=parts + compressed)
+    return Need("recover", written, disk, shape.weight_bytes, held=held, scratch=parts + compressed)
 
 
 def evaluate(shape: ModelShape, settings: Settings, free: int) -> Need:
@@ -288,13 +289,18 @@ def _logits(shape: ModelShape, windows: int, seq_len: int) -> int:
     return windows * seq_len * shape.vocabulary * shape.dtype.itemsize
 
 
-def _graph(shape: ModelShape, windows: int, seq_len: int, masks: bool = False) -> int:
+def _graph(shape: ModelShape, windows: int, seq_len: int, free: int, masks: bool = False) -> int:
     """Return the memory of a forward pass with its graph, and of the loss."""
     kept = shape.window.kept * windows
     if masks:
         # Each layer keeps its input.
         kept += windows * seq_len * sum(spec.n for spec in shape.leaders) * shape.dtype.itemsize
-    return int(_GRAPH * kept + _LOSS * _logits(shape, windows, seq_len))
+    logits = _logits(shape, windows, seq_len)
+    if kept > free // 2:
+        # The blocks are computed again (ara.models.recompute): their inputs are kept, and one block's graph.
+        inputs = windows * seq_len * shape.hidden * shape.dtype.itemsize * shape.blocks
+        kept = logits + inputs + (kept - logits) // shape.blocks
+    return int(_GRAPH * kept + _LOSS * logits)
 
 
 def _transient(shape: ModelShape, windows: int, seq_len: int) -> int:

@@ -26,6 +26,7 @@ from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition
 from ara.errors import UsageError
 from ara.layouts.grid import BITS, Grid
+from ara.models import offload
 from ara.models.context import check_window, window_length
 from ara.models.embeddings import find_embeddings
 from ara.models.memory import Place, available_bytes, place_of_weights
@@ -38,9 +39,6 @@ from ara.planning.sizes import StoredWeights, checkpoint_bytes, stored_weights
 from ara.progress import SILENT, Reporter
 from ara.solver.file_sizes import bytes_beside, bytes_saved, check_room
 from ara.solver.problem import Budget, Module
-
-# Stages that can read weights block by block where the whole model does not fit.
-BLOCK_BY_BLOCK: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,8 @@ class Plan:
         blocks: number of decoder blocks.
         weight_bytes: of the model in the run's dtype.
         weights: where its weights are now.
+        converted_bytes: copy of the weights in the run's dtype that is written to the cache, as they do not fit into
+            memory (ara.models.offload); 0 if there is none.
         keep: fraction of the factorised layers' parameters that stays; ``None`` for a size.
         size: bytes of the weight files after rounding; ``None`` without a size.
         checkpoint_bytes: weight files of the compressed model, before rounding; at most, if a size is given.
@@ -107,6 +107,7 @@ class Plan:
     blocks: int
     weight_bytes: int
     weights: StoredWeights
+    converted_bytes: int
     keep: float | None
     size: int | None
     checkpoint_bytes: int
@@ -149,10 +150,13 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
         report.fact("measuring this machine")
         speed = probe(shape, placement.device, config.batch_size * config.seq_len, folder)
     free = available_bytes(placement.device)
-    mapped = weights.mapped and placement.device == "cpu"
+    on_cpu = placement.device == "cpu"
+    converted = on_cpu and not weights.mapped and not offload.fits(shape.weight_bytes)
+    mapped = on_cpu and (weights.mapped or converted)
     stages = tuple(_stage(needs, shape, settings, free, mapped, speed) for needs in STAGES)
     required = [stage for stage in stages if not stage.optional]
     written = sum(stage.disk_bytes for stage in required) + (size or 0)
+    copied = shape.weight_bytes if converted else 0
     return Plan(
         model=config.model,
         architecture=source.identity.architecture,
@@ -173,7 +177,12 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
         free_memory=free,
         free_disk=shutil.disk_usage(folder).free,
         least_memory=max(stage.least_memory_bytes for stage in required),
-        least_disk=written + max(stage.scratch_bytes for stage in required) + weights.download + weights.unpacked,
+        converted_bytes=copied,
+        least_disk=written
+        + max(stage.scratch_bytes for stage in required)
+        + weights.download
+        + weights.unpacked
+        + copied,
         speed=speed,
     )
 
@@ -244,15 +253,15 @@ def _stage(
 ) -> StagePlan:
     """Return one stage on this machine, and with as little memory as possible."""
     need, least = needs(shape, settings, free), needs(shape, settings, 0)
-    block = shape.block_bytes if need.stage in BLOCK_BY_BLOCK else None
     # On the CPU the weights of a model in the dtype of its files are pages of these.
     loaded, pages = (0, need.pages + need.weights) if mapped else (need.weights, need.pages)
-    place = place_of_weights(loaded, need.held, free, pages=pages, block=block)
-    smallest = least.held + (loaded if block is None else min(loaded, block)) + min(pages, shape.block_bytes)
+    place = place_of_weights(loaded, need.held, free, pages)
+    # A pass needs the pages of a block at least, or it reads them again and again.
+    smallest = least.held + loaded + min(pages, shape.block_bytes)
     return StagePlan(
         stage=need.stage,
         optional=need.optional,
-        memory_bytes=need.held + (block if place == "blocks" and block is not None else loaded + pages),
+        memory_bytes=need.held + loaded + pages,
         least_memory_bytes=smallest,
         place=place,
         disk_bytes=need.disk,

@@ -7,7 +7,7 @@ from ara_cli.session import Session
 from ara_cli.signature import command_line
 
 
-@command_line(after={"dtype": ("revision",)}, without=("force",))
+@command_line(after={"dtype": ("revision",)}, without=("force", "offload"))
 def command(*, config: PlanConfig, s: Session) -> None:
     """Say what compressing MODEL will take, from its config alone: memory, disk, FLOPs and time of every stage."""
     from ara.planning.plan import make_plan
