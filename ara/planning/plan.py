@@ -255,7 +255,9 @@ def _stage(
     need, least = needs(shape, settings, free), needs(shape, settings, 0)
     # On the CPU the weights of a model in the dtype of its files are pages of these.
     loaded, pages = (0, need.pages + need.weights) if mapped else (need.weights, need.pages)
-    place = place_of_weights(loaded, need.held, free, pages)
+    # Parts of the work each take a share of what is free, so together they can be planned too large: less also works.
+    fits = (place_of_weights(loaded, held, free, pages) for held in (need.held, least.held))
+    place: Place = next((found for found in fits if found != "nowhere"), "nowhere")
     # A pass needs the pages of a block at least, or it reads them again and again.
     smallest = least.held + loaded + min(pages, shape.block_bytes)
     return StagePlan(
