@@ -23,6 +23,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 # Command → (module:function, one line for the help).
 COMMANDS: dict[str, tuple[str, str]] = {
+    "plan": ("plan:command", "What compressing a model will take: memory, disk, time of every stage"),
     "run": ("run:command", "All stages for one model, resuming what is done"),
     **{stage.name: (f"{stage.name.replace('-', '_')}:command", stage.help) for stage in stages()},
     "generate": ("generate:command", "Answer a prompt with the compressed model, in torch or ONNX Runtime"),

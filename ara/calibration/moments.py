@@ -6,8 +6,8 @@ Sums are float32, whatever the dtype of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -79,6 +79,11 @@ def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
         total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
 
 
+def gram_flops(n: int) -> int:
+    """Return the floating-point operations per row of :func:`add_gram`."""
+    return sum(2 * min(_BLOCK, n - start) * (n - start) for start in range(0, n, _BLOCK))
+
+
 def mirrored(total: torch.Tensor) -> torch.Tensor:
     """Return the symmetric matrix of a sum by :func:`add_gram`, in place."""
     total.triu_()
@@ -91,12 +96,39 @@ def packed_triangle(moment: torch.Tensor) -> torch.Tensor:
     return torch.cat([row[at:] for at, row in enumerate(moment)])
 
 
+def packed_bytes(n: int) -> int:
+    """Return the bytes of the packed triangle of a float32 matrix (n, n)."""
+    return 4 * (n * (n + 1) // 2)
+
+
 def from_triangle(packed: torch.Tensor, n: int) -> torch.Tensor:
     """Return the symmetric matrix (n, n) of :func:`packed_triangle`."""
     found = packed.new_zeros(n, n)
     for at, part in enumerate(packed.split(list(range(n, 0, -1)))):
         found[at, at:] = part
     return mirrored(found)
+
+
+@contextmanager
+def watching_inputs(model: nn.Module, linears: Sequence[LinearSpec]) -> Iterator[dict[str, str]]:
+    """Yield a table that the next forward pass of ``model`` fills: layer → first layer with the same input tensor.
+
+    Layers that the pass does not call are missing in it.
+    """
+    owners: dict[str, str] = {}
+    seen: list[tuple[str, torch.Tensor]] = []
+
+    def watch(name: str, x: torch.Tensor) -> None:
+        # ``seen`` keeps the tensors alive until the end of the pass, so that no id is used twice.
+        leader = next((other for other, tensor in reversed(seen) if tensor is x), name)
+        owners[name] = leader
+        if leader == name:
+            seen.append((name, x))
+
+    with ExitStack() as hooks:
+        for spec in linears:
+            hooks.enter_context(spec.weight.on_input(model, partial(watch, spec.name)))
+        yield owners
 
 
 def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tensor) -> dict[str, str]:
@@ -111,19 +143,7 @@ def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Te
         UnsupportedModelError: the forward pass does not call a layer.
         ModelError: the model's own code fails.
     """
-    owners: dict[str, str] = {}
-    seen: list[tuple[str, torch.Tensor]] = []
-
-    def watch(name: str, x: torch.Tensor) -> None:
-        # ``seen`` keeps the tensors alive until the end of the pass, so that no id is used twice.
-        leader = next((other for other, tensor in reversed(seen) if tensor is x), name)
-        owners[name] = leader
-        if leader == name:
-            seen.append((name, x))
-
-    with ExitStack() as hooks, torch.inference_mode(), forward_errors(model):
-        for spec in linears:
-            hooks.enter_context(spec.weight.on_input(model, partial(watch, spec.name)))
+    with watching_inputs(model, linears) as owners, torch.inference_mode(), forward_errors(model):
         model(input_ids=ids, use_cache=False)
     missing = [spec.name for spec in linears if spec.name not in owners]
     if missing:

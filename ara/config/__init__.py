@@ -18,6 +18,7 @@ from ara.config.bench import BenchConfig
 from ara.config.decompose import DecomposeConfig
 from ara.config.evaluate import EvalConfig
 from ara.config.generate import AnswerConfig, ChatConfig, GenerateConfig
+from ara.config.plan import PlanConfig
 from ara.config.quantise import QuantiseConfig
 from ara.config.recover import RecoverConfig
 from ara.config.serve import ServeConfig
@@ -37,6 +38,7 @@ __all__ = [
     "MaskTrainingOptions",
     "MethodOptions",
     "PlacementConfig",
+    "PlanConfig",
     "QuantiseConfig",
     "RecoverConfig",
     "ServeConfig",

@@ -31,7 +31,7 @@ def map_layers(
         device: where the factorisation runs.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, len(layers), _fitting([spec for spec, _ in layers]))
+    workers = workers_for([spec for spec, _ in layers], available_bytes("cpu"))
     if torch.device(device).type != "cpu" or workers < 2:
         yield from (work(spec, stats) for spec, stats in layers)
         return
@@ -55,7 +55,17 @@ def _cost(spec: LinearSpec) -> int:
     return spec.dense_cost * (spec.n + 4 * spec.full_rank)
 
 
-def _fitting(layers: Sequence[LinearSpec]) -> int:
-    """Return how many of the largest factorisations (G, W and factors in float64) fit into half of the free memory."""
-    largest = max(8 * (3 * spec.n * spec.n + 3 * spec.m * spec.m + 4 * spec.dense_cost) for spec in layers)
-    return max(1, available_bytes("cpu") // 2 // largest)
+def factorisation_bytes(spec: LinearSpec) -> int:
+    """Return the memory of one factorisation: G, W and factors in float64."""
+    return 8 * (3 * spec.n * spec.n + 3 * spec.m * spec.m + 4 * spec.dense_cost)
+
+
+def workers_for(layers: Sequence[LinearSpec], free: int) -> int:
+    """Return how many of the layers are factorised at once on a CPU.
+
+    Args:
+        layers: those that :func:`map_layers` gets.
+        free: bytes of memory; half of them may be used.
+    """
+    largest = max(factorisation_bytes(spec) for spec in layers)
+    return min(torch.get_num_threads(), len(layers), max(1, free // 2 // largest))

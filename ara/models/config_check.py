@@ -61,12 +61,12 @@ def check_raw_config(raw: Mapping[str, Any], name: str) -> None:
     _check_counts(raw, name)
 
 
-def check_sizes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+def check_sizes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]] | None, name: str) -> None:
     """Compare the sizes in a config with the weights, without building the model.
 
     Args:
         config: of the model.
-        shapes: tensor name → shape, of all weights.
+        shapes: tensor name → shape, of all weights; ``None`` if there are none to compare with.
         name: of the model, for the error.
 
     Raises:
@@ -76,6 +76,8 @@ def check_sizes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]],
         value = getattr(config, key, None)
         if isinstance(value, int) and value < 1:
             raise _wrong(name, key, value, "a positive integer")
+    if shapes is None:
+        return
     layers, found = getattr(config, "num_hidden_layers", None), _layers(shapes)
     # The weights may include layers for training alone, so the config may have fewer, but not none.
     if isinstance(layers, int) and found and not 0 < layers <= found:

@@ -109,8 +109,7 @@ def find_weights(folder: Path) -> list[Path]:
         if not isinstance(read_object(index, _AGAIN).get("metadata"), dict):
             raise ModelError(f'{index} has no "metadata", so transformers does not load it', 'add "metadata": {} to it')
         return files
-    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
-    if pickled:
+    if pickled := _pickled(folder):
         raise ModelError(
             f"{folder} holds only pickled weights ({', '.join(pickled[:3])}); they can run code and are refused",
             "if you trust them, convert them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
@@ -119,6 +118,15 @@ def find_weights(folder: Path) -> list[Path]:
         f"{folder} has a config.json but no weights: expected {SINGLE} or {INDEX}; it holds {listing(folder)}",
         "run `hf download ID --local-dir DIR` again",
     )
+
+
+def holds_weights(folder: Path) -> bool:
+    """Tell whether a folder has weights of any kind, or an index of some."""
+    return any(os.path.lexists(folder / name) for name in (SINGLE, INDEX)) or bool(_pickled(folder))
+
+
+def _pickled(folder: Path) -> list[str]:
+    return sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
 
 
 def find_gguf(folder: Path) -> Path:

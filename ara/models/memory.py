@@ -1,4 +1,4 @@
-"""The amount of free memory, for trading speed against memory."""
+"""The amount of free memory, for trading speed against memory, and where the weights of a model can be."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 # Assumed if the system does not report it.
 _UNKNOWN = 4 << 30
+
+# Where weights are while a stage runs; see :func:`place_of_weights`.
+Place = Literal["memory", "mapped", "nowhere"]
 
 # Linux reports memory, and the limits of containers and batch jobs, here.
 _PROC = Path("/proc")
@@ -38,6 +42,25 @@ def available_bytes(device: torch.device | str) -> int:
         lines = []
     system = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     return min([*system, *_left_in_groups()], default=_UNKNOWN)
+
+
+def place_of_weights(weights: int, work: int, free: int, pages: int = 0) -> Place:
+    """Decide where the weights of a stage's models are while it runs.
+
+    Args:
+        weights: bytes of weights that must be in memory.
+        work: bytes of everything else that the stage needs.
+        free: bytes of memory, see :func:`available_bytes`.
+        pages: bytes of weights and factors that can be pages of files, see :mod:`ara.models.offload`. The system drops
+            such pages when memory is short, and reads them again.
+
+    Returns:
+        ``memory``: everything fits. ``mapped``: all but the pages fits, and these come and go. ``nowhere``: the stage
+        needs a larger machine.
+    """
+    if weights + pages + work <= free:
+        return "memory"
+    return "mapped" if pages and weights + work <= free else "nowhere"
 
 
 def _left_in_groups() -> Iterator[int]:

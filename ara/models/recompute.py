@@ -7,7 +7,7 @@ gradients are the same, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -65,7 +65,6 @@ def graph_bytes(model: nn.Module, ids: torch.Tensor) -> int:
     """
     blocks = find_blocks(model)[1]
     largest = max(blocks, key=lambda block: sum(parameter.numel() for parameter in block.parameters()))
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     # Held, so that no freed storage gives its address to another one.
     saved: list[torch.Tensor] = []
 
@@ -84,13 +83,20 @@ def graph_bytes(model: nn.Module, ids: torch.Tensor) -> int:
 
     with torch.no_grad(), replacing_forward([largest], observed), suppress(_BlockRun):
         model(input_ids=ids, use_cache=False)
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
-    block = sum(size for address, size in storages.items() if address not in own)
+    block = distinct_bytes(saved, model)
     inside = {id(parameter) for parameter in blocks.parameters()}
     # The largest parameters outside of the blocks are those of embeddings and head, with a row per token.
     outside = [parameter for parameter in model.parameters() if id(parameter) not in inside and parameter.ndim > 1]
     logits = max((ids.numel() * weight.shape[0] * weight.element_size() for weight in outside), default=0)
     return len(blocks) * block + logits
+
+
+def distinct_bytes(tensors: Iterable[torch.Tensor], model: nn.Module) -> int:
+    """Return the bytes of the storages of ``tensors``, each once, without parameters and buffers of ``model``."""
+    # The address of the storage itself: without numbers there is no other.
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(size for address, size in storages.items() if address not in own)
 
 
 def beginning_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

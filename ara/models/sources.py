@@ -27,7 +27,7 @@ from ara.models.completeness import (
 )
 from ara.models.config_check import check_raw_config, check_sizes
 from ara.models.download import Download, missing_weights
-from ara.models.folder import find_gguf, find_weights, read_folder_config, read_shapes
+from ara.models.folder import find_gguf, find_weights, holds_weights, read_folder_config, read_shapes
 from ara.models.gguf import GgufFile
 from ara.models.hub import hub_errors, read_hub_config, unknown_model
 from ara.models.identity import ModelIdentity, folder_fingerprint
@@ -221,7 +221,12 @@ class ModelSource:
 
 
 def resolve(
-    model: str, *, revision: str | None = None, report: Reporter = SILENT, offload: Offload = "auto"
+    model: str,
+    *,
+    revision: str | None = None,
+    report: Reporter = SILENT,
+    offload: Offload = "auto",
+    needs_weights: bool = True,
 ) -> ModelSource:
     """Find a model: by alias, folder, ``.gguf`` file or hub id, in this order.
 
@@ -230,16 +235,17 @@ def resolve(
         revision: branch, tag or commit of a hub model.
         report: progress, and warnings.
         offload: whether weights stay in their files on a CPU: ``auto`` decides by their size and the free memory.
+        needs_weights: refuse a folder that has a config and no weights.
 
     Raises:
         UsageError: ``revision`` for a model that is not on the hub.
         ModelError: not found, not readable, gated, unreachable, or without safetensors weights.
         UnsupportedModelError: not a decoder-only language model, or already compressed or quantised.
     """
-    return replace(_find(model, revision, report), _offload=offload)
+    return replace(_find(model, revision, report, needs_weights), _offload=offload)
 
 
-def _find(model: str, revision: str | None, report: Reporter) -> ModelSource:
+def _find(model: str, revision: str | None, report: Reporter, needs_weights: bool) -> ModelSource:
     if model in ALIASES:
         if Path(model).exists():
             report.warn(f"{model} is an alias; write ./{model} for the folder of that name")
@@ -255,7 +261,7 @@ def _find(model: str, revision: str | None, report: Reporter) -> ModelSource:
         # Keep the name of a file: the hub's cache links model.gguf to a name without an ending.
         found = path.parent.resolve() / path.name if path.is_file() else path.resolve()
         # Checked again: the current folder is in the path now, which goes into manifests and must be text.
-        return _from_path(model, expand_user(found, "model"), report)
+        return _from_path(model, expand_user(found, "model"), report, needs_weights)
     if _looks_like_path(model):
         near = os.path.isdir(path.parent)
         raise ModelError(
@@ -267,26 +273,26 @@ def _find(model: str, revision: str | None, report: Reporter) -> ModelSource:
     raise unknown_model(model)
 
 
-def _from_path(model: str, path: Path, report: Reporter) -> ModelSource:
+def _from_path(model: str, path: Path, report: Reporter, needs_weights: bool) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is a file, expected a folder or a .gguf file", "give the folder that holds it")
     elif not path.is_dir():
         raise ModelError(f"{path} is neither a folder nor a file", "give a folder with config.json or a .gguf file")
     elif os.path.lexists(path / "config.json"):
-        return _from_folder(model, path, report)
+        return _from_folder(model, path, report, needs_weights)
     else:
         path = find_gguf(path)
     gguf = GgufFile.open(path)
     return _from_gguf(model, "gguf", str(gguf.path), gguf, report)
 
 
-def _from_folder(model: str, folder: Path, report: Reporter) -> ModelSource:
+def _from_folder(model: str, folder: Path, report: Reporter, needs_weights: bool) -> ModelSource:
     raw = read_folder_config(folder)
     check_quantization(raw, model)
     config = _load_config(model, str(folder), None, raw)
-    weights = find_weights(folder)
-    check_sizes(config, read_shapes(weights, "download the model again"), model)
+    weights = find_weights(folder) if needs_weights or holds_weights(folder) else []
+    check_sizes(config, read_shapes(weights, "download the model again") if weights else None, model)
     fingerprint = folder_fingerprint(folder, weights)
     identity = ModelIdentity(model, "folder", str(folder), None, fingerprint, architecture_name(config))
     return ModelSource(identity, config, str(folder), None, report)

@@ -20,6 +20,7 @@ from ara.config.sizes import few_bits
 from ara.errors import UsageError
 from ara.layouts.grid import BITS, Grid
 from ara.models.embeddings import find_embeddings
+from ara.solver.file_sizes import bytes_beside, bytes_saved, check_room
 from ara.solver.problem import Allocation
 from ara.stages.common import Run, model_of
 from ara.stages.modules import load_modules
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 # Fields of the config that give a size.
 SIZES = ("size", "bits_per_parameter", "budget_bytes")
-# Bytes of a tensor's entry in the header of a weight file, and tensors of a layer, about.
-_HEADER, _TENSORS = 130, 6
 
 
 def allocate_bytes(
@@ -80,24 +79,6 @@ def allocate_bytes(
         embedding_bits=few_bits(config.embedding_bits),
     )
     return chosen, verdict, size
-
-
-def check_room(limit: int, others: int, asked: str) -> None:
-    """Check that a size leaves room for the factorised layers.
-
-    Args:
-        limit: bytes of all weight files.
-        others: bytes of everything else.
-        asked: the size as it was given.
-
-    Raises:
-        UsageError: it does not.
-    """
-    if others >= limit:
-        raise UsageError(
-            f"embeddings, norms and headers alone take {others:,} bytes, {asked} allows {limit:,}",
-            "allow a larger size",
-        )
 
 
 def refuse_with_size(config: AllocateConfig, masks: str | None) -> None:
@@ -178,8 +159,7 @@ def _one_width(sized: SizedAllocator, limit: int, widths: Sequence[int]) -> dict
 def other_bytes(decomposition: StageView) -> int:
     """Return the bytes of all that is not a factorised layer, with the headers of the weight files."""
     results, specs = FactorsResults.read(decomposition), specs_of(decomposition)
-    parameters = results.model_parameters - results.linear_parameters
-    return parameters * specs[0].bits // 8 + _HEADER * _TENSORS * len(specs)
+    return bytes_beside(results.model_parameters - results.linear_parameters, specs)
 
 
 def saved_bytes(config: SizedConfig, decomposition: StageView, run: Run) -> int:
@@ -193,5 +173,4 @@ def saved_bytes(config: SizedConfig, decomposition: StageView, run: Run) -> int:
     if bits is None:
         return 0
     embeddings = find_embeddings(model_of(decomposition, run).empty_model())
-    dense = embeddings.parameters * specs_of(decomposition)[0].bits // 8
-    return dense - embeddings.stored_bytes(Grid(bits, config.block, config.zero_points))
+    return bytes_saved(embeddings, specs_of(decomposition)[0].bits, Grid(bits, config.block, config.zero_points))

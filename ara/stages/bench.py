@@ -18,10 +18,11 @@ from ara.evaluation.cost import Case, Cost
 from ara.evaluation.footprint import peak_memory
 from ara.evaluation.speed import interleaved_seconds, ratio
 from ara.evaluation.timing import spread, torch_threads
+from ara.models.context import check_window
 from ara.models.placement import choose_placement
 from ara.models.sources import ModelSource
 from ara.stages.bench_models import BenchModel, BenchModels, FindExport, in_other, in_torch
-from ara.stages.common import Run, begin, check_threads, check_window, groups_in_memory, model_of, open_task
+from ara.stages.common import Run, begin, check_threads, groups_in_memory, model_of, open_task
 from ara.workspace.view import StageView
 
 # Fields of the config that belong to :mod:`ara.stages.bench_serving`.

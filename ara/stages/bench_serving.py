@@ -26,10 +26,11 @@ from ara.evaluation.cost import cache_bytes
 from ara.evaluation.runtime import Runtime, Service, ServiceSize, Timing
 from ara.evaluation.speed import ratio
 from ara.evaluation.timing import turns
+from ara.models.context import check_window
 from ara.models.placement import torch_dtype
 from ara.models.sources import ModelSource
 from ara.stages.bench import percentiles, refuse_others
-from ara.stages.common import Run, begin, check_window, groups_in_memory, model_of, open_task, placement_in
+from ara.stages.common import Run, begin, groups_in_memory, model_of, open_task, placement_in
 from ara.stages.model_folders import ModelFolder, written
 from ara.workspace.view import StageView
 

@@ -17,7 +17,6 @@ from ara.config.sizes import EmbeddingBits
 from ara.environment import release_memory, reset_peak_memory
 from ara.errors import ModelError, UsageError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
-from ara.models.context import context_length
 from ara.models.memory import available_bytes
 from ara.models.offload import Offload
 from ara.models.placement import Placement, choose_placement
@@ -181,30 +180,6 @@ def model_of(view: StageView, run: Run) -> ModelSource:
             "run ara decompose --force, or restore the original files",
         )
     return source
-
-
-def check_window(seq_len: int, model_config: Any, flag: str = "--seq-len", *, spare: int = 0) -> int | None:
-    """Return how many positions of the model a window may have, or ``None`` if its config has no limit.
-
-    Args:
-        seq_len: requested tokens per window.
-        model_config: of transformers.
-        flag: the option, for the error.
-        spare: positions that must stay free.
-
-    Raises:
-        UsageError: ``seq_len`` is more than that.
-    """
-    positions = context_length(model_config)
-    if positions is None:
-        return None
-    if seq_len > positions - spare:
-        free = f", of which {spare} must stay free" if spare else ""
-        raise UsageError(
-            f"{flag} {seq_len} is more than the {positions} positions of the model{free}",
-            f"use at most {positions - spare}",
-        )
-    return positions - spare
 
 
 def placement_in(runtime: Runtime, config: PlacementConfig) -> Placement:

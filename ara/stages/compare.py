@@ -24,13 +24,13 @@ from ara.jsonfile import dump
 from ara.layout_names import LayoutName
 from ara.masks.context import TuningContext
 from ara.masks.rank_losses import nearest
+from ara.models.context import window_length
 from ara.models.vocabulary import token_rows
 from ara.reporting.figures import rank_heat_maps
 from ara.solver.problem import DENSE, Allocation, Module
 from ara.stages.allocate import budget_of, refuse_layout, refuse_method, summary
 from ara.stages.common import Run, begin, default_name, model_of, open_task
 from ara.stages.compare_sizes import compare_sizes, refuse_with_sizes
-from ara.stages.evaluate import window_length
 from ara.stages.modules import load_modules
 from ara.stages.stored_ranks import check_keep, lacks_ranks
 from ara.stages.trainings import find_training, with_text_of, with_training

@@ -19,8 +19,9 @@ from ara.errors import AraError, NumericalError, UsageError
 from ara.jsonfile import dump
 from ara.recovery import levels_to_run
 from ara.reporting.figures import size_curves
+from ara.solver.file_sizes import check_room
 from ara.solver.problem import DENSE, Allocation
-from ara.stages.allocate_bytes import check_room, open_sized_allocator, other_bytes, saved_bytes
+from ara.stages.allocate_bytes import open_sized_allocator, other_bytes, saved_bytes
 from ara.stages.common import Run, begin, default_name, embedding_words, open_task
 from ara.stages.recover import training_placement
 from ara.stages.recovered_forms import FormRepairs

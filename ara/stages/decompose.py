@@ -17,12 +17,13 @@ from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition
 from ara.errors import DiskFullError, UnsupportedModelError
 from ara.models.accounting import parameter_count
+from ara.models.context import check_window
 from ara.models.disk import disk_use, factor_bytes, rank_to_store
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec, find_linears, left_dense
-from ara.stages.common import Run, begin, check_window, open_task, text_parts, warn_without_chat
+from ara.stages.common import Run, begin, open_task, text_parts, warn_without_chat
 from ara.stages.disk_room import Need, check_room, mebibytes
 from ara.stages.factoring import factor_layers, refuse_nonfinite_weights, unfinished
 from ara.stages.moments import moment_bytes, moments_to_keep

@@ -21,13 +21,14 @@ from ara.evaluation.runtime import Runtime
 from ara.evaluation.task_folders import TaskFolders, open_task_folders
 from ara.evaluation.tasks import check_task, expand
 from ara.models.checkpoint import load
+from ara.models.context import window_length
 from ara.models.low_rank import apply_factors
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource
 from ara.models.weights import matching
 from ara.names import MAX_NAME_BYTES
 from ara.solver.problem import Budget
-from ara.stages.common import NOT_PLAIN, Run, begin, check_window, model_of, open_task, placement_in
+from ara.stages.common import NOT_PLAIN, Run, begin, model_of, open_task, placement_in
 from ara.stages.measure import Measurement
 from ara.stages.measure_elsewhere import MeasurementElsewhere, refuse_chats
 from ara.stages.model_folders import ModelFolder, written
@@ -41,8 +42,6 @@ from ara.workspace.view import StageView
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Tokens per window in the evaluations of compression papers.
-_DEFAULT_SEQ_LEN = 2048
 # Bytes that the name of an export may add to the name of a result.
 _EXPORT_ROOM = 40
 
@@ -184,21 +183,6 @@ def _others(truncated: StageView, names: Sequence[str], workspace: Workspace) ->
             raise UsageError(f"--beside {view.key}: this checkpoint is measured already", "name each checkpoint once")
         found[view.key] = view
     return list(found.values())
-
-
-def window_length(asked: int | None, model_config: Any, spare: int = 0) -> int:
-    """Return the tokens per window: ``asked``, else 2048 or the model's limit if that is less.
-
-    Args:
-        asked: by the user.
-        model_config: of transformers.
-        spare: positions of the model that a window must leave.
-
-    Raises:
-        UsageError: ``asked`` exceeds the limit.
-    """
-    limit = check_window(asked or 0, model_config, spare=spare)
-    return asked or min(_DEFAULT_SEQ_LEN, limit or _DEFAULT_SEQ_LEN)
 
 
 def _variants(

@@ -9,7 +9,7 @@ import torch
 
 from ara.artifacts.factors import FactorsResults, moment_name, moments_file
 from ara.calibration.kept_moments import KeptMoment, KeptMoments
-from ara.calibration.moments import InputStats, packed_triangle
+from ara.calibration.moments import InputStats, packed_bytes, packed_triangle
 from ara.errors import UsageError
 from ara.models.weights import LinearSpec
 from ara.stages.common import Run
@@ -82,7 +82,7 @@ def moment_bytes(linears: Sequence[LinearSpec], leaders: Mapping[str, str]) -> i
         linears: the layers.
         leaders: from :func:`moments_to_keep`.
     """
-    return sum(4 * (spec.n * (spec.n + 1) // 2) for spec in linears if leaders[spec.name] == spec.name)
+    return sum(packed_bytes(spec.n) for spec in linears if leaders[spec.name] == spec.name)
 
 
 def packed_moments(stats: Mapping[str, InputStats], leaders: Mapping[str, str]) -> dict[str, torch.Tensor]:

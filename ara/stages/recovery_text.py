@@ -10,10 +10,11 @@ import torch
 from ara.artifacts.factors import FactorsSettings, TextPart
 from ara.config import RecoverConfig
 from ara.errors import UsageError
+from ara.models.context import check_window
 from ara.models.sources import ModelSource
 from ara.recovery import LEVELS, levels_to_run
 from ara.recovery.base import Level, RecoveryText
-from ara.stages.common import Run, check_window, text_parts, warn_without_chat, window_reader
+from ara.stages.common import Run, text_parts, warn_without_chat, window_reader
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView, ancestors
 

@@ -47,6 +47,7 @@ def each(words, tiny_text, tmp_path):
         ["generate", "the river", "--max-new-tokens", 5, "--device", "cpu", *place],
         ["report", *place],
         ["status", *place],
+        ["plan", words[0], "--no-probe", *words[3:9], *place],
         ["models"],
         ["methods"],
     ]
@@ -56,7 +57,7 @@ def test_help_lists_the_commands_in_the_order_of_the_pipeline():
     text = done("--help").stdout
     listed = re.findall(r"^  ([a-z-]+) ", text[text.index("Commands:") :], re.MULTILINE)
     others = ["compare", "bench", "report", "generate", "chat", "serve", "status", "models", "methods"]
-    assert listed == ["run", *(stage.name for stage in steps()), *others]
+    assert listed == ["plan", "run", *(stage.name for stage in steps()), *others]
     assert listed == list(COMMANDS)
     for stage in steps():
         assert f"  {stage.name} " in text
@@ -129,6 +130,7 @@ def test_json_is_exactly_one_document_for_every_command(each):
         "generate": "answer",
         "report": "results",
         "status": "next",
+        "plan": "stages",
         "models": "models",
         "methods": "decompositions",
     }
@@ -335,7 +337,7 @@ def test_run_refuses_what_a_later_stage_cannot_use_before_the_first(tiny_llama, 
 def test_an_empty_value_is_no_default(name):
     """`--name "$NAME"` with an unset variable must not give the default name."""
     texts = {"--name", "--checkpoint", "--export", "--factors", "--masks", "--revision", "--methods", "-w"}
-    model = {"decompose": ["m"], "run": ["m"], "generate": ["hi"]}.get(name, [])
+    model = {"plan": ["m"], "decompose": ["m"], "run": ["m"], "generate": ["hi"]}.get(name, [])
     for parameter in COMMANDS[name].params:
         for flag in texts & set(parameter.opts):
             result = ara(name, *model, flag, "")

@@ -13,6 +13,7 @@ from tests.odd import NOT_UTF8, commands, odd_lines
 COMMANDS = commands()
 # A valid command line each, apart from the workspace; MODEL and TEXT are put in.
 VALID = {
+    "plan": ["MODEL", "--seq-len", "48"],
     "run": ["MODEL", "--text", "TEXT", "--samples", "4", "--seq-len", "48", "--tasks", "TEXT"],
     "decompose": ["MODEL", "--text", "TEXT", "--samples", "4", "--seq-len", "48"],
     "train-masks": [],
@@ -47,6 +48,7 @@ def no_work(monkeypatch, tmp_path):
 
     for place in (
         "export.torch_decoder.load",  # first, so that its module is not imported while what it imports is patched
+        "ara.planning.plan.read_shape",
         "ara.stages.recover.load_rounded",
         "ara.stages.quantise.load",
         "ara.models.checkpoint.load",

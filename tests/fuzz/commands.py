@@ -69,6 +69,7 @@ _CALLS: dict[str, tuple[int, list[str]]] = {
             "-q",
         ],
     ),
+    "plan": (1, ["../in/model", "--no-probe", "--seq-len", "16", *PLACE, *WS]),
     "status": (1, [*WS]),
     "models": (1, ["-q"]),
     "methods": (1, ["-q"]),
