@@ -1,4 +1,4 @@
-"""``ara decompose`` in several real processes, as torchrun starts them: results, failures, resuming."""
+"""Commands in several real processes, as torchrun starts them: results, failures, resuming."""
 
 import os
 import shutil
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ara.allocation.energy import Energy
+from ara.artifacts.training import TrainingResults
 from ara.config import DecomposeConfig
 from ara.solver.problem import Budget
 from ara.stages.common import Run
@@ -22,6 +23,7 @@ from ara.workspace.store import Workspace
 from tests.commands import decompose_arguments
 from tests.damage import contents, listing
 from tests.forks import REPOSITORY, free_port, killed_at, raising_at, with_value
+from tests.training import NAME, train_words
 
 FACTOR = "ara.stages.factoring:_factor"
 # A rank that dies must end the others within this time.
@@ -201,6 +203,66 @@ def test_a_locked_workspace_ends_all(forks, finished, tiny_settings, tmp_path):
         processes = forks.run(decompose_arguments({**tiny_settings, "seed": 3}, root), size=2)
     assert [ended.code for ended in processes] == [1, 1]
     assert "is being written by process" in only_error(processes)
+
+
+# -- masks and ranks -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, forks, finished):
+    """Workspaces with masks trained and ranks allocated by one and by two processes; only to be read."""
+    roots = []
+    for size in (1, 2):
+        root = Path(shutil.copytree(finished, tmp_path_factory.mktemp("trained") / "ws"))
+        output = succeeded(forks.run(train_words(root), size=size))
+        assert "step 4 of 4" in output
+        words = ["--samples", 8, "--held-out", 4, "--device", "cpu", "--dtype", "float32", "-w", root]
+        succeeded(forks.run(["allocate", "--method", "sensitivity", "--keep", 0.6, *words], size=size))
+        roots.append(root)
+    return roots
+
+
+def test_tables_of_two_processes_are_those_of_one(trained):
+    one, two = (load_file(root / "train-masks" / NAME / "sensitivity.safetensors") for root in trained)
+    assert one.keys() == two.keys()
+    for name, table in one.items():
+        torch.testing.assert_close(two[name], table, rtol=1e-5, atol=1e-9)
+
+
+def test_a_training_in_two_processes_is_that_of_one(trained):
+    one, two = (TrainingResults.read(Workspace.open(root).require("training")) for root in trained)
+    assert one.budgets.keys() == two.budgets.keys()
+    for keep, budget in one.budgets.items():
+        other = two.budgets[keep]
+        assert other.ranks == budget.ranks
+        # The windows are the same, and so are their losses: they are not added up in another order.
+        assert (other.start_held_out, other.held_out) == (budget.start_held_out, budget.held_out)
+        assert other.backward_passes == budget.backward_passes
+    for keep, rows in one.log.items():
+        assert [row.loss for row in rows[1:]] == pytest.approx([row.loss for row in two.log[keep][1:]], rel=1e-6)
+
+
+def test_ranks_of_two_processes_are_those_of_one(trained):
+    one, two = (contents(root / "allocate" / "sensitivity-0.60", "ranks.json") for root in trained)
+    assert one == two
+
+
+def test_a_training_resumes_in_two_processes(trained, forks, finished, tmp_path):
+    root = Path(shutil.copytree(finished, tmp_path / "ws"))
+    fault = killed_at("ara.masks.model:MaskedModel.gradients", 3, rank=1)
+    processes = forks.run(train_words(root), size=2, faults=[fault])
+    assert only_error(processes) == "error: another process of this run has ended"
+    assert "resuming after step 2 of 4" in succeeded(forks.run(train_words(root), size=2))
+    found, expected = (folder / "train-masks" / NAME for folder in (root, trained[1]))
+    assert contents(found, "*.safetensors") == contents(expected, "*.safetensors")
+
+
+@pytest.mark.parametrize("given", [["--size", "1MB"], ["--keep", "0.7", "--objective", "latency"]], ids=str)
+def test_what_is_measured_in_one_process_is_refused(forks, finished, tmp_path, given):
+    root = Path(shutil.copytree(finished, tmp_path / "ws"))
+    processes = forks.run(["allocate", *given, "-w", root], size=2)
+    assert [ended.code for ended in processes] == [2, 2]
+    assert only_error(processes).endswith("is given, and there are 2 processes")
 
 
 # -- torchrun ------------------------------------------------------------------------------------------------------
