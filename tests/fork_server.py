@@ -1,7 +1,7 @@
 """Runs commands in forked processes, so that everything is imported once; started by :mod:`tests.forks`.
 
-A line of stdin is a request: a JSON object with the fields of :class:`tests.forks.Forks.run`. The answer is a line with
-the wait status and the seconds of every process.
+A line of stdin is a request: a JSON object, see :class:`tests.forks.Forks`. The answer is a line with the wait status
+and the seconds of every process.
 """
 
 from __future__ import annotations
@@ -50,9 +50,13 @@ def _run(rank: int, request: dict[str, Any]) -> None:
     for fault in request["faults"]:
         if fault["rank"] == rank:
             _inject(fault)
-    sys.argv = ["ara", *request["arguments"]]
-    main()
-    os._exit(0)
+    if "call" in request:
+        module, _, function = request["call"].partition(":")
+        getattr(importlib.import_module(module), function)()
+    else:
+        sys.argv = ["ara", *request["arguments"]]
+        main()
+    sys.exit()
 
 
 def _inject(fault: dict[str, Any]) -> None:

@@ -79,9 +79,15 @@ class Forks:
 
     def run(self, arguments: Sequence[Any], size: int = 1, faults: Sequence[dict[str, Any]] = ()) -> list[Ended]:
         """Run ``ara ARGUMENTS`` in ``size`` processes, as torchrun does, and return how they end."""
+        return self._ask(arguments=[str(word) for word in arguments], size=size, faults=list(faults))
+
+    def call(self, place: str, size: int) -> list[Ended]:
+        """Call ``module:function`` in ``size`` processes, and return how they end."""
+        return self._ask(call=place, size=size, faults=[])
+
+    def _ask(self, **request: Any) -> list[Ended]:
         assert self._server.stdin is not None and self._server.stdout is not None
-        words = [str(word) for word in arguments]
-        request = {"arguments": words, "size": size, "faults": list(faults), "log": str(self._log), "port": free_port()}
+        request |= {"log": str(self._log), "port": free_port()}
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         found = json.loads(self._server.stdout.readline())

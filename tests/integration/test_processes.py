@@ -13,8 +13,12 @@ from safetensors.torch import load_file
 
 from ara.allocation.energy import Energy
 from ara.artifacts.training import TrainingResults
-from ara.config import DecomposeConfig
+from ara.config import AllocateConfig, DecomposeConfig
+from ara.distributed.group import Group
+from ara.distributed.launch import Launch
+from ara.errors import UsageError
 from ara.solver.problem import Budget
+from ara.stages.allocate import allocate
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
 from ara.stages.modules import load_modules
@@ -129,6 +133,11 @@ def test_a_second_run_finds_the_result_whatever_the_number_of_processes(forks, s
     for size in (1, 2):
         assert "is there already" in succeeded(forks.run(arguments, size=size))
     assert contents(root) == before
+
+
+def test_three_processes_exchange_tensors_and_objects(forks):
+    for ended in forks.call("tests.group_checks:check_exchange", size=3):
+        assert (ended.code, ended.output) == (0, "")
 
 
 # -- failures ----------------------------------------------------------------------------------------------------
@@ -257,12 +266,16 @@ def test_a_training_resumes_in_two_processes(trained, forks, finished, tmp_path)
     assert contents(found, "*.safetensors") == contents(expected, "*.safetensors")
 
 
-@pytest.mark.parametrize("given", [["--size", "1MB"], ["--keep", "0.7", "--objective", "latency"]], ids=str)
-def test_what_is_measured_in_one_process_is_refused(forks, finished, tmp_path, given):
-    root = Path(shutil.copytree(finished, tmp_path / "ws"))
-    processes = forks.run(["allocate", *given, "-w", root], size=2)
-    assert [ended.code for ended in processes] == [2, 2]
-    assert only_error(processes).endswith("is given, and there are 2 processes")
+class Two(Group):
+    """The first of two processes, without the second one."""
+
+    launch = Launch(0, 2, 0, 2)
+
+
+@pytest.mark.parametrize("given", [{"size": "1MB"}, {"keep": 0.7, "objective": "latency"}], ids=str)
+def test_what_is_measured_in_one_process_is_refused(finished, given):
+    with pytest.raises(UsageError, match="is given, and there are 2 processes"):
+        allocate(AllocateConfig(**given), Run(finished, group=Two()))
 
 
 # -- torchrun ------------------------------------------------------------------------------------------------------
