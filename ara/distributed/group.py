@@ -63,7 +63,9 @@ class Group:
         return value
 
     def gather(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors of all processes in process 0, on the CPU; nothing in the others, which do not wait.
+        """Return the tensors of all processes in process 0, on the CPU; nothing in the others.
+
+        The others do not wait for process 0, unless they are several calls ahead.
 
         Args:
             tensors: of this process; no name may occur twice.

@@ -28,6 +28,8 @@ _ARRIVAL = timedelta(minutes=5)
 _PATIENCE = timedelta(days=7)
 # A sum over CUDA devices begins when all processes have met, so it takes seconds.
 _SUM = timedelta(seconds=30)
+# How many tensors may wait to be sent, two for each :meth:`Group.gather`: those of about two blocks of a model.
+_AHEAD = 8
 # What must have the same version in all processes.
 _SAME = ("ara", "torch", "transformers")
 _KEEPS = "finished work is kept: the same command continues from there"
@@ -139,6 +141,8 @@ class TorchGroup(Group):
         body = bytearray(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
         for tensor in (torch.tensor([len(body)]), torch.frombuffer(body, dtype=torch.uint8)):
             self._sending.append((dist.isend(tensor, 0), tensor))
+        while len(self._sending) > _AHEAD:
+            self._sending.pop(0)[0].wait()
 
     def _receive(self, rank: int) -> dict[str, torch.Tensor]:
         size = torch.empty(1, dtype=torch.int64)

@@ -51,7 +51,7 @@ class Run:
         report: receives progress.
         force: do the work again even if the same result exists.
         offload: whether weights stay in their files on a CPU.
-        group: the processes that share the work. Process 0 alone opens the workspace.
+        group: the processes that share the work. Process 0 alone writes into the workspace.
     """
 
     root: Path
