@@ -93,7 +93,7 @@ class Group:
 
     @contextmanager
     def first_of_machine(self) -> Iterator[None]:
-        """Let one process per machine run the block first, such as to download; the others run it afterwards."""
+        """Let one process per machine run the block first, so that files are downloaded or unpacked once."""
         yield
 
 

@@ -97,7 +97,8 @@ def open_tuning_context(
     if config.device == "cpu":
         keep_freed_memory()
     run.report.fact("loading the model")
-    model = source.load_model(torch_dtype(config.dtype), config.device)
+    with run.group.first_of_machine():
+        model = source.load_model(torch_dtype(config.dtype), config.device)
     masked = MaskedModel(model, list(specs), factor_files(decomposition, specs), run.group)
     made_from = decomposition.manifest.id
     tables = None if run.force else TableCache(workspace.cache / "tables", made_from, run.report, run.group)

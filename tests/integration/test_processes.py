@@ -284,7 +284,7 @@ def test_what_is_measured_in_one_process_is_refused(finished, given):
 def torchrun(script, *words):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words, str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def test_torchrun_ends_the_others_while_they_compute(tiny_settings, tmp_path):
