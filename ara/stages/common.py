@@ -103,6 +103,7 @@ class Task:
         self.name = ""
         self._started = started
         self._facts: dict[str, Any] = {}
+        self._unfinished: bool | None = None
 
     def describe(
         self, name: str, config: Any, parents: Sequence[StageView], model: Mapping[str, Any] | None = None
@@ -124,7 +125,13 @@ class Task:
     def finished(self, report: Reporter | None = None) -> StageView | None:
         """Return the result if it exists, made from the same settings and parents."""
         report = report or self.run.report
-        return self._asked(lambda: self.workspace.finished(self.stage, self.name, self._facts, report))
+        view, self._unfinished = self._asked(
+            lambda: (
+                self.workspace.finished(self.stage, self.name, self._facts, report),
+                self.workspace.unfinished(self.stage, self.name, self._facts),
+            )
+        )
+        return view
 
     def done(self) -> StageView | None:
         """Return the result, and report it, if it exists and need not be made again."""
@@ -132,8 +139,9 @@ class Task:
         return None if view is None or self.run.force else already_done(view, self.run)
 
     def unfinished(self) -> bool:
-        """Tell whether an interrupted run with the same facts can be resumed."""
-        return self._asked(lambda: self.workspace.unfinished(self.stage, self.name, self._facts))
+        """Tell whether an interrupted run with the same facts can be resumed; known after :meth:`finished`."""
+        assert self._unfinished is not None
+        return self._unfinished
 
     def writer(self, **options: Any) -> StageWriter:
         """Return the writer of the result; ``options`` as of :meth:`ara.workspace.store.Workspace.writer`."""
