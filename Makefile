@@ -50,7 +50,7 @@ CREATE_VENV = for python in $(PYTHON); do \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes gpu-check clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes bench-processes gpu-check clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -252,6 +252,10 @@ bench-recovery-speed: $(STAMP) ## time the levels that train against a dense for
 bench-bytes: $(STAMP) ## the best model for a size: bits, ranks or both (needs ARA_DATA_DIR; hours)
 	@echo "Filling sizes"
 	@$(WITH_DATA); $(BIN)/python benchmarks/bytes.py $(BENCH_FLAGS)
+
+bench-processes: $(STAMP) ## time ara decompose in one process and in two, one thread each (two idle cores)
+	@echo "Timing one process and two"
+	@$(BIN)/python benchmarks/processes.py $(BENCH_FLAGS)
 
 gpu-check: $(GPU_VENV)/.ara-setup ## check ARA on this machine's GPU, in under 8 minutes (its own environment; GPU_CHECK_FLAGS)
 	@$(GPU_VENV)/bin/python -m benchmarks.gpu_check --vllm-python $(GPU_VLLM_VENV)/bin/python $(GPU_CHECK_FLAGS)

@@ -88,6 +88,14 @@ class UnavailableError(AraError):
     """This machine lacks something that the command needs."""
 
 
+class ProcessLostError(AraError):
+    """Another process of the same run has ended, or cannot be reached."""
+
+
+class UnequalError(AraError):
+    """The processes of one run differ in what must be the same."""
+
+
 class InternalError(AraError):
     """A bug of ARA, as the command line reports it."""
 

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from ara.errors import UsageError
 from ara.pipeline import stages
 from ara.version import __version__
+from ara_cli.processes import silence_helpers
 from ara_cli.streams import replace_closed
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -148,6 +149,7 @@ def main() -> None:
     """Entry point of the console scripts."""
     replace_closed()
     try:
+        silence_helpers()
         app()
     except BaseException as error:
         _end(error, sys.argv[1:])

@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +32,10 @@ from ara.models.cache import cache_dir, hub_dir
 from ara.models.offload import Offload
 from ara_cli.console import Console, is_reader_gone, stdout_error
 from ara_cli.interrupts import recording_interrupts
+from ara_cli.processes import Processes
 
 if TYPE_CHECKING:
+    from ara.distributed.group import Group
     from ara.stages.common import Run
 
 # Exit code after Ctrl+C: 128 + SIGINT, as in shells.
@@ -60,6 +62,7 @@ class Session:
         force: make results again.
         offload: whether weights stay in their files on a CPU.
         interrupts: one number for every Ctrl+C that nobody has handled yet.
+        group: the processes that run the command; ``None`` for one process.
     """
 
     console: Console
@@ -67,12 +70,17 @@ class Session:
     force: bool
     offload: Offload = "auto"
     interrupts: list[int] = field(default_factory=list)
+    group: Group | None = None
 
     def run(self) -> Run:
         """Return what stages need besides their config."""
+        from ara.distributed.group import ALONE
+        from ara.progress import SILENT
         from ara.stages.common import Run
 
-        return Run(self.root, command_line(), self.console, self.force, self.offload)
+        group = self.group or ALONE
+        report = self.console if group.writes else SILENT
+        return Run(self.root, command_line(), report, self.force, self.offload, group)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -92,23 +100,60 @@ class Session:
 
 @contextmanager
 def session(
-    root: Path, quiet: bool = False, as_json: bool = False, force: bool = False, offload: Offload = "auto"
+    root: Path,
+    quiet: bool = False,
+    as_json: bool = False,
+    force: bool = False,
+    offload: Offload = "auto",
+    several: bool = False,
 ) -> Iterator[Session]:
-    """Run a command's body; an error becomes one line and an exit code, see :func:`report_error`."""
+    """Run a command's body; an error becomes one line and an exit code, see :func:`report_error`.
+
+    Args:
+        root: workspace folder.
+        quiet: see :class:`Console`.
+        as_json: see :class:`Console`.
+        force: make results again.
+        offload: whether weights stay in their files on a CPU.
+        several: whether the command can be run in several processes.
+    """
     console = Console(quiet=quiet, as_json=as_json)
     _quiet_libraries(downloads=console.is_live)
-    started = Session(console, root, force, offload)
+    started, processes = Session(console, root, force, offload), Processes()
     try:
-        with recording_interrupts(started.interrupts), console.only_results_on_stdout(), started.interruptible():
-            yield started
+        with (
+            recording_interrupts(started.interrupts),
+            console.only_results_on_stdout(),
+            started.interruptible(),
+            processes.join(several) as group,
+        ):
+            yield replace(started, group=group)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             with suppress(OSError):
                 console.warn("interrupted; finished work is kept, and the same command continues from there")
+        if processes.launch.size > 1 and not isinstance(error, KeyboardInterrupt):
+            console = _speaker(processes.reports(error), processes.launch.rank, console)
         code = report_error(error, console, root)
         if code is None:
             raise
         raise typer.Exit(code) from None
+
+
+def _speaker(reports: bool, rank: int, console: Console) -> Console:
+    """Return the console for the error of one of several processes, whose stdout and stderr are silent after the first.
+
+    Args:
+        reports: whether it reports the error.
+        rank: of the process.
+        console: of the session.
+    """
+    if not reports:
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 – until the process ends
+        return Console(stdout=nowhere, stderr=nowhere)
+    if rank == 0:
+        return console
+    return Console(as_json=console.as_json, stdout=sys.__stdout__, stderr=sys.__stderr__)
 
 
 def report_error(error: BaseException, console: Console, root: Path | None = None) -> int | None:

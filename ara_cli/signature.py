@@ -55,13 +55,14 @@ class _Part:
 
 
 def command_line(
-    after: Mapping[str, tuple[str, ...]] | None = None, without: Collection[str] = ()
+    after: Mapping[str, tuple[str, ...]] | None = None, without: Collection[str] = (), several: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that gives a command's function its options.
 
     Args:
         after: option → options that follow it in the help; the others are in the order of the parameters.
         without: options of :class:`ara_cli.options.SessionOptions` that the command does not have.
+        several: whether torchrun may run the command in several processes.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -80,7 +81,8 @@ def command_line(
         def call(**given: Any) -> None:
             _refuse_empty(given, [parameter for parameter in parameters if parameter.name not in may_be_empty])
             options = of_session.value(given)
-            with session(options.workspace, options.quiet, options.as_json, options.force, options.offload) as s:
+            circumstances = options.workspace, options.quiet, options.as_json, options.force, options.offload
+            with session(*circumstances, several) as s:
                 function(s=s, **{name: part.value(given) for name, part in parts.items()})
 
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

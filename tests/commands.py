@@ -38,3 +38,10 @@ def refused(result: Any, code: int, *words: str, hint: bool = True) -> str:
     for word in words:
         assert word in result.stderr, result.stderr
     return str(result.stderr)
+
+
+def decompose_arguments(settings: dict[str, Any], root: Any) -> list[str]:
+    """Return the words of ``ara decompose`` with these settings."""
+    options = {name.replace("_", "-"): str(value) for name, value in settings.items() if name != "model"}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return ["decompose", settings["model"], *words, "-w", str(root)]

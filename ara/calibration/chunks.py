@@ -1,9 +1,13 @@
-"""Reads statistics in chunks of blocks that fit into memory; a chunk starts from the outputs of the one before."""
+"""Reads statistics in chunks of blocks that fit into memory; a chunk starts from the outputs of the one before.
+
+Several processes share the windows. Their sums are added up in the processes that factor the layers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +15,7 @@ from torch import nn
 
 from ara.calibration.gradients import GradientStats, Targets, collect_gradients
 from ara.calibration.moments import InputAccumulator, InputStats, collect_moments
+from ara.distributed.group import ALONE, Group
 from ara.models.blocks import BlockRunner, independent_starts
 from ara.models.weights import LinearSpec
 from ara.progress import SILENT, Reporter
@@ -44,6 +49,7 @@ class ChunkReader:
         gradients: GradientReading | None = None,
         report: Reporter = SILENT,
         folder: Path | None = None,
+        group: Group = ALONE,
     ) -> None:
         """Check at which blocks passes may start.
 
@@ -56,8 +62,9 @@ class ChunkReader:
             gradients: how to read gradients; ``None`` for input statistics alone.
             report: progress, and a note when passes cannot start at a chunk.
             folder: for outputs of blocks that do not fit into memory.
+            group: the processes that share the windows.
         """
-        self._owners, self._gradients, self._report = owners, gradients, report
+        self._owners, self._gradients, self._report, self._group = owners, gradients, report, group
         ends = [chunk[-1].layer + 1 for chunk in chunks[:-1]]
         starts = independent_starts(model, windows[:1], ends)
         if len(starts) < len(ends):
@@ -65,21 +72,47 @@ class ChunkReader:
                 "every chunk of blocks is read from the embeddings, which takes longer: blocks of this model reuse "
                 "results of earlier blocks"
             )
-        self._inputs = BlockRunner(model, windows, batch_size, starts, report, folder)
+        rows = group.share(len(windows), batch_size)
+        self._inputs = BlockRunner(model, windows[rows], batch_size, starts, report, folder)
         if gradients is not None:
-            self._outputs = BlockRunner(model, windows[: gradients.windows], batch_size, starts, report, folder)
+            self._rows = group.share(gradients.windows, batch_size)
+            self._outputs = BlockRunner(model, windows[self._rows], batch_size, starts, report, folder)
 
-    def read(self, chunk: Sequence[LinearSpec]) -> tuple[dict[str, InputStats], dict[str, GradientStats]]:
+    def read(
+        self, chunk: Sequence[LinearSpec], factored_by: Mapping[str, int]
+    ) -> tuple[dict[str, InputStats], dict[str, GradientStats]]:
         """Return input statistics by leading layer, and gradient statistics by layer (empty if not wanted).
+
+        Args:
+            chunk: layers of consecutive blocks.
+            factored_by: layer → the process that needs its statistics; each process gets those of its layers.
 
         Raises:
             NumericalError: an input, output or gradient is NaN or infinite.
         """
-        inputs = collect_moments(self._inputs, chunk, self._owners, self._report)
+        leaders: dict[str, set[int]] = {}
+        for spec in chunk:
+            leaders.setdefault(self._owners[spec.name], set()).add(factored_by[spec.name])
+        inputs = collect_moments(self._inputs, chunk, self._owners, self._report, partial(self._total, leaders))
         if self._gradients is None:
             return inputs, {}
-        targets, seed = self._gradients.targets, self._gradients.seed
-        return inputs, collect_gradients(self._outputs, chunk, targets=targets, seed=seed, report=self._report)
+        outputs = collect_gradients(
+            self._outputs,
+            chunk,
+            targets=self._gradients.targets,
+            seed=self._gradients.seed,
+            rows=self._rows.tolist(),
+            report=self._report,
+            total=partial(self._total, {name: {rank} for name, rank in factored_by.items()}),
+        )
+        return inputs, outputs
+
+    def _total(self, ranks: Mapping[str, Collection[int]], sums: dict[str, InputAccumulator]) -> None:
+        """Add up the sums of all processes; leave those that this process needs."""
+        for name in list(sums):
+            sums[name].sum_over(self._group, ranks[name])
+            if self._group.rank not in ranks[name]:
+                del sums[name]
 
 
 def split_into_chunks(

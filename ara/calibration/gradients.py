@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ara.calibration.moments import InputAccumulator, averages
+from ara.calibration.moments import InputAccumulator, Total, averages, of_one_process
 from ara.errors import NumericalError
 from ara.models.blocks import BlockRunner
-from ara.models.losses import sampled_targets, token_losses
+from ara.models.losses import TargetSampler, token_losses
 from ara.models.weights import LinearSpec
 from ara.progress import SILENT, Reporter
 
@@ -40,7 +40,9 @@ def collect_gradients(
     *,
     targets: Targets = "model",
     seed: int = 0,
+    rows: Sequence[int] | None = None,
     report: Reporter = SILENT,
+    total: Total = of_one_process,
 ) -> dict[str, GradientStats]:
     """Run text forward and backward through some blocks and return the gradient statistics of ``linears``.
 
@@ -52,22 +54,28 @@ def collect_gradients(
         targets: of the cross-entropy: ``model`` draws tokens from the model's predictions, so that H is the Fisher
             information at the outputs; ``text`` takes the next tokens of the text.
         seed: of the random targets; the same for all layers of a model.
+        rows: positions of the runner's windows among all windows, see :class:`ara.models.losses.TargetSampler`; 0, 1,
+            2 … by default.
         report: progress.
+        total: completes the sums if other processes read further windows.
 
     Returns:
-        Statistics by layer name.
+        Statistics by layer name, of the layers that ``total`` leaves.
 
     Raises:
         NumericalError: an output or a gradient is NaN or infinite.
     """
     sums = {spec.name: InputAccumulator(spec.m, runner.device) for spec in linears}
     first, last = min(spec.layer for spec in linears), max(spec.layer for spec in linears)
-    loss = partial(_summed_loss, runner.model, targets, torch.Generator().manual_seed(seed))
+    sampler = TargetSampler(seed, range(runner.windows) if rows is None else rows) if targets == "model" else None
+    loss = partial(_summed_loss, runner.model, sampler)
     with ExitStack() as hooks:
         for spec in linears:
             hooks.enter_context(spec.weight.on_output(runner.model, partial(_add_gradient, sums[spec.name])))
         with report.bar(f"Reading gradients of blocks {first + 1} to {last + 1}", runner.windows) as bar:
-            runner.backward(first, last, loss, bar.advance)
+            if runner.windows:
+                runner.backward(first, last, loss, bar.advance)
+    total(sums)
     found = averages(sums, "gradients at")
     return {name: GradientStats(stats.second_moment, stats.tokens) for name, stats in found.items()}
 
@@ -79,13 +87,12 @@ def _add_gradient(accumulator: InputAccumulator, output: torch.Tensor) -> None:
 
 
 def _summed_loss(
-    model: nn.Module, targets: Targets, generator: torch.Generator, logits: torch.Tensor, ids: torch.Tensor
+    model: nn.Module, sampler: TargetSampler | None, logits: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
     """Return the summed loss of a batch, in nats; a NaN or infinite logit is an error."""
     if not logits.isfinite().all():
         raise _overflow(model, ids)
-    drawn = sampled_targets(logits, generator) if targets == "model" else ids
-    return token_losses(logits, drawn).sum()
+    return token_losses(logits, ids if sampler is None else sampler.draw(logits)).sum()
 
 
 @torch.no_grad()

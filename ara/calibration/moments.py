@@ -6,7 +6,7 @@ Sums are float32, whatever the dtype of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from ara.distributed.group import Group
 from ara.errors import NumericalError, UnsupportedModelError
 from ara.models.blocks import BlockRunner
 from ara.models.loading import forward_errors
@@ -59,6 +60,13 @@ class InputAccumulator:
         self.abs_sum += x.abs().sum(0)
         self.tokens += x.shape[0]
 
+    def sum_over(self, group: Group, ranks: Collection[int]) -> None:
+        """Add up the sums of all processes; only the processes ``ranks`` get them."""
+        count = torch.tensor(self.tokens)
+        for part in (self.gram, self.abs_sum, count):
+            group.sum(part, ranks)
+        self.tokens = int(count)
+
     @property
     def is_finite(self) -> bool:
         """Whether no sum is NaN or infinite."""
@@ -69,6 +77,14 @@ class InputAccumulator:
         gram = mirrored(self.gram)
         gram /= max(self.tokens, 1)
         return InputStats(gram, self.abs_sum / max(self.tokens, 1), self.tokens)
+
+
+# Adds up the sums of several processes, and drops those that this process does not need.
+Total = Callable[[dict[str, InputAccumulator]], None]
+
+
+def of_one_process(sums: dict[str, InputAccumulator]) -> None:
+    """Leave the sums as they are."""
 
 
 def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
@@ -169,7 +185,11 @@ def input_groups(
 
 
 def collect_moments(
-    runner: BlockRunner, linears: Sequence[LinearSpec], owners: Mapping[str, str], report: Reporter = SILENT
+    runner: BlockRunner,
+    linears: Sequence[LinearSpec],
+    owners: Mapping[str, str],
+    report: Reporter = SILENT,
+    total: Total = of_one_process,
 ) -> dict[str, InputStats]:
     """Run calibration text through some blocks and return the input statistics of ``linears``.
 
@@ -180,9 +200,10 @@ def collect_moments(
         linears: the layers.
         owners: from :func:`shared_inputs`.
         report: progress.
+        total: completes the sums if other processes read further windows.
 
     Returns:
-        Statistics by name of the leading layer (see ``owners``).
+        Statistics by name of the leading layer (see ``owners``), of those that ``total`` leaves.
 
     Raises:
         NumericalError: an activation is NaN or infinite.
@@ -193,7 +214,9 @@ def collect_moments(
         for name, accumulator in sums.items():
             hooks.enter_context(WeightRef.named(name).on_input(runner.model, accumulator.add))
         with report.bar(f"Reading inputs of blocks {first + 1} to {last + 1}", runner.windows) as bar:
-            runner.forward(first, last, bar.advance)
+            if runner.windows:
+                runner.forward(first, last, bar.advance)
+    total(sums)
     return averages(sums, "inputs of")
 
 

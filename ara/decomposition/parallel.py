@@ -30,6 +30,8 @@ def map_layers(
         layers: the layers to factor, each with its statistics.
         device: where the factorisation runs.
     """
+    if not layers:
+        return
     threads = torch.get_num_threads()
     workers = workers_for([spec for spec, _ in layers], available_bytes("cpu"))
     if torch.device(device).type != "cpu" or workers < 2:
@@ -39,7 +41,7 @@ def map_layers(
     pool = ThreadPoolExecutor(workers, "ara-factor", lambda: torch.set_num_threads(each))
     try:
         # The most expensive layers first, so that none of them runs alone at the end.
-        order = sorted(range(len(layers)), key=lambda i: _cost(layers[i][0]), reverse=True)
+        order = sorted(range(len(layers)), key=lambda i: cost(layers[i][0]), reverse=True)
         futures = {i: pool.submit(work, *layers[i]) for i in order}
         for i in range(len(layers)):
             yield futures[i].result()
@@ -50,7 +52,7 @@ def map_layers(
         torch.set_num_threads(threads)
 
 
-def _cost(spec: LinearSpec) -> int:
+def cost(spec: LinearSpec) -> int:
     """Return the relative work of a factorisation: products with G and an eigenproblem of the smaller side."""
     return spec.dense_cost * (spec.n + 4 * spec.full_rank)
 

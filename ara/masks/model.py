@@ -13,10 +13,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from ara.distributed.group import ALONE, Group
 from ara.errors import NumericalError
 from ara.masks.linear import MaskedLinear
 from ara.models.likelihood import nll_of_windows
-from ara.models.losses import sampled_targets, token_losses
+from ara.models.losses import TargetSampler, token_losses
 from ara.models.recompute import blocks_to_recompute, recomputed
 from ara.models.weights import LinearSpec
 from ara.progress import SILENT, Reporter
@@ -46,21 +47,27 @@ class MaskedModel:
     """Wraps a dense model in place; starts dense.
 
     On a CPU the factors are views of memory-mapped files: processes share them, and unused parts are not read.
+    Several processes share the windows of :meth:`nll` and :meth:`gradients`, and all get the whole result.
 
     Attributes:
+        group: the processes.
         specs: the factorised layers.
         layers: module path → the layer that replaces it.
         backward_passes: number of windows that a backward pass has read.
     """
 
-    def __init__(self, model: PreTrainedModel, specs: Sequence[LinearSpec], files: Mapping[str, Path]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, specs: Sequence[LinearSpec], files: Mapping[str, Path], group: Group = ALONE
+    ) -> None:
         """Replace the linear layers of ``model``.
 
         Args:
             model: a causal language model in evaluation mode.
             specs: its factorised layers.
             files: module path → safetensors file with ``<path>.A`` (s, n) and ``<path>.B`` (m, s), s ≤ r.
+            group: the processes that share windows.
         """
+        self.group = group
         self.model, self.specs = model.requires_grad_(False), list(specs)
         self.layers: dict[str, MaskedLinear] = {}
         self.backward_passes = 0
@@ -110,7 +117,11 @@ class MaskedModel:
         Returns:
             (w) float64, nats per predicted token; may be NaN.
         """
-        return nll_of_windows(self.forward, windows, self.device, batch_size, report, label)
+        rows = self.group.share(len(windows), batch_size)
+        own = torch.empty(0, dtype=torch.float64)
+        if len(rows):
+            own = nll_of_windows(self.forward, windows[rows], self.device, batch_size, report, label)
+        return self._of_all(own, rows, len(windows))
 
     @torch.no_grad()
     def kl(self, windows: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -147,7 +158,9 @@ class MaskedModel:
         with self.listening():
             losses = self.backward(windows, loss, batch_size, seed)
             # Divided after the backward pass: in float16 the gradient of a mean over many tokens would underflow.
-            masks = {name: _gradient(layer) / predicted for name, layer in self.layers.items()}
+            sums = {name: _gradient(layer) for name, layer in self.layers.items()}
+            self.group.total(list(sums.values()))
+            masks = {name: total / predicted for name, total in sums.items()}
         if not all(bool(gradient.isfinite().all()) for gradient in masks.values()):
             raise NumericalError(
                 f"the loss is {float(losses.mean()):.4f}, and its gradient is NaN or infinite",
@@ -182,28 +195,37 @@ class MaskedModel:
         Raises:
             NumericalError: the mean loss is NaN or infinite.
         """
-        generator = torch.Generator().manual_seed(seed)
-        found: list[torch.Tensor] = []
+        rows = self.group.share(len(windows), batch_size)
+        sampler = TargetSampler(seed, rows.tolist())
+        found = [torch.empty(0, dtype=torch.float64)]
         blocks = self._blocks_to_recompute(windows, batch_size, report)
-        with report.bar(label, len(windows)) as bar, torch.enable_grad(), recomputed(blocks):
-            for batch in windows.split(batch_size):
+        with report.bar(label, len(rows)) as bar, torch.enable_grad(), recomputed(blocks):
+            for batch in windows[rows].split(batch_size) if len(rows) else ():
                 ids = batch.to(self.device)
                 teacher = self._teacher(ids) if loss == "kl" else None
                 logits = self.forward(ids)
-                targets = sampled_targets(logits, generator) if loss == "fisher" else ids
+                targets = sampler.draw(logits) if loss == "fisher" else ids
                 values = token_losses(logits, targets, teacher)
                 del logits, teacher
                 values.sum().backward()
                 found.append(values.detach().double().mean(1).cpu())
                 self.backward_passes += len(batch)
                 bar.advance(len(batch))
-        losses = torch.cat(found)
+        self.backward_passes += len(windows) - len(rows)
+        losses = self._of_all(torch.cat(found), rows, len(windows))
         mean = float(losses.mean())
         if not math.isfinite(mean):
             raise NumericalError(
                 f"the loss is {mean}", "the model computes NaN or infinity: try --dtype float32 or a higher --keep"
             )
         return losses
+
+    def _of_all(self, own: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """Return the float64 values of all ``count`` windows from those of this process, which are exact."""
+        values = torch.zeros(count, dtype=torch.float64)
+        values[rows] = own
+        self.group.total([values])
+        return values
 
     @contextmanager
     def listening(self, observers: Mapping[str, Callable[[torch.Tensor], None]] | None = None) -> Iterator[None]:
@@ -246,5 +268,7 @@ class MaskedModel:
 
 
 def _gradient(layer: MaskedLinear) -> torch.Tensor:
-    assert layer.mask is not None and layer.mask.grad is not None
-    return layer.mask.grad.cpu()
+    assert layer.mask is not None
+    # A process may have no window.
+    found = layer.mask.grad if layer.mask.grad is not None else torch.zeros_like(layer.mask)
+    return found.detach().cpu()

@@ -77,10 +77,12 @@ def sensitivity_tables(
 
     with model.listening({name: observer(name) for name in sums}):
         model.backward(windows, loss, batch_size, seed, report=report, label="Reading sensitivities")
+    totals = {name: values.cpu() for name, values in sums.items()}
+    model.group.total(list(totals.values()))
     predicted = windows.shape[0] * (windows.shape[1] - 1)
     return {
-        name: torch.cat([values.cpu().double() / (2 * predicted), torch.zeros(1, dtype=torch.float64)])
-        for name, values in sums.items()
+        name: torch.cat([values.double() / (2 * predicted), torch.zeros(1, dtype=torch.float64)])
+        for name, values in totals.items()
     }
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ara.distributed.group import ALONE, Group
 from ara.errors import DiskFullError
 from ara.files import is_plain_file
 from ara.progress import SILENT, Reporter
@@ -48,11 +49,13 @@ class TableCache:
         folder: created if missing.
         factors: content hash of the decomposition.
         report: hears of tables read and tables discarded.
+        group: the processes that make tables together; process 0 alone reads and writes files.
     """
 
     folder: Path
     factors: str
     report: Reporter = SILENT
+    group: Group = ALONE
 
     def get(
         self,
@@ -65,7 +68,7 @@ class TableCache:
         """Return the table of the same factors, ``windows`` and ``settings``; see :func:`stored_table`."""
         text = hashlib.sha256(windows.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
         key = [torch.__version__, self.factors, list(windows.shape), text, settings]
-        return stored_table(self.folder, key, sizes, make, what, self.report)
+        return stored_table(self.folder, key, sizes, make, what, self.report, group=self.group)
 
 
 def stored_table(
@@ -76,6 +79,7 @@ def stored_table(
     what: str,
     report: Reporter,
     again: bool = False,
+    group: Group = ALONE,
 ) -> LayerTable:
     """Return the table of a key from a file, or make and store it.
 
@@ -90,22 +94,32 @@ def stored_table(
         what: reports call the table so.
         report: hears of tables read and tables discarded.
         again: make the table even if there is a file, which is replaced.
+        group: the processes that make the table together; process 0 alone reads and writes the file.
     """
     text = json.dumps([TABLE_FORMAT, *key], sort_keys=True)
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
-    if not again and os.path.lexists(path):
-        try:
-            found = _read(path, sizes)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            report.warn(f"discarding the damaged {what} {path} ({error})")
-        else:
-            report.fact(f"{what} read from {path}")
-            return found
+    kept = _stored(path, sizes, what, report) if group.writes and not again else None
+    if (kept := group.broadcast(kept)) is not None:
+        return kept
     found = make()
+    if group.writes:
+        try:
+            _write(path, found)
+        except (DiskFullError, OSError) as error:
+            report.warn(f"the {what} could not be stored for later use ({error})")
+    return found
+
+
+def _stored(path: Path, sizes: Mapping[str, int], what: str, report: Reporter) -> LayerTable | None:
+    """Return the table in a file; ``None`` if there is no such file, or a damaged one."""
+    if not os.path.lexists(path):
+        return None
     try:
-        _write(path, found)
-    except (DiskFullError, OSError) as error:
-        report.warn(f"the {what} could not be stored for later use ({error})")
+        found = _read(path, sizes)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        report.warn(f"discarding the damaged {what} {path} ({error})")
+        return None
+    report.fact(f"{what} read from {path}")
     return found
 
 

@@ -9,6 +9,7 @@ every processor (:mod:`ara.models.likelihood`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,34 @@ def sampled_targets(logits: torch.Tensor, generator: torch.Generator) -> torch.T
         drawn.append(picks.clamp_max(vocabulary - 1))
     targets[:, 1:] = torch.cat(drawn).view(batch, length - 1)
     return targets
+
+
+class TargetSampler:
+    """Draws targets for one batch of windows after the other, see :func:`sampled_targets`.
+
+    The random numbers of a window depend on its position among all windows, not on who reads the others. So processes
+    that share windows draw the targets of one process.
+    """
+
+    def __init__(self, seed: int, rows: Sequence[int]) -> None:
+        """Start before the first batch.
+
+        Args:
+            seed: of the random numbers.
+            rows: positions of the windows to come among all windows, rising; those of one batch follow each other.
+        """
+        self._rows, self._generator = rows, torch.Generator().manual_seed(seed)
+        # Windows that have got targets, and windows whose random numbers have been drawn.
+        self._done = self._drawn = 0
+
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return targets (b, t) of the next batch from its logits (b, t, v)."""
+        count, length, _ = logits.shape
+        skipped = self._rows[self._done] - self._drawn
+        torch.rand(skipped * (length - 1), generator=self._generator)
+        self._done += count
+        self._drawn = self._rows[self._done - 1] + 1
+        return sampled_targets(logits, self._generator)
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -11,6 +11,8 @@ from typing import Literal
 
 import torch
 
+from ara.distributed.launch import local_processes
+
 # Assumed if the system does not report it.
 _UNKNOWN = 4 << 30
 
@@ -30,10 +32,14 @@ def available_bytes(device: torch.device | str) -> int:
     """Return the free memory of ``device`` in bytes: GPU memory for CUDA, else what this process can still get.
 
     On Linux it is the minimum over the system and the control groups (containers, batch jobs), on macOS half of all
-    memory, and 4 GiB if the system does not report it.
+    memory, and 4 GiB if the system does not report it. Several processes of one run on this machine get equal parts.
     """
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    return _available_in_all() // local_processes()
+
+
+def _available_in_all() -> int:
     if sys.platform == "darwin":
         return _half_of_macos()
     try:

@@ -79,6 +79,7 @@ def allocate(
         raise UsageError(
             f"--ranks FILE and --masks {masks} are both given", "the file gives every rank: use one of them"
         )
+    _refuse_measuring(config, run)
     with open_task("allocate", run, started) as task:
         decomposition = task.workspace.require("factors", factors)
         config, trained = _settled(config, task.workspace, decomposition, ranks, masks, run)
@@ -100,9 +101,22 @@ def allocate(
             allocation, verdict, latency = _by_method(config, decomposition, trained, layers, task.workspace, run)
         guard = GuardResults.of(verdict.winner, verdict.held_out, verdict.stderr) if verdict else None
         figures = summary(allocation, specs, FactorsResults.read(decomposition).model_parameters)
-        with task.writer() as stage:
-            _write(stage, config, ranks, allocation, specs, replace(figures, guard=guard, size=size, latency=latency))
+        if run.group.writes:
+            results = replace(figures, guard=guard, size=size, latency=latency)
+            with task.writer() as stage:
+                _write(stage, config, ranks, allocation, specs, results)
         return task.view()
+
+
+def _refuse_measuring(config: AllocateConfig, run: Run) -> None:
+    """Check that several processes do not measure times or bits, which they do not share.
+
+    Raises:
+        UsageError: they would.
+    """
+    if run.group.size > 1 and (config.asked_sizes or config.objective == LATENCY):
+        given = config.asked_sizes[0] if config.asked_sizes else f"--objective {LATENCY}"
+        raise UsageError(f"{given} is given, and there are {run.group.size} processes", "run it without torchrun")
 
 
 def _settled(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ara.artifacts.factors import TextPart
 from ara.config import DecomposeConfig, PlacementConfig
 from ara.config.sizes import EmbeddingBits
+from ara.distributed.group import ALONE, Group
 from ara.environment import release_memory, reset_peak_memory
 from ara.errors import ModelError, UsageError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
@@ -50,6 +51,7 @@ class Run:
         report: receives progress.
         force: do the work again even if the same result exists.
         offload: whether weights stay in their files on a CPU.
+        group: the processes that share the work. Process 0 alone writes into the workspace.
     """
 
     root: Path
@@ -57,6 +59,7 @@ class Run:
     report: Reporter = SILENT
     force: bool = False
     offload: Offload = "auto"
+    group: Group = ALONE
 
     def open(self, create: bool = False) -> Workspace:
         """Open the workspace; see :meth:`ara.workspace.store.Workspace.open`."""
@@ -88,8 +91,10 @@ def begin(name: str | None = None, *consumed: str | None) -> float:
 class Task:
     """One run of a stage in a locked workspace.
 
+    Of several processes, process 0 answers all questions about the result, for all of them.
+
     Attributes:
-        workspace: locked while the task is open.
+        workspace: locked while the task is open; in other processes than the first, only to be read.
         name: of the result; set by :meth:`describe`.
     """
 
@@ -98,6 +103,7 @@ class Task:
         self.name = ""
         self._started = started
         self._facts: dict[str, Any] = {}
+        self._unfinished: bool | None = None
 
     def describe(
         self, name: str, config: Any, parents: Sequence[StageView], model: Mapping[str, Any] | None = None
@@ -118,7 +124,14 @@ class Task:
 
     def finished(self, report: Reporter | None = None) -> StageView | None:
         """Return the result if it exists, made from the same settings and parents."""
-        return self.workspace.finished(self.stage, self.name, self._facts, report or self.run.report)
+        report = report or self.run.report
+        view, self._unfinished = self._asked(
+            lambda: (
+                self.workspace.finished(self.stage, self.name, self._facts, report),
+                self.workspace.unfinished(self.stage, self.name, self._facts),
+            )
+        )
+        return view
 
     def done(self) -> StageView | None:
         """Return the result, and report it, if it exists and need not be made again."""
@@ -126,8 +139,9 @@ class Task:
         return None if view is None or self.run.force else already_done(view, self.run)
 
     def unfinished(self) -> bool:
-        """Tell whether an interrupted run with the same facts can be resumed."""
-        return self.workspace.unfinished(self.stage, self.name, self._facts)
+        """Tell whether an interrupted run with the same facts can be resumed; known after :meth:`finished`."""
+        assert self._unfinished is not None
+        return self._unfinished
 
     def writer(self, **options: Any) -> StageWriter:
         """Return the writer of the result; ``options`` as of :meth:`ara.workspace.store.Workspace.writer`."""
@@ -137,7 +151,11 @@ class Task:
 
     def view(self) -> StageView:
         """Return the state of the result."""
-        return self.workspace.view(f"{self.stage}/{self.name}")
+        return self._asked(lambda: self.workspace.view(f"{self.stage}/{self.name}"))
+
+    def _asked(self, answer: Callable[[], Item]) -> Item:
+        found: Item = self.run.group.broadcast(answer() if self.run.group.writes else None)
+        return found
 
 
 @contextmanager
@@ -150,8 +168,14 @@ def open_task(stage: str, run: Run, started: float, create: bool = False) -> Ite
         started: result of :func:`begin`.
         create: create the workspace if it does not exist.
     """
+    if not run.group.writes:
+        run.group.broadcast()
+        yield Task(stage, run, Workspace(run.root), started)
+        return
     workspace = run.open(create)
     with workspace.lock(run.command):
+        # The other processes may read now: the workspace is in order.
+        run.group.broadcast()
         yield Task(stage, run, workspace, started)
 
 

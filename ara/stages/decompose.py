@@ -19,7 +19,7 @@ from ara.errors import DiskFullError, UnsupportedModelError
 from ara.models.accounting import parameter_count
 from ara.models.context import check_window
 from ara.models.disk import disk_use, factor_bytes, rank_to_store
-from ara.models.placement import choose_placement, torch_dtype
+from ara.models.placement import Placement, choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec, find_linears, left_dense
@@ -60,9 +60,14 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
     entry = DECOMPOSITIONS.entry(config.method)
     method: Decomposition = entry.load()(method_options(entry.load().Options, config.options))
     placement = choose_placement(config.device, config.dtype)
+    run.group.check_device(placement.device, placement.dtype)
     run.report.step(f"Decomposing {config.model}")
-    source = resolve(config.model, revision=config.revision, report=run.report, offload=run.offload)
+    with run.group.first_of_machine():
+        source = resolve(config.model, revision=config.revision, report=run.report, offload=run.offload)
+    run.group.agree(source.identity.fingerprint, "the model")
     run.report.fact(placement.why)
+    if not run.group.writes:
+        return _assist(config, method, source, placement, run, started)
     tokenizer = source.load_tokenizer() if method.needs_text else None
     text = None if tokenizer is None else _text(config, tokenizer, run)
     if text is None:
@@ -81,7 +86,8 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
             _check_download(download, source, config, torch_dtype(placement.dtype), task.workspace, resumes, run)
         windows = _windows(config, source, tokenizer, text, task.workspace, run)
         run.report.fact("loading the model")
-        model = source.load_model(torch_dtype(placement.dtype), placement.device)
+        with run.group.first_of_machine():
+            model = source.load_model(torch_dtype(placement.dtype), placement.device)
         linears = _factorisable(model, _linears(model, config), windows, run)
         if windows is not None:
             _warn_if_few(windows, linears, run)
@@ -89,8 +95,24 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         with task.writer(seed=config.seed, resumable=True) as stage:
             moments = _preflight(model, linears, owners, config, stage, run)
             _overview(model, linears, windows, text, moments).write(stage)
+            run.group.broadcast((linears, windows, owners, moments))
             spill = task.workspace.cache / "outputs"
             factor_layers(model, linears, method, windows, owners, moments, config, stage, run, spill)
+        return task.view()
+
+
+def _assist(
+    config: DecomposeConfig, method: Decomposition, source: ModelSource, placement: Placement, run: Run, started: float
+) -> StageView:
+    """Take a share of the windows and layers of the process that writes, and return its result."""
+    with open_task("decompose", run, started) as task:
+        if (done := task.done()) is not None:
+            return done
+        with run.group.first_of_machine():
+            model = source.load_model(torch_dtype(placement.dtype), placement.device)
+        linears, windows, owners, moments = run.group.broadcast()
+        spill = task.workspace.cache / "outputs"
+        factor_layers(model, linears, method, windows, owners, moments, config, None, run, spill)
         return task.view()
 
 

@@ -1,4 +1,7 @@
-"""Factor the layers of a model for ``ara decompose`` and store the factors, block by block."""
+"""Factor the layers of a model for ``ara decompose`` and store the factors, block by block.
+
+Several processes share the windows and the layers. Process 0 gets the factors of the others and stores them.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ from ara.calibration.gradients import GradientStats
 from ara.calibration.moments import InputStats
 from ara.config import DecomposeConfig
 from ara.decomposition.base import Decomposition, refuse_nonfinite
-from ara.decomposition.parallel import map_layers
+from ara.decomposition.parallel import cost, map_layers
 from ara.decomposition.two_sided import TwoSidedOptions
+from ara.distributed.group import Group
+from ara.distributed.sharing import share_out
 from ara.errors import NumericalError
 from ara.models.memory import available_bytes
 from ara.models.weights import LinearSpec
@@ -56,7 +61,7 @@ def factor_layers(
     owners: Mapping[str, str],
     moments: Mapping[str, str] | None,
     config: DecomposeConfig,
-    stage: StageWriter,
+    stage: StageWriter | None,
     run: Run,
     spill: Path,
 ) -> None:
@@ -70,48 +75,70 @@ def factor_layers(
         owners: module path → the first layer of the model with the same input; empty if no text is read.
         moments: :attr:`FactorsResults.moments`; ``None`` if no second moments are kept.
         config: batch size, seed and memory for moments.
-        stage: takes the factors of every finished block.
-        run: reporter.
+        stage: takes the factors of every finished block; ``None`` in processes that do not write.
+        run: reporter and group.
         spill: folder for outputs of blocks that do not fit into memory.
 
     Raises:
         NumericalError: a factor is not finite, or the method fails on a layer.
         DiskFullError: the factors could not be written.
     """
-    todo = unfinished(linears, stage)
+    group = run.group
+    todo = linears if stage is None else unfinished(linears, stage)
     if len(todo) < len(linears):
-        blocks = len({spec.layer for spec in linears}) - len({spec.layer for spec in todo})
-        run.report.fact(f"resuming after an interruption: {blocks} blocks are done")
+        ready = len({spec.layer for spec in linears}) - len({spec.layer for spec in todo})
+        run.report.fact(f"resuming after an interruption: {ready} blocks are done")
     if config.moment_memory is None:
         moment_bytes = available_bytes(model.device) // 4
     else:
         moment_bytes = int(config.moment_memory * 2**30)
-    chunks = split_into_chunks(todo, owners, method.needs_gradients, moment_bytes)
+    # The memory of process 0 decides: all processes need the same chunks.
+    chunks = group.broadcast(split_into_chunks(todo, owners, method.needs_gradients, moment_bytes))
     reader = None
-    if windows is not None and todo:
+    if windows is not None and chunks:
         gradients = _gradient_reading(method, len(windows.ids), config.seed)
         if gradients is not None:
             model.requires_grad_(False)
-        reader = ChunkReader(model, chunks, owners, windows.ids, config.batch_size, gradients, run.report, spill)
+        text = windows.ids, config.batch_size
+        reader = ChunkReader(model, chunks, owners, *text, gradients, run.report, spill, group)
     device = "cpu" if model.device.type == "mps" else model.device.type
     for chunk in chunks:
-        inputs, outputs = reader.read(chunk) if reader is not None else ({}, {})
+        blocks = _blocks(chunk)
+        factored_by = share_out(({spec.name: cost(spec) for spec in block} for block in blocks), group.size)
+        inputs, outputs = reader.read(chunk, factored_by) if reader is not None else ({}, {})
         with run.report.bar(f"Factoring blocks {chunk[0].layer + 1} to {chunk[-1].layer + 1}", len(chunk)) as bar:
-            for layer in dict.fromkeys(spec.layer for spec in chunk):
+            for block in blocks:
                 work = [
                     (spec, (inputs.get(owners.get(spec.name, "")), outputs.get(spec.name)))
-                    for spec in chunk
-                    if spec.layer == layer
+                    for spec in block
+                    if factored_by[spec.name] == group.rank
                 ]
+                layer = block[0].layer
                 if moments is not None:
                     # Before the factors: with these the block is finished.
                     found = {spec.name: stats for spec, (stats, _) in work if stats is not None}
-                    stage.tensors(moments_file(layer), packed_moments(found, moments))
+                    _store(moments_file(layer), packed_moments(found, moments), stage, group)
                 tensors: dict[str, torch.Tensor] = {}
                 for factors in map_layers(partial(_factor, model, method), work, device):
                     tensors |= factors
                     bar.advance()
-                stage.tensors(layer_file(layer), tensors)
+                _store(layer_file(layer), tensors, stage, group)
+                bar.advance(len(block) - len(work))
+
+
+def _store(file: str, tensors: dict[str, torch.Tensor], stage: StageWriter | None, group: Group) -> None:
+    """Store what all processes have for one file."""
+    gathered = group.gather(tensors)
+    if stage is not None:
+        stage.tensors(file, gathered)
+
+
+def _blocks(chunk: Sequence[LinearSpec]) -> list[list[LinearSpec]]:
+    """Return the layers of every block, in order."""
+    found: dict[int, list[LinearSpec]] = {}
+    for spec in chunk:
+        found.setdefault(spec.layer, []).append(spec)
+    return list(found.values())
 
 
 def _gradient_reading(method: Decomposition, windows: int, seed: int) -> GradientReading | None:

@@ -8,6 +8,9 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -95,10 +98,14 @@ def train_masks(
                 run.report.warn(f"{done.key} is not complete: {stopped}; to train again: --force")
             return already_done(done, run)
         earlier = task.view()
-        if earlier.state == "done" and not stopped_early(earlier):
+        if run.group.size > 1 or (earlier.state == "done" and not stopped_early(earlier)):
             keep_on_interrupt = False
-        with task.writer(seed=config.seed, resumable=True) as stage:
-            _Training(resolved, modules, decomposition, task.workspace, stage, run, keep_on_interrupt).all_budgets()
+        training = partial(_Training, resolved, modules, decomposition, task.workspace, run, keep_on_interrupt)
+        if run.group.writes:
+            with task.writer(seed=config.seed, resumable=True) as stage:
+                training(stage).all_budgets()
+        else:
+            training(None).all_budgets()
         return task.view()
 
 
@@ -107,7 +114,7 @@ def _options(config: TrainMasksConfig) -> MaskTrainingOptions:
 
 
 class _Training:
-    """One run of the stage."""
+    """One run of the stage; of several processes, those without a writer do the same work and store nothing."""
 
     def __init__(
         self,
@@ -115,18 +122,21 @@ class _Training:
         modules: list[Module],
         decomposition: StageView,
         workspace: Workspace,
-        stage: StageWriter,
         run: Run,
         keep_on_interrupt: bool,
+        stage: StageWriter | None,
     ) -> None:
         self.config, self.modules, self.stage, self.run = config, modules, stage, run
         self.keep_on_interrupt = keep_on_interrupt
-        self.checkpoint = stage.checkpoint()
+        begun = None if stage is None else (stage.folder, stage.checkpoint(), stage.finished, stage.results)
+        self.folder: Path
+        checkpoint: tuple[dict[str, torch.Tensor], dict[str, Any]] | None
+        self.folder, checkpoint, finished, stored = run.group.broadcast(begun)
+        self.checkpoint, self.finished = checkpoint, set(finished)
         self.specs = [module.spec for module in modules]
         self.context: TuningContext = open_tuning_context(decomposition, self.specs, config, workspace, run)
         self.options = _options(config)
-        self.finished = set(stage.finished)
-        results = TrainingResults.parse(stage.results)
+        results = TrainingResults.parse(stored)
         again = run.force and results.stopped
         if again:
             self.checkpoint = None
@@ -139,7 +149,14 @@ class _Training:
 
     def _write_results(self, results: TrainingResults) -> None:
         self.results = results
-        results.write(self.stage)
+        if self.stage is not None:
+            results.write(self.stage)
+
+    def _store(self, file: str, tensors: Mapping[str, torch.Tensor], results: TrainingResults) -> None:
+        """Store a file; the results name it only after it is written, in case of an interruption."""
+        if self.stage is not None:
+            self.stage.tensors(file, tensors, results.plain())
+        self.results = results
 
     def all_budgets(self) -> None:
         """Train at each budget, largest first; each may start from the losses learned at the previous one.
@@ -154,7 +171,7 @@ class _Training:
         learned: LearnedLosses | None = None
         for keep in self.config.keep:
             if masks_file(keep) in self.finished:
-                tables = load_file(self.stage.folder / masks_file(keep)) if self.config.objective == "priced" else None
+                tables = load_file(self.folder / masks_file(keep)) if self.config.objective == "priced" else None
                 learned = LearnedLosses(keep, tables, from_table(self.results.budgets[f"{keep:g}"].ranks, self.specs))
             else:
                 try:
@@ -173,7 +190,8 @@ class _Training:
             if f"{keep:g}" in self.results.log:
                 self._write_log(keep, None)
             if self.results.stopped:
-                self.stage.to_go_on = True
+                if self.stage is not None:
+                    self.stage.to_go_on = True
                 same = "the same command" + (" without --force" if self.run.force else "")
                 self.run.report.warn(f"{self.results.stopped}: the best so far is stored; {same} resumes the training")
                 break
@@ -182,12 +200,12 @@ class _Training:
         """Return the sensitivity table, from its file if an interrupted run has stored it."""
         if not needs_table(self.options):
             return None
-        if TABLE_FILE not in self.finished:
-            table = sensitivity_table(self.context)
-            results = replace(self.results, table_seconds=table.seconds, table_windows=len(self.context.train))
-            self.stage.tensors(TABLE_FILE, table.values, results.plain())
-            self.results = results
-        return load_file(self.stage.folder / TABLE_FILE)
+        if TABLE_FILE in self.finished:
+            return load_file(self.folder / TABLE_FILE)
+        table = sensitivity_table(self.context)
+        results = replace(self.results, table_seconds=table.seconds, table_windows=len(self.context.train))
+        self._store(TABLE_FILE, table.values, results)
+        return table.values
 
     def _one_budget(
         self, keep: float, table: dict[str, torch.Tensor] | None, learned: LearnedLosses | None
@@ -211,7 +229,8 @@ class _Training:
         family = families[start]
 
         def save(state: TrainingState) -> None:
-            if state.step % config.save_every == 0 and state.step < config.steps:
+            due = state.step % config.save_every == 0 and state.step < config.steps
+            if due and self.stage is not None:
                 self.stage.save_checkpoint(state.all_tensors(), {"keep": keep, "start": start, "state": state.plain()})
                 self._write_log(keep, state)
 
@@ -251,9 +270,7 @@ class _Training:
         )
         budgets = {**self.results.budgets, f"{keep:g}": result}
         results = replace(self.results, budgets=budgets, log={**self.results.log, f"{keep:g}": _logged(state)})
-        # The results name the budget only after its file is written, in case of an interruption.
-        self.stage.tensors(masks_file(keep), tables or state.best_tensors, results.plain())
-        self.results = results
+        self._store(masks_file(keep), tables or state.best_tensors, results)
         return LearnedLosses(keep, tables, ranks)
 
     def _resumed(self, keep: float) -> tuple[TrainingState, str | None] | None:
@@ -285,6 +302,8 @@ class _Training:
 
     def _write_log(self, keep: float, state: TrainingState | None) -> None:
         """Write the whole log of all budgets so far: after a resumed run it has no gap and no repeated row."""
+        if self.stage is None:
+            return
         logs = dict(self.results.log)
         if state is not None:
             logs[f"{keep:g}"] = _logged(state)

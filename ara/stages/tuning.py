@@ -28,6 +28,7 @@ C = TypeVar("C", bound=TuningConfig)
 def placed(config: C, run: Run) -> C:
     """Return ``config`` with device and dtype resolved; the reason is reported."""
     placement = choose_placement(config.device, config.dtype)
+    run.group.check_device(placement.device, placement.dtype)
     run.report.fact(placement.why)
     return config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
 
@@ -87,15 +88,18 @@ def open_tuning_context(
         DataError: a text has fewer than three windows.
     """
     assert decomposition.manifest is not None
-    source = model_of(decomposition, run)
-    if windows is None:
+    with run.group.first_of_machine():
+        source = model_of(decomposition, run)
+    if windows is None and run.group.writes:
         train, held = further_windows(decomposition, config.samples, config.held_out, workspace, run)
         windows = train.ids, held.ids
+    learn, held_out = run.group.broadcast(windows)
     if config.device == "cpu":
         keep_freed_memory()
     run.report.fact("loading the model")
-    model = source.load_model(torch_dtype(config.dtype), config.device)
-    masked = MaskedModel(model, list(specs), factor_files(decomposition, specs))
+    with run.group.first_of_machine():
+        model = source.load_model(torch_dtype(config.dtype), config.device)
+    masked = MaskedModel(model, list(specs), factor_files(decomposition, specs), run.group)
     made_from = decomposition.manifest.id
-    tables = None if run.force else TableCache(workspace.cache / "tables", made_from, run.report)
-    return TuningContext(masked, *windows, config.batch_size, config.seed, run.report, table_cache=tables)
+    tables = None if run.force else TableCache(workspace.cache / "tables", made_from, run.report, run.group)
+    return TuningContext(masked, learn, held_out, config.batch_size, config.seed, run.report, table_cache=tables)

@@ -13,7 +13,7 @@ from ara_cli.signature import command_line
 _LATENCY = ("latency_tokens", "latency_backend", "latency_precision", "latency_threads")
 
 
-@command_line(after={"exclude": ("guard",), "keep": ("remove", "objective", *_LATENCY)})
+@command_line(after={"exclude": ("guard",), "keep": ("remove", "objective", *_LATENCY)}, several=True)
 def command(
     *,
     config: AllocateConfig,

@@ -11,7 +11,7 @@ from ara_cli.session import Session
 from ara_cli.signature import command_line
 
 
-@command_line(after={"dtype": ("moment_memory", "revision")})
+@command_line(after={"dtype": ("moment_memory", "revision")}, several=True)
 def command(
     *,
     config: DecomposeConfig,

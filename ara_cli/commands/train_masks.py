@@ -12,7 +12,7 @@ from ara_cli.session import Session
 from ara_cli.signature import command_line
 
 
-@command_line(after={"batch": ("optimiser",), "check_every": ("save_every",), "dtype": ("tensorboard",)})
+@command_line(after={"batch": ("optimiser",), "check_every": ("save_every",), "dtype": ("tensorboard",)}, several=True)
 def command(
     *,
     config: TrainMasksConfig,

@@ -15,19 +15,13 @@ from ara.stages.evaluate import evaluate
 from ara.stages.truncate import truncate
 from ara.workspace.manifest import read_manifest, verify_files
 from ara.workspace.store import Workspace
-from tests.commands import ara, done
+from tests.commands import ara, decompose_arguments, done
 from tests.damage import contents, flip, listing, stamps
 from tests.recorder import Recorder
 from tests.tiny import save_tiny, story
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAME = "energy-0.70"
-
-
-def decompose_arguments(settings, root):
-    options = {name.replace("_", "-"): str(value) for name, value in settings.items() if name != "model"}
-    words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    return ["decompose", settings["model"], *words, "-w", str(root)]
 
 
 def status(root):

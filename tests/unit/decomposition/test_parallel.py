@@ -66,6 +66,11 @@ def test_results_come_in_order_from_several_threads() -> None:
     assert all(name.startswith("ara-factor") for name in work.threads)
 
 
+def test_no_layers_are_no_work() -> None:
+    """One of several processes may have no layer of a block."""
+    assert list(map_layers(lambda spec, stats: stats, [], "cpu")) == []
+
+
 def test_an_exception_comes_at_its_turn() -> None:
     seen = []
     with pytest.raises(RuntimeError, match="layer 2"):

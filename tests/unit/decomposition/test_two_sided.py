@@ -6,6 +6,7 @@ import torch
 from ara.calibration.gradients import GradientStats, collect_gradients
 from ara.calibration.moments import InputStats
 from ara.decomposition.two_sided import TwoSided, TwoSidedOptions
+from ara.distributed.sharing import share_of_windows
 from ara.models.blocks import BlockRunner
 from ara.models.weights import find_linears
 from tests.tiny import tiny_model
@@ -100,3 +101,20 @@ def test_drawn_targets_are_the_same_for_the_same_seed():
     name = linears[0].name
     assert torch.equal(first[name].second_moment, again[name].second_moment)
     assert not torch.equal(first[name].second_moment, other[name].second_moment)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_that_share_windows_draw_the_targets_of_one(size):
+    """The shares add up to the whole; with other targets they would be far from it."""
+    model = tiny_model("llama").requires_grad_(False)
+    linears = find_linears(model)
+    windows = torch.randint(4, 200, (7, 13), generator=torch.Generator().manual_seed(1))
+    whole = collect_gradients(BlockRunner(model, windows, 2), linears, seed=3)
+    sums = {name: torch.zeros_like(stats.second_moment) for name, stats in whole.items()}
+    for rank in range(size):
+        rows = share_of_windows(7, 2, rank, size)
+        part = collect_gradients(BlockRunner(model, windows[rows], 2), linears, seed=3, rows=rows.tolist())
+        for name, stats in part.items():
+            sums[name] += stats.second_moment * (len(rows) / 7)
+    for name, stats in whole.items():
+        torch.testing.assert_close(sums[name], stats.second_moment, rtol=1e-4, atol=1e-5 * float(sums[name].max()))

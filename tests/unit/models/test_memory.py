@@ -100,6 +100,11 @@ def test_a_system_that_tells_nothing(machine: Machine) -> None:
     assert memory.available_bytes("cpu") == 4 << 30
 
 
+def test_processes_of_one_run_get_equal_parts(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.available_bytes("cpu") == 250 * _MIB
+
+
 def test_macos(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
 

@@ -1,0 +1,100 @@
+"""The processes of one run, and what they do together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ara.distributed.launch import Launch
+from ara.distributed.sharing import share_of_windows
+
+
+class Group:
+    """One process, which does all the work; :class:`ara.distributed.torch_group.TorchGroup` has several.
+
+    All processes of a group run the same code and call the same methods in the same order. Process 0 alone writes
+    into the workspace, prints, and decides what depends on the machine.
+
+    Attributes:
+        launch: the place of this process in the run.
+    """
+
+    launch = Launch()
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return self.launch.rank
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return self.launch.size
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def share(self, windows: int, batch_size: int) -> torch.Tensor:
+        """Return the indices of the windows that this process reads; see :func:`share_of_windows`."""
+        return share_of_windows(windows, batch_size, self.rank, self.size)
+
+    def sum(self, tensor: torch.Tensor, ranks: Collection[int]) -> None:
+        """Add up a tensor over all processes, in place.
+
+        Args:
+            tensor: of one shape and dtype in all processes. In other processes than ``ranks`` its values are lost.
+            ranks: the processes that get the sum.
+        """
+
+    def total(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Add up many small tensors over all processes, in place; every process gets the sums.
+
+        Args:
+            tensors: on the CPU, of one dtype.
+        """
+
+    def broadcast(self, value: Any = None) -> Any:
+        """Return the ``value`` of process 0; the other processes need not give one. It must be picklable."""
+        return value
+
+    def gather(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the tensors of all processes in process 0, on the CPU; nothing in the others.
+
+        The others do not wait for process 0, unless they are several calls ahead.
+
+        Args:
+            tensors: of this process; no name may occur twice.
+        """
+        return tensors
+
+    def agree(self, value: Any, what: str) -> None:
+        """Check that a value is the same in all processes.
+
+        Args:
+            value: of this process; must be picklable.
+            what: it is, for the error.
+
+        Raises:
+            UnequalError: it differs; every process raises it.
+        """
+
+    def check_device(self, device: str, dtype: str) -> None:
+        """Check that every process has a device of this kind for itself, and computes in the same dtype.
+
+        Raises:
+            UsageError: it has none.
+            UnequalError: another process has another kind of device, or another dtype.
+        """
+
+    @contextmanager
+    def first_of_machine(self) -> Iterator[None]:
+        """Let one process per machine run the block first, so that files are downloaded or unpacked once."""
+        yield
+
+
+ALONE = Group()

@@ -1,0 +1,69 @@
+"""What several processes do with their group; run by :class:`tests.forks.Forks`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ara.distributed.group import Group
+from ara.distributed.launch import launched
+from ara.distributed.torch_group import joined
+from ara.errors import UnequalError, UsageError
+
+
+def check_exchange() -> None:
+    with joined(launched()) as group:
+        _sums(group)
+        _gathering(group)
+        _agreement(group)
+
+
+def _sums(group: Group) -> None:
+    parts = [torch.randn(257, 3, generator=torch.Generator().manual_seed(rank)) for rank in range(3)]
+    for ranks in ({1}, {0, 2}):
+        own = parts[group.rank].clone()
+        group.sum(own, ranks)
+        if group.rank in ranks:
+            torch.testing.assert_close(own, sum(parts))
+    numbers, own = torch.tensor([1, 2, group.rank]), parts[group.rank].long()
+    group.total([numbers, own])
+    assert numbers.tolist() == [3, 6, 3]
+    assert torch.equal(own, sum(part.long() for part in parts))
+    # All processes go on from these bits.
+    own = parts[group.rank].clone()
+    group.total([own])
+    found: list[torch.Tensor] = [torch.empty_like(own) for _ in range(3)]
+    dist.all_gather(found, own)
+    assert all(torch.equal(one, own) for one in found)
+
+
+def _gathering(group: Group) -> None:
+    """Messages keep their order, empty ones too; the others do not wait for process 0."""
+    for number in range(3):
+        tensors = {f"{group.rank}.{number}": torch.full((2, number), group.rank, dtype=torch.bfloat16).T}
+        found = group.gather({} if group.rank == 1 else tensors)
+        if group.writes:
+            assert sorted(found) == [f"0.{number}", f"2.{number}"]
+            assert found[f"2.{number}"].dtype == torch.bfloat16
+            assert found[f"2.{number}"].tolist() == [[2.0, 2.0]] * number
+        else:
+            assert found == {}
+    assert group.broadcast({"of": group.rank} if group.writes else None) == {"of": 0}
+
+
+def _agreement(group: Group) -> None:
+    order = []
+    with group.first_of_machine():
+        order.append(group.rank)
+    assert order == [group.rank]
+    group.agree("same", "what")
+    with pytest.raises(UnequalError, match="what is not the same in all processes: 0 in process 0, 1 in process 1"):
+        group.agree(min(group.rank, 1), "what")
+    group.check_device("cpu", "float32")
+    with pytest.raises(UsageError, match="--device cuda:1 is given, and there are 3 processes"):
+        group.check_device("cuda:1", "float32")
+    with pytest.raises(UsageError, match="there are 3 processes on this machine, and 0 CUDA devices"):
+        group.check_device("cuda", "float32")
+    with pytest.raises(UnequalError, match="device and dtype"):
+        group.check_device("cpu", "float32" if group.writes else "bfloat16")

@@ -1,0 +1,312 @@
+"""Commands in several real processes, as torchrun starts them: results, failures, resuming."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ara.allocation.energy import Energy
+from ara.artifacts.training import TrainingResults
+from ara.config import AllocateConfig, DecomposeConfig
+from ara.distributed.group import Group
+from ara.distributed.launch import Launch
+from ara.errors import UsageError
+from ara.solver.problem import Budget
+from ara.stages.allocate import allocate
+from ara.stages.common import Run
+from ara.stages.decompose import decompose
+from ara.stages.modules import load_modules
+from ara.workspace.manifest import read_manifest
+from ara.workspace.store import Workspace
+from tests.commands import decompose_arguments
+from tests.damage import contents, listing
+from tests.forks import REPOSITORY, free_port, killed_at, raising_at, with_value
+from tests.training import NAME, train_words
+
+FACTOR = "ara.stages.factoring:_factor"
+# A rank that dies must end the others within this time.
+SECONDS = 30
+
+
+def spoken(processes):
+    """Return the errors and hints that all processes have printed."""
+    lines = "".join(ended.output for ended in processes).splitlines()
+    return [line for line in lines if line.startswith(("error: ", "hint: ", "Traceback"))]
+
+
+def only_error(processes):
+    """Return the one error that all processes have printed."""
+    found = [line for line in spoken(processes) if not line.startswith("hint: ")]
+    assert len(found) == 1, "\n".join(ended.output for ended in processes)
+    return found[0]
+
+
+def succeeded(processes):
+    for ended in processes:
+        assert ended.code == 0, ended.output
+    assert [ended.output for ended in processes[1:]] == [""] * (len(processes) - 1)
+    return processes[0].output
+
+
+def spectra(folder):
+    return {
+        name: tensor
+        for path in sorted(folder.glob("layer-*.safetensors"))
+        for name, tensor in load_file(path).items()
+        if name.endswith(".spectrum")
+    }
+
+
+def assert_same_factors(one, other):
+    """Sums of float32 numbers in another order differ in their last bits."""
+    first, second = spectra(one.path), spectra(other.path)
+    assert first.keys() == second.keys()
+    for name, spectrum in first.items():
+        torch.testing.assert_close(second[name], spectrum, rtol=1e-5, atol=1e-5 * float(spectrum[0]))
+    ranks = []
+    for view in (one, other):
+        modules = load_modules(view, "factors")
+        budget = Budget.for_keep([module.spec for module in modules], 0.7)
+        ranks.append(dict(Energy().allocate(modules, budget).ranks))
+    assert ranks[0] == ranks[1]
+
+
+@pytest.fixture(scope="module")
+def shared_root(tmp_path_factory, forks, tiny_settings):
+    """A workspace whose decomposition was made by two processes, one block at a time; only to be read."""
+    root = tmp_path_factory.mktemp("shared") / "ws"
+    output = succeeded(forks.run(decompose_arguments({**tiny_settings, "moment_memory": 1e-6}, root), size=2))
+    assert output.count("Decomposing") == 1
+    return root
+
+
+@pytest.fixture(scope="module")
+def killed_helper(tmp_path_factory, forks, tiny_settings):
+    """A workspace whose decomposition ended when process 1 was killed in the second of three blocks."""
+    root = tmp_path_factory.mktemp("killed") / "ws"
+    arguments = decompose_arguments({**tiny_settings, "moment_memory": 1e-6}, root)
+    factored = 7 // 2 + 1
+    return root, forks.run(arguments, size=2, faults=[killed_at(FACTOR, factored + 1, rank=1)])
+
+
+def test_two_processes_give_the_factors_of_one(shared_root, finished):
+    view, alone = (Workspace.open(root).require("factors") for root in (shared_root, finished))
+    assert_same_factors(alone, view)
+    made, expected = view.manifest, alone.manifest
+    assert made.config == {**expected.config, "moment_memory": 1e-6}
+    assert made.results == expected.results
+    assert made.files.keys() == expected.files.keys()
+    assert {name: record.shape for name, record in made.tensors.items()} == {
+        name: record.shape for name, record in expected.tensors.items()
+    }
+    for path in view.path.glob("moments-*.safetensors"):
+        for name, moment in load_file(path).items():
+            torch.testing.assert_close(moment, load_file(alone.path / path.name)[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_method_without_text_gives_the_same_bytes(forks, tiny_settings, tmp_path):
+    settings = {"model": tiny_settings["model"], "method": "plain", "device": "cpu", "dtype": "float32"}
+    succeeded(forks.run(decompose_arguments(settings, tmp_path / "two"), size=2))
+    view = decompose(DecomposeConfig(**settings), Run(tmp_path / "one"))
+    two = tmp_path / "two" / "decompose" / "plain"
+    assert contents(two, "*.safetensors") == contents(view.path, "*.safetensors")
+    assert read_manifest(two).id == view.manifest.id
+
+
+def test_more_processes_than_windows(forks, tiny_settings, tmp_path):
+    settings = {**tiny_settings, "samples": 2, "method": "whitened"}
+    succeeded(forks.run(decompose_arguments(settings, tmp_path / "three"), size=3))
+    view = decompose(DecomposeConfig(**settings), Run(tmp_path / "one"))
+    assert_same_factors(view, Workspace.open(tmp_path / "three").require("factors"))
+
+
+def test_a_second_run_finds_the_result_whatever_the_number_of_processes(forks, shared_root, tiny_settings, tmp_path):
+    root = Path(shutil.copytree(shared_root, tmp_path / "ws"))
+    before = contents(root)
+    arguments = decompose_arguments({**tiny_settings, "moment_memory": 1e-6}, root)
+    for size in (1, 2):
+        assert "is there already" in succeeded(forks.run(arguments, size=size))
+    assert contents(root) == before
+
+
+def test_three_processes_exchange_tensors_and_objects(forks):
+    for ended in forks.call("tests.group_checks:check_exchange", size=3):
+        assert (ended.code, ended.output) == (0, "")
+
+
+# -- failures ----------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_helper_ends_the_run_with_one_line(killed_helper):
+    _, (writer, helper) = killed_helper
+    assert helper.code == -signal.SIGKILL
+    assert writer.code == 1
+    assert writer.seconds < helper.seconds + SECONDS
+    assert only_error([writer, helper]) == "error: another process of this run has ended"
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_rerun_resumes(killed_helper, forks, shared_root, tiny_settings, tmp_path, size):
+    root = Path(shutil.copytree(killed_helper[0], tmp_path / "ws"))
+    arguments = decompose_arguments({**tiny_settings, "moment_memory": 1e-6}, root)
+    output = succeeded(forks.run(arguments, size=size))
+    assert "resuming after an interruption: 1 blocks are done" in output
+    found, expected = root / "decompose" / "two-sided", shared_root / "decompose" / "two-sided"
+    assert listing(found) == listing(expected)
+    if size == 2:
+        assert contents(found, "*.safetensors") == contents(expected, "*.safetensors")
+    else:
+        assert_same_factors(*(Workspace.open(folder).require("factors") for folder in (root, shared_root)))
+
+
+def test_a_killed_writer_ends_the_run_with_one_line(forks, tiny_settings, tmp_path):
+    arguments = decompose_arguments(tiny_settings, tmp_path / "ws")
+    writer, helper = forks.run(arguments, size=2, faults=[killed_at(FACTOR, 2)])
+    assert writer.code == -signal.SIGKILL
+    assert helper.code == 1
+    assert helper.seconds < writer.seconds + SECONDS
+    assert only_error([writer, helper]).startswith("error: another process of this run has ended")
+
+
+def test_the_error_of_a_helper_is_the_only_message(forks, tiny_settings, tmp_path):
+    arguments = decompose_arguments(tiny_settings, tmp_path / "ws")
+    processes = forks.run(arguments, size=2, faults=[raising_at(FACTOR, "broken weight", rank=1)])
+    assert [ended.code for ended in processes] == [1, 1]
+    assert only_error(processes) == "error: broken weight"
+    assert processes[1].output == "error: broken weight\nhint: no hint\n"
+
+
+def test_an_error_of_all_processes_is_reported_once(forks, tiny_settings, tmp_path):
+    arguments = decompose_arguments({**tiny_settings, "model": str(tmp_path / "missing")}, tmp_path / "ws")
+    processes = forks.run(arguments, size=2)
+    assert [ended.code for ended in processes] == [1, 1]
+    assert "missing" in only_error(processes)
+    assert not (tmp_path / "ws").exists()
+
+
+def test_unequal_versions_are_refused(forks, tiny_settings, tmp_path):
+    faults = [with_value("ara.version:__version__", "9.9", rank=1)]
+    processes = forks.run(decompose_arguments(tiny_settings, tmp_path / "ws"), size=2, faults=faults)
+    assert [ended.code for ended in processes] == [1, 1]
+    error = only_error(processes)
+    assert error.startswith("error: the version of ara is not the same in all processes: ")
+    assert error.endswith("9.9 in process 1")
+
+
+def test_usage_errors_are_printed_once(forks, tmp_path):
+    processes = forks.run(["decompose", "x", "--samples", "many", "-w", tmp_path / "ws"], size=2)
+    assert [ended.code for ended in processes] == [2, 2]
+    assert processes[1].output == ""
+    assert "--samples" in processes[0].output
+
+
+def test_a_locked_workspace_ends_all(forks, finished, tiny_settings, tmp_path):
+    root = Path(shutil.copytree(finished, tmp_path / "ws"))
+    with Workspace.open(root).lock("ara test"):
+        processes = forks.run(decompose_arguments({**tiny_settings, "seed": 3}, root), size=2)
+    assert [ended.code for ended in processes] == [1, 1]
+    assert "is being written by process" in only_error(processes)
+
+
+# -- masks and ranks -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, forks, finished):
+    """Workspaces with masks trained and ranks allocated by one and by two processes; only to be read."""
+    roots = []
+    for size in (1, 2):
+        root = Path(shutil.copytree(finished, tmp_path_factory.mktemp("trained") / "ws"))
+        output = succeeded(forks.run(train_words(root), size=size))
+        assert "step 4 of 4" in output
+        words = ["--samples", 8, "--held-out", 4, "--device", "cpu", "--dtype", "float32", "-w", root]
+        succeeded(forks.run(["allocate", "--method", "sensitivity", "--keep", 0.6, *words], size=size))
+        roots.append(root)
+    return roots
+
+
+def test_tables_of_two_processes_are_those_of_one(trained):
+    one, two = (load_file(root / "train-masks" / NAME / "sensitivity.safetensors") for root in trained)
+    assert one.keys() == two.keys()
+    for name, table in one.items():
+        torch.testing.assert_close(two[name], table, rtol=1e-5, atol=1e-9)
+
+
+def test_a_training_in_two_processes_is_that_of_one(trained):
+    one, two = (TrainingResults.read(Workspace.open(root).require("training")) for root in trained)
+    assert one.budgets.keys() == two.budgets.keys()
+    for keep, budget in one.budgets.items():
+        other = two.budgets[keep]
+        assert other.ranks == budget.ranks
+        assert other.start_held_out == pytest.approx(budget.start_held_out, rel=1e-6)
+        assert other.held_out == pytest.approx(budget.held_out, rel=1e-6)
+        assert other.backward_passes == budget.backward_passes
+    for keep, rows in one.log.items():
+        assert [row.loss for row in rows[1:]] == pytest.approx([row.loss for row in two.log[keep][1:]], rel=1e-6)
+
+
+def test_ranks_of_two_processes_are_those_of_one(trained):
+    one, two = (contents(root / "allocate" / "sensitivity-0.60", "ranks.json") for root in trained)
+    assert one == two
+
+
+def test_a_training_resumes_in_two_processes(trained, forks, finished, tmp_path):
+    root = Path(shutil.copytree(finished, tmp_path / "ws"))
+    fault = killed_at("ara.masks.model:MaskedModel.gradients", 3, rank=1)
+    processes = forks.run(train_words(root), size=2, faults=[fault])
+    assert only_error(processes) == "error: another process of this run has ended"
+    assert "resuming after step 2 of 4" in succeeded(forks.run(train_words(root), size=2))
+    found, expected = (folder / "train-masks" / NAME for folder in (root, trained[1]))
+    assert contents(found, "*.safetensors") == contents(expected, "*.safetensors")
+
+
+class Two(Group):
+    """The first of two processes, without the second one."""
+
+    launch = Launch(0, 2, 0, 2)
+
+
+@pytest.mark.parametrize("given", [{"size": "1MB"}, {"keep": 0.7, "objective": "latency"}], ids=str)
+def test_what_is_measured_in_one_process_is_refused(finished, given):
+    with pytest.raises(UsageError, match="is given, and there are 2 processes"):
+        allocate(AllocateConfig(**given), Run(finished, group=Two()))
+
+
+# -- torchrun ------------------------------------------------------------------------------------------------------
+
+
+def torchrun(script, *words):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words, str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_torchrun_ends_the_others_while_they_compute(tiny_settings, tmp_path):
+    """Process 1 is killed; process 0 waits for nobody, and would go on for two minutes."""
+    script = tmp_path / "script.py"
+    arguments = decompose_arguments(tiny_settings, tmp_path / "ws")
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "import ara.stages.factoring as factoring\n"
+        "from ara_cli.app import main\n"
+        "def stuck(*args):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        time.sleep(1)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    for _ in range(1200):\n"
+        "        time.sleep(0.1)\n"
+        "factoring._factor = stuck\n"
+        f"sys.argv = ['ara', *{arguments!r}]\n"
+        "main()\n"
+    )
+    done = torchrun(script, "--master-port", str(free_port()))
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert lines == ["error: another process of this run has failed, or the job was cancelled (SIGTERM)"], done.stderr
+    assert done.stdout == ""
