@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -117,8 +118,13 @@ def limited(limit: int) -> Iterator[list[Path]]:
             time.sleep(0.1)
 
 
-def run_stage(arguments: list[str], limit: int) -> tuple[float, int, bool]:
-    """Run a stage; returns seconds, peak of memory that cannot be dropped, and whether the limit was in force."""
+def run_stage(arguments: list[str], limit: int) -> tuple[float, int | None, bool]:
+    """Run a stage.
+
+    Returns:
+        Seconds, the peak of memory that cannot be dropped (``None`` if the stage was killed), and whether the limit was
+        in force.
+    """
     with limited(limit) as groups:
 
         def enter() -> None:
@@ -133,9 +139,9 @@ def run_stage(arguments: list[str], limit: int) -> tuple[float, int, bool]:
                     if line.startswith("RssAnon:"):
                         peak = max(peak, int(line.split()[1]) * 1024)
             time.sleep(SECONDS_BETWEEN)
-        if process.returncode:
+        if process.returncode not in (0, -signal.SIGKILL):
             sys.exit(f"error: {arguments[0]} ended with {process.returncode} (its words are above)")
-        return time.monotonic() - begun, peak, bool(groups)
+        return time.monotonic() - begun, None if process.returncode else peak, bool(groups)
 
 
 def main() -> None:
@@ -162,7 +168,7 @@ def main() -> None:
         "export": ["--onnx", "--precision", "fp16", "--execution-provider", "cpu", "--no-parity"],
     }
     rows: dict[str, list[str]] = {name: [name] for name in stages}
-    peaks: dict[str, list[int]] = {name: [] for name in stages}
+    peaks: dict[str, list[int | None]] = {name: [] for name in stages}
     titles = []
     for layers in (depth, 2 * depth):
         folder, workspace = arguments.workspace / f"model-{layers}", arguments.workspace / f"ws-{layers}"
@@ -176,11 +182,14 @@ def main() -> None:
             if not held:
                 console.warn("control groups cannot be written here, so no limit is in force")
             peaks[name].append(peak)
-            rows[name] += [bytes_text(peak), seconds_text(seconds)]
+            rows[name] += ["killed" if peak is None else bytes_text(peak), seconds_text(seconds)]
+            if peak is None:  # the next stages need its result
+                break
         if not arguments.keep_files:
             shutil.rmtree(arguments.workspace)
-    for name, (first, second) in peaks.items():
-        rows[name].append(f"{second / first - 1:+.1%}")
+    for name, found in peaks.items():
+        both = [peak for peak in found if peak is not None]
+        rows[name] += [""] * (5 - len(rows[name])) + [f"{both[1] / both[0] - 1:+.1%}" if len(both) == 2 else ""]
     columns = [Column("stage", "left")]
     for title in titles:
         columns += [Column(f"peak, {title}"), Column("time")]
