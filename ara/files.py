@@ -131,6 +131,11 @@ def expand_user(path: str | Path, what: str) -> Path:
     return found
 
 
+def existing_folder(path: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    return next(one for one in (path, *path.resolve().parents) if one.is_dir())
+
+
 def is_plain_file(path: Path) -> bool:
     """Tell whether ``path`` is a regular file and no link."""
     try:

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: serves folders, counts what is fetched, and can break a download."""
+"""A local server in place of the Hugging Face hub. It serves folders, records requests, and can break off downloads."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from ara.calibration.gradients import GradientStats, Targets, collect_gradients
 from ara.calibration.moments import InputAccumulator, InputStats, collect_moments
 from ara.distributed.group import ALONE, Group
 from ara.models.blocks import BlockRunner, independent_starts
-from ara.models.weights import LinearSpec
+from ara.models.weights import LinearSpec, by_block
 from ara.progress import SILENT, Reporter
 
 
@@ -128,8 +128,7 @@ def split_into_chunks(
     """
     chunks: list[list[LinearSpec]] = []
     used = 0
-    for layer in dict.fromkeys(spec.layer for spec in linears):
-        block = [spec for spec in linears if spec.layer == layer]
+    for block in by_block(linears):
         leaders = {owners.get(spec.name): spec.n for spec in block if owners}
         widths = [*leaders.values(), *(spec.m for spec in block if gradients)]
         needed = sum(InputAccumulator.bytes_for(width) for width in widths)

@@ -65,18 +65,14 @@ def graph_bytes(model: nn.Module, ids: torch.Tensor) -> int:
     """
     blocks = find_blocks(model)[1]
     largest = max(blocks, key=lambda block: sum(parameter.numel() for parameter in block.parameters()))
-    # Held, so that no freed storage gives its address to another one.
     saved: list[torch.Tensor] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved.append(tensor.detach())
-        return tensor
 
     def observed(forward: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = beginning_graph(args, kwargs)
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with torch.enable_grad(), keeping_graph() as kept:
                 forward(*args, **kwargs)
+            saved.extend(kept)
             raise _BlockRun
 
         return run
@@ -89,6 +85,24 @@ def graph_bytes(model: nn.Module, ids: torch.Tensor) -> int:
     outside = [parameter for parameter in model.parameters() if id(parameter) not in inside and parameter.ndim > 1]
     logits = max((ids.numel() * weight.shape[0] * weight.element_size() for weight in outside), default=0)
     return len(blocks) * block + logits
+
+
+@contextmanager
+def keeping_graph() -> Iterator[list[torch.Tensor]]:
+    """Yield the tensors that forward passes in the context keep for a backward pass, which cannot follow.
+
+    They are held, so that no freed storage gives its address to another one.
+    """
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> None:
+        saved.append(tensor.detach())
+
+    def unpack(packed: None) -> torch.Tensor:
+        raise AssertionError("the graph is only measured")
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield saved
 
 
 def distinct_bytes(tensors: Iterable[torch.Tensor], model: nn.Module) -> int:

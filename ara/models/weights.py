@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -197,6 +197,14 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "ARA needs a decoder-only language model made of repeated blocks",
         )
     return max(candidates, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def by_block(specs: Iterable[LinearSpec]) -> list[list[LinearSpec]]:
+    """Return the layers of every block that has some; blocks and layers keep their order."""
+    blocks: dict[int, list[LinearSpec]] = {}
+    for spec in specs:
+        blocks.setdefault(spec.layer, []).append(spec)
+    return list(blocks.values())
 
 
 def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSpec]:

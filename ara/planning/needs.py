@@ -13,7 +13,7 @@ from ara.decomposition.base import Decomposition
 from ara.decomposition.parallel import factorisation_bytes, workers_for
 from ara.decomposition.two_sided import TwoSidedOptions
 from ara.models.disk import factor_bytes
-from ara.models.weights import LinearSpec
+from ara.models.weights import LinearSpec, by_block
 from ara.planning.shape import ModelShape
 from ara.planning.sizes import checkpoint_bytes, largest_layer_bytes, moment_bytes
 from ara.planning.work import Work, balancing, correction, factorisation, loss, mask_gradient
@@ -274,9 +274,9 @@ def _stored(spec: LinearSpec, rank: int | None) -> int:
 def _prefixes(shape: ModelShape) -> float:
     """Return how much of a pass through the blocks precedes each group of layers, summed over the groups."""
     total = 0.0
-    for layer in range(shape.blocks):
+    for block in by_block(shape.specs):
         before = 0
-        for spec in (spec for spec in shape.specs if spec.layer == layer):
+        for spec in block:
             if shape.owners[spec.name] == spec.name:
                 total += before
             before += spec.dense_cost
@@ -290,8 +290,7 @@ def _accumulators(shape: ModelShape, chunk: Sequence[LinearSpec], gradients: boo
 
 
 def _largest_block(shape: ModelShape) -> list[LinearSpec]:
-    blocks = [[spec for spec in shape.specs if spec.layer == layer] for layer in {spec.layer for spec in shape.specs}]
-    return max(blocks, key=lambda block: sum(spec.dense_cost for spec in block))
+    return max(by_block(shape.specs), key=lambda block: sum(spec.dense_cost for spec in block))
 
 
 def _logits(shape: ModelShape, windows: int, seq_len: int) -> int:

@@ -25,6 +25,7 @@ from ara.config.sizes import GridConfig, bytes_in, few_bits
 from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition
 from ara.errors import UsageError
+from ara.files import existing_folder
 from ara.layouts.grid import BITS, Grid
 from ara.models import offload
 from ara.models.context import check_window, window_length
@@ -145,7 +146,7 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
     size = None if config.size is None else _checked_size(config, source, shape)
     settings = _settings(config, source, shape, placement.device.startswith("cuda"))
     weights = stored_weights(source, shape.parameters, shape.dtype)
-    folder, speed = _existing(root), None
+    folder, speed = existing_folder(root), None
     if config.probe:
         report.fact("measuring this machine")
         speed = probe(shape, placement.device, config.batch_size * config.seq_len, folder)
@@ -271,9 +272,3 @@ def _stage(
         flops=need.work.flops,
         seconds=None if speed is None else speed.seconds(need.work),
     )
-
-
-def _existing(root: Path) -> Path:
-    """Return the workspace, or the folder that exists above it."""
-    folder = root.absolute()
-    return next(path for path in (folder, *folder.parents) if path.is_dir())

@@ -20,7 +20,7 @@ from ara.calibration.moments import watching_inputs
 from ara.errors import UnsupportedModelError, first_line
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.accounting import parameter_count
-from ara.models.recompute import distinct_bytes
+from ara.models.recompute import distinct_bytes, keeping_graph
 from ara.models.sources import ModelSource
 from ara.models.weights import LinearSpec, find_blocks, find_linears
 from ara.planning.work import Work
@@ -192,7 +192,13 @@ def trace(
             lambda module, args: at_head.append((counter.products, counter.moved))
         )
         try:
-            with watching_inputs(model, linears) as owners, torch.enable_grad(), _keeping() as saved, _whole(), counter:
+            with (
+                watching_inputs(model, linears) as owners,
+                torch.enable_grad(),
+                keeping_graph() as saved,
+                _whole(),
+                counter,
+            ):
                 logits = model(input_ids=ids, use_cache=False).logits
             kept = distinct_bytes([*saved, logits], model)
         except Exception as error:
@@ -205,21 +211,6 @@ def trace(
             handle.remove()
     before = at_head[0][0] if at_head else counter.products
     return WindowPass(seq_len, before, counter.attention, counter.products - before, counter.moved, kept), owners
-
-
-@contextmanager
-def _keeping() -> Iterator[list[torch.Tensor]]:
-    """Yield the tensors that forward passes in the context keep for a backward pass, which cannot follow."""
-    saved: list[torch.Tensor] = []
-
-    def pack(tensor: torch.Tensor) -> None:
-        saved.append(tensor.detach())
-
-    def unpack(packed: None) -> torch.Tensor:
-        raise AssertionError("the graph is only measured")
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield saved
 
 
 @contextmanager

@@ -12,12 +12,11 @@ from ara.calibration.moments import packed_bytes
 from ara.layouts import layout_named
 from ara.models.completeness import stored_tensors, weight_files
 from ara.models.disk import factor_bytes
+from ara.models.offload import is_mapped
 from ara.models.sources import ModelSource
 from ara.models.weights import LinearSpec
 from ara.planning.shape import ModelShape
 
-# dtype of safetensors → of torch.
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Characters of a tensor's entry in a header beside its name, its shape and its two offsets.
 _ENTRY = len('"":{"dtype":"BF16","shape":[],"data_offsets":[,]},')
 
@@ -52,8 +51,7 @@ def stored_weights(source: ModelSource, parameters: int, dtype: torch.dtype) -> 
         return StoredWeights(None, 0, parameters * dtype.itemsize, mapped=True)
     files = weight_files(location, source.identity.revision)
     if files:
-        found = {tensor.dtype for tensor in stored_tensors(files).values()}
-        mapped = {_DTYPES.get(one) for one in found} == {dtype}
+        mapped = is_mapped(stored_tensors(files), dtype)
         return StoredWeights(sum(path.stat().st_size for path in files), 0, 0, mapped)
     stored = source.config.dtype or torch.float32
     download = parameters * stored.itemsize if kind == "hub" else 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ara.errors import DiskFullError
+from ara.files import existing_folder
 from ara.progress import Reporter
 
 
@@ -43,7 +44,7 @@ def check_room(needs: Sequence[Need], hint: str, report: Reporter) -> None:
     report.fact(f"needed on the disk: {parts}")
     for disk in dict.fromkeys(_disk(need.folder) for need in needs):
         here = [need for need in needs if _disk(need.folder) == disk]
-        folder = _existing(here[0].folder)
+        folder = existing_folder(here[0].folder)
         free = shutil.disk_usage(folder).free
         now = sum(need.bytes for need in here if not need.later)
         if free < now:
@@ -58,11 +59,6 @@ def mebibytes(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
 
 
-def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
-    return next(one for one in (folder, *folder.resolve().parents) if one.is_dir())
-
-
 def _disk(folder: Path) -> int:
     """Return a number that tells disks apart."""
-    return _existing(folder).stat().st_dev
+    return existing_folder(folder).stat().st_dev

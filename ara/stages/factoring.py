@@ -25,7 +25,7 @@ from ara.distributed.group import Group
 from ara.distributed.sharing import share_out
 from ara.errors import NumericalError
 from ara.models.memory import available_bytes
-from ara.models.weights import LinearSpec
+from ara.models.weights import LinearSpec, by_block
 from ara.stages.common import Run
 from ara.stages.moments import packed_moments
 from ara.workspace.writer import StageWriter
@@ -86,7 +86,7 @@ def factor_layers(
     group = run.group
     todo = linears if stage is None else unfinished(linears, stage)
     if len(todo) < len(linears):
-        ready = len({spec.layer for spec in linears}) - len({spec.layer for spec in todo})
+        ready = len(by_block(linears)) - len(by_block(todo))
         run.report.fact(f"resuming after an interruption: {ready} blocks are done")
     if config.moment_memory is None:
         moment_bytes = available_bytes(model.device) // 4
@@ -103,7 +103,7 @@ def factor_layers(
         reader = ChunkReader(model, chunks, owners, *text, gradients, run.report, spill, group)
     device = "cpu" if model.device.type == "mps" else model.device.type
     for chunk in chunks:
-        blocks = _blocks(chunk)
+        blocks = by_block(chunk)
         factored_by = share_out(({spec.name: cost(spec) for spec in block} for block in blocks), group.size)
         inputs, outputs = reader.read(chunk, factored_by) if reader is not None else ({}, {})
         with run.report.bar(f"Factoring blocks {chunk[0].layer + 1} to {chunk[-1].layer + 1}", len(chunk)) as bar:
@@ -131,14 +131,6 @@ def _store(file: str, tensors: dict[str, torch.Tensor], stage: StageWriter | Non
     gathered = group.gather(tensors)
     if stage is not None:
         stage.tensors(file, gathered)
-
-
-def _blocks(chunk: Sequence[LinearSpec]) -> list[list[LinearSpec]]:
-    """Return the layers of every block, in order."""
-    found: dict[int, list[LinearSpec]] = {}
-    for spec in chunk:
-        found.setdefault(spec.layer, []).append(spec)
-    return list(found.values())
 
 
 def _gradient_reading(method: Decomposition, windows: int, seed: int) -> GradientReading | None:

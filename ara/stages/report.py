@@ -17,7 +17,7 @@ from ara.errors import CorruptedError, OutputError, disk_errors, first_line
 from ara.files import is_plain_file, open_regular, read_text, write_text
 from ara.jsonfile import read
 from ara.models.identity import ModelIdentity
-from ara.models.weights import LinearSpec
+from ara.models.weights import LinearSpec, by_block
 from ara.pipeline import producers
 from ara.progress import SILENT
 from ara.reporting.document import REPORT_FORMAT, Report
@@ -215,9 +215,9 @@ def _parent_keys(view: StageView) -> list[str]:
 def _modules(decomposition: StageView, specs: Sequence[LinearSpec]) -> list[Module]:
     """Read only the spectra and verify their checksums; raise :class:`CorruptedError` if one does not match."""
     made, modules = manifest_of(decomposition), []
-    for layer in dict.fromkeys(spec.layer for spec in specs):
-        path = decomposition.path / layer_file(layer)
-        names = {f"{spec.name}.spectrum": spec for spec in specs if spec.layer == layer}
+    for block in by_block(specs):
+        path = decomposition.path / layer_file(block[0].layer)
+        names = {f"{spec.name}.spectrum": spec for spec in block}
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in names}

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ara.calibration.moments import shared_inputs
 from ara.errors import UnsupportedModelError, UsageError
 from ara.models.accounting import parameter_count
-from ara.models.recompute import distinct_bytes
+from ara.models.recompute import distinct_bytes, keeping_graph
 from ara.models.weights import find_blocks, find_linears
-from ara.planning.shape import _keeping, trace
+from ara.planning.shape import trace
 from tests.shapes import TOKENS, shape_of
 from tests.tiny import FAMILIES, save_tiny, tiny_config, tiny_model
 
@@ -59,7 +59,7 @@ def test_a_pass_without_numbers_takes_what_a_pass_with_numbers_takes(family: str
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model.get_input_embeddings().weight.requires_grad_(True)
-    with torch.enable_grad(), _keeping() as saved:
+    with torch.enable_grad(), keeping_graph() as saved:
         logits = model(input_ids=ids, use_cache=False).logits
     assert window.kept == distinct_bytes([*saved, logits], model)
 
