@@ -76,6 +76,26 @@ _FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 }
 FAMILIES = tuple(_FAMILIES)
 
+# Mixtures of 5 experts, of which a token gets 2.
+_ROUTED: dict[str, Any] = {**_WIDE_HEADS, "moe_intermediate_size": 44, "num_experts_per_tok": 2}
+_GROUPS: dict[str, Any] = {"n_routed_experts": 5, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 28,
+    "kv_lora_rank": 22,
+    "qk_nope_head_dim": 14,
+    "qk_rope_head_dim": 10,
+    "v_head_dim": 18,
+    "head_dim": 10,
+    "num_key_value_heads": 6,
+}
+_EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {**_ROUTED, "num_local_experts": 5},
+    "qwen2_moe": {**_ROUTED, "num_experts": 5, "shared_expert_intermediate_size": 52},  # a shared expert
+    "gpt_oss": {**_ROUTED, "num_local_experts": 5},  # parameters stored transposed, biases, its own gate
+    "deepseek_v3": {**_ROUTED, **_GROUPS, **_LATENT},  # latent attention, first block dense
+}
+MIXTURES = tuple(_EXPERTS)
+
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Return a fast byte-level tokenizer: 256 bytes and 4 special tokens, bos in front, any text without unk."""
@@ -99,7 +119,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """Return the config of one of :data:`FAMILIES`: 3 layers, float32, vocabulary of :func:`tiny_tokenizer`."""
+    """Return the config of a family: 3 layers, float32, vocabulary of :func:`tiny_tokenizer`.
+
+    Args:
+        family: one of :data:`FAMILIES` or :data:`MIXTURES`.
+    """
+    if family in _EXPERTS:
+        config: PreTrainedConfig = AutoConfig.for_model(family, **_EXPERTS[family])
+        return config
     kind, values = _FAMILIES[family]
     return kind(**values)
 
@@ -116,7 +143,7 @@ def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         # Biases start at zero, where a lost one would not be noticed.
         for name, parameter in model.named_parameters():
-            if name.endswith(".bias"):
+            if name.endswith(("bias", "sinks")):
                 torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
 

@@ -6,6 +6,7 @@ Several processes share the windows. Their sums are added up in the processes th
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from ara.calibration.gradients import GradientStats, Targets, collect_gradients
 from ara.calibration.moments import InputAccumulator, InputStats, collect_moments
 from ara.distributed.group import ALONE, Group
 from ara.models.blocks import BlockRunner, independent_starts
+from ara.models.experts import every_expert_sees_all
 from ara.models.weights import LinearSpec, by_block
 from ara.progress import SILENT, Reporter
 
@@ -50,6 +52,7 @@ class ChunkReader:
         report: Reporter = SILENT,
         folder: Path | None = None,
         group: Group = ALONE,
+        all_experts: bool = False,
     ) -> None:
         """Check at which blocks passes may start.
 
@@ -63,8 +66,10 @@ class ChunkReader:
             report: progress, and a note when passes cannot start at a chunk.
             folder: for outputs of blocks that do not fit into memory.
             group: the processes that share the windows.
+            all_experts: whether the inputs of every expert are those of all tokens.
         """
         self._owners, self._gradients, self._report, self._group = owners, gradients, report, group
+        self._inputs_of = every_expert_sees_all if all_experts else nullcontext
         ends = [chunk[-1].layer + 1 for chunk in chunks[:-1]]
         starts = independent_starts(model, windows[:1], ends)
         if len(starts) < len(ends):
@@ -91,9 +96,16 @@ class ChunkReader:
             NumericalError: an input, output or gradient is NaN or infinite.
         """
         leaders: dict[str, set[int]] = {}
+        layers: dict[str, set[int]] = {}
         for spec in chunk:
-            leaders.setdefault(self._owners[spec.name], set()).add(factored_by[spec.name])
-        inputs = collect_moments(self._inputs, chunk, self._owners, self._report, partial(self._total, leaders))
+            rank = factored_by[spec.name]
+            leaders.setdefault(self._owners[spec.name], set()).add(rank)
+            layers[spec.name] = {rank}
+            if spec.pool is not None:
+                for wanted in (leaders, layers):
+                    wanted.setdefault(spec.pool, set()).add(rank)
+        with self._inputs_of(self._inputs.model):
+            inputs = collect_moments(self._inputs, chunk, self._owners, self._report, partial(self._total, leaders))
         if self._gradients is None:
             return inputs, {}
         outputs = collect_gradients(
@@ -103,7 +115,7 @@ class ChunkReader:
             seed=self._gradients.seed,
             rows=self._rows.tolist(),
             report=self._report,
-            total=partial(self._total, {name: {rank} for name, rank in factored_by.items()}),
+            total=partial(self._total, layers),
         )
         return inputs, outputs
 
@@ -129,8 +141,10 @@ def split_into_chunks(
     chunks: list[list[LinearSpec]] = []
     used = 0
     for block in by_block(linears):
-        leaders = {owners.get(spec.name): spec.n for spec in block if owners}
-        widths = [*leaders.values(), *(spec.m for spec in block if gradients)]
+        inputs = {owners.get(spec.name): spec.n for spec in block if owners}
+        inputs |= {spec.pool: spec.n for spec in block if owners and spec.pool}
+        outputs = {name: spec.m for spec in block if gradients for name in (spec.name, spec.pool) if name}
+        widths = [*inputs.values(), *outputs.values()]
         needed = sum(InputAccumulator.bytes_for(width) for width in widths)
         if not chunks or used + needed > limit:
             chunks.append([])

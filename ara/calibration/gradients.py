@@ -1,4 +1,7 @@
-"""Second moments of the gradients at the outputs of linear layers, streamed over calibration text."""
+"""Second moments of the gradients at the outputs of linear layers, streamed over calibration text.
+
+Those of experts are shrunk as in :mod:`ara.calibration.moments`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ara.calibration.moments import InputAccumulator, Total, averages, of_one_process
+from ara.calibration.moments import InputAccumulator, Total, averages, of_one_process, pooled, priors
 from ara.errors import NumericalError
 from ara.models.blocks import BlockRunner
 from ara.models.losses import TargetSampler, token_losses
@@ -75,8 +78,10 @@ def collect_gradients(
         with report.bar(f"Reading gradients of blocks {first + 1} to {last + 1}", runner.windows) as bar:
             if runner.windows:
                 runner.backward(first, last, loss, bar.advance)
-    total(sums)
-    found = averages(sums, "gradients at")
+    pools = pooled(sums, linears)
+    for part in (sums, pools):
+        total(part)
+    found = averages(sums, "gradients at", priors(pools, linears))
     return {name: GradientStats(stats.second_moment, stats.tokens) for name, stats in found.items()}
 
 

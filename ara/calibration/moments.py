@@ -2,6 +2,13 @@
 
 Layers that receive the same tensor (q, k and v; gate and up) share one accumulator. A first forward pass finds them.
 Sums are float32, whatever the dtype of the activations.
+
+An expert sees only the tokens that the router sends to it, t of them. Few tokens say little about a second moment of
+width n, so it is shrunk towards the one of all experts of the block together, as if these had sent it n tokens more:
+
+    G = (Σ x xᵀ + n Ḡ) / (t + n)
+
+An expert that saw no token gets Ḡ.
 """
 
 from __future__ import annotations
@@ -60,6 +67,12 @@ class InputAccumulator:
         self.abs_sum += x.abs().sum(0)
         self.tokens += x.shape[0]
 
+    def add_sums(self, other: InputAccumulator) -> None:
+        """Add what another accumulator of this width has summed."""
+        self.gram += other.gram
+        self.abs_sum += other.abs_sum
+        self.tokens += other.tokens
+
     def sum_over(self, group: Group, ranks: Collection[int]) -> None:
         """Add up the sums of all processes; only the processes ``ranks`` get them."""
         count = torch.tensor(self.tokens)
@@ -72,11 +85,21 @@ class InputAccumulator:
         """Whether no sum is NaN or infinite."""
         return bool(torch.isfinite(self.abs_sum).all() and torch.isfinite(self.gram.diagonal()).all())
 
-    def result(self) -> InputStats:
-        """Return the averages; consumes the sums, as the Gram matrix is mirrored in place."""
+    def result(self, prior: InputAccumulator | None = None) -> InputStats:
+        """Return the averages; consumes the sums, as the Gram matrix is mirrored in place.
+
+        Args:
+            prior: sums of all experts, towards which the averages are shrunk; see this module.
+        """
+        count = max(self.tokens, 1)
+        if prior is not None and prior.tokens:
+            width = len(self.gram)
+            self.gram += prior.gram * (width / prior.tokens)
+            self.abs_sum += prior.abs_sum * (width / prior.tokens)
+            count = self.tokens + width
         gram = mirrored(self.gram)
-        gram /= max(self.tokens, 1)
-        return InputStats(gram, self.abs_sum / max(self.tokens, 1), self.tokens)
+        gram /= count
+        return InputStats(gram, self.abs_sum / count, self.tokens)
 
 
 # Adds up the sums of several processes, and drops those that this process does not need.
@@ -150,6 +173,8 @@ def watching_inputs(model: nn.Module, linears: Sequence[LinearSpec]) -> Iterator
 def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tensor) -> dict[str, str]:
     """Map every layer to the first layer that receives the same input tensor, found by one forward pass.
 
+    An expert that the pass does not call has an input of its own.
+
     Args:
         model: a causal language model.
         linears: the layers.
@@ -161,6 +186,7 @@ def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Te
     """
     with watching_inputs(model, linears) as owners, torch.inference_mode(), forward_errors(model):
         model(input_ids=ids, use_cache=False)
+    owners |= {spec.name: spec.name for spec in linears if spec.pool is not None and spec.name not in owners}
     missing = [spec.name for spec in linears if spec.name not in owners]
     if missing:
         raise UnsupportedModelError(
@@ -216,16 +242,42 @@ def collect_moments(
         with report.bar(f"Reading inputs of blocks {first + 1} to {last + 1}", runner.windows) as bar:
             if runner.windows:
                 runner.forward(first, last, bar.advance)
-    total(sums)
-    return averages(sums, "inputs of")
+    pools = pooled(sums, linears)
+    for found in (sums, pools):
+        total(found)
+    return averages(sums, "inputs of", priors(pools, linears))
 
 
-def averages(sums: dict[str, InputAccumulator], what: str) -> dict[str, InputStats]:
+def pooled(sums: Mapping[str, InputAccumulator], linears: Sequence[LinearSpec]) -> dict[str, InputAccumulator]:
+    """Return the sums over all experts of each pool.
+
+    Args:
+        sums: by layer; those of several experts may be one, and count once.
+        linears: the layers.
+    """
+    pools: dict[str, InputAccumulator] = {}
+    for spec in linears:
+        if spec.pool is not None and spec.name in sums:
+            found = sums[spec.name]
+            pool = pools.setdefault(spec.pool, InputAccumulator(len(found.gram), found.gram.device))
+            pool.add_sums(found)
+    return pools
+
+
+def priors(pools: Mapping[str, InputAccumulator], linears: Sequence[LinearSpec]) -> dict[str, InputAccumulator]:
+    """Return layer → sums of its pool, of the experts among ``linears``."""
+    return {spec.name: pools[spec.pool] for spec in linears if spec.pool in pools}
+
+
+def averages(
+    sums: dict[str, InputAccumulator], what: str, prior: Mapping[str, InputAccumulator] | None = None
+) -> dict[str, InputStats]:
     """Return the results of all accumulators; empties ``sums`` to free memory.
 
     Args:
         sums: by layer.
         what: was summed, for the error, such as ``inputs of``.
+        prior: layer → sums towards which its averages are shrunk.
 
     Raises:
         NumericalError: a sum is NaN or infinite.
@@ -236,4 +288,4 @@ def averages(sums: dict[str, InputAccumulator], what: str) -> dict[str, InputSta
                 f"the {what} {name} hold NaN or infinity",
                 "try --dtype float32; if that fails too, the model is broken",
             )
-    return {name: sums.pop(name).result() for name in list(sums)}
+    return {name: sums.pop(name).result((prior or {}).get(name)) for name in list(sums)}

@@ -34,6 +34,11 @@ class DecomposeConfig(PlacementConfig):
         (),
         description="shell pattern of layers to leave dense and out of budgets, such as '*.down_proj'",
     )
+    calibrate_all_experts: bool = Field(
+        False,
+        description="in a mixture of experts, let every expert see the inputs of all tokens, instead of those that the "
+        "router sends to it",
+    )
     max_keep: float | None = Field(
         None,
         gt=0,

@@ -7,12 +7,14 @@ unchanged into every compressed checkpoint, so that a checkpoint also loads with
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)       # runs the copy of this file
 
 A checkpoint is an ordinary one of its architecture. ``quantization_config`` in its ``config.json`` names the low-rank
-layers, their ranks and their layout, and the matrices that are rounded to few bits. Shapes: ``m`` out features, ``n``
-in features, ``k`` rank.
+layers, their ranks and their layout, and the matrices that are rounded to few bits. Experts that transformers keeps in
+one fused parameter are separate layers in a checkpoint, so every expert has its own rank. Shapes: ``m`` out features,
+``n`` in features, ``k`` rank, ``E`` experts.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -174,6 +176,118 @@ class PivotedLinear(CompressedLinear):
 
 # Tensors of a matrix of few bits.
 NUMBERS = ("steps", "scales", "zeros")
+
+
+class SeparateExperts(nn.Module):
+    """The experts of a block as separate linear layers; mixed into the class of transformers that fuses them.
+
+    Where that class has a parameter (E, m, n), such as ``gate_up_proj``, this one has a list of E linear layers of the
+    same name. Router, activation and shared experts are those of the family.
+
+    Attributes:
+        since: first version of the checkpoint format that has separate experts.
+        fused_class: the class of transformers.
+        every_token: run every expert on all tokens, so that whoever observes its layers sees all of them. The result
+            is the same.
+    """
+
+    since: ClassVar[int] = 5
+    fused_class: ClassVar[type[nn.Module]]
+    num_experts: int
+    has_gate: bool
+    every_token: bool = False
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the weighted sum of the experts of every token, (t, d).
+
+        Args:
+            hidden_states: (t, d).
+            top_k_index: experts of every token, (t, c) int64; a number of at least E stands for none.
+            top_k_weights: (t, c).
+        """
+        total = torch.zeros_like(hidden_states)
+        experts = range(self.num_experts) if self.every_token else top_k_index.unique().tolist()
+        for expert in experts:
+            if expert >= self.num_experts:
+                continue
+            rows, places = torch.where(top_k_index == expert)
+            if self.every_token:
+                made = self.run_expert(expert, hidden_states)[rows]
+            else:
+                made = self.run_expert(expert, hidden_states[rows])
+            weighted = made * top_k_weights[rows, places, None]
+            total.index_add_(0, rows, weighted.to(total.dtype))
+        return total
+
+    def run_expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs (t, d) of one expert for the inputs ``x`` (t, d)."""
+        up, down = expert_parameters(self)
+        inner = getattr(self, up)[expert](x)
+        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        made: torch.Tensor = getattr(self, down)[expert](inner)
+        return self.post_expert_norm(made) if getattr(self, "has_post_expert_norm", False) else made
+
+
+def expert_parameters(experts: nn.Module) -> tuple[str, str]:
+    """Return the names of the parameters that map inputs of experts up, and down again."""
+    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Tell whether a module is a class of transformers for fused experts, with the interface that all of them share."""
+    if isinstance(module, SeparateExperts) or not hasattr(module, "_apply_gate"):
+        return False
+    if not all(isinstance(getattr(module, name, None), bool) for name in ("has_gate", "has_bias", "is_transposed")):
+        return False
+    return all(isinstance(getattr(module, name, None), nn.Parameter) for name in expert_parameters(module))
+
+
+def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Return path → module of the fused experts in ``model``."""
+    return {name: module for name, module in model.named_modules() if is_fused(module)}
+
+
+def separate_experts(model: nn.Module) -> nn.Module:
+    """Turn fused experts into separate linear layers, in place; the layers share the memory of the fused parameter."""
+    for module in fused_experts(model).values():
+        for name in expert_parameters(module):
+            weights, biases = getattr(module, name), getattr(module, f"{name}_bias", None)
+            delattr(module, name)
+            if biases is not None:
+                delattr(module, f"{name}_bias")
+            layers = nn.ModuleList()
+            for expert, weight in enumerate(weights.detach()):
+                bias = None if biases is None else biases.detach()[expert]
+                layer = linear_with(weight.T if module.is_transposed else weight, bias, False)
+                layers.append(layer.requires_grad_(weights.requires_grad))
+            setattr(module, name, layers)
+        module.__class__ = _separate_class(type(module))
+    return model
+
+
+def fuse_experts(model: nn.Module) -> nn.Module:
+    """Undo :func:`separate_experts` for experts without a low-rank layer, in place."""
+    for module in model.modules():
+        if not isinstance(module, SeparateExperts):
+            continue
+        for name in expert_parameters(module):
+            layers = list(getattr(module, name))
+            delattr(module, name)
+            weights = torch.stack([layer.weight.detach() for layer in layers])
+            weights = weights.mT.contiguous() if module.is_transposed else weights
+            setattr(module, name, nn.Parameter(weights, layers[0].weight.requires_grad))
+            if module.has_bias:
+                biases = torch.stack([layer.bias.detach() for layer in layers])
+                setattr(module, f"{name}_bias", nn.Parameter(biases, layers[0].bias.requires_grad))
+        module.__class__ = module.fused_class
+    return model
+
+
+@functools.cache
+def _separate_class(fused: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Separate{fused.__name__}", (SeparateExperts, fused), {"fused_class": fused})
 
 
 class RoundedMatrix(nn.Module):
@@ -388,7 +502,7 @@ def unpacked(stored: torch.Tensor, bits: int) -> torch.Tensor:
 # Name of a layout → the module of its layers.
 LAYERS: dict[str, type[CompressedLinear]] = {"factors": LowRankLinear, "pivoted": PivotedLinear}
 # A checkpoint of a newer format is refused.
-CHECKPOINT_FORMAT = max(RoundedEmbedding.since, *(layer.since for layer in LAYERS.values()))
+CHECKPOINT_FORMAT = max(SeparateExperts.since, RoundedEmbedding.since, *(layer.since for layer in LAYERS.values()))
 # Bits and lengths of blocks that a rounded matrix may have.
 BITS, BLOCKS = (4, 8), (16, 32, 64, 128, 256)
 
@@ -459,11 +573,19 @@ class AraQuantizer(HfQuantizer):
     """Puts compressed layers into the empty model before transformers loads the weights, and checks them afterwards."""
 
     requires_calibration = True
+    # Whether the checkpoint has separate experts.
+    _separate = False
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        ignored = {rf"^{re.escape(key)}$" for key in self._guards()}
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         config = self.quantization_config
+        inside = tuple(f"{path}." for path in fused_experts(model))
+        self._separate = any(name.startswith(inside) for name in (*config.ranks, *config.rounded))
+        if self._separate:
+            separate_experts(model)
+            for module in (part for part in model.modules() if isinstance(part, SeparateExperts)):
+                vars(module)["_is_hf_initialized"] = True
+        ignored = {rf"^{re.escape(key)}$" for key in self._guards(model)}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         for name, rank in config.ranks.items():
             layer = _empty_like(_found(model, name, nn.Linear, Conv1D), LAYERS[config.layout], rank)
             for part in layer.modules():
@@ -489,15 +611,28 @@ class AraQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Return what ``save_pretrained`` writes: the weights and the tensors of :meth:`_guards`."""
-        guards = {key: torch.empty(0, dtype=model.dtype) for key in self._guards()}
+        guards = {key: torch.empty(0, dtype=model.dtype) for key in self._guards(model)}
         return {**model.state_dict(), **guards}, {}
 
-    def _guards(self) -> list[str]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Return what transformers does with the names in a checkpoint: nothing if experts are separate.
+
+        Such a checkpoint has the names that the model has in memory.
+        """
+        if self._separate:
+            return []
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, *model)
+        return updated
+
+    def _guards(self, model: nn.Module) -> list[str]:
         """Return the name of an empty tensor that makes readers without ARA support fail.
 
         It has the name of a dense weight and the wrong shape, so loading fails. Without it such a reader would only
         warn and fill the missing weights with random numbers.
         """
+        for path, module in model.named_modules():
+            if isinstance(module, SeparateExperts):
+                return [f"{path}.{expert_parameters(module)[0]}"]
         config = self.quantization_config
         return [f"{name}.weight" for name in (sorted(config.ranks) or sorted(config.rounded))[:1]]
 

@@ -286,6 +286,20 @@ class Stream:
             output = self.run(index)
         return [seen[module] for module in modules], output
 
+    @torch.inference_mode()
+    def inputs_of(self, index: int, modules: Sequence[nn.Module]) -> dict[nn.Module, torch.Tensor]:
+        """Run block :attr:`at` on batch ``index`` and return the inputs (..., n) of those ``modules`` that it calls."""
+        seen: dict[nn.Module, torch.Tensor] = {}
+
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[module] = args[0]
+
+        with ExitStack() as hooks:
+            for module in modules:
+                hooks.enter_context(module.register_forward_pre_hook(note))
+            self.run(index)
+        return seen
+
     # Not inference mode: a later pass with gradients starts from these outputs.
     @torch.no_grad()
     def outputs(self) -> list[Any]:

@@ -19,8 +19,10 @@ from ara.layouts.modeling_ara import (
     AraConfig,
     AraQuantizer,
     RoundedMatrix,
+    SeparateExperts,
     densify,
     dequantise,
+    fuse_experts,
     replace_rounded,
 )
 from ara.models.completeness import check_loaded, stored_tensors, weight_files
@@ -64,7 +66,7 @@ def save_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if dense:
-        densify(model)
+        fuse_experts(densify(model))
     elif ranks or rounded:
         modules = rounded or {}
         replace_rounded(model, modules)
@@ -94,6 +96,9 @@ def declare_compressed(
     modules = rounded or {}
     settings = {name: [one.bits, one.block, one.zeros is not None] for name, one in modules.items()}
     since = max(LAYERS[layout].since if ranks else 1, *(one.since for one in modules.values()), 1)
+    if any(isinstance(module, SeparateExperts) for module in model.modules()):
+        since = max(since, SeparateExperts.since)
+        model._weight_conversions = []  # AraQuantizer.update_weight_conversions reads the names as they are
     config = AraConfig(dict(ranks), since, provenance, layout, settings)
     model.config.quantization_config = config
     model.config.auto_map = {"AutoModelForCausalLM": f"{Path(CODE_FILE).stem}.AraForCausalLM"}

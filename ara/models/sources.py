@@ -138,9 +138,11 @@ class ModelSource:
     ) -> tuple[PreTrainedModel, list[Path], dict[str, StoredTensor]]:
         """Return the model, compared with its files, these files, and what they hold.
 
-        On the meta device no weight is read.
+        On the meta device no weight is read. Experts are separate layers.
         """
         from transformers import AutoModelForCausalLM
+
+        from ara.layouts.modeling_ara import separate_experts
 
         if (download := self.to_download()) is not None:
             self._report.fact(f"downloading {len(download.files)} files, {download.bytes / 2**20:,.0f} MiB")
@@ -157,6 +159,7 @@ class ModelSource:
         files = weight_files(origin, self.identity.revision)
         stored = stored_tensors(files)
         check_loaded(model, loading, self.identity.location, stored)
+        separate_experts(model)
         return model, files, stored
 
     def for_another_process(self, dtype: torch.dtype) -> ModelSource:
@@ -179,8 +182,11 @@ class ModelSource:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from ara.layouts.modeling_ara import separate_experts
+
         with self._loading("config"), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+        separate_experts(model)
         return model
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -24,7 +24,7 @@ from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import layout_named
 from ara.layouts.base import Number
 from ara.layouts.grid import Grid
-from ara.layouts.modeling_ara import CompressedLinear, replace_linear
+from ara.layouts.modeling_ara import CompressedLinear, SeparateExperts, expert_parameters, replace_linear
 
 # Name of a matrix that is not the ``weight`` of a linear module: ``experts.down_proj[3]``, ``experts.up[3].T``.
 _PART = re.compile(r"(?P<module>.+)\.(?P<parameter>\w+)\[(?P<expert>\d+|:)\](?P<transposed>\.T)?")
@@ -117,7 +117,7 @@ class LinearSpec:
     Attributes:
         name: of its weight, see :attr:`WeightRef.name`; for a linear module its path in the model.
         layer: index of its decoder block.
-        kind: path inside the block, such as ``self_attn.q_proj``.
+        kind: path inside the block, such as ``self_attn.q_proj``; without the number of an expert.
         m: out features.
         n: in features.
         layout: how it is stored at a lower rank; determines what a rank costs.
@@ -138,6 +138,11 @@ class LinearSpec:
     def weight(self) -> WeightRef:
         """The matrix (m, n) in the model."""
         return WeightRef.named(self.name)
+
+    @property
+    def pool(self) -> str | None:
+        """If the layer is an expert's: path of the list with this layer of all experts; else ``None``."""
+        return None if self.name.endswith(self.kind) else self.name.rpartition(".")[0]
 
     @property
     def full_rank(self) -> int:
@@ -221,6 +226,7 @@ def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSp
     prefix, blocks = find_blocks(model)
     linears: list[LinearSpec] = []
     for layer, block in enumerate(blocks):
+        of_experts = _layers_of_experts(block)
         for kind, module in block.named_modules():
             if isinstance(module, CompressedLinear):
                 raise UnsupportedModelError(
@@ -230,9 +236,21 @@ def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSp
                 ref = WeightRef(f"{prefix}.{layer}.{kind}")
                 weight = ref.read(model)
                 m, n = weight.shape
-                linears.append(LinearSpec(ref.name, layer, kind, m, n, bits=8 * weight.element_size()))
+                shared = kind.rpartition(".")[0] if kind in of_experts else kind
+                linears.append(LinearSpec(ref.name, layer, shared, m, n, bits=8 * weight.element_size()))
     _refuse_unsupported(model, prefix, blocks, linears)
     return _without(linears, exclude)
+
+
+def _layers_of_experts(block: nn.Module) -> frozenset[str]:
+    """Return the paths of the layers of separate experts in a block."""
+    return frozenset(
+        f"{path}.{name}.{expert}".removeprefix(".")
+        for path, module in block.named_modules()
+        if isinstance(module, SeparateExperts)
+        for name in expert_parameters(module)
+        for expert in range(module.num_experts)
+    )
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:
@@ -283,7 +301,8 @@ def left_dense(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tenso
         ids: token ids (b, t) int64; a few are enough.
 
     Returns:
-        Paths of those ``linears`` that the forward pass does not call, and of matrices that belong to no linear layer.
+        Paths of those ``linears`` that the forward pass does not call, except experts; and paths of matrices that
+        belong to no linear layer.
     """
     called: set[str] = set()
 
@@ -296,7 +315,7 @@ def left_dense(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tenso
         model(input_ids=ids, use_cache=False)
     prefix, blocks = find_blocks(model)
     others = [f"{prefix}.{name}" for name, _ in _weights_without_layer(blocks)]
-    return [spec.name for spec in linears if spec.name not in called], others
+    return [spec.name for spec in linears if spec.name not in called and spec.pool is None], others
 
 
 def _weights_without_layer(blocks: nn.ModuleList) -> list[tuple[str, nn.Parameter]]:

@@ -4,12 +4,15 @@ Truncation fits a layer to the inputs of the dense model. In the compressed mode
 these inputs. The level goes through the model block by block, and in a block through the groups of layers with the same
 input (q, k and v; o; gate and up; down). Each group sees what the groups before it now give. Layers that stayed dense
 are corrected as well. :mod:`ara.recovery.correction` has the mathematics.
+
+The experts of a block are corrected together, first what maps up, then what maps down. An expert that saw fewer tokens
+than its input is wide stays as it is.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +31,7 @@ from ara.models.weights import LinearSpec, bias_of, find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery
 from ara.recovery.correction import Correction, correct
 from ara.recovery.dense_side import DenseSide, Leader
+from ara.recovery.expert_moments import LEAST_HELD_OUT, expert_moments, portions
 from ara.recovery.paired_moments import PairedAccumulator, PairedMoments
 from ara.recovery.trainable import block_tensors, factors_of, load_tensors, set_factors
 
@@ -105,9 +109,12 @@ class _Correction:
                         dense.advance()
                         model.advance(model.outputs())
                 bar.advance()
+        notes = [_summary(list(choices.values()))]
+        if uncorrected := len(self.recovery.specs) - len(choices) if interrupted is None else 0:
+            notes.append(f"{uncorrected} layers of experts saw too few tokens and stay as they are")
         return LevelOutcome(
             tokens=self.recovery.train.tokens,
-            notes=(_summary(list(choices.values())),),
+            notes=tuple(notes),
             interrupted=interrupted,
             details={"layers": {name: asdict(choice) for name, choice in choices.items()}},
         )
@@ -119,22 +126,54 @@ class _Correction:
             name: tensor.clone() for name, tensor in block_tensors(recovery.model, f"{self.prefix}.{layer}").items()
         }
         found: dict[str, Choice] = {}
-        groups = self.groups.get(layer, [])
-        leaders = [self._leader(specs) for specs in groups]
+        steps = _steps(self.groups.get(layer, []))
+        leaders = {specs[0].name: self._leader(specs) for specs in steps if specs[0].pool is None}
         try:
             for dense in self.dense:
-                dense.open_block(leaders)
-            for specs, leader in zip(groups, leaders, strict=True):
-                train, held_out = (self._moments(specs[0], leader, which) for which in (0, 1))
-                work = partial(_corrected, recovery, train, held_out)
-                results = map_layers(work, [(spec, None) for spec in specs], recovery.device)
-                for spec, result in zip(specs, list(results), strict=True):
-                    _apply(recovery, spec, result)
-                    found[spec.name] = Choice(result.beta, result.damping, result.before, result.after, result.gamma)
+                dense.open_block(list(leaders.values()))
+            for specs in steps:
+                if specs[0].pool is None:
+                    pair = tuple(self._moments(specs[0], leaders[specs[0].name], which) for which in (0, 1))
+                    found |= self._correct(dict.fromkeys((spec.name for spec in specs), pair), specs)
+                else:
+                    for portion in portions(specs):
+                        found |= self._correct(self._expert_moments(portion), portion)
         except KeyboardInterrupt:
             load_tensors(recovery.model, before)
             raise
         return found
+
+    def _correct(
+        self, moments: Mapping[str, tuple[PairedMoments, ...]], specs: Sequence[LinearSpec]
+    ) -> dict[str, Choice]:
+        """Correct layers that do not read each other's outputs.
+
+        Args:
+            moments: layer → moments on training and on held-out text; a layer without is not corrected.
+            specs: the layers.
+        """
+        work = [(spec, moments[spec.name]) for spec in specs if spec.name in moments]
+        found: dict[str, Choice] = {}
+        results = list(map_layers(partial(_corrected, self.recovery), work, self.recovery.device))
+        for (spec, _), result in zip(work, results, strict=True):
+            _apply(self.recovery, spec, result)
+            found[spec.name] = Choice(result.beta, result.damping, result.before, result.after, result.gamma)
+        return found
+
+    def _expert_moments(self, specs: Sequence[LinearSpec]) -> dict[str, tuple[PairedMoments, ...]]:
+        """Return the moments of those layers of experts that saw enough tokens of both texts."""
+        recovery = self.recovery
+        train, held_out = (
+            expert_moments((recovery.dense, dense.stream), (recovery.model, model), specs, which == 1)
+            for which, (dense, model) in enumerate(zip(self.dense, self.model, strict=True))
+        )
+        return {
+            spec.name: (train[spec.name], held_out[spec.name])
+            for spec in specs
+            if spec.name in train.keys() & held_out.keys()
+            and train[spec.name].tokens >= spec.n
+            and held_out[spec.name].tokens >= LEAST_HELD_OUT
+        }
 
     def _leader(self, specs: Sequence[LinearSpec]) -> Leader:
         """Return the first layer of a group in the dense model; only a single layer can write to the stream."""
@@ -178,9 +217,16 @@ class _Correction:
         return sums.result()
 
 
-def _corrected(
-    recovery: Recovery, train: PairedMoments, held_out: PairedMoments, spec: LinearSpec, _: None
-) -> Correction:
+def _steps(groups: Sequence[Sequence[LinearSpec]]) -> list[list[LinearSpec]]:
+    """Return what is corrected one after the other: groups with one input, or one layer of all experts."""
+    steps: dict[str, list[LinearSpec]] = {}
+    for specs in groups:
+        steps.setdefault(specs[0].pool or specs[0].name, []).extend(specs)
+    return list(steps.values())
+
+
+def _corrected(recovery: Recovery, spec: LinearSpec, moments: tuple[PairedMoments, ...]) -> Correction:
+    train, held_out = moments
     with safe_open(recovery.factors[spec.name], "pt") as file:
         a, b = (file.get_tensor(f"{spec.name}.{part}").to(recovery.device) for part in "AB")
     module, original = (spec.weight.owner(model) for model in (recovery.model, recovery.dense))

@@ -75,6 +75,11 @@ class PairedAccumulator:
         self._means = [torch.zeros(one, device=device) for one in widths]
         self._tokens = 0
 
+    @staticmethod
+    def bytes_for(width: int, dense: bool) -> int:
+        """Return the bytes that the sums take without drift; arguments as above."""
+        return 4 * ((3 if dense else 2) * width * width + 2 * width)
+
     def add(self, x: torch.Tensor, other: torch.Tensor, drift: torch.Tensor | None = None) -> None:
         """Add the inputs ``x`` (..., n) of the dense layer, ``other`` (..., n) of the compressed one, and the drift."""
         x, other = (one.reshape(-1, one.shape[-1]).float() for one in (x, other))

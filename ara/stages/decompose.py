@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ara.errors import DiskFullError, UnsupportedModelError
 from ara.models.accounting import parameter_count
 from ara.models.context import check_window
 from ara.models.disk import disk_use, factor_bytes, rank_to_store
+from ara.models.experts import every_expert_sees_all
 from ara.models.placement import Placement, choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
@@ -91,7 +93,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         linears = _factorisable(model, _linears(model, config), windows, run)
         if windows is not None:
             _warn_if_few(windows, linears, run)
-        owners = {} if windows is None else shared_inputs(model, linears, windows.ids[:1].to(model.device))
+        owners = {} if windows is None else _owners(model, linears, windows, config)
         with task.writer(seed=config.seed, resumable=True) as stage:
             moments = _preflight(model, linears, owners, config, stage, run)
             _overview(model, linears, windows, text, moments).write(stage)
@@ -117,8 +119,10 @@ def _assist(
 
 
 def _recorded(config: DecomposeConfig) -> dict[str, Any]:
-    """Return the settings for the manifest; results of earlier versions have no ``max_keep``."""
-    return config.model_dump(mode="json", exclude={"max_keep"} if config.max_keep is None else None)
+    """Return the settings for the manifest; results of earlier versions lack those that did not exist."""
+    later = {"max_keep": None, "calibrate_all_experts": False}
+    unset = {name for name, default in later.items() if getattr(config, name) == default}
+    return config.model_dump(mode="json", exclude=unset)
 
 
 def _linears(model: PreTrainedModel, config: DecomposeConfig) -> list[LinearSpec]:
@@ -218,6 +222,14 @@ def _factorisable(
             "ARA can only factorise layers whose modules are called",
         )
     return kept
+
+
+def _owners(
+    model: PreTrainedModel, linears: Sequence[LinearSpec], windows: TokenWindows, config: DecomposeConfig
+) -> dict[str, str]:
+    """Return layer → the first layer of the model with the same input."""
+    with every_expert_sees_all(model) if config.calibrate_all_experts else nullcontext():
+        return shared_inputs(model, linears, windows.ids[:1].to(model.device))
 
 
 def _warn_if_few(windows: TokenWindows, linears: Sequence[LinearSpec], run: Run) -> None:

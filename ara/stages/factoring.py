@@ -27,6 +27,7 @@ from ara.errors import NumericalError
 from ara.models.memory import available_bytes
 from ara.models.weights import LinearSpec, by_block
 from ara.stages.common import Run
+from ara.stages.expert_tokens import ExpertTokens
 from ara.stages.moments import packed_moments
 from ara.workspace.writer import StageWriter
 
@@ -100,12 +101,15 @@ def factor_layers(
         if gradients is not None:
             model.requires_grad_(False)
         text = windows.ids, config.batch_size
-        reader = ChunkReader(model, chunks, owners, *text, gradients, run.report, spill, group)
+        every = config.calibrate_all_experts
+        reader = ChunkReader(model, chunks, owners, *text, gradients, run.report, spill, group, every)
     device = "cpu" if model.device.type == "mps" else model.device.type
+    seen = ExpertTokens()
     for chunk in chunks:
         blocks = by_block(chunk)
         factored_by = share_out(({spec.name: cost(spec) for spec in block} for block in blocks), group.size)
         inputs, outputs = reader.read(chunk, factored_by) if reader is not None else ({}, {})
+        seen.add(chunk, owners, inputs)
         with run.report.bar(f"Factoring blocks {chunk[0].layer + 1} to {chunk[-1].layer + 1}", len(chunk)) as bar:
             for block in blocks:
                 work = [
@@ -124,6 +128,7 @@ def factor_layers(
                     bar.advance()
                 _store(layer_file(layer), tensors, stage, group)
                 bar.advance(len(block) - len(work))
+    seen.warn(run.report)
 
 
 def _store(file: str, tensors: dict[str, torch.Tensor], stage: StageWriter | None, group: Group) -> None:

@@ -1,0 +1,76 @@
+"""Paired moments of experts: of the inputs of one layer of every expert in a block.
+
+The routers of the two models send some tokens to different experts. Both models use the routes of the dense one here,
+so that each expert sees the same tokens in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from ara.errors import NumericalError
+from ara.models.blocks import Stream
+from ara.models.experts import recording_routes, replaying_routes
+from ara.models.memory import available_bytes
+from ara.models.weights import LinearSpec
+from ara.recovery.paired_moments import PairedAccumulator, PairedMoments
+
+# Part of the free memory that the sums may fill: one over this.
+_SHARE = 4
+# An expert with fewer held-out tokens is not corrected: nothing would show whether that is better.
+LEAST_HELD_OUT = 64
+
+
+def portions(specs: Sequence[LinearSpec]) -> Iterator[Sequence[LinearSpec]]:
+    """Split layers of experts, all of one width, into parts whose sums on both texts fit into memory."""
+    width = specs[0].n
+    needed = PairedAccumulator.bytes_for(width, False) + PairedAccumulator.bytes_for(width, True)
+    # The averages are float64 copies of the sums.
+    count = max(1, available_bytes("cpu") // _SHARE // (3 * needed))
+    for start in range(0, len(specs), count):
+        yield specs[start : start + count]
+
+
+@torch.inference_mode()
+def expert_moments(
+    dense: tuple[nn.Module, Stream],
+    compressed: tuple[nn.Module, Stream],
+    specs: Sequence[LinearSpec],
+    with_dense: bool,
+) -> dict[str, PairedMoments]:
+    """Return layer → moments of its inputs in both models, of the layers that saw a token.
+
+    Args:
+        dense: the dense model and its stream, at the block of the layers.
+        compressed: the compressed model and its stream over the same text, at the same block.
+        specs: layers of experts, of one width.
+        with_dense: whether to collect :attr:`PairedMoments.dense` as well.
+
+    Raises:
+        NumericalError: an input holds NaN or infinity.
+    """
+    (dense_model, ours), (model, theirs) = dense, compressed
+    originals = {spec.name: spec.weight.owner(dense_model) for spec in specs}
+    modules = {spec.name: spec.weight.owner(model) for spec in specs}
+    sums: dict[str, PairedAccumulator] = {}
+    for index in range(len(ours.batches)):
+        with recording_routes(ours.blocks[ours.at]) as routes:
+            inputs = ours.inputs_of(index, list(originals.values()))
+        with replaying_routes(theirs.blocks[theirs.at], routes):
+            others = theirs.inputs_of(index, list(modules.values()))
+        for name, original in originals.items():
+            if original in inputs:
+                x, other = inputs[original], others[modules[name]]
+                if name not in sums:
+                    sums[name] = PairedAccumulator(x.shape[-1], x.device, with_dense)
+                sums[name].add(x, other)
+    for name, one in sums.items():
+        if not one.is_finite:
+            raise NumericalError(
+                f"the inputs of {name} hold NaN or infinity",
+                "try --dtype float32; if that fails too, the model is broken",
+            )
+    return {name: one.result() for name, one in sums.items()}
