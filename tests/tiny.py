@@ -95,6 +95,8 @@ _EXPERTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**_ROUTED, **_GROUPS, **_LATENT},  # latent attention, first block dense
 }
 MIXTURES = tuple(_EXPERTS)
+# Experts that get all tokens, most of them as zeros; parameters stored transposed.
+_EXPERTS["llama4_text"] = {**_ROUTED, "num_local_experts": 5, "intermediate_size_mlp": 92, "num_experts_per_tok": 1}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

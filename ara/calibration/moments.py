@@ -210,6 +210,21 @@ def input_groups(
     return {layer: list(found.values()) for layer, found in groups.items()}
 
 
+def steps_of(groups: Sequence[Sequence[LinearSpec]]) -> list[list[LinearSpec]]:
+    """Return which layers of a block are observed together, in the order of the forward pass.
+
+    Args:
+        groups: of layers with the same input, from :func:`input_groups`.
+
+    Returns:
+        The groups; those of all experts are one, as one pass shows their inputs.
+    """
+    steps: dict[str, list[LinearSpec]] = {}
+    for specs in groups:
+        steps.setdefault(specs[0].pool or specs[0].name, []).extend(specs)
+    return list(steps.values())
+
+
 def collect_moments(
     runner: BlockRunner,
     linears: Sequence[LinearSpec],
@@ -238,7 +253,7 @@ def collect_moments(
     first, last = min(spec.layer for spec in linears), max(spec.layer for spec in linears)
     with ExitStack() as hooks:
         for name, accumulator in sums.items():
-            hooks.enter_context(WeightRef.named(name).on_input(runner.model, accumulator.add))
+            hooks.enter_context(WeightRef(name).on_input(runner.model, accumulator.add))
         with report.bar(f"Reading inputs of blocks {first + 1} to {last + 1}", runner.windows) as bar:
             if runner.windows:
                 runner.forward(first, last, bar.advance)
@@ -266,7 +281,7 @@ def pooled(sums: Mapping[str, InputAccumulator], linears: Sequence[LinearSpec]) 
 
 def priors(pools: Mapping[str, InputAccumulator], linears: Sequence[LinearSpec]) -> dict[str, InputAccumulator]:
     """Return layer → sums of its pool, of the experts among ``linears``."""
-    return {spec.name: pools[spec.pool] for spec in linears if spec.pool in pools}
+    return {spec.name: pools[spec.pool] for spec in linears if spec.pool is not None and spec.pool in pools}
 
 
 def averages(

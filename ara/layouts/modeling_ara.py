@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -193,9 +193,28 @@ class SeparateExperts(nn.Module):
 
     since: ClassVar[int] = 5
     fused_class: ClassVar[type[nn.Module]]
+    config: Any
     num_experts: int
     has_gate: bool
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
     every_token: bool = False
+
+    def run_expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """Return the outputs (t, d) of one expert for the inputs ``x`` (t, d)."""
+        up, down = (getattr(self, name)[expert] for name in expert_parameters(self))
+        return self._after(down(self._between(up(x))))
+
+    def _between(self, x: torch.Tensor) -> torch.Tensor:
+        return self._apply_gate(x) if self.has_gate else self.act_fn(x)
+
+    def _after(self, x: torch.Tensor) -> torch.Tensor:
+        norm = getattr(self, "post_expert_norm", None)
+        return x if norm is None else norm(x)
+
+
+class RoutedExperts(SeparateExperts):
+    """Separate experts that get every token once, with the experts that the router chose for it."""
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -207,6 +226,9 @@ class SeparateExperts(nn.Module):
             top_k_index: experts of every token, (t, c) int64; a number of at least E stands for none.
             top_k_weights: (t, c).
         """
+        how = getattr(self.config, "_experts_implementation", None)
+        if how in ("grouped_mm", "batched_mm") and (stacks := self._stacks()):
+            return self._together(stacks, hidden_states, top_k_index, top_k_weights, how == "batched_mm")
         total = torch.zeros_like(hidden_states)
         experts = range(self.num_experts) if self.every_token else top_k_index.unique().tolist()
         for expert in experts:
@@ -221,13 +243,154 @@ class SeparateExperts(nn.Module):
             total.index_add_(0, rows, weighted.to(total.dtype))
         return total
 
-    def run_expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """Return the outputs (t, d) of one expert for the inputs ``x`` (t, d)."""
-        up, down = expert_parameters(self)
-        inner = getattr(self, up)[expert](x)
-        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-        made: torch.Tensor = getattr(self, down)[expert](inner)
-        return self.post_expert_norm(made) if getattr(self, "has_post_expert_norm", False) else made
+    def _together(
+        self,
+        stacks: tuple[StackedExperts, ...],
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        weights: torch.Tensor,
+        batched: bool,
+    ) -> torch.Tensor:
+        """Return what :meth:`forward` does, with one product for all experts in place of one for each."""
+        none = experts >= self.num_experts
+        weights = weights.masked_fill(none, 0)
+        flat = experts.masked_fill(none, 0).flatten()
+        up, down = stacks
+        inner = self._between(up.apply(x.repeat_interleave(experts.shape[1], 0), flat, batched))
+        made = self._after(down.apply(inner, flat, batched)) * weights.flatten()[:, None]
+        return made.view(*experts.shape, -1).sum(1).to(x.dtype)
+
+    def _stacks(self) -> tuple[StackedExperts, ...]:
+        """Return the stacks of both lists; none where a loop over experts has to do.
+
+        That is the case if gradients are wanted, if somebody observes the layers, if layers are of another kind than
+        dense or of two factors, if all are dense, or if the kernels cannot read their width or dtype.
+        """
+        pools = [list(getattr(self, name)) for name in expert_parameters(self)]
+        layers = [layer for pool in pools for layer in pool]
+        kinds = {type(layer) for layer in layers}
+        if torch.is_grad_enabled() or self.every_token or not {LowRankLinear} <= kinds <= {LowRankLinear, nn.Linear}:
+            return ()
+        sizes = [_matrices(layer)[0].itemsize for layer in layers]
+        if max(sizes) > 4 or any(
+            layer.in_features * size % StackedExperts.BYTES for layer, size in zip(layers, sizes, strict=True)
+        ):
+            return ()
+        if any(part._forward_hooks or part._forward_pre_hooks for layer in layers for part in layer.modules()):
+            return ()
+        found: tuple[StackedExperts, ...] = self.__dict__.get("_stacked", ())
+        if not found or not all(stack.holds(pool) for stack, pool in zip(found, pools, strict=True)):
+            # Weights become views of the stacks, so these must be ordinary tensors.
+            with torch.inference_mode(False), torch.no_grad():
+                found = tuple(map(StackedExperts, pools))
+            self.__dict__["_stacked"] = found
+        return found
+
+
+class SortedExperts(SeparateExperts):
+    """Separate experts of Llama 4: the block sends every token to every expert, most of them as zeros.
+
+    Its experts have no bias, so the output for zeros is zero.
+    """
+
+    has_gate, has_bias, is_transposed = True, False, True
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the outputs (E t, d) for the inputs (E t, d): t rows for the first expert, t for the second, …."""
+        rows = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
+        outputs = torch.zeros_like(rows)
+        for expert, x in enumerate(rows):
+            sent = x.any(-1) | self.every_token
+            if sent.any():
+                outputs[expert, sent] = self.run_expert(expert, x[sent])
+        return outputs.view_as(hidden_states)
+
+    def _between(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        inner: torch.Tensor = up * self.act_fn(gate)
+        return inner
+
+
+# Classes of transformers whose experts get sorted tokens.
+_SORTED = ("Llama4TextExperts",)
+
+
+class StackedExperts:
+    """One layer of all experts as stacks, for a product of all experts at once.
+
+    Dense layers come first. Factors are padded with zeros to one rank. The weights of the layers become views of the
+    stacks, so they need no second memory, and stay exact in a file.
+
+    Args:
+        layers: of all experts, dense ones or of two factors.
+    """
+
+    # Kernels need rows of a multiple of so many bytes; so many numbers are one in every dtype.
+    BYTES = 16
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        order = sorted(range(len(layers)), key=lambda expert: isinstance(layers[expert], LowRankLinear))
+        ordered = [layers[expert] for expert in order]
+        self._weights = [weight for layer in ordered for weight in _matrices(layer)]
+        device = self._weights[0].device
+        self._place = torch.tensor(order, device=device).argsort()
+        dense = [layer for layer in ordered if not isinstance(layer, LowRankLinear)]
+        low_rank = ordered[len(dense) :]
+        self._dense = len(dense)
+        rank = -(-max((layer.rank for layer in low_rank), default=0) // self.BYTES) * self.BYTES
+        m, n = ordered[0].out_features, ordered[0].in_features
+        # (D, m, n), (L, rank, n) and (L, m, rank).
+        self._w = _stacked([layer.weight for layer in dense], m, n)
+        self._a = _stacked([layer.A.weight for layer in low_rank], rank, n)
+        self._b = _stacked([layer.B.weight for layer in low_rank], m, rank)
+        self._pointers = [weight.data_ptr() for weight in self._weights]
+        self._biases = [layer.bias for layer in layers if layer.bias is not None]
+
+    def holds(self, layers: Sequence[Any]) -> bool:
+        """Tell whether these are the stacks of ``layers``, whose weights still are views of them."""
+        own = {id(part) for part in (*self._weights, *self._biases)}
+        if own != {id(part) for layer in layers for part in layer.parameters()}:
+            return False
+        return [weight.data_ptr() for weight in self._weights] == self._pointers
+
+    def apply(self, x: torch.Tensor, experts: torch.Tensor, batched: bool) -> torch.Tensor:
+        """Return the outputs (s, m) of the experts (s) for the inputs ``x`` (s, n)."""
+        places = self._place[experts]
+        order = places.argsort()
+        x, counts = x[order], places.bincount(minlength=len(self._place))
+        split = int(counts[: self._dense].sum())
+        parts = []
+        if split:
+            parts.append(_product(x[:split], self._w, counts[: self._dense], batched))
+        if split < len(x):
+            h = _product(x[split:], self._a, counts[self._dense :], batched)
+            parts.append(_product(h, self._b, counts[self._dense :], batched))
+        made = torch.cat(parts)
+        outputs = torch.empty_like(made)
+        outputs[order] = made
+        return outputs + torch.stack(self._biases)[experts] if self._biases else outputs
+
+
+def _matrices(layer: Any) -> list[Any]:
+    return [layer.A.weight, layer.B.weight] if isinstance(layer, LowRankLinear) else [layer.weight]
+
+
+def _stacked(weights: Sequence[nn.Parameter], rows: int, columns: int) -> torch.Tensor:
+    """Return matrices as (count, rows, columns), padded with zeros; the matrices become views of it."""
+    if not weights:
+        return torch.empty(0, rows, columns)
+    stack = weights[0].new_zeros(len(weights), rows, columns)
+    for place, weight in zip(stack, weights, strict=True):
+        view = place[: weight.shape[0], : weight.shape[1]]
+        weight.data = view.copy_(weight)
+    return stack
+
+
+def _product(x: torch.Tensor, stack: torch.Tensor, counts: torch.Tensor, batched: bool) -> torch.Tensor:
+    """Return the products (s, m) of ``x`` (s, n) with matrices (E, m, n); ``counts`` (E) has the rows of each."""
+    if batched:
+        return torch.bmm(stack.repeat_interleave(counts, 0), x[:, :, None])[:, :, 0]
+    return nn.functional.grouped_mm(x, stack.mT, offs=counts.cumsum(0, dtype=torch.int32))
 
 
 def expert_parameters(experts: nn.Module) -> tuple[str, str]:
@@ -236,9 +399,11 @@ def expert_parameters(experts: nn.Module) -> tuple[str, str]:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Tell whether a module is a class of transformers for fused experts, with the interface that all of them share."""
-    if isinstance(module, SeparateExperts) or not hasattr(module, "_apply_gate"):
+    """Tell whether a module is a class of transformers for fused experts that :func:`separate_experts` knows."""
+    if isinstance(module, SeparateExperts):
         return False
+    if type(module).__name__ in _SORTED:
+        return True
     if not all(isinstance(getattr(module, name, None), bool) for name in ("has_gate", "has_bias", "is_transposed")):
         return False
     return all(isinstance(getattr(module, name, None), nn.Parameter) for name in expert_parameters(module))
@@ -252,6 +417,7 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 def separate_experts(model: nn.Module) -> nn.Module:
     """Turn fused experts into separate linear layers, in place; the layers share the memory of the fused parameter."""
     for module in fused_experts(model).values():
+        module.__class__ = _separate_class(type(module))  # type: ignore[arg-type]
         for name in expert_parameters(module):
             weights, biases = getattr(module, name), getattr(module, f"{name}_bias", None)
             delattr(module, name)
@@ -263,7 +429,6 @@ def separate_experts(model: nn.Module) -> nn.Module:
                 layer = linear_with(weight.T if module.is_transposed else weight, bias, False)
                 layers.append(layer.requires_grad_(weights.requires_grad))
             setattr(module, name, layers)
-        module.__class__ = _separate_class(type(module))
     return model
 
 
@@ -281,13 +446,14 @@ def fuse_experts(model: nn.Module) -> nn.Module:
             if module.has_bias:
                 biases = torch.stack([layer.bias.detach() for layer in layers])
                 setattr(module, f"{name}_bias", nn.Parameter(biases, layers[0].bias.requires_grad))
-        module.__class__ = module.fused_class
+        module.__class__ = module.fused_class  # type: ignore[assignment]
     return model
 
 
 @functools.cache
 def _separate_class(fused: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Separate{fused.__name__}", (SeparateExperts, fused), {"fused_class": fused})
+    kind = SortedExperts if fused.__name__ in _SORTED else RoutedExperts
+    return type(f"Separate{fused.__name__}", (kind, fused), {"fused_class": fused})
 
 
 class RoundedMatrix(nn.Module):
@@ -610,9 +776,12 @@ class AraQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Return what ``save_pretrained`` writes: the weights and the tensors of :meth:`_guards`."""
+        """Return what ``save_pretrained`` writes: the weights and the tensors of :meth:`_guards`.
+
+        A separate expert may be a transposed view, which a file cannot hold.
+        """
         guards = {key: torch.empty(0, dtype=model.dtype) for key in self._guards(model)}
-        return {**model.state_dict(), **guards}, {}
+        return {**{name: tensor.contiguous() for name, tensor in model.state_dict().items()}, **guards}, {}
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Return what transformers does with the names in a checkpoint: nothing if experts are separate.

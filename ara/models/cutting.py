@@ -132,7 +132,7 @@ class _Layers:
         self._last: tuple[str, Mapping[str, torch.Tensor]] = "", {}
         self._replaced: dict[str, Any] = {}
         for name, rank in ranks.items():
-            ref = WeightRef.named(name)
+            ref = WeightRef(name)
             module: Any = ref.owner(stored.model)
             self._replaced[name] = module
             parts = ["weight"]

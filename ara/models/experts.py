@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ara.layouts.modeling_ara import SeparateExperts
+from ara.layouts.modeling_ara import RoutedExperts, SeparateExperts
 
 
 @contextmanager
@@ -30,6 +30,11 @@ def every_expert_sees_all(model: nn.Module) -> Iterator[None]:
 
 # Experts of every token (t, c), and their weights (t, c).
 Routes = tuple[torch.Tensor, torch.Tensor]
+
+
+def has_routes(block: nn.Module) -> bool:
+    """Tell whether the experts of a block get the routes of their tokens, which Llama 4 keeps to its router."""
+    return all(isinstance(module, RoutedExperts) for module in _experts(block))
 
 
 @contextmanager

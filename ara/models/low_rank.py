@@ -49,7 +49,7 @@ def apply_factors(
         for path in dict.fromkeys(files[name] for name in ranks):
             with safe_open(path, "pt") as file:
                 for name in (name for name in ranks if files[name] == path):
-                    ref = WeightRef.named(name)
+                    ref = WeightRef(name)
                     module = ref.owner(model)
                     layer = build_layer(
                         file,

@@ -1,14 +1,14 @@
 """Names the weights of a model, and finds the linear layers that can be factorised.
 
 Layers are found in the model, never listed per architecture. The decoder blocks are the ``nn.ModuleList`` with the most
-parameters. Every ``nn.Linear`` in it, or ``Conv1D`` (GPT-2's transposed linear layer), is a candidate. Embeddings and
-the head are outside the blocks and stay unchanged.
+parameters. Every ``nn.Linear`` in it, or ``Conv1D`` (GPT-2's transposed linear layer), is a candidate, and so is every
+layer of separate experts. Embeddings and the head are outside the blocks and stay unchanged, and so do routers, whose
+few outputs leave nothing to save.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,88 +26,42 @@ from ara.layouts.base import Number
 from ara.layouts.grid import Grid
 from ara.layouts.modeling_ara import CompressedLinear, SeparateExperts, expert_parameters, replace_linear
 
-# Name of a matrix that is not the ``weight`` of a linear module: ``experts.down_proj[3]``, ``experts.up[3].T``.
-_PART = re.compile(r"(?P<module>.+)\.(?P<parameter>\w+)\[(?P<expert>\d+|:)\](?P<transposed>\.T)?")
-
 
 @dataclass(frozen=True)
 class WeightRef:
-    """One matrix (m, n) of a model: the weight of a linear module, or a slice of a fused parameter (E, …).
+    """The weight (m, n) of a linear layer or an embedding of a model.
 
     Attributes:
-        module: path of the module with the parameter.
-        parameter: its name in the module.
-        expert: index of the slice; ``None`` if the parameter is one matrix.
-        transposed: whether the parameter stores the matrix as (n, m). A ``Conv1D`` always does, so it needs no flag.
+        name: path of the module.
     """
 
-    module: str
-    parameter: str = "weight"
-    expert: int | None = None
-    transposed: bool = False
-
-    @classmethod
-    def named(cls, name: str) -> WeightRef:
-        """Return the matrix with this :attr:`name`."""
-        part = _PART.fullmatch(name)
-        if part is None:
-            return cls(name)
-        expert = None if part["expert"] == ":" else int(part["expert"])
-        return cls(part["module"], part["parameter"], expert, part["transposed"] is not None)
-
-    @property
-    def name(self) -> str:
-        """A linear module's path; else ``module.parameter[expert]`` (``[:]`` without), and ``.T`` if transposed."""
-        if self == WeightRef(self.module):
-            return self.module
-        index = ":" if self.expert is None else self.expert
-        return f"{self.module}.{self.parameter}[{index}]{'.T' * self.transposed}"
+    name: str
 
     def owner(self, model: nn.Module) -> nn.Module:
-        """Return the module with the parameter."""
-        return model.get_submodule(self.module)
+        """Return the module."""
+        return model.get_submodule(self.name)
 
     def read(self, model: nn.Module) -> torch.Tensor:
-        """Return the matrix as (m, n) = (out, in), without gradient; always a view."""
+        """Return the matrix as (m, n) = (out, in), without gradient; always a view. A ``Conv1D`` stores (n, m)."""
         owner = self.owner(model)
-        stored = getattr(owner, self.parameter)
+        stored = owner.weight
         assert isinstance(stored, torch.Tensor)
-        matrix = stored.detach() if self.expert is None else stored.detach()[self.expert]
-        return matrix.T if self.transposed or isinstance(owner, Conv1D) else matrix
+        return stored.detach().T if isinstance(owner, Conv1D) else stored.detach()
 
     def replace(self, model: nn.Module, new: nn.Module | torch.Tensor) -> None:
-        """Replace the linear module by a module, or overwrite the matrix (m, n) by a tensor, bit by bit.
-
-        Raises:
-            UnsupportedModelError: a module, for a matrix without a module of its own.
-        """
+        """Replace the module by another one, or overwrite the matrix (m, n) by a tensor, bit by bit."""
         if isinstance(new, torch.Tensor):
             self.read(model).copy_(new)
         else:
-            self._need_linear("replaced by a module")
-            replace_linear(model, self.module, new)
+            replace_linear(model, self.name, new)
 
     def on_input(self, model: nn.Module, call: Callable[[torch.Tensor], None]) -> RemovableHandle:
-        """Call ``call`` with the input (..., n) before each run of the layer, until the handle is removed.
-
-        Raises:
-            UnsupportedModelError: the matrix has no module of its own.
-        """
-        self._need_linear("observed")
+        """Call ``call`` with the input (..., n) before each run of the layer, until the handle is removed."""
         return self.owner(model).register_forward_pre_hook(lambda module, args: call(args[0]))
 
     def on_output(self, model: nn.Module, call: Callable[[torch.Tensor], None]) -> RemovableHandle:
         """Call ``call`` with the output (..., m) after each run of the layer; see :meth:`on_input`."""
-        self._need_linear("observed")
         return self.owner(model).register_forward_hook(lambda module, args, output: call(output))
-
-    def _need_linear(self, what: str) -> None:
-        if self.name != self.module:
-            raise UnsupportedModelError(
-                f"{self.name} is part of the fused parameter {self.parameter} of {self.module}, "
-                f"which cannot be {what}; expected the weight of a linear module",
-                "leave it out with --exclude",
-            )
 
 
 @dataclass(frozen=True)
@@ -115,7 +69,7 @@ class LinearSpec:
     """One linear layer of a decoder block.
 
     Attributes:
-        name: of its weight, see :attr:`WeightRef.name`; for a linear module its path in the model.
+        name: its path in the model.
         layer: index of its decoder block.
         kind: path inside the block, such as ``self_attn.q_proj``; without the number of an expert.
         m: out features.
@@ -137,7 +91,7 @@ class LinearSpec:
     @property
     def weight(self) -> WeightRef:
         """The matrix (m, n) in the model."""
-        return WeightRef.named(self.name)
+        return WeightRef(self.name)
 
     @property
     def pool(self) -> str | None:
@@ -226,13 +180,13 @@ def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSp
     prefix, blocks = find_blocks(model)
     linears: list[LinearSpec] = []
     for layer, block in enumerate(blocks):
-        of_experts = _layers_of_experts(block)
+        of_experts, routers = _layers_of_experts(block), _routers(block)
         for kind, module in block.named_modules():
             if isinstance(module, CompressedLinear):
                 raise UnsupportedModelError(
                     f"{prefix}.{layer}.{kind} is already factorised", "start from the original, dense model"
                 )
-            if isinstance(module, (nn.Linear, Conv1D)):
+            if _is_linear(module) and kind not in routers:
                 ref = WeightRef(f"{prefix}.{layer}.{kind}")
                 weight = ref.read(model)
                 m, n = weight.shape
@@ -251,6 +205,23 @@ def _layers_of_experts(block: nn.Module) -> frozenset[str]:
         for name in expert_parameters(module)
         for expert in range(module.num_experts)
     )
+
+
+def _routers(block: nn.Module) -> frozenset[str]:
+    """Return the paths of linear layers that have one output per expert and stand beside separate experts."""
+    found = set()
+    for path, module in block.named_modules():
+        if isinstance(module, SeparateExperts):
+            beside = path.rpartition(".")[0]
+            for name, layer in block.get_submodule(beside).named_modules():
+                if isinstance(layer, nn.Linear) and layer.out_features == module.num_experts:
+                    found.add(f"{beside}.{name}".removeprefix("."))
+    return frozenset(found) - _layers_of_experts(block)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a linear layer, and does nothing else."""
+    return isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ara.calibration.moments import InputAccumulator, averages, input_groups
+from ara.calibration.moments import InputAccumulator, averages, input_groups, pooled, priors, steps_of
 from ara.layouts.grid import Grid
 from ara.layouts.modeling_ara import CompressedLinear, RoundedMatrix
 from ara.models.blocks import Stream, independent_starts
@@ -124,11 +124,14 @@ def _round_blocks(
         for spec in wanted:
             groups.setdefault(spec.layer, []).append([spec])
 
-    def moment_of(leader: LinearSpec) -> torch.Tensor:
+    def moments_of(step: Sequence[LinearSpec]) -> dict[str, torch.Tensor]:
         if moments is not None:
-            return moments[leader.name].to(device)
+            return {spec.name: moments[spec.name].to(device) for spec in step}
         assert stream is not None
-        return _moment(stream, leader.weight.owner(model), leader.n, leader.name)
+        if step[0].pool is not None:
+            return _expert_moments(stream, model, step)
+        moment = _moment(stream, step[0].weight.owner(model), step[0].n, step[0].name)
+        return {spec.name: moment for spec in step}
 
     found: dict[str, RoundedMatrix] = {}
     with report.bar("Rounding blocks", blocks) as bar:
@@ -136,10 +139,10 @@ def _round_blocks(
             name = f"block-{layer:03d}"
             stored = _stored(parts, name)
             done: dict[str, RoundedMatrix] = {}
-            for group in groups.get(layer, []):
-                moment = None if stored else moment_of(group[0])
-                for spec in group:
-                    done |= _round(model, spec, grids[spec.name], moment, stored)
+            for step in groups.get(layer, []) if moments is not None else steps_of(groups.get(layer, [])):
+                found_moments = {} if stored else moments_of(step)
+                for spec in step:
+                    done |= _round(model, spec, grids[spec.name], found_moments.get(spec.name), stored)
             if done and not stored:
                 parts.finish_part(name, named(done))
             found |= done
@@ -175,6 +178,18 @@ def _moment(stream: Stream, module: nn.Module, n: int, name: str) -> torch.Tenso
     for index in range(len(stream.batches)):
         sums.add(stream.input_of(index, module))
     return averages({name: sums}, "inputs of")[name].second_moment
+
+
+def _expert_moments(stream: Stream, model: nn.Module, specs: Sequence[LinearSpec]) -> dict[str, torch.Tensor]:
+    """Return the second moments (n, n) of the inputs of one layer of all experts, shrunk towards each other."""
+    device = next(stream.model.parameters()).device
+    modules = {spec.weight.owner(model): spec.name for spec in specs}
+    sums = {spec.name: InputAccumulator(spec.n, device) for spec in specs}
+    for index in range(len(stream.batches)):
+        for module, x in stream.inputs_of(index, list(modules)).items():
+            sums[modules[module]].add(x)
+    prior = priors(pooled(sums, specs), specs)
+    return {name: stats.second_moment for name, stats in averages(sums, "inputs of", prior).items()}
 
 
 def _round(

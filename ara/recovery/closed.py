@@ -6,7 +6,7 @@ input (q, k and v; o; gate and up; down). Each group sees what the groups before
 are corrected as well. :mod:`ara.recovery.correction` has the mathematics.
 
 The experts of a block are corrected together, first what maps up, then what maps down. An expert that saw fewer tokens
-than its input is wide stays as it is.
+than its input is wide stays as it is, and so do those whose tokens cannot be paired (Llama 4).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from ara.calibration.moments import input_groups
+from ara.calibration.moments import input_groups, steps_of
 from ara.decomposition.parallel import map_layers
 from ara.errors import NumericalError
 from ara.layouts.modeling_ara import CompressedLinear
@@ -111,7 +111,9 @@ class _Correction:
                 bar.advance()
         notes = [_summary(list(choices.values()))]
         if uncorrected := len(self.recovery.specs) - len(choices) if interrupted is None else 0:
-            notes.append(f"{uncorrected} layers of experts saw too few tokens and stay as they are")
+            notes.append(
+                f"{uncorrected} layers of experts saw too few tokens, or cannot be paired, and stay as they are"
+            )
         return LevelOutcome(
             tokens=self.recovery.train.tokens,
             notes=tuple(notes),
@@ -126,7 +128,7 @@ class _Correction:
             name: tensor.clone() for name, tensor in block_tensors(recovery.model, f"{self.prefix}.{layer}").items()
         }
         found: dict[str, Choice] = {}
-        steps = _steps(self.groups.get(layer, []))
+        steps = steps_of(self.groups.get(layer, []))
         leaders = {specs[0].name: self._leader(specs) for specs in steps if specs[0].pool is None}
         try:
             for dense in self.dense:
@@ -215,14 +217,6 @@ class _Correction:
                 "try --dtype float32; if that fails too, the model is broken",
             )
         return sums.result()
-
-
-def _steps(groups: Sequence[Sequence[LinearSpec]]) -> list[list[LinearSpec]]:
-    """Return what is corrected one after the other: groups with one input, or one layer of all experts."""
-    steps: dict[str, list[LinearSpec]] = {}
-    for specs in groups:
-        steps.setdefault(specs[0].pool or specs[0].name, []).extend(specs)
-    return list(steps.values())
 
 
 def _corrected(recovery: Recovery, spec: LinearSpec, moments: tuple[PairedMoments, ...]) -> Correction:

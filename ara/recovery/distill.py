@@ -115,7 +115,7 @@ def trained_parameters(recovery: Recovery) -> dict[str, nn.Parameter]:
 
 
 def _factor_names(model: nn.Module, specs: Sequence[LinearSpec]) -> list[str]:
-    found = [spec.weight.module for spec in specs if isinstance(spec.weight.owner(model), CompressedLinear)]
+    found = [spec.weight.name for spec in specs if isinstance(spec.weight.owner(model), CompressedLinear)]
     return [f"{name}.{part}.weight" for name in found for part in "AB"]
 
 

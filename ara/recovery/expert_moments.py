@@ -13,7 +13,7 @@ from torch import nn
 
 from ara.errors import NumericalError
 from ara.models.blocks import Stream
-from ara.models.experts import recording_routes, replaying_routes
+from ara.models.experts import has_routes, recording_routes, replaying_routes
 from ara.models.memory import available_bytes
 from ara.models.weights import LinearSpec
 from ara.recovery.paired_moments import PairedAccumulator, PairedMoments
@@ -41,7 +41,7 @@ def expert_moments(
     specs: Sequence[LinearSpec],
     with_dense: bool,
 ) -> dict[str, PairedMoments]:
-    """Return layer → moments of its inputs in both models, of the layers that saw a token.
+    """Return layer → moments of its inputs in both models, of the layers that saw a token and can be paired.
 
     Args:
         dense: the dense model and its stream, at the block of the layers.
@@ -53,6 +53,8 @@ def expert_moments(
         NumericalError: an input holds NaN or infinity.
     """
     (dense_model, ours), (model, theirs) = dense, compressed
+    if not has_routes(ours.blocks[ours.at]):
+        return {}
     originals = {spec.name: spec.weight.owner(dense_model) for spec in specs}
     modules = {spec.name: spec.weight.owner(model) for spec in specs}
     sums: dict[str, PairedAccumulator] = {}

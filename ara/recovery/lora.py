@@ -108,7 +108,7 @@ def _parts(model: nn.Module, specs: Sequence[LinearSpec]) -> list[str]:
     for spec in specs:
         owner = spec.weight.owner(model)
         parts = [name for name, part in owner.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
-        found += [f"{spec.weight.module}.{name}" if name else spec.weight.module for name in parts]
+        found += [f"{spec.weight.name}.{name}" if name else spec.weight.name for name in parts]
     return found
 
 

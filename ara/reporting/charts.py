@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ara.artifacts.evaluation import DENSE, UNIFORM
 from ara.reporting.checkpoint_parts import Layer
 from ara.reporting.comparison_parts import SizeFront
-from ara.reporting.figures import draw, short_kind
+from ara.reporting.figures import by_place, draw, short_kind
 from ara.reporting.pareto_parts import Front, SpeedFront
 from ara.reporting.training_parts import Trained
 
@@ -49,17 +49,20 @@ _DEPTHS = (0.25, 0.8)
 
 
 def rank_map(layers: Sequence[Layer]) -> str:
-    """Return a map of the share of parameters that every layer keeps: one row per block, one column per kind."""
+    """Return a map of the share of parameters that every layer keeps: one row per block, one column per kind.
+
+    The layers of all experts of a block share one place, which shows their mean; its dot says that all are dense.
+    """
     import numpy
 
     kinds = list(dict.fromkeys(layer.kind for layer in layers))
     blocks = sorted({layer.layer for layer in layers})
     shares = numpy.full((len(blocks), len(kinds)), numpy.nan)
     dense = []
-    for layer in layers:
-        place = blocks.index(layer.layer), kinds.index(layer.kind)
-        shares[place] = layer.keep
-        if layer.rank is None:
+    for (block, kind), together in by_place((layer.layer, layer.kind, layer) for layer in layers).items():
+        place = blocks.index(block), kinds.index(kind)
+        shares[place] = sum(layer.keep for layer in together) / len(together)
+        if all(layer.rank is None for layer in together):
             dense.append(place)
     with _figure(1.5 + min(0.13 * max(len(blocks), 8), _TALLEST)) as figure:
         axis = figure.subplots()
@@ -78,7 +81,7 @@ def rank_map(layers: Sequence[Layer]) -> str:
 
 
 def spectra(layers: Sequence[Layer]) -> str:
-    """Return the spectra by kind of layer, with a dot at each cut."""
+    """Return the spectra by kind of layer, with a dot at each cut; of a block's experts that of the first."""
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -88,7 +91,8 @@ def spectra(layers: Sequence[Layer]) -> str:
     with _figure(1.25 * rows + 0.5) as figure:
         axes = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey=True).flatten()
         for axis, kind in zip(axes, kinds, strict=False):
-            for layer in (layer for layer in layers if layer.kind == kind):
+            first_of_block = {layer.layer: layer for layer in reversed(layers) if layer.kind == kind}
+            for layer in reversed(first_of_block.values()):
                 full, first = layer.components[-1], layer.spectrum[0] or 1.0
                 shares = [value / first or None for value in layer.spectrum]
                 depth = _DEPTHS[0] + (_DEPTHS[1] - _DEPTHS[0]) * layer.layer / last

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ara.models.weights import LinearSpec
 from ara.printable import printable
@@ -14,6 +14,7 @@ from ara.solver.problem import Allocation
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+T = TypeVar("T")
 # Text stays text, and the same figure gives the same bytes.
 _SETTINGS: Any = {"svg.fonttype": "none", "svg.hashsalt": "ara"}
 
@@ -94,12 +95,11 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
         image = None
         for axis, (name, allocation) in zip(axes, allocations.items(), strict=False):
             shares = numpy.full((len(layers), len(kinds)), numpy.nan)
-            for spec in specs:
-                place = layers.index(spec.layer), kinds.index(spec.kind)
-                choice = allocation.choices[spec.name]
-                shares[place] = choice.cost / spec.dense_cost
-                if choice.rank is None:
-                    axis.plot(place[1], place[0], ".", color="black", markersize=3)
+            for (layer, kind), together in by_place((spec.layer, spec.kind, spec) for spec in specs).items():
+                row, column = layers.index(layer), kinds.index(kind)
+                shares[row, column] = allocation.keep(together)
+                if all(allocation.choices[spec.name].rank is None for spec in together):
+                    axis.plot(column, row, ".", color="black", markersize=3)
             image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
             axis.set_title(name, fontsize=9)
             axis.set_xticks(range(len(kinds)), [short_kind(kind) for kind in kinds], rotation=60, fontsize=7)
@@ -113,6 +113,14 @@ def rank_heat_maps(allocations: Mapping[str, Allocation], specs: Sequence[Linear
         bar.ax.tick_params(labelsize=7)
         figure.suptitle(title, fontsize=10)
         return draw(figure)
+
+
+def by_place(layers: Iterable[tuple[int, str, T]]) -> dict[tuple[int, str], list[T]]:
+    """Return (block, kind) → layers at this place of a map: one, or those of all experts."""
+    found: dict[tuple[int, str], list[T]] = {}
+    for block, kind, layer in layers:
+        found.setdefault((block, kind), []).append(layer)
+    return found
 
 
 def short_kind(kind: str) -> str:

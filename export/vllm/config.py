@@ -62,11 +62,19 @@ class AraQuantizationConfig(QuantizationConfig):
         Raises:
             ModelError: it is of a newer format, or damaged. It is no ``ValueError``, which pydantic would spread over
                 several lines.
+            UnsupportedModelError: a mixture of experts.
         """
         try:
-            return cls(AraConfig.from_dict(config))
+            settings = AraConfig.from_dict(config)
         except (TypeError, ValueError) as error:
             raise ModelError(f"the checkpoint cannot be served: {error}") from error
+        experts = [name for name in (*settings.ranks, *settings.rounded) if name.rpartition(".")[2].isdecimal()]
+        if experts:
+            raise UnsupportedModelError(
+                f"the checkpoint factorises experts ({experts[0]}), and vLLM's kernels for experts read dense weights",
+                "use transformers, or write a dense checkpoint: ara truncate --densify",
+            )
+        return cls(settings)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the matrices as vLLM names the modules of this architecture."""

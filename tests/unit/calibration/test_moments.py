@@ -12,6 +12,7 @@ from torch import nn
 
 from ara.calibration.moments import InputAccumulator, InputStats, collect_moments, shared_inputs
 from ara.errors import NumericalError, UnsupportedModelError
+from ara.layouts.modeling_ara import separate_experts
 from ara.models.blocks import BlockRunner
 from ara.models.weights import LinearSpec, find_blocks, find_linears
 from tests.oracles import moments as oracle
@@ -255,3 +256,29 @@ def test_progress_counts_the_windows() -> None:
     windows = _windows(5)
     collect_moments(BlockRunner(model, windows, 2), linears, shared_inputs(model, linears, windows[:1]), Report())  # type: ignore[arg-type]
     assert steps == [2, 2, 1]
+
+
+def test_experts_with_few_tokens_are_shrunk_towards_all_of_them() -> None:
+    """G = (Σ x xᵀ + n Ḡ) / (t + n), and Ḡ for an expert that saw nothing."""
+    model = separate_experts(tiny_model("mixtral"))
+    linears = find_linears(model)
+    pool = [spec for spec in linears if spec.layer == 1 and spec.kind == "mlp.experts.down_proj"]
+    # One window: some experts see few tokens.
+    ids = torch.arange(3, 3 + 9)[None]
+    seen: dict[str, list[torch.Tensor]] = {spec.name: [] for spec in pool}
+    hooks = [spec.weight.on_input(model, seen[spec.name].append) for spec in pool]
+    owners = shared_inputs(model, linears, ids)
+    for hook in hooks:
+        hook.remove()
+    found = collect_moments(BlockRunner(model, ids, 1), linears, owners)
+    inputs = {name: torch.cat(xs).double() if xs else torch.zeros(0, 92).double() for name, xs in seen.items()}
+    together = torch.cat(list(inputs.values()))
+    assert len(together) == 2 * 9
+    assert any(len(x) == 0 for x in inputs.values())
+    mean = together.T @ together / len(together)
+    for name, x in inputs.items():
+        assert found[name].tokens == len(x)
+        expected = (x.T @ x + 92 * mean) / (len(x) + 92)
+        torch.testing.assert_close(found[name].second_moment.double(), expected, atol=1e-5, rtol=1e-4)
+        shrunk = (x.abs().sum(0) + 92 * together.abs().mean(0)) / (len(x) + 92)
+        torch.testing.assert_close(found[name].abs_mean.double(), shrunk, atol=1e-5, rtol=1e-4)

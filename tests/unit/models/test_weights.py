@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.pytorch_utils import Conv1D
 
 from ara.errors import UnsupportedModelError, UsageError
-from ara.layouts.modeling_ara import LowRankLinear, replace_linear
+from ara.layouts.modeling_ara import LowRankLinear, replace_linear, separate_experts
 from ara.models.weights import LinearSpec, WeightRef, bias_of, find_blocks, find_linears
 from tests.tiny import FAMILIES, tiny_model
 
@@ -136,73 +135,7 @@ def test_sizes_and_costs() -> None:
     assert (pivoted.cost(3), pivoted.cost(60), pivoted.top_rank) == (423, 5040, 59)
 
 
-# -- names of weights -------------------------------------------------------------------------------------------
-
-
-class _Fused(nn.Module):
-    """Three experts, (31, 12) each, in one parameter; and the same ones stored transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        values = torch.randn(3, 31, 12, generator=torch.Generator().manual_seed(0))
-        self.up = nn.Parameter(values.clone())
-        self.turned = nn.Parameter(values.mT.contiguous())
-        self.packed = nn.Parameter(values[0].clone())
-
-
-_PARTS = [WeightRef("fused", "up", 1), WeightRef("fused", "turned", 1, transposed=True)]
-
-
-@pytest.mark.parametrize(
-    ("ref", "name"),
-    [
-        (WeightRef("model.layers.0.mlp.up_proj"), "model.layers.0.mlp.up_proj"),
-        (WeightRef("experts.1"), "experts.1"),  # a list of modules
-        (WeightRef("mlp.experts", "gate_up_proj", 12), "mlp.experts.gate_up_proj[12]"),
-        (WeightRef("mlp.experts", "down_proj", 0, transposed=True), "mlp.experts.down_proj[0].T"),
-        (WeightRef("mlp", "kernel"), "mlp.kernel[:]"),
-        (WeightRef("mlp", transposed=True), "mlp.weight[:].T"),
-    ],
-)
-def test_a_name_names_one_weight(ref: WeightRef, name: str) -> None:
-    assert ref.name == name
-    assert WeightRef.named(name) == ref
-    assert LinearSpec(name, 0, "x", 3, 2).weight == ref
-
-
-@pytest.mark.parametrize("ref", _PARTS, ids=lambda ref: ref.name)
-def test_a_slice_of_a_fused_parameter_is_read_and_replaced(ref: WeightRef) -> None:
-    model = nn.ModuleDict({"fused": _Fused()})
-    before = {name: value.clone() for name, value in model.fused.named_parameters()}
-    matrix = ref.read(model)
-    assert torch.equal(matrix, before["up"][1]) and not matrix.requires_grad
-    assert matrix.untyped_storage().data_ptr() == getattr(model.fused, ref.parameter).untyped_storage().data_ptr()
-    new = torch.randn(31, 12, generator=torch.Generator().manual_seed(1))
-    ref.replace(model, new)
-    assert torch.equal(ref.read(model), new)
-    stored = getattr(model.fused, ref.parameter)
-    assert torch.equal(stored[1], new.T if ref.transposed else new)
-    assert all(torch.equal(stored[expert], before[ref.parameter][expert]) for expert in (0, 2))
-    others = set(before) - {ref.parameter}
-    assert all(torch.equal(getattr(model.fused, name), before[name]) for name in others)
-
-
-def test_a_parameter_that_is_one_matrix_is_read() -> None:
-    model = nn.ModuleDict({"fused": _Fused()})
-    assert torch.equal(WeightRef("fused", "packed").read(model), model.fused.up[0])
-
-
-@pytest.mark.parametrize("ref", _PARTS, ids=lambda ref: ref.name)
-def test_a_slice_of_a_fused_parameter_has_no_module(ref: WeightRef) -> None:
-    model = nn.ModuleDict({"fused": _Fused()})
-    for attempt in (
-        lambda: ref.replace(model, nn.Linear(12, 31)),
-        lambda: ref.on_input(model, print),
-        lambda: ref.on_output(model, print),
-    ):
-        with pytest.raises(UnsupportedModelError, match=rf"^fused\.{ref.parameter}\[1\].* of fused") as caught:
-            attempt()
-        assert "--exclude" in (caught.value.hint or "")
+# -- weights ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(12, 31), Conv1D(31, 12)], ids=["Linear", "Conv1D"])
@@ -275,22 +208,29 @@ def test_no_linear_layer() -> None:
         find_linears(model)
 
 
-def test_fused_experts() -> None:
-    config = MixtralConfig(
-        vocab_size=50,
-        hidden_size=60,
-        intermediate_size=92,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        num_local_experts=3,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(
-        UnsupportedModelError, match=r"^MixtralForCausalLM .*fused expert weights \(.*experts"
-    ) as caught:
-        find_linears(model)
-    assert "mixture-of-experts" in (caught.value.hint or "")
+class _UnknownExperts(nn.Module):
+    """Experts of a family that shares nothing with the interface of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = nn.Parameter(torch.zeros(3, 31, 12))
+
+
+def test_fused_experts_of_an_unknown_interface() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"fused expert weights \(1 of them, such as blocks.0.experts.ker"):
+        find_linears(_Model(_block(a=nn.Linear(12, 31), experts=_UnknownExperts())))
+
+
+def test_routers_are_no_candidates() -> None:
+    model = separate_experts(tiny_model("mixtral"))
+    before = {spec.name for spec in find_linears(model)}
+    model.model.layers[1].mlp.router = nn.Linear(60, 5)  # 5 experts
+    model.model.layers[1].mlp.other = nn.Linear(60, 7)
+    assert {spec.name for spec in find_linears(model)} - before == {"model.layers.1.mlp.other"}
+    # Llama 4 has a linear layer that does more than multiply.
+    names = {spec.name for spec in find_linears(separate_experts(tiny_model("llama4_text")))}
+    assert names
+    assert not any("router" in name for name in names)
 
 
 def test_tied_linear_layers() -> None:

@@ -1,0 +1,163 @@
+"""Mixtures of experts go the whole way: every expert has its own factors, moments and rank."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import ara
+from ara.artifacts.factors import FactorsResults
+from ara.config import (
+    AllocateConfig,
+    DecomposeConfig,
+    EvalConfig,
+    QuantiseConfig,
+    RecoverConfig,
+    TrainMasksConfig,
+    TruncateConfig,
+)
+from ara.layouts.modeling_ara import CompressedLinear, SeparateExperts, fused_experts
+from ara.models.low_rank import low_rank_layers
+from ara.models.sources import resolve
+from ara.stages.allocate import allocate
+from ara.stages.common import Run
+from ara.stages.decompose import decompose
+from ara.stages.evaluate import evaluate
+from ara.stages.quantise import quantise
+from ara.stages.recover import recover
+from ara.stages.train_masks import train_masks
+from ara.stages.truncate import truncate
+from ara.workspace.view import StageView
+from tests.recorder import Recorder
+from tests.tiny import MIXTURES, save_tiny, tiny_model
+
+CPU = {"device": "cpu", "dtype": "float32"}
+IDS = torch.arange(3, 3 + 2 * 37).view(2, 37)
+
+
+@dataclass
+class Made:
+    """A family, its workspace at keep 0.7, what was said, and the results."""
+
+    family: str
+    root: Path
+    report: Recorder
+    factors: StageView
+    ranks: StageView
+    checkpoint: StageView
+
+
+@pytest.fixture(scope="module", params=MIXTURES)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Made:
+    """Return one family with trained ranks, truncated."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model, report = save_tiny(folder / "model", request.param), Recorder()
+    run = Run(folder / "ws", report=report)
+    factors = decompose(DecomposeConfig(model=str(model), text=tiny_text, samples=12, seq_len=32, **CPU), run)
+    train_masks(TrainMasksConfig(keep=(0.7,), steps=2, **CPU), run)
+    ranks = allocate(AllocateConfig(keep=0.7, method="ara", guard=False, **CPU), run)
+    return Made(request.param, folder / "ws", report, factors, ranks, truncate(TruncateConfig(), run))
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Return the logits of a model on fixed tokens."""
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits
+
+
+def test_separate_experts_compute_what_fused_ones_do(made: Made) -> None:
+    dense = tiny_model(made.family)
+    assert fused_experts(dense)
+    separate = resolve(str(made.root.parent / "model")).load_model(torch.float32)
+    assert not fused_experts(separate)
+    assert any(isinstance(module, SeparateExperts) for module in separate.modules())
+    torch.testing.assert_close(logits(separate), logits(dense), atol=1e-5, rtol=1e-5)
+
+
+def test_every_expert_is_a_layer_with_its_own_rank(made: Made) -> None:
+    layers = FactorsResults.read(made.factors).modules
+    experts = [layer for layer in layers if ".experts." in layer.name and layer.name[-1].isdigit()]
+    blocks = len({layer.layer for layer in experts})
+    assert blocks in (2, 3)
+    assert len(experts) == 2 * 5 * blocks
+    assert {layer.kind.rpartition(".")[2] for layer in experts} == {"gate_up_proj", "down_proj"}
+    ranks = json.loads((made.ranks.path / "ranks.json").read_text())["ranks"]
+    assert len({ranks[layer.name] for layer in experts}) > 1
+
+
+def test_checkpoint_is_the_model_with_the_first_components(made: Made) -> None:
+    model = resolve(str(made.root.parent / "model")).load_model(torch.float32)
+    ranks = json.loads((made.ranks.path / "ranks.json").read_text())["ranks"]
+    for layer in FactorsResults.read(made.factors).modules:
+        if (rank := ranks[layer.name]) != "dense":
+            with safe_open(made.factors.path / f"layer-{layer.layer:03d}.safetensors", "pt") as file:
+                a, b = (file.get_tensor(f"{layer.name}.{part}") for part in "AB")
+            with torch.no_grad():
+                model.get_submodule(layer.name).weight.copy_(b[:, :rank] @ a[:rank])
+    expected = logits(model)
+    assert (logits(tiny_model(made.family)) - expected).abs().max() > 0.05
+    folder = made.checkpoint.path / "checkpoint"
+    for loaded in (
+        ara.load(folder, "cpu"),
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True),
+    ):
+        assert set(low_rank_layers(loaded)) == {name for name, rank in ranks.items() if rank != "dense"}
+        torch.testing.assert_close(logits(loaded.eval()), expected, atol=5e-4, rtol=1e-3)
+
+
+def test_loaded_checkpoint_saved_again_is_the_same(made: Made, tmp_path: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(made.checkpoint.path / "checkpoint").eval()
+    loaded.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(loaded))
+
+
+def test_densified_checkpoint_is_an_ordinary_one(made: Made) -> None:
+    view = truncate(TruncateConfig(densify=True), Run(made.root))
+    model = AutoModelForCausalLM.from_pretrained(view.path / "checkpoint").eval()
+    assert fused_experts(model)
+    assert not any(isinstance(module, (CompressedLinear, SeparateExperts)) for module in model.modules())
+    compressed = ara.load(made.checkpoint.path / "checkpoint", "cpu")
+    torch.testing.assert_close(logits(model), logits(compressed), atol=5e-4, rtol=1e-3)
+
+
+def test_repair_evaluation_and_rounding(made: Made, tiny_text: str) -> None:
+    run = Run(made.root, report=made.report)
+    settings = {"text": tiny_text, "samples": 24, "held_out": 16, "seq_len": 32}
+    config = RecoverConfig(level="closed", **settings, **CPU)
+    repaired = recover(config, run, checkpoint=made.checkpoint.key)
+    (level,) = repaired.manifest.results["recovery"]["levels"]
+    assert level["after"] < level["before"]
+    view = evaluate(EvalConfig(tasks=(tiny_text,), seq_len=48, max_windows=2, **CPU), run, checkpoint=repaired.key)
+    (task,) = view.manifest.results["tasks"].values()
+    assert all(math.isfinite(row["perplexity"]) for row in task["models"].values())
+    few = QuantiseConfig(bits=8, inputs="own", samples=8, held_out=4, tolerance=1, **CPU)
+    rounded = quantise(few, run, checkpoint=repaired.key)
+    exact, found = (logits(ara.load(one.path / "checkpoint", "cpu")) for one in (repaired, rounded))
+    assert 0 < (exact - found).abs().max() < 0.2
+
+
+def test_experts_with_few_tokens_are_named(made: Made, tiny_text: str, tmp_path: Path) -> None:
+    (warning,) = (text for text in made.report.warnings if "experts saw fewer" in text)
+    assert "block 3 (" in warning
+    assert "--calibrate-all-experts" in warning
+    report = Recorder()
+    config = DecomposeConfig(
+        model=str(made.root.parent / "model"),
+        text=tiny_text,
+        samples=12,
+        seq_len=32,
+        method="whitened",
+        calibrate_all_experts=True,
+        **CPU,
+    )
+    decompose(config, Run(tmp_path / "ws", report=report))
+    assert not [text for text in report.warnings if "experts saw fewer" in text]

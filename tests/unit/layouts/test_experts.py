@@ -1,0 +1,199 @@
+"""Separate experts: the way there and back, and products of all experts at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ara.layouts import layout_named
+from ara.layouts.modeling_ara import (
+    LowRankLinear,
+    SeparateExperts,
+    StackedExperts,
+    expert_parameters,
+    fuse_experts,
+    fused_experts,
+    separate_experts,
+)
+from ara.models.experts import every_expert_sees_all, recording_routes, replaying_routes
+from ara.models.weights import find_linears, left_dense
+from tests.tiny import MIXTURES, tiny_model
+
+IDS = torch.arange(3, 3 + 2 * 30).view(2, 30)
+every_family = pytest.mark.parametrize("family", MIXTURES)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def experts(model: nn.Module) -> list[SeparateExperts]:
+    return [module for module in model.modules() if isinstance(module, SeparateExperts)]
+
+
+def mixed(family: str) -> Any:
+    """Return a model with low-rank experts 0, 2 and 3 of 5, at ranks that differ, and dense ones."""
+    model = separate_experts(tiny_model(family))
+    generator = torch.Generator().manual_seed(1)
+    for module in experts(model):
+        for name in expert_parameters(module):
+            pool = getattr(module, name)
+            for expert, rank in ((0, 7), (2, 11), (3, 20)):
+                m, n = pool[expert].weight.shape
+                a, b = (torch.randn(shape, generator=generator) * 0.1 for shape in ((rank, n), (m, rank)))
+                pool[expert] = layout_named("factors").build(a, b, pool[expert].bias)
+    return model
+
+
+def with_implementation(model: Any, name: str) -> Any:
+    model.config._experts_implementation = name
+    return model
+
+
+@pytest.mark.parametrize("family", [*MIXTURES, "llama4_text"])
+def test_there_and_back(family: str) -> None:
+    model = tiny_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    paths, expected = list(fused_experts(model)), logits(model)
+    assert len(paths) in (2, 3)
+    separate_experts(model)
+    assert not fused_experts(model)
+    layers = [spec for spec in find_linears(model) if spec.pool is not None]
+    assert len(layers) == 2 * 5 * len(paths)
+    assert {spec.pool.rpartition(".")[0] for spec in layers if spec.pool} == set(paths)
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    fuse_experts(model)
+    after = model.state_dict()
+    assert list(fused_experts(model)) == paths
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_separate_layers_share_the_memory_of_the_fused_parameter() -> None:
+    model = tiny_model("mixtral")
+    fused = {path: module.down_proj.data_ptr() for path, module in fused_experts(model).items()}
+    separate_experts(model)
+    for path, pointer in fused.items():
+        layers = model.get_submodule(path).down_proj
+        step = layers[0].weight.nbytes
+        assert [layer.weight.data_ptr() for layer in layers] == [pointer + step * at for at in range(5)]
+
+
+@every_family
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_all_experts_at_once(family: str, implementation: str) -> None:
+    model = mixed(family)
+    expected = logits(with_implementation(model, "eager"))
+    assert not any("_stacked" in vars(module) for module in experts(model))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    found = logits(with_implementation(model, implementation))
+    assert all("_stacked" in vars(module) for module in experts(model))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    # Padded in memory, not in a file.
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_stacks_follow_the_weights() -> None:
+    model = with_implementation(mixed("gpt_oss"), "grouped_mm")
+    before = logits(model)
+    (stacks, *_) = (vars(module)["_stacked"] for module in experts(model))
+    assert logits(model).equal(before)
+    assert vars(experts(model)[0])["_stacked"] is stacks  # not made again
+    layer = experts(model)[0].down_proj[0]
+    with torch.no_grad():
+        layer.B.weight.mul_(2)  # in place: the stack is the same memory
+        changed = logits(model)
+        layer.B.weight.data = layer.B.weight / 2  # elsewhere: a new stack
+        layer.B.bias.add_(1)
+    assert not torch.allclose(changed, before)
+    after = logits(model)
+    assert vars(experts(model)[0])["_stacked"] is not stacks
+    torch.testing.assert_close(after, logits(with_implementation(model, "eager")), atol=1e-5, rtol=1e-5)
+    model.to(torch.bfloat16).to(torch.float32)
+    rounded = logits(with_implementation(model, "grouped_mm"))
+    torch.testing.assert_close(rounded, logits(with_implementation(model, "eager")), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(rounded, after)
+
+
+def test_dtype_that_kernels_cannot_read() -> None:
+    model = with_implementation(mixed("mixtral").to(torch.float64), "grouped_mm")
+    assert torch.equal(logits(model), logits(with_implementation(model, "eager")))
+    assert not any("_stacked" in vars(module) for module in experts(model))
+
+
+def test_loop_where_it_has_to_be() -> None:
+    """Observers and gradients need every layer to run."""
+    model = with_implementation(mixed("mixtral"), "grouped_mm")
+    module = experts(model)[0]
+    seen: list[int] = []
+    with module.down_proj[0].A.register_forward_hook(lambda layer, args, output: seen.append(len(output))):
+        logits(model)
+    assert seen
+    assert seen[0] > 0
+    module.down_proj[0].requires_grad_(True)
+    model(input_ids=IDS).logits.sum().backward()
+    assert module.down_proj[0].A.weight.grad is not None
+
+
+def test_width_that_kernels_cannot_read() -> None:
+    layer = nn.Linear(62, 40, bias=False)
+    assert layer.in_features * layer.weight.itemsize % StackedExperts.BYTES
+    model = with_implementation(mixed("mixtral").to(torch.bfloat16), "grouped_mm")
+    assert experts(model)[0].gate_up_proj[0].in_features * 2 % StackedExperts.BYTES
+    logits(model)
+    assert not any("_stacked" in vars(module) for module in experts(model))
+
+
+def test_experts_that_a_pass_does_not_call_stay_factorisable() -> None:
+    model = separate_experts(tiny_model("mixtral"))
+    specs = find_linears(model)
+    called: set[str] = set()
+    hooks = [spec.weight.on_input(model, lambda x, name=spec.name: called.add(name)) for spec in specs if spec.pool]
+    uncalled, others = left_dense(model, specs, IDS[:1, :1])
+    for hook in hooks:
+        hook.remove()
+    assert len(called) < sum(spec.pool is not None for spec in specs)
+    assert (uncalled, others) == ([], [])
+
+
+def test_every_expert_sees_all_tokens() -> None:
+    model = separate_experts(tiny_model("mixtral"))
+    expected = logits(model)
+    seen: list[int] = []
+    for module in experts(model):
+        for layer in module.down_proj:
+            layer.register_forward_pre_hook(lambda layer, args: seen.append(len(args[0])))
+    with every_expert_sees_all(model):
+        found = logits(model)
+    assert seen == [IDS.numel()] * 15
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    seen.clear()
+    logits(model)
+    assert sum(seen) == 3 * 2 * IDS.numel()
+
+
+def test_routes_of_another_model() -> None:
+    dense, other = (separate_experts(tiny_model("mixtral", seed)) for seed in (0, 1))
+    with recording_routes(dense) as routes:
+        logits(dense)
+    with recording_routes(other) as own:
+        logits(other)
+    assert len(routes) == len(own) == 3
+    assert not torch.equal(routes[0][0], own[0][0])
+    counts: list[int] = []
+    pool = experts(other)[0].down_proj
+    for layer in pool:
+        layer.register_forward_pre_hook(lambda layer, args: counts.append(len(args[0])))
+    with replaying_routes(other, routes):
+        logits(other)
+    assert counts == [int((routes[0][0] == expert).sum()) for expert in range(5) if (routes[0][0] == expert).any()]
+
+
+def test_low_rank_experts_are_the_ordinary_class() -> None:
+    assert isinstance(experts(mixed("mixtral"))[0].down_proj[0], LowRankLinear)
