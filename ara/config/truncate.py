@@ -16,6 +16,11 @@ class TruncateConfig(StageConfig):
     densify: bool = Field(
         False, description="multiply the factors into dense weights, for tools without low-rank layers"
     )
+    check: bool = Field(
+        False,
+        description="first compare the dense model with one that has factors of full rank in one block of each kind, "
+        "on two prompts; needs the model in memory",
+    )
     max_shard_size: str = Field(
         "5GB",
         pattern=SIZE_PATTERN,

@@ -16,6 +16,7 @@ from ara.progress import Reporter
 from ara.reporting.model_card import model_card
 from ara.reporting.sharing import display_name
 from ara.stages.common import Run, begin, model_of, open_task
+from ara.stages.full_rank_check import check_full_rank
 from ara.workspace.manifest import Manifest
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
@@ -40,17 +41,19 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
         assert chosen.manifest is not None and decomposition.manifest is not None
         run.report.step(f"Truncating to {chosen.key}")
         dtype = FactorsSettings.read(decomposition).dtype if config.dtype == "auto" else config.dtype
-        task.describe(
-            name or chosen.name + ("-dense" if config.densify else ""),
-            config.model_copy(update={"dtype": dtype}),
-            (chosen, decomposition),
-        )
-        if (done := task.done()) is not None:
+        settings = config.model_copy(update={"dtype": dtype}).model_dump(mode="json", exclude={"check"})
+        task.describe(name or chosen.name + ("-dense" if config.densify else ""), settings, (chosen, decomposition))
+        done = task.done()
+        if done is not None and not config.check:
             return done
         figures, layout = RanksResults.read(chosen), layout_of(chosen)
         specs = specs_of(decomposition, layout)
         ranks = read_allocation(chosen, specs).low_rank()
         source = model_of(decomposition, run)
+        if config.check:
+            check_full_rank(source, specs, factor_files(decomposition, specs), torch_dtype(dtype), run.report)
+        if done is not None:
+            return done
         stored = source.stored_model(torch_dtype(dtype))
         dense_bytes = weight_bytes(stored.model)
         with task.writer() as stage:

@@ -17,6 +17,7 @@ from ara_cli.values import keep_of
 _SHARED = ("seed", "device", "dtype")
 _DECOMPOSE = Only("model", "text", "samples", "seq_len", *_SHARED, "revision", "keep_moments", decomposition="method")
 _ALLOCATE = Only("method", "layout", "rank_multiple", "held_out", *_SHARED, rank_samples="samples")
+_TRUNCATE = Only("check")
 _RECOVER = Only("samples", "held_out", *_SHARED)
 _EVALUATE = Only("tasks", "max_windows", "include_path", "limit", "prompt", "device", "dtype", eval_seq_len="seq_len")
 _AFTER = {
@@ -31,6 +32,7 @@ def command(
     *,
     decomposition: Annotated[Maker[DecomposeConfig], _DECOMPOSE],
     allocation: Annotated[Maker[AllocateConfig], _ALLOCATE],
+    truncation: Annotated[Maker[TruncateConfig], _TRUNCATE],
     recovery: Annotated[Maker[RecoverConfig], _RECOVER],
     evaluation: Annotated[Maker[EvalConfig], _EVALUATE],
     keep: Annotated[
@@ -51,7 +53,7 @@ def command(
     decompose_config = decomposition()
     keeps = dict.fromkeys(keep_of(value, remove) for value in keep or (None,))
     allocate_configs = [allocation(keep=value) for value in keeps]
-    later: dict[str, StageConfig] = {"truncate": TruncateConfig()}
+    later: dict[str, StageConfig] = {"truncate": truncation()}
     if recover != NO_RECOVERY:
         later["recover"] = recovery(level=recover)
     if not no_eval:
