@@ -16,13 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from ara.layout_names import LayoutName
 from ara.layouts import layout_named
 from ara.layouts.base import Layout
-from ara.layouts.modeling_ara import CompressedLinear, densify
+from ara.layouts.modeling_ara import CompressedLinear, densify, fuse_experts
 from ara.models.accounting import parameter_count, weight_bytes
 from ara.models.checkpoint import declare_compressed, finish_files, save_checkpoint
 from ara.models.low_rank import apply_factors, build_layer
 from ara.models.shards import write_model
 from ara.models.silence import silence_transformers
-from ara.models.stored_model import StoredModel
+from ara.models.stored_model import StoredModel, join_experts
 from ara.models.weights import WeightRef
 from ara.progress import SILENT, Reporter
 
@@ -58,8 +58,8 @@ def save_cut(
     """Write the checkpoint of a dense model at some ranks, with one file and one layer in memory.
 
     The files are those of :func:`ara.models.low_rank.apply_factors` and
-    :func:`ara.models.checkpoint.save_checkpoint` on the loaded model. These write them where transformers renames or
-    converts weights while it loads them; that is reported.
+    :func:`ara.models.checkpoint.save_checkpoint` on the loaded model. These write them where transformers computes
+    other weights while it loads them; that is reported.
 
     Args:
         stored: the dense model; its modules are replaced.
@@ -91,6 +91,8 @@ def save_cut(
     model, form = stored.model, layout_named(built)
     with report.bar(form.progress, len(ranks)) if form.progress and ranks else nullcontext() as bar:
         layers = _Layers(stored, ranks, files, form, dense, (lambda: None) if bar is None else bar.advance)
+        if dense:
+            fuse_experts(model)
         state: Mapping[str, torch.Tensor] = model.state_dict()
         if ranks and not dense:
             quantizer = declare_compressed(model, folder, ranks=ranks, provenance=provenance, layout=layout)
@@ -110,7 +112,12 @@ def _read(state: Mapping[str, torch.Tensor], layers: _Layers, stored: StoredMode
     """Return a tensor of the checkpoint; only those without numbers are on the meta device."""
     if not state[key].is_meta:
         return state[key]
-    return layers.read(key) if key in layers else stored.read(key)
+
+    def one(name: str) -> torch.Tensor:
+        return layers.read(name) if name in layers else stored.read(name)
+
+    fused = stored.fused.get(key)
+    return one(key) if fused is None else join_experts(map(one, fused.parts), fused)
 
 
 class _Layers:

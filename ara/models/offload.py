@@ -1,9 +1,10 @@
 """Models larger than memory: weights that stay in their files, and are read when they are needed.
 
-transformers maps the weights of a model on a CPU where a file holds them in the dtype of the run. The system then reads
-their pages when they are used, and drops them without writing when memory is short. So a model runs whatever its size,
-with the same results, bit for bit. Weights of another dtype would be converted in memory. If they do not fit, a
-converted copy of their files is written once, in the cache folder.
+transformers maps the weights of a model on a CPU where a file holds them in the dtype and the form of the run. The
+system then reads their pages when they are used, and drops them without writing when memory is short. So a model runs
+whatever its size, with the same results, bit for bit. Weights of another dtype would be converted in memory, and
+experts that have a tensor each would be merged there. If they do not fit, a converted copy of their files is written
+once, in the cache folder.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def converted_folder(stored: StoredModel, key: str, dtype: torch.dtype, size: in
     """Return a folder with the weights of a model as ``dtype``; the first call writes it, file by file.
 
     Args:
-        stored: the model, with ``dtype``; its tensors have the names of the files.
+        stored: the model, with ``dtype``, all of whose tensors can be read; its experts are fused afterwards.
         key: the same for the same weights, else another one.
         dtype: of all floating-point tensors.
         size: of the copy, in bytes.
@@ -83,6 +84,7 @@ def converted_folder(stored: StoredModel, key: str, dtype: torch.dtype, size: in
         ModelError: a file of the model is damaged.
         AraError: the cache folder cannot be written.
     """
+    from ara.layouts.modeling_ara import fuse_experts
     from ara.models.shards import write_model
 
     target = cache_dir() / "weights" / f"{key}-{_name(dtype)}"
@@ -96,10 +98,11 @@ def converted_folder(stored: StoredModel, key: str, dtype: torch.dtype, size: in
                 f"{free / 2**20:,.0f} MiB free",
                 "free some space, set ARA_CACHE_DIR to a folder on another disk, or choose the --dtype of the files",
             )
-        report.step(f"Converting the weights to {_name(dtype)} (once)")
+        report.step(f"Writing a copy of the weights in {_name(dtype)} (once)")
         made = folder / "made"
         made.mkdir()
-        write_model(stored.model, stored.model.state_dict(), stored.read, made, _FILE_SIZE)
+        model = fuse_experts(stored.model)
+        write_model(model, model.state_dict(), stored.read, made, _FILE_SIZE)
         publish_folder(made, target, _is_complete)
     report.fact(f"kept in {target}")
     return target

@@ -117,7 +117,7 @@ class ModelSource:
             self._report.fact(f"{why}: all {size / 2**20:,.0f} MiB of weights must fit into memory")
             return origin
         offload.say(size, self._report)
-        if offload.is_mapped(stored, dtype):
+        if offload.is_mapped(stored, dtype) and not model.merged:
             return origin
         return str(offload.converted_folder(model, self.identity.fingerprint[:16], dtype, size, self._report))
 

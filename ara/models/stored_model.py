@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from ara.errors import ModelError, first_line
 from ara.models.completeness import check_range
 from ara.models.shown import first_names
+from ara.models.stored_names import Fused, fused_parameters, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,8 +28,9 @@ class StoredModel:
         load: loads the whole model into memory.
 
     Attributes:
-        model: its parameters have the dtype that they would have in memory.
+        model: its parameters have the dtype that they would have in memory; experts are separate layers.
         load: as given.
+        fused: the parameters that the experts had, and that :meth:`read` returns as well.
 
     Raises:
         ModelError: a file is damaged.
@@ -43,24 +45,40 @@ class StoredModel:
         for path in paths:
             with self._open(path) as file:
                 self._files |= dict.fromkeys(file.keys(), path)
+        self.fused = fused_parameters(model)
+        self._parts = [part for fused in self.fused.values() for part in fused.parts]
+        self._sources = sources_of(model, self._files)
 
     def converted(self) -> str | None:
-        """Return why tensors cannot be taken from the files as they are, or ``None``: transformers converts some."""
-        if getattr(self.model, "_weight_conversions", None):
-            return "transformers converts weights of this family when it loads them"
+        """Return why tensors cannot be taken from the files, or ``None``: transformers computes some of them."""
         own = {key for key, _ in self.model.named_parameters()}
-        renamed = sorted((own | _persistent_buffers(self.model)) - self._files.keys())
-        return f"tensors have other names in the files: {first_names(renamed)}" if renamed else None
+        missing = sorted((own | _persistent_buffers(self.model)) - self._sources.keys())
+        # Names that rules have changed would be changed again in a copy, but not in one with separate experts.
+        if getattr(self.model, "_weight_conversions", None) and (missing or not self.fused):
+            return "transformers converts weights of this family when it loads them"
+        return f"the files lack {first_names(missing)}" if missing else None
+
+    @property
+    def merged(self) -> bool:
+        """Whether transformers merges experts while it loads them, so that it cannot map their weights."""
+        return any(self._sources[part].expert is None for part in self._parts if part in self._sources)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, as ``from_pretrained`` would load it.
+        """Return one tensor, as ``from_pretrained`` would load it, or one of :attr:`fused`.
 
         Raises:
             ModelError: its file is damaged.
             NumericalError: it is beyond the range of float16.
         """
-        with self._open(self._files[name]) as file:
-            stored = file.get_tensor(name)
+        if (fused := self.fused.get(name)) is not None:
+            return join_experts(map(self.read, fused.parts), fused)
+        source = self._sources[name]
+        parts = []
+        for key in source.keys:
+            with self._open(self._files[key]) as file:
+                part = file.get_tensor(key) if source.expert is None else file.get_slice(key)[source.expert]
+            parts.append(part.T if source.transposed else part)
+        stored = parts[0] if len(parts) == 1 else torch.cat(parts)
         dtype = self._dtypes[name]
         tensor = stored.to(dtype) if stored.is_floating_point() else stored
         if tensor.dtype == torch.float16 and stored.dtype != torch.float16:
@@ -72,6 +90,12 @@ class StoredModel:
             return safe_open(path, "pt")
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} is damaged ({first_line(error)})", "download the model again") from None
+
+
+def join_experts(parts: Iterable[torch.Tensor], fused: Fused) -> torch.Tensor:
+    """Return the parameter (E, …) of experts from their tensors."""
+    stacked = torch.stack(list(parts))
+    return stacked.mT.contiguous() if fused.transposed else stacked
 
 
 def _persistent_buffers(model: PreTrainedModel) -> set[str]:

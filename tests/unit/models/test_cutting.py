@@ -11,16 +11,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from ara.decomposition.plain import Plain
 from ara.errors import ModelError, NumericalError
+from ara.layouts.modeling_ara import separate_experts
 from ara.models.checkpoint import check_loads, save_checkpoint
 from ara.models.cutting import save_cut
 from ara.models.low_rank import apply_factors
 from ara.models.sources import ModelSource, resolve
 from ara.models.weights import LinearSpec, find_linears
 from tests.recorder import Recorder
-from tests.tiny import FAMILIES, save_tiny, tiny_tokenizer
+from tests.tiny import FAMILIES, MIXTURES, save_tiny, save_with_tokenizer, tiny_model, tiny_tokenizer
 
 LAYOUTS = ("factors", "pivoted")
 BF16 = torch.bfloat16
@@ -44,7 +46,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[ModelSo
 
 def ranks_of(linears: list[LinearSpec]) -> dict[str, int]:
     """Return a rank for every layer but one."""
-    return {spec.name: 3 + i % 5 for i, spec in enumerate(linears) if i != 1}
+    return {spec.name: min(3 + i % 5, spec.full_rank) for i, spec in enumerate(linears) if i != 1}
 
 
 def both(found: tuple[ModelSource, list[LinearSpec], Path], folder: Path, layout: Any, **how: Any) -> tuple[Path, Path]:
@@ -128,28 +130,66 @@ def test_weights_beyond_float16_are_refused(sources: Any, tmp_path: Path) -> Non
         save_cut(stored, tiny_tokenizer(), tmp_path / "cut", ranks={}, files={}, provenance={}, layout="factors")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_where_names_differ_from_the_files_the_whole_model_is_loaded(sources: Any, layout: str, tmp_path: Path) -> None:
+def test_names_without_the_prefix_of_the_model_are_found(sources: Any, tmp_path: Path) -> None:
     source, linears, file = sources["gpt2"]
     folder = Path(shutil.copytree(source.identity.location, tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
     # As the first GPT-2 checkpoints of the hub name them.
     renamed = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
-    report, stored = Recorder(), resolve(str(folder)).stored_model(BF16)
-    why = stored.converted()
-    assert why is not None and "transformer" in why
+    other = resolve(str(folder))
+    cut, own = (
+        both((one, linears, file), tmp_path / name, "factors")[0] for one, name in ((other, "a"), (source, "b"))
+    )
+    assert contents(cut) == contents(own)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_where_transformers_computes_weights_the_whole_model_is_loaded(
+    sources: Any, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, linears, file = sources["llama"]
+    report, stored = Recorder(), source.stored_model(BF16)
+    why = "transformers converts weights of this family when it loads them"
+    monkeypatch.setattr(stored, "converted", lambda: why)
     how: dict[str, Any] = {"ranks": ranks_of(linears), "layout": layout, "provenance": {}}
     files = dict.fromkeys((spec.name for spec in linears), file)
     found = save_cut(stored, tiny_tokenizer(), tmp_path / "cut", files=files, report=report, **how)
-    (fact,) = (text for text in report.facts if "the whole model is loaded" in text)
-    assert fact.startswith("tensors have other names in the files: transformer.")
-    stored = source.stored_model(BF16)
-    assert save_cut(stored, tiny_tokenizer(), tmp_path / "own", files=files, **how) == found
-    cut, own = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "own"))
-    assert {key.removeprefix("transformer."): tensor.tolist() for key, tensor in own.items()} == {
-        key.removeprefix("transformer."): tensor.tolist() for key, tensor in cut.items()
-    }
+    assert f"{why}: the whole model is loaded" in report.facts
+    assert save_cut(source.stored_model(BF16), tiny_tokenizer(), tmp_path / "own", files=files, **how) == found
+    assert contents(tmp_path / "cut") == contents(tmp_path / "own")
+
+
+@pytest.mark.parametrize("family", [*MIXTURES, "llama4_text"])
+@pytest.mark.parametrize("form", ["of the hub", "of the model"])
+@pytest.mark.parametrize("dense", [False, True], ids=["cut", "dense"])
+def test_experts_are_read_one_by_one(family: str, form: str, dense: bool, tmp_path: Path) -> None:
+    """From files that hold a tensor per expert, as on the hub, and from files that hold all in one."""
+    model = tiny_model(family)
+    if form == "of the model":
+        model._weight_conversions = []  # written as they are in memory
+    source = resolve(str(save_with_tokenizer(tmp_path / "model", model)))
+    linears, tensors = find_linears(source.load_model(torch.float32)), {}
+    separate_experts(model)
+    for spec in linears:
+        factors = Plain().decompose(spec.weight.read(model), None)
+        tensors |= {f"{spec.name}.A": factors.a.contiguous(), f"{spec.name}.B": factors.b.contiguous()}
+    save_file(tensors, tmp_path / "factors.safetensors")
+    merged = source.stored_model(BF16).merged
+    assert merged == (form == "of the hub" and family in ("mixtral", "qwen2_moe", "deepseek_v3"))
+    cut, whole = both((source, linears, tmp_path / "factors.safetensors"), tmp_path, "factors", dense=dense)
+    if dense:  # save_pretrained uses the hub's names
+        ids = torch.arange(3, 40)[None]
+        models = [
+            AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager") for folder in (cut, whole)
+        ]
+        assert torch.equal(*(model(input_ids=ids).logits for model in models))
+    else:
+        one, other = load_file(cut / "model.safetensors"), load_file(whole / "model.safetensors")
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+        assert (cut / "config.json").read_bytes() == (whole / "config.json").read_bytes()
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ara.models.offload import Offload
 from ara.models.sources import resolve
 from ara.models.stored_model import StoredModel
 from tests.recorder import Recorder
-from tests.tiny import FAMILIES, save_tiny
+from tests.tiny import FAMILIES, MIXTURES, save_tiny
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/maps is Linux's")
 
@@ -65,10 +65,26 @@ def test_weights_of_another_dtype_are_converted_once(tmp_path: Path, family: str
     assert _mapped_bytes(model) == _all_bytes(model)
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
-    assert report.texts("step") == ["Converting the weights to bfloat16 (once)"]
+    assert report.texts("step") == ["Writing a copy of the weights in bfloat16 (once)"]
     assert f"kept in {cache_dir() / 'weights'}" in report.facts[-1]
     source.load_model(torch.bfloat16)
     assert len(report.texts("step")) == 1
+
+
+@linux
+@pytest.mark.parametrize("family", [*MIXTURES, "llama4_text"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_stay_in_files(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    """transformers merges the experts of some families, so that a copy is needed in any dtype."""
+    folder, report = save_tiny(tmp_path / "tiny", family, seed=2), Recorder()
+    expected = resolve(str(folder), offload="none").load_model(dtype).state_dict()
+    model = resolve(str(folder), offload="disk", report=report).load_model(dtype)
+    assert _mapped_bytes(model) == _all_bytes(model)
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    merged = family in ("mixtral", "qwen2_moe", "deepseek_v3")
+    assert len(report.texts("step")) == (merged or dtype == torch.bfloat16)
 
 
 def _free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:

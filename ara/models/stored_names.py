@@ -1,0 +1,125 @@
+"""Where the tensors of a model are in its files, which may have other names or hold experts in another form.
+
+transformers renames and merges the tensors of some families while it loads them. Its own rules, those that it has used
+for a model, tell here where each tensor comes from, so that one can be read without the others. A file may hold the
+experts of a block as one tensor, as a tensor per expert, or as several that are put on top of each other (gate and up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from ara.layouts.modeling_ara import SeparateExperts, expert_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Rules that merge one tensor per expert, and then some that are put on top of each other: (class, dim).
+_MERGES = ((("MergeModulelist", 0),), (("MergeModulelist", 0), ("Concatenate", 1)))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor is.
+
+    Attributes:
+        keys: names in the files; several tensors are put on top of each other.
+        expert: which slice of the tensor it is; ``None`` for the whole one.
+        transposed: whether the slice is stored transposed.
+    """
+
+    keys: tuple[str, ...]
+    expert: int | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A parameter of experts as transformers has it, (E, …).
+
+    Attributes:
+        parts: names of the tensors of the separate experts, in their order.
+        transposed: whether it holds them transposed.
+    """
+
+    parts: tuple[str, ...]
+    transposed: bool = False
+
+
+def fused_parameters(model: torch.nn.Module) -> dict[str, Fused]:
+    """Return the parameters that the separate experts of a model had, by their names."""
+    found: dict[str, Fused] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, SeparateExperts):
+            for name in expert_parameters(module):
+                layers = [f"{path}.{name}.{expert}" for expert in range(module.num_experts)]
+                found[f"{path}.{name}"] = Fused(
+                    tuple(f"{layer}.weight" for layer in layers), bool(module.is_transposed)
+                )
+                if module.has_bias:
+                    found[f"{path}.{name}_bias"] = Fused(tuple(f"{layer}.bias" for layer in layers))
+    return found
+
+
+@dataclass
+class _Merged:
+    """The tensors that one rule merges: source pattern → names in the files."""
+
+    patterns: tuple[str, ...]
+    keys: dict[str, list[str]] = field(default_factory=dict)
+
+
+def sources_of(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Source]:
+    """Return where the tensors of a model are; those that transformers computes in another way are missing.
+
+    Args:
+        model: result of ``from_pretrained``, whose experts are separate now.
+        keys: names in its files.
+    """
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    used = getattr(model, "_weight_conversions", None) or []
+    renamings = [rule for rule in used if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in used if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    fused = fused_parameters(model)
+    own = {**dict.fromkeys(fused, True), **dict.fromkeys(model.state_dict(), True)}
+    place = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": own}
+    found: dict[str, Source] = {}
+    merged: dict[str, _Merged] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, **place)
+        if name not in own and key in own:
+            name, pattern = rename_source_key(key, [], [], **place)
+        if pattern is None:
+            found[name] = Source((key,))
+        else:
+            rule = by_pattern[pattern]
+            if _operations(rule) in _MERGES:
+                entry = merged.setdefault(name, _Merged(tuple(rule.source_patterns)))
+                entry.keys.setdefault(pattern, []).append(key)
+    for name, parameter in fused.items():
+        count = len(parameter.parts)
+        if (whole := found.pop(name, None)) is not None:
+            for expert, part in enumerate(parameter.parts):
+                found[part] = Source(whole.keys, expert, parameter.transposed)
+        elif name in merged and not parameter.transposed:
+            lists = [merged[name].keys[pattern] for pattern in merged[name].patterns if pattern in merged[name].keys]
+            if all(len(one) == count for one in lists):
+                for part, *sources in zip(parameter.parts, *lists, strict=True):
+                    found[part] = Source(tuple(sources))
+    return found
+
+
+def _operations(rule: object) -> tuple[tuple[str, int | None], ...]:
+    operations = getattr(rule, "operations", [])
+    return tuple((type(operation).__name__, getattr(operation, "dim", None)) for operation in operations)
