@@ -54,6 +54,11 @@ def keep_freed_memory() -> None:
 def release_memory() -> None:
     """Return freed memory to the system, with what only cycles of objects still hold; without glibc only the latter."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Return freed memory to the system, also between blocks in use; no effect without glibc."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import safe_open
-from torch import nn
 
 from ara.distributed.group import ALONE, Group
 from ara.errors import NumericalError
 from ara.masks.linear import MaskedLinear
 from ara.models.likelihood import nll_of_windows
 from ara.models.losses import TargetSampler, token_losses
-from ara.models.recompute import blocks_to_recompute, recomputed
+from ara.models.recompute import Recomputation, choose_recomputation
 from ara.models.weights import LinearSpec
 from ara.progress import SILENT, Reporter
 
@@ -57,7 +56,12 @@ class MaskedModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, specs: Sequence[LinearSpec], files: Mapping[str, Path], group: Group = ALONE
+        self,
+        model: PreTrainedModel,
+        specs: Sequence[LinearSpec],
+        files: Mapping[str, Path],
+        group: Group = ALONE,
+        folder: Path | None = None,
     ) -> None:
         """Replace the linear layers of ``model``.
 
@@ -66,12 +70,14 @@ class MaskedModel:
             specs: its factorised layers.
             files: module path → safetensors file with ``<path>.A`` (s, n) and ``<path>.B`` (m, s), s ≤ r.
             group: the processes that share windows.
+            folder: for inputs of blocks that a backward pass runs again; without it they stay in memory.
         """
         self.group = group
         self.model, self.specs = model.requires_grad_(False), list(specs)
         self.layers: dict[str, MaskedLinear] = {}
         self.backward_passes = 0
-        self._recomputed: list[nn.Module] | None = None
+        self._folder = folder
+        self._recomputation: Recomputation | None = None
         for path in dict.fromkeys(files[spec.name] for spec in self.specs):
             with safe_open(path, "pt") as file:
                 for spec in (spec for spec in self.specs if files[spec.name] == path):
@@ -198,8 +204,8 @@ class MaskedModel:
         rows = self.group.share(len(windows), batch_size)
         sampler = TargetSampler(seed, rows.tolist())
         found = [torch.empty(0, dtype=torch.float64)]
-        blocks = self._blocks_to_recompute(windows, batch_size, report)
-        with report.bar(label, len(rows)) as bar, torch.enable_grad(), recomputed(blocks):
+        recomputation = self._choose_recomputation(windows, batch_size, report)
+        with report.bar(label, len(rows)) as bar, torch.enable_grad(), recomputation.active():
             for batch in windows[rows].split(batch_size) if len(rows) else ():
                 ids = batch.to(self.device)
                 teacher = self._teacher(ids) if loss == "kl" else None
@@ -243,12 +249,12 @@ class MaskedModel:
                 layer.observer = None
                 layer.mask = layer.mask.detach() if layer.soft and layer.mask is not None else None
 
-    def _blocks_to_recompute(self, windows: torch.Tensor, batch_size: int, report: Reporter) -> list[nn.Module]:
-        """Return the blocks whose activations do not fit into memory; decided in the first backward pass."""
-        if self._recomputed is None:
-            ids = windows[:1].to(self.device)
-            self._recomputed = blocks_to_recompute(self.model, ids, min(batch_size, len(windows)), report)
-        return self._recomputed
+    def _choose_recomputation(self, windows: torch.Tensor, batch_size: int, report: Reporter) -> Recomputation:
+        """Return what backward passes compute again; decided in the first one."""
+        if self._recomputation is None:
+            ids, most = windows[:1].to(self.device), min(batch_size, len(windows))
+            self._recomputation = choose_recomputation(self.model, ids, most, report, self._folder)
+        return self._recomputation
 
     @torch.no_grad()
     def _teacher(self, ids: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from torch import nn
 from ara.errors import is_out_of_memory
 from ara.models.forwards import replacing_forward
 from ara.models.kept import Keeper
-from ara.models.recompute import beginning_graph, blocks_to_recompute, recomputed
+from ara.models.recompute import Recomputation, beginning_graph, choose_recomputation
 from ara.models.weights import find_blocks
 from ara.progress import SILENT, Reporter
 
@@ -59,16 +59,16 @@ class BlockRunner:
             starts: from :func:`independent_starts`: the blocks that later passes start at. Without it, every pass
                 starts at the embeddings.
             report: progress; notes when not everything fits into memory.
-            folder: for outputs that do not fit into memory; without it, blocks run more often.
+            folder: for outputs and inputs of blocks that do not fit into memory; without it, blocks run more often.
         """
         self.model, self.device = model, next(model.parameters()).device
         self.windows = len(windows)
         self._blocks = list(find_blocks(model)[1])
         self._batches = windows.split(batch_size)
         self._bytes = {start: size * len(windows) for start, size in (starts or {}).items()}
-        self._report, self._keeper = report, Keeper(folder, report)
-        # Blocks whose activations are computed again in backward passes; decided in the first one.
-        self._recomputed: list[nn.Module] | None = None
+        self._report, self._folder, self._keeper = report, folder, Keeper(folder, report)
+        # What backward passes compute again; decided in the first one.
+        self._recomputation: Recomputation | None = None
         # Start → the output of the block before, per batch.
         self._outputs: dict[int, list[Any]] = {}
         # Start → the output of the block before and the gradient at it, per batch.
@@ -110,13 +110,13 @@ class BlockRunner:
         end = min((at for at in self._cuts if at > last), default=None)
         new = [] if self._cuts else self._affordable([at for at in sorted(self._bytes) if at > last], 2)
         made: dict[int, list[tuple[Any, torch.Tensor]]] = {at: [] for at in new}
-        if self._recomputed is None:
+        if self._recomputation is None:
             ids, most = self._batches[0][:1].to(self.device), len(self._batches[0])
-            self._recomputed = blocks_to_recompute(self.model, ids, most, self._report)
+            self._recomputation = choose_recomputation(self.model, ids, most, self._report, self._folder)
         for index, ids in enumerate(self._batches):
             before = self._cuts[begin][index][0] if begin in self._cuts else None
             with torch.enable_grad(), ExitStack() as hooks:
-                hooks.enter_context(recomputed(self._recomputed[first:]))
+                hooks.enter_context(self._recomputation.active(first))
                 hooks.enter_context(self._blocks[first].register_forward_pre_hook(_begin_graph, with_kwargs=True))
                 if end is not None:
                     output = self._run(ids, begin, before, end - 1)

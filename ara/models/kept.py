@@ -1,4 +1,4 @@
-"""Keeps outputs of blocks for later passes: in memory, or in files when memory is short."""
+"""Keeps outputs and inputs of blocks for later passes: in memory, or in files when memory is short."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHARE = 4
 
 
 class Keeper:
-    """Decides where the outputs of blocks are kept, and copies them there.
+    """Decides where tensors between blocks are kept, and copies them there.
 
     Args:
         folder: for files, made if it is needed; ``None``: only memory.
@@ -38,17 +38,19 @@ class Keeper:
         if fitting >= wanted:
             return wanted
         amount = f"{wanted} × {size / 2**20:,.0f} MiB of block outputs do not fit into memory beside the model: "
-        if self._folder is not None:
-            with disk_errors(self._folder):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                on_disk = shutil.disk_usage(self._folder).free // _SHARE // size
-            if on_disk > fitting:
-                self._in_files = True
-                kept = min(wanted, on_disk)
-                self._say(f"{amount}{'they' if kept == wanted else f'{kept} of them'} are kept in {self._folder}")
-                return kept
+        on_disk = self._room() // size
+        if on_disk > fitting:
+            self._in_files = True
+            kept = min(wanted, on_disk)
+            self._say(f"{amount}{'they' if kept == wanted else f'{kept} of them'} are kept in {self._folder}")
+            return kept
         self._say(f"{amount}{fitting} {'is' if fitting == 1 else 'are'} kept, and blocks run more often")
         return fitting
+
+    def use_files(self, size: int) -> bool:
+        """Keep tensors in files from now on if these have room for ``size`` bytes, and tell whether they have."""
+        self._in_files = size <= self._room()
+        return self._in_files
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy on the CPU that no later code changes, without a graph.
@@ -61,6 +63,14 @@ class Keeper:
         assert self._folder is not None
         with disk_errors(self._folder):
             return _in_a_file(tensor.detach(), self._folder)
+
+    def _room(self) -> int:
+        """Return the bytes that files may take: none without a folder."""
+        if self._folder is None:
+            return 0
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            return shutil.disk_usage(self._folder).free // _SHARE
 
     def _say(self, fact: str) -> None:
         if not self._reported:

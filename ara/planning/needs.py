@@ -121,7 +121,7 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
             work += shape.window.forward(windows) + shape.window.backward(windows)
             work += _gram([spec.m for spec in shape.specs], windows * config.seq_len)
             work += loss(shape.vocabulary, windows * config.seq_len)
-            reading = _graph(shape, config.batch_size, config.seq_len, free)
+            reading = _graph(shape, settings, config.batch_size, config.seq_len, free)
             kept += min(2 * cuts * windows * output, free // _SHARE)
     for spec in shape.specs:
         work += factorisation(spec, method.needs_text, method.needs_gradients)
@@ -146,7 +146,7 @@ def train_masks(shape: ModelShape, settings: Settings, free: int) -> Need:
     disk = 2 * 8 * sum(spec.full_rank + 1 for spec in shape.specs)
     held = (
         settings.libraries
-        + _graph(shape, config.batch_size, seq_len, free, masks=True)
+        + _graph(shape, settings, config.batch_size, seq_len, free, masks=True)
         + _logits(shape, config.batch_size, seq_len)
     )
     factors = factor_bytes(shape.specs, shape.dtype.itemsize)
@@ -160,7 +160,7 @@ def allocate(shape: ModelShape, settings: Settings, free: int) -> Need:
     work = _table(shape, settings) + shape.window.forward(config.held_out)
     work += _cut_forward(shape, settings, 2 * config.held_out, seq_len)
     disk = 8 * sum(spec.full_rank + 1 for spec in shape.specs)
-    held = settings.libraries + _graph(shape, config.batch_size, seq_len, free, masks=True)
+    held = settings.libraries + _graph(shape, settings, config.batch_size, seq_len, free, masks=True)
     return Need(
         "allocate",
         _writing(work, disk),
@@ -297,7 +297,7 @@ def _logits(shape: ModelShape, windows: int, seq_len: int) -> int:
     return windows * seq_len * shape.vocabulary * shape.dtype.itemsize
 
 
-def _graph(shape: ModelShape, windows: int, seq_len: int, free: int, masks: bool = False) -> int:
+def _graph(shape: ModelShape, settings: Settings, windows: int, seq_len: int, free: int, masks: bool = False) -> int:
     """Return the memory of a forward pass with its graph, and of the loss."""
     kept = shape.window.kept * windows
     if masks:
@@ -305,8 +305,9 @@ def _graph(shape: ModelShape, windows: int, seq_len: int, free: int, masks: bool
         kept += windows * seq_len * sum(spec.n for spec in shape.leaders) * shape.dtype.itemsize
     logits = _logits(shape, windows, seq_len)
     if kept > free // 2:
-        # The blocks are computed again (ara.models.recompute): their inputs are kept, and one block's graph.
-        inputs = windows * seq_len * shape.hidden * shape.dtype.itemsize * shape.blocks
+        # The blocks are computed again (ara.models.recompute): one block's graph is kept. The inputs of all blocks are
+        # in files, except on a GPU.
+        inputs = windows * seq_len * shape.hidden * shape.dtype.itemsize * shape.blocks if settings.on_gpu else 0
         kept = logits + inputs + (kept - logits) // shape.blocks
     return int(_GRAPH * kept + _LOSS * logits)
 

@@ -26,7 +26,7 @@ from ara.errors import DataError, ModelError, NumericalError, UsageError
 from ara.events import event_writer_class
 from ara.layouts.modeling_ara import CompressedLinear
 from ara.models.losses import token_losses
-from ara.models.recompute import blocks_to_recompute, recomputed
+from ara.models.recompute import Recomputation, choose_recomputation
 from ara.models.training import batch_indices
 from ara.models.weights import LinearSpec, find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery, RecoveryText
@@ -152,7 +152,7 @@ class _Training:
         self.judge = Teacher(recovery.dense, recovery.held_out.ids, keep=True)
         again = self.config.steps * self.config.batch > len(recovery.train.ids)
         self.teacher = Teacher(recovery.dense, recovery.train.ids, keep=again)
-        self.blocks: Sequence[nn.Module] = ()
+        self.recomputation = Recomputation(())
 
     def run(self) -> LevelOutcome:
         """Train to the end, until checks no longer improve, or until Ctrl+C; the model gets the best parameters."""
@@ -195,7 +195,7 @@ class _Training:
         windows = batch_indices(len(self.recovery.train.ids), config.batch, step, config.seed)
         total, counted = 0.0, 0
         for rows in windows.split(config.batch_size):
-            with torch.enable_grad(), recomputed(self.blocks):
+            with torch.enable_grad(), self.recomputation.active():
                 losses, count = self._losses(self.recovery.train, self.teacher, rows)
                 losses.sum().backward()
             self.optimiser.collect()
@@ -272,7 +272,7 @@ class _Training:
         logits = ids.numel() * model.config.get_text_config().vocab_size * model.dtype.itemsize
         trained_bytes = _OPTIMISER_BYTES * sum(parameter.numel() for parameter in self.parameters.values())
         extra = 2 * windows * logits + trained_bytes
-        self.blocks = blocks_to_recompute(model, ids, windows, self.recovery.report, extra)
+        self.recomputation = choose_recomputation(model, ids, windows, self.recovery.report, extra=extra)
 
     def _save(self) -> None:
         best = {f"{_BEST}{name}": value for name, value in self.best.items()}

@@ -285,6 +285,11 @@ def window_reader(
     return WindowReader(workspace.cache / "tokens", source.load_tokenizer(), text, seq_len, seed, rows, run.report)
 
 
+def outputs_folder(workspace: Workspace) -> Path:
+    """Return the folder for outputs and inputs of blocks that do not fit into memory; its files have no names."""
+    return workspace.cache / "outputs"
+
+
 def text_parts(text: CalibrationText, windows: TokenWindows) -> tuple[TextPart, ...]:
     """Return the texts of a mixture, with the tokens that each has given."""
     return tuple(

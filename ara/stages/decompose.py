@@ -25,7 +25,7 @@ from ara.models.placement import Placement, choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec, find_linears, left_dense
-from ara.stages.common import Run, begin, open_task, text_parts, warn_without_chat
+from ara.stages.common import Run, begin, open_task, outputs_folder, text_parts, warn_without_chat
 from ara.stages.disk_room import Need, check_room, mebibytes
 from ara.stages.factoring import factor_layers, refuse_nonfinite_weights, unfinished
 from ara.stages.moments import moment_bytes, moments_to_keep
@@ -98,7 +98,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
             moments = _preflight(model, linears, owners, config, stage, run)
             _overview(model, linears, windows, text, moments).write(stage)
             run.group.broadcast((linears, windows, owners, moments))
-            spill = task.workspace.cache / "outputs"
+            spill = outputs_folder(task.workspace)
             factor_layers(model, linears, method, windows, owners, moments, config, stage, run, spill)
         return task.view()
 
@@ -113,7 +113,7 @@ def _assist(
         with run.group.first_of_machine():
             model = source.load_model(torch_dtype(placement.dtype), placement.device)
         linears, windows, owners, moments = run.group.broadcast()
-        spill = task.workspace.cache / "outputs"
+        spill = outputs_folder(task.workspace)
         factor_layers(model, linears, method, windows, owners, moments, config, None, run, spill)
         return task.view()
 

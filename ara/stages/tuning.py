@@ -13,7 +13,7 @@ from ara.masks.model import MaskedModel
 from ara.masks.table_cache import TableCache
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.weights import LinearSpec
-from ara.stages.common import Run, model_of, window_reader
+from ara.stages.common import Run, model_of, outputs_folder, window_reader
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 
@@ -99,7 +99,8 @@ def open_tuning_context(
     run.report.fact("loading the model")
     with run.group.first_of_machine():
         model = source.load_model(torch_dtype(config.dtype), config.device)
-    masked = MaskedModel(model, list(specs), factor_files(decomposition, specs), run.group)
+    files = factor_files(decomposition, specs)
+    masked = MaskedModel(model, list(specs), files, run.group, outputs_folder(workspace))
     made_from = decomposition.manifest.id
     tables = None if run.force else TableCache(workspace.cache / "tables", made_from, run.report, run.group)
     return TuningContext(masked, learn, held_out, config.batch_size, config.seed, run.report, table_cache=tables)

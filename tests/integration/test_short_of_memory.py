@@ -55,5 +55,6 @@ def test_results_have_the_same_bytes(
     assert sum("stay in their files" in fact for fact in said) == 3
     # The allocation finds the table of the training in the cache, and so runs no backward pass.
     assert sum("computed again in the backward pass" in fact for fact in said) == 2
+    assert sum(f"block inputs in {tmp_path / 'hardly' / 'cache' / 'outputs'}" in fact for fact in said) == 2
     assert sum("are kept in" in fact for fact in said) == 2
     assert not list((tmp_path / "hardly" / "cache" / "outputs").iterdir())
