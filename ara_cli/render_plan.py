@@ -28,6 +28,10 @@ def show_plan(console: Console, plan: Plan) -> None:
         ],
     )
     console.text(_budget(plan))
+    if plan.max_keep is not None:
+        console.text(
+            f"factors: ranks up to --max-keep {plan.max_keep:g}; recover is not planned, as its level closed needs all"
+        )
     console.text(_weights(plan.weights))
     console.table(
         f"Stages on {plan.why}",

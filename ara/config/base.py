@@ -14,6 +14,15 @@ Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag(choice
 Method = Annotated[str, Flag(short="-m")]
 MethodValues = Annotated[dict[str, str], Flag(name="option", short="-O", metavar="NAME=VALUE")]
 Exclude = Annotated[tuple[str, ...], Flag(metavar="PATTERN")]
+MaxKeep = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        le=1,
+        description="store no ranks that need more than this fraction of a layer's parameters in two factors; 1: the "
+        "factors take no more disk than the layers [default: all ranks]",
+    ),
+]
 SeqLen = Annotated[
     int | None,
     Field(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ara import bounds
-from ara.config.base import Exclude, Method, MethodValues, PlacementConfig
+from ara.config.base import Exclude, MaxKeep, Method, MethodValues, PlacementConfig
 from ara.config.flags import Flag
 
 
@@ -39,13 +39,7 @@ class DecomposeConfig(PlacementConfig):
         description="in a mixture of experts, let every expert see the inputs of all tokens, instead of those that the "
         "router sends to it",
     )
-    max_keep: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="store no ranks that need more than this fraction of a layer's parameters in two factors; 1: the "
-        "factors take no more disk than the layers [default: all ranks]",
-    )
+    max_keep: MaxKeep = None
     moment_memory: Annotated[float | None, Flag(metavar="GIB")] = Field(
         None,
         ge=bounds.MIN_GIB,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ara.layouts import layout_named
 from ara.models.weights import LinearSpec
@@ -47,6 +47,11 @@ def factor_bytes(linears: Sequence[LinearSpec], itemsize: int) -> int:
         itemsize: bytes of one number of a factor.
     """
     return sum(spec.stored_rank * (spec.m + spec.n) * itemsize + spec.full_rank * _SPECTRUM_BYTES for spec in linears)
+
+
+def storing(linears: Sequence[LinearSpec], max_keep: float | None) -> list[LinearSpec]:
+    """Return layers with the ranks that ``ara decompose`` stores of them, see :func:`rank_to_store`."""
+    return [replace(spec, stored=rank_to_store(spec.m, spec.n, max_keep)) for spec in linears]
 
 
 def rank_to_store(m: int, n: int, max_keep: float | None) -> int | None:

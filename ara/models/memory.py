@@ -16,7 +16,7 @@ from ara.distributed.launch import local_processes
 # Assumed if the system does not report it.
 _UNKNOWN = 4 << 30
 
-# Where weights are while a stage runs; see :func:`place_of_weights`.
+# Where weights are; see :func:`place_of_weights`.
 Place = Literal["memory", "mapped", "nowhere"]
 
 # Linux reports memory, and the limits of containers and batch jobs, here.
@@ -50,23 +50,25 @@ def _available_in_all() -> int:
     return min([*system, *_left_in_groups()], default=_UNKNOWN)
 
 
-def place_of_weights(weights: int, work: int, free: int, pages: int = 0) -> Place:
-    """Decide where the weights of a stage's models are while it runs.
+def place_of_weights(weights: int, free: int, others: int | None = None) -> Place:
+    """Decide where weights are that can be pages of files (:mod:`ara.models.offload`).
+
+    The system drops such pages when memory is short, and reads them again.
 
     Args:
-        weights: bytes of weights that must be in memory.
-        work: bytes of everything else that the stage needs.
+        weights: bytes of these weights.
         free: bytes of memory, see :func:`available_bytes`.
-        pages: bytes of weights and factors that can be pages of files, see :mod:`ara.models.offload`. The system drops
-            such pages when memory is short, and reads them again.
+        others: bytes of everything else that must be in memory at the same time. ``None`` if it is not known, as when a
+            model is loaded: then half of the free memory is left for it.
 
     Returns:
-        ``memory``: everything fits. ``mapped``: all but the pages fits, and these come and go. ``nowhere``: the stage
-        needs a larger machine.
+        ``memory``: everything fits. ``mapped``: all but the weights fits, and their pages come and go. ``nowhere``: a
+        larger machine is needed.
     """
-    if weights + pages + work <= free:
+    others = free - free // 2 if others is None else others
+    if weights + others <= free:
         return "memory"
-    return "mapped" if pages and weights + work <= free else "nowhere"
+    return "mapped" if others <= free else "nowhere"
 
 
 def _left_in_groups() -> Iterator[int]:

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 Offload = Literal["auto", "none", "disk"]
 
-# Weights stay in memory if they take at most this share of what is free: stages need the rest.
-_SHARE = 0.5
 # Floating-point dtypes as safetensors and torch name them.
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Largest file of a copy: one is in memory while it is written.
@@ -47,20 +45,11 @@ def weights_in_memory(stored: Mapping[str, StoredTensor], dtype: torch.dtype) ->
     )
 
 
-def fits(size: int) -> bool:
-    """Tell whether the memory has room for ``size`` bytes of weights, and for the work of a stage."""
-    from ara.models.memory import available_bytes
-
-    return size <= _SHARE * available_bytes("cpu")
-
-
-def say(size: int, report: Reporter) -> None:
-    """Report that ``size`` bytes of weights stay in their files."""
-    from ara.models.memory import available_bytes
-
+def say(size: int, free: int, report: Reporter) -> None:
+    """Report that ``size`` bytes of weights stay in their files, with ``free`` bytes of memory."""
     report.fact(
         f"{size / 2**20:,.0f} MiB of weights stay in their files and are read when they are needed; "
-        f"{available_bytes('cpu') / 2**20:,.0f} MiB of memory are free (--offload)"
+        f"{free / 2**20:,.0f} MiB of memory are free (--offload)"
     )
 
 

@@ -100,13 +100,14 @@ class ModelSource:
     def _mapped(self, origin: str, dtype: torch.dtype) -> str:
         """Return where weights that are too large for the memory can stay in their files, or ``origin``."""
         from ara.models import offload
+        from ara.models.memory import available_bytes, place_of_weights
 
         # A hub model that was never loaded, or not completely, is not there yet.
         files = weight_files(origin, self.identity.revision) if self.to_download() is None else []
         model = None if files else self.stored_model(dtype)
         stored = stored_tensors(files or weight_files(origin, self.identity.revision))
-        size = offload.weights_in_memory(stored, dtype)
-        if self._offload == "auto" and offload.fits(size):
+        size, free = offload.weights_in_memory(stored, dtype), available_bytes("cpu")
+        if self._offload == "auto" and place_of_weights(size, free) == "memory":
             return origin
         model = model or self.stored_model(dtype)
         if (why := model.converted()) is not None:
@@ -116,7 +117,7 @@ class ModelSource:
                 )
             self._report.fact(f"{why}: all {size / 2**20:,.0f} MiB of weights must fit into memory")
             return origin
-        offload.say(size, self._report)
+        offload.say(size, free, self._report)
         if offload.is_mapped(stored, dtype) and not model.merged:
             return origin
         return str(offload.converted_folder(model, self.identity.fingerprint[:16], dtype, size, self._report))

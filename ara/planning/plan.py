@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,20 @@ from ara.decomposition.base import Decomposition
 from ara.errors import UsageError
 from ara.files import existing_folder
 from ara.layouts.grid import BITS, Grid
-from ara.models import offload
 from ara.models.context import check_window, window_length
+from ara.models.disk import storing
 from ara.models.embeddings import find_embeddings
 from ara.models.memory import Place, available_bytes, place_of_weights
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
-from ara.planning.needs import STAGES, Needs, Settings
+from ara.planning.needs import STAGES, Needs, Settings, recover
 from ara.planning.probe import Speed, probe
 from ara.planning.shape import ModelShape, read_shape
 from ara.planning.sizes import StoredWeights, checkpoint_bytes, stored_weights
 from ara.progress import SILENT, Reporter
 from ara.solver.file_sizes import bytes_beside, bytes_saved, check_room
 from ara.solver.problem import Budget, Module
+from ara.solver.stored_ranks import StoredRanks, planned_ranks
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Plan:
         weights: where its weights are now.
         converted_bytes: copy of the weights in the run's dtype that is written to the cache, as they do not fit into
             memory (ara.models.offload); 0 if there is none.
+        max_keep: ranks above this share of a layer's parameters are not stored, so that ``recover`` cannot be planned;
+            ``None`` if all are.
         keep: fraction of the factorised layers' parameters that stays; ``None`` for a size.
         size: bytes of the weight files after rounding; ``None`` without a size.
         checkpoint_bytes: weight files of the compressed model, before rounding; at most, if a size is given.
@@ -109,6 +112,7 @@ class Plan:
     weight_bytes: int
     weights: StoredWeights
     converted_bytes: int
+    max_keep: float | None
     keep: float | None
     size: int | None
     checkpoint_bytes: int
@@ -143,6 +147,9 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
     check_window(config.seq_len, source.config)
     report.fact("reading the shape of the model; no weight is read")
     shape = read_shape(source, torch_dtype(placement.dtype), config.seq_len, config.exclude, config.layout)
+    shape = replace(shape, specs=tuple(storing(shape.specs, config.max_keep)))
+    stored = planned_ranks("the decomposition", shape.specs, config.max_keep)
+    _check_ranks(config, stored, shape, report)
     size = None if config.size is None else _checked_size(config, source, shape)
     settings = _settings(config, source, shape, placement.device.startswith("cuda"))
     weights = stored_weights(source, shape.parameters, shape.dtype)
@@ -152,9 +159,11 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
         speed = probe(shape, placement.device, config.batch_size * config.seq_len, folder)
     free = available_bytes(placement.device)
     on_cpu = placement.device == "cpu"
-    converted = on_cpu and not weights.mapped and not offload.fits(shape.weight_bytes)
+    converted = on_cpu and not weights.mapped and place_of_weights(shape.weight_bytes, free) != "memory"
     mapped = on_cpu and (weights.mapped or converted)
-    stages = tuple(_stage(needs, shape, settings, free, mapped, speed) for needs in STAGES)
+    # The level that is planned for, closed, needs all ranks.
+    possible = [needs for needs in STAGES if not (needs is recover and stored.lacking)]
+    stages = tuple(_stage(needs, shape, settings, free, mapped, speed) for needs in possible)
     required = [stage for stage in stages if not stage.optional]
     written = sum(stage.disk_bytes for stage in required) + (size or 0)
     copied = shape.weight_bytes if converted else 0
@@ -171,6 +180,7 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
         blocks=shape.blocks,
         weight_bytes=shape.weight_bytes,
         weights=weights,
+        max_keep=config.max_keep if stored.lacking else None,
         keep=config.keep if size is None else None,
         size=size,
         checkpoint_bytes=checkpoint_bytes(shape, settings.ranks),
@@ -196,6 +206,18 @@ def _check_budget(config: PlanConfig) -> None:
     """
     if config.size is not None and config.keep is not None and "keep" in config.model_fields_set:
         raise UsageError(f"--keep {config.keep:g} and --size {config.size} are given together", "give one budget")
+
+
+def _check_ranks(config: PlanConfig, stored: StoredRanks, shape: ModelShape, report: Reporter) -> None:
+    """Check that the budget can be met with the ranks that will be stored.
+
+    Raises:
+        UsageError: it needs others.
+    """
+    if config.size is not None:
+        stored.need_all(f"--size {config.size}", "give --keep instead")
+    elif config.keep is not None:
+        stored.check_keep(shape.specs, config.keep, report)
 
 
 def _checked_size(config: PlanConfig, source: ModelSource, shape: ModelShape) -> int:
@@ -235,7 +257,7 @@ def _settings(config: PlanConfig, source: ModelSource, shape: ModelShape, on_gpu
     # A level needs two windows at least.
     repaired = {**text, "samples": max(config.samples, LEAST_SAMPLES)}
     return Settings(
-        decompose=build(DecomposeConfig, model=config.model, method=config.method, **text),
+        decompose=build(DecomposeConfig, model=config.model, method=config.method, max_keep=config.max_keep, **text),
         method=kind(),
         tuning=build(TuningConfig, **learning),
         masks=build(TrainMasksConfig, **learning),
@@ -257,7 +279,7 @@ def _stage(
     # On the CPU the weights of a model in the dtype of its files are pages of these.
     loaded, pages = (0, need.pages + need.weights) if mapped else (need.weights, need.pages)
     # Parts of the work each take a share of what is free, so together they can be planned too large: less also works.
-    fits = (place_of_weights(loaded, held, free, pages) for held in (need.held, least.held))
+    fits = (place_of_weights(pages, free, loaded + held) for held in (need.held, least.held))
     place: Place = next((found for found in fits if found != "nowhere"), "nowhere")
     # A pass needs the pages of a block at least, or it reads them again and again.
     smallest = least.held + loaded + min(pages, shape.block_bytes)

@@ -109,8 +109,8 @@ def balancing(spec: LinearSpec, rank: int) -> Work:
 
 
 def mask_gradient(spec: LinearSpec, tokens: int) -> Work:
-    """Return what the gradient of all components of a dense layer adds to a backward pass (:mod:`ara.masks.linear`)."""
-    r = spec.full_rank
+    """Return what the gradient of all stored components adds to a backward pass (:mod:`ara.masks.linear`)."""
+    r = spec.stored_rank
     return Work(products=2.0 * r * (spec.m + spec.n) * tokens, moved=8.0 * _EFFECT_OPERATIONS * r * tokens)
 
 

@@ -23,6 +23,7 @@ from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.masks.context import TuningContext
 from ara.models.weights import LinearSpec, matching
 from ara.solver.problem import Allocation, Budget, Module
+from ara.solver.stored_ranks import StoredRanks
 from ara.solver.times import TimeTable
 from ara.stages.allocate_bytes import SIZES, allocate_bytes, refuse_with_size, size_name
 from ara.stages.common import Run, begin, default_name, open_task
@@ -37,7 +38,7 @@ from ara.stages.latency import (
     timed_in,
 )
 from ara.stages.modules import load_modules
-from ara.stages.stored_ranks import check_keep, need_all_ranks
+from ara.stages.stored_ranks import stored_ranks
 from ara.stages.trainings import find_training, require_training, with_text_of, with_training
 from ara.stages.tuning import open_tuning_context, placed
 from ara.workspace.manifest import file_sha256
@@ -143,7 +144,7 @@ def _settled(
     trained = None
     if config.asked_sizes:
         refuse_with_size(config, masks)
-        need_all_ranks(decomposition, config.asked_sizes[0], "give --keep instead")
+        stored_ranks(decomposition).need_all(config.asked_sizes[0], "give --keep instead")
         config = config.model_copy(update={"keep": None, "method": JOINT})
         run.report.step(f"Allocating ranks and bits for {config.asked_sizes[0]}")
     elif config.keep is None:
@@ -153,10 +154,11 @@ def _settled(
         config = with_text_of(config, trained, run.report)
         refuse_layout(config.method, config.layout)
         refuse_objective(config.method, config.objective)
-        refuse_method(config.method, decomposition)
+        stored = stored_ranks(decomposition)
+        refuse_method(config.method, stored)
         if config.objective != LATENCY:
             assert config.keep is not None
-            check_keep(decomposition, specs_of(decomposition, config.layout), config.keep, run.report)
+            stored.check_keep(specs_of(decomposition, config.layout), config.keep, run.report)
         of = " of the time" if config.objective == LATENCY else ""
         run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}{of}")
     return (placed(config, run) if _needs_model(config) or _timed_in_torch(config) else config), trained
@@ -207,14 +209,14 @@ def refuse_layout(method: str, layout: LayoutName) -> None:
         )
 
 
-def refuse_method(method: str, decomposition: StageView) -> None:
+def refuse_method(method: str, stored: StoredRanks) -> None:
     """Check that a decomposition stores what an allocator needs.
 
     Raises:
         UsageError: the method needs all ranks, and it does not store them.
     """
     if ALLOCATORS.load(method).all_ranks:
-        need_all_ranks(decomposition, f"--method {method}", "use another method")
+        stored.need_all(f"--method {method}", "use another method")
 
 
 def _needs_model(config: AllocateConfig) -> bool:

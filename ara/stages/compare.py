@@ -32,7 +32,7 @@ from ara.stages.allocate import budget_of, refuse_layout, refuse_method, summary
 from ara.stages.common import Run, begin, default_name, model_of, open_task
 from ara.stages.compare_sizes import compare_sizes, refuse_with_sizes
 from ara.stages.modules import load_modules
-from ara.stages.stored_ranks import check_keep, lacks_ranks
+from ara.stages.stored_ranks import stored_ranks
 from ara.stages.trainings import find_training, with_text_of, with_training
 from ara.stages.tuning import open_tuning_context, placed
 from ara.workspace.view import StageView
@@ -121,10 +121,11 @@ def _possible(methods: tuple[str, ...], config: CompareConfig, decomposition: St
     Raises:
         UsageError: one that was asked for cannot, or the budget needs ranks that are not stored.
     """
-    check_keep(decomposition, specs_of(decomposition, config.layout), config.keep, run.report)
+    stored = stored_ranks(decomposition)
+    stored.check_keep(specs_of(decomposition, config.layout), config.keep, run.report)
     for method in config.methods:
-        refuse_method(method, decomposition)
-    left = [method for method in methods if ALLOCATORS.load(method).all_ranks] if lacks_ranks(decomposition) else []
+        refuse_method(method, stored)
+    left = [method for method in methods if ALLOCATORS.load(method).all_ranks] if stored.lacking else []
     if left:
         run.report.fact(f"{', '.join(left)} are left out: they need the factors of all ranks")
     return tuple(method for method in methods if method not in left)

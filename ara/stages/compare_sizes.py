@@ -25,7 +25,7 @@ from ara.stages.allocate_bytes import open_sized_allocator, other_bytes, saved_b
 from ara.stages.common import Run, begin, default_name, embedding_words, open_task
 from ara.stages.recover import training_placement
 from ara.stages.recovered_forms import FormRepairs
-from ara.stages.stored_ranks import need_all_ranks
+from ara.stages.stored_ranks import stored_ranks
 from ara.stages.tuning import placed
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
@@ -77,7 +77,7 @@ def compare_sizes(config: CompareConfig, run: Run, *, factors: str | None = None
     started = begin(name, factors)
     with open_task("compare", run, started) as work:
         decomposition = work.workspace.require("factors", factors)
-        need_all_ranks(decomposition, f"--size {config.size[0]}", "give --keep instead")
+        stored_ranks(decomposition).need_all(f"--size {config.size[0]}", "give --keep instead")
         run.report.step(f"Comparing ranks and bits at {', '.join(config.size)}")
         resolved, repairs = placed(config, run), None
         if config.recover != NO_RECOVERY:

@@ -6,10 +6,10 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ara.artifacts.factors import FactorisedLayer, FactorsResults
 from ara.calibration.moments import shared_inputs
@@ -19,7 +19,7 @@ from ara.decomposition.base import Decomposition
 from ara.errors import DiskFullError, UnsupportedModelError
 from ara.models.accounting import parameter_count
 from ara.models.context import check_window
-from ara.models.disk import disk_use, factor_bytes, rank_to_store
+from ara.models.disk import disk_use, factor_bytes, storing
 from ara.models.experts import every_expert_sees_all
 from ara.models.placement import Placement, choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
@@ -90,7 +90,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         run.report.fact("loading the model")
         with run.group.first_of_machine():
             model = source.load_model(torch_dtype(placement.dtype), placement.device)
-        linears = _factorisable(model, _linears(model, config), windows, run)
+        linears = _factorisable(model, linears_to_store(model, config), windows, run)
         if windows is not None:
             _warn_if_few(windows, linears, run)
         owners = {} if windows is None else _owners(model, linears, windows, config)
@@ -125,12 +125,9 @@ def _recorded(config: DecomposeConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=unset)
 
 
-def _linears(model: PreTrainedModel, config: DecomposeConfig) -> list[LinearSpec]:
+def linears_to_store(model: nn.Module, config: DecomposeConfig) -> list[LinearSpec]:
     """Return the linear layers of the decoder blocks, with the ranks to store."""
-    return [
-        replace(spec, stored=rank_to_store(spec.m, spec.n, config.max_keep))
-        for spec in find_linears(model, config.exclude)
-    ]
+    return storing(find_linears(model, config.exclude), config.max_keep)
 
 
 def _check_download(
@@ -150,7 +147,7 @@ def _check_download(
         DiskFullError: it has not.
     """
     model = source.empty_model()
-    linears = _linears(model, config)
+    linears = linears_to_store(model, config)
     use = disk_use(linears, parameter_count(model), dtype.itemsize)
     needs = [Need("model", download.bytes, download.folder)]
     needs += [] if resumes else [Need("factors", use.factors, workspace.root)]
@@ -163,8 +160,7 @@ def _less_room(linears: Sequence[LinearSpec], itemsize: int, config: DecomposeCo
     hint = "free some space or choose another workspace with -w"
     if config.max_keep is not None:
         return hint
-    fewer = [replace(spec, stored=rank_to_store(spec.m, spec.n, 1)) for spec in linears]
-    return f"{hint}; with --max-keep 1 the factors take {mebibytes(factor_bytes(fewer, itemsize))}"
+    return f"{hint}; with --max-keep 1 the factors take {mebibytes(factor_bytes(storing(linears, 1), itemsize))}"
 
 
 def _text(config: DecomposeConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> CalibrationText:

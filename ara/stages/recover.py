@@ -14,15 +14,17 @@ from ara.environment import keep_freed_memory
 from ara.errors import UsageError
 from ara.models.checkpoint import load_rounded
 from ara.models.placement import Placement, choose_placement, torch_dtype
+from ara.progress import Reporter
 from ara.recovery import LEVELS, levels_to_run
 from ara.recovery.base import Level, Recovery
 from ara.recovery.rounded import from_scaled
 from ara.recovery.trainable import from_trainable
+from ara.solver.stored_ranks import StoredRanks
 from ara.stages.common import Run, already_done, begin, model_of, open_task
 from ara.stages.compressed import Compressed, require_compressed
 from ara.stages.recovery_levels import LevelRuns, open_recovery
 from ara.stages.recovery_text import RecoveryTexts, recovery_texts
-from ara.stages.stored_ranks import lacks_ranks, need_all_ranks
+from ara.stages.stored_ranks import stored_ranks
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
 
@@ -64,7 +66,7 @@ def recover(
         before = require_compressed(task.workspace, checkpoint, ("recover",), "recover")
         if before.rounding is not None:
             levels = _levels_after_rounding(levels, before.view, before.rounding, config, run)
-        levels = _levels_with_ranks(levels, before.factors, config, run)
+        levels = levels_with_ranks(levels, stored_ranks(before.factors), config, run.report)
         run.report.step(f"Recovering {before.view.key}: {', '.join(levels)}")
         placement = training_placement(config)
         run.report.fact(placement.why)
@@ -127,23 +129,30 @@ def _levels_after_rounding(
     return found
 
 
-def _levels_with_ranks(
-    levels: Mapping[str, Level], decomposition: StageView, config: RecoverConfig, run: Run
+def levels_with_ranks(
+    levels: Mapping[str, Level], stored: StoredRanks, config: RecoverConfig, report: Reporter, option: str = "--level"
 ) -> dict[str, Level]:
     """Return the levels that can work with the stored ranks, and report those that cannot.
+
+    Args:
+        levels: of the config, by name.
+        stored: ranks of the decomposition.
+        config: names the wanted level.
+        report: hears of levels that are left out.
+        option: that sets the level, for the error.
 
     Raises:
         UsageError: the wanted one cannot.
     """
     found = {}
     for name, level in levels.items():
-        if not level.all_ranks or not lacks_ranks(decomposition):
+        if not level.all_ranks or not stored.lacking:
             found[name] = level
         elif name == config.level:
-            able = [f"--level {entry.name}" for entry in LEVELS if not entry.load().all_ranks]
-            need_all_ranks(decomposition, f"the level {name}", f"use {' or '.join(able)}")
+            able = [f"{option} {entry.name}" for entry in LEVELS if not entry.load().all_ranks]
+            stored.need_all(f"the level {name}", f"use {' or '.join(able)}")
         else:
-            run.report.fact(f"{name} is left out: it needs the factors of all ranks")
+            report.fact(f"{name} is left out: it needs the factors of all ranks")
     return found
 
 

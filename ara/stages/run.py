@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ara.config import (
     AllocateConfig,
@@ -18,11 +19,14 @@ from ara.config import (
 from ara.evaluation.task_folders import open_task_folders
 from ara.evaluation.tasks import check_task, expand
 from ara.models.placement import choose_placement
+from ara.models.sources import resolve
 from ara.pipeline import Stage, kind_named, steps
-from ara.stages.allocate import AUTO, allocate, refuse_layout
+from ara.progress import SILENT
+from ara.solver.stored_ranks import planned_ranks
+from ara.stages.allocate import AUTO, allocate, refuse_layout, refuse_method
 from ara.stages.common import Run
-from ara.stages.decompose import decompose
-from ara.stages.recover import check_levels
+from ara.stages.decompose import decompose, linears_to_store
+from ara.stages.recover import check_levels, levels_with_ranks
 from ara.stages.train_masks import train_masks
 from ara.stages.trainings import covering_training
 from ara.workspace.view import StageView
@@ -49,6 +53,7 @@ def run_pipeline(
         All results in the order in which they were made.
     """
     _check_ahead(budgets, later, run)
+    _check_stored_ranks(decompose_config, budgets, later)
     factors = decompose(decompose_config, run)
     training = _training(budgets, factors, run)
     views = [factors, *([training] if training else [])]
@@ -99,6 +104,28 @@ def _check_ahead(budgets: Sequence[AllocateConfig], later: Mapping[str, StageCon
             own = open_task_folders(config.include_path)
             for task in expand(config.tasks, own):
                 check_task(task, run.report, own)
+
+
+def _check_stored_ranks(
+    config: DecomposeConfig, budgets: Sequence[AllocateConfig], later: Mapping[str, StageConfig]
+) -> None:
+    """Refuse what needs ranks that the decomposition will not store.
+
+    Raises:
+        UsageError: a budget, a method or a level needs them.
+    """
+    if config.max_keep is None:
+        return
+    specs = linears_to_store(resolve(config.model, revision=config.revision).empty_model(), config)
+    stored = planned_ranks(f"decompose/{config.method}", specs, config.max_keep)
+    for budget in budgets:
+        if budget.method != AUTO:
+            refuse_method(budget.method, stored)
+        if budget.keep is not None:
+            stored.check_keep([replace(spec, layout=budget.layout) for spec in specs], budget.keep, SILENT)
+    for stage in later.values():
+        if isinstance(stage, RecoverConfig):
+            levels_with_ranks(check_levels(stage), stored, stage, SILENT, "--recover")
 
 
 def training_for(configs: Sequence[AllocateConfig]) -> TrainMasksConfig:

@@ -40,7 +40,7 @@ from ara.solver.problem import Allocation, Module
 from ara.stages.allocate import budget_of
 from ara.stages.common import Run, already_done, begin, default_name, open_task
 from ara.stages.modules import load_modules
-from ara.stages.stored_ranks import check_keep, need_all_ranks
+from ara.stages.stored_ranks import stored_ranks
 from ara.stages.trainings import covering_training
 from ara.stages.tuning import open_tuning_context, placed
 from ara.workspace.store import Workspace
@@ -80,9 +80,10 @@ def train_masks(
             event_writer_class()
         modules = load_modules(decomposition, config.layout)
         specs = [module.spec for module in modules]
+        stored = stored_ranks(decomposition)
         if config.objective == "paper":
-            need_all_ranks(decomposition, "--objective paper", "use --objective priced")
-        check_keep(decomposition, specs, max(config.keep), run.report)
+            stored.need_all("--objective paper", "use --objective priced")
+        stored.check_keep(specs, max(config.keep), run.report)
         for keep in config.keep:
             budget_of(config, specs, keep)
         resolved = placed(config, run)

@@ -15,7 +15,9 @@ from ara_cli.signature import Maker, command_line
 from ara_cli.values import keep_of
 
 _SHARED = ("seed", "device", "dtype")
-_DECOMPOSE = Only("model", "text", "samples", "seq_len", *_SHARED, "revision", "keep_moments", decomposition="method")
+_DECOMPOSE = Only(
+    "model", "text", "samples", "seq_len", *_SHARED, "revision", "max_keep", "keep_moments", decomposition="method"
+)
 _ALLOCATE = Only("method", "layout", "rank_multiple", "held_out", *_SHARED, rank_samples="samples")
 _TRUNCATE = Only("check")
 _RECOVER = Only("samples", "held_out", *_SHARED)

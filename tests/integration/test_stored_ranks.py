@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from ara.artifacts.factors import FactorsResults, specs_of
-from ara.config import DecomposeConfig
+from ara.config import AllocateConfig, DecomposeConfig
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
+from ara.stages.run import run_pipeline
 from ara.workspace.store import Workspace
 from tests.commands import ara, done, refused
 from tests.recorder import Recorder
@@ -132,6 +133,37 @@ def test_budgets_above_the_stored_ranks_are_refused(
     refused(
         ara("allocate", "-m", "uniform", "--keep", 0.9, "--layout", "pivoted", "-w", lower_base, "-q"), 2, "pivoted"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "told", "hint"),
+    [
+        (
+            ("--keep", 0.5),
+            "the level closed needs the factors of all ranks",
+            "use --recover block or --recover distill",
+        ),
+        (
+            ("--keep", 0.9, "--recover", "none"),
+            "keep 0.9 needs higher ranks than decompose/two-sided",
+            "use --keep 0.5",
+        ),
+        (("--keep", 0.5, "-m", "tanh", "--recover", "none"), "--method tanh needs the factors", "use another method"),
+    ],
+)
+def test_the_pipeline_refuses_what_needs_more_ranks_before_it_starts(
+    words: tuple[Any, ...], told: str, hint: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    said = refused(ara("run", tiny_llama, "--max-keep", 0.6, *words, "-w", tmp_path / "ws", "-q"), 2, told)
+    assert "ranks up to --max-keep 0.6" in said and hint in said and "leave out --max-keep" in said
+    assert not (tmp_path / "ws").exists()
+
+
+def test_the_pipeline_works_without_the_upper_ranks(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    config = DecomposeConfig(**tiny_settings, max_keep=0.6)
+    views = run_pipeline(config, [AllocateConfig(keep=0.5, method="energy")], {}, Run(tmp_path / "ws"))
+    assert [view.stage for view in views] == ["decompose", "allocate"]
+    assert all(layer.stored is not None for layer in FactorsResults.read(views[0]).modules)
 
 
 def test_a_file_with_a_higher_rank_is_refused(lower: Path) -> None:

@@ -124,3 +124,20 @@ def test_macos(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_this_machine() -> None:
     assert 1 << 20 < memory.available_bytes("cpu") < 1 << 50
+
+
+@pytest.mark.parametrize(
+    ("free", "others", "place"),
+    [
+        (100, 60, "memory"),
+        (99, 60, "mapped"),
+        (60, 60, "mapped"),
+        (59, 60, "nowhere"),
+        (80, None, "memory"),
+        (78, None, "mapped"),
+        (0, None, "mapped"),
+    ],
+)
+def test_where_weights_are(free: int, others: int | None, place: str) -> None:
+    """If what else is needed is not known, half of the memory is left for it."""
+    assert memory.place_of_weights(40, free, others) == place

@@ -12,7 +12,6 @@ from safetensors import safe_open
 
 from ara.config import AllocateConfig, DecomposeConfig, PlanConfig, TruncateConfig
 from ara.errors import AraError, ModelError, UsageError
-from ara.models import memory
 from ara.models.checkpoint import checkpoint_bytes
 from ara.planning.needs import LIBRARIES, STAGES
 from ara.planning.plan import Plan, StagePlan, make_plan
@@ -62,6 +61,20 @@ def test_disk_is_what_the_stages_write(family: str, layout: Any, keep: float, ti
     assert found.checkpoint_bytes == stage(found, "truncate").disk_bytes
 
 
+def test_fewer_stored_ranks_take_less_disk_and_memory(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    model, root = tiny_settings["model"], tmp_path / "ws"
+    made = decompose(DecomposeConfig(**tiny_settings, max_keep=0.6, keep_moments="yes"), Run(root))
+    usual, found = plan(model, tmp_path, keep=0.5), plan(model, tmp_path, keep=0.5, max_keep=0.6)
+    assert stage(found, "decompose").disk_bytes == tensor_bytes(made.path) < stage(usual, "decompose").disk_bytes
+    for name in ("allocate", "train-masks", "truncate"):
+        assert stage(found, name).memory_bytes < stage(usual, name).memory_bytes
+    assert stage(found, "train-masks").flops < stage(usual, "train-masks").flops
+    assert found.checkpoint_bytes == usual.checkpoint_bytes
+    # The level closed needs all ranks.
+    assert [one.stage for one in found.stages] == [name for name in NAMES if name != "recover"]
+    assert (found.max_keep, usual.max_keep) == (0.6, None)
+
+
 def test_a_folder_needs_no_weights(tiny_llama: Path, tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path / "empty")
     whole, empty = plan(tiny_llama, tmp_path), plan(tmp_path / "empty", tmp_path)
@@ -85,10 +98,13 @@ def test_weights_of_another_dtype_are_no_pages(
     assert found.weight_bytes == plan(tiny_llama, tmp_path).weight_bytes // 2
     assert found.converted_bytes == 0
     # A copy is written where they do not fit.
-    monkeypatch.setattr("ara.models.offload.fits", lambda size: False)
+    monkeypatch.setattr("ara.planning.plan.available_bytes", lambda device: 2 * found.weight_bytes - 2)
     small = plan(tiny_llama, tmp_path, dtype="bfloat16")
     assert small.converted_bytes == small.weight_bytes
     assert small.least_disk == found.least_disk + small.weight_bytes
+    # Half of the memory is left for the stages.
+    monkeypatch.setattr("ara.planning.plan.available_bytes", lambda device: 2 * found.weight_bytes)
+    assert plan(tiny_llama, tmp_path, dtype="bfloat16").converted_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -98,6 +114,8 @@ def test_weights_of_another_dtype_are_no_pages(
         ({"size": "1KB"}, "--size 1KB allows 1,000"),
         ({"size": "143KB"}, "are left for the factorised layers"),
         ({"size": "1MB", "keep": 0.5}, "--keep 0.5 and --size 1MB"),
+        ({"keep": 0.9, "max_keep": 0.6}, "keep 0.9 needs higher ranks than the decomposition stores"),
+        ({"size": "1MB", "max_keep": 0.6}, "--size 1MB needs the factors of all ranks"),
         ({"method": "none-such"}, "unknown decomposition"),
         ({"exclude": ("none-such",)}, "matches no linear layer"),
         ({"seq_len": 257}, "--seq-len 257 is more than the 256 positions"),
@@ -176,20 +194,3 @@ def test_times_come_from_a_probe(tiny_llama: Path, tmp_path: Path, monkeypatch: 
     assert asked == [("cpu", 4 * 48, tmp_path)]
     assert not (tmp_path / "not").exists()
     assert all(one.seconds is not None and one.seconds > 0 for one in found.stages)
-
-
-# -- where weights are ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("free", "settings", "place"),
-    [
-        (100, {}, "memory"),
-        (99, {}, "nowhere"),
-        (119, {"pages": 20}, "mapped"),
-        (120, {"pages": 20}, "memory"),
-        (99, {"pages": 20}, "nowhere"),
-    ],
-)
-def test_weights_are_in_memory_in_files_or_come_block_by_block(free: int, settings: dict[str, int], place: str) -> None:
-    assert memory.place_of_weights(60, 40, free, **settings) == place
