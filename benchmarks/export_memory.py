@@ -10,7 +10,6 @@ three times the largest tensor and 300 MB, whatever the depth.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import shutil
@@ -18,69 +17,41 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 
-from ara.layouts.modeling_ara import LAYERS, AraConfig
-from ara.models.weights import LinearSpec
+from ara.models.weights import find_linears
 from ara_cli.console import Console
 from ara_cli.formatting import bytes_text, seconds_text
+from benchmarks.random_models import empty_model, uniform_rank, write_model
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 4096, 11008, 32, 32000
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (HIDDEN, HIDDEN),
-    "self_attn.v_proj": (HIDDEN, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
 KEEP = 0.8
 # Memory that an export may use besides three times the largest tensor.
 ALLOWANCE = 300 * 10**6
 
 
-def write_checkpoint(folder: Path, layers: int) -> None:
-    """Write random factors of every layer, a shard per block."""
+def llama(layers: int) -> LlamaConfig:
+    """Return the config of a model of LLaMA-2-7B's widths."""
     from transformers import LlamaConfig
 
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return (0.02 * torch.rand(*shape, generator=generator) - 0.01).half()
-
-    folder.mkdir(parents=True)
-    ranks: dict[str, int] = {}
-    weights: dict[str, str] = {}
-
-    def shard(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        weights.update(dict.fromkeys(tensors, name))
-
-    ends = {"model.embed_tokens.weight": random(VOCABULARY, HIDDEN), "lm_head.weight": random(VOCABULARY, HIDDEN)}
-    shard("model-ends.safetensors", {**ends, "model.norm.weight": torch.ones(HIDDEN).half()})
-    for layer in range(layers):
-        block = f"model.layers.{layer}"
-        tensors = {f"{block}.{n}_layernorm.weight": torch.ones(HIDDEN).half() for n in ("input", "post_attention")}
-        for kind, (m, n) in SHAPES.items():
-            rank = int(KEEP * m * n / (m + n))
-            ranks[f"{block}.{kind}"] = rank
-            tensors |= {f"{block}.{kind}.A.weight": random(rank, n), f"{block}.{kind}.B.weight": random(m, rank)}
-        shard(f"model-{layer:03d}.safetensors", tensors)
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=layers,
         num_attention_heads=HEADS,
         vocab_size=VOCABULARY,
         max_position_embeddings=4096,
-        dtype="float16",
-    ).to_dict()
-    config["quantization_config"] = AraConfig(ranks, LAYERS["factors"].since).to_dict()
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    )
+
+
+def write_checkpoint(folder: Path, layers: int) -> None:
+    """Write random factors of every layer."""
+    write_model(folder, llama(layers), torch.float16, KEEP)
 
 
 def main() -> None:
@@ -112,7 +83,7 @@ def main() -> None:
     size = sum(path.stat().st_size for path in output.iterdir())
     largest = VOCABULARY * HIDDEN * (2 if arguments.precision == "fp16" else 4)
     limit = 3 * largest + ALLOWANCE
-    factors = sum(LinearSpec("", 0, "", m, n).cost(int(KEEP * m * n / (m + n))) for m, n in SHAPES.values())
+    factors = sum(spec.cost(uniform_rank(spec, KEEP)) for spec in find_linears(empty_model(llama(1))))
     console.text(
         f"{arguments.layers} blocks of {factors / 1e6:.0f}M parameters, {arguments.precision}: {bytes_text(size)} in "
         f"{seconds_text(seconds)}, peak memory {bytes_text(peak)}; largest tensor {bytes_text(largest)}, limit "

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -22,12 +21,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 
+from ara.models.sources import resolve
+from ara.models.weights import find_linears
 from ara_cli.console import Column, Console
 from ara_cli.formatting import bytes_text, seconds_text
+from benchmarks.random_models import empty_model, write_model
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 # Width of a head, heads per key head, and width of the MLP relative to the hidden width.
 HEAD, GROUP, WIDER = 64, 4, 2.75
@@ -35,61 +40,19 @@ GROUPS = Path("/sys/fs/cgroup")
 SECONDS_BETWEEN = 0.02
 
 
-def block_shapes(hidden: int) -> dict[str, tuple[int, int]]:
-    """Return the shapes (m, n) of the matrices of a block, by their path in it."""
-    narrow, wide = hidden // GROUP, int(WIDER * hidden)
-    shapes = {"q": (hidden, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, hidden)}
-    found = {f"self_attn.{name}_proj": shape for name, shape in shapes.items()}
-    return found | {
-        "mlp.gate_proj": (wide, hidden),
-        "mlp.up_proj": (wide, hidden),
-        "mlp.down_proj": (hidden, wide),
-    }
-
-
-def write_model(folder: Path, layers: int, hidden: int) -> int:
-    """Write a model of random weights with the tokenizer of SmolLM2, a file per block; returns its bytes."""
+def llama(hidden: int, layers: int, vocabulary: int) -> LlamaConfig:
+    """Return the config of a model."""
     from transformers import LlamaConfig
 
-    from ara.models.sources import resolve
-
-    tokenizer = resolve("demo").load_tokenizer()
-    generator = torch.Generator().manual_seed(0)
-    weights: dict[str, str] = {}
-    folder.mkdir(parents=True)
-
-    def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).bfloat16()
-
-    def shard(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        weights.update(dict.fromkeys(tensors, name))
-
-    ends = {"model.embed_tokens.weight": random(len(tokenizer), hidden)}
-    shard("model-ends.safetensors", {**ends, "model.norm.weight": torch.ones(hidden).bfloat16()})
-    for layer in range(layers):
-        block = f"model.layers.{layer}"
-        tensors = {f"{block}.{n}_layernorm.weight": torch.ones(hidden).bfloat16() for n in ("input", "post_attention")}
-        # Outputs of residual branches shrink with the depth, as in trained models.
-        for kind, shape in block_shapes(hidden).items():
-            scale = (2 * layers) ** -0.5 if kind.endswith(("o_proj", "down_proj")) else 1.0
-            tensors[f"{block}.{kind}.weight"] = random(*shape) * scale
-        shard(f"model-{layer:03d}.safetensors", tensors)
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=int(WIDER * hidden),
         num_hidden_layers=layers,
         num_attention_heads=hidden // HEAD,
         num_key_value_heads=hidden // HEAD // GROUP,
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary,
         tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
     )
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 @contextlib.contextmanager
@@ -157,7 +120,10 @@ def main() -> None:
     parser.add_argument("--keep-files", action="store_true", help="leave models and results on the disk")
     arguments = parser.parse_args()
     console, limit = Console(), int(arguments.limit * 1e9)
-    block = 2 * sum(m * n for m, n in block_shapes(arguments.hidden).values())
+    # SmolLM2's, for the text.
+    tokenizer = resolve("demo").load_tokenizer()
+    one = empty_model(llama(arguments.hidden, 1, len(tokenizer)))
+    block = torch.bfloat16.itemsize * sum(spec.dense_cost for spec in find_linears(one))
     depth = max(1, round(arguments.gigabytes * 1e9 / block))
     text = ["--samples", str(arguments.samples)]
     placed = ["--device", "cpu", "--dtype", "bfloat16"]
@@ -174,7 +140,8 @@ def main() -> None:
         folder, workspace = arguments.workspace / f"model-{layers}", arguments.workspace / f"ws-{layers}"
         console.step(f"Writing a model of {layers} blocks")
         shutil.rmtree(folder, ignore_errors=True)
-        size = write_model(folder, layers, arguments.hidden)
+        size = write_model(folder, llama(arguments.hidden, layers, len(tokenizer)), torch.bfloat16)
+        tokenizer.save_pretrained(folder)
         titles.append(f"{layers} blocks, {bytes_text(size)}")
         for name, options in stages.items():
             model = [str(folder), *placed] if name == "decompose" else placed if name == "allocate" else []
