@@ -31,8 +31,6 @@ from ara.progress import Reporter
 
 # Activations are kept if they, and what else a step needs, take at most this share of the free memory.
 _SHARE = 0.5
-
-
 # Keyword of a block's input, where it is not the first argument.
 _INPUT = "hidden_states"
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
