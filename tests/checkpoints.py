@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ara.decomposition.plain import Plain
 from ara.layout_names import DEFAULT_LAYOUT
@@ -22,6 +22,7 @@ from ara.models.silence import silence_transformers
 from ara.models.weights import LinearSpec, find_linears
 from ara.progress import SILENT
 from ara.quantisation.sequential import Parts, round_model
+from tests.decoders import DECODERS, decoder_config
 from tests.tiny import tiny_config, tiny_tokenizer
 
 SIZES: dict[str, Any] = {"hidden_size": 102, "head_dim": 16, "max_position_embeddings": 200}
@@ -48,19 +49,14 @@ def make_checkpoint(
     The matrices of these layers are rounded to ``grid``, if there is one, and embedding and head to ``embedding``.
     Several grids take turns from layer to layer; ``None`` among them: not rounded.
     """
-    values = {
-        key: value
-        for key, value in tiny_config(family).to_dict().items()
-        if key not in ("rope_parameters", "layer_types")
-    }
-    config = type(tiny_config(family))(**{**values, **SIZES, **changes})
+    config = decoder_config(family, **changes) if family in DECODERS else _wider(family, changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
-            elif "norm" in name:  # weights of one would hide a norm that lost its own
+            elif "norm" in name or parameter.ndim == 1:  # weights of one would hide a norm that lost its own
                 torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.2)
     folder = root / "checkpoint"
     if layout is None and grid is None and embedding is None:
@@ -78,6 +74,13 @@ def make_checkpoint(
     stored = DEFAULT_LAYOUT if layout is None else layout
     save_checkpoint(model, tiny_tokenizer(), folder, ranks=ranks, provenance={}, layout=stored, rounded=rounded)
     return Made(folder, model)
+
+
+def _wider(family: str, changes: dict[str, Any]) -> PreTrainedConfig:
+    """Return the config of a family of :mod:`tests.tiny` with :data:`SIZES` and these changes."""
+    tiny = tiny_config(family)
+    values = {key: value for key, value in tiny.to_dict().items() if key not in ("rope_parameters", "layer_types")}
+    return type(tiny)(**{**values, **SIZES, **changes})
 
 
 def _factorise(model: PreTrainedModel, linears: list[LinearSpec], file: Path, layout: Any) -> dict[str, int]:

@@ -20,7 +20,7 @@ from export.onnx.export_report import DATA_FILE, ExportReport, read_report
 from export.onnx.few_bits import is_expanded
 from export.onnx.quantize import BITS, BLOCK
 from export.onnx.runner import OnnxDecoder
-from export.onnx.stored_weights import HEAD, Checkpoint
+from export.onnx.stored_weights import Checkpoint
 from export.onnx.writing import model_config
 from export.stage import export_folder
 
@@ -92,7 +92,7 @@ def count_checkpoint(checkpoint: Checkpoint, about: ExportReport) -> Cost:
     """Return the multiplications and bytes of a pass through a graph, from the shapes of the checkpoint's tensors.
 
     Args:
-        checkpoint: compressed or dense, with Llama's module names, as the graph builder requires.
+        checkpoint: compressed or dense.
         about: precision and form of the graph.
     """
     config = model_config(checkpoint.folder)
@@ -101,10 +101,10 @@ def count_checkpoint(checkpoint: Checkpoint, about: ExportReport) -> Cost:
     matrices = {
         name.removesuffix(".weight"): math.prod(checkpoint.shape(name))
         for name in checkpoint.names()
-        if ".layers." in name and len(checkpoint.shape(name)) == 2
+        if name.startswith(f"{checkpoint.modules.blocks}.") and len(checkpoint.shape(name)) == 2
     }
     linear = sum(matrices.values())
-    matrices[HEAD] = head
+    matrices[checkpoint.modules.head] = head
     total = sum(count * _weight_bytes(checkpoint, about, path, number) for path, count in matrices.items())
     return cost_of(
         config,

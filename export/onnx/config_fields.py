@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ara.errors import ModelError, UnsupportedModelError, first_line
-from ara.jsonfile import first_problem
 from ara.models.context import context_length
+from export.onnx.families import Family, Same
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _MOST_LAYERS, _WIDEST_HEAD, _MOST_POSITIONS = 10_000, 65_536, 2**31 - 1
 
 
-class _Rope(BaseModel):
+class Rope(BaseModel):
     """``rope_parameters``: the fields of every rotary embedding. Variants have more."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
@@ -28,28 +28,40 @@ class _Rope(BaseModel):
 
 
 class ConfigFields(BaseModel):
-    """The fields that are read, with types and ranges."""
+    """The fields that are read, with types and ranges.
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, from_attributes=True)
+    Fields below the first group are read only in families that have them; :func:`read_fields` says under which names.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     hidden_size: int = Field(ge=1)
     num_hidden_layers: int = Field(ge=1, le=_MOST_LAYERS)
     num_attention_heads: int = Field(ge=1)
     num_key_value_heads: int | None = Field(None, ge=1)
     head_dim: int | None = Field(None, ge=1, le=_WIDEST_HEAD)
-    intermediate_size: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
-    rms_norm_eps: float = Field(ge=0)
-    hidden_act: str | None = None
-    hidden_activation: str | None = None
     tie_word_embeddings: bool = False
     bos_token_id: int | None = Field(None, ge=0)
     pad_token_id: int | None = None
-    sliding_window: int | None = Field(None, ge=1)
-    use_sliding_window: bool = True
-    layer_types: list[str] | None = None
     use_bidirectional_attention: bool | None = None
-    rope_parameters: _Rope
+
+    activation: str
+    intermediate: int | None = Field(None, ge=1)
+    epsilon: float = Field(ge=0)
+    sliding_window: int | None = Field(None, ge=1)
+    layer_types: list[str] | None = None
+    rotated: list[int] | None = None
+    rope: Rope | None = None
+    rope_by_type: dict[str, Rope] | None = None
+    head_norm: bool | None = None
+    parallel: bool = False
+    attention_cap: float | None = Field(None, gt=0)
+    logit_cap: float | None = Field(None, gt=0)
+    attention_scale: float | None = Field(None, gt=0)
+    embedding_scale: float = Field(1.0, gt=0)
+    residual_scale: float = Field(1.0, gt=0)
+    logit_scale: float = Field(1.0, gt=0)
 
     @property
     def head(self) -> int:
@@ -62,22 +74,84 @@ class ConfigFields(BaseModel):
         return self.num_key_value_heads or self.num_attention_heads
 
 
-def read_fields(config: PreTrainedConfig) -> ConfigFields:
+# Fields of every family, under their own names.
+COMMON = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "pad_token_id",
+    "use_bidirectional_attention",
+)
+
+
+def field_names(family: Family) -> dict[str, str]:
+    """Return what is read from a config of this family: field of :class:`ConfigFields` → field of the config."""
+    norm, rotation, head_norm, parallel = family.norm, family.rotation, family.head_norm, family.parallel
+    factors = {
+        "attention_scale": family.attention_scale,
+        "embedding_scale": family.embedding_scale,
+        "residual_scale": family.residual_scale,
+        "logit_scale": family.logit_scale,
+    }
+    found: dict[str, str | None] = {
+        **{name: name for name in COMMON},
+        "activation": family.activation,
+        "intermediate": family.intermediate,
+        "epsilon": norm.epsilon if isinstance(norm.epsilon, str) else None,
+        "sliding_window": "sliding_window" if family.windows else None,
+        "layer_types": "layer_types" if family.windows == "by_type" else None,
+        "rope": "rope_parameters" if rotation and not rotation.by_type else None,
+        "rope_by_type": "rope_parameters" if rotation and rotation.by_type else None,
+        "rotated": "no_rope_layers" if rotation and rotation.blocks == "listed" else None,
+        "head_norm": head_norm.when if head_norm else None,
+        "parallel": parallel.when if parallel else None,
+        "attention_cap": family.attention_cap,
+        "logit_cap": family.logit_cap,
+        **{name: power.field if power else None for name, power in factors.items()},
+    }
+    return {name: field for name, field in found.items() if field is not None}
+
+
+def read_fields(config: PreTrainedConfig, family: Family) -> ConfigFields:
     """Return the fields of a config, with types and ranges checked.
 
     Raises:
+        UnsupportedModelError: a field has a value that no graph of this family can have.
         ModelError: a field is missing or invalid; the message names the first.
     """
+    names = field_names(family)
+    values = {name: getattr(config, field) for name, field in names.items() if hasattr(config, field)}
+    if not isinstance(family.norm.epsilon, str):
+        values["epsilon"] = family.norm.epsilon
     try:
-        fields = ConfigFields.model_validate(config)
+        fields = ConfigFields.model_validate(values)
     except ValidationError as error:
-        raise wrong_config(first_problem(error)) from None
+        first = error.errors(include_url=False)[0]
+        place, *inside = map(str, first["loc"])
+        raise wrong_config(f"{'.'.join([names.get(place, place), *inside])}: {first['msg']}") from None
+    for field, wanted in family.only.items():
+        expected = getattr(config, wanted.field) if isinstance(wanted, Same) else wanted
+        # A field that is missing has its default value, which is the wanted one.
+        found = getattr(config, field, expected)
+        if found != expected:
+            raise UnsupportedModelError(
+                f"{field} of this {config.model_type} model is {found!r}; the ONNX graph builder knows only "
+                f"{expected!r}",
+                "this model cannot be exported",
+            )
     if fields.num_attention_heads % fields.kv_heads:
         raise wrong_config(
             f"{fields.num_attention_heads} query heads cannot share {fields.kv_heads} key and value heads"
         )
-    if fields.layer_types is not None and len(fields.layer_types) != fields.num_hidden_layers:
-        raise wrong_config(f"it has {fields.num_hidden_layers} layers and {len(fields.layer_types)} layer_types")
+    for name in ("layer_types", "rotated"):
+        listed = getattr(fields, name)
+        if listed is not None and len(listed) != fields.num_hidden_layers:
+            raise wrong_config(f"it has {fields.num_hidden_layers} layers and {len(listed)} {names[name]}")
     return fields
 
 

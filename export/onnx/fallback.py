@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ara.errors import NumericalError
 from ara.progress import Reporter
@@ -106,7 +107,7 @@ def candidates(reference: Reference, provider: Provider) -> list[Candidate]:
         NumericalError: a cost is NaN or infinite.
     """
     model = reference.load()
-    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     what = {path: _eight(reference.checkpoint, path, provider) for path in linears}
     what = {path: eight for path, eight in what.items() if eight != _NOTHING}
     costs = rounding_costs(model, reference.windows("calibration", _WINDOWS), what)

@@ -7,6 +7,28 @@ from typing import Any
 from export.onnx.architecture import Decoder
 from export.onnx.export_report import GRAPH_FILE, Provider
 
+# Families that onnxruntime-genai 0.18 runs under their own name as decoders with our inputs and outputs. It treats all
+# of them alike, and others as well under the name of no family.
+_TYPES = frozenset(
+    {
+        "ernie4_5",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "llama",
+        "mistral",
+        "nemotron",
+        "olmo",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    }
+)
+_ANY_TYPE = "decoder"
+
 
 def genai_config(decoder: Decoder, eos: list[int], provider: Provider) -> dict[str, Any]:
     """Return the document: greedy search, with caches that past and present share.
@@ -18,7 +40,7 @@ def genai_config(decoder: Decoder, eos: list[int], provider: Provider) -> dict[s
     """
     options: list[dict[str, Any]] = [{"cuda": {}}] if provider == "cuda" else []
     model: dict[str, Any] = {
-        "type": decoder.family,
+        "type": decoder.model_type if decoder.model_type in _TYPES else _ANY_TYPE,
         "context_length": decoder.context,
         "vocab_size": decoder.vocabulary,
         "bos_token_id": decoder.bos,

@@ -17,10 +17,6 @@ from export.onnx.stored_weights import LinearLayer, Rounding
 class LinearNodes(FewBitNodes):
     """A graph with the linear layers and other weights of a checkpoint; see :class:`FewBitNodes` for the arguments."""
 
-    def _layer(self, path: str, m: int, n: int) -> LinearLayer:
-        """Return how the checkpoint stores a linear layer of m outputs and n inputs."""
-        return self.checkpoint.linear(path, m, n)
-
     def linear(self, x: ir.Value, layer: LinearLayer) -> ir.Value:
         """Return the output of a linear layer, (…, n) → (…, m)."""
         return self.linears(x, [layer], layer.path)[0]

@@ -50,12 +50,12 @@ class BlockPivots:
         """Return ``name`` if the tensor has this shape; see :meth:`Checkpoint.expect`."""
         return self.checkpoint.expect(name, *shape)
 
-    def linear(self, path: str, m: int, n: int) -> LinearLayer:
+    def linear(self, path: str, m: int, n: int, *, transposed: bool = False) -> LinearLayer:
         """Return how a linear layer is computed; see :meth:`Checkpoint.linear`.
 
         A layer stays unchanged if a block does not divide its outputs, or if all of them would become pivots.
         """
-        layer = self.checkpoint.linear(path, m, n)
+        layer = self.checkpoint.linear(path, m, n, transposed=transposed)
         if layer.rank is None or m % BLOCK:
             return layer
         pivots = -(-layer.rank // BLOCK) * BLOCK

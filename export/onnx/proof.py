@@ -140,15 +140,25 @@ def check_rotary(decoder: Decoder, model: PreTrainedModel) -> None:
     Raises:
         NumericalError: they differ.
     """
-    rotary = model.get_submodule("model.rotary_emb")
-    cos, sin = decoder.rotary_tables()
+    for name in decoder.rotary:
+        _check_table(decoder, model, name)
+
+
+def _check_table(decoder: Decoder, model: PreTrainedModel, name: str) -> None:
+    """Compare one rotary embedding of the graph with the model's."""
+    rotation = decoder.family.rotation
+    assert rotation is not None
+    rotary = model.get_submodule(decoder.family.names.rotary)
+    cos, sin = decoder.rotary_tables(name)
     width = cos.shape[1]
+    # The model repeats every angle: next to itself, or in a second half.
+    once = slice(0, None, 2) if rotation.neighbours else slice(0, width)
     with torch.inference_mode():
         for start in range(0, decoder.context, 4096):
             positions = torch.arange(start, min(start + 4096, decoder.context))[None]
-            theirs = rotary(torch.zeros(1), positions)
+            theirs = rotary(torch.zeros(1), positions, *([name] if rotation.by_type else []))
             for table, other in zip((cos, sin), theirs, strict=True):
-                off = float((table[positions[0]] - other[0, :, :width]).abs().max())
+                off = float((table[positions[0]] - other[0, :, once]).abs().max())
                 if not off <= _ROTARY_TOLERANCE:
                     raise NumericalError(
                         f"the rotary embedding of the graph differs from the model's by {off:.2g} between positions "

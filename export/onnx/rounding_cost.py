@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ara.models.losses import sampled_targets, token_losses
 from export.onnx.quantize import BITS, rounded
@@ -51,12 +52,13 @@ def rounding_costs(model: nn.Module, ids: torch.Tensor, what: Mapping[str, Eight
     model.requires_grad_(False)
     found: dict[str, float] = {}
 
-    def measure(path: str, module: nn.Linear, args: tuple[torch.Tensor], y: torch.Tensor) -> None:
+    def measure(path: str, module: nn.Linear | Conv1D, args: tuple[torch.Tensor], y: torch.Tensor) -> None:
         """Note the cost when the backward pass reaches the output ``y`` (b, t, m)."""
         x = args[0].detach().flatten(0, -2)
 
         def reached(gradient: torch.Tensor) -> None:
-            changes = _loss_changes(x, module.weight, gradient.flatten(0, -2), what[path])
+            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+            changes = _loss_changes(x, weight, gradient.flatten(0, -2), what[path])
             found[path] = float(changes.double().square().sum()) / 2
 
         y.register_hook(reached)

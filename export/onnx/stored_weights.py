@@ -17,9 +17,8 @@ from ara.layouts import layout_named
 from ara.layouts.modeling_ara import NUMBERS, QUANT_METHOD, AraConfig, RoundedMatrix
 from ara.models.checkpoint import quantization_of, read_config
 from ara.models.folder import INDEX, SINGLE, read_index, read_shapes
+from export.onnx.families import FAMILIES, Names
 
-EMBEDDING = "model.embed_tokens"
-HEAD = "lm_head"
 _AGAIN = "write the checkpoint again: ara truncate --force"
 
 
@@ -61,6 +60,7 @@ class Checkpoint:
         folder: contains ``config.json`` and safetensors files.
 
     Attributes:
+        modules: paths of its modules: those of its family, or Llama's if that is unknown.
         ranks: module path → rank of the low-rank layers.
         layout: of these layers.
         rounded: path of a matrix of few bits → how it is stored. Its name among the tensors is ``<path>.weight``, as if
@@ -73,6 +73,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_config(folder)
+        family = FAMILIES.get(str(self.config.get("model_type")))
+        self.modules = Names() if family is None else family.names
         quantization = quantization_of(folder, self.config)
         method = quantization.get("quant_method")
         if method not in (None, QUANT_METHOD):
@@ -83,6 +85,8 @@ class Checkpoint:
         self.ranks: dict[str, int] = {}
         self.layout = DEFAULT_LAYOUT
         self.rounded: dict[str, Rounding] = {}
+        # Names of dense weights that the files have as (n, m).
+        self._transposed: set[str] = set()
         # Shapes of matrices of few bits; the files show their inputs only up to whole blocks.
         self._matrices: dict[str, tuple[int, ...]] = {}
         if method == QUANT_METHOD:
@@ -122,7 +126,7 @@ class Checkpoint:
 
     def owner(self, path: str) -> str:
         """Return the path whose matrix is multiplied at ``path``: a tied head has none of its own."""
-        return EMBEDDING if path == HEAD and not self.has(f"{path}.weight") else path
+        return self.modules.embedding if path == self.modules.head and not self.has(f"{path}.weight") else path
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor.
@@ -130,7 +134,8 @@ class Checkpoint:
         Raises:
             ModelError: it does not exist.
         """
-        return self._matrices[name] if name in self._matrices else self._stored(name)
+        found = self._matrices[name] if name in self._matrices else self._stored(name)
+        return found[::-1] if name in self._transposed else found
 
     def _stored(self, name: str) -> tuple[int, ...]:
         if name not in self._shapes:
@@ -178,12 +183,20 @@ class Checkpoint:
             return matrix.weight
         try:
             with safe_open(self._files[name], "pt") as file:
-                return file.get_tensor(name)
+                tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{name} cannot be read from {self._files[name]} ({error})", _AGAIN) from None
+        return tensor.T if name in self._transposed else tensor
 
-    def linear(self, path: str, m: int, n: int) -> LinearLayer:
+    def linear(self, path: str, m: int, n: int, *, transposed: bool = False) -> LinearLayer:
         """Return how the linear layer at ``path`` is stored, after checking its shapes.
+
+        Args:
+            path: of the module.
+            m: out features.
+            n: in features.
+            transposed: whether the file has a dense weight as (n, m), like those of a ``Conv1D``. From then on
+                :meth:`shape` and :meth:`tensor` give it as (m, n).
 
         Raises:
             ModelError: a tensor is missing or has another shape.
@@ -192,6 +205,8 @@ class Checkpoint:
         tensors: Mapping[str, tuple[int, ...]]
         if rank is None:
             tensors, bias = {"weight": (m, n)}, f"{path}.bias"
+            if transposed and path not in self.rounded:
+                self._transposed.add(f"{path}.weight")
         else:
             layout = layout_named(self.layout)
             tensors, bias = layout.store(m, n, rank), f"{path}.{layout.bias}"

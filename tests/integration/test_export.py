@@ -106,8 +106,8 @@ def test_nothing_is_left_where_it_fails(
     def nothing_left() -> bool:
         return not listing(workspace / "export") and {path.name for path in tmp_path.iterdir()} == {"ws"}
 
-    def wrong(self: Any) -> Any:
-        return tuple(table.flip(1) for table in original(self))
+    def wrong(self: Any, name: str) -> Any:
+        return tuple(table.flip(1) for table in original(self, name))
 
     original = architecture.Decoder.rotary_tables
     with monkeypatch.context() as patch:

@@ -18,12 +18,12 @@ from ara.layouts.grid import Grid
 from ara.progress import SILENT
 from export.config import ExportConfig
 from export.onnx import runner
-from export.onnx.architecture import FAMILIES
 from export.onnx.runner import OnnxDecoder
 from export.onnx.settings import resolve
 from export.onnx.stored_weights import Checkpoint
 from export.onnx.torch_like import TorchLike
 from export.onnx.writing import write_onnx
+from tests.decoders import BASIC, DECODERS
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +172,9 @@ def test_graphs_of_others_that_cannot_be_run(exported: tuple[Path, Any], tmp_pat
 
 @pytest.mark.parametrize(
     ("family", "precision", "grid"),
-    [(family, precision, None) for family in FAMILIES for precision in ("fp32", "int8")]
-    + [(family, "fp32", Grid(4, 32, True)) for family in FAMILIES]
+    [(family, precision, None) for family in BASIC for precision in ("fp32", "int8")]
+    + [(family, "fp32", Grid(4, 32, True)) for family in BASIC]
+    + [(family, "fp32", None) for family in DECODERS]
     + [("llama", "fp32", Grid(8, 16, False))],
     ids=str,
 )
