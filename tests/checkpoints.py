@@ -22,7 +22,7 @@ from ara.models.silence import silence_transformers
 from ara.models.weights import LinearSpec, find_linears
 from ara.progress import SILENT
 from ara.quantisation.sequential import Parts, round_model
-from tests.decoders import DECODERS, decoder_config
+from tests.decoders import DECODERS, UNKNOWN, decoder_config
 from tests.tiny import tiny_config, tiny_tokenizer
 
 SIZES: dict[str, Any] = {"hidden_size": 102, "head_dim": 16, "max_position_embeddings": 200}
@@ -49,7 +49,7 @@ def make_checkpoint(
     The matrices of these layers are rounded to ``grid``, if there is one, and embedding and head to ``embedding``.
     Several grids take turns from layer to layer; ``None`` among them: not rounded.
     """
-    config = decoder_config(family, **changes) if family in DECODERS else _wider(family, changes)
+    config = decoder_config(family, **changes) if family in (*DECODERS, *UNKNOWN) else _wider(family, changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -81,10 +81,21 @@ _DECODERS: dict[str, dict[str, Any]] = {
     "opt": {**_OWN_SIZES, "ffn_dim": 92, "word_embed_proj_dim": 96, "init_std": 0.1},
 }
 DECODERS = tuple(_DECODERS)
+# Families that the graph builder does not know, for transformers' own exporter.
+_UNKNOWN: dict[str, dict[str, Any]] = {
+    "gptj": {
+        **{name: value for name, value in _OWN_SIZES.items() if name not in ("head_dim", "max_position_embeddings")},
+        "n_positions": 200,
+        "n_inner": 92,
+        "rotary_dim": 8,
+        "tie_word_embeddings": False,
+    },
+}
+UNKNOWN = tuple(_UNKNOWN)
 # The other families, which :mod:`tests.tiny` has: tests of layouts, precisions and few bits run over these.
 BASIC = tuple(family for family in FAMILIES if family not in _DECODERS)
 
 
 def decoder_config(family: str, **changes: Any) -> PreTrainedConfig:
-    """Return the config of one of :data:`DECODERS`, with some fields changed."""
-    return AutoConfig.for_model(family, **{**_DECODERS[family], **changes})
+    """Return the config of one of :data:`DECODERS` or :data:`UNKNOWN`, with some fields changed."""
+    return AutoConfig.for_model(family, **{**(_DECODERS | _UNKNOWN)[family], **changes})

@@ -88,6 +88,7 @@ class ExportReport(_Part):
         precision: of all weights that the checkpoint does not store in few bits, and of the inputs of products.
         rounded: number of matrices that it stores in few bits; the graph has the same numbers. Precision int8 rounds
             their inputs to 8 bits; in other precisions their products are exact.
+        traced: whether transformers' exporter wrote the graph.
         expanded: number of products whose matrix of few bits ONNX Runtime expands to float when it loads the graph.
         fallback: ``None`` where no product had to be exact.
         parity: ``None`` where the graph was not compared.
@@ -100,6 +101,7 @@ class ExportReport(_Part):
     merge_shared_inputs: bool
     last_logits: bool
     rewritten: bool
+    traced: bool = False
     layout: LayoutName
     ranks: Mapping[str, int]
     rounded: int = Field(0, ge=0)

@@ -83,10 +83,16 @@ class OnnxTarget(Target):
         return load
 
     def for_bench(self, view: StageView) -> OnnxExport:
-        """Return the graph to be measured; one that was made with ``--rewrite`` is refused."""
+        """Return the graph to be measured; one of another exporter is refused."""
         from export.onnx.bench_runner import OnnxExport
 
-        if read_report(view.path).rewritten:
+        about = read_report(view.path)
+        if about.traced:
+            raise WorkspaceError(
+                f"{view.key} was written by transformers' own exporter: ara cannot count its multiplications",
+                "name another export with --export",
+            )
+        if about.rewritten:
             raise WorkspaceError(
                 f"{view.key} was made with --rewrite from another exporter's graph: ara has no matching dense one",
                 "export without --rewrite to measure, or name another export with --export",

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from ara.environment import versions
-from ara.errors import ModelError, UsageError, disk_errors, first_line
+from ara.errors import ModelError, UnsupportedModelError, UsageError, disk_errors, first_line
 from ara.jsonfile import dump, read_object
 from ara.models.silence import silence_transformers
 from ara.models.vocabulary import end_tokens
@@ -41,6 +41,7 @@ from export.onnx.rewrite import graph_errors, load_graph, rewrite
 from export.onnx.settings import precision_of, provider_of
 from export.onnx.stored_weights import Checkpoint
 from export.onnx.tolerance import TOLERANCES, all_misses
+from export.onnx.traced import trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -73,7 +74,7 @@ def write_onnx(
         report: progress.
 
     Raises:
-        ModelError: the checkpoint is damaged, or the graph builder does not know its family.
+        ModelError: the checkpoint is damaged, or neither the graph builder nor transformers' exporter can write it.
         NumericalError: the results of the graph differ from those of the checkpoint, in int8 also with exact
             products.
         DiskFullError: the disk is full.
@@ -81,8 +82,14 @@ def write_onnx(
     if not checkpoint.compressed:
         report.warn(f"{checkpoint.folder} is not compressed: the export is dense")
     loaded = model_config(checkpoint.folder)
+    decoder: Decoder | None = None
+    traced: ir.Model | None = None
     # The family comes first: the config of an unknown one may lack the fields that the facts need.
-    decoder = read_decoder(loaded) if config.rewrite is None else None
+    if config.rewrite is None:
+        try:
+            decoder = read_decoder(loaded)
+        except UnsupportedModelError as refusal:
+            traced = trace(checkpoint, loaded, config, refusal, report)
     facts = DecoderFacts(family=loaded.model_type, context=read_context(loaded), eos=_eos(checkpoint.folder, loaded))
     report.fact(
         f"{facts.family}: {len(checkpoint.ranks)} low-rank layers; {config.precision} for {provider_of(config)}"
@@ -90,14 +97,17 @@ def write_onnx(
 
     def write(exact: frozenset[str]) -> ExportReport:
         """Write the graph and its report; a graph of precision int8 multiplies by these matrices exactly."""
-        model, genai = _graph(checkpoint, decoder, facts, config, exact, report)
+        if traced is not None:
+            model, genai = traced, None
+        else:
+            model, genai = _graph(checkpoint, decoder, facts, config, exact, report)
         with disk_errors(folder), graph_errors(Path(config.rewrite)) if config.rewrite else nullcontext():
             _save(model, folder, report)
         with disk_errors(folder):
             if genai is not None:
                 text = dump(genai, GENAI_FILE, indent=1)
                 (folder / GENAI_FILE).write_text(text + "\n", encoding="utf-8")
-            about = _about(checkpoint, model, facts, config, folder, origin)
+            about = _about(checkpoint, model, facts, config, folder, origin, traced=traced is not None)
             about.write(folder)
         return about
 
@@ -118,7 +128,14 @@ def write_onnx(
 
 
 def _about(
-    checkpoint: Checkpoint, model: ir.Model, facts: DecoderFacts, config: ExportConfig, folder: Path, origin: str
+    checkpoint: Checkpoint,
+    model: ir.Model,
+    facts: DecoderFacts,
+    config: ExportConfig,
+    folder: Path,
+    origin: str,
+    *,
+    traced: bool,
 ) -> ExportReport:
     """Return the report of a graph that has been written but not yet compared."""
     return ExportReport(
@@ -128,6 +145,7 @@ def _about(
         merge_shared_inputs=config.merge_shared_inputs,
         last_logits=config.last_logits,
         rewritten=config.rewrite is not None,
+        traced=traced,
         layout=checkpoint.layout,
         ranks=checkpoint.ranks,
         rounded=len(checkpoint.rounded),

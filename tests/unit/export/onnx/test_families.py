@@ -210,3 +210,10 @@ def test_a_field_that_cannot_be_is_named(family: str, field: str, value: Any, co
     with pytest.raises(ModelError, match=complaint) as caught:
         read_decoder(config)
     assert "config.json cannot be used" in str(caught.value)
+
+
+def test_fields_of_other_families_are_not_read() -> None:
+    """A config may have fields that its model ignores."""
+    config = AutoConfig.for_model("llama", sliding_window=16, num_hidden_layers=2, logit_scale=0.5)
+    decoder = read_decoder(config)
+    assert decoder.windows == (None, None) and decoder.logit_scale == 1
