@@ -228,7 +228,11 @@ def test_a_graph_that_is_wrong_is_found_out(
 ) -> None:
     made = checkpoint("qwen2")
     if part == "epsilon":
-        monkeypatch.setattr(GraphBuilder, "_plain_norm", lambda self, x, path, width: self.op("Identity", [x], path))
+
+        def without(self: GraphBuilder, x: ir.Value, path: str, width: int) -> ir.Value:
+            return self.op("Mul", [x, *self._norm_weights(path, width)], path)
+
+        monkeypatch.setattr(GraphBuilder, "_plain_norm", without)
     elif part == "rotary":
         from export.onnx.architecture import Decoder
 
