@@ -28,6 +28,8 @@ DRILL_FLAGS ?=
 BENCH_FLAGS ?=
 # More words for the fuzzer: make fuzz FUZZ_FLAGS="--target ranks --cases 500"
 FUZZ_FLAGS ?=
+# More words for the table of families: make families FAMILIES_FLAGS="llama gemma3_text"
+FAMILIES_FLAGS ?=
 DEMO_FLAGS ?= --keep 0.9 --text python-docs --samples 32 --rank-samples 16 --held-out 8 --tasks python-docs \
 	--eval-seq-len 512 --max-windows 12 \
 	--prompt "Python is a programming language that" -w ara-demo
@@ -50,7 +52,7 @@ CREATE_VENV = for python in $(PYTHON); do \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes bench-processes gpu-check clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz families docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes bench-processes gpu-check clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -162,6 +164,11 @@ drill: $(STAMP) ## kill, interrupt, starve and damage every stage, hundreds of t
 fuzz: $(STAMP) ## feed every command with 20,000 spoilt files, names and numbers (under 15 minutes on 2 cores)
 	@echo "Fuzzing; inputs that fail are kept in build/fuzz"
 	@$(BIN)/python -m tests.fuzz --workers $(WORKERS) $(FUZZ_FLAGS)
+
+families: $(STAMP) ## take a tiny model of every architecture through the pipeline; writes the table (FAMILIES_FLAGS)
+	@echo "Probing architectures"
+	@$(BIN)/python -m tests.families --jobs $(WORKERS) $(FAMILIES_FLAGS)
+	@$(BIN)/python docs/reference.py
 
 docs: $(STAMP) ## build the pages of docs/ into site/, links checked (no network needed to read them)
 	@$(BIN)/python -c 'import material, mkdocs' 2>/dev/null || { \

@@ -1,4 +1,4 @@
-"""Writes the pages of ``docs/reference/`` from the code: commands, stages, registries, aliases of models.
+"""Writes the pages of ``docs/reference/`` from the code: commands, stages, registries, aliases and families of models.
 
     python docs/reference.py            # write the pages
     python docs/reference.py --check    # exit 1 if a page differs from what would be written
@@ -24,6 +24,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "docs" / "reference"
 # Options that at least this many commands share are in one table at the top of the page.
 _SHARED = 8
+# What may come out for a family, and how many dense matrices of one are listed.
+_OUTCOMES = ("works", "refused", "not built")
+_NAMES = 4
 _NOTE = "<!-- Written by docs/reference.py: change the code, then run `make reference`. -->"
 _DEFAULT = re.compile(r"\s*\[default: (.+)\]$")
 _TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "on or off"}
@@ -33,7 +36,13 @@ _HIGH = {"maximum": "at most", "exclusiveMaximum": "below"}
 
 def pages() -> dict[str, str]:
     """Return file name → text of every page."""
-    return {"commands.md": commands(), "stages.md": stages(), "methods.md": registries(), "models.md": models()}
+    return {
+        "commands.md": commands(),
+        "stages.md": stages(),
+        "methods.md": registries(),
+        "models.md": models(),
+        "families.md": families(),
+    }
 
 
 def commands() -> str:
@@ -99,8 +108,62 @@ def models() -> str:
     """Return the page of model aliases."""
     from ara.models.aliases import ALIASES
 
-    intro = "Aliases can be given instead of a hub id, local folder or GGUF file. `ara models` prints them."
+    intro = (
+        "Aliases can be given instead of a hub id, local folder or GGUF file. `ara models` prints them. *Gated*: "
+        "accept the licence on the model's page on the hub first, and run `hf auth login`."
+    )
     return _page("Model aliases", [intro, _records(ALIASES.values())])
+
+
+def families() -> str:
+    """Return the page of all architectures that transformers has: what works, and why the others do not."""
+    from ara.models.families import known_families
+
+    known = known_families()
+    text = [
+        f"All model types of transformers {known.transformers} that predict the next token. `make families` takes a "
+        "tiny random model of each through the pipeline with the default methods: decompose, allocate at keep 0.7, "
+        "truncate, load.",
+        "- *Works*: the loaded checkpoint gives the logits of the same factors in memory, bit for bit. With all layers "
+        "at full rank, a written and loaded checkpoint gives the logits of the dense model.\n"
+        "- *Refused*: ARA stops with this reason and leaves nothing behind.\n"
+        "- *Not built*: transformers makes no tiny model, so nothing is known.",
+        "A real model may have options in its config that the tiny one has not.",
+    ]
+    tables = (("Language models", known.language), ("Further models of text and images", known.multimodal))
+    counts = [
+        [title, *(str(sum(one.outcome == outcome for one in table)) for outcome in _OUTCOMES), str(len(table))]
+        for title, table in tables
+    ]
+    text.append(_table(("", *_OUTCOMES, "all"), counts))
+    for title, table in tables:
+        text.append(f"## {title}")
+        works = [one for one in table if one.outcome == "works"]
+        if works:
+            text.append(
+                "These work. *Layers* counts kinds of factorised layers. Embeddings, head, norms and biases stay "
+                "dense in all of them, and so do the weights of the last column."
+            )
+            rows = [
+                (_code(one.model_type), one.architecture, str(len(one.kinds)), _shortly(one.dense)) for one in works
+            ]
+            text.append(_table(("model type", "class", "layers", "stays dense"), rows))
+        for outcome in _OUTCOMES[1:]:
+            rows = [(_code(one.model_type), one.architecture, one.reason) for one in table if one.outcome == outcome]
+            if rows:
+                text += [f"These are {outcome}:", _table(("model type", "class", "reason"), rows)]
+    return _page("Families", text)
+
+
+def _shortly(names: tuple[str, ...]) -> str:
+    """Return the ends of names of matrices, each once."""
+    ends = list(dict.fromkeys(name.rpartition(".*.")[2].removesuffix(".*") for name in names))
+    more = f" and {len(ends) - _NAMES} more" if len(ends) > _NAMES else ""
+    return ", ".join(map(_code, ends[:_NAMES])) + more or "–"
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
 
 
 def _registries() -> list[Any]:

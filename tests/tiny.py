@@ -143,9 +143,9 @@ def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        # Biases start at zero, where a lost one would not be noticed.
+        # Biases start at zero, as do the gates of some families, where a lost one would not be noticed.
         for name, parameter in model.named_parameters():
-            if name.endswith(("bias", "sinks")):
+            if name.endswith(("bias", "sinks")) or (parameter.dim() >= 2 and not parameter.any()):
                 torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
 

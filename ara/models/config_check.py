@@ -27,6 +27,8 @@ _COUNTS = re.compile(r"(num|n)_.*")
 # Numbers of positions, widths and vocabularies, which some configs name like a count.
 _NO_COUNTS = re.compile(r".*(positions|ctx|embd|embed|inner|vocab|tokens?|parameters|samples|steps).*")
 _SLACK = 4
+# Model types whose num_hidden_layers counts every run of a layer, or two for each: the number of layers with weights.
+_LAYERS_WITH_WEIGHTS = {"hrm_text": "num_layers_per_stack", "longcat_flash": "num_layers"}
 _SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim", "vocab_size")
 
 
@@ -73,23 +75,22 @@ def check_sizes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]] 
         ModelError: the config is for a larger model.
     """
     for key in ("hidden_size", "vocab_size"):
-        value = getattr(config, key, None)
+        value = _global(config, key)
         if isinstance(value, int) and value < 1:
             raise _wrong(name, key, value, "a positive integer")
     if shapes is None:
         return
-    layers, found = getattr(config, "num_hidden_layers", None), _layers(shapes)
+    key = _LAYERS_WITH_WEIGHTS.get(config.model_type, "num_hidden_layers")
+    layers, found = _global(config, key), _layers(shapes)
     # The weights may include layers for training alone, so the config may have fewer, but not none.
     if isinstance(layers, int) and found and not 0 < layers <= found:
-        raise ModelError(
-            f"the config of {name} says num_hidden_layers {layers}, but its weights have {found} layers", _AGAIN
-        )
+        raise ModelError(f"the config of {name} says {key} {layers}, but its weights have {found} layers", _AGAIN)
     elements = sum(math.prod(shape) for shape in shapes.values())
-    hidden = getattr(config, "hidden_size", None)
+    hidden = _global(config, "hidden_size")
     if not isinstance(hidden, int):
         return
     for key in _SIZES:
-        value = getattr(config, key, None)
+        value = _global(config, key)
         # A head, inner feature or token has at least one row about as wide as the model; embeddings may be narrower.
         if isinstance(value, int) and (value < 0 or max(value, 1) * hidden > _SLACK * elements):
             raise ModelError(
@@ -97,6 +98,14 @@ def check_sizes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]] 
                 "numbers in all",
                 _AGAIN,
             )
+
+
+def _global(config: PreTrainedConfig, key: str) -> Any:
+    """Return a value of a config; ``None`` if it has none, or another one for every layer."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # of configs whose layers have values of their own, such as the head_dim of Gemma 4
+        return None
 
 
 def _layers(names: Iterable[str]) -> int:

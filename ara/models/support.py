@@ -11,10 +11,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _EXPECTED = "expected a decoder-only language model"
+_SENSES = "is a vision or audio model"
+_HINTS = {_SENSES: "its language model can be saved as a model of its own, see docs/compressing.md#model"}
 _HINT = "ARA compresses models such as Llama, Mistral, Qwen, Gemma, Phi, OPT and GPT-2; `ara models` lists some"
 
 # Endings of classes that predict the next token; classes with other names are in a table of transformers.
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
+# Encoders that the table of masked language models lacks.
+_FURTHER_ENCODERS = frozenset({"bert-generation"})
+# Model types whose class predicts the next token, but not from the tokens before it alone.
+_NOT_CAUSAL = {
+    "cpmant": "is no left-to-right model: its attention looks both ways",
+    "reformer": "is no left-to-right model: later tokens change the random groups of its attention",
+}
 # Words in the names of sub-configs for other data than text.
 _OTHER_SENSES = ("vision", "audio", "image", "speech")
 
@@ -55,7 +64,7 @@ def check_decoder_only(config: PreTrainedConfig, name: str) -> None:
     if reason is not None:
         classes = ", ".join(config.architectures or []) or "none named"
         found = f"model_type {config.model_type or 'none'}, architectures {classes}"
-        raise UnsupportedModelError(f"{name} {reason} ({found}); {_EXPECTED}", _HINT)
+        raise UnsupportedModelError(f"{name} {reason} ({found}); {_EXPECTED}", _HINTS.get(reason, _HINT))
 
 
 def architecture_name(config: PreTrainedConfig) -> str:
@@ -75,7 +84,7 @@ def _objection(config: PreTrainedConfig) -> str | None:
     if config.is_encoder_decoder:
         return "is an encoder-decoder model"
     if config.model_type in tables.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or _other_senses(config):
-        return "is a vision or audio model"
+        return _SENSES
     if config.model_type not in causal:
         return "is not a causal language model that transformers knows"
     named = config.architectures or []
@@ -84,12 +93,12 @@ def _objection(config: PreTrainedConfig) -> str | None:
     # Families in both tables, such as BERT, have a causal class for weights trained with a causal mask; the config says
     # whether they are.
     decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    if config.model_type in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
+    if config.model_type in _FURTHER_ENCODERS.union(tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES) and not decoder:
         return "is an encoder: its attention looks both ways"
     # XLNet predicts tokens in any order; "uni" makes a left-to-right model of it.
     if getattr(config, "attn_type", "uni") == "bi":
         return "is no left-to-right model: its attention looks both ways"
-    return None
+    return _NOT_CAUSAL.get(config.model_type)
 
 
 def _other_senses(config: PreTrainedConfig) -> bool:

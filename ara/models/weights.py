@@ -26,6 +26,9 @@ from ara.layouts.base import Number
 from ara.layouts.grid import Grid
 from ara.layouts.modeling_ara import CompressedLinear, SeparateExperts, expert_parameters, replace_linear
 
+# Blocks that an error lists.
+_SHOWN_BLOCKS = 8
+
 
 @dataclass(frozen=True)
 class WeightRef:
@@ -169,12 +172,15 @@ def by_block(specs: Iterable[LinearSpec]) -> list[list[LinearSpec]]:
 def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSpec]:
     """List the factorisable linear layers of all decoder blocks, in the order of the model.
 
+    Those of :func:`shared_layers` are not among them: they stay dense.
+
     Args:
         model: a causal language model of transformers.
         exclude: shell patterns of module paths or of their ends (``*.down_proj``, ``model.layers.0.*``).
 
     Raises:
-        UnsupportedModelError: no linear layer, fused expert weights, tied linear weights, weights already quantised.
+        UnsupportedModelError: no linear layer, fused expert weights, every weight shared by several layers, weights
+            already quantised.
         UsageError: a pattern of ``exclude`` matches nothing.
     """
     prefix, blocks = find_blocks(model)
@@ -190,10 +196,32 @@ def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSp
                 ref = WeightRef(f"{prefix}.{layer}.{kind}")
                 weight = ref.read(model)
                 m, n = weight.shape
-                shared = kind.rpartition(".")[0] if kind in of_experts else kind
-                linears.append(LinearSpec(ref.name, layer, shared, m, n, bits=8 * weight.element_size()))
+                of_all = kind.rpartition(".")[0] if kind in of_experts else kind
+                linears.append(LinearSpec(ref.name, layer, of_all, m, n, bits=8 * weight.element_size()))
     _refuse_unsupported(model, prefix, blocks, linears)
-    return _without(linears, exclude)
+    shared = set(shared_layers(model))
+    own = [spec for spec in linears if spec.name not in shared]
+    if not own:
+        raise UnsupportedModelError(
+            f"all {len(linears)} linear layers in the blocks of {type(model).__name__} share their weights with "
+            f"others, such as {linears[0].name}",
+            "ARA factorises layers that have a weight of their own",
+        )
+    return _without(own, exclude)
+
+
+def shared_layers(model: nn.Module) -> list[str]:
+    """Return the paths of linear layers of the decoder blocks that have one weight together, as some of Zamba's have.
+
+    transformers ties such weights by their names, so a factorised layer in the place of one of them would not load.
+    """
+    prefix, blocks = find_blocks(model)
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, weight in blocks.named_parameters(remove_duplicate=False):
+        names.setdefault(weight, []).append(name)
+    owners = [name.rpartition(".")[0] for same in names.values() if len(same) > 1 for name in same]
+    linear = [name for name in owners if isinstance(blocks.get_submodule(name), (nn.Linear, Conv1D))]
+    return [f"{prefix}.{name}" for name in dict.fromkeys(linear)]
 
 
 def _layers_of_experts(block: nn.Module) -> frozenset[str]:
@@ -231,7 +259,7 @@ def bias_of(module: nn.Module) -> torch.Tensor | None:
 
 
 def _refuse_unsupported(model: nn.Module, prefix: str, blocks: nn.ModuleList, linears: list[LinearSpec]) -> None:
-    fused = [name for name, _ in _weights_without_layer(blocks) if _is_of_experts(model, blocks, name)]
+    fused = _fused_experts(blocks)
     if fused:
         raise UnsupportedModelError(
             f"{type(model).__name__} keeps fused expert weights ({len(fused)} of them, such as {prefix}.{fused[0]}), "
@@ -245,7 +273,6 @@ def _refuse_unsupported(model: nn.Module, prefix: str, blocks: nn.ModuleList, li
             f"{type(model).__name__} has no linear layer in its {len(blocks)} blocks; found {found}",
             "ARA factorises nn.Linear (and GPT-2's Conv1D) of decoder blocks",
         )
-    seen: dict[int, str] = {}
     for spec in linears:
         weight = spec.weight.owner(model).weight
         assert isinstance(weight, torch.Tensor)
@@ -253,11 +280,6 @@ def _refuse_unsupported(model: nn.Module, prefix: str, blocks: nn.ModuleList, li
             raise UnsupportedModelError(
                 f"{spec.name} holds {weight.dtype} weights", "start from the unquantised weights of the model"
             )
-        if id(weight) in seen:
-            raise UnsupportedModelError(
-                f"{spec.name} and {seen[id(weight)]} share one weight", "models with tied blocks are not supported yet"
-            )
-        seen[id(weight)] = spec.name
 
 
 def left_dense(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tensor) -> tuple[list[str], list[str]]:
@@ -274,8 +296,13 @@ def left_dense(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tenso
     Returns:
         Paths of those ``linears`` that the forward pass does not call, except experts; and paths of matrices that
         belong to no linear layer.
+
+    Raises:
+        UnsupportedModelError: blocks run in another order than that of their list, or several times.
     """
     called: set[str] = set()
+    order: list[int] = []
+    prefix, blocks = find_blocks(model)
 
     def note(name: str, x: torch.Tensor) -> None:
         called.add(name)
@@ -283,8 +310,15 @@ def left_dense(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tenso
     with ExitStack() as hooks, torch.inference_mode():
         for spec in linears:
             hooks.enter_context(spec.weight.on_input(model, partial(note, spec.name)))
+        for index, block in enumerate(blocks):
+            hooks.enter_context(block.register_forward_pre_hook(lambda *_, index=index: order.append(index)))
         model(input_ids=ids, use_cache=False)
-    prefix, blocks = find_blocks(model)
+    if order != sorted(set(order)):
+        shown = ", ".join(map(str, order[:_SHOWN_BLOCKS])) + ", …" * (len(order) > _SHOWN_BLOCKS)
+        raise UnsupportedModelError(
+            f"a forward pass of {type(model).__name__} runs the blocks of {prefix} in the order {shown}",
+            "ARA compresses models whose blocks run once, one after the other",
+        )
     others = [f"{prefix}.{name}" for name, _ in _weights_without_layer(blocks)]
     return [spec.name for spec in linears if spec.name not in called and spec.pool is None], others
 
@@ -298,11 +332,23 @@ def _weights_without_layer(blocks: nn.ModuleList) -> list[tuple[str, nn.Paramete
     ]
 
 
-def _is_of_experts(model: nn.Module, blocks: nn.ModuleList, name: str) -> bool:
-    """Tell whether a stack of matrices holds the experts of a block, as in transformers 5."""
-    parent = name.rpartition(".")[0]
-    words = f"{name} {type(blocks.get_submodule(parent)).__name__}".lower()
-    return "expert" in words or "moe" in words
+def _fused_experts(blocks: nn.ModuleList) -> list[str]:
+    """Return the parameters that hold a matrix of several experts.
+
+    Most families stack them in three dimensions. DBRX has them below each other, in two.
+    """
+
+    def named(name: str) -> bool:
+        parent = name.rpartition(".")[0]
+        words = f"{name} {type(blocks.get_submodule(parent)).__name__}".lower()
+        return "expert" in words or "moe" in words
+
+    stacked = [name for name, _ in _weights_without_layer(blocks) if named(name)]
+    return stacked or [
+        name
+        for name, weight in blocks.named_parameters()
+        if weight.dim() == 2 and ".experts." in name and not name.endswith(("weight", "bias"))
+    ]
 
 
 def matching(linears: Sequence[LinearSpec], patterns: Sequence[str]) -> frozenset[str]:

@@ -24,7 +24,7 @@ from ara.models.experts import every_expert_sees_all
 from ara.models.placement import Placement, choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
-from ara.models.weights import LinearSpec, find_linears, left_dense
+from ara.models.weights import LinearSpec, find_linears, left_dense, shared_layers
 from ara.stages.common import Run, begin, open_task, outputs_folder, text_parts, warn_without_chat
 from ara.stages.disk_room import Need, check_room, mebibytes
 from ara.stages.factoring import factor_layers, refuse_nonfinite_weights, unfinished
@@ -200,11 +200,13 @@ def _factorisable(
     """Return the layers that the model calls, and report what stays dense."""
     ids = torch.arange(_PROBED_TOKENS)[None] if windows is None else windows.ids[:1, :_PROBED_TOKENS]
     rows = model.get_input_embeddings().weight.shape[0]
+    shared = shared_layers(model)
     uncalled, others = left_dense(model, linears, (ids % rows).to(model.device))
     parts = [
         f"{what} ({', '.join(names[:2])}{', …' if len(names) > 2 else ''})"
         for names, what in (
             (uncalled, f"{len(uncalled)} linear layer{'s' * (len(uncalled) > 1)} that the forward pass does not call"),
+            (shared, f"{len(shared)} linear layers that share their weights"),
             (others, f"{len(others)} weight{'s' * (len(others) > 1)} that belong to no linear layer"),
         )
         if names

@@ -13,13 +13,20 @@ _NO_WORKSPACE = ("workspace", "force", "offload")
 def models(*, s: Session) -> None:
     """List the aliases of models; any hub id, folder or GGUF file works as well."""
     from ara.models.aliases import ALIASES
+    from ara.models.families import known_families
 
-    rows = [(alias.name, alias.repository, alias.parameters, alias.note) for alias in ALIASES.values()]
-    columns = [Column(title, "left") for title in ("alias", "repository", "parameters", "note")]
+    titles = ("alias", "repository", "parameters", "model_type", "licence", "note")
+    rows = [tuple(vars(alias).values()) for alias in ALIASES.values()]
+    columns = [Column(title.replace("_", " "), "left") for title in titles]
     s.console.table("Aliases (any hub id, local folder or GGUF file works as well)", columns, rows)
-    s.console.result(
-        {"models": [dict(zip(("alias", "repository", "parameters", "note"), r, strict=True)) for r in rows]}
+    s.console.fact("gated: accept the licence on the model's page on the hub first, and run `hf auth login`")
+    known = known_families()
+    works = sum(family.outcome == "works" for family in known.language)
+    s.console.fact(
+        f"{works} of {len(known.language)} model types of language models in transformers {known.transformers} work; "
+        "docs/reference/families.md lists them"
     )
+    s.console.result({"models": [dict(zip(titles, row, strict=True)) for row in rows]})
 
 
 @command_line(without=_NO_WORKSPACE)

@@ -40,6 +40,20 @@ _RECURRENT = {
     "block_types": ["recurrent", "recurrent", "attention"],
 }
 _MAMBA = {"num_hidden_layers": 2, "state_size": 7, "time_step_rank": 9}
+_SHARED = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    "hybrid_layer_ids": [1, 3],
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "attention_hidden_size": 120,
+    "attention_head_dim": 20,
+    "n_mamba_heads": 8,
+    "mamba_headdim": 15,
+    "mamba_d_state": 7,
+    "chunk_size": 16,
+    "adapter_rank": 9,
+}
 _GATES = "weights that belong to no linear layer (model.layers.0.temporal_block.rg_lru.input_gate_weight, "
 
 
@@ -54,8 +68,9 @@ _GATES = "weights that belong to no linear layer (model.layers.0.temporal_block.
         ),
         ("mamba", _MAMBA, "plain", "2 linear layers that the forward pass does not call (backbone.layers.0.mixer.dt"),
         ("recurrent_gemma", _RECURRENT, "two-sided", f"4 {_GATES}"),
+        ("zamba2", _SHARED, "two-sided", "linear layers that share their weights (model.layers.1.shared_transformer."),
     ],
-    ids=["mamba", "mamba without text", "recurrent_gemma"],
+    ids=["mamba", "mamba without text", "recurrent_gemma", "zamba2"],
 )
 def test_parts_that_stay_dense(
     kind: str, values: dict[str, Any], method: str, said: str, tmp_path: Path, tiny_text: str

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from ara.errors import AraError, ModelError, UnsupportedModelError
+from ara.models.config_check import check_sizes
 from ara.models.hub import read_hub_config
 from ara.models.sources import resolve
+from tests.families.configs import tiny_config
 
 Change = Callable[..., AraError]
 
@@ -106,3 +108,14 @@ def test_the_hubs_config_is_read_by_the_same_reader(tmp_path: Path, monkeypatch:
             read_hub_config("some/model", None)
     path.write_text('{"model_type": "llama"}')
     assert read_hub_config("some/model", None) == ({"model_type": "llama"}, "a" * 40)
+
+
+def test_layers_with_a_head_dim_of_their_own_pass() -> None:
+    check_sizes(tiny_config("gemma4_text"), {"model.layers.3.mlp.up_proj.weight": (76, 96)}, "it")
+
+
+def test_layers_that_run_several_times_count_once() -> None:
+    config = tiny_config("hrm_text")
+    check_sizes(config, {"model.L_module.layers.1.mlp.up_proj.weight": (760, 96)}, "it")
+    with pytest.raises(ModelError, match="says num_layers_per_stack 2, but its weights have 1 layers"):
+        check_sizes(config, {"model.L_module.layers.0.mlp.up_proj.weight": (760, 96)}, "it")

@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ara.errors import UnsupportedModelError, UsageError
 from ara.layouts.modeling_ara import LowRankLinear, replace_linear, separate_experts
-from ara.models.weights import LinearSpec, WeightRef, bias_of, find_blocks, find_linears
-from tests.tiny import FAMILIES, tiny_model
+from ara.models.weights import LinearSpec, WeightRef, bias_of, find_blocks, find_linears, left_dense, shared_layers
+from tests.families.configs import tiny_config
+from tests.tiny import FAMILIES, random_model, tiny_model
 
 _WIDE = [
     ("self_attn.q_proj", 84, 60),
@@ -233,17 +234,32 @@ def test_routers_are_no_candidates() -> None:
     assert not any("router" in name for name in names)
 
 
-def test_tied_linear_layers() -> None:
-    model = _Model(_block(a=nn.Linear(12, 31)), _block(a=nn.Linear(12, 31)))
-    model.blocks[1]["a"].weight = model.blocks[0]["a"].weight
-    with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.a and blocks\.0\.a share one weight"):
-        find_linears(model)
+def test_experts_below_each_other_in_one_matrix() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"fused expert weights \(6 of them, such as .*experts\.mlp\.w1\)"):
+        find_linears(random_model(tiny_config("dbrx")))
 
 
-def test_the_same_block_twice() -> None:
+def test_layers_that_share_a_weight_stay_dense() -> None:
+    model = _Model(
+        _block(a=nn.Linear(12, 31), b=nn.Linear(31, 12)),
+        _block(a=nn.Linear(12, 31), b=nn.Linear(31, 12)),
+        _block(a=nn.Linear(12, 31), b=nn.Linear(31, 12)),
+    )
+    model.blocks[2]["a"].weight = model.blocks[0]["a"].weight
+    assert shared_layers(model) == ["blocks.0.a", "blocks.2.a"]
+    assert [spec.name for spec in find_linears(model)] == ["blocks.0.b", "blocks.1.a", "blocks.1.b", "blocks.2.b"]
+
+
+def test_no_layer_has_a_weight_of_its_own() -> None:
     block = _block(a=nn.Linear(12, 31))
-    with pytest.raises(UnsupportedModelError, match=r"blocks\.1\.a and blocks\.0\.a share one weight"):
+    with pytest.raises(UnsupportedModelError, match=r"^all 2 linear layers .* share their weights .*blocks\.0\.a"):
         find_linears(_Model(block, block))
+
+
+def test_blocks_that_run_several_times() -> None:
+    model = random_model(tiny_config("hrm_text"))
+    with pytest.raises(UnsupportedModelError, match=r"the blocks of model\.L_module\.layers in the order 0, 1, 0, 1"):
+        left_dense(model, find_linears(model), torch.arange(5)[None])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
