@@ -43,7 +43,10 @@ class Family:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Family:
         """Return what :func:`dataclasses.asdict` made a dictionary of."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fields)
 
 
 @dataclass(frozen=True)

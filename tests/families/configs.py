@@ -83,15 +83,19 @@ def default_config(kind: str) -> PreTrainedConfig:
         raise NotBuilt(f"its config has no defaults ({first_line(refused)})") from refused
 
 
-def tiny_config(kind: str) -> PreTrainedConfig:
+def tiny_config(kind: str, values: Mapping[str, Any] | None = None) -> PreTrainedConfig:
     """Return a small config of a model type.
+
+    Args:
+        kind: model type.
+        values: fields with a value other than that of the table.
 
     Raises:
         NotBuilt: the defaults make no config, or small values make none.
     """
     default = default_config(kind)
     try:
-        return CONFIG_MAPPING[kind](**_merged(_shrunk(default), _special().get(kind, {})))
+        return CONFIG_MAPPING[kind](**_merged(_merged(_shrunk(default), _special().get(kind, {})), values or {}))
     except Exception as error:
         raise NotBuilt(f"its config refuses small values ({first_line(error)})") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,14 @@ def architectures(table: Table) -> dict[str, str]:
     return {kind: name for kind, name in sorted(pictures.items()) if kind not in language}
 
 
-def probe(kind: str, architecture: str, folder: Path) -> Family:
+def probe(kind: str, architecture: str, folder: Path, values: Mapping[str, Any] | None = None) -> Family:
     """Take one model type through the pipeline, inside an empty folder.
 
     Args:
         kind: model type.
         architecture: class of its models.
         folder: for the model and the workspace.
+        values: of fields of its config, instead of those of the table.
     """
 
     def family(outcome: Any, reason: str) -> Family:
@@ -69,7 +70,7 @@ def probe(kind: str, architecture: str, folder: Path) -> Family:
         # A family that is refused by its config needs no model.
         if why := _refusal(default_config(kind), model_folder):
             return family("refused", why)
-        _make(tiny_config(kind), model_folder)
+        _make(tiny_config(kind, values), model_folder)
         return Family(kind, architecture, "works", *_through(model_folder, workspace, folder))
     except NotBuilt as error:
         return family("not built", str(error))
