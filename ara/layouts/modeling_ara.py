@@ -414,6 +414,17 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_fused(module)}
 
 
+def expert_layers(model: nn.Module) -> list[str]:
+    """Return the paths of the layers of separate experts in ``model``."""
+    return [
+        f"{path}.{name}.{expert}".removeprefix(".")
+        for path, module in model.named_modules()
+        if isinstance(module, SeparateExperts)
+        for name in expert_parameters(module)
+        for expert in range(module.num_experts)
+    ]
+
+
 def separate_experts(model: nn.Module) -> nn.Module:
     """Turn fused experts into separate linear layers, in place; the layers share the memory of the fused parameter."""
     for module in fused_experts(model).values():

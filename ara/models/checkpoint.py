@@ -22,8 +22,10 @@ from ara.layouts.modeling_ara import (
     SeparateExperts,
     densify,
     dequantise,
+    expert_layers,
     fuse_experts,
     replace_rounded,
+    separate_experts,
 )
 from ara.models.completeness import check_loaded, stored_tensors, weight_files
 from ara.models.loading import why_not_loaded
@@ -65,10 +67,12 @@ def save_checkpoint(
         max_shard_size: largest file, such as ``5GB``.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    modules = rounded or {}
     if dense:
-        fuse_experts(densify(model))
-    elif ranks or rounded:
-        modules = rounded or {}
+        densify(model)
+    if dense or {*ranks, *modules}.isdisjoint(expert_layers(model)):
+        fuse_experts(model)
+    if not dense and (ranks or rounded):
         replace_rounded(model, modules)
         declare_compressed(model, folder, ranks=ranks, provenance=provenance, layout=layout, rounded=modules)
     with silence_transformers():
@@ -171,7 +175,10 @@ def check_complete(folder: Path) -> None:
 
 
 def _read(folder: Path, dtype: torch.dtype | None, device: str | None = None) -> PreTrainedModel:
-    """Load a checkpoint and compare it with its files; dtype ``None``: as stored."""
+    """Load a checkpoint, whose experts become separate layers, and compare it with its files.
+
+    A dtype of ``None`` is that of the files.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -193,6 +200,7 @@ def _read(folder: Path, dtype: torch.dtype | None, device: str | None = None) ->
         raise ModelError(f"{folder} cannot be loaded: {reason}", _AGAIN) from error
     stored = stored_tensors(weight_files(folder))
     check_loaded(model, loading, f"{folder} cannot be loaded: the checkpoint", stored, _AGAIN)
+    separate_experts(model)
     loaded: PreTrainedModel = model
     return loaded
 

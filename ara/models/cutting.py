@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ara.layout_names import LayoutName
 from ara.layouts import layout_named
 from ara.layouts.base import Layout
-from ara.layouts.modeling_ara import CompressedLinear, densify, fuse_experts
+from ara.layouts.modeling_ara import CompressedLinear, densify, expert_layers, fuse_experts
 from ara.models.accounting import parameter_count, weight_bytes
 from ara.models.checkpoint import declare_compressed, finish_files, save_checkpoint
 from ara.models.low_rank import apply_factors, build_layer
@@ -79,7 +79,8 @@ def save_cut(
     """
     # Products of the stored factors themselves give the most exact dense weights.
     built: LayoutName = "factors" if dense else layout
-    if (why := stored.converted()) is not None:
+    separate = not dense and not ranks.keys().isdisjoint(expert_layers(stored.model))
+    if (why := stored.converted(separate)) is not None:
         report.fact(f"{why}: the whole model is loaded")
         model = stored.load()
         apply_factors(model, ranks, files, built, report)
@@ -91,7 +92,7 @@ def save_cut(
     model, form = stored.model, layout_named(built)
     with report.bar(form.progress, len(ranks)) if form.progress and ranks else nullcontext() as bar:
         layers = _Layers(stored, ranks, files, form, dense, (lambda: None) if bar is None else bar.advance)
-        if dense:
+        if not separate:
             fuse_experts(model)
         state: Mapping[str, torch.Tensor] = model.state_dict()
         if ranks and not dense:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from ara.errors import ModelError, first_line
 from ara.models.completeness import check_range
 from ara.models.shown import first_names
-from ara.models.stored_names import Fused, fused_parameters, sources_of
+from ara.models.stored_names import Fused, fused_parameters, keeps_names, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,13 +49,18 @@ class StoredModel:
         self._parts = [part for fused in self.fused.values() for part in fused.parts]
         self._sources = sources_of(model, self._files)
 
-    def converted(self) -> str | None:
-        """Return why tensors cannot be taken from the files, or ``None``: transformers computes some of them."""
-        own = {key for key, _ in self.model.named_parameters()}
-        missing = sorted((own | _persistent_buffers(self.model)) - self._sources.keys())
-        # Names that rules have changed would be changed again in a copy, but not in one with separate experts.
-        if getattr(self.model, "_weight_conversions", None) and (missing or not self.fused):
-            return "transformers converts weights of this family when it loads them"
+    def converted(self, separate: bool = False) -> str | None:
+        """Return why tensors cannot be taken from the files, or ``None``: transformers computes or renames some.
+
+        Args:
+            separate: whether experts are separate in what is written from them. transformers reads the names in it as
+                they are, else by the rules of the family.
+        """
+        own = {key for key, _ in self.model.named_parameters()} | _persistent_buffers(self.model)
+        missing = sorted(own - self._sources.keys())
+        if getattr(self.model, "_weight_conversions", None):
+            known = separate or (bool(self.fused) and keeps_names(self.model, {*own, *self.fused} - {*self._parts}))
+            return None if known and not missing else "transformers converts weights of this family when it loads them"
         return f"the files lack {first_names(missing)}" if missing else None
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -73,6 +73,24 @@ class _Merged:
     keys: dict[str, list[str]] = field(default_factory=dict)
 
 
+def keeps_names(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Tell whether transformers would load tensors with these names of the model in memory as they are."""
+    from transformers.core_model_loading import rename_source_key
+
+    rules = _rules(model)
+    return all(rename_source_key(name, *rules) == (name, None) for name in names)
+
+
+def _rules(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
+    """Return the renamings and the converters that transformers has used to load a model."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    used = getattr(model, "_weight_conversions", None) or []
+    return [one for one in used if isinstance(one, WeightRenaming)], [
+        one for one in used if isinstance(one, WeightConverter)
+    ]
+
+
 def sources_of(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Source]:
     """Return where the tensors of a model are; those that transformers computes in another way are missing.
 
@@ -80,16 +98,9 @@ def sources_of(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Source]
         model: result of ``from_pretrained``, whose experts are separate now.
         keys: names in its files.
     """
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-    used = getattr(model, "_weight_conversions", None) or []
-    renamings = [rule for rule in used if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in used if isinstance(rule, WeightConverter)]
+    renamings, converters = _rules(model)
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     fused = fused_parameters(model)
     own = {**dict.fromkeys(fused, True), **dict.fromkeys(model.state_dict(), True)}

@@ -24,7 +24,7 @@ from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import layout_named
 from ara.layouts.base import Number
 from ara.layouts.grid import Grid
-from ara.layouts.modeling_ara import CompressedLinear, SeparateExperts, expert_parameters, replace_linear
+from ara.layouts.modeling_ara import CompressedLinear, SeparateExperts, expert_layers, replace_linear
 
 # Blocks that an error lists.
 _SHOWN_BLOCKS = 8
@@ -186,7 +186,7 @@ def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSp
     prefix, blocks = find_blocks(model)
     linears: list[LinearSpec] = []
     for layer, block in enumerate(blocks):
-        of_experts, routers = _layers_of_experts(block), _routers(block)
+        of_experts, routers = frozenset(expert_layers(block)), _routers(block)
         for kind, module in block.named_modules():
             if isinstance(module, CompressedLinear):
                 raise UnsupportedModelError(
@@ -224,17 +224,6 @@ def shared_layers(model: nn.Module) -> list[str]:
     return [f"{prefix}.{name}" for name in dict.fromkeys(linear)]
 
 
-def _layers_of_experts(block: nn.Module) -> frozenset[str]:
-    """Return the paths of the layers of separate experts in a block."""
-    return frozenset(
-        f"{path}.{name}.{expert}".removeprefix(".")
-        for path, module in block.named_modules()
-        if isinstance(module, SeparateExperts)
-        for name in expert_parameters(module)
-        for expert in range(module.num_experts)
-    )
-
-
 def _routers(block: nn.Module) -> frozenset[str]:
     """Return the paths of linear layers that have one output per expert and stand beside separate experts."""
     found = set()
@@ -244,7 +233,7 @@ def _routers(block: nn.Module) -> frozenset[str]:
             for name, layer in block.get_submodule(beside).named_modules():
                 if isinstance(layer, nn.Linear) and layer.out_features == module.num_experts:
                     found.add(f"{beside}.{name}".removeprefix("."))
-    return frozenset(found) - _layers_of_experts(block)
+    return frozenset(found).difference(expert_layers(block))
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -35,8 +35,8 @@ _PLACE = {"device": "cpu", "dtype": "float32"}
 # Longer than the windows of tiny configs, so that their masks matter.
 _WINDOW = 24
 _KEEP = 0.7
-# Largest difference of logits at full rank, as a share of the largest logit.
-_TOLERANCE = 2e-4
+# Largest differences of logits, as a share of the largest logit: at full rank, and of the same numbers.
+_TOLERANCE, _ROUNDING = 2e-4, 1e-6
 
 
 class Wrong(Exception):
@@ -168,8 +168,9 @@ def _check_compressed(
         raise Wrong(f"no layer is factorised at keep {_KEEP}")
     apply_factors(memory, ranks, files)
     written, made = _logits(loaded, ids), _logits(memory, ids)
-    if not torch.equal(written, made):
-        raise Wrong(f"the loaded checkpoint differs from the model in memory, by {_difference(written, made):.1e}")
+    # Dense experts in memory may be transposed views, which are multiplied in another order.
+    if (difference := _difference(written, made)) > _ROUNDING:
+        raise Wrong(f"the loaded checkpoint differs from the model in memory, by {difference:.1e}")
     if torch.equal(written, dense):
         raise Wrong(f"the logits at keep {_KEEP} are those of the dense model: no factorised layer is used")
 
