@@ -63,17 +63,15 @@ ALIASES: dict[str, Alias] = {
         Alias("qwen3-4b", "Qwen/Qwen3-4B", "4.0 B", "qwen3", _APACHE, _CHAT),
         Alias("qwen3-8b", "Qwen/Qwen3-8B", "8.2 B", "qwen3", _APACHE, _CHAT),
         Alias("qwen3-14b", "Qwen/Qwen3-14B", "14.8 B", "qwen3", _APACHE, _CHAT),
-        Alias(
-            "qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", "30.5 B", "qwen3_moe", _APACHE, f"{_CHAT}; 128 experts, 8 at a time"
-        ),
-        Alias("olmoe-7b", "allenai/OLMoE-1B-7B-0924", "6.9 B", "olmoe", _APACHE, f"{_BASE}; 64 experts, 8 at a time"),
+        Alias("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", "30.5 B", "qwen3_moe", _APACHE, f"{_CHAT}; 128 experts"),
+        Alias("olmoe-7b", "allenai/OLMoE-1B-7B-0924", "6.9 B", "olmoe", _APACHE, f"{_BASE}; 64 experts"),
         Alias(
             "mixtral-8x7b",
             "mistralai/Mixtral-8x7B-v0.1",
             "46.7 B",
             "mixtral",
             _APACHE,
-            f"{_BASE}; 8 experts, 2 at a time",
+            f"{_BASE}; 8 experts",
         ),
         Alias("gemma2-2b", "google/gemma-2-2b", "2.6 B", "gemma2", _GEMMA, _BASE),
         Alias("gemma3-1b", "google/gemma-3-1b-pt", "1.0 B", "gemma3_text", _GEMMA, f"{_BASE}; text alone"),
