@@ -110,7 +110,7 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
         moments = max(_accumulators(shape, chunk, method.needs_gradients) for chunk in chunks)
         tokens = config.samples * config.seq_len
         work += shape.window.forward(config.samples, head=False)
-        work += _gram([spec.n for spec in shape.leaders], tokens)
+        work += _gram([(spec.n, shape.share(spec)) for spec in shape.leaders], tokens)
         reading = _transient(shape, config.batch_size, config.seq_len)
         output = config.seq_len * shape.hidden * shape.dtype.itemsize
         cuts = len(chunks) - 1
@@ -119,7 +119,7 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
             assert isinstance(method.options, TwoSidedOptions)
             windows = max(1, round(method.options.gradient_share * config.samples))
             work += shape.window.forward(windows) + shape.window.backward(windows)
-            work += _gram([spec.m for spec in shape.specs], windows * config.seq_len)
+            work += _gram([(spec.m, shape.share(spec)) for spec in shape.specs], windows * config.seq_len)
             work += loss(shape.vocabulary, windows * config.seq_len)
             reading = _graph(shape, settings, config.batch_size, config.seq_len, free)
             kept += min(2 * cuts * windows * output, free // _SHARE)
@@ -192,7 +192,7 @@ def recover(shape: ModelShape, settings: Settings, free: int) -> Need:
     for spec in shape.leaders:
         train, held_out = (count * seq_len for count in (config.samples, config.held_out))
         n2, gram = 2.0 * spec.n * spec.n, gram_flops(spec.n)
-        work += Work(single=train * (n2 + gram) + held_out * (n2 + 2 * gram))
+        work += Work(single=train * (n2 + gram) + held_out * (n2 + 2 * gram)) * shape.share(spec)
     for spec in shape.specs:
         work += correction(spec, ranks.get(spec.name))
         if spec.name in ranks:
@@ -252,19 +252,27 @@ def _table(shape: ModelShape, settings: Settings) -> Work:
 
 
 def _masks(shape: ModelShape, tokens: int) -> Work:
-    return sum((mask_gradient(spec, tokens) for spec in shape.specs), Work())
+    return sum((mask_gradient(spec, tokens) * shape.share(spec) for spec in shape.specs), Work())
 
 
-def _gram(widths: Sequence[int], tokens: int) -> Work:
-    """Return the work of second moments: products, and the copy in float32 with the sum of its magnitudes."""
-    return Work(single=float(sum(map(gram_flops, widths))) * tokens, moved=16.0 * sum(widths) * tokens)
+def _gram(widths: Sequence[tuple[int, float]], tokens: int) -> Work:
+    """Return the work of second moments: products, and the copy in float32 with the sum of its magnitudes.
+
+    Args:
+        widths: of the vectors, and the share of the tokens that have one.
+        tokens: their number.
+    """
+    flops = sum(share * gram_flops(width) for width, share in widths)
+    return Work(single=flops * tokens, moved=16.0 * sum(share * width for width, share in widths) * tokens)
 
 
 def _cut_forward(shape: ModelShape, settings: Settings, windows: float, seq_len: int, head: bool = True) -> Work:
     """Return the work of forward passes of the compressed model."""
     dense = shape.window.forward(windows, seq_len, head=head)
-    kept = sum(_stored(spec, settings.ranks.get(spec.name)) for spec in shape.specs)
-    return dense + Work(products=2.0 * (kept - shape.linear) * windows * seq_len)
+    more = sum(
+        shape.share(spec) * (_stored(spec, settings.ranks.get(spec.name)) - spec.dense_cost) for spec in shape.specs
+    )
+    return dense + Work(products=2.0 * more * windows * seq_len)
 
 
 def _stored(spec: LinearSpec, rank: int | None) -> int:
@@ -272,20 +280,29 @@ def _stored(spec: LinearSpec, rank: int | None) -> int:
 
 
 def _prefixes(shape: ModelShape) -> float:
-    """Return how much of a pass through the blocks precedes each group of layers, summed over the groups."""
-    total = 0.0
+    """Return how much of a pass through the blocks precedes each group of layers, summed over the groups.
+
+    One layer of all experts is read in one pass.
+    """
+    total = whole = 0.0
     for block in by_block(shape.specs):
-        before = 0
+        before, read = 0.0, set[str]()
         for spec in block:
-            if shape.owners[spec.name] == spec.name:
+            step = spec.pool or spec.name
+            if shape.owners[spec.name] == spec.name and step not in read:
                 total += before
-            before += spec.dense_cost
-    return total / shape.linear
+                read.add(step)
+            before += spec.dense_cost * shape.share(spec)
+        whole += before
+    return total / whole
 
 
 def _accumulators(shape: ModelShape, chunk: Sequence[LinearSpec], gradients: bool) -> int:
     widths = [spec.n for spec in chunk if shape.owners[spec.name] == spec.name]
-    widths += [spec.m for spec in chunk if gradients]
+    widths += {spec.pool: spec.n for spec in chunk if spec.pool is not None}.values()
+    if gradients:
+        widths += [spec.m for spec in chunk]
+        widths += {spec.pool: spec.m for spec in chunk if spec.pool is not None}.values()
     return sum(map(InputAccumulator.bytes_for, widths))
 
 
@@ -302,7 +319,8 @@ def _graph(shape: ModelShape, settings: Settings, windows: int, seq_len: int, fr
     kept = shape.window.kept * windows
     if masks:
         # Each layer keeps its input.
-        kept += windows * seq_len * sum(spec.n for spec in shape.leaders) * shape.dtype.itemsize
+        inputs = sum(spec.n * shape.share(spec) for spec in shape.leaders)
+        kept += int(windows * seq_len * inputs * shape.dtype.itemsize)
     logits = _logits(shape, windows, seq_len)
     if kept > free // 2:
         # The blocks are computed again (ara.models.recompute): one block's graph is kept. The inputs of all blocks are

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from ara.models.accounting import parameter_count
 from ara.models.recompute import distinct_bytes, keeping_graph
 from ara.models.sources import ModelSource
 from ara.models.weights import LinearSpec, find_blocks, find_linears
+from ara.planning.experts import first_expert_for_all
 from ara.planning.work import Work
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class ModelShape:
     Attributes:
         specs: the layers that are factorised, with the bits of the run's dtype.
         owners: layer → the first layer of the model with the same input.
+        shares: path of a list with one layer of all experts → the share of the tokens that an expert sees on average.
         parameters: of the model; a tied weight counts once.
         embeddings: parameters of the embedding and the head; a tied pair counts once.
         block: parameters of the largest decoder block.
@@ -91,6 +93,7 @@ class ModelShape:
 
     specs: tuple[LinearSpec, ...]
     owners: Mapping[str, str]
+    shares: Mapping[str, float]
     parameters: int
     embeddings: int
     block: int
@@ -115,6 +118,10 @@ class ModelShape:
     def block_bytes(self) -> int:
         """Bytes of the largest block, beside which embedding and head must be in memory, in the run's dtype."""
         return (self.block + self.embeddings) * self.dtype.itemsize
+
+    def share(self, spec: LinearSpec) -> float:
+        """Return the share of the tokens that a layer sees, 1 if it is no expert's."""
+        return 1.0 if spec.pool is None else self.shares[spec.pool]
 
     @property
     def leaders(self) -> tuple[LinearSpec, ...]:
@@ -155,19 +162,25 @@ def read_shape(
         "hidden": model.get_input_embeddings().weight.shape[1],
         "vocabulary": model.get_output_embeddings().weight.shape[0],
     }
-    window, owners = trace(model, linears, seq_len, source.identity.requested)
+    window, owners, shares = trace(model, linears, seq_len, source.identity.requested)
     called = tuple(replace(spec, layout=layout) for spec in linears if spec.name in owners)
     if not called:
         raise UnsupportedModelError(
             f"{type(model).__name__} calls none of its {len(linears)} linear layers in a forward pass",
             "ARA can only factorise layers whose modules are called",
         )
-    return ModelShape(called, owners, dtype=dtype, window=window, **counts)
+    return ModelShape(called, owners, shares, dtype=dtype, window=window, **counts)
 
 
-def trace(
-    model: PreTrainedModel, linears: Sequence[LinearSpec], seq_len: int, name: str
-) -> tuple[WindowPass, dict[str, str]]:
+class Trace(NamedTuple):
+    """What a pass shows: its work, and :attr:`ModelShape.owners` and :attr:`ModelShape.shares`."""
+
+    window: WindowPass
+    owners: dict[str, str]
+    shares: dict[str, float]
+
+
+def trace(model: PreTrainedModel, linears: Sequence[LinearSpec], seq_len: int, name: str) -> Trace:
     """Return what a pass over one window takes, and which layers share an input.
 
     Args:
@@ -194,6 +207,7 @@ def trace(
         try:
             with (
                 watching_inputs(model, linears) as owners,
+                first_expert_for_all(model) as shares,
                 torch.enable_grad(),
                 keeping_graph() as saved,
                 _whole(),
@@ -210,7 +224,9 @@ def trace(
         finally:
             handle.remove()
     before = at_head[0][0] if at_head else counter.products
-    return WindowPass(seq_len, before, counter.attention, counter.products - before, counter.moved, kept), owners
+    window = WindowPass(seq_len, before, counter.attention, counter.products - before, counter.moved, kept)
+    owners |= {spec.name: spec.name for spec in linears if spec.pool in shares}
+    return Trace(window, owners, shares)
 
 
 @contextmanager

@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ara.calibration.moments import shared_inputs
 from ara.errors import UnsupportedModelError, UsageError
+from ara.layouts.modeling_ara import separate_experts
 from ara.models.accounting import parameter_count
 from ara.models.recompute import distinct_bytes, keeping_graph
 from ara.models.weights import find_blocks, find_linears
 from ara.planning.shape import trace
 from tests.shapes import TOKENS, shape_of
-from tests.tiny import FAMILIES, save_tiny, tiny_config, tiny_model
+from tests.tiny import FAMILIES, MIXTURES, save_tiny, tiny_config, tiny_model
 
 
 @pytest.fixture(params=FAMILIES)
@@ -66,13 +67,13 @@ def test_a_pass_without_numbers_takes_what_a_pass_with_numbers_takes(family: str
 
 def test_a_pass_of_more_windows_and_other_lengths() -> None:
     model = tiny_model("llama").to("meta").requires_grad_(False)
-    window, _ = trace(model, find_linears(model), TOKENS, "llama")
+    window, *_ = trace(model, find_linears(model), TOKENS, "llama")
     one, more = window.forward(1), window.forward(3, 2 * TOKENS)
     assert (one.products, one.attention) == (window.products + window.head, window.attention)
     assert (more.products, more.attention) == (6 * one.products, 12 * one.attention)
     assert more.moved == 6 * one.moved
     assert window.forward(1, head=False).products == one.products - window.head
-    longer, _ = trace(tiny_model("llama").to("meta"), find_linears(model), 2 * TOKENS, "llama")
+    longer, *_ = trace(tiny_model("llama").to("meta"), find_linears(model), 2 * TOKENS, "llama")
     assert longer.products == 2 * window.products and longer.attention == 4 * window.attention
 
 
@@ -97,3 +98,21 @@ def test_a_model_that_looks_at_its_numbers_is_refused(monkeypatch: pytest.Monkey
     folder = save_tiny(tmp_path / "llama", "llama")
     with pytest.raises(UnsupportedModelError, match="its forward pass needs numbers"):
         shape_of(folder)
+
+
+@pytest.mark.parametrize("family", [*MIXTURES, "llama4_text"])
+def test_an_expert_sees_its_share_of_the_tokens(family: str, tmp_path: Path) -> None:
+    """A pass without numbers has the products that a pass with numbers has, whatever the router does."""
+    tiny_config(family).save_pretrained(tmp_path)
+    shape, model = shape_of(tmp_path), separate_experts(tiny_model(family)).requires_grad_(False)
+    chosen = 1 if family == "llama4_text" else 2
+    experts = [spec for spec in shape.specs if spec.pool is not None]
+    assert {spec.name for spec in experts} == {spec.name for spec in find_linears(model) if spec.pool is not None}
+    assert {shape.share(spec) for spec in experts} == {chosen / 5}
+    assert all(shape.owners[spec.name] == spec.name for spec in experts)
+    assert {shape.share(spec) for spec in shape.specs if spec.pool is None} == {1.0}
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        model(input_ids=torch.arange(3, 3 + TOKENS)[None], use_cache=False)
+    products = flops.get_flop_counts()["Global"]
+    counted = sum(count for operation, count in products.items() if "scaled_dot" not in str(operation))
+    assert shape.window.products + shape.window.head == counted
