@@ -124,8 +124,8 @@ def families() -> str:
         f"All model types of transformers {known.transformers} that predict the next token. `make families` takes a "
         "tiny random model of each through the pipeline with the default methods: decompose, allocate at keep 0.7, "
         "truncate, load.",
-        "- *Works*: the loaded checkpoint gives the logits of the same factors in memory, within 10⁻⁶ of the largest. With all layers "
-        "at full rank, a written and loaded checkpoint gives the logits of the dense model.\n"
+        "- *Works*: the loaded checkpoint gives the logits of the same factors in memory, within 10⁻⁶ of the largest. "
+        "With all layers at full rank, a written and loaded checkpoint gives the logits of the dense model.\n"
         "- *Refused*: ARA stops with this reason and leaves nothing behind.\n"
         "- *Not built*: transformers makes no tiny model, so nothing is known.",
         "A real model may have options in its config that the tiny one has not.",
