@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ara.decomposition.plain import Plain
 from ara.layout_names import DEFAULT_LAYOUT
 from ara.layouts.grid import Grid
+from ara.layouts.modeling_ara import separate_experts
 from ara.models.checkpoint import save_checkpoint
 from ara.models.embeddings import find_embeddings
 from ara.models.low_rank import apply_factors
@@ -64,7 +65,7 @@ def make_checkpoint(
             model.save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)
         return Made(folder, model)
-    linears = find_linears(model)
+    linears = find_linears(separate_experts(model))
     ranks = {} if layout is None else _factorise(model, linears, root / "factors.safetensors", layout)
     in_turn = cycle([grid] if grid is None or isinstance(grid, Grid) else grid)
     grids = {spec.name: one for spec, one in zip(linears, in_turn, strict=False) if one is not None}
@@ -91,7 +92,7 @@ def _factorise(model: PreTrainedModel, linears: list[LinearSpec], file: Path, la
         tensors[f"{spec.name}.A"] = factors.a.float().contiguous()
         tensors[f"{spec.name}.B"] = factors.b.float().contiguous()
     save_file(tensors, file)
-    ranks = {spec.name: spec.full_rank // 2 - spec.layer for spec in linears if spec.name != linears[1].name}
+    ranks = {spec.name: max(1, spec.full_rank // 2 - spec.layer) for spec in linears if spec.name != linears[1].name}
     apply_factors(model, ranks, dict.fromkeys(ranks, file), layout)
     return ranks
 

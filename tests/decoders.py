@@ -41,6 +41,7 @@ _ROTARIES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 20000.0, "factor": 2.0},
 }
+_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 44}
 _GEMMA = {**_COMMON, **_TYPES, "query_pre_attn_scalar": 9, "final_logit_softcapping": 3.0}
 
 _DECODERS: dict[str, dict[str, Any]] = {
@@ -77,6 +78,27 @@ _DECODERS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 3,
         "rotary_pct": 0.5,
     },
+    "mixtral": {**_COMMON, "num_local_experts": 5, "sliding_window": 21},
+    "qwen2_moe": {
+        **_OWN_HEADS,
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 52,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [0],
+        "use_sliding_window": True,
+        "sliding_window": 21,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "qwen3_moe": {
+        **_COMMON,
+        **_EXPERTS,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 4,
+        "decoder_sparse_step": 2,
+        "use_sliding_window": True,
+        "sliding_window": 21,
+    },
+    "olmoe": {**_OWN_HEADS, **_EXPERTS},
     "gpt2": {**_OWN_SIZES, "n_inner": 92},
     "opt": {**_OWN_SIZES, "ffn_dim": 92, "word_embed_proj_dim": 96, "init_std": 0.1},
 }

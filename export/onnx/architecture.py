@@ -51,6 +51,27 @@ class Rotary:
     scale: float
 
 
+@dataclass(frozen=True)
+class MixtureSizes:
+    """Sizes of mixtures of experts.
+
+    Attributes:
+        experts: their number.
+        chosen: how many a token gets.
+        width: of an expert.
+        shared: width of the expert for all tokens; ``None``: there is none.
+        normalised: whether the weights of a token's experts are divided by their sum.
+        blocks: per block, whether it has a mixture; else it has an MLP.
+    """
+
+    experts: int
+    chosen: int
+    width: int
+    shared: int | None
+    normalised: bool
+    blocks: tuple[bool, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Decoder:
     """Sizes and variants of a decoder-only model.
@@ -67,7 +88,8 @@ class Decoder:
         vocabulary: rows of the embedding.
         context: number of positions.
         epsilon: added to the mean square in the norms.
-        activation: function in the MLP.
+        mixture: of experts, if blocks have one.
+        activation: function in the MLP and in experts.
         head_norm: norms of queries and keys, if there are any.
         parallel: whether attention and MLP of a block read the same stream.
         tied: whether the head is the embedding.
@@ -94,6 +116,7 @@ class Decoder:
     vocabulary: int
     context: int
     epsilon: float
+    mixture: MixtureSizes | None
     activation: Activation
     head_norm: HeadNorm | None
     parallel: bool
@@ -158,6 +181,7 @@ def read_decoder(config: PreTrainedConfig) -> Decoder:
         vocabulary=fields.vocab_size,
         context=read_context(config),
         epsilon=fields.epsilon,
+        mixture=_mixture(fields, family),
         activation=_ACTIVATIONS[fields.activation],
         head_norm=head_norm if head_norm and (head_norm.when is None or fields.head_norm) else None,
         parallel=parallel is not None and (parallel.when is None or fields.parallel),
@@ -176,6 +200,21 @@ def read_decoder(config: PreTrainedConfig) -> Decoder:
     )
 
 
+def _mixture(fields: ConfigFields, family: Family) -> MixtureSizes | None:
+    if family.mixture is None:
+        return None
+    experts, chosen, width = fields.experts, fields.chosen, fields.expert_width
+    if experts is None or chosen is None or width is None:
+        raise wrong_config("the number of experts, how many a token gets, or their width is missing")
+    if chosen > experts:
+        raise wrong_config(f"a token cannot get {chosen} of {experts} experts")
+    if family.mixture.shared is not None and fields.shared_width is None:
+        raise wrong_config(f"{family.mixture.shared_width} is missing")
+    plain = set(fields.plain_blocks or ())
+    blocks = tuple(at not in plain and (at + 1) % fields.sparse_step == 0 for at in range(fields.num_hidden_layers))
+    return MixtureSizes(experts, chosen, width, fields.shared_width, fields.normalised, blocks)
+
+
 def _power(power: Power | None, value: float | None, otherwise: float = 1.0) -> float:
     """Return a factor, from the value of its field; ``otherwise`` where the family has none."""
     return otherwise if power is None or value is None else value**power.exponent
@@ -183,7 +222,7 @@ def _power(power: Power | None, value: float | None, otherwise: float = 1.0) -> 
 
 def _windows(fields: ConfigFields, family: Family) -> tuple[int | None, ...]:
     """Return the sliding window of each block, from ``sliding_window`` and ``layer_types``."""
-    window = fields.sliding_window
+    window = fields.sliding_window or None
     if family.windows != "by_type":
         return (window,) * fields.num_hidden_layers
     types = _types(fields)
@@ -217,7 +256,7 @@ def _rotations(fields: ConfigFields, family: Family, windows: tuple[int | None, 
         if fields.rotated is None:
             raise wrong_config("no_rope_layers is missing")
         rotates = [bool(one) for one in fields.rotated]
-    elif rotation.blocks == "all" or (rotation.blocks == "windowed_if_any" and fields.sliding_window is None):
+    elif rotation.blocks == "all" or (rotation.blocks == "windowed_if_any" and not fields.sliding_window):
         rotates = [True] * count
     else:
         rotates = [window is not None for window in windows]

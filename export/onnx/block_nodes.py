@@ -11,6 +11,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 import torch
 
+from ara.errors import UnsupportedModelError
 from export.onnx.architecture import Decoder
 from export.onnx.graph_options import GraphOptions
 from export.onnx.linear_nodes import LinearNodes
@@ -67,7 +68,9 @@ class BlockNodes(LinearNodes):
             normed, stream = self._enter(stream, attended, path, "before_mlp")
         elif not (self.family.parallel and self.family.parallel.one_norm):
             normed, _ = self._enter(stream, None, path, "before_mlp")
-        delta = self._leave(self._mlp(normed, path), path, "after_mlp")
+        mixture = decoder.mixture
+        made = self._mixture(normed, path) if mixture and mixture.blocks[layer] else self._mlp(normed, path)
+        delta = self._leave(made, path, "after_mlp")
         if decoder.parallel:
             delta = self.op("Add", [attended, delta], f"{path}.both")
         return stream, delta, present
@@ -224,16 +227,99 @@ class BlockNodes(LinearNodes):
     def _mlp(self, x: ir.Value, block: str) -> ir.Value:
         """Return the output (b, s, hidden) of the MLP."""
         path = ".".join(filter(None, (block, self.names.mlp)))
-        width, hidden, names = self.decoder.intermediate, self.decoder.hidden, self.names.up
-        each = width * (2 if self.family.gated and len(names) == 1 else 1)
-        layers = [self._in_block(f"{path}.{name}", each, hidden) for name in names]
+        return self._feed_forward(x, path, path, self.names.up, self.names.down, self.decoder.intermediate)
+
+    def _feed_forward(self, x: ir.Value, path: str, inside: str, up: Sequence[str], down: str, width: int) -> ir.Value:
+        """Return the output (…, hidden) of layers up to ``width`` numbers, an activation and a layer down.
+
+        Args:
+            x: (…, hidden).
+            path: of the nodes.
+            inside: module of the layers.
+            up: names of the first layers: gate and up, or one layer.
+            down: name of the last one.
+            width: between them.
+        """
+        hidden, gated = self.decoder.hidden, self.family.gated
+        each = width * (2 if gated and len(up) == 1 else 1)
+        layers = [self._in_block(f"{inside}.{name}", each, hidden) for name in up]
         first, *rest = self.linears(x, layers, f"{path}.gate_up")
-        if self.family.gated and not rest:
+        if gated and not rest:
             first, *rest = self.split(first, [width, width], f"{path}.gate_up")
         inner = self._activated(first, path)
         if rest:
             inner = self.op("Mul", [inner, rest[0]], f"{path}.gated")
-        return self.linear(inner, self._in_block(f"{path}.{self.names.down}", hidden, width))
+        return self.linear(inner, self._in_block(f"{inside}.{down}", hidden, width))
+
+    # -- mixtures of experts ------------------------------------------------------------------------------------
+
+    def _mixture(self, x: ir.Value, block: str) -> ir.Value:
+        """Return the output (b, s, hidden) of a mixture of experts. Every expert reads the tokens that chose it."""
+        sizes, record, hidden = self.decoder.mixture, self.family.mixture, self.decoder.hidden
+        assert sizes is not None and record is not None
+        path = f"{block}.{self.names.mlp}"
+        inside = f"{path}.{record.path}"
+        first = f"{inside}.gate_up_proj.0"
+        if not any(self.checkpoint.has(f"{first}.{part}") for part in ("weight", "A.weight")):
+            raise UnsupportedModelError(
+                f"all experts of this {self.decoder.model_type} checkpoint are dense",
+                "the ONNX graph builder reads checkpoints with factorised experts: a lower --keep",
+            )
+        rows, column, axis = self.ints([-1, hidden], 0, [1])
+        flat = self.op("Reshape", [x, rows], f"{path}.tokens")
+        weights, indices = self._routes(flat, f"{path}.{record.router}")
+        # In float32, as ONNX Runtime adds to rows in float16 on no CPU.
+        exact = self._cast(flat, ir.DataType.FLOAT, f"{path}.exact")
+        total = self.op("Sub", [exact, exact], f"{path}.start")
+        for expert in range(sizes.experts):
+            name = f"{inside}.{expert}"
+            # ONNX Runtime has no kernel for Equal of this version on CUDA.
+            differs = self.op("Sub", [indices, self.ints(expert)[0]], f"{name}.difference")
+            others = self.op("Cast", [differs], f"{name}.others", {"to": ir.DataType.BOOL.value})
+            chose = self.op("Not", [others], f"{name}.chose")
+            places = self.op("Transpose", [self.op("NonZero", [chose], f"{name}.found")], f"{name}.places")
+            tokens = self.op("Gather", [places, column], f"{name}.rows", {"axis": 1})
+            read = self.op("Gather", [flat, tokens], f"{name}.read", {"axis": 0})
+            made = self._feed_forward(
+                read, name, inside, (f"gate_up_proj.{expert}",), f"down_proj.{expert}", sizes.width
+            )
+            made = self._cast(made, ir.DataType.FLOAT, f"{name}.exact")
+            weight = self.op("GatherND", [weights, places], f"{name}.weight")
+            made = self.op("Mul", [made, self.op("Unsqueeze", [weight, axis], f"{name}.column")], f"{name}.weighted")
+            at = self.op("Unsqueeze", [tokens, axis], f"{name}.at")
+            total = self.op("ScatterND", [total, at, made], f"{name}.total", {"reduction": "add"})
+        total = self._cast(total, self.float, f"{path}.rounded")
+        if record.shared is not None:
+            assert sizes.shared is not None
+            total = self.op("Add", [total, self._shared_expert(flat, path, record.shared, sizes.shared)], f"{path}.all")
+        shape = self.op("Shape", [x], f"{path}.shape")
+        return self.op("Reshape", [total, shape], f"{path}.joined")
+
+    def _routes(self, flat: ir.Value, path: str) -> tuple[ir.Value, ir.Value]:
+        """Return the weights (t, c) and the numbers (t, c) int64 of the experts that the tokens choose, in float32."""
+        sizes = self.decoder.mixture
+        assert sizes is not None
+        name = self.checkpoint.expect(f"{path}.weight", sizes.experts, self.decoder.hidden)
+        scores = self.op("FusedMatMul", [flat, self.weight(name)], path, {"transB": 1}, domain=CONTRIB)
+        scores = self._cast(scores, ir.DataType.FLOAT, f"{path}.scores")
+        shares = self.op("Softmax", [scores], f"{path}.shares", {"axis": -1})
+        count, axis = self.ints([sizes.chosen], [1])
+        weights, indices = self.ops("TopK", [shares, count], f"{path}.chosen", {"axis": -1}, 2)
+        if sizes.normalised:
+            total = self.op("ReduceSum", [weights, axis], f"{path}.sum", {"keepdims": 1})
+            weights = self.op("Div", [weights, total], f"{path}.normalised")
+        return weights, indices
+
+    def _cast(self, x: ir.Value, kind: ir.DataType, path: str) -> ir.Value:
+        """Return x, which has the graph's precision or float32, in one of the two."""
+        return x if self.float == ir.DataType.FLOAT else self.op("Cast", [x], path, {"to": kind.value})
+
+    def _shared_expert(self, flat: ir.Value, path: str, name: str, width: int) -> ir.Value:
+        """Return the output (t, hidden) of the expert for all tokens, weighed by its gate."""
+        inside, gate = f"{path}.{name}", f"{path}.{name}_gate"
+        made = self._feed_forward(flat, inside, inside, self.names.up, self.names.down, width)
+        share = self.op("Sigmoid", [self.linear(flat, self._in_block(gate, 1, self.decoder.hidden))], f"{gate}.share")
+        return self.op("Mul", [made, share], f"{inside}.weighted")
 
     def _activated(self, x: ir.Value, path: str) -> ir.Value:
         match self.decoder.activation:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 # Far above those of any model, and small enough for memory and for ONNX's integers.
-_MOST_LAYERS, _WIDEST_HEAD, _MOST_POSITIONS = 10_000, 65_536, 2**31 - 1
+_MOST_LAYERS, _WIDEST_HEAD, _MOST_POSITIONS, _MOST_EXPERTS = 10_000, 65_536, 2**31 - 1, 4096
 
 
 class Rope(BaseModel):
@@ -49,13 +49,21 @@ class ConfigFields(BaseModel):
     activation: str
     intermediate: int | None = Field(None, ge=1)
     epsilon: float = Field(ge=0)
-    sliding_window: int | None = Field(None, ge=1)
+    # Qwen2-MoE writes 0 for none.
+    sliding_window: int | None = Field(None, ge=0)
     layer_types: list[str] | None = None
     rotated: list[int] | None = None
     rope: Rope | None = None
     rope_by_type: dict[str, Rope] | None = None
     head_norm: bool | None = None
     parallel: bool = False
+    experts: int | None = Field(None, ge=1, le=_MOST_EXPERTS)
+    chosen: int | None = Field(None, ge=1)
+    expert_width: int | None = Field(None, ge=1)
+    shared_width: int | None = Field(None, ge=1)
+    normalised: bool = True
+    sparse_step: int = Field(1, ge=1)
+    plain_blocks: list[int] | None = None
     attention_cap: float | None = Field(None, gt=0)
     logit_cap: float | None = Field(None, gt=0)
     attention_scale: float | None = Field(None, gt=0)
@@ -98,8 +106,16 @@ def field_names(family: Family) -> dict[str, str]:
         "residual_scale": family.residual_scale,
         "logit_scale": family.logit_scale,
     }
+    mixture = family.mixture
     found: dict[str, str | None] = {
         **{name: name for name in COMMON},
+        "experts": mixture.experts if mixture else None,
+        "chosen": mixture.chosen if mixture else None,
+        "expert_width": mixture.width if mixture else None,
+        "normalised": mixture.normalised if mixture else None,
+        "shared_width": mixture.shared_width if mixture and mixture.shared else None,
+        "sparse_step": "decoder_sparse_step" if mixture and mixture.blocks else None,
+        "plain_blocks": "mlp_only_layers" if mixture and mixture.blocks else None,
         "activation": family.activation,
         "intermediate": family.intermediate,
         "epsilon": norm.epsilon if isinstance(norm.epsilon, str) else None,

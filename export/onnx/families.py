@@ -133,6 +133,33 @@ class Parallel:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts in the place of the MLP. Softmax over the scores of all experts gives their weights.
+
+    Attributes:
+        experts, chosen, width: fields with the number of experts, how many of them a token gets, and their width.
+        normalised: field that says whether the weights of a token's experts are divided by their sum; ``None``: they
+            are.
+        router: in the module of the MLP: the module with the matrix that gives the scores.
+        path: in the same module: that of the experts.
+        shared: in the same module: an expert for all tokens, which ``<shared>_gate`` weighs; ``None``: there is none.
+        shared_width: field with its width.
+        blocks: whether the fields ``decoder_sparse_step`` and ``mlp_only_layers`` say which blocks have one; else all
+            have.
+    """
+
+    experts: str = "num_experts"
+    chosen: str = "num_experts_per_tok"
+    width: str = "moe_intermediate_size"
+    normalised: str | None = "norm_topk_prob"
+    router: str = "gate"
+    path: str = "experts"
+    shared: str | None = None
+    shared_width: str = "shared_expert_intermediate_size"
+    blocks: bool = False
+
+
+@dataclass(frozen=True)
 class Power:
     """A factor: a field of the config, raised to a power."""
 
@@ -164,6 +191,7 @@ class Family:
         qkv_by_head: the one layer of queries, keys and values gives all three of a head before the next head.
         transposed: weights of dense layers are stored as (in, out).
         gated: the MLP multiplies by a gate.
+        mixture: of experts, in blocks that have one.
         activation: field with the name of its function.
         intermediate: field with its width. Where that is ``None``, the width is four times that of the stream.
         attention_scale: factor on scores; by default 1 / √(width of a head).
@@ -186,6 +214,7 @@ class Family:
     qkv_by_head: bool = False
     transposed: bool = False
     gated: bool = True
+    mixture: Mixture | None = None
     activation: str = "hidden_act"
     intermediate: str = "intermediate_size"
     attention_scale: Power | None = None
@@ -319,6 +348,13 @@ FAMILIES: dict[str, Family] = {
         qkv_by_head=True,
         gated=False,
     ),
+    # Mixtures of experts.
+    "mixtral": Family(
+        windows="all", mixture=Mixture(experts="num_local_experts", width="intermediate_size", normalised=None)
+    ),
+    "qwen2_moe": Family(windows="by_type", mixture=Mixture(shared="shared_expert", blocks=True)),
+    "qwen3_moe": Family(windows="all", head_norm=HeadNorm("head"), mixture=Mixture(blocks=True)),
+    "olmoe": Family(head_norm=HeadNorm("width"), mixture=Mixture(width="intermediate_size"), only={"clip_qkv": None}),
     # Learned positions.
     "gpt2": Family(
         names=Names(

@@ -88,6 +88,22 @@ def test_merged_inputs_and_last_logits(family: str, checkpoint: Callable[..., An
     assert max(case["difference"] for case in about["parity"]["cases"]) < 1e-4
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_experts_in_other_precisions(precision: str, checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    about = exported(checkpoint("mixtral").folder, tmp_path / "out", precision=precision)
+    assert max(case["kl"] for case in about["parity"]["cases"]) < 0.02
+
+
+def test_experts_of_few_bits(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    made = checkpoint("olmoe", grid=Grid(4, 32, True))
+    assert worst(exported(made.folder, tmp_path / "out", precision="fp32")) < 1e-4
+
+
+def test_a_dense_mixture_is_refused(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="all experts of this mixtral checkpoint are dense"):
+        exported(checkpoint("mixtral", None).folder, tmp_path / "out")
+
+
 # -- a record that lacks something ----------------------------------------------------------------------------------
 
 
@@ -146,6 +162,8 @@ HARMLESS = {
     # The config itself computes layer_types, sliding_window and no_rope_layers from these.
     *("max_window_layers", "no_rope_layer_interval", "sliding_window_pattern", "_sliding_window_pattern"),
     "use_sliding_window",
+    # Of training alone.
+    *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "qkv_bias"),
 }
 
 
