@@ -152,7 +152,7 @@ def test_where_transformers_computes_weights_the_whole_model_is_loaded(
     source, linears, file = sources["llama"]
     report, stored = Recorder(), source.stored_model(BF16)
     why = "transformers converts weights of this family when it loads them"
-    monkeypatch.setattr(stored, "converted", lambda: why)
+    monkeypatch.setattr(stored, "converted", lambda separate: why)
     how: dict[str, Any] = {"ranks": ranks_of(linears), "layout": layout, "provenance": {}}
     files = dict.fromkeys((spec.name for spec in linears), file)
     found = save_cut(stored, tiny_tokenizer(), tmp_path / "cut", files=files, report=report, **how)

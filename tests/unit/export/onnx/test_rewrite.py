@@ -77,7 +77,7 @@ class _Stored(Checkpoint):
 
     def __init__(self, small: _Small, ranks: dict[str, int]) -> None:
         self.folder, self.ranks, self.layout, self._tensors = Path("memory"), ranks, "factors", {}
-        self.rounded, self._matrices = {}, {}
+        self.rounded, self._matrices, self._transposed = {}, {}, set()
         for path, rank in ranks.items():
             factors = Plain().decompose(small.up if path.endswith("up") else small.down, None)
             self._tensors[f"{path}.A.weight"] = factors.a[:rank].float()
