@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ara.errors import UnsupportedModelError, first_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -113,10 +115,21 @@ def count_model(model: PreTrainedModel, *, last_logits: bool) -> Cost:
 def cost_of(
     model_config: Any, *, linear: int, head: int, weight_bytes: float, cache_bytes: int, last_logits: bool
 ) -> Cost:
-    """Return the counts of a model from its transformers config; other arguments as in :class:`Cost`."""
+    """Return the counts of a model from its transformers config; other arguments as in :class:`Cost`.
+
+    Raises:
+        UnsupportedModelError: its blocks have no attention heads, or heads that differ from block to block.
+    """
     text = model_config.get_text_config()
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    try:
+        heads = text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    except (AttributeError, TypeError, RuntimeError) as error:  # a RuntimeError where layers have values of their own
+        raise UnsupportedModelError(
+            f"the work of a {text.model_type} model cannot be counted from attention heads of one width: "
+            f"{first_line(error)}",
+            "ara bench measures models with the same attention in all blocks",
+        ) from None
     return Cost(
         linear=linear,
         head=head,

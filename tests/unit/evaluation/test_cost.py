@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
-from ara.evaluation.cost import Case, Cost, count_model
+from ara.errors import UnsupportedModelError
+from ara.evaluation.cost import Case, Cost, cost_of, count_model
 from ara.models.checkpoint import load
 from tests.tiny import FAMILIES, tiny_config, tiny_model
 
@@ -93,3 +94,23 @@ def test_prompts_are_predicted_by_multiplications_and_tokens_by_bytes() -> None:
     assert dense.predicted_ratio(dense, token) == 1
     assert (prompt.kind, token.kind) == ("prefill", "decode")
     assert (prompt.tokens, token.tokens) == (7, 2)
+
+
+class _PerLayer:
+    """A config whose layers have heads of their own, as that of Gemma 4 has in new versions of transformers."""
+
+    model_type = "per_layer"
+
+    def get_text_config(self) -> _PerLayer:
+        return self
+
+    @property
+    def num_attention_heads(self) -> int:
+        raise RuntimeError("'num_attention_heads' may vary across layers")
+
+
+@pytest.mark.parametrize("config", [MambaConfig(), _PerLayer()], ids=["mamba", "per layer"])
+def test_models_without_heads_of_one_width_are_refused(config: Any) -> None:
+    counts: dict[str, Any] = {"linear": 1, "head": 1, "weight_bytes": 2, "cache_bytes": 2, "last_logits": True}
+    with pytest.raises(UnsupportedModelError, match=rf"^the work of a {config.model_type} model cannot be counted"):
+        cost_of(config, **counts)
