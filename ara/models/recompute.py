@@ -5,7 +5,7 @@ the blocks of a model in evaluation mode are wrapped by torch's own checkpointin
 gradients are the same, bit for bit.
 
 What is computed again starts from the inputs of the blocks. On a CPU they wait in files, so that the memory of a pass
-does not grow with the number of blocks.
+grows little with the number of blocks.
 """
 
 from __future__ import annotations
