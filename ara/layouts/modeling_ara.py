@@ -223,7 +223,7 @@ class RoutedExperts(SeparateExperts):
 
         Args:
             hidden_states: (t, d).
-            top_k_index: experts of every token, (t, c) int64; a number of at least E stands for none.
+            top_k_index: experts of every token, (t, c) int64. E or a larger number means no expert.
             top_k_weights: (t, c).
         """
         how = getattr(self.config, "_experts_implementation", None)
@@ -266,24 +266,23 @@ class RoutedExperts(SeparateExperts):
         That is the case if gradients are wanted, if somebody observes the layers, if layers are of another kind than
         dense or of two factors, if all are dense, or if the kernels cannot read their width or dtype.
         """
+        if torch.is_grad_enabled() or self.every_token:
+            return ()
         pools = [list(getattr(self, name)) for name in expert_parameters(self)]
-        layers = [layer for pool in pools for layer in pool]
-        kinds = {type(layer) for layer in layers}
-        if torch.is_grad_enabled() or self.every_token or not {LowRankLinear} <= kinds <= {LowRankLinear, nn.Linear}:
+        modules = [module for pool in pools for layer in pool for module in (layer, *_linears(layer))]
+        # Other kinds may compute more than the product, such as the adapter that PEFT puts around a factor.
+        if {type(module) for module in modules} != {LowRankLinear, nn.Linear}:
             return ()
-        sizes = [_matrices(layer)[0].itemsize for layer in layers]
-        if max(sizes) > 4 or any(
-            layer.in_features * size % StackedExperts.BYTES for layer, size in zip(layers, sizes, strict=True)
-        ):
+        if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
             return ()
-        if any(part._forward_hooks or part._forward_pre_hooks for layer in layers for part in layer.modules()):
-            return ()
-        found: tuple[StackedExperts, ...] = self.__dict__.get("_stacked", ())
+        found: tuple[StackedExperts, ...] = self.__dict__.pop("_stacked", ())
         if not found or not all(stack.holds(pool) for stack, pool in zip(found, pools, strict=True)):
+            if not all(StackedExperts.can_hold(layer) for pool in pools for layer in pool):
+                return ()
             # Weights become views of the stacks, so these must be ordinary tensors.
             with torch.inference_mode(False), torch.no_grad():
                 found = tuple(map(StackedExperts, pools))
-            self.__dict__["_stacked"] = found
+        self.__dict__["_stacked"] = found
         return found
 
 
@@ -325,7 +324,7 @@ class StackedExperts:
         layers: of all experts, dense ones or of two factors.
     """
 
-    # Kernels need rows of a multiple of so many bytes; so many numbers are one in every dtype.
+    # Kernels read rows of a multiple of 16 bytes. A rank that is a multiple of 16 gives such rows in every dtype.
     BYTES = 16
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -345,6 +344,12 @@ class StackedExperts:
         self._b = _stacked([layer.B.weight for layer in low_rank], m, rank)
         self._pointers = [weight.data_ptr() for weight in self._weights]
         self._biases = [layer.bias for layer in layers if layer.bias is not None]
+
+    @classmethod
+    def can_hold(cls, layer: Any) -> bool:
+        """Tell whether kernels can read the width and the dtype of a layer."""
+        size = _matrices(layer)[0].itemsize
+        return size <= 4 and layer.in_features * size % cls.BYTES == 0
 
     def holds(self, layers: Sequence[Any]) -> bool:
         """Tell whether these are the stacks of ``layers``, whose weights still are views of them."""
@@ -371,8 +376,13 @@ class StackedExperts:
         return outputs + torch.stack(self._biases)[experts] if self._biases else outputs
 
 
+def _linears(layer: Any) -> list[Any]:
+    """Return the factors of a low-rank layer, or the dense layer itself."""
+    return [layer.A, layer.B] if isinstance(layer, LowRankLinear) else [layer]
+
+
 def _matrices(layer: Any) -> list[Any]:
-    return [layer.A.weight, layer.B.weight] if isinstance(layer, LowRankLinear) else [layer.weight]
+    return [linear.weight for linear in _linears(layer)]
 
 
 def _stacked(weights: Sequence[nn.Parameter], rows: int, columns: int) -> torch.Tensor:

@@ -141,6 +141,25 @@ def test_loop_where_it_has_to_be() -> None:
     assert module.down_proj[0].A.weight.grad is not None
 
 
+def test_a_layer_around_a_factor_is_called() -> None:
+    """An adapter computes more than the product with the weight that it wraps."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = with_implementation(mixed("mixtral"), "grouped_mm")
+    before = logits(model)
+    for module in experts(model):
+        factor = module.down_proj[0].A
+        around = Doubled(factor.in_features, factor.out_features, bias=False)
+        around.weight = factor.weight  # the same one, as in an adapter of PEFT
+        module.down_proj[0].A = around
+    after = logits(model)
+    assert not torch.allclose(after, before)
+    assert torch.equal(after, logits(with_implementation(model, "eager")))
+
+
 def test_width_that_kernels_cannot_read() -> None:
     layer = nn.Linear(62, 40, bias=False)
     assert layer.in_features * layer.weight.itemsize % StackedExperts.BYTES
