@@ -29,7 +29,7 @@ class Family:
         outcome: *works*: dense, full-rank and compressed model agree as they should. *refused*: by ARA, see ``reason``.
             *not built*: no tiny model could be made. *fails*: neither works nor is refused.
         kinds: paths of the factorised layers inside their blocks, each once.
-        dense: names of all other matrices without embeddings and head; ``*`` stands for any number.
+        dense: names of the other matrices, except embeddings and head. ``*`` replaces numbers.
         reason: of another outcome than *works*, in one line.
     """
 

@@ -24,7 +24,6 @@ from torch import nn
 
 from ara.calibration.moments import input_groups, steps_of
 from ara.decomposition.parallel import map_layers
-from ara.errors import NumericalError
 from ara.layouts.modeling_ara import CompressedLinear
 from ara.models.blocks import Stream, hidden_states
 from ara.models.weights import LinearSpec, bias_of, find_blocks
@@ -211,12 +210,7 @@ class _Correction:
             else:
                 ((x, made),), output = model.observe(index, [module])
                 sums.add(ours.input, x, hidden_states(output) - made - ours.beside)
-        if not sums.is_finite:
-            raise NumericalError(
-                f"the inputs of {spec.name} hold NaN or infinity",
-                "try --dtype float32; if that fails too, the model is broken",
-            )
-        return sums.result()
+        return sums.checked(spec.name)
 
 
 def _corrected(recovery: Recovery, spec: LinearSpec, moments: tuple[PairedMoments, ...]) -> Correction:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from ara.errors import NumericalError
 from ara.models.blocks import Stream
 from ara.models.experts import has_routes, recording_routes, replaying_routes
 from ara.models.memory import available_bytes
@@ -69,10 +68,4 @@ def expert_moments(
                 if name not in sums:
                     sums[name] = PairedAccumulator(x.shape[-1], x.device, with_dense)
                 sums[name].add(x, other)
-    for name, one in sums.items():
-        if not one.is_finite:
-            raise NumericalError(
-                f"the inputs of {name} hold NaN or infinity",
-                "try --dtype float32; if that fails too, the model is broken",
-            )
-    return {name: one.result() for name, one in sums.items()}
+    return {name: one.checked(name) for name, one in sums.items()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ara.calibration.moments import add_gram, mirrored
+from ara.errors import NumericalError
 
 # Products of a vector with itself: their sums are symmetric.
 _SYMMETRIC = ("compressed", "dense", "drift_square")
@@ -103,6 +104,19 @@ class PairedAccumulator:
     def is_finite(self) -> bool:
         """Whether no sum is NaN or infinite."""
         return all(bool(one.isfinite().all()) for one in (*self._means, *self._sums.values()))
+
+    def checked(self, name: str) -> PairedMoments:
+        """Return the averages for the layer ``name``.
+
+        Raises:
+            NumericalError: a sum is NaN or infinite.
+        """
+        if not self.is_finite:
+            raise NumericalError(
+                f"the inputs of {name} hold NaN or infinity",
+                "try --dtype float32; if that fails too, the model is broken",
+            )
+        return self.result()
 
     def result(self) -> PairedMoments:
         """Return the averages."""

@@ -106,7 +106,7 @@ def _special() -> dict[str, dict[str, Any]]:
 
 
 def _merged(values: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``values`` with those of ``own``, table by table; the word ``"none"`` stands for ``None``."""
+    """Merge ``own`` into ``values``, also inside tables. The string ``"none"`` means ``None``, which TOML lacks."""
     merged = dict(values)
     for key, value in own.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
