@@ -57,6 +57,9 @@ MasksOption = Annotated[
 ]
 RemoveOption = Annotated[float | None, typer.Option(help="fraction to remove instead: --remove 0.2 is --keep 0.8")]
 
+# Options of the time of layers, in the order of --help.
+LATENCY_OPTIONS = ("objective", "latency_tokens", "latency_backend", "latency_precision", "latency_threads")
+
 WORKSPACE = Path(DEFAULT_ROOT)
 
 

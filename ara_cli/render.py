@@ -124,6 +124,7 @@ def show_comparison(console: Console, view: StageView) -> None:
         return
     methods = results.methods
     tasks = list(methods[DENSE].tasks or {})
+    timed = any(row.time_keep is not None for row in methods.values())
     order = [DENSE, *sorted((n for n, row in methods.items() if n != DENSE and row.tasks), key=_held_out(methods))]
     rows = [
         (
@@ -132,6 +133,7 @@ def show_comparison(console: Console, view: StageView) -> None:
             *(_perplexity((row.tasks or {})[task]) for task in tasks),
             percent(1.0 if row.linear_keep is None else row.linear_keep, 2),
             percent(1.0 if row.model_keep is None else row.model_keep, 2),
+            *([percent(1.0 if row.time_keep is None else row.time_keep, 2)] if timed else []),
             row.dense_layers,
             None if row.seconds is None else seconds_text(row.seconds),
             row.backward_passes,
@@ -140,7 +142,8 @@ def show_comparison(console: Console, view: StageView) -> None:
         for row in (methods[name],)
     ]
     texts = [f"{task} perplexity (gap closed)" for task in tasks]
-    figures = ("linear kept", "model kept", "dense layers", "time", "backward passes")
+    kept = ("linear kept", "model kept", *(["predicted time"] if timed else []))
+    figures = (*kept, "dense layers", "time", "backward passes")
     headers = columns("allocator", "held-out loss (nats/token)", *texts, *figures)
     console.table(f"{view.name}: gap closed = (ln uniform − ln x) / (ln uniform − ln dense)", headers, rows)
     for name, row in methods.items():

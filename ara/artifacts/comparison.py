@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ara.artifacts.base import LEFT_OUT, Count, Number, Part, Rank, Results, Settings, Share
+from ara.config.latency import Objective
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 
 PICTURE_FILE = "ranks.svg"
@@ -18,9 +19,10 @@ SURE = 2.0
 
 @dataclass(frozen=True)
 class ComparisonSettings(Settings):
-    """The settings that the report reads: a budget of parameters, or sizes of the weight files."""
+    """The settings that the report reads: a budget of parameters or time, or sizes of the weight files."""
 
     keep: Share | None = None
+    objective: Objective = "parameters"
     size: tuple[str, ...] = ()
     layout: LayoutName = DEFAULT_LAYOUT
 
@@ -49,6 +51,7 @@ class ComparedMethod(Part):
     Attributes:
         ranks: module path → rank or ``"dense"``.
         linear_keep, model_keep: share of the dense parameters kept.
+        time_keep: share of the dense layers' predicted time, if the budget is one of time.
         dense_layers: factorised layers that stay dense.
         seconds, backward_passes: spent on allocating.
         held_out: loss on held-out calibration text, nats per token.
@@ -58,6 +61,7 @@ class ComparedMethod(Part):
 
     ranks: Mapping[str, Rank] | None = field(default=None, metadata=LEFT_OUT)
     linear_keep: Number | None = field(default=None, metadata=LEFT_OUT)
+    time_keep: Number | None = field(default=None, metadata=LEFT_OUT)
     dense_layers: Count | None = field(default=None, metadata=LEFT_OUT)
     seconds: Number | None = field(default=None, metadata=LEFT_OUT)
     backward_passes: Count | None = field(default=None, metadata=LEFT_OUT)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, Strict, StrictBool
 
 from ara.artifacts.base import LEFT_OUT, Count, Least1, Number, Part, Results, Settings, Share
+from ara.config.latency import Objective
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.workspace.view import StageView
 
@@ -29,7 +30,7 @@ class RanksSettings(Settings):
     exclude: tuple[str, ...]
     layout: LayoutName = DEFAULT_LAYOUT
     keep: Share | None = None
-    objective: Literal["parameters", "latency"] = "parameters"
+    objective: Objective = "parameters"
     ranks_sha256: str | None = None
 
 

@@ -57,7 +57,11 @@ class SizedConfig(TuningConfig, BudgetConfig, GridConfig):
     )
 
 
-class AllocateConfig(SizedConfig, LatencyConfig):
+class TimedConfig(SizedConfig, LatencyConfig):
+    """What a choice under any budget needs beside its limit: of parameters, of bytes or of time."""
+
+
+class AllocateConfig(TimedConfig):
     """``ara allocate``: choose a rank, or dense, for every layer under one budget."""
 
     keep: Annotated[float | None, Flag(removable=True)] = Field(0.8, gt=0, le=1, description=_KEEP)
@@ -114,7 +118,7 @@ class AllocateConfig(SizedConfig, LatencyConfig):
         return self.budget_bytes
 
 
-class CompareConfig(SizedConfig):
+class CompareConfig(TimedConfig):
     """``ara compare``: every allocator at one budget, or every form of the model at some sizes, on the same factors."""
 
     size: Annotated[

@@ -81,6 +81,11 @@ def milliseconds(seconds: SpreadFigures) -> Cell:
     return spread(seconds, 1 if seconds.median >= _SHORT else 3, 1000)
 
 
+def nanoseconds(value: int) -> Cell:
+    """Return nanoseconds in milliseconds."""
+    return Cell(f"{value / 1e6:,.2f}", value)
+
+
 def perplexity(value: float, stderr: float | None) -> Cell:
     """Return a perplexity; its standard error is, to first order, that of its logarithm (``stderr``) times it."""
     return Cell(f"{value:,.2f}" + ("" if stderr is None else f" ± {stderr * value:,.2f}"), value)

@@ -60,8 +60,32 @@ class Guard(Part):
     stderr: Mapping[str, float | None]
 
 
+class Latency(Part):
+    """Times of the factorised layers, from which the ranks were chosen; nanoseconds.
+
+    Attributes:
+        library, device, precision, threads: where and how layers were timed.
+        tokens: in the input of a timed layer.
+        limit_ns: the budget.
+    """
+
+    library: str
+    device: str
+    precision: str
+    threads: int
+    tokens: int
+    dense_ns: int
+    limit_ns: int
+    predicted_ns: int
+
+
 class Allocated(Part):
-    """The ranks; ``keep`` is the requested budget, the other figures are the result."""
+    """The ranks.
+
+    Attributes:
+        keep: budget that was asked for, a share of the parameters; ``None`` for other budgets.
+        latency: ``None`` unless the budget was one of time.
+    """
 
     name: str
     method: str
@@ -75,6 +99,7 @@ class Allocated(Part):
     model_keep: float
     kinds: tuple[Kind, ...]
     guard: Guard | None
+    latency: Latency | None = None
 
 
 class Stored(Part):

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ara.config.latency import Objective
 from ara.layout_names import LayoutName
 from ara.reporting.part import Part
 
 
 class AllocatorRow(Part):
-    """One allocator of a comparison; ``error`` says why it failed."""
+    """One allocator of a comparison; ``error`` says why it failed.
 
+    ``linear_keep`` is the share of the parameters that it keeps, and ``time_keep`` that of the predicted time, if the
+    budget is one of time.
+    """
+
+    linear_keep: float | None
+    time_keep: float | None
     held_out: float | None
     perplexity: Mapping[str, float]
     gap_closed: Mapping[str, float | None]
@@ -21,10 +28,11 @@ class AllocatorRow(Part):
 
 
 class Compared(Part):
-    """One result of ``ara compare --keep``."""
+    """One result of ``ara compare --keep``; ``objective`` says what the budget is a share of."""
 
     name: str
     keep: float
+    objective: Objective
     layout: LayoutName
     tasks: tuple[str, ...]
     methods: Mapping[str, AllocatorRow]

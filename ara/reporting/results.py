@@ -106,6 +106,7 @@ def read_allocation(manifest: Manifest) -> checkpoint_parts.Allocated:
         layout=settings.layout,
         kinds=[checkpoint_parts.Kind.from_source(row, kind=kind) for kind, row in results.kinds.items()],
         guard=_guard(results.guard) if results.guard else None,
+        latency=checkpoint_parts.Latency.from_source(results.latency) if results.latency else None,
     )
 
 

@@ -15,7 +15,7 @@ from ara.layout_names import DEFAULT_LAYOUT
 from ara.reporting import cells
 from ara.reporting.benchmark_parts import Benched
 from ara.reporting.cells import NONE, Cell, Table
-from ara.reporting.checkpoint_parts import Allocated, Layer, Stored, Work
+from ara.reporting.checkpoint_parts import Allocated, Latency, Layer, Stored, Work
 from ara.reporting.comparison_parts import Compared, SizeFront
 from ara.reporting.document import Report
 from ara.reporting.evaluation_parts import ChatResult, Evaluated, HarnessResult, TextResult, ZeroShot
@@ -28,7 +28,7 @@ _ERROR_WIDTH = 60
 
 
 def size_table(report: Report) -> Table:
-    """Return parameters and bytes, dense and compressed."""
+    """Return parameters and bytes, dense and compressed; for a budget of time also the predicted time."""
     figures, stored = report.allocation, report.checkpoint
     parameters = (
         ("factorised layers", figures.linear_parameters_dense, figures.linear_parameters, figures.linear_keep),
@@ -40,7 +40,17 @@ def size_table(report: Report) -> Table:
     ]
     disk = cells.mib(stored.dense_weight_bytes), cells.mib(stored.disk_bytes), cells.share(stored.disk_keep, 2)
     rows.append((Cell(f"weights on disk, MiB ({stored.dtype})"), *disk))
+    if (latency := figures.latency) is not None:
+        predicted = cells.share(latency.predicted_ns / latency.dense_ns, 2)
+        times = cells.nanoseconds(latency.dense_ns), cells.nanoseconds(latency.predicted_ns)
+        rows.append((Cell(_timed_as(latency)), *times, predicted))
     return Table("Parameters and bytes", ("", "dense", "compressed", "kept"), rows)
+
+
+def _timed_as(latency: Latency) -> str:
+    threads = f"{latency.threads} thread{'' if latency.threads == 1 else 's'}"
+    place = f"{latency.library}, {latency.device}, {latency.precision}, {threads}"
+    return f"predicted time of the factorised layers, ms ({latency.tokens:,} tokens; {place})"
 
 
 def recovery_tables(stored: Stored) -> list[Table]:
@@ -263,6 +273,7 @@ def guard_table(allocation: Allocated) -> Table | None:
 def comparison_table(comparison: Compared, allocation: Allocated) -> Table:
     """Return the dense model, then all allocators by held-out loss; the method of ``allocation`` is marked."""
     methods = comparison.methods
+    timed = comparison.objective == "latency"
     measured = [name for name, row in methods.items() if row.held_out is not None and name != DENSE]
     order = [DENSE] if DENSE in methods else []
     order += sorted(measured, key=lambda name: methods[name].held_out or 0.0)
@@ -274,15 +285,17 @@ def comparison_table(comparison: Compared, allocation: Allocated) -> Table:
         quality = [failed or cells.number(row.held_out, 4)]
         for task in comparison.tasks:
             quality += [cells.number(row.perplexity.get(task), 2), cells.share(row.gap_closed.get(task), 0)]
+        kept = [cells.share(row.linear_keep, 2), cells.share(row.time_keep, 2)] if timed else []
         cost = cells.number(row.seconds, 0), cells.count(row.backward_passes)
-        rows.append((Cell(name), *quality, cells.count(row.dense_layers), *cost))
+        rows.append((Cell(name), *quality, *kept, cells.count(row.dense_layers), *cost))
     columns = ["allocator", "held-out loss (nats/token)"]
     for task in comparison.tasks:
         columns += [f"perplexity, {task}", "gap closed"]
+    columns += ["linear kept", "predicted time"] if timed else []
     columns += ["dense layers", "seconds", "backward passes"]
     layout = "" if comparison.layout == DEFAULT_LAYOUT else f", {comparison.layout}"
-    caption = f"{comparison.name}: keep {comparison.keep:g}{layout}"
-    same = (comparison.keep, comparison.layout) == (allocation.keep, allocation.layout)
+    caption = f"{comparison.name}: keep {comparison.keep:g}{' of the time' * timed}{layout}"
+    same = not timed and (comparison.keep, comparison.layout) == (allocation.keep, allocation.layout)
     return Table(caption, tuple(columns), rows, marked=cells.index(order, allocation.method if same else None))
 
 

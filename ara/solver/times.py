@@ -71,6 +71,10 @@ class TimeTable:
         """Return the summed nanoseconds of layers at ``ranks``, by module path."""
         return sum(self.nanoseconds(spec, ranks[spec.name]) for spec in specs)
 
+    def share(self, specs: Sequence[LinearSpec], ranks: Mapping[str, int | None]) -> float:
+        """Return the time of layers at ``ranks``, as a share of their time if all are dense."""
+        return self.total(specs, ranks) / sum(self.nanoseconds(spec, None) for spec in specs)
+
 
 def rising(values: Sequence[float]) -> list[float]:
     """Return the non-decreasing values with the least summed square difference to ``values``.

@@ -15,11 +15,13 @@ from ara.artifacts.factors import FactorsResults, specs_of
 from ara.artifacts.ranks_file import from_table, ranks_table
 from ara.artifacts.training import training_cost
 from ara.config import CompareConfig, method_options
+from ara.config.latency import LatencyConfig, Objective
 from ara.config.recover import NO_RECOVERY
 from ara.config.sizes import GridConfig
 from ara.data.texts import check_text_spec, load_documents
 from ara.data.tokens import TokenWindows, evaluation_windows
 from ara.errors import NumericalError, UsageError
+from ara.evaluation.layer_times import LayerRunner
 from ara.jsonfile import dump
 from ara.layout_names import LayoutName
 from ara.masks.context import TuningContext
@@ -27,10 +29,11 @@ from ara.masks.rank_losses import nearest
 from ara.models.context import window_length
 from ara.models.vocabulary import token_rows
 from ara.reporting.figures import rank_heat_maps
-from ara.solver.problem import DENSE, Allocation, Module
+from ara.solver.problem import DENSE, Allocation, Budget, Module
 from ara.stages.allocate import budget_of, refuse_layout, refuse_method, summary
 from ara.stages.common import Run, begin, default_name, model_of, open_task
 from ara.stages.compare_sizes import compare_sizes, refuse_with_sizes
+from ara.stages.latency import LATENCY, check_settings, latency_words, measured_times, refuse_objective, timed_in
 from ara.stages.modules import load_modules
 from ara.stages.stored_ranks import stored_ranks
 from ara.stages.trainings import find_training, with_text_of, with_training
@@ -40,7 +43,13 @@ from ara.workspace.writer import StageWriter
 
 
 def compare(
-    config: CompareConfig, run: Run, *, factors: str | None = None, masks: str | None = None, name: str | None = None
+    config: CompareConfig,
+    run: Run,
+    *,
+    factors: str | None = None,
+    masks: str | None = None,
+    name: str | None = None,
+    layers: LayerRunner | None = None,
 ) -> StageView:
     """Allocate by every method and measure the results, without the guard; an interrupted run resumes.
 
@@ -53,6 +62,7 @@ def compare(
         masks: name of the training that ``ara`` uses; by default the one that fits best, see
             :func:`ara.stages.trainings.find_training`. If there is none, ``ara`` trains here with default options.
         name: of the result; consists of decomposition (unless the default one) and keep by default.
+        layers: times layers for ``--objective latency``; required if ``config.latency_backend`` is not torch.
 
     Raises:
         AraError: no decomposition, an unknown method, a budget that cannot be met, a missing text.
@@ -66,34 +76,45 @@ def compare(
             "allocators are compared as they are; give sizes, or omit --recover",
         )
     started = begin(name, factors, masks)
-    methods = config.methods or methods_for(config.layout)
+    check_settings(config)
+    methods = config.methods or methods_for(config.layout, config.objective)
     for method in methods:
         refuse_layout(method, config.layout)
+        refuse_objective(method, config.objective)
     for task in config.tasks:
         check_text_spec(task)
     with open_task("compare", run, started) as work:
         workspace = work.workspace
         decomposition = workspace.require("factors", factors)
         methods = _possible(methods, config, decomposition, run)
-        run.report.step(f"Comparing {len(methods)} allocators at keep {config.keep:g}")
+        of = " of the time" if config.objective == LATENCY else ""
+        run.report.step(f"Comparing {len(methods)} allocators at keep {config.keep:g}{of}")
         trained = find_training(workspace, decomposition, config.layout, config.keep, run.report, masks)
         resolved = placed(with_text_of(config, trained, run.report), run)
         source = model_of(decomposition, run)
         resolved = resolved.model_copy(
             update={"methods": methods, "eval_seq_len": window_length(config.eval_seq_len, source.config)}
         )
+        if config.objective == LATENCY:
+            resolved, layers = timed_in(resolved, layers)
+        else:
+            layers = None
         texts = {task: load_documents(task, "evaluation", report=run.report) for task in config.tasks}
+        unused = {"size", "recover", "embedding_bits", *GridConfig.model_fields}
+        unused |= set() if layers is not None else set(LatencyConfig.model_fields)
         settings = {
-            **resolved.model_dump(mode="json", exclude={"size", "recover", "embedding_bits", *GridConfig.model_fields}),
+            **resolved.model_dump(mode="json", exclude=unused),
             "text_sha256": {task: documents.digest for task, documents in texts.items()},
         }
-        name = name or default_name(decomposition.name, keep=config.keep, layout=config.layout)
+        words = latency_words(config)
+        name = name or default_name(decomposition.name, *words, keep=config.keep, layout=config.layout)
         work.describe(name, settings, [view for view in (decomposition, trained) if view])
         if (done := work.done()) is not None:
             return done
         modules = load_modules(decomposition, config.layout)
         specs = [module.spec for module in modules]
-        budget_of(resolved, specs, resolved.keep)
+        times = None if layers is None else measured_times(resolved, specs, layers, workspace, run)
+        budget = budget_of(resolved, specs, resolved.keep, times)
         tokenizer = source.load_tokenizer()
         windows = {
             task: evaluation_windows(
@@ -109,7 +130,7 @@ def compare(
             # No cached table: the time of every method includes all of its work.
             tuning = open_tuning_context(decomposition, specs, resolved, workspace, run)
             context = with_training(replace(tuning, table_cache=None), trained)
-            rows = _measure_all(resolved, modules, context, windows, trained, stage, run)
+            rows = _measure_all(resolved, modules, budget, context, windows, trained, stage, run)
             parameters = FactorsResults.read(decomposition).model_parameters
             _conclude(resolved, modules, parameters, rows, stage, trained)
         return work.view()
@@ -122,7 +143,8 @@ def _possible(methods: tuple[str, ...], config: CompareConfig, decomposition: St
         UsageError: one that was asked for cannot, or the budget needs ranks that are not stored.
     """
     stored = stored_ranks(decomposition)
-    stored.check_keep(specs_of(decomposition, config.layout), config.keep, run.report)
+    if config.objective != LATENCY:
+        stored.check_keep(specs_of(decomposition, config.layout), config.keep, run.report)
     for method in config.methods:
         refuse_method(method, stored)
     left = [method for method in methods if ALLOCATORS.load(method).all_ranks] if stored.lacking else []
@@ -136,14 +158,16 @@ def gap_closed(loss: float, uniform: float, dense: float) -> float | None:
     return (uniform - loss) / (uniform - dense) if uniform > dense else None
 
 
-def methods_for(layout: LayoutName) -> tuple[str, ...]:
-    """Return the allocators that support ``layout``."""
-    return tuple(name for name in ALLOCATORS.names() if layout in ALLOCATORS.load(name).layouts)
+def methods_for(layout: LayoutName, objective: Objective = "parameters") -> tuple[str, ...]:
+    """Return the allocators that support a layout and an objective."""
+    kinds = {name: ALLOCATORS.load(name) for name in ALLOCATORS.names()}
+    return tuple(name for name, kind in kinds.items() if layout in kind.layouts and objective in kind.objectives)
 
 
 def _measure_all(
     config: CompareConfig,
     modules: list[Module],
+    budget: Budget,
     context: TuningContext,
     windows: dict[str, TokenWindows],
     trained: StageView | None,
@@ -168,7 +192,7 @@ def _measure_all(
             continue
         run.report.step(f"Allocating by {method}")
         try:
-            row = _measure(method, config, modules, context, windows)
+            row = _measure(method, config, modules, budget, context, windows)
             if method == "ara" and trained is not None and context.learned:
                 spent = training_cost(trained, nearest(context.learned, config.keep).keep)
                 assert row.seconds is not None and row.backward_passes is not None
@@ -183,18 +207,23 @@ def _measure_all(
 
 
 def _measure(
-    method: str, config: CompareConfig, modules: list[Module], context: TuningContext, windows: dict[str, TokenWindows]
+    method: str,
+    config: CompareConfig,
+    modules: list[Module],
+    budget: Budget,
+    context: TuningContext,
+    windows: dict[str, TokenWindows],
 ) -> ComparedMethod:
     kind = ALLOCATORS.load(method)
     allocator: Allocator = kind(method_options(kind.Options, {}))
     specs = [module.spec for module in modules]
-    budget = budget_of(config, specs, config.keep)
     passes, begun = context.model.backward_passes, time.monotonic()
     allocation = allocator.allocate(modules, budget, context if allocator.needs_model else None)
     seconds = time.monotonic() - begun
     return ComparedMethod(
         ranks=ranks_table(allocation),
         linear_keep=allocation.keep(specs),
+        time_keep=budget.times.share(specs, allocation.ranks) if budget.times else None,
         dense_layers=allocation.dense_count(),
         seconds=seconds,
         backward_passes=context.model.backward_passes - passes,
@@ -247,8 +276,12 @@ def _conclude(
         )
         for name, row in rows.items()
     }
-    (stage.folder / PICTURE_FILE).write_bytes(rank_heat_maps(allocations, specs, f"Share kept at keep {config.keep:g}"))
+    (stage.folder / PICTURE_FILE).write_bytes(rank_heat_maps(allocations, specs, _picture_title(config)))
     ComparisonResults(concluded, trained.name if trained else None).write_file(stage)
+
+
+def _picture_title(config: CompareConfig) -> str:
+    return f"Share kept at keep {config.keep:g}{' of the time' if config.objective == LATENCY else ''}"
 
 
 def _gaps(

@@ -120,7 +120,7 @@ def refuse_with_sizes(config: CompareConfig, masks: str | None) -> None:
         UsageError: something is, there is no such level of recovery, or it has too few windows.
     """
     unset = CompareConfig()
-    only = ("methods", "tasks", "eval_seq_len", "max_windows", "eval_batch_size")
+    only = ("methods", "objective", "tasks", "eval_seq_len", "max_windows", "eval_batch_size")
     given = [name for name in only if getattr(config, name) != getattr(unset, name)]
     given += ["keep"] * ("keep" in config.model_fields_set) + ["masks"] * (masks is not None)
     if given:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import TypeVar
 
 import torch
 
 from ara.allocation import ALLOCATORS
 from ara.artifacts.ranks import LatencyResults, ShapeLatency
-from ara.config import AllocateConfig
+from ara.config.allocate import TimedConfig
 from ara.config.latency import LatencyConfig, Objective
 from ara.environment import machine
 from ara.errors import UsageError
@@ -28,8 +29,10 @@ _RANKS = 12
 # Passes of each layer; the median counts.
 _ROUNDS = 31
 
+C = TypeVar("C", bound=TimedConfig)
 
-def check_settings(config: AllocateConfig) -> None:
+
+def check_settings(config: LatencyConfig) -> None:
     """Check that the settings of the measurement belong to the objective, and fit together.
 
     Raises:
@@ -64,7 +67,7 @@ def refuse_objective(method: str, objective: Objective) -> None:
         )
 
 
-def latency_words(config: AllocateConfig) -> list[str]:
+def latency_words(config: LatencyConfig) -> list[str]:
     """Return the parts of a result's name for this objective; none for the other one."""
     if config.objective != LATENCY:
         return []
@@ -75,7 +78,7 @@ def latency_words(config: AllocateConfig) -> list[str]:
     return ["latency", *precision, *([] if config.latency_tokens == default else [f"{config.latency_tokens}tokens"])]
 
 
-def timed_in(config: AllocateConfig, layers: LayerRunner | None) -> tuple[AllocateConfig, LayerRunner]:
+def timed_in(config: C, layers: LayerRunner | None) -> tuple[C, LayerRunner]:
     """Return the runner of the layers, and ``config`` with the machine that they are timed on.
 
     Args:
@@ -90,7 +93,7 @@ def timed_in(config: AllocateConfig, layers: LayerRunner | None) -> tuple[Alloca
 
 
 def measured_times(
-    config: AllocateConfig, specs: Sequence[LinearSpec], layers: LayerRunner, workspace: Workspace, run: Run
+    config: TimedConfig, specs: Sequence[LinearSpec], layers: LayerRunner, workspace: Workspace, run: Run
 ) -> TimeTable:
     """Time every shape of a model, dense and at some ranks, or read the times from the cache of the workspace.
 
@@ -131,7 +134,7 @@ def timed_ranks(spec: LinearSpec, multiple: int) -> list[int]:
 
 
 def latency_results(
-    config: AllocateConfig,
+    config: TimedConfig,
     specs: Sequence[LinearSpec],
     allocation: Allocation,
     budget: Budget,

@@ -16,6 +16,7 @@ from ara.config import (
     TrainMasksConfig,
     TuningConfig,
 )
+from ara.evaluation.layer_times import LayerRunner
 from ara.evaluation.task_folders import open_task_folders
 from ara.evaluation.tasks import check_task, expand
 from ara.models.placement import choose_placement
@@ -26,6 +27,7 @@ from ara.solver.stored_ranks import planned_ranks
 from ara.stages.allocate import AUTO, allocate, refuse_layout, refuse_method
 from ara.stages.common import Run
 from ara.stages.decompose import decompose, linears_to_store
+from ara.stages.latency import LATENCY, check_settings, refuse_objective
 from ara.stages.recover import check_levels, levels_with_ranks
 from ara.stages.train_masks import train_masks
 from ara.stages.trainings import covering_training
@@ -37,6 +39,7 @@ def run_pipeline(
     budgets: Sequence[AllocateConfig],
     later: Mapping[str, StageConfig],
     run: Run,
+    layers: LayerRunner | None = None,
 ) -> list[StageView]:
     """Factor the model once, then run the later steps for every budget; finished results are reused.
 
@@ -48,6 +51,7 @@ def run_pipeline(
         budgets: one allocation each.
         later: stage name → config, for the steps after the allocation; other steps are skipped.
         run: workspace and reporter.
+        layers: times layers for budgets of time, as for :func:`ara.stages.allocate.allocate`.
 
     Returns:
         All results in the order in which they were made.
@@ -59,7 +63,7 @@ def run_pipeline(
     views = [factors, *([training] if training else [])]
     for config in budgets:
         masks = training.key if training and config.method == "ara" else None
-        ranks = allocate(config, run, factors=factors.key, masks=masks)
+        ranks = allocate(config, run, factors=factors.key, masks=masks, layers=layers)
         made = {ranks.kind: ranks}
         views.append(ranks)
         for stage in steps():
@@ -95,8 +99,10 @@ def _training(budgets: Sequence[AllocateConfig], factors: StageView, run: Run) -
 def _check_ahead(budgets: Sequence[AllocateConfig], later: Mapping[str, StageConfig], run: Run) -> None:
     """Refuse names that a later stage would refuse, before the first one works for hours."""
     for budget in budgets:
+        check_settings(budget)
         if budget.method != AUTO:
             refuse_layout(budget.method, budget.layout)
+            refuse_objective(budget.method, budget.objective)
     for config in later.values():
         if isinstance(config, RecoverConfig):
             check_levels(config)
@@ -121,7 +127,7 @@ def _check_stored_ranks(
     for budget in budgets:
         if budget.method != AUTO:
             refuse_method(budget.method, stored)
-        if budget.keep is not None:
+        if budget.keep is not None and budget.objective != LATENCY:
             stored.check_keep([replace(spec, layout=budget.layout) for spec in specs], budget.keep, SILENT)
     for stage in later.values():
         if isinstance(stage, RecoverConfig):

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 from ara.config import AllocateConfig
-from ara_cli.options import FactorsOption, MasksOption, NameOption, path_option
+from ara_cli.options import LATENCY_OPTIONS, FactorsOption, MasksOption, NameOption, path_option
 from ara_cli.session import Session
 from ara_cli.signature import command_line
 
-_LATENCY = ("latency_tokens", "latency_backend", "latency_precision", "latency_threads")
 
-
-@command_line(after={"exclude": ("guard",), "keep": ("remove", "objective", *_LATENCY)}, several=True)
+@command_line(after={"exclude": ("guard",), "keep": ("remove", *LATENCY_OPTIONS)}, several=True)
 def command(
     *,
     config: AllocateConfig,

@@ -12,7 +12,7 @@ import typer
 from pydantic import Field
 from typer.testing import CliRunner
 
-from ara.config import AllocateConfig, DecomposeConfig, EvalConfig, StageConfig
+from ara.config import AllocateConfig, CompareConfig, DecomposeConfig, EvalConfig, StageConfig
 from ara.config.flags import Flag, flag_of
 from ara.errors import UsageError
 from ara_cli.app import COMMANDS, app
@@ -60,7 +60,8 @@ def test_every_config_of_a_stage_belongs_to_one_command() -> None:
 def test_the_fields_without_an_option() -> None:
     """They are found out: the machine that times layers, and the checksum of the file that ``--ranks`` names."""
     hidden = [(config, field) for _, config, field, _ in FIELDS if flag_of(config.model_fields[field].metadata).hidden]
-    assert hidden == [(AllocateConfig, "latency_machine"), (AllocateConfig, "ranks_sha256")]
+    machine = "latency_machine"
+    assert hidden == [(AllocateConfig, machine), (AllocateConfig, "ranks_sha256"), (CompareConfig, machine)]
 
 
 @pytest.mark.parametrize(

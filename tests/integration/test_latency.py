@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 
+from ara.artifacts.comparison import ComparisonResults
 from ara.artifacts.factors import specs_of
 from ara.artifacts.ranks import RanksResults, read_allocation
-from ara.config import AllocateConfig
+from ara.config import AllocateConfig, CompareConfig, DecomposeConfig, TruncateConfig
 from ara.errors import UsageError
 from ara.models.weights import LinearSpec
 from ara.stages import latency
 from ara.stages.allocate import allocate
 from ara.stages.common import Run
+from ara.stages.compare import compare
+from ara.stages.run import run_pipeline
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 from tests.commands import ara, done, refused
@@ -169,13 +172,79 @@ def test_layers_are_timed_on_this_machine(
     done("truncate", "-w", copied)
 
 
-def test_a_report_does_not_take_a_share_of_time_for_one_of_parameters(copied: Path) -> None:
-    results, _ = figures(chosen(copied, FakeLayers(by_parameters)))
+def reported(root: Path) -> tuple[dict[str, Any], str]:
+    """Return the document and the page of a new report."""
+    done("report", "-w", root)
+    (folder,) = (root / "report").glob("*/")
+    return json.loads((folder / "report.json").read_text()), (folder / "report.html").read_text()
+
+
+def test_a_report_tells_a_share_of_time_from_one_of_parameters(copied: Path) -> None:
+    results, times = figures(chosen(copied, FakeLayers(by_parameters)))
     done("truncate", "-w", copied)
-    done("report", "-w", copied)
-    document = json.loads(next((copied / "report").glob("*/report.json")).read_text())
-    assert document["allocation"]["keep"] is None
-    assert document["allocation"]["linear_keep"] == results.linear_keep
+    document, page = reported(copied)
+    ranks = document["allocation"]
+    assert ranks["keep"] is None and ranks["linear_keep"] == results.linear_keep
+    assert ranks["latency"]["predicted_ns"] == times.predicted_ns and "shapes" not in ranks["latency"]
+    assert "predicted time of the factorised layers, ms (128 tokens; fake" in page
+
+
+def test_allocators_are_compared_at_equal_time(copied: Path) -> None:
+    config = CompareConfig(**FEW, objective="latency", keep=0.7, tasks=("python-docs",), max_windows=2, eval_seq_len=32)
+    view = compare(config, Run(copied), layers=FakeLayers(slow_down))
+    methods = ComparisonResults.read(view).methods
+    assert view.name == "latency-0.70" and set(methods) == {"dense", "ara", "sensitivity", "uniform"}
+    shares = {name: row.time_keep for name, row in methods.items()}
+    assert shares.pop("dense") is None
+    assert all(share is not None and 0.67 < share <= 0.7 for share in shares.values()), shares
+    specs = specs_of(Workspace.open(copied).view("decompose/two-sided"), "factors")
+    slow = [spec.name for spec in specs if (spec.m, spec.n) == SLOW]
+    for name in shares:
+        ranks = methods[name].ranks
+        assert ranks is not None and {ranks[layer] for layer in slow} == {"dense"}
+    done("truncate", "-w", copied)
+    document, page = reported(copied)
+    (compared,) = document["comparisons"]
+    assert compared["objective"] == "latency" and compared["methods"]["uniform"]["time_keep"] == shares["uniform"]
+    assert "latency-0.70: keep 0.7 of the time" in page and "predicted time" in page
+
+
+def test_a_comparison_of_parameters_has_no_settings_of_time(copied: Path) -> None:
+    texts: dict[str, Any] = {"tasks": ("python-docs",), "max_windows": 1, "eval_seq_len": 32}
+    view = compare(CompareConfig(**FEW, **texts, methods=("uniform",)), Run(copied))
+    assert view.manifest is not None
+    assert not [key for key in view.manifest.config if key == "objective" or key.startswith("latency")]
+    assert all(row.time_keep is None for row in ComparisonResults.read(view).methods.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--methods", "energy"), "--method energy does not support --objective latency"),
+        (("--size", "60KB"), "--size and --objective are given together"),
+    ],
+)
+def test_a_comparison_in_time_of_what_has_none_is_refused(words: Any, message: str, finished: Path) -> None:
+    result = ara("compare", "-q", *CPU, "--objective", "latency", *words, "-w", finished)
+    refused(result, 2, message, hint=False)
+
+
+def test_the_whole_pipeline_takes_a_budget_of_time(tiny_llama: Path, tmp_path: Path) -> None:
+    shared = {"device": "cpu", "dtype": "float32"}
+    factors = DecomposeConfig(model=str(tiny_llama), text="python-docs", samples=4, seq_len=32, **shared)
+    budgets = [AllocateConfig(**FEW, objective="latency", method="uniform", keep=keep) for keep in (0.7, 0.9)]
+    layers = FakeLayers(by_parameters)
+    views = run_pipeline(factors, budgets, {"truncate": TruncateConfig()}, Run(tmp_path / "ws"), layers)
+    assert [view.key for view in views] == [
+        "decompose/two-sided",
+        *(f"{stage}/uniform-latency-{keep}" for keep in ("0.70", "0.90") for stage in ("allocate", "truncate")),
+    ]
+
+
+def test_run_refuses_a_budget_of_time_before_it_decomposes(tiny_llama: Path, tmp_path: Path) -> None:
+    words = ("--objective", "latency", "--method", "energy", "--no-eval", "-w", tmp_path / "ws")
+    refused(ara("run", "-q", tiny_llama, *words), 2, "--method energy does not support --objective latency")
+    assert not list((tmp_path / "ws" / "decompose").glob("*"))
 
 
 @pytest.mark.parametrize(
