@@ -43,12 +43,14 @@ def make_checkpoint(
     layout: Any,
     grid: Grid | Sequence[Grid | None] | None = None,
     embedding: Grid | None = None,
+    factorised: str = "",
     **changes: Any,
 ) -> Made:
     """Save a checkpoint below ``root``: dense where ``layout`` is ``None``, else with low-rank layers.
 
     The matrices of these layers are rounded to ``grid``, if there is one, and embedding and head to ``embedding``.
-    Several grids take turns from layer to layer; ``None`` among them: not rounded.
+    Several grids take turns from layer to layer; ``None`` among them: not rounded. Layers without ``factorised`` in
+    their names stay dense.
     """
     config = decoder_config(family, **changes) if family in (*DECODERS, *UNKNOWN) else _wider(family, changes)
     with torch.random.fork_rng(devices=[]):
@@ -66,7 +68,8 @@ def make_checkpoint(
             tiny_tokenizer().save_pretrained(folder)
         return Made(folder, model)
     linears = find_linears(separate_experts(model))
-    ranks = {} if layout is None else _factorise(model, linears, root / "factors.safetensors", layout)
+    chosen = [spec for spec in linears if factorised in spec.name]
+    ranks = {} if layout is None else _factorise(model, chosen, root / "factors.safetensors", layout)
     in_turn = cycle([grid] if grid is None or isinstance(grid, Grid) else grid)
     grids = {spec.name: one for spec, one in zip(linears, in_turn, strict=False) if one is not None}
     if embedding is not None:

@@ -2,7 +2,7 @@
 
 Measured ratios are compared with those predicted here. Multiplications limit prefill. Memory reads (all weights and the
 caches) limit decoding. Norms, activations, rotary embeddings and the input embedding are not counted: they grow with
-the width of the model, not with its square.
+the width of the model, not with its square. A router is taken to choose all experts equally often.
 
 Shapes: b batch, p past tokens, s new tokens, v vocabulary.
 """
@@ -16,6 +16,12 @@ from ara.errors import UnsupportedModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Ends of the names of classes of routers that are no linear layers.
+_ROUTERS = ("Router", "Gate")
+# Fields of configs: the number of experts, and how many of them a token gets.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Cost:
     """Counts of one model in one runtime.
 
     Attributes:
-        linear: weights of all linear layers except the head.
+        linear: weights of all linear layers except the head and those of experts.
         head: weights of the head, v · hidden.
         query_width: query heads · head width.
         cache_width: key-value heads · head width; smaller than ``query_width`` with grouped queries.
@@ -50,6 +56,8 @@ class Cost:
         weight_bytes: bytes per weight of linear layers and head.
         cache_bytes: bytes per number in the caches.
         last_logits: whether the head computes only the last position of each row.
+        experts: weights of all experts among which routers choose.
+        expert_share: share of these experts that a token gets.
     """
 
     linear: int
@@ -60,12 +68,14 @@ class Cost:
     weight_bytes: float
     cache_bytes: int
     last_logits: bool
+    experts: int = 0
+    expert_share: float = 1.0
 
     def macs(self, case: Case) -> int:
         """Return the multiply-accumulates of a pass; FLOPs are twice that.
 
-        Every token multiplies with every weight once. Every pair of a new token and a visible position (itself
-        included) takes ``query_width`` for query · key and as many for score · value.
+        Every token multiplies with every weight once, of experts with those of its own. Every pair of a new token and a
+        visible position (itself included) takes ``query_width`` for query · key and as many for score · value.
         """
         rows = case.batch if self.last_logits else case.tokens
         pairs = sum(
@@ -73,14 +83,19 @@ class Cost:
             for window in self.windows
             for new in range(case.new)
         )
-        return case.tokens * self.linear + rows * self.head + 2 * case.batch * self.query_width * pairs
+        experts = round(case.tokens * self.experts * self.expert_share)
+        return case.tokens * self.linear + experts + rows * self.head + 2 * case.batch * self.query_width * pairs
 
     def bytes_read(self, case: Case) -> float:
-        """Return the bytes read in a pass: every weight once, and past keys and values of every row."""
+        """Return the bytes read in a pass: every weight once, and past keys and values of every row.
+
+        An expert is read if at least one token gets it: 1 − (1 − share)^tokens of them.
+        """
         # The new token itself takes one position of a window.
         cached = sum(case.past if window is None else min(case.past, window - 1) for window in self.windows)
         caches = 2 * case.batch * cached * self.cache_width * self.cache_bytes
-        return (self.linear + self.head) * self.weight_bytes + caches
+        experts = self.experts * (1 - (1 - self.expert_share) ** case.tokens)
+        return (self.linear + experts + self.head) * self.weight_bytes + caches
 
     def predicted_ratio(self, dense: Cost, case: Case) -> float:
         """Return the predicted speed-up over ``dense``, from multiplications, or from bytes for single tokens."""
@@ -93,18 +108,30 @@ def count_model(model: PreTrainedModel, *, last_logits: bool) -> Cost:
     """Count a model in torch, dense or with low-rank layers (whose factors are linear layers).
 
     Args:
-        model: a causal language model of transformers, all weights in one dtype.
+        model: a causal language model of transformers, all weights in one dtype; experts are separate layers.
         last_logits: whether it computes only the logits of the last position.
     """
     # Imported here: a process that measures another runtime does not need them.
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
+    from ara.layouts.modeling_ara import SeparateExperts
+
     head = model.get_output_embeddings()
-    linears = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+    chosen = {
+        module for experts in model.modules() if isinstance(experts, SeparateExperts) for module in experts.modules()
+    }
+    linear = experts = 0
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+            linear += 0 if module in chosen else module.weight.numel()
+            experts += module.weight.numel() if module in chosen else 0
+        elif chosen and _is_router(module):
+            linear += module.weight.numel()
     return cost_of(
         model.config,
-        linear=sum(module.weight.numel() for module in linears),
+        linear=linear,
+        experts=experts,
         head=head.weight.numel(),
         weight_bytes=model.dtype.itemsize,
         cache_bytes=model.dtype.itemsize,
@@ -112,13 +139,26 @@ def count_model(model: PreTrainedModel, *, last_logits: bool) -> Cost:
     )
 
 
+def _is_router(module: Any) -> bool:
+    """Tell whether a module holds the matrix of a router, which is no linear layer in transformers."""
+    return type(module).__name__.endswith(_ROUTERS) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+
+
 def cost_of(
-    model_config: Any, *, linear: int, head: int, weight_bytes: float, cache_bytes: int, last_logits: bool
+    model_config: Any,
+    *,
+    linear: int,
+    head: int,
+    weight_bytes: float,
+    cache_bytes: int,
+    last_logits: bool,
+    experts: int = 0,
 ) -> Cost:
     """Return the counts of a model from its transformers config; other arguments as in :class:`Cost`.
 
     Raises:
-        UnsupportedModelError: its blocks have no attention heads, or heads that differ from block to block.
+        UnsupportedModelError: its blocks have no attention heads, or heads that differ from block to block; or the
+            config does not say how many experts a token gets.
     """
     text = model_config.get_text_config()
     try:
@@ -139,7 +179,24 @@ def cost_of(
         weight_bytes=weight_bytes,
         cache_bytes=cache_bytes,
         last_logits=last_logits,
+        experts=experts,
+        expert_share=_expert_share(text) if experts else 1.0,
     )
+
+
+def _expert_share(text: Any) -> float:
+    """Return the share of the experts that a token gets."""
+    chosen, number = (
+        next((found for name in names if isinstance(found := getattr(text, name, None), int) and found), None)
+        for names in (_CHOSEN, _EXPERTS)
+    )
+    if chosen is None or number is None:
+        raise UnsupportedModelError(
+            f"the work of a {text.model_type} model cannot be counted: its config does not say in a known field how "
+            "many experts there are, or how many a token gets",
+            f"known fields: {', '.join((*_EXPERTS, *_CHOSEN))}",
+        )
+    return float(chosen / number)
 
 
 def cache_bytes(model_config: Any, tokens: int, itemsize: int) -> int:

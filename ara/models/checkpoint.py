@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ from ara.models.tokenizer_check import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ara.models.stored_model import StoredModel
 
 _AGAIN = "write it again: ara truncate --force"
 # Code that lets a checkpoint load where ara is not installed.
@@ -172,6 +175,17 @@ def check_complete(folder: Path) -> None:
         ModelError: a tensor is missing, has no place, or has another shape; or the checkpoint does not load.
     """
     _read(folder, None, "meta")
+
+
+def stored_checkpoint(folder: Path) -> StoredModel:
+    """Return a checkpoint without numbers, compressed or dense, and its tensors in their files.
+
+    Raises:
+        ModelError: as :func:`check_complete`.
+    """
+    from ara.models.stored_model import StoredModel
+
+    return StoredModel(_read(folder, None, "meta"), weight_files(folder), str(folder), partial(load, folder))
 
 
 def _read(folder: Path, dtype: torch.dtype | None, device: str | None = None) -> PreTrainedModel:

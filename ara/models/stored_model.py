@@ -64,6 +64,12 @@ class StoredModel:
         return f"the files lack {first_names(missing)}" if missing else None
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of the tensors that :meth:`read` returns, but for those of :attr:`fused`."""
+        own = self.model.state_dict()
+        return {name: tuple(own[name].shape) for name in self._sources if name in own}
+
+    @property
     def merged(self) -> bool:
         """Whether transformers merges experts while it loads them, so that it cannot map their weights."""
         return any(self._sources[part].expert is None for part in self._parts if part in self._sources)

@@ -16,9 +16,9 @@ from ara.config import BenchConfig
 from ara.evaluation.speed import Runner, TorchRunner
 from ara.models.checkpoint import load
 from ara.models.placement import torch_dtype
-from ara.models.silence import silence_transformers
 from ara.models.sources import ModelSource
 from ara.stages.common import Run
+from ara.stages.model_folders import written
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 
@@ -109,9 +109,8 @@ def in_other(
     """Return dense model and checkpoint in another runtime, the dense one exported into ``aside``."""
     run.report.fact(f"exporting the dense model temporarily, with the settings of {exported.view.key}")
     folder = aside / CHECKPOINT
-    with silence_transformers():
-        # In the checkpoint's dtype, so that the weights of both graphs are rounded alike.
-        source.load_model(torch_dtype(CheckpointSettings.read(truncated).dtype)).save_pretrained(folder)
+    # In the checkpoint's dtype, so that the weights of both graphs are rounded alike.
+    written(source, torch_dtype(CheckpointSettings.read(truncated).dtype), folder)
     dense = exported.dense(DENSE, folder, aside / "export", threads)
     shutil.rmtree(folder)
     chosen = exported.chosen(label_of(truncated), truncated.path / CHECKPOINT, threads)

@@ -17,6 +17,7 @@ from ara.stages.common import Run
 from ara.workspace.view import StageView
 from export.config import ExportConfig
 from export.onnx.export_report import DATA_FILE, ExportReport, read_report
+from export.onnx.families import FAMILIES
 from export.onnx.few_bits import is_expanded
 from export.onnx.quantize import BITS, BLOCK
 from export.onnx.runner import OnnxDecoder
@@ -103,14 +104,18 @@ def count_checkpoint(checkpoint: Checkpoint, about: ExportReport) -> Cost:
         for name in checkpoint.names()
         if name.startswith(f"{checkpoint.modules.blocks}.") and len(checkpoint.shape(name)) == 2
     }
-    linear = sum(matrices.values())
+    every = sum(matrices.values())
+    mixture = FAMILIES[config.model_type].mixture if config.model_type in FAMILIES else None
+    inside = None if mixture is None else f".{mixture.path}."
+    experts = sum(count for path, count in matrices.items() if inside is not None and inside in path)
     matrices[checkpoint.modules.head] = head
     total = sum(count * _weight_bytes(checkpoint, about, path, number) for path, count in matrices.items())
     return cost_of(
         config,
-        linear=linear,
+        linear=every - experts,
+        experts=experts,
         head=head,
-        weight_bytes=total / (linear + head),
+        weight_bytes=total / (every + head),
         cache_bytes=number,
         last_logits=about.last_logits,
     )

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import onnx_ir as ir
 import torch
 
-from ara.errors import UnsupportedModelError
 from export.onnx.architecture import Decoder
 from export.onnx.graph_options import GraphOptions
 from export.onnx.linear_nodes import LinearNodes
@@ -259,12 +258,6 @@ class BlockNodes(LinearNodes):
         assert sizes is not None and record is not None
         path = f"{block}.{self.names.mlp}"
         inside = f"{path}.{record.path}"
-        first = f"{inside}.gate_up_proj.0"
-        if not any(self.checkpoint.has(f"{first}.{part}") for part in ("weight", "A.weight")):
-            raise UnsupportedModelError(
-                f"all experts of this {self.decoder.model_type} checkpoint are dense",
-                "the ONNX graph builder reads checkpoints with factorised experts: a lower --keep",
-            )
         rows, column, axis = self.ints([-1, hidden], 0, [1])
         flat = self.op("Reshape", [x, rows], f"{path}.tokens")
         weights, indices = self._routes(flat, f"{path}.{record.router}")

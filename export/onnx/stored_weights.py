@@ -15,8 +15,9 @@ from ara.errors import ModelError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import layout_named
 from ara.layouts.modeling_ara import NUMBERS, QUANT_METHOD, AraConfig, RoundedMatrix
-from ara.models.checkpoint import quantization_of, read_config
+from ara.models.checkpoint import quantization_of, read_config, stored_checkpoint
 from ara.models.folder import INDEX, SINGLE, read_index, read_shapes
+from ara.models.stored_model import StoredModel
 from export.onnx.families import FAMILIES, Names
 
 _AGAIN = "write the checkpoint again: ara truncate --force"
@@ -98,6 +99,11 @@ class Checkpoint:
             self.rounded = {path: Rounding(*entry) for path, entry in ara.rounded.items()}
         self._files = _files(folder)
         self._shapes = _shapes(self._files)
+        # Files have dense experts in one of several forms, which the rules of transformers tell apart.
+        self._mixture: StoredModel | None = None
+        if family is not None and family.mixture is not None:
+            self._mixture = stored_checkpoint(folder)
+            self._shapes = self._mixture.shapes
         for path, (bits, block, _) in self.rounded.items():
             m, width = self._stored(f"{path}.steps")
             self._matrices[f"{path}.weight"] = m, width * 8 // bits // block * block
@@ -181,6 +187,8 @@ class Checkpoint:
             numbers = {part: self.tensor(f"{path}.{part}") for part in NUMBERS if self.has(f"{path}.{part}")}
             matrix.load_state_dict(numbers, assign=True)
             return matrix.weight
+        if self._mixture is not None:
+            return self._mixture.read(name)
         try:
             with safe_open(self._files[name], "pt") as file:
                 tensor = file.get_tensor(name)

@@ -51,15 +51,19 @@ def peaks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, list[Case]]]:
 def exported_base(checkpoint: Callable[..., Any], tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a workspace whose checkpoint was exported; only to be read."""
     root = tmp_path_factory.mktemp("bench") / "ws"
-    settings = {"text": tiny_text, "samples": 12, "seq_len": 48, "device": "cpu", "dtype": "float32"}
+    export_to(root, checkpoint("llama", None).folder, tiny_text, layout="pivoted")
+    return root
+
+
+def export_to(root: Path, model: Path, text: str, **settings: Any) -> None:
+    calibration = {"text": text, "samples": 12, "seq_len": 48, "device": "cpu", "dtype": "float32"}
     run_pipeline(
-        DecomposeConfig(model=str(checkpoint("llama", None).folder), **settings),
-        [AllocateConfig(keep=0.7, method="energy", layout="pivoted")],
+        DecomposeConfig(model=str(model), **calibration),
+        [AllocateConfig(keep=0.7, method="energy", **settings)],
         {"truncate": TruncateConfig()},
         Run(root),
     )
     done("export", "--execution-provider", "cpu", "--no-parity", "-w", root, "-q")
-    return root
 
 
 @pytest.fixture
@@ -254,6 +258,21 @@ def test_graphs_are_compared_with_a_dense_graph_of_the_same_settings(exported: P
     assert models[name]["weight_bytes"] == files["model.onnx.data"]
     assert models[name]["disk_bytes"] == files["model.onnx.data"] + files["model.onnx"] < models["dense"]["disk_bytes"]
     assert len(results["cases"]) == 6
+
+
+def test_a_mixture_in_onnx_is_compared_with_its_dense_experts(
+    checkpoint: Callable[..., Any], tiny_text: str, tmp_path: Path, peaks: list[tuple[Any, list[Case]]]
+) -> None:
+    folder = checkpoint("mixtral", None).folder
+    export_to(tmp_path, folder, tiny_text)
+    dense = load(folder, "cpu", "float32")
+    results = json.loads(done("bench", "--backend", "onnx", *SHORT, "-w", tmp_path, "--json").stdout)["results"]
+    counted = count_model(dense, last_logits=False)
+    case = results["cases"][0]
+    assert results["models"]["dense"]["parameters"] == sum(p.numel() for p in dense.parameters())
+    # Two of the five experts of a block work for a token.
+    assert case["models"]["dense"]["macs"] == counted.macs(Case(1, 0, 7)) and counted.expert_share == 0.4
+    assert case["models"][NAME]["macs"] < case["models"]["dense"]["macs"]
 
 
 def test_settings_of_the_export_are_those_of_its_dense_counterpart(

@@ -52,6 +52,31 @@ def test_low_rank_layers_count_their_parts(checkpoint: Any, layout: str) -> None
     assert count_model(model, last_logits=False).macs(case) == counted_macs(model, case)
 
 
+@pytest.mark.parametrize("layout", [None, "factors"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_a_token_multiplies_with_the_experts_that_it_gets(checkpoint: Any, family: str, layout: str | None) -> None:
+    model = load(checkpoint(family, layout).folder, "cpu")
+    model.config._experts_implementation = "eager"
+    cost, case = count_model(model, last_logits=False), Case(4, 9, 1)
+    # The ranks of experts differ, and so does their work.
+    tolerance = 0 if layout is None else 0.1 * cost.experts * cost.expert_share * case.tokens
+    assert cost.experts and cost.macs(case) == pytest.approx(counted_macs(model, case), abs=tolerance)
+
+
+def test_more_tokens_read_more_experts() -> None:
+    shared: dict[str, Any] = {"head": 0, "query_width": 1, "cache_width": 1, "windows": (), "cache_bytes": 1}
+    cost = Cost(linear=10, weight_bytes=1, last_logits=False, experts=800, expert_share=0.25, **shared)
+    assert [cost.bytes_read(Case(batch, 1, 1)) for batch in (1, 2)] == [10 + 200, 10 + 350]
+    assert cost.bytes_read(Case(64, 1, 1)) == pytest.approx(810)
+    assert cost.macs(Case(2, 0, 3)) == 6 * (10 + 200)
+
+
+def test_a_config_without_the_number_of_experts_of_a_token_is_refused() -> None:
+    counts: dict[str, Any] = {"linear": 1, "head": 1, "weight_bytes": 2, "cache_bytes": 2, "last_logits": True}
+    with pytest.raises(UnsupportedModelError, match="how many a token gets"):
+        cost_of(tiny_config("llama"), experts=5, **counts)
+
+
 def windowed(window: int) -> PreTrainedModel:
     config = tiny_config("mistral")
     config.sliding_window = window

@@ -28,7 +28,7 @@ def exported(source: Path, output: Path, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("layout", [None, "factors", "pivoted"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "phi3", "mixtral", "qwen2_moe"])
 def test_files_are_counted_as_the_model_is(
     checkpoint: Callable[..., Any], tmp_path: Path, family: str, layout: str | None
 ) -> None:
@@ -44,8 +44,9 @@ def test_files_are_counted_as_the_model_is(
     # 16 bits on the disk, float32 in memory.
     fallback = Fallback(matrices={"lm_head": 0.1}, candidates=3, weights=expected.head, extra_bytes=1, kl=0.1)
     mixed = count_checkpoint(source, narrower.model_copy(update={"fallback": fallback}))
-    total = (1 + 4 / BLOCK) * expected.linear + 4 * expected.head
-    assert mixed.weight_bytes == pytest.approx(total / (expected.linear + expected.head))
+    others = expected.linear + expected.experts
+    total = (1 + 4 / BLOCK) * others + 4 * expected.head
+    assert mixed.weight_bytes == pytest.approx(total / (others + expected.head))
 
 
 @pytest.mark.parametrize(

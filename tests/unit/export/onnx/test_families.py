@@ -99,9 +99,15 @@ def test_experts_of_few_bits(checkpoint: Callable[..., Any], tmp_path: Path) -> 
     assert worst(exported(made.folder, tmp_path / "out", precision="fp32")) < 1e-4
 
 
-def test_a_dense_mixture_is_refused(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="all experts of this mixtral checkpoint are dense"):
-        exported(checkpoint("mixtral", None).folder, tmp_path / "out")
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_a_dense_mixture_is_the_model(family: str, checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    """The files have every expert's matrices by the names of the hub."""
+    assert worst(exported(checkpoint(family, None).folder, tmp_path / "out")) < 1e-4
+
+
+def test_experts_may_all_be_dense_beside_factors(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+    about = exported(checkpoint("mixtral", factorised="self_attn").folder, tmp_path / "out")
+    assert worst(about) < 1e-4 and all("self_attn" in name for name in about["ranks"])
 
 
 # -- a record that lacks something ----------------------------------------------------------------------------------
