@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ara.distributed.launch import Launch
 from ara.distributed.sharing import share_of_windows
+
+Item = TypeVar("Item")
 
 
 class Group:
@@ -43,6 +45,20 @@ class Group:
         """Return the indices of the windows that this process reads; see :func:`share_of_windows`."""
         return share_of_windows(windows, batch_size, self.rank, self.size)
 
+    def in_turn(self, count: int) -> range:
+        """Return which of ``count`` pieces of work this process does: pieces go to the processes in turn."""
+        return range(self.rank, count, self.size)
+
+    def in_order(self, mine: Sequence[Item], count: int) -> list[Item]:
+        """Return the results of all pieces in process 0, in their order; an empty list in the others.
+
+        Args:
+            mine: results of the pieces that :meth:`in_turn` has given this process.
+            count: of all pieces.
+        """
+        found = self.collect(list(mine))
+        return [found[number % self.size][number // self.size] for number in range(count)] if found else []
+
     def sum(self, tensor: torch.Tensor, ranks: Collection[int]) -> None:
         """Add up a tensor over all processes, in place.
 
@@ -71,6 +87,14 @@ class Group:
             tensors: of this process; no name may occur twice.
         """
         return tensors
+
+    def collect(self, value: Item) -> list[Item]:
+        """Return the values of all processes in process 0, by rank; an empty list in the others.
+
+        Args:
+            value: of this process; must be picklable.
+        """
+        return [value]
 
     def agree(self, value: Any, what: str) -> None:
         """Check that a value is the same in all processes.

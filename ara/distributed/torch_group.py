@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch.distributed.rendezvous import rendezvous
 
-from ara.distributed.group import Group
+from ara.distributed.group import Group, Item
 from ara.distributed.launch import Launch
 from ara.environment import versions
 from ara.errors import ProcessLostError, UnavailableError, UnequalError, UsageError, first_line, is_out_of_memory
@@ -86,6 +86,14 @@ class TorchGroup(Group):
             for rank in range(1, self.size):
                 found |= self._receive(rank)
             return found
+
+    def collect(self, value: Item) -> list[Item]:
+        """Return the values of all processes in process 0."""
+        found: list[Any] | None = [None] * self.size if self.writes else None
+        with _peers():
+            self._finish_sending()
+            dist.gather_object(value, found, 0)
+        return found or []
 
     def agree(self, value: Any, what: str) -> None:
         """Check that a value is the same in all processes."""

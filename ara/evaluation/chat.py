@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ara.distributed.group import ALONE, Group
 from ara.errors import NAN_HINT, NumericalError
 from ara.evaluation.divergence import mean_divergence
 from ara.evaluation.generation import check_logits, greedy_tokens, why_empty
@@ -75,6 +76,7 @@ def answer_distances(
     reference: str,
     report: Reporter = SILENT,
     label: str = "Answers",
+    group: Group = ALONE,
 ) -> dict[str, list[tuple[float, float]]]:
     """Return the distance from the reference model on the answers of every conversation.
 
@@ -84,21 +86,25 @@ def answer_distances(
         reference: name of the dense model.
         report: receives progress.
         label: of the progress bar.
+        group: processes that share the conversations; each has all models.
 
     Returns:
         For every model except the reference, per conversation, the figures of
-        :func:`ara.evaluation.divergence.mean_divergence` over the tokens of its answers.
+        :func:`ara.evaluation.divergence.mean_divergence` over the tokens of its answers. In other processes than the
+        first, no figures.
 
     Raises:
         NumericalError: a model gives logits that are not finite, or an infinite divergence.
     """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models if name != reference}
-    with report.bar(label, len(conversations) * len(models)) as bar:
-        for number, (ids, answers) in enumerate(conversations, start=1):
-            dense = _answer_logits(models[reference], ids, answers, f"{label}, {reference}, conversation {number}")
+    mine = group.in_turn(len(conversations))
+    with report.bar(label, len(mine) * len(models)) as bar:
+        for number in mine:
+            ids, answers = conversations[number]
+            dense = _answer_logits(models[reference], ids, answers, f"{label}, {reference}, conversation {number + 1}")
             bar.advance()
             for name, distances in found.items():
-                who = f"{label}, {name}, conversation {number}"
+                who = f"{label}, {name}, conversation {number + 1}"
                 distances.append(mean_divergence(dense, _answer_logits(models[name], ids, answers, who)))
                 if not math.isfinite(distances[-1][0]):
                     raise NumericalError(
@@ -106,7 +112,7 @@ def answer_distances(
                         NAN_HINT,
                     )
                 bar.advance()
-    return found
+    return {name: group.in_order(distances, len(conversations)) for name, distances in found.items()}
 
 
 @torch.inference_mode()

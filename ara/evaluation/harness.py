@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ara.distributed.group import ALONE, Group
 from ara.errors import NAN_HINT, AraError, DataError, NumericalError, first_line, is_out_of_memory
 from ara.evaluation.generation import LogitsCheck, check_logits
 from ara.evaluation.tasks import Task, missing_module, silence_lm_eval
@@ -76,7 +77,8 @@ def ask(
     batch_size: int = 1,
     report: Reporter = SILENT,
     label: str = "Questions",
-) -> TaskScore:
+    group: Group = ALONE,
+) -> TaskScore | None:
     """Ask a model the questions of a task, zero-shot unless the task says otherwise.
 
     Args:
@@ -87,19 +89,28 @@ def ask(
         batch_size: texts per forward pass.
         report: receives progress.
         label: task and model, for the progress bar and for errors.
+        group: processes that share the questions; each has the model.
+
+    Returns:
+        The score; ``None`` in other processes than the first.
 
     Raises:
         NumericalError: the model gives NaN; raised at the first such batch.
         DataError: lm-eval cannot ask or score the questions, or one holds a token that the model has no row for.
     """
-    return ask_through(lambda: _wrapped(model, tokenizer, batch_size, report, label), task, documents, label)
+    if (task.documents if documents is None else len(documents)) < group.size:
+        # lm-eval fails in a process without questions.
+        if not group.writes:
+            return None
+        group = ALONE
+    return ask_through(lambda: _wrapped(model, tokenizer, batch_size, report, label, group), task, documents, label)
 
 
-def ask_through(make: Callable[[], Any], task: Task, documents: list[int] | None, label: str) -> TaskScore:
-    """Ask the questions of a task through a model of lm-eval; errors as of :func:`ask`.
+def ask_through(make: Callable[[], Any], task: Task, documents: list[int] | None, label: str) -> TaskScore | None:
+    """Ask the questions of a task through a model of lm-eval; results and errors as of :func:`ask`.
 
     Args:
-        make: returns lm-eval's model.
+        make: returns lm-eval's model, which knows the processes.
         task: as for :func:`ask`.
         documents: as for :func:`ask`.
         label: task and model, for errors.
@@ -117,7 +128,7 @@ def ask_through(make: Callable[[], Any], task: Task, documents: list[int] | None
             samples=None if documents is None else {task.name: documents},
             bootstrap_iters=0,
         )
-    return _score(found["results"][task.name], found["samples"][task.name], label)
+    return None if found is None else _score(found["results"][task.name], found["samples"][task.name], label)
 
 
 def check_likelihoods(values: Sequence[float], label: str) -> None:
@@ -205,9 +216,14 @@ def _stderr(values: list[Any], aggregate: float) -> float | None:
 
 
 def _wrapped(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, report: Reporter, label: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    report: Reporter,
+    label: str,
+    group: Group,
 ) -> Any:
-    """Return an lm-eval model around a model in memory, with a progress bar and checks for NaN."""
+    """Return an lm-eval model around a model in memory, with a progress bar, checks for NaN, and its processes."""
     from lm_eval.models.huggingface import HFLM
 
     rows = token_rows(model.config)
@@ -216,6 +232,27 @@ def _wrapped(
         """Adds progress and checks to lm-eval's scoring."""
 
         bar: Bar | None = None
+
+        @property
+        def rank(self) -> int:
+            """Number of this process, which asks every ``world_size``-th question."""
+            return group.rank
+
+        @property
+        def world_size(self) -> int:
+            """Number of processes."""
+            return group.size
+
+        def all_gather(self, tensor: Any) -> Any:
+            """Return the same number of requests for all processes: none of them waits in a pass for another one."""
+            return tensor.repeat(group.size)
+
+        def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+            """Return the objects of all processes in process 0."""
+            return group.collect(obj) or None
+
+        def barrier(self) -> None:
+            """Wait for nobody: :meth:`gather_object` does."""
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
             with self._counting(len(requests)):

@@ -15,10 +15,11 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from ara.distributed.group import ALONE, Group
 from ara.errors import NAN_HINT, NumericalError
 from ara.evaluation.divergence import Divergence, summarise_divergence, window_divergence
 from ara.evaluation.timing import Spread, spread, synchronize
@@ -76,7 +77,7 @@ def summarise(window_nlls: Sequence[float], seq_len: int, who: str = "the model"
     Raises:
         NumericalError: a window's NLL is not finite, or the perplexity overflows.
     """
-    _check_finite(window_nlls, 0, who)
+    _check_finite(window_nlls, range(len(window_nlls)), who)
     nll = math.fsum(window_nlls) / len(window_nlls)
     try:
         perplexity = math.exp(nll)
@@ -90,6 +91,20 @@ def summarise(window_nlls: Sequence[float], seq_len: int, who: str = "the model"
     return PerplexityResult(nll, perplexity, windows, windows * (seq_len - 1), seq_len, stderr, tuple(window_nlls))
 
 
+@dataclass
+class _Reading:
+    """What a process has measured of one model: of its windows in their order, and of its batches."""
+
+    nlls: list[float] = field(default_factory=list)
+    distances: list[tuple[float, float]] = field(default_factory=list)
+    speeds: list[float] = field(default_factory=list)
+
+    @property
+    def warm_speeds(self) -> list[float]:
+        """Speeds without the first batch, unless it is the only one."""
+        return self.speeds[1:] or self.speeds
+
+
 def interleaved_perplexity(
     models: Mapping[str, torch.nn.Module],
     windows: torch.Tensor,
@@ -98,6 +113,7 @@ def interleaved_perplexity(
     reference: str | None = None,
     report: Reporter = SILENT,
     label: str = "Perplexity",
+    group: Group = ALONE,
 ) -> dict[str, VariantRun]:
     """Run several models over the same windows; every batch is run by all models before the next one.
 
@@ -114,46 +130,72 @@ def interleaved_perplexity(
         reference: name of the model from which the divergence of all others is measured; ``None``: no divergence.
         report: receives progress.
         label: of the progress bar.
+        group: processes that share the windows; each has all models. Speeds are those of one process.
+
+    Returns:
+        The results by model; nothing in other processes than the first.
 
     Raises:
         NumericalError: a model gives a non-finite NLL or divergence; names the model and the window.
     """
+    mine = group.share(len(windows), batch_size).tolist()
+    readings = _read(models, windows, mine, batch_size, reference, report, label)
+    found = group.collect((mine, readings))
+    return {name: _joined([(own, rows[name]) for own, rows in found], windows) for name in models} if found else {}
+
+
+def _joined(parts: Sequence[tuple[list[int], _Reading]], windows: torch.Tensor) -> VariantRun:
+    """Return the results of one model from those of all processes, each with the indices of its windows."""
+    nlls = [0.0] * len(windows)
+    distances: list[tuple[float, float] | None] = [None] * len(windows)
+    for mine, reading in parts:
+        for place, index in enumerate(mine):
+            nlls[index] = reading.nlls[place]
+            distances[index] = reading.distances[place] if reading.distances else None
+    apart = [distance for distance in distances if distance is not None]
+    speeds = [speed for _, reading in parts for speed in reading.warm_speeds]
+    return VariantRun(summarise(nlls, windows.shape[1]), spread(speeds), summarise_divergence(apart) if apart else None)
+
+
+def _read(
+    models: Mapping[str, torch.nn.Module],
+    windows: torch.Tensor,
+    mine: list[int],
+    batch_size: int,
+    reference: str | None,
+    report: Reporter,
+    label: str,
+) -> dict[str, _Reading]:
+    """Run the models over the windows ``mine``; other arguments as of :func:`interleaved_perplexity`."""
     names = [name for name in models if name != reference]
-    distances: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    nlls: dict[str, list[float]] = {name: [] for name in models}
-    speeds: dict[str, list[float]] = {name: [] for name in models}
-    batches = windows.split(batch_size)
+    readings = {name: _Reading() for name in models}
+    batches = windows[mine].split(batch_size) if mine else ()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         for model in models.values():
             stack.enter_context(_evaluating(model))
-        bar = stack.enter_context(report.bar(label, len(windows) * len(models)))
+        bar = stack.enter_context(report.bar(label, len(mine) * len(models)))
         for number, batch in enumerate(batches):
             # Logits kept for the divergence: the reference's, or those of the one model that ran before it.
             waiting: dict[str, torch.Tensor] = {}
             for name in _order(names, reference, number):
                 logits, values, seconds = _forward(models[name], batch)
-                _check_finite(values, len(nlls[name]), f"model {name!r}")
-                nlls[name] += values
-                speeds[name].append(batch.numel() / seconds)
+                reading = readings[name]
+                _check_finite(values, mine[len(reading.nlls) :], f"model {name!r}")
+                reading.nlls += values
+                reading.speeds.append(batch.numel() / seconds)
                 if reference is not None:
                     waiting[name] = logits
                 del logits
                 for ready in [other for other in waiting if other != reference and reference in waiting]:
                     assert reference is not None
                     found = window_divergence(waiting[reference], waiting.pop(ready))
-                    kls, first_window = [kl for kl, _ in found], len(distances[ready])
-                    _check_finite(kls, first_window, f"model {ready!r}", f"KL divergence from {reference}")
-                    distances[ready] += found
+                    kls, distances = [kl for kl, _ in found], readings[ready].distances
+                    what = f"KL divergence from {reference}"
+                    _check_finite(kls, mine[len(distances) :], f"model {ready!r}", what)
+                    distances += found
                 bar.advance(len(batch))
-    return {
-        name: VariantRun(
-            summarise(nlls[name], windows.shape[1]),
-            spread(speeds[name][1:] if len(batches) > 1 else speeds[name]),
-            summarise_divergence(distances[name]) if distances.get(name) else None,
-        )
-        for name in models
-    }
+    return readings
 
 
 def _order(names: Sequence[str], reference: str | None, number: int) -> list[str]:
@@ -189,8 +231,11 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _check_finite(values: Sequence[float], first: int, who: str, what: str = "negative log-likelihood") -> None:
-    for index, value in enumerate(values, start=first):
+def _check_finite(
+    values: Sequence[float], windows: Sequence[int], who: str, what: str = "negative log-likelihood"
+) -> None:
+    """Check the values of windows, of which ``windows`` has the indices, and perhaps further ones."""
+    for index, value in zip(windows, values, strict=False):
         if not math.isfinite(value):
             raise NumericalError(
                 f"{who} gives a {what} of {value} on window {index}; expected a finite number",

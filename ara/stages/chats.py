@@ -25,6 +25,7 @@ from ara.data.conversations import (
     prompt_tokens,
     require_template,
 )
+from ara.distributed.group import ALONE, Group
 from ara.errors import DataError, ModelError
 from ara.evaluation.chat import is_silent, whole_answer
 from ara.evaluation.divergence import summarise_divergence
@@ -156,6 +157,7 @@ def openings(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     report: Reporter,
+    group: Group = ALONE,
 ) -> OpeningsPiece:
     """Return which answers of one model are empty; of the dense model, also the answers that stand in.
 
@@ -166,27 +168,28 @@ def openings(
         tokenizer: of the model.
         max_new_tokens: largest length of an answer.
         report: receives progress.
+        group: processes that share the conversations; the result of process 0 is that of all.
 
     Raises:
         NumericalError: the model gives NaN.
     """
     stop = stop_tokens(model)
-    empty: list[bool] = []
-    answers: list[tuple[int, ...] | None] = []
+    found: list[tuple[bool, tuple[int, ...] | None]] = []
     label = f"{chat.name}, answers, {name}"
-    with report.bar(label, len(chat.questions)) as bar:
-        for number, question in enumerate(chat.questions, start=1):
-            who = f"{label}, conversation {number}"
+    mine = group.in_turn(len(chat.questions))
+    with report.bar(label, len(mine)) as bar:
+        for number in mine:
+            question, who = chat.questions[number], f"{label}, conversation {number + 1}"
             if name == DENSE and question.whole is None:
                 answer = whole_answer(model, question.prompt, max_new_tokens, stop, who)
-                answers.append(tuple(answer))
                 shown = [token for token in answer if token not in stop]
-                empty.append(why_empty(len(shown), tokenizer.decode(shown, skip_special_tokens=True)) is not None)
+                blank = why_empty(len(shown), tokenizer.decode(shown, skip_special_tokens=True)) is not None
+                found.append((blank, tuple(answer)))
             else:
-                answers.append(None)
-                empty.append(is_silent(model, tokenizer, question.prompt, max_new_tokens, stop, who))
+                found.append((is_silent(model, tokenizer, question.prompt, max_new_tokens, stop, who), None))
             bar.advance()
-    return OpeningsPiece(tuple(empty), tuple(answers))
+    all_found = group.in_order(found, len(chat.questions))
+    return OpeningsPiece(tuple(blank for blank, _ in all_found), tuple(answer for _, answer in all_found))
 
 
 def chat_results(

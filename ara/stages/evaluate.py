@@ -33,11 +33,12 @@ from ara.stages.measure import Measurement
 from ara.stages.measure_elsewhere import MeasurementElsewhere, refuse_chats
 from ara.stages.model_folders import ModelFolder, written
 from ara.stages.modules import load_modules
-from ara.stages.pieces import Variant
-from ara.stages.questions import Sources, load_sources, questions_for
+from ara.stages.pieces import Pieces, Variant
+from ara.stages.questions import Questions, Sources, load_sources, questions_for
 from ara.workspace.manifest import digest
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
+from ara.workspace.writer import StageWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,11 +87,16 @@ def evaluate(
         runtime: measures the models instead of torch, if ``config.backend`` is a runtime.
 
     Raises:
-        UsageError: a checkpoint is given twice, or the runtime cannot measure what is asked for.
+        UsageError: a checkpoint is given twice, the runtime cannot measure what is asked for, or there are several
+            processes and another runtime than torch.
         UnavailableError: the runtime is not installed.
         AraError: a stage or text is missing, a stage is stale, a model yields NaN.
     """
-    started = begin(name, checkpoint)
+    started, group = begin(name, checkpoint), run.group
+    if group.size > 1 and (runtime is not None or find_export is not None):
+        raise UsageError(
+            f"--backend {config.backend} is given, and there are {group.size} processes", "run it without torchrun"
+        )
     own = open_task_folders(config.include_path)
     names = expand(config.tasks, own)
     for task in names:
@@ -99,6 +105,7 @@ def evaluate(
         run.report.warn(f"--tasks {','.join(config.tasks)} names no task in {', '.join(config.include_path)}")
     if runtime is None:
         placement = choose_placement(config.device, config.dtype)
+        group.check_device(placement.device, placement.dtype)
     else:
         placement = placement_in(runtime, config)
         refuse_chats(config, [name for name in names if is_chat(name)])
@@ -119,7 +126,9 @@ def evaluate(
         if find_export is not None:
             exported = find_export(workspace, truncated)
             parents.append(exported.view)
-        sources = load_sources(names, own, run.report)
+        with group.first_of_machine():
+            sources = load_sources(names, own, run.report)
+        group.agree(sources.digests, "what is read")
         settings = _recorded(resolved, sources, own)
         if name is None:
             limit = config.limit if sources.tasks else None
@@ -133,12 +142,29 @@ def evaluate(
         if exported is not None:
             variants.append(_exported(truncated, exported))
         questions = questions_for(source, sources, resolved, run.report)
-        with work.writer(resumable=True, keep_after_nan=True) as stage:
-            asked = variants, label_of(truncated), questions, resolved, stage, run.report
-            measurement = Measurement(*asked) if runtime is None else MeasurementElsewhere(runtime, *asked)
-            interleaved = measurement.run(CheckpointResults.read(truncated).dense_weight_bytes)
-            measurement.results(interleaved).write_file(stage)
+        asked = partial(_measurement, runtime, variants, label_of(truncated), questions, resolved, run)
+        dense_bytes = CheckpointResults.read(truncated).dense_weight_bytes
+        if group.writes:
+            with work.writer(resumable=True, keep_after_nan=True) as stage:
+                measurement = asked(stage)
+                interleaved = measurement.run(dense_bytes)
+                measurement.results(interleaved).write_file(stage)
+        else:
+            asked(None).run(dense_bytes)
         return work.view()
+
+
+def _measurement(
+    runtime: Runtime | None,
+    variants: list[Variant],
+    chosen: str,
+    questions: Questions,
+    config: EvalConfig,
+    run: Run,
+    stage: StageWriter | None,
+) -> Pieces:
+    asked = variants, chosen, questions, config, stage, run.report
+    return Measurement(*asked, run.group) if runtime is None else MeasurementElsewhere(runtime, *asked)
 
 
 def _recorded(config: EvalConfig, sources: Sources, own: TaskFolders | None) -> dict[str, Any]:

@@ -35,22 +35,25 @@ class Measurement(Pieces):
             NumericalError: a model gives NaN.
         """
         lost = ", and the divergence from the dense model is not measured"
-        groups = groups_in_memory(self.variants, dense_bytes, self.config.device, self.report, lost)
-        for group in groups:
-            if not all(self._done(piece, variant) for variant in group for piece in self._pieces()):
-                self._measure(group)
+        numbers = groups_in_memory(range(len(self.variants)), dense_bytes, self.config.device, self.report, lost)
+        # The memory of process 0 decides.
+        together = [[self.variants[number] for number in group] for group in self.group.broadcast(numbers)]
+        for variants in together:
+            if not all(self._done(piece, variant) for variant in variants for piece in self._pieces()):
+                self._measure(variants)
                 gc.collect()
-        return len(groups) == 1
+        return len(together) == 1
 
-    def _measure(self, group: Sequence[Variant]) -> None:
-        """Load the models of one group, measure them, and release them."""
-        self.report.fact(f"loading {', '.join(variant.name for variant in group)}")
-        models = {variant.name: variant.load() for variant in group}
-        for variant in group:
+    def _measure(self, variants: Sequence[Variant]) -> None:
+        """Load models, measure them, and release them."""
+        self.report.fact(f"loading {', '.join(variant.name for variant in variants)}")
+        models = {variant.name: variant.load() for variant in variants}
+        for variant in variants:
             if not self._done("model", variant):
-                self._keep("model", variant, self._figures(variant, models[variant.name]).plain())
+                figures = self._figures(variant, models[variant.name]).plain() if self.group.writes else None
+                self._keep("model", variant, figures)
         for name, windows in self.windows.items():
-            if all(self._done(name, variant) for variant in group):
+            if all(self._done(name, variant) for variant in variants):
                 continue
             found = interleaved_perplexity(
                 models,
@@ -59,13 +62,14 @@ class Measurement(Pieces):
                 reference=DENSE if DENSE in models and len(models) > 1 else None,
                 report=self.report,
                 label=f"Reading {name}",
+                group=self.group,
             )
-            for variant in group:
-                self._keep(name, variant, text_figures(found[variant.name]).plain())
+            for variant in variants:
+                self._keep(name, variant, text_figures(found[variant.name]).plain() if found else None)
         for chat in self.questions.chats:
-            self._measure_chat(chat, group, models)
+            self._measure_chat(chat, variants, models)
         for task in self.questions.tasks:
-            for variant in group:
+            for variant in variants:
                 if not self._done(task.name, variant):
                     score = ask(
                         models[variant.name],
@@ -75,26 +79,29 @@ class Measurement(Pieces):
                         batch_size=self.config.batch_size,
                         report=self.report,
                         label=f"{task.name}, {variant.name}",
+                        group=self.group,
                     )
-                    self._keep(task.name, variant, asdict(score))
+                    self._keep(task.name, variant, None if score is None else asdict(score))
 
-    def _measure_chat(self, chat: Chat, group: Sequence[Variant], models: Mapping[str, PreTrainedModel]) -> None:
+    def _measure_chat(self, chat: Chat, variants: Sequence[Variant], models: Mapping[str, PreTrainedModel]) -> None:
         """Generate the answers of every model, then let all models read the same answers."""
         length = self.config.max_new_tokens
-        for variant in group:
+        for variant in variants:
             if not self._done(chat.openings_piece, variant):
                 model = models[variant.name]
-                found = openings(chat, variant.name, model, self.questions.tokenizer, length, self.report)
+                found = openings(chat, variant.name, model, self.questions.tokenizer, length, self.report, self.group)
                 self._keep(chat.openings_piece, variant, found.plain())
-        if all(self._done(chat.distances_piece, variant) for variant in group):
+        if all(self._done(chat.distances_piece, variant) for variant in variants):
             return
         distances: Mapping[str, Sequence[tuple[float, float]]] = {}
         if DENSE in models and len(models) > 1:
-            readings = chat.readings(self._openings(chat)[DENSE])
-            distances = answer_distances(models, readings, DENSE, self.report, f"Reading answers of {chat.name}")
-        for variant in group:
+            opened = self.group.broadcast(self._openings(chat)[DENSE] if self.group.writes else None)
+            label = f"Reading answers of {chat.name}"
+            distances = answer_distances(models, chat.readings(opened), DENSE, self.report, label, self.group)
+        for variant in variants:
             row = distances.get(variant.name)
-            self._keep(chat.distances_piece, variant, DistancesPiece(None if row is None else tuple(row)).plain())
+            piece = DistancesPiece(None if row is None else tuple(row))
+            self._keep(chat.distances_piece, variant, piece.plain())
 
     def _figures(self, variant: Variant, model: PreTrainedModel) -> ModelPiece:
         counted = variant.figures or {"parameters": parameter_count(model), "weight_bytes": weight_bytes(model)}

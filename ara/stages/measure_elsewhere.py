@@ -71,7 +71,9 @@ class MeasurementElsewhere(Pieces):
             return text_figures(self._reading(piece, variant, model)).plain()
         (task,) = (task for task in self.questions.tasks if task.name == piece)
         label = f"{piece}, {variant.name}"
-        return asdict(ask_through(lambda: model.harness(self.report, label), task, self.documents[task.name], label))
+        score = ask_through(lambda: model.harness(self.report, label), task, self.documents[task.name], label)
+        assert score is not None, "one process asks all questions"
+        return asdict(score)
 
     def _figures(self, variant: Variant, model: RunningModel, stored: ModelFolder) -> ModelPiece:
         size = stored.parameters * torch_dtype(self.config.dtype).itemsize

@@ -34,6 +34,7 @@ from ara.artifacts.evaluation import (
 from ara.config import EvalConfig
 from ara.data.filespecs import is_file
 from ara.data.tokens import evaluation_windows
+from ara.distributed.group import ALONE, Group
 from ara.errors import CorruptedError
 from ara.evaluation.perplexity import VariantRun
 from ara.evaluation.tasks import Task, chosen_documents
@@ -83,8 +84,9 @@ class Pieces(ABC):
         chosen: name of the model to compare with all others.
         questions: what to ask.
         config: settings with all automatic values resolved.
-        stage: writer of the stage, resumable.
+        stage: writer of the stage, resumable; ``None`` in other processes than the first.
         report: progress.
+        group: processes that share the work. All call the same methods; process 0 stores the pieces.
 
     Attributes:
         runtime: title of the runtime that all models run in; ``None`` for torch.
@@ -98,12 +100,15 @@ class Pieces(ABC):
         chosen: str,
         questions: Questions,
         config: EvalConfig,
-        stage: StageWriter,
+        stage: StageWriter | None,
         report: Reporter,
+        group: Group = ALONE,
     ) -> None:
         assert config.seq_len is not None, "not resolved"
         self.variants, self.chosen, self.questions, self.config = variants, chosen, questions, config
-        self.stage, self.report = stage, report
+        self._stage, self.report, self.group = stage, report, group
+        # Names of the files of finished pieces, which all processes know.
+        self._finished = set(group.broadcast(None if stage is None else stage.finished))
         self.windows = {
             name: evaluation_windows(
                 documents,
@@ -131,7 +136,7 @@ class Pieces(ABC):
         """
 
     def results(self, interleaved: bool) -> EvaluationResults:
-        """Return the figures of all models, texts and tasks, from the finished pieces.
+        """Return the figures of all models, texts and tasks, from the finished pieces; in process 0 alone.
 
         Args:
             interleaved: whether the models ran interleaved.
@@ -175,6 +180,12 @@ class Pieces(ABC):
             runtime=self.runtime,
         )
 
+    @property
+    def stage(self) -> StageWriter:
+        """Writer of the stage, in process 0."""
+        assert self._stage is not None, "only process 0 reads and writes pieces"
+        return self._stage
+
     # -- pieces -------------------------------------------------------------------------------------------------
 
     def _pieces(self) -> list[str]:
@@ -191,7 +202,7 @@ class Pieces(ABC):
         return f"{number:02d}-{names[0]}.{row}-{names[1]}.json"
 
     def _done(self, piece: str, variant: Variant) -> bool:
-        return self._file(piece, variant) in self.stage.finished
+        return self._file(piece, variant) in self._finished
 
     @property
     def _again(self) -> str:
@@ -207,7 +218,11 @@ class Pieces(ABC):
             raise CorruptedError(f"{path}: {first_problem(error)}", self._again) from None
 
     def _keep(self, piece: str, variant: Variant, row: Any) -> None:
-        self.stage.text(self._file(piece, variant), dump(row, self._file(piece, variant)) + "\n")
+        """Note that a piece is finished. Process 0 stores it; what ``row`` is in the others does not matter."""
+        name = self._file(piece, variant)
+        if self._stage is not None:
+            self._stage.text(name, dump(row, name) + "\n")
+        self._finished.add(name)
 
     # -- results ------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ _AFTER = {
 }
 
 
-@command_line(after=_AFTER)
+@command_line(after=_AFTER, several=True)
 def command(
     *,
     config: EvalConfig,

@@ -1,5 +1,6 @@
 """Commands in several real processes, as torchrun starts them: results, failures, resuming."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from ara.allocation.energy import Energy
 from ara.artifacts.training import TrainingResults
-from ara.config import AllocateConfig, DecomposeConfig
+from ara.config import AllocateConfig, DecomposeConfig, EvalConfig
 from ara.distributed.group import Group
 from ara.distributed.launch import Launch
 from ara.errors import UsageError
@@ -21,6 +22,7 @@ from ara.solver.problem import Budget
 from ara.stages.allocate import allocate
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
+from ara.stages.evaluate import evaluate
 from ara.stages.modules import load_modules
 from ara.workspace.manifest import read_manifest
 from ara.workspace.store import Workspace
@@ -264,6 +266,101 @@ def test_a_training_resumes_in_two_processes(trained, forks, finished, tmp_path)
     assert "resuming after step 2 of 4" in succeeded(forks.run(train_words(root), size=2))
     found, expected = (folder / "train-masks" / NAME for folder in (root, trained[1]))
     assert contents(found, "*.safetensors") == contents(expected, "*.safetensors")
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory, tiny_text):
+    """Words of an evaluation on a text, on conversations of which one has no answer, and on a task."""
+    folder = tmp_path_factory.mktemp("asked")
+    said = (("Who bakes?", "The baker."), ("Where is the river?", None), ("How many?", "Twelve, and one more."))
+    rows = []
+    for question, answer in said:
+        answers = [] if answer is None else [{"role": "assistant", "content": answer}]
+        rows.append({"messages": [{"role": "user", "content": question}, *answers]})
+    (folder / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = "".join(json.dumps({"goal": f"goal {n}", "label": n % 2}) + "\n" for n in range(5))
+    (folder / "questions.jsonl").write_text(questions)
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}, "cache_dir": str(folder / "cache")},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "Is it {{goal}}",
+        "doc_to_choice": ["yes", "no"],
+        "doc_to_target": "{{label}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "mine.yaml").write_text(json.dumps(task))
+    names = f"{tiny_text},chat:{folder / 'said.jsonl'},mine"
+    settings = ["--seq-len", 64, "--max-windows", 5, "--batch-size", 2, "--max-new-tokens", 4, "--name", "all"]
+    return ["eval", "--tasks", names, "--include-path", folder / "tasks", *settings, "--device", "cpu", "-q"]
+
+
+def pieces(root):
+    """Return the finished pieces of an evaluation without speeds, by file."""
+    found = {path.name: json.loads(path.read_text()) for path in sorted((root / "eval" / "all").glob("*.*-*.json"))}
+    for piece in found.values():
+        piece.pop("tokens_per_second", None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, forks, finished, asked):
+    """Two workspaces with one evaluation, made by one process and by two."""
+    roots = [Path(shutil.copytree(finished, tmp_path_factory.mktemp("evaluated") / "ws")) for _ in range(2)]
+    for number, root in enumerate(roots, start=1):
+        succeeded(forks.run([*asked, "-w", root], size=number))
+    return roots
+
+
+def test_an_evaluation_in_two_processes_is_that_of_one(evaluated):
+    one, two = map(pieces, evaluated)
+    assert len(one) == 3 * 5 and one.keys() == two.keys()
+    for name, piece in one.items():
+        found, expected = flat(two[name]), flat(piece)
+        assert [type(value) for value in found] == [type(value) for value in expected], name
+        numbers = [[value for value in values if isinstance(value, float)] for values in (found, expected)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-6, abs=1e-9), name
+        assert all(a == b for a, b in zip(found, expected, strict=True) if not isinstance(b, float)), name
+    results = [Workspace.open(root).require("evaluation").manifest.results for root in evaluated]
+    assert results[0]["variants"] == results[1]["variants"]
+    assert [list(found["tasks"]) for found in results] == [list(results[0]["tasks"])] * 2
+
+
+def flat(data):
+    """Return all numbers and words of JSON data, in order."""
+    if isinstance(data, dict):
+        data = list(data.values())
+    return [part for item in data for part in flat(item)] if isinstance(data, list) else [data]
+
+
+def test_an_evaluation_resumes_in_two_processes(evaluated, forks, finished, asked, tmp_path):
+    root = Path(shutil.copytree(finished, tmp_path / "ws"))
+    fault = killed_at("ara.stages.chats:is_silent", 2, rank=1)
+    processes = forks.run([*asked, "-w", root], size=2, faults=[fault])
+    assert only_error(processes) == "error: another process of this run has ended"
+    begun = {path.name for path in root.glob("eval/.all.partial/*.*-*.json")}
+    assert begun and begun < pieces(evaluated[1]).keys()
+    succeeded(forks.run([*asked, "-w", root], size=2))
+    assert pieces(root) == pieces(evaluated[1])
+
+
+def test_more_processes_than_questions(forks, finished, asked, evaluated, tmp_path):
+    root = Path(shutil.copytree(finished, tmp_path / "ws"))
+    succeeded(forks.run([*asked, "--limit", 1, "--max-windows", 1, "-w", root], size=2))
+    few = Workspace.open(root).require("evaluation").manifest.results["tasks"]
+    assert few["mine"]["examples"] == 1
+    many = pieces(evaluated[0])
+    for name, piece in pieces(root).items():
+        if "window_nlls" in piece:
+            assert piece["window_nlls"] == pytest.approx(many[name]["window_nlls"][:1], rel=1e-6)
+
+
+def test_an_export_is_evaluated_in_one_process(finished):
+    with pytest.raises(UsageError, match="--backend onnx is given, and there are 2 processes"):
+        evaluate(EvalConfig(backend="onnx"), Run(finished, group=Two()), find_export=lambda *_: None)
 
 
 class Two(Group):
