@@ -52,7 +52,7 @@ CREATE_VENV = for python in $(PYTHON); do \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz families docs reference check format-check lint types format bench-decompose bench-masks bench-quality bench-ablation bench-export-memory bench-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes bench-processes gpu-check clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz families docs reference check format-check lint types format bench-decompose bench-eigen bench-masks bench-quality bench-ablation bench-export-memory bench-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes bench-processes gpu-check clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -207,6 +207,10 @@ format: $(STAMP) ## format the code and repair what ruff can repair
 bench-decompose: $(STAMP) ## time our whitened decomposition against the textbook route
 	@echo "Comparing decompositions"
 	@$(WITH_DATA); $(BIN)/python benchmarks/decompose.py $(BENCH_FLAGS)
+
+bench-eigen: $(STAMP) ## time the eigenproblem of a decomposition in float64 and float32
+	@echo "Timing eigenproblems"
+	@$(WITH_DATA); $(BIN)/python benchmarks/eigen.py $(BENCH_FLAGS)
 
 bench-masks: $(STAMP) ## time mask training against a dense forward and backward pass (after bench-quality)
 	@echo "Timing mask training"
