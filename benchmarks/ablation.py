@@ -85,7 +85,7 @@ def main() -> None:
         found = TrainingResults.read(view).budgets[f"{arguments.keep:g}"]
         dense = sum(rank == "dense" for rank in found.ranks.values())
         at = f"{found.best_step} of {found.steps}"
-        rows.append((label, f"{found.held_out:.4f}", f"{found.won:+.4f}", at, dense, seconds_text(found.seconds)))
+        rows.append((label, f"{found.held_out:.4f}", f"{found.won:+.4f}", at, str(dense), seconds_text(found.seconds)))
     columns = [
         Column("variant", "left"),
         Column("held-out loss"),

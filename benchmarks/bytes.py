@@ -133,7 +133,7 @@ class Compressor:
     def sizes(self, row: Row, chosen: StageView, made: StageView) -> dict[str, Any]:
         """Return the bytes of a row, its layers by bits, and the seconds of allocation and of the last stage."""
         specs = specs_of(self.factors, self.arguments.layout)
-        grids = {bits: Grid(bits, self.arguments.block, True) for bits in BITS}
+        grids: dict[int, Grid] = {bits: Grid(bits, self.arguments.block, True) for bits in BITS}
         widths, ranks = self.widths(row, chosen), read_allocation(chosen, specs).ranks
         pairs = zip(specs, widths, strict=True)
         linear = sum(spec.stored_bytes(ranks[spec.name], grids.get(width)) for spec, width in pairs)

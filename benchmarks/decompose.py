@@ -37,6 +37,7 @@ from ara.data.tokens import calibration_windows
 from ara.decomposition.base import Factors
 from ara.decomposition.parallel import map_layers
 from ara.decomposition.subspace import weighted_factors
+from ara.models.blocks import BlockRunner
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.sources import resolve
 from ara.models.weights import LinearSpec, find_linears
@@ -67,7 +68,7 @@ def matrices(blocks: int, samples: int) -> dict[str, torch.Tensor]:
     documents = load_documents("python-docs", "calibration")
     windows = calibration_windows(documents, source.load_tokenizer(), samples=samples, seq_len=512, seed=0)
     owners = shared_inputs(model, linears, windows.ids[:1])
-    stats = collect_moments(model, linears, owners, windows.ids, batch_size=4)
+    stats = collect_moments(BlockRunner(model, windows.ids, 4), linears, owners)
     found = {}
     for spec in linears:
         found[f"{spec.name}.weight"] = spec.weight.read(model).double().contiguous()

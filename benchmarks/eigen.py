@@ -120,8 +120,8 @@ def main() -> None:
     tensors = {} if arguments.size else matrices(1, arguments.samples)
     names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
     for name in names:
-        pair = (tensors[f"{name}.{part}"].to(arguments.device) for part in ("weight", "gram"))
-        compare(console, name, *pair, arguments.rounds)
+        weight, gram = (tensors[f"{name}.{part}"].to(arguments.device) for part in ("weight", "gram"))
+        compare(console, name, weight, gram, arguments.rounds)
     for size in sizes:
         made = synthetic([f"{size}x{size}"])
         weight, gram = (tensor.to(arguments.device) for tensor in made.values())

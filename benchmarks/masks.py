@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ara.allocation.energy import Energy
@@ -65,8 +66,8 @@ def main() -> None:
     passes: dict[str, Callable[[], None]] = {
         "dense": lambda: dense(False),
         "dense with weight gradients": lambda: dense(True),
-        **{f"masks, {name} ranks": (lambda name=name: masked(name, "ce")) for name in cuts},
-        **{f"masks, {name} ranks, KL": (lambda name=name: masked(name, "kl")) for name in cuts},
+        **{f"masks, {name} ranks": partial(masked, name, "ce") for name in cuts},
+        **{f"masks, {name} ranks, KL": partial(masked, name, "kl") for name in cuts},
     }
     seconds = seconds_in_turn(console, passes, arguments.rounds, model.device)
     rows = []

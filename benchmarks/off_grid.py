@@ -18,7 +18,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -64,7 +64,7 @@ def rotate(model: PreTrainedModel, seed: int = 0) -> None:
     model.model.norm.weight.fill_(1)
 
 
-def _read(layer: torch.nn.Module, norm: torch.nn.Module, q: torch.Tensor) -> None:
+def _read(layer: Any, norm: Any, q: torch.Tensor) -> None:
     """Fold the weight of a norm into a layer behind it, and let the layer read rotated inputs."""
     layer.weight.copy_((layer.weight.double() * norm.weight.double()) @ q)
 

@@ -165,7 +165,7 @@ class Bench:
     def _allocation(self, row: Row) -> tuple[Allocation, dict[str, Any]]:
         from ara.allocation import ALLOCATORS
         from ara.allocation.probe_based import ProbeBased
-        from ara.allocation.sensitivity import Sensitivity, sensitivity_table
+        from ara.allocation.sensitivity import Sensitivity, SensitivityOptions, sensitivity_table
         from ara.config import method_options
         from ara.solver.knapsack import best_ranks
         from ara.solver.problem import Budget
@@ -181,6 +181,7 @@ class Bench:
         allocator = kind(method_options(kind.Options, {}))
         passes, begun = context.model.backward_passes, time.monotonic()
         if isinstance(allocator, Sensitivity):
+            assert isinstance(allocator.options, SensitivityOptions)
             table = sensitivity_table(context, allocator.options)
             allocation = best_ranks(specs, table.values, budget)
             return allocation, {"seconds": table.seconds, "backward_passes": len(context.train)}

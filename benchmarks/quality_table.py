@@ -144,7 +144,7 @@ def summary(rows: Rows, keeps: Sequence[float]) -> str:
 
 def curves(rows: Rows, keeps: Sequence[float]) -> str:
     """Return held-out loss over the steps of ARA's trainings, seed 0, for docs/measurements/quality.md."""
-    lines = []
+    lines: list[str] = []
     for keep in keeps:
         for factors, label in (("two-sided", ""), ("two-sided, pivoted", ", pivoted")):
             curve = dict(rows.get(f"{factors}/ara/{keep:g}/0", {}).get("curve", ()))

@@ -73,8 +73,7 @@ def reference(calibration: str, keep: float) -> str:
 def gap_closed(rows: Mapping[str, Any], row: Row, text: str) -> float | None:
     """Return (ln uniform − ln ppl) / (ln uniform − ln dense) of a row on a text; ``None`` if a part is missing."""
     keys = (row.key, reference(row.calibration, row.keep), "dense")
-    losses = [rows[key]["texts"][text] if key in rows else None for key in keys]
-    if any(loss is None for loss in losses):
+    if any(key not in rows for key in keys):
         return None
-    own, uniform, dense = (float(loss) for loss in losses)
+    own, uniform, dense = (float(rows[key]["texts"][text]) for key in keys)
     return (uniform - own) / (uniform - dense)
