@@ -25,6 +25,7 @@ def show_plan(console: Console, plan: Plan) -> None:
             _parameters("model", plan.parameters, plan),
             _parameters("factorised layers", plan.linear_parameters, plan),
             _parameters("embedding and head", plan.embedding_parameters, plan),
+            *(_parameters(f"{path}, kept as it is", count, plan) for path, count in plan.kept_parts.items()),
         ],
     )
     console.text(_budget(plan))

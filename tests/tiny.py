@@ -14,7 +14,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -28,6 +27,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from ara.models.multimodal import auto_class
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 VOCABULARY = 256 + len(SPECIAL_TOKENS)
@@ -142,7 +143,7 @@ def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Return a float32 model in eval mode with random weights; the global random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = auto_class(config.model_type).from_config(config, dtype=torch.float32)
         # Biases start at zero, as do the gates of some families, where a lost one would not be noticed.
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "sinks")) or (parameter.dim() >= 2 and not parameter.any()):

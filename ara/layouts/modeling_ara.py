@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -853,7 +854,22 @@ class AraQuantizer(HfQuantizer):
 
 
 class AraForCausalLM:
-    """The class that ``auto_map`` names: its import registers ARA; the architecture's class loads the checkpoint."""
+    """A class that ``auto_map`` names: its import registers ARA; the architecture's class loads the checkpoint.
+
+    Attributes:
+        table: name of the table of transformers that has the architecture's class.
+    """
+
+    table = "MODEL_FOR_CAUSAL_LM_MAPPING"
+
+    @classmethod
+    def loads(cls, model: Any) -> bool:
+        """Tell whether the table has the class of ``model``."""
+        return cls._native_class(model.config) is type(model)
+
+    @classmethod
+    def _native_class(cls, config: Any) -> Any:
+        return getattr(modeling_auto, cls.table).get(type(config), None)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
@@ -863,11 +879,31 @@ class AraForCausalLM:
     def from_pretrained(cls, path: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
         """Load ``path`` with the class of transformers for ``config``."""
         kwargs.pop("trust_remote_code", None)
-        return _native_class(config).from_pretrained(path, *args, config=config, **kwargs)
+        return cls._native_class(config).from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        return _native_class(config)._from_config(config, **kwargs)
+        return cls._native_class(config)._from_config(config, **kwargs)
+
+
+class AraForImageTextToText(AraForCausalLM):
+    """The same for models that read pictures as well as text."""
+
+    table = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"
+
+
+class AraForMultimodalLM(AraForCausalLM):
+    """The same for models that read anything as well as text."""
+
+    table = "MODEL_FOR_MULTIMODAL_LM_MAPPING"
+
+
+# Class of transformers → the one that ``auto_map`` names for it.
+AUTO_CLASSES: dict[str, type[AraForCausalLM]] = {
+    "AutoModelForCausalLM": AraForCausalLM,
+    "AutoModelForImageTextToText": AraForImageTextToText,
+    "AutoModelForMultimodalLM": AraForMultimodalLM,
+}
 
 
 def replace_linear(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -972,12 +1008,6 @@ def _check_shapes(found: Mapping[str, torch.Size], expected: Mapping[str, torch.
         raise ValueError(
             f"the checkpoint has {name} of shape {list(found[name])}, its config asks for {list(expected[name])}{more}"
         )
-
-
-def _native_class(config: Any) -> Any:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def _found(model: nn.Module, name: str, *kinds: type[nn.Module]) -> Any:

@@ -15,6 +15,7 @@ from ara.jsonfile import read_object
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import modeling_ara
 from ara.layouts.modeling_ara import (
+    AUTO_CLASSES,
     LAYERS,
     QUANT_METHOD,
     AraConfig,
@@ -30,13 +31,16 @@ from ara.layouts.modeling_ara import (
 )
 from ara.models.completeness import check_loaded, stored_tensors, weight_files
 from ara.models.loading import why_not_loaded
+from ara.models.multimodal import auto_class
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.silence import silence_transformers
+from ara.models.stored_names import merges
 from ara.models.tokenizer_check import check_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ara.models.processor import Saveable
     from ara.models.stored_model import StoredModel
 
 _AGAIN = "write it again: ara truncate --force"
@@ -46,7 +50,7 @@ CODE_FILE = "modeling_ara.py"
 
 def save_checkpoint(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Saveable,
     folder: Path,
     *,
     ranks: Mapping[str, int],
@@ -60,7 +64,7 @@ def save_checkpoint(
 
     Args:
         model: with its low-rank layers; ``dense`` replaces them in place.
-        tokenizer: saved in the same folder.
+        processor: the tokenizer, or more; saved in the same folder.
         folder: created if missing.
         ranks: module path → kept rank of the low-rank layers.
         provenance: stored in ``config.json``.
@@ -80,7 +84,7 @@ def save_checkpoint(
         declare_compressed(model, folder, ranks=ranks, provenance=provenance, layout=layout, rounded=modules)
     with silence_transformers():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(folder)
+        processor.save_pretrained(folder)
     finish_files(folder)
 
 
@@ -106,9 +110,13 @@ def declare_compressed(
     if any(isinstance(module, SeparateExperts) for module in model.modules()):
         since = max(since, SeparateExperts.since)
         model._weight_conversions = []  # AraQuantizer.update_weight_conversions reads the names as they are
+    elif merges(model, (f"{layer}.{part}" for layer in ranks for part in model.get_submodule(layer).state_dict())):
+        model._weight_conversions = []  # factors cannot be merged; transformers also loads the names in memory
     config = AraConfig(dict(ranks), since, provenance, layout, settings)
     model.config.quantization_config = config
-    model.config.auto_map = {"AutoModelForCausalLM": f"{Path(CODE_FILE).stem}.AraForCausalLM"}
+    model.config.auto_map = {
+        auto: f"{Path(CODE_FILE).stem}.{named.__name__}" for auto, named in AUTO_CLASSES.items() if named.loads(model)
+    }
     model.hf_quantizer = AraQuantizer(config)
     assert modeling_ara.__file__ is not None
     shutil.copyfile(modeling_ara.__file__, folder / CODE_FILE)
@@ -193,11 +201,10 @@ def _read(folder: Path, dtype: torch.dtype | None, device: str | None = None) ->
 
     A dtype of ``None`` is that of the files.
     """
-    from transformers import AutoModelForCausalLM
-
+    kind = read_config(folder).get("model_type")
     try:
         with silence_transformers():
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            model, loading = auto_class(kind).from_pretrained(
                 folder,
                 dtype="auto" if dtype is None else dtype,
                 device_map=device,

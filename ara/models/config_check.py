@@ -67,30 +67,31 @@ def check_sizes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]] 
     """Compare the sizes in a config with the weights, without building the model.
 
     Args:
-        config: of the model.
+        config: of the model; of one that reads more than text, the sizes of its language model count.
         shapes: tensor name → shape, of all weights; ``None`` if there are none to compare with.
         name: of the model, for the error.
 
     Raises:
         ModelError: the config is for a larger model.
     """
+    text = config.get_text_config()
     for key in ("hidden_size", "vocab_size"):
-        value = _global(config, key)
+        value = _global(text, key)
         if isinstance(value, int) and value < 1:
             raise _wrong(name, key, value, "a positive integer")
     if shapes is None:
         return
     key = _LAYERS_WITH_WEIGHTS.get(config.model_type, "num_hidden_layers")
-    layers, found = _global(config, key), _layers(shapes)
+    layers, found = _global(text, key), _layers(shapes)
     # The weights may include layers for training alone, so the config may have fewer, but not none.
     if isinstance(layers, int) and found and not 0 < layers <= found:
         raise ModelError(f"the config of {name} says {key} {layers}, but its weights have {found} layers", _AGAIN)
     elements = sum(math.prod(shape) for shape in shapes.values())
-    hidden = _global(config, "hidden_size")
+    hidden = _global(text, "hidden_size")
     if not isinstance(hidden, int):
         return
     for key in _SIZES:
-        value = _global(config, key)
+        value = _global(text, key)
         # A head, inner feature or token has at least one row about as wide as the model; embeddings may be narrower.
         if isinstance(value, int) and (value < 0 or max(value, 1) * hidden > _SLACK * elements):
             raise ModelError(

@@ -27,7 +27,7 @@ from ara.models.weights import WeightRef
 from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from ara.models.processor import Saveable
 
 
 class Saved(NamedTuple):
@@ -44,7 +44,7 @@ class Saved(NamedTuple):
 
 def save_cut(
     stored: StoredModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Saveable,
     folder: Path,
     *,
     ranks: Mapping[str, int],
@@ -63,7 +63,7 @@ def save_cut(
 
     Args:
         stored: the dense model; its modules are replaced.
-        tokenizer: saved in the same folder.
+        processor: the tokenizer, or more; saved in the same folder.
         folder: created if missing.
         ranks: module path → kept rank of the low-rank layers.
         files: module path → file with its factors.
@@ -86,7 +86,7 @@ def save_cut(
         apply_factors(model, ranks, files, built, report)
         saved = _size(model)
         how: dict[str, Any] = {"ranks": ranks, "provenance": provenance, "layout": layout, "dense": dense}
-        save_checkpoint(model, tokenizer, folder, max_shard_size=max_shard_size, **how)
+        save_checkpoint(model, processor, folder, max_shard_size=max_shard_size, **how)
         return saved
     folder.mkdir(parents=True, exist_ok=True)
     model, form = stored.model, layout_named(built)
@@ -100,7 +100,7 @@ def save_cut(
             state = quantizer.get_state_dict_and_metadata(model)[0]
         with silence_transformers():
             write_model(model, state, partial(_read, state, layers, stored), folder, max_shard_size)
-            tokenizer.save_pretrained(folder)
+            processor.save_pretrained(folder)
     finish_files(folder)
     return _size(model)
 

@@ -29,7 +29,8 @@ class Family:
         outcome: *works*: dense, full-rank and compressed model agree as they should. *refused*: by ARA, see ``reason``.
             *not built*: no tiny model could be made. *fails*: neither works nor is refused.
         kinds: paths of the factorised layers inside their blocks, each once.
-        dense: names of the other matrices, except embeddings and head. ``*`` replaces numbers.
+        dense: names of the other matrices, except embeddings and head. ``*`` replaces numbers. The parts outside of the
+            language model are named as a whole.
         reason: of another outcome than *works*, in one line.
     """
 
@@ -55,8 +56,8 @@ class Families:
 
     Attributes:
         transformers: the version.
-        language: model types of ``AutoModelForCausalLM``, in the order of their names.
-        multimodal: further model types of ``AutoModelForImageTextToText``.
+        language: model types of ``AutoModelForCausalLM`` that are not in the other table, in the order of their names.
+        multimodal: model types of ``AutoModelForMultimodalLM``, which read pictures or sound as well as text.
     """
 
     transformers: str

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ara.models.folder import INDEX
+from ara.models.stored_names import saved_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,9 +47,11 @@ def write_model(
     ignored = set(model._keys_to_ignore_on_save or ())
     wanted = {name: tensor for name, tensor in state.items() if name not in ignored}
     wanted = remove_tied_weights_from_state_dict(wanted, model)
-    split = split_torch_state_dict_into_shards(wanted, filename_pattern=_PATTERN, max_shard_size=max_shard_size)
-    for file, names in split.filename_to_tensors.items():
-        save_file({name: read(name).contiguous() for name in names}, folder / file, {"format": "pt"})
+    saved = {key: name for name, key in saved_names(model, wanted).items()}
+    stored = {key: wanted[name] for key, name in saved.items()}
+    split = split_torch_state_dict_into_shards(stored, filename_pattern=_PATTERN, max_shard_size=max_shard_size)
+    for file, keys in split.filename_to_tensors.items():
+        save_file({key: read(saved[key]).contiguous() for key in keys}, folder / file, {"format": "pt"})
     if split.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}

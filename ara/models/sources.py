@@ -32,7 +32,9 @@ from ara.models.gguf import GgufFile
 from ara.models.hub import hub_errors, read_hub_config, unknown_model
 from ara.models.identity import ModelIdentity, folder_fingerprint
 from ara.models.loading import why_not_loaded
+from ara.models.multimodal import auto_class, is_multimodal
 from ara.models.offload import Offload
+from ara.models.processor import Processor, processor_files
 from ara.models.silence import silence_transformers
 from ara.models.support import architecture_name, check_decoder_only, check_quantization
 from ara.models.tokenizer_check import check_tokenizer
@@ -63,7 +65,7 @@ class ModelSource:
     _offload: Offload = field(default="auto", repr=False)
 
     def load_model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-        """Load the causal language model, in evaluation mode and with gradients off.
+        """Load the model, in evaluation mode and with gradients off.
 
         On a CPU the weights of a large model stay in their files; see :mod:`ara.models.offload`.
 
@@ -141,14 +143,12 @@ class ModelSource:
 
         On the meta device no weight is read. Experts are separate layers.
         """
-        from transformers import AutoModelForCausalLM
-
         from ara.layouts.modeling_ara import separate_experts
 
         if (download := self.to_download()) is not None:
             self._report.fact(f"downloading {len(download.files)} files, {download.bytes / 2**20:,.0f} MiB")
         with self._loading("weights"):
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            model, loading = auto_class(self.config.model_type).from_pretrained(
                 origin,
                 dtype=dtype,
                 device_map=device,
@@ -181,12 +181,11 @@ class ModelSource:
             ModelError: the model's own code fails.
         """
         import torch
-        from transformers import AutoModelForCausalLM
 
         from ara.layouts.modeling_ara import separate_experts
 
         with self._loading("config"), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+            model: PreTrainedModel = auto_class(self.config.model_type).from_config(self.config)
         separate_experts(model)
         return model
 
@@ -205,6 +204,18 @@ class ModelSource:
                 raise ValueError("its vocabulary is missing")
             check_tokenizer(tokenizer)
         return tokenizer
+
+    def load_processor(self) -> Processor:
+        """Load the tokenizer, and find the files of the processor if the model reads more than text.
+
+        Raises:
+            ModelError: there is no tokenizer, it cannot be used, or the hub cannot be reached.
+        """
+        tokenizer = self.load_tokenizer()
+        if not is_multimodal(self.config.model_type):
+            return Processor(tokenizer)
+        with self._loading("processor"):
+            return Processor(tokenizer, processor_files(self._origin, self.identity.revision))
 
     def _options(self) -> dict[str, Any]:
         return {"revision": self.identity.revision or "main", "trust_remote_code": False}

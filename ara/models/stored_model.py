@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from ara.errors import ModelError, first_line
 from ara.models.completeness import check_range
 from ara.models.shown import first_names
-from ara.models.stored_names import Fused, fused_parameters, keeps_names, sources_of
+from ara.models.stored_names import Fused, fused_parameters, keeps_names, only_renames, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ class StoredModel:
         self._sources = sources_of(model, self._files)
 
     def converted(self, separate: bool = False) -> str | None:
-        """Return why tensors cannot be taken from the files, or ``None``: transformers computes or renames some.
+        """Return why tensors cannot be taken from the files, or ``None``: transformers computes some from others.
 
         Args:
             separate: whether experts are separate in what is written from them. transformers reads the names in it as
@@ -59,7 +59,8 @@ class StoredModel:
         own = {key for key, _ in self.model.named_parameters()} | _persistent_buffers(self.model)
         missing = sorted(own - self._sources.keys())
         if getattr(self.model, "_weight_conversions", None):
-            known = separate or (bool(self.fused) and keeps_names(self.model, {*own, *self.fused} - {*self._parts}))
+            names = sorted({*own, *self.fused} - {*self._parts})
+            known = separate or only_renames(self.model, names) or (bool(self.fused) and keeps_names(self.model, names))
             return None if known and not missing else "transformers converts weights of this family when it loads them"
         return f"the files lack {first_names(missing)}" if missing else None
 

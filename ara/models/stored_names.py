@@ -81,6 +81,35 @@ def keeps_names(model: PreTrainedModel, names: Iterable[str]) -> bool:
     return all(rename_source_key(name, *rules) == (name, None) for name in names)
 
 
+def saved_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Return name in memory → name that ``save_pretrained`` gives it, which is that of the original files.
+
+    Where transformers does more than rename tensors, names stay as they are.
+    """
+    from transformers.core_model_loading import rename_source_key
+
+    renamings, converters = _rules(model)
+    back = [] if converters else [rule.reverse_transform() for rule in reversed(renamings)]
+    return {name: rename_source_key(name, back, [])[0] for name in names}
+
+
+def only_renames(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Tell whether transformers only renames tensors, and finds those called ``names`` by their saved names."""
+    from transformers.core_model_loading import rename_source_key
+
+    rules = _rules(model)
+    saved = saved_names(model, names)
+    return not rules[1] and all(rename_source_key(key, *rules) == (name, None) for name, key in saved.items())
+
+
+def merges(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Tell whether ``save_pretrained`` would compute other tensors from some of those called ``names``."""
+    from transformers.core_model_loading import rename_source_key
+
+    back = [rule.reverse_transform() for rule in reversed(_rules(model)[1])]
+    return any(rename_source_key(name, [], back)[1] is not None for name in names)
+
+
 def _rules(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
     """Return the renamings and the converters that transformers has used to load a model."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming

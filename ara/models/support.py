@@ -1,4 +1,8 @@
-"""Checks from its config whether ARA can factorise a model, before any weight is read."""
+"""Checks from its config whether ARA can factorise a model, before any weight is read.
+
+It must predict the next token from those before it. It may also read pictures or sound: see
+:mod:`ara.models.multimodal`.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,22 @@ if TYPE_CHECKING:
 
 _EXPECTED = "expected a decoder-only language model"
 _SENSES = "is a vision or audio model"
-_HINTS = {_SENSES: "its language model can be saved as a model of its own, see docs/compressing.md#model"}
 _HINT = "ARA compresses models such as Llama, Mistral, Qwen, Gemma, Phi, OPT and GPT-2; `ara models` lists some"
 
 # Endings of classes that predict the next token; classes with other names are in a table of transformers.
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 # Encoders that the table of masked language models lacks.
 _FURTHER_ENCODERS = frozenset({"bert-generation"})
-# Model types whose class predicts the next token, but not from the tokens before it alone.
+# Model types whose class does not predict the next token from the tokens before it alone.
 _NOT_CAUSAL = {
     "cpmant": "is no left-to-right model: its attention looks both ways",
+    "diffusion_gemma": "is no left-to-right model: it writes a block of tokens in several passes",
+    "paligemma": "is no left-to-right model: its attention looks both ways in a prompt",
+    "pi0": "is no language model: it writes movements of robots",
+    "qwen2_5_omni": "is two models, a thinker and a talker, without a common forward pass",
+    "qwen3_omni_moe": "is two models, a thinker and a talker, without a common forward pass",
     "reformer": "is no left-to-right model: later tokens change the random groups of its attention",
+    "shieldgemma2": "is a classifier of pictures",
 }
 # Words in the names of sub-configs for other data than text.
 _OTHER_SENSES = ("vision", "audio", "image", "speech")
@@ -64,13 +73,16 @@ def check_decoder_only(config: PreTrainedConfig, name: str) -> None:
     if reason is not None:
         classes = ", ".join(config.architectures or []) or "none named"
         found = f"model_type {config.model_type or 'none'}, architectures {classes}"
-        raise UnsupportedModelError(f"{name} {reason} ({found}); {_EXPECTED}", _HINTS.get(reason, _HINT))
+        raise UnsupportedModelError(f"{name} {reason} ({found}); {_EXPECTED}", _HINT)
 
 
 def architecture_name(config: PreTrainedConfig) -> str:
     """Return the class that generates text with this config, such as ``LlamaForCausalLM``."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as MULTIMODAL
 
+    if config.model_type in MULTIMODAL:
+        return str(MULTIMODAL[config.model_type])
     for name in config.architectures or []:
         if name in CAUSAL.values() or name.endswith(_CAUSAL_ENDINGS):
             return str(name)
@@ -83,7 +95,14 @@ def _objection(config: PreTrainedConfig) -> str | None:
     causal = tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if config.is_encoder_decoder:
         return "is an encoder-decoder model"
-    if config.model_type in tables.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or _other_senses(config):
+    if config.model_type in (multimodal := tables.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+        expected = multimodal[config.model_type]
+        if config.architectures and expected not in config.architectures:
+            return f"is no {expected}, the class of its model_type that writes text"
+        if config.get_text_config().is_encoder_decoder:
+            return "is an encoder-decoder model"
+        return _NOT_CAUSAL.get(config.model_type)
+    if _other_senses(config):
         return _SENSES
     if config.model_type not in causal:
         return "is not a causal language model that transformers knows"

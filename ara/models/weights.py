@@ -1,9 +1,9 @@
 """Names the weights of a model, and finds the linear layers that can be factorised.
 
 Layers are found in the model, never listed per architecture. The decoder blocks are the ``nn.ModuleList`` with the most
-parameters. Every ``nn.Linear`` in it, or ``Conv1D`` (GPT-2's transposed linear layer), is a candidate, and so is every
-layer of separate experts. Embeddings and the head are outside the blocks and stay unchanged, and so do routers, whose
-few outputs leave nothing to save.
+parameters; only the language model of a model that also reads pictures is searched. Every ``nn.Linear`` in the list, or
+``Conv1D`` (GPT-2's transposed linear layer), is a candidate, and so is every layer of separate experts. Embeddings and
+the head are outside the blocks and stay unchanged, and so do routers, whose few outputs leave nothing to save.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ara.layouts import layout_named
 from ara.layouts.base import Number
 from ara.layouts.grid import Grid
 from ara.layouts.modeling_ara import CompressedLinear, SeparateExperts, expert_layers, replace_linear
+from ara.models.multimodal import language_modules, reading_text_alone
 
 # Blocks that an error lists.
 _SHOWN_BLOCKS = 8
@@ -152,7 +153,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         UnsupportedModelError: the model has no such list.
     """
-    candidates = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    modules = language_modules(model)
+    candidates = [(name, module) for name, module in modules.items() if isinstance(module, nn.ModuleList)]
     if not candidates:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of decoder blocks (no nn.ModuleList)",
@@ -287,7 +289,8 @@ def left_dense(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tenso
         belong to no linear layer.
 
     Raises:
-        UnsupportedModelError: blocks run in another order than that of their list, or several times.
+        UnsupportedModelError: blocks run in another order than that of their list, or several times; or the model needs
+            more than text.
     """
     called: set[str] = set()
     order: list[int] = []
@@ -301,6 +304,7 @@ def left_dense(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Tenso
             hooks.enter_context(spec.weight.on_input(model, partial(note, spec.name)))
         for index, block in enumerate(blocks):
             hooks.enter_context(block.register_forward_pre_hook(lambda *_, index=index: order.append(index)))
+        hooks.enter_context(reading_text_alone(model))
         model(input_ids=ids, use_cache=False)
     if order != sorted(set(order)):
         shown = ", ".join(map(str, order[:_SHOWN_BLOCKS])) + ", …" * (len(order) > _SHOWN_BLOCKS)

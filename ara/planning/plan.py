@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ class Plan:
         parameters: of the model; a tied weight counts once.
         linear_parameters: of the layers that are factorised.
         embedding_parameters: of the embedding and the head.
+        kept_parts: path → parameters of the parts outside the language model, which stay as they are.
         layers: number of layers that are factorised.
         blocks: number of decoder blocks.
         weight_bytes: of the model in the run's dtype.
@@ -107,6 +109,7 @@ class Plan:
     parameters: int
     linear_parameters: int
     embedding_parameters: int
+    kept_parts: Mapping[str, int]
     layers: int
     blocks: int
     weight_bytes: int
@@ -176,6 +179,7 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
         parameters=shape.parameters,
         linear_parameters=shape.linear,
         embedding_parameters=shape.embeddings,
+        kept_parts=shape.kept,
         layers=len(shape.specs),
         blocks=shape.blocks,
         weight_bytes=shape.weight_bytes,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from ara.calibration.moments import watching_inputs
 from ara.errors import UnsupportedModelError, first_line
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.models.accounting import parameter_count
+from ara.models.multimodal import kept_parts
 from ara.models.recompute import distinct_bytes, keeping_graph
 from ara.models.sources import ModelSource
 from ara.models.weights import LinearSpec, find_blocks, find_linears
@@ -89,6 +90,7 @@ class ModelShape:
         vocabulary: rows of the head.
         dtype: of the run.
         window: one pass.
+        kept: path → parameters of the parts outside the language model, such as a vision tower.
     """
 
     specs: tuple[LinearSpec, ...]
@@ -103,6 +105,7 @@ class ModelShape:
     vocabulary: int
     dtype: torch.dtype
     window: WindowPass
+    kept: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def linear(self) -> int:
@@ -159,6 +162,7 @@ def read_shape(
         "block": max(parameter_count(block) for block in blocks),
         "blocks": len(blocks),
         "tensors": _stored(model),
+        "kept": kept_parts(model),
         "hidden": model.get_input_embeddings().weight.shape[1],
         "vocabulary": model.get_output_embeddings().weight.shape[0],
     }

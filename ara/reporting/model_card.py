@@ -11,6 +11,7 @@ from typing import Any
 
 from ara.artifacts.checkpoint import CheckpointResults
 from ara.layouts import LAYOUTS
+from ara.models.multimodal import auto_name
 from ara.printable import printable
 from ara.reporting.cells import Cell, Table
 from ara.reporting.checkpoint_parts import Stored
@@ -51,7 +52,9 @@ def model_card(decomposition: Manifest, allocation: Manifest, results: Checkpoin
 
 def card(report: Report) -> str:
     """Return the card of a report, as Markdown with the front matter that model hubs read, without local paths."""
-    front = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- ara", "- svd", "- low-rank"]
+    pictures = auto_name(report.base.architecture) == "AutoModelForImageTextToText"
+    task = "image-text-to-text" if pictures else "text-generation"
+    front = ["library_name: transformers", f"pipeline_tag: {task}", "tags:", "- ara", "- svd", "- low-rank"]
     if report.base.kind == "hub":
         front.append(f"base_model: {_yaml_name(report.base.name)}")
     measured = any(evaluation.texts or evaluation.harness or evaluation.chats for evaluation in report.evaluations)
@@ -215,12 +218,15 @@ def _backticks(text: str) -> int:
 def _loading(report: Report) -> str:
     if report.checkpoint.densified:
         return "Loads like any dense checkpoint, and is as large as one."
+    auto = auto_name(report.base.architecture)
+    text_alone = auto == "AutoModelForCausalLM"
+    reader = "tokenizer = AutoTokenizer" if text_alone else "processor = AutoProcessor"
     return (
         "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"from transformers import {auto}, {reader.rpartition(' ')[2]}\n\n"
         "import ara  # pip install ara-svd; or leave this out and pass trust_remote_code=True\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        f'model = {auto}.from_pretrained("FOLDER")\n'
+        f'{reader}.from_pretrained("FOLDER")\n'
         "```"
     )
 

@@ -92,7 +92,7 @@ class Compressed:
         folder = stage.folder / CHECKPOINT
         save_checkpoint(
             model,
-            model_of(self.factors, run).load_tokenizer(),
+            model_of(self.factors, run).load_processor(),
             folder,
             ranks=low_rank_layers(model),
             layout=self.layout,

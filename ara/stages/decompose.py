@@ -21,6 +21,7 @@ from ara.models.accounting import parameter_count
 from ara.models.context import check_window
 from ara.models.disk import disk_use, factor_bytes, storing
 from ara.models.experts import every_expert_sees_all
+from ara.models.multimodal import kept_parts
 from ara.models.placement import Placement, choose_placement, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
@@ -213,6 +214,8 @@ def _factorisable(
     ]
     if parts:
         run.report.fact(f"left dense: {'; '.join(parts)}")
+    if outside := kept_parts(model):
+        run.report.fact(f"kept as they are: {', '.join(outside)} ({sum(outside.values()):,} parameters)")
     kept = [spec for spec in linears if spec.name not in set(uncalled)]
     if not kept:
         raise UnsupportedModelError(

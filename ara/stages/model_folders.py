@@ -49,6 +49,6 @@ def written(
         layout: of these layers.
         report: progress.
     """
-    tokenizer, stored = source.load_tokenizer(), source.stored_model(dtype)
+    processor, stored = source.load_processor(), source.stored_model(dtype)
     how: dict[str, Any] = {"ranks": ranks, "files": files, "layout": layout, "report": report}
-    return ModelFolder(folder, save_cut(stored, tokenizer, folder, provenance={}, **how).parameters)
+    return ModelFolder(folder, save_cut(stored, processor, folder, provenance={}, **how).parameters)

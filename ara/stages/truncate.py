@@ -60,7 +60,7 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
             folder = stage.folder / CHECKPOINT
             saved = save_cut(
                 stored,
-                source.load_tokenizer(),
+                source.load_processor(),
                 folder,
                 ranks=ranks,
                 files=factor_files(decomposition, specs),

@@ -11,12 +11,13 @@ from typing import NamedTuple, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ara.errors import ModelError
+from ara.errors import ModelError, UnsupportedModelError
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import layout_named
 from ara.layouts.modeling_ara import NUMBERS, QUANT_METHOD, AraConfig, RoundedMatrix
 from ara.models.checkpoint import quantization_of, read_config, stored_checkpoint
 from ara.models.folder import INDEX, SINGLE, read_index, read_shapes
+from ara.models.multimodal import is_multimodal
 from ara.models.stored_model import StoredModel
 from export.onnx.families import FAMILIES, Names
 
@@ -68,13 +69,20 @@ class Checkpoint:
             it were an ordinary one.
 
     Raises:
+        UnsupportedModelError: a model that also reads pictures or sound.
         ModelError: the folder is no checkpoint, a shard is missing or damaged, or an ARA format that is too new.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_config(folder)
-        family = FAMILIES.get(str(self.config.get("model_type")))
+        kind = str(self.config.get("model_type"))
+        if is_multimodal(kind):
+            raise UnsupportedModelError(
+                f"a {kind} model reads more than text, and ARA's graphs read nothing else",
+                "use transformers: ara.load and AutoProcessor",
+            )
+        family = FAMILIES.get(kind)
         self.modules = Names() if family is None else family.names
         quantization = quantization_of(folder, self.config)
         method = quantization.get("quant_method")

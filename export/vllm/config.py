@@ -16,6 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from ara.errors import ModelError, UnsupportedModelError
 from ara.layouts.modeling_ara import QUANT_METHOD, AraConfig
 from ara.models.checkpoint import check_complete
+from ara.models.multimodal import is_multimodal
 from export.vllm.embedding import RoundedEmbeddingMethod
 from export.vllm.linear import AraLinearMethod
 from export.vllm.sharing import names_in
@@ -88,8 +89,15 @@ class AraQuantizationConfig(QuantizationConfig):
         machine yet; its tensors are compared while they are loaded.
 
         Raises:
+            UnsupportedModelError: a model that also reads pictures or sound.
             ModelError: a tensor is missing, has no place, or has another shape.
         """
+        kind = getattr(hf_config, "model_type", None)
+        if is_multimodal(kind):
+            raise UnsupportedModelError(
+                f"a compressed {kind} model reads more than text, and ARA's plugin knows only language models",
+                "use transformers, or write a dense checkpoint: ara truncate --densify",
+            )
         if (folder := Path(model_name)).is_dir():
             _check_once(folder)
 

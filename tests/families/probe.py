@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from ara.models.checkpoint import load
 from ara.models.cutting import save_cut
 from ara.models.families import Family, Table
 from ara.models.low_rank import apply_factors, low_rank_layers
+from ara.models.multimodal import kept_parts, language_modules
 from ara.models.silence import silence_transformers
 from ara.models.sources import ModelSource, resolve
 from ara.models.weights import LinearSpec
@@ -46,10 +48,9 @@ class Wrong(Exception):
 def architectures(table: Table) -> dict[str, str]:
     """Return model type → class of one table of families, in the order of the names."""
     language = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    if table == "language":
-        return dict(sorted(language.items()))
-    pictures = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return {kind: name for kind, name in sorted(pictures.items()) if kind not in language}
+    multimodal = dict(modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+    found = multimodal if table == "multimodal" else {kind: language[kind] for kind in language.keys() - multimodal}
+    return dict(sorted(found.items()))
 
 
 def probe(kind: str, architecture: str, folder: Path, values: Mapping[str, Any] | None = None) -> Family:
@@ -107,11 +108,20 @@ def _make(config: PreTrainedConfig, folder: Path) -> None:
         with silence_transformers():
             tiny_tokenizer().save_pretrained(folder)
             model = random_model(config)
-            with torch.no_grad():
-                model(input_ids=torch.arange(_WINDOW)[None], use_cache=False)
             model.save_pretrained(folder)
+            _run(model)
     except Exception as error:
         raise NotBuilt(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _run(model: PreTrainedModel) -> None:
+    """Run the model on text. An error that asks for another input passes: it is ARA that has to refuse the model."""
+    try:
+        _logits(model, torch.arange(_WINDOW)[None])
+    except (TypeError, ValueError) as error:
+        others = set(inspect.signature(model.forward).parameters) - {"input_ids"}
+        if others.isdisjoint(re.findall(r"\w+", str(error))):
+            raise
 
 
 def _without(reason: str, folder: Path) -> str:
@@ -213,16 +223,21 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _dense_matrices(model: PreTrainedModel, specs: list[LinearSpec]) -> tuple[str, ...]:
-    """Return the names of the matrices that are not factorised, without embeddings and head."""
+    """Return the names of the matrices that are not factorised, without embeddings and head.
+
+    Of a model that also reads pictures: those of its language model, and its other parts.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
     embeddings |= {id(head.weight)} if head is not None else set()
-    factorised = {f"{spec.name}.weight" for spec in specs}
+    factorised, language = {f"{spec.name}.weight" for spec in specs}, language_modules(model)
 
     def names() -> Iterator[str]:
         for name, weight in model.named_parameters():
-            if weight.dim() >= 2 and id(weight) not in embeddings and name not in factorised:
+            inside = name.rpartition(".")[0] in language
+            if inside and weight.dim() >= 2 and id(weight) not in embeddings and name not in factorised:
                 yield _any_number(name.removesuffix(".weight"))
+        yield from kept_parts(model)
 
     return tuple(dict.fromkeys(names()))
 

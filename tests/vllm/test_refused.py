@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import Gemma3Config
 
-from ara.errors import ModelError
+from ara.errors import ModelError, UnsupportedModelError
 from ara.layouts.grid import Grid
-from ara.layouts.modeling_ara import CHECKPOINT_FORMAT
+from ara.layouts.modeling_ara import CHECKPOINT_FORMAT, AraConfig
 from tests.vllm.greedy import by_vllm
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
@@ -42,6 +43,14 @@ def refusal(source: Path) -> str:
     message = str(caught.value)
     assert len(message.splitlines()) == 1
     return message
+
+
+def test_a_model_that_also_reads_pictures() -> None:
+    from export.vllm.config import AraQuantizationConfig
+
+    config = AraQuantizationConfig(AraConfig({"model.language_model.layers.0.self_attn.q_proj": 3}))
+    with pytest.raises(UnsupportedModelError, match="gemma3 model reads more than text"):
+        config.maybe_update_config("owner/name", Gemma3Config())
 
 
 def test_a_newer_format(copied: Path) -> None:
