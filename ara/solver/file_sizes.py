@@ -50,6 +50,6 @@ def check_room(limit: int, others: int, asked: str) -> None:
     """
     if others >= limit:
         raise UsageError(
-            f"embeddings, norms and headers alone take {others:,} bytes, {asked} allows {limit:,}",
+            f"everything but the factorised layers takes {others:,} bytes, {asked} allows {limit:,}",
             "allow a larger size",
         )

@@ -15,10 +15,11 @@ from ara.models.families import DATA, known_families
 from tests.families.probe import architectures, probe
 
 # One for each way to be built: gates, biases, packed and transposed layers, windows, shared keys, convolutions, states,
-# several kinds of blocks, shared layers; and for each reason to be refused.
+# several kinds of blocks, shared layers, parts that read pictures or sound; and for each reason to be refused.
 _SAMPLE = (
     *("bert", "bart", "deepseek_v3", "falcon", "gemma2", "gemma3", "gemma4_text", "gpt2", "gptj", "hrm_text", "lfm2"),
     *("llama", "mamba2", "mixtral", "phi3", "qwen3_5_text", "xlstm", "zamba2"),
+    *("blip-2", "gemma4", "git", "llama4", "molmo2", "paligemma", "qwen2_audio", "qwen3_vl"),
 )
 # Some families have models with experts and models without.
 _WITHOUT_EXPERTS = {

@@ -107,7 +107,7 @@ def test_the_guard_compares_with_one_width_for_all(copied: Path) -> None:
 
 
 def test_sizes_that_cannot_be_met_are_refused(copied: Path) -> None:
-    cases = (("1KB", "embeddings, norms and headers alone take"), (size(copied, 0.001), "smallest choices"))
+    cases = (("1KB", "everything but the factorised layers takes"), (size(copied, 0.001), "smallest choices"))
     for text, message in cases:
         result = ara("allocate", *FEW, "--size", text, "-w", copied)
         assert result.exit_code == 2 and message in result.stderr
