@@ -75,6 +75,7 @@ ALIASES: dict[str, Alias] = {
         ),
         Alias("gemma2-2b", "google/gemma-2-2b", "2.6 B", "gemma2", _GEMMA, _BASE),
         Alias("gemma3-1b", "google/gemma-3-1b-pt", "1.0 B", "gemma3_text", _GEMMA, f"{_BASE}; text alone"),
+        Alias("gemma3-4b", "google/gemma-3-4b-it", "4.3 B", "gemma3", _GEMMA, f"{_CHAT}; reads pictures"),
         Alias("phi4-mini", "microsoft/Phi-4-mini-instruct", "3.8 B", "phi3", _MIT, _CHAT),
         Alias("phi4", "microsoft/phi-4", "14.7 B", "phi3", _MIT, _CHAT),
         Alias("olmo2-1b", "allenai/OLMo-2-0425-1B", "1.5 B", "olmo2", _APACHE, _BASE),

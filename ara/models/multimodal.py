@@ -45,8 +45,8 @@ def language_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return path → module of the language model inside ``model``: of all its modules if it reads only text.
 
     A part of a model of transformers has the config that it was made from. The language model has the text config, a
-    vision tower has another one. Projections inside a language model without a config of its own (GIT, Phi-4 multimodal)
-    count as parts of it.
+    vision tower has another one. Where the whole model has one config (GIT, Phi-4 multimodal), projections count as
+    parts of the language model.
     """
     from transformers import PreTrainedConfig
 

@@ -16,7 +16,8 @@ from ara.models.wheel import WHEEL_REQUIREMENT
 _ROOT = Path(__file__).parents[3]
 
 
-_WORKS = {family.model_type for family in known_families().language if family.outcome == "works"}
+_FAMILIES = (*known_families().language, *known_families().multimodal)
+_WORKS = {family.model_type for family in _FAMILIES if family.outcome == "works"}
 
 
 def test_the_demo_comes_first() -> None:
