@@ -128,9 +128,9 @@ def families() -> str:
         "With all layers at full rank, a written and loaded checkpoint gives the logits of the dense model.\n"
         "- *Refused*: ARA stops with this reason and leaves nothing behind.\n"
         "- *Not built*: transformers makes no tiny model, so nothing is known.",
-        "Of a model that also reads pictures or sound, the language model is compressed, and all passes read text alone. "
-        "The last column names its other parts as a whole. A real model may have options in its config that the tiny one "
-        "has not.",
+        "Of a model that also reads pictures or sound, the language model is compressed, and all passes read text "
+        "alone. The last column names its other parts as a whole. A real model may have options in its config that the "
+        "tiny one has not.",
     ]
     tables = (("Language models", known.language), ("Models that also read pictures or sound", known.multimodal))
     counts = [

@@ -108,8 +108,8 @@ def count_model(model: PreTrainedModel, *, last_logits: bool) -> Cost:
     """Count a model in torch, dense or with low-rank layers (whose factors are linear layers).
 
     Args:
-        model: a causal language model of transformers, all weights in one dtype; experts are separate layers. Of a model
-            that reads more than text, the language model is counted.
+        model: a causal language model of transformers, all weights in one dtype; experts are separate layers. Of a
+            model that reads more than text, the language model is counted.
         last_logits: whether it computes only the logits of the last position.
     """
     # Imported here: a process that measures another runtime does not need them.
@@ -124,7 +124,8 @@ def count_model(model: PreTrainedModel, *, last_logits: bool) -> Cost:
         module for experts in model.modules() if isinstance(experts, SeparateExperts) for module in experts.modules()
     }
     linear = experts = 0
-    for module in language_modules(model).values():
+    language: list[Any] = list(language_modules(model).values())
+    for module in language:
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
             linear += 0 if module in chosen else module.weight.numel()
             experts += module.weight.numel() if module in chosen else 0
