@@ -99,9 +99,8 @@ def _objection(config: PreTrainedConfig) -> str | None:
         expected = multimodal[config.model_type]
         if config.architectures and expected not in config.architectures:
             return f"is no {expected}, the class of its model_type that writes text"
-        if config.get_text_config().is_encoder_decoder:
-            return "is an encoder-decoder model"
-        return _NOT_CAUSAL.get(config.model_type)
+        text = config.get_text_config()
+        return "is an encoder-decoder model" if text.is_encoder_decoder else _not_left_to_right(config, text)
     if _other_senses(config):
         return _SENSES
     if config.model_type not in causal:
@@ -114,8 +113,14 @@ def _objection(config: PreTrainedConfig) -> str | None:
     decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     if config.model_type in _FURTHER_ENCODERS.union(tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES) and not decoder:
         return "is an encoder: its attention looks both ways"
-    # XLNet predicts tokens in any order; "uni" makes a left-to-right model of it.
-    if getattr(config, "attn_type", "uni") == "bi":
+    return _not_left_to_right(config, config)
+
+
+def _not_left_to_right(config: PreTrainedConfig, text: PreTrainedConfig) -> str | None:
+    """Return why a model with a head for the next token may look at later tokens, or ``None``."""
+    # XLNet predicts tokens in any order; "uni" makes a left-to-right model of it. Gemma may be used as an encoder; from
+    # Gemma 4 on, "vision" means the tokens of a picture alone.
+    if getattr(text, "attn_type", "uni") == "bi" or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         return "is no left-to-right model: its attention looks both ways"
     return _NOT_CAUSAL.get(config.model_type)
 

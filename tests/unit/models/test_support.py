@@ -71,6 +71,8 @@ def test_decoders_pass(config_class: str, architecture: str) -> None:
         ("ReformerConfig", {"is_decoder": True}, "is no left-to-right model: later tokens"),
         ("XLNetConfig", {"architectures": ["XLNetLMHeadModel"]}, "is no left-to-right model"),
         ("LlamaConfig", {"architectures": ["LlamaForSequenceClassification"]}, "has no head"),
+        ("Gemma3TextConfig", {"use_bidirectional_attention": True}, "is no left-to-right model: its attention"),
+        ("Gemma3Config", {"text_config": {"use_bidirectional_attention": True}}, "is no left-to-right model"),
     ],
 )
 def test_others_are_refused_and_named(config_class: str, values: dict[str, Any], reason: str) -> None:
