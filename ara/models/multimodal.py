@@ -41,6 +41,11 @@ def auto_name(architecture: str | None) -> str:
     return "AutoModelForCausalLM"
 
 
+def reads_text_alone(architecture: str | None) -> bool:
+    """Tell whether models of a class of transformers read nothing but text."""
+    return auto_name(architecture) == "AutoModelForCausalLM"
+
+
 def language_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return path → module of the language model inside ``model``: of all its modules if it reads only text.
 

@@ -17,6 +17,7 @@ from ara.artifacts.evaluation import UNIFORM
 from ara.artifacts.report import MissingPart
 from ara.data.filespecs import split_items, split_share
 from ara.errors import CorruptedError
+from ara.models.multimodal import reads_text_alone
 from ara.pipeline import naming_words
 from ara.reporting.checkpoint_parts import Layer
 from ara.reporting.document import Report
@@ -264,6 +265,6 @@ def _missing(report: Report, checkpoint: Manifest, place: tuple[str, ...]) -> li
         found.append(("training curves (these ranks are not trained)", ["train-masks", "--keep", keep]))
     if not report.comparisons:
         found.append(("a comparison of allocators", ["compare", "--keep", keep]))
-    if not report.exports:
+    if not report.exports and reads_text_alone(report.base.architecture):
         found.append(("an export for other runtimes", ["export", "--onnx", *this]))
     return [MissingPart(what, shlex.join(["ara", *words, *place])) for what, words in found]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ara.artifacts.checkpoint import CheckpointResults
 from ara.layouts import LAYOUTS
-from ara.models.multimodal import auto_name
+from ara.models.multimodal import auto_name, reads_text_alone
 from ara.printable import printable
 from ara.reporting.cells import Cell, Table
 from ara.reporting.checkpoint_parts import Stored
@@ -219,8 +219,7 @@ def _loading(report: Report) -> str:
     if report.checkpoint.densified:
         return "Loads like any dense checkpoint, and is as large as one."
     auto = auto_name(report.base.architecture)
-    text_alone = auto == "AutoModelForCausalLM"
-    reader = "tokenizer = AutoTokenizer" if text_alone else "processor = AutoProcessor"
+    reader = "tokenizer = AutoTokenizer" if reads_text_alone(report.base.architecture) else "processor = AutoProcessor"
     return (
         "```python\n"
         f"from transformers import {auto}, {reader.rpartition(' ')[2]}\n\n"
