@@ -109,17 +109,17 @@ demo: $(STAMP) ## compress, evaluate and try a real model, end to end (about 10 
 
 test: $(STAMP) ## run all tests
 	@echo "Running the tests on $(WORKERS) processes"
-	@$(WITH_DATA); $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	@$(WITH_DATA); $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## run the unit, contract and command line tests only
 	@echo "Running the fast tests on $(WORKERS) processes"
 	@folders=; for folder in tests/unit tests/contract tests/cli; do \
 		if [ -d $$folder ]; then folders="$$folders $$folder"; fi; done; \
-	$(WITH_DATA); $(BIN)/python -m pytest -n $(WORKERS) -m "not real_model and not data" $$folders $(PYTEST_ARGS)
+	$(WITH_DATA); $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not real_model and not data" $$folders $(PYTEST_ARGS)
 
 test-lowest: $(LOWEST_VENV)/.ara-setup ## run all tests with the oldest transformers that pyproject.toml allows (its own environment)
 	@echo "Running the tests with transformers $(LOWEST) on $(WORKERS) processes"
-	@$(WITH_DATA); $(LOWEST_VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	@$(WITH_DATA); $(LOWEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 $(LOWEST_VENV)/.ara-setup: pyproject.toml constraints.txt
 	@echo "Creating $(LOWEST_VENV) with transformers $(LOWEST) (a large download the first time)"
