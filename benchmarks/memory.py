@@ -1,4 +1,4 @@
-"""Models larger than memory: decompose, allocate, truncate and export under a hard limit, at a depth and at twice it.
+"""Models larger than memory: the stages of the pipeline under a hard limit, at a depth and at twice it.
 
     make bench-memory                                                  # 4 GB of weights with 2 GB of memory
     python benchmarks/memory.py --gigabytes 1.4 --limit 0.7 --hidden 512     # smaller
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024, help="width of the model, a multiple of 256")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows")
     parser.add_argument("--seq-len", type=int, default=128, help="tokens per window")
+    parser.add_argument("--level", default="closed", help="of recover: closed or block")
     parser.add_argument("--text", default="python-docs", help="calibration text")
     parser.add_argument("--workspace", type=Path, default=Path("bench-memory"), help="where to work")
     parser.add_argument("--keep-files", action="store_true", help="leave models and results on the disk")
@@ -131,6 +132,7 @@ def main() -> None:
         "decompose": ["--text", arguments.text, *text, "--seq-len", str(arguments.seq_len), "--keep-moments", "no"],
         "allocate": ["--keep", "0.8", "--method", "sensitivity", *text, "--held-out", "4"],
         "truncate": [],
+        "recover": ["--level", arguments.level, *text, "--held-out", "4"],
         "export": ["--onnx", "--precision", "fp16", "--execution-provider", "cpu", "--no-parity"],
     }
     rows: dict[str, list[str]] = {name: [name] for name in stages}
@@ -144,7 +146,7 @@ def main() -> None:
         tokenizer.save_pretrained(folder)
         titles.append(f"{layers} blocks, {bytes_text(size)}")
         for name, options in stages.items():
-            model = [str(folder), *placed] if name == "decompose" else placed if name == "allocate" else []
+            model = [str(folder), *placed] if name == "decompose" else placed if name in ("allocate", "recover") else []
             seconds, peak, held = run_stage([name, *model, *options, "-w", str(workspace)], limit)
             if not held:
                 console.warn("control groups cannot be written here, so no limit is in force")

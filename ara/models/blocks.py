@@ -23,7 +23,7 @@ from torch import nn
 
 from ara.errors import is_out_of_memory
 from ara.models.forwards import replacing_forward
-from ara.models.kept import Keeper
+from ara.models.kept import Keep, Keeper, in_memory
 from ara.models.recompute import Recomputation, beginning_graph, choose_recomputation
 from ara.models.weights import find_blocks
 from ara.progress import SILENT, Reporter
@@ -175,7 +175,7 @@ def independent_starts(model: nn.Module, ids: torch.Tensor, starts: Sequence[int
     def note(index: int, module: nn.Module, args: object, output: Any) -> None:
         order.append(index)
         if index + 1 in stops:
-            outputs[index + 1] = _mapped(output, _kept)
+            outputs[index + 1] = _mapped(output, in_memory)
 
     ids = ids.to(runner.device)
     with ExitStack() as hooks:
@@ -194,7 +194,7 @@ def independent_starts(model: nn.Module, ids: torch.Tensor, starts: Sequence[int
             if is_out_of_memory(error):
                 raise
             return {}
-        if not _equal(_mapped(output, _kept), outputs[stop]):
+        if not _equal(_mapped(output, in_memory), outputs[stop]):
             return {}
     return {start: sum(tensor.nbytes for tensor in _tensors(outputs[start])) for start in starts}
 
@@ -211,7 +211,14 @@ class Stream:
         at: index of the next block to run.
     """
 
-    def __init__(self, model: nn.Module, windows: torch.Tensor, batch_size: int, independent: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: torch.Tensor,
+        batch_size: int,
+        independent: bool,
+        keep: Keep = in_memory,
+    ) -> None:
         """Start at the embeddings; nothing runs yet.
 
         Args:
@@ -220,11 +227,12 @@ class Stream:
             batch_size: windows per pass.
             independent: whether passes may start at every block, see :func:`independent_starts`. Without it every
                 pass starts at the embeddings.
+            keep: of the tensors in outputs of blocks.
         """
         self.model, self.blocks, self.at = model, list(find_blocks(model)[1]), 0
         self.batches = windows.split(batch_size)
         self._device = next(model.parameters()).device
-        self._independent = independent
+        self._independent, self._keep = independent, keep
         self._before: list[Any] = [None] * len(self.batches)
 
     def run(self, index: int) -> Any:
@@ -304,7 +312,11 @@ class Stream:
     @torch.no_grad()
     def outputs(self) -> list[Any]:
         """Return the outputs of block :attr:`at` for all batches, on the CPU."""
-        return [kept_output(self.run(index)) for index in range(len(self.batches))]
+        return [self.kept(self.run(index)) for index in range(len(self.batches))]
+
+    def kept(self, output: Any) -> Any:
+        """Return a copy of the output of a block on the CPU, without a graph, for :meth:`advance`."""
+        return _mapped(output, self._keep)
 
     def advance(self, outputs: list[Any]) -> None:
         """Go to the next block, which starts from these :meth:`outputs`."""
@@ -315,11 +327,6 @@ class Stream:
     def _starting(self, index: int) -> AbstractContextManager[None]:
         before = output_on(self._before[index], self._device)
         return starting_at(self.blocks, self.at if self._independent else 0, before)
-
-
-def kept_output(output: Any) -> Any:
-    """Return a copy of the output of a block on the CPU, without a graph."""
-    return _mapped(output, _kept)
 
 
 def hidden_states(output: Any) -> torch.Tensor:
@@ -394,11 +401,6 @@ def _tensors(output: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     _mapped(output, found.append)
     return found
-
-
-def _kept(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy on the CPU that no later code changes."""
-    return tensor.detach().to("cpu", copy=True)
 
 
 def _mapped(output: Any, function: Callable[[torch.Tensor], Any]) -> Any:

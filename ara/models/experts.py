@@ -28,6 +28,15 @@ def every_expert_sees_all(model: nn.Module) -> Iterator[None]:
             module.every_token = False
 
 
+def run_one_by_one(model: nn.Module) -> None:
+    """Run the experts of a model one after the other from now on.
+
+    Products of all experts at once have stacks of the weights in memory. Their rounding may differ.
+    """
+    for module in _experts(model):
+        module.config._experts_implementation = "eager"
+
+
 # Experts of every token (t, c), and their weights (t, c).
 Routes = tuple[torch.Tensor, torch.Tensor]
 

@@ -1,10 +1,14 @@
-"""Keeps outputs and inputs of blocks for later passes: in memory, or in files when memory is short."""
+"""Keeps tensors for later: in memory, or in files without names when memory is short.
+
+Outputs and inputs of blocks are kept for later passes, and changed weights until they are stored.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ from ara.progress import SILENT, Reporter
 
 # 1 / share of the free memory, or disk, that kept tensors may take.
 _SHARE = 4
+# Makes a copy of a tensor that no later code changes, without a graph.
+Keep = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Keeper:
@@ -47,6 +53,20 @@ class Keeper:
         self._say(f"{amount}{fitting} {'is' if fitting == 1 else 'are'} kept, and blocks run more often")
         return fitting
 
+    def place(self, size: int) -> None:
+        """Keep tensors of ``size`` bytes in all from now on: in memory if they fit, else in files if these have room.
+
+        Without a folder they stay in memory.
+        """
+        self._in_files = False
+        if self._folder is None or size <= available_bytes("cpu") // _SHARE:
+            return
+        amount = f"{size / 2**20:,.0f} MiB of block outputs do not fit into memory beside the model: "
+        if self.use_files(size):
+            self._say(f"{amount}they are kept in {self._folder}")
+        else:
+            self._say(f"{amount}they stay there, because {self._folder} has too little room")
+
     def use_files(self, size: int) -> bool:
         """Keep tensors in files from now on if these have room for ``size`` bytes, and tell whether they have."""
         self._in_files = size <= self._room()
@@ -58,11 +78,10 @@ class Keeper:
         Raises:
             DiskFullError: no room for a file.
         """
-        if not self._in_files or tensor.numel() == 0:
-            return tensor.detach().to("cpu", copy=True)
+        if not self._in_files:
+            return in_memory(tensor)
         assert self._folder is not None
-        with disk_errors(self._folder):
-            return _in_a_file(tensor.detach(), self._folder)
+        return in_a_file(tensor, self._folder)
 
     def _room(self) -> int:
         """Return the bytes that files may take: none without a folder."""
@@ -78,19 +97,38 @@ class Keeper:
             self._report.fact(fact)
 
 
-def _in_a_file(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
-    """Return a copy whose pages are those of a file, which lives as long as the copy."""
-    handle, name = tempfile.mkstemp(dir=folder)
-    try:
-        # Room is reserved first: a full disk would kill the process when a page is written.
-        _reserve(handle, tensor.nbytes)
-        copy = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        return copy.view(tensor.shape).copy_(tensor)
-    finally:
-        os.close(handle)
-        # Windows does not remove a file in use; the folder is a cache.
-        with suppress(PermissionError):
-            os.unlink(name)
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy on the CPU that no later code changes, without a graph."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def in_a_file(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
+    """Return a copy without a graph whose pages are those of a file, which lives as long as the copy.
+
+    What is written into the copy goes into these pages as well, so it takes no other memory.
+
+    Args:
+        tensor: of any device; without numbers, the copy is in memory.
+        folder: made if it is missing.
+
+    Raises:
+        DiskFullError: no room.
+    """
+    if tensor.numel() == 0:
+        return in_memory(tensor)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder)
+        try:
+            # Room is reserved first: a full disk would kill the process when a page is written.
+            _reserve(handle, tensor.nbytes)
+            copy = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            return copy.view(tensor.shape).copy_(tensor.detach())
+        finally:
+            os.close(handle)
+            # Windows does not remove a file in use; the folder is a cache.
+            with suppress(PermissionError):
+                os.unlink(name)
 
 
 def _reserve(handle: int, size: int) -> None:

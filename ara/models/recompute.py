@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ara.environment import trim_heap
 from ara.models.forwards import replacing_forward
-from ara.models.kept import Keeper
+from ara.models.kept import Keep, Keeper
 from ara.models.memory import available_bytes
 from ara.models.weights import find_blocks
 from ara.progress import Reporter
@@ -34,8 +34,6 @@ _SHARE = 0.5
 # Keyword of a block's input, where it is not the first argument.
 _INPUT = "hidden_states"
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-# Makes the copy of a block's input that waits for the backward pass.
-Keep = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import torch
 
 from ara.config import RecoverConfig
 from ara.errors import NumericalError
-from ara.models.blocks import independent_starts
+from ara.models.blocks import Stream, independent_starts
+from ara.models.kept import Keep, Keeper
 from ara.models.likelihood import window_nll
 from ara.models.losses import token_losses
 from ara.models.weights import LinearSpec, find_blocks
@@ -105,6 +106,28 @@ class Saved(ABC):
         """Let ``write`` fill an empty folder of the result, beside the checkpoint; a resumed run keeps it."""
 
 
+# Outputs of a block for all windows that a level has at once, in each model: those that the present block starts from,
+# and those of the present block, before and after it is changed.
+_SETS = 3
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How both models are read block by block.
+
+    Attributes:
+        independent: whether passes may start at every block, see :func:`ara.models.blocks.independent_starts`.
+        keep: of the tensors in outputs of blocks.
+    """
+
+    independent: bool
+    keep: Keep
+
+    def stream(self, model: nn.Module, ids: torch.Tensor, batch_size: int) -> Stream:
+        """Return the stream of a model over windows (w, t) int64."""
+        return Stream(model, ids, batch_size, self.independent, self.keep)
+
+
 @dataclass
 class Recovery:
     """What a level works on.
@@ -124,6 +147,7 @@ class Recovery:
         report: progress.
         keep_on_interrupt: on Ctrl+C a level returns what it has finished, instead of raising ``KeyboardInterrupt``.
         stored: of a rounded model, how its parameters will be stored, by name.
+        folder: for outputs and inputs of blocks that do not fit into memory; ``None``: they stay there.
     """
 
     dense: PreTrainedModel
@@ -138,6 +162,7 @@ class Recovery:
     report: Reporter = SILENT
     keep_on_interrupt: bool = False
     stored: Mapping[str, Stored] = field(default_factory=dict)
+    folder: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -145,7 +170,15 @@ class Recovery:
         device: torch.device = self.model.device
         return device
 
-    def starts_anywhere(self) -> bool:
+    def passes(self) -> Passes:
+        """Return how both models are read block by block; report if passes take longer, or outputs go into files."""
+        keeper = Keeper(self.folder, self.report)
+        width = self.model.get_input_embeddings().weight.shape[1]
+        tokens = self.train.tokens + self.held_out.tokens
+        keeper.place(2 * _SETS * tokens * width * self.model.dtype.itemsize)
+        return Passes(self._starts_anywhere(), keeper.keep)
+
+    def _starts_anywhere(self) -> bool:
         """Tell whether passes of both models may start at every block; if not, it is reported."""
         starts = range(1, len(find_blocks(self.model)[1]))
         ids = self.train.ids[:1].to(self.device)
@@ -218,6 +251,18 @@ class Level(ABC):
         Raises:
             UsageError: they make no sense there.
         """
+
+    def beside_weights(self, config: RecoverConfig, parameters: int) -> int | None:
+        """Return the bytes that the level needs at least beside all weights of the compressed model.
+
+        Args:
+            config: settings.
+            parameters: number of parameters in the decoder blocks.
+
+        Returns:
+            ``None`` if the level changes one block at a time, so that the others need not be in memory.
+        """
+        return None
 
     def windows(self, config: RecoverConfig) -> int:
         """Return how many windows the level learns from. No other level reads them if the text is long enough."""

@@ -116,16 +116,14 @@ class _Training:
     def _streams(self) -> tuple[SideBySide, SideBySide]:
         """Return both models side by side on the training text and on the held-out text."""
         recovery = self.recovery
-        independent = recovery.starts_anywhere()
-        if not independent and self.config.look_ahead:
+        passes = recovery.passes()
+        if not passes.independent and self.config.look_ahead:
             raise UnsupportedModelError(
                 "look-ahead runs a dense block by itself, but blocks of this model reuse results of earlier blocks",
                 "leave out --look-ahead",
             )
         train, held_out = (
-            SideBySide(
-                recovery.dense, recovery.model, text, self.config.batch_size, independent, self.config.look_ahead
-            )
+            SideBySide(recovery.dense, recovery.model, text, self.config.batch_size, passes, self.config.look_ahead)
             for text in (recovery.train, recovery.held_out)
         )
         return train, held_out
@@ -140,7 +138,13 @@ class _Training:
             text = recovery.train.first(max(1, round(_FISHER_SHARE * len(recovery.train.ids))))
             full = config.block_metric == "full"
             fisher = block_fisher(
-                recovery.dense, text, config.batch_size, full=full, seed=config.seed, report=recovery.report
+                recovery.dense,
+                text,
+                config.batch_size,
+                full=full,
+                seed=config.seed,
+                report=recovery.report,
+                folder=recovery.folder,
             )
             stored = {f"{index:03d}": information for index, information in enumerate(fisher)}
             recovery.saved.finish_part(_FISHER_PART, stored, {})

@@ -25,7 +25,7 @@ from torch import nn
 from ara.calibration.moments import input_groups, steps_of
 from ara.decomposition.parallel import map_layers
 from ara.layouts.modeling_ara import CompressedLinear
-from ara.models.blocks import Stream, hidden_states
+from ara.models.blocks import hidden_states
 from ara.models.weights import LinearSpec, bias_of, find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery
 from ara.recovery.correction import Correction, correct
@@ -71,10 +71,9 @@ class _Correction:
         self.count = len(blocks)
         first = recovery.train.ids[:1].to(recovery.device)
         self.groups = input_groups(recovery.dense, recovery.specs, first)
-        independent = recovery.starts_anywhere()
-        texts = (recovery.train, recovery.held_out)
+        passes, texts = recovery.passes(), (recovery.train, recovery.held_out)
         dense, self.model = (
-            [Stream(model, text.ids, recovery.config.batch_size, independent) for text in texts]
+            [passes.stream(model, text.ids, recovery.config.batch_size) for text in texts]
             for model in (recovery.dense, recovery.model)
         )
         self.dense = [DenseSide(stream) for stream in dense]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ara.models.blocks import Stream, hidden_states, kept_output
+from ara.models.blocks import Stream, hidden_states
 from ara.models.memory import available_bytes
 
 # Part of the free memory that may be filled: one over this.
@@ -72,7 +72,7 @@ class DenseSide:
         for index in range(count):
             seen, output = self._observe(index, leaders)
             self._kept.append({leader.module: one.kept() for leader, one in zip(leaders, seen, strict=True)})
-            self._outputs.append(kept_output(output))
+            self._outputs.append(self.stream.kept(output))
             if index == 0 and count * sum(one.nbytes for one in seen) > room:
                 self._kept, self._outputs = [], []
                 return

@@ -43,6 +43,8 @@ _BEST = "best:"
 _RATE, _RATE_PER_NAT = 5e-5, 8.5e-5
 # Float32 numbers per trained parameter: gradient, two moments, and the copies of half-precision weights.
 _OPTIMISER_BYTES = 4 * 4
+# At least: gradient, and the one moment of Muon.
+_LEAST_OPTIMISER_BYTES = 2 * 4
 
 
 class Distill(Level):
@@ -69,6 +71,10 @@ class Distill(Level):
                 f"--train {config.train} changes all numbers of the factors, and those of a rounded checkpoint stay",
                 "use --train all: it trains scales, norms, biases and matrices that are not rounded",
             )
+
+    def beside_weights(self, config: RecoverConfig, parameters: int) -> int:
+        """Return the least bytes of gradients and optimiser; see :meth:`Level.beside_weights`."""
+        return 0 if config.train == "lora" else _LEAST_OPTIMISER_BYTES * parameters
 
     def windows(self, config: RecoverConfig) -> int:
         """Return the windows of all steps: none is read twice if the text is long enough."""

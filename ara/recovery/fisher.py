@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,14 @@ from ara.recovery.base import RecoveryText
 
 
 def block_fisher(
-    model: nn.Module, text: RecoveryText, batch_size: int, *, full: bool, seed: int = 0, report: Reporter = SILENT
+    model: nn.Module,
+    text: RecoveryText,
+    batch_size: int,
+    *,
+    full: bool,
+    seed: int = 0,
+    report: Reporter = SILENT,
+    folder: Path | None = None,
 ) -> list[torch.Tensor]:
     """Return the Fisher information at the output of every block, by one forward and backward pass.
 
@@ -39,6 +47,7 @@ def block_fisher(
         full: whether to return matrices instead of their diagonals.
         seed: of the drawn tokens.
         report: progress.
+        folder: for inputs of blocks that do not fit into memory, see :class:`ara.models.blocks.BlockRunner`.
 
     Returns:
         Per block (d, d) or (d) float32 on the CPU, (nats per window)² per token and squared unit of h.
@@ -46,7 +55,7 @@ def block_fisher(
     Raises:
         NumericalError: a gradient is NaN or infinite.
     """
-    runner = BlockRunner(model, text.ids, batch_size)
+    runner = BlockRunner(model, text.ids, batch_size, report=report, folder=folder)
     blocks = list(find_blocks(model)[1])
     sums = [_Sum(full) for _ in blocks]
     with ExitStack() as hooks:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ara.models.blocks import Stream, hidden_states, kept_output
-from ara.recovery.base import RecoveryText
+from ara.models.blocks import hidden_states
+from ara.recovery.base import Passes, RecoveryText
 from ara.recovery.metric import Metric
 
 
@@ -49,7 +49,7 @@ class SideBySide:
     """
 
     def __init__(
-        self, dense: nn.Module, model: nn.Module, text: RecoveryText, batch_size: int, independent: bool, ahead: bool
+        self, dense: nn.Module, model: nn.Module, text: RecoveryText, batch_size: int, passes: Passes, ahead: bool
     ) -> None:
         """Start both streams at the embeddings; nothing runs yet.
 
@@ -58,11 +58,10 @@ class SideBySide:
             model: the compressed model; passes read its present weights.
             text: windows, and which predictions count.
             batch_size: windows per pass.
-            independent: whether passes may start at every block, see :func:`ara.models.blocks.independent_starts`.
+            passes: how the models are read block by block.
             ahead: whether errors at the output of the next dense block are wanted, unless there is no such block.
         """
-        self._dense = Stream(dense, text.ids, batch_size, independent)
-        self._model = Stream(model, text.ids, batch_size, independent)
+        self._dense, self._model = (passes.stream(one, text.ids, batch_size) for one in (dense, model))
         rows = torch.arange(len(text.ids)).split(batch_size)
         self._counted = [text.weights(part) for part in rows]
         self.counts = [
@@ -125,7 +124,7 @@ class SideBySide:
         for index in range(len(self.counts)):
             output = self.run(index)
             sums.append(torch.stack(self.forms(index, metrics, output)).cpu())
-            outputs.append(kept_output(output))
+            outputs.append(self._model.kept(output))
         # Float64: a sum over many batches.
         means = torch.stack(sums).double().sum(0) / sum(self.counts)
         return Errors(tuple(means.tolist()), outputs)

@@ -5,7 +5,7 @@ Layers with rounded parts keep them (:mod:`ara.recovery.rounded`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from ara.layout_names import LayoutName
 from ara.layouts import layout_named
 from ara.layouts.modeling_ara import CompressedLinear, RoundedMatrix, replace_linear
+from ara.models.kept import Keep
 from ara.progress import SILENT, Reporter
 
 # The layout of the trainable form.
@@ -39,26 +40,54 @@ def balanced(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return (qa @ (vt.T * root)).T, (qb @ u) * root
 
 
-def to_trainable(model: nn.Module, layout: LayoutName) -> None:
+def to_trainable(model: nn.Module, layout: LayoutName, keep: Keep | None = None) -> None:
     """Replace the low-rank layers of ``model``, stored in ``layout``, by two balanced factors each, in place.
 
     Device and dtype stay. Biases are not copied.
+
+    Args:
+        model: with or without low-rank layers.
+        layout: of these.
+        keep: if given, every parameter becomes the copy that it makes, one layer at a time.
     """
-    for name, layer in _low_rank(model):
+    low_rank = _low_rank(model)
+    if keep is not None:
+        inside = {id(parameter) for _, layer in low_rank for parameter in layer.parameters()}
+        _replace_data((one for one in model.parameters() if id(one) not in inside), keep)
+    for name, layer in low_rank:
         a, b = balanced(*layout_named(layout).join(dict(layer.state_dict())))
         weight, bias = layer.A.weight, None if layer.bias is None else layer.bias.detach()
         built = layout_named(TRAINED).build(a, b, bias, layer.transposed, device=weight.device, dtype=weight.dtype)
+        if keep is not None:
+            _replace_data(built.parameters(), keep)
         replace_linear(model, name, built)
 
 
-def from_trainable(model: nn.Module, layout: LayoutName, dtype: torch.dtype, report: Reporter = SILENT) -> None:
-    """Store the low-rank layers of ``model``, two factors each, in ``layout`` and ``dtype``, in place."""
+def from_trainable(
+    model: nn.Module,
+    layout: LayoutName,
+    dtype: torch.dtype,
+    report: Reporter = SILENT,
+    keep: Keep | None = None,
+) -> None:
+    """Store the low-rank layers of ``model``, two factors each, in ``layout`` and ``dtype``, in place.
+
+    Args:
+        model: in trainable form.
+        layout: of the result.
+        dtype: of the low-rank layers.
+        report: progress, for a layout whose layers take time to build.
+        keep: if given, the parameters of every new layer become the copies that it makes.
+    """
     form, layers = layout_named(layout), _low_rank(model)
     with report.bar(form.progress, len(layers)) if form.progress else nullcontext() as bar:
         for name, layer in layers:
             a, b = factors_of(layer)
             bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-            replace_linear(model, name, form.build(a, b, bias, layer.transposed, device=a.device, dtype=dtype))
+            built = form.build(a, b, bias, layer.transposed, device=a.device, dtype=dtype)
+            if keep is not None:
+                _replace_data(built.parameters(), keep)
+            replace_linear(model, name, built)
             if bar is not None:
                 bar.advance()
 
@@ -103,6 +132,11 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
             found = "nothing" if name not in own else f"the shape {tuple(own[name].shape)}"
             raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, the model has {found} there")
         own[name].copy_(tensor)
+
+
+def _replace_data(parameters: Iterable[nn.Parameter], keep: Keep) -> None:
+    for parameter in parameters:
+        parameter.data = keep(parameter.data)
 
 
 def _low_rank(model: nn.Module) -> list[tuple[str, CompressedLinear]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ara.artifacts.checkpoint import CHECKPOINT, RecoveryFigures, RoundingFigures
@@ -13,6 +14,7 @@ from ara.config.base import PlacementConfig
 from ara.environment import keep_freed_memory
 from ara.errors import UsageError
 from ara.models.checkpoint import load_rounded
+from ara.models.kept import Keep
 from ara.models.placement import Placement, choose_placement, torch_dtype
 from ara.progress import Reporter
 from ara.recovery import LEVELS, levels_to_run
@@ -20,9 +22,10 @@ from ara.recovery.base import Level, Recovery
 from ara.recovery.rounded import from_scaled
 from ara.recovery.trainable import from_trainable
 from ara.solver.stored_ranks import StoredRanks
-from ara.stages.common import Run, already_done, begin, model_of, open_task
+from ara.stages.common import Run, already_done, begin, model_of, open_task, outputs_folder
 from ara.stages.compressed import Compressed, require_compressed
 from ara.stages.recovery_levels import LevelRuns, open_recovery
+from ara.stages.recovery_place import place_changed_weights
 from ara.stages.recovery_text import RecoveryTexts, recovery_texts
 from ara.stages.stored_ranks import stored_ranks
 from ara.workspace.view import StageView
@@ -77,11 +80,13 @@ def recover(
         done = task.finished()
         if done is not None and not run.force and not task.unfinished():
             return already_done(done, run)
+        used = config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
+        keep = place_changed_weights(before, levels, used, task.workspace, run)
         with task.writer(seed=config.seed, resumable=True) as stage:
-            used = config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
-            recovery, rounded = _open(used, before, source, texts, stage, run, keep_on_interrupt)
+            folder = outputs_folder(task.workspace)
+            recovery, rounded = _open(used, before, source, texts, stage, run, keep_on_interrupt, folder, keep)
             found, details = LevelRuns(recovery, stage, texts).all(levels)
-            _write(before, recovery.model, rounded, found, stage, run)
+            _write(before, recovery.model, rounded, found, stage, run, keep)
             text = json.dumps(details, indent=1, allow_nan=False)
             (stage.folder / DETAILS).write_text(text + "\n", encoding="utf-8")
         return task.view()
@@ -196,16 +201,30 @@ def _open(
     stage: StageWriter,
     run: Run,
     keep_on_interrupt: bool,
+    folder: Path,
+    keep: Keep | None,
 ) -> tuple[Recovery, dict[str, RoundedMatrix]]:
     """Load both models, in the device and dtype of ``config``; also return the rounded matrices by path."""
     run.report.fact("loading both models")
-    if config.device == "cpu":
+    if config.device == "cpu" and keep is None:
         keep_freed_memory()
     dense = source.load_model(torch_dtype(config.dtype), config.device)
     model, rounded = load_rounded(before.view.path / CHECKPOINT, config.device, config.dtype)
     files = factor_files(before.factors, before.specs)
     recovery = open_recovery(
-        dense, model, rounded, before.specs, files, texts, config, before.dtype, stage, run.report, keep_on_interrupt
+        dense,
+        model,
+        rounded,
+        before.specs,
+        files,
+        texts,
+        config,
+        before.dtype,
+        stage,
+        run.report,
+        keep_on_interrupt,
+        folder,
+        keep,
     )
     return recovery, rounded
 
@@ -217,11 +236,12 @@ def _write(
     found: RecoveryFigures,
     stage: StageWriter,
     run: Run,
+    keep: Keep | None,
 ) -> None:
     """Store the repaired model in the form of the checkpoint before."""
     how = [{"level": row.level, "tokens": row.tokens} for row in found.levels if row.kept]
     if before.rounding is None:
-        from_trainable(model, before.layout, torch_dtype(before.dtype), run.report)
+        from_trainable(model, before.layout, torch_dtype(before.dtype), run.report, keep)
         before.write(model, stage, run, {"recovery": how}, recovery=found)
     else:
         provenance = {"rounding": before.rounding.plain(), "recovery_after_rounding": how}

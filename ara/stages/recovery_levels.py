@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from ara.artifacts.checkpoint import RecoveredLevel, RecoveryFigures
 from ara.config import RecoverConfig
 from ara.environment import peak_memory_bytes
+from ara.models.experts import run_one_by_one
+from ara.models.kept import Keep
 from ara.models.placement import torch_dtype
 from ara.models.weights import LinearSpec
 from ara.progress import Reporter
@@ -42,6 +44,8 @@ def open_recovery(
     stage: StageWriter,
     report: Reporter,
     keep_on_interrupt: bool = False,
+    folder: Path | None = None,
+    keep: Keep | None = None,
 ) -> Recovery:
     """Bring a compressed model into its trainable form, in place, and return what the levels work on.
 
@@ -56,13 +60,16 @@ def open_recovery(
         dtype: name of the dtype in which the repaired model will be stored.
         stage: keeps finished parts.
         report: progress.
-        keep_on_interrupt: see :class:`Recovery`.
+        keep_on_interrupt, folder: see :class:`Recovery`.
+        keep: of the weights of a model that is not rounded, see :func:`to_trainable`.
     """
     layout = specs[0].layout
     if rounded:
         to_scaled(model, rounded, layout)
     else:
-        to_trainable(model, layout)
+        to_trainable(model, layout, keep)
+    if keep is not None:
+        run_one_by_one(model)
     return Recovery(
         dense.eval().requires_grad_(False),
         model,
@@ -76,6 +83,7 @@ def open_recovery(
         report,
         keep_on_interrupt,
         stored_parameters(model, torch_dtype(dtype), rounded) if rounded else {},
+        folder,
     )
 
 
@@ -93,6 +101,8 @@ class LevelRuns:
         """
         self.recovery, self.stage, self.texts, self.report = recovery, stage, texts, recovery.report
         self._scope = scope
+        # Part of the work with the parameters before the next level.
+        self._before = "start"
 
     def all(self, levels: Mapping[str, Level]) -> tuple[RecoveryFigures, dict[str, Any]]:
         """Run the levels and return their figures and details; finished ones are read from the stage."""
@@ -106,9 +116,10 @@ class LevelRuns:
             if work is None:
                 row, now, stopped, details[name] = self._run(name, level, now)
             else:
-                load_tensors(recovery.model, load_file(work[0]))
+                self._load(f"level-{name}")
                 row, now = RecoveredLevel.parse(work[1]["row"]), Distance(**work[1]["distance"])
                 details[name] = work[1]["details"]
+            self._before = f"level-{name}"
             rows.append(row)
             self.report.fact(_told(row))
             if stopped:
@@ -131,14 +142,14 @@ class LevelRuns:
         return figures, details
 
     def _start(self) -> Distance:
-        """Return the distance from the dense model before any repair."""
+        """Return the distance from the dense model before any repair; store it with the parameters."""
         work = self.stage.work(f"{self._scope}start")
         if work is not None:
             return Distance(**work[1])
         with self.report.bar("Reading held-out text", len(self.recovery.unseen.ids)) as bar:
             found = self.recovery.unseen_distance(bar.advance)
         self.report.fact(f"divergence from the dense model on held-out text: {found.kl:.4f} nats/token")
-        self.stage.finish_work(f"{self._scope}start", {"none": torch.zeros(1)}, asdict(found))
+        self.stage.finish_work(f"{self._scope}start", _parameters(self.recovery.model), asdict(found))
         return found
 
     def _run(
@@ -148,7 +159,6 @@ class LevelRuns:
         parts = LevelParts(self.stage, name, self._scope)
         recovery = replace(self.recovery, train=self.texts.train[name], saved=parts)
         self.report.step(f"Level {name}: {LEVELS.entry(name).title}")
-        kept = _state(recovery.model)
         outcome = level.repair(recovery)
         recovery.model.requires_grad_(False)
         after = recovery.unseen_distance()
@@ -163,7 +173,7 @@ class LevelRuns:
             notes=outcome.notes,
         )
         if not row.kept:
-            load_tensors(recovery.model, kept)
+            self._load(self._before)
             self.report.warn(
                 f"level {name} is taken back: it raises the divergence on held-out text from {before.kl:.4f} to "
                 f"{after.kl:.4f} nats/token"
@@ -171,14 +181,20 @@ class LevelRuns:
         now, details = after if row.kept else before, dict(outcome.details)
         if outcome.interrupted is None:
             values = {"row": row.plain(), "distance": asdict(now), "details": details}
-            self.stage.finish_work(f"{self._scope}level-{name}", _state(recovery.model), values)
+            self.stage.finish_work(f"{self._scope}level-{name}", _parameters(recovery.model), values)
             self.stage.drop_work(f"{self._scope}{name}:")
         return row, now, outcome.interrupted, details
 
+    def _load(self, part: str) -> None:
+        """Give the model the parameters of a finished part of the work."""
+        work = self.stage.work(f"{self._scope}{part}")
+        assert work is not None, part
+        load_tensors(self.recovery.model, load_file(work[0]))
 
-def _state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return copies of all parameters on the CPU, by path."""
-    return {name: value.detach().to("cpu", copy=True) for name, value in model.named_parameters()}
+
+def _parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return all parameters on the CPU by path; not copied if they are there."""
+    return {name: value.detach().cpu() for name, value in model.named_parameters()}
 
 
 def _told(row: RecoveredLevel) -> str:

@@ -6,8 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,8 @@ from ara.stages.common import Run
 from ara.stages.recover import recover
 from ara.stages.run import run_pipeline
 from ara.workspace.view import StageView
-from ara.workspace.writer import StageWriter
 from tests.damage import contents
+from tests.killed import killed_at
 from tests.tiny import save_tiny
 
 NAMES = LEVELS.names()
@@ -45,33 +43,6 @@ SETTINGS: dict[str, Any] = {
     "save_every": 1,
     "rate": 3e-4,
 }
-
-
-class Killed(BaseException):
-    """Stands for kill -9: no code of the stage may handle it."""
-
-
-@contextmanager
-def killed_at(at: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Within this context a stage is killed after it has stored finished work for the ``at``-th time."""
-    calls = [0]
-
-    def killing(real: Any) -> Any:
-        def function(self: StageWriter, *args: Any, **kwargs: Any) -> None:
-            real(self, *args, **kwargs)
-            calls[0] += 1
-            if calls[0] == at:
-                raise Killed
-
-        return function
-
-    with monkeypatch.context() as patch:
-        for name in ("finish_work", "save_checkpoint"):
-            patch.setattr(StageWriter, name, killing(getattr(StageWriter, name)))
-        # A killed process leaves the folder as it is.
-        patch.setattr(StageWriter, "_abandon", lambda self, error: None)
-        with pytest.raises(Killed):
-            yield
 
 
 @pytest.fixture(scope="module", params=[("llama", "pivoted"), ("gpt2", "factors")], ids=lambda case: "-".join(case))

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ara.config import AllocateConfig, DecomposeConfig, TrainMasksConfig
+from ara.artifacts.checkpoint import CheckpointResults
+from ara.config import AllocateConfig, DecomposeConfig, RecoverConfig, TrainMasksConfig
+from ara.errors import UsageError
 from ara.models import kept, memory, recompute
+from ara.models.offload import Offload
+from ara.recovery.base import LevelOutcome, Recovery
+from ara.recovery.block import Block
+from ara.stages import recovery_place
 from ara.stages.allocate import allocate
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
+from ara.stages.recover import recover
 from ara.stages.train_masks import train_masks
 from ara.workspace.view import StageView
+from tests.killed import killed_at
 from tests.recorder import Recorder
 
 
 @contextmanager
 def _hardly_any_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patched:
-        for module in (memory, kept, recompute):
+        for module in (memory, kept, recompute, recovery_place):
             patched.setattr(module, "available_bytes", lambda device: 1)
         yield
 
@@ -58,3 +66,83 @@ def test_results_have_the_same_bytes(
     assert sum(f"block inputs in {tmp_path / 'hardly' / 'cache' / 'outputs'}" in fact for fact in said) == 2
     assert sum("are kept in" in fact for fact in said) == 2
     assert not list((tmp_path / "hardly" / "cache" / "outputs").iterdir())
+
+
+REPAIR = RecoverConfig(device="cpu", dtype="float32", samples=12, held_out=4, block_epochs=1, batch_size=5)
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_a_repair_has_the_same_bytes(look_ahead: bool, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = REPAIR.model_copy(update={"level": "block", "look_ahead": look_ahead})
+    expected, report = recover(config, Run(copied), name="much"), Recorder()
+    with _hardly_any_memory(monkeypatch):
+        found = recover(config, Run(copied, report=report), name="hardly")
+    assert _weights(found) == _weights(expected)
+    folder = copied / "cache" / "outputs"
+    assert sum(f"compressed weights are changed in files of {folder}" in fact for fact in report.facts) == 1
+    # Outputs of both levels, and inputs of blocks for the Fisher information.
+    assert sum(f"they are kept in {folder}" in fact for fact in report.facts) == 2
+    assert sum(f"of block inputs in {folder}" in fact for fact in report.facts) == 1
+    assert not list(folder.iterdir())
+
+
+def _weights(view: StageView) -> Any:
+    return _files(view)["checkpoint/model.safetensors"]
+
+
+@pytest.mark.parametrize("at", [2, 5, 8])
+def test_a_killed_repair_goes_on_in_files(at: int, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the first level, in the second one, and before the checkpoint."""
+    config = REPAIR.model_copy(update={"level": "block"})
+    expected = recover(config, Run(copied), name="whole")
+    with _hardly_any_memory(monkeypatch):
+        with killed_at(at, monkeypatch):
+            recover(config, Run(copied), name="again")
+        found = recover(config, Run(copied), name="again")
+    assert _weights(found) == _weights(expected)
+    assert not list((copied / "cache" / "outputs").iterdir())
+
+
+@pytest.mark.parametrize("scarce", [False, True])
+def test_a_level_that_is_taken_back_leaves_the_weights(
+    scarce: bool, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, views = REPAIR.model_copy(update={"level": "block"}), []
+    for factor in (1, -3):
+
+        def repair(level: Block, recovery: Recovery, factor: int = factor) -> LevelOutcome:
+            for parameter in recovery.model.parameters():
+                parameter.mul_(factor)
+            return LevelOutcome(tokens=1)
+
+        monkeypatch.setattr(Block, "repair", repair)
+        with _hardly_any_memory(monkeypatch) if scarce else nullcontext():
+            views.append(recover(config, Run(copied), name=f"times{factor}"))
+    (same, worse) = (CheckpointResults.read(view).recovery for view in views)
+    assert same is not None and worse is not None
+    assert not worse.levels[1].kept and worse.after == same.after < same.before
+    assert _weights(views[0]) == _weights(views[1])
+
+
+def test_training_the_whole_model_is_refused_if_it_does_not_fit(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = REPAIR.model_copy(update={"level": "distill"})
+    with _hardly_any_memory(monkeypatch), pytest.raises(UsageError, match="distill changes all weights") as refused:
+        recover(config, Run(copied))
+    assert refused.value.hint == "use --level block or --level closed; --offload none tries it all the same"
+    assert not (copied / "recover").exists()
+
+
+@pytest.mark.parametrize(("offload", "fits"), [("auto", True), ("disk", True), ("none", False)])
+def test_weights_go_into_files_if_they_do_not_fit_or_if_asked(
+    offload: Offload, fits: bool, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = Recorder()
+    with nullcontext() if fits else _hardly_any_memory(monkeypatch):
+        recover(REPAIR, Run(copied, report=report, offload=offload))
+    assert any("are changed in files" in fact for fact in report.facts) == (offload == "disk")
+
+
+def test_another_dtype_than_the_stored_one_is_said(copied: Path) -> None:
+    report = Recorder()
+    recover(REPAIR.model_copy(update={"dtype": "bfloat16"}), Run(copied, report=report, offload="disk"))
+    assert sum("they are stored in float32 and must fit into memory once" in fact for fact in report.facts) == 1
