@@ -13,10 +13,12 @@ from ara.decomposition.base import Decomposition
 from ara.decomposition.parallel import factorisation_bytes, workers_for
 from ara.decomposition.two_sided import TwoSidedOptions
 from ara.models.disk import factor_bytes
+from ara.models.memory import place_of_weights
 from ara.models.weights import LinearSpec, by_block
 from ara.planning.shape import ModelShape
 from ara.planning.sizes import checkpoint_bytes, largest_layer_bytes, moment_bytes
 from ara.planning.work import Work, balancing, correction, factorisation, loss, mask_gradient
+from ara.recovery.base import OUTPUT_SETS
 
 # Resident memory of a process that has imported torch and transformers, loaded a tokenizer and read a text.
 LIBRARIES = 450 << 20
@@ -45,7 +47,7 @@ class Need:
         disk: bytes that stay on the disk.
         scratch: bytes that it writes beside them and removes at its end.
         weights: bytes of the weights of its models; pages of files if these have the dtype of the run.
-        pages: bytes of files that are mapped in any case, such as factors.
+        pages: bytes of further weights that are pages of files, or can be: of factors, of a model that is changed.
         held: bytes of everything else in memory, with the libraries.
         optional: whether the pipeline is complete without the stage.
     """
@@ -180,7 +182,7 @@ def truncate(shape: ModelShape, settings: Settings, free: int) -> Need:
 
 
 def recover(shape: ModelShape, settings: Settings, free: int) -> Need:
-    """Return what ``ara recover`` needs at the level ``closed`` (ara.recovery.closed)."""
+    """Return what ``ara recover`` needs at the level ``closed`` (ara.recovery.closed, ara.stages.recovery_place)."""
     config, seq_len = settings.recover, settings.decompose.seq_len
     itemsize, ranks = shape.dtype.itemsize, settings.ranks
     compressed = checkpoint_bytes(shape, ranks, header=False)
@@ -202,19 +204,26 @@ def recover(shape: ModelShape, settings: Settings, free: int) -> Need:
     work += _cut_forward(shape, settings, 2 * config.held_out, seq_len)
     tokens = windows * seq_len
     # Outputs of the present block: of the dense model, of the compressed one, and the next ones while they are made.
-    streams = 4 * tokens * shape.hidden * itemsize
+    outputs = tokens * shape.hidden * itemsize
+    streams, in_files = 4 * outputs, 0
+    if not settings.on_gpu and OUTPUT_SETS * outputs > free // _SHARE:
+        streams, in_files = 0, streams
     first = [spec for spec in shape.leaders if spec.layer == shape.leaders[0].layer]
     inputs = tokens * itemsize * (sum(spec.n for spec in first) + shape.hidden)
     inputs = inputs if inputs <= free // _SHARE else 0
     widest = max(shape.specs, key=lambda spec: spec.n)
     held = settings.libraries + streams + inputs + _correction_bytes(shape, settings, widest, free)
-    # The compressed model, all of which changes, and its state before the level. Freed memory stays with the process,
-    # so the logits of the distance count as well.
-    held += 2 * compressed + 2 * _logits(shape, config.batch_size, seq_len)
+    # Freed memory stays with the process, so the logits of the distance count as well.
+    held += 2 * _logits(shape, config.batch_size, seq_len)
+    # The compressed model changes. Where it does not fit, its weights are pages of files.
+    pages = 0 if settings.on_gpu else compressed
+    held += compressed - pages
+    in_files += pages if place_of_weights(pages, free) != "memory" else 0
     disk = checkpoint_bytes(shape, ranks)
-    parts = sum(_stored(spec, ranks.get(spec.name)) for spec in shape.specs) * itemsize
-    written = _writing(work, disk + parts + compressed)
-    return Need("recover", written, disk, shape.weight_bytes, held=held, scratch=parts + compressed)
+    # Every block, and the states before and after the level.
+    states = sum(_stored(spec, ranks.get(spec.name)) for spec in shape.specs) * itemsize + 2 * compressed
+    written = _writing(work, disk + states + in_files)
+    return Need("recover", written, disk, shape.weight_bytes, pages, held, scratch=states + in_files)
 
 
 def evaluate(shape: ModelShape, settings: Settings, free: int) -> Need:

@@ -106,9 +106,9 @@ class Saved(ABC):
         """Let ``write`` fill an empty folder of the result, beside the checkpoint; a resumed run keeps it."""
 
 
-# Outputs of a block for all windows that a level has at once, in each model: those that the present block starts from,
-# and those of the present block, before and after it is changed.
-_SETS = 3
+# Outputs of a block for all windows that a level has at once, at most. In each model: those that the present block
+# starts from, and those of the present block, before and after it is changed.
+OUTPUT_SETS = 2 * 3
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Recovery:
         keeper = Keeper(self.folder, self.report)
         width = self.model.get_input_embeddings().weight.shape[1]
         tokens = self.train.tokens + self.held_out.tokens
-        keeper.place(2 * _SETS * tokens * width * self.model.dtype.itemsize)
+        keeper.place(OUTPUT_SETS * tokens * width * self.model.dtype.itemsize)
         return Passes(self._starts_anywhere(), keeper.keep)
 
     def _starts_anywhere(self) -> bool:

@@ -50,11 +50,12 @@ def to_trainable(model: nn.Module, layout: LayoutName, keep: Keep | None = None)
         layout: of these.
         keep: if given, every parameter becomes the copy that it makes, one layer at a time.
     """
-    low_rank = _low_rank(model)
+    names = _low_rank(model)
     if keep is not None:
-        inside = {id(parameter) for _, layer in low_rank for parameter in layer.parameters()}
-        _replace_data((one for one in model.parameters() if id(one) not in inside), keep)
-    for name, layer in low_rank:
+        inside = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
+        _replace_data((parameter for parameter in model.parameters() if id(parameter) not in inside), keep)
+    for name in names:
+        layer = _layer(model, name)
         a, b = balanced(*layout_named(layout).join(dict(layer.state_dict())))
         weight, bias = layer.A.weight, None if layer.bias is None else layer.bias.detach()
         built = layout_named(TRAINED).build(a, b, bias, layer.transposed, device=weight.device, dtype=weight.dtype)
@@ -79,9 +80,10 @@ def from_trainable(
         report: progress, for a layout whose layers take time to build.
         keep: if given, the parameters of every new layer become the copies that it makes.
     """
-    form, layers = layout_named(layout), _low_rank(model)
-    with report.bar(form.progress, len(layers)) if form.progress else nullcontext() as bar:
-        for name, layer in layers:
+    form, names = layout_named(layout), _low_rank(model)
+    with report.bar(form.progress, len(names)) if form.progress else nullcontext() as bar:
+        for name in names:
+            layer = _layer(model, name)
             a, b = factors_of(layer)
             bias = None if layer.bias is None else layer.bias.detach().to(dtype)
             built = form.build(a, b, bias, layer.transposed, device=a.device, dtype=dtype)
@@ -139,7 +141,16 @@ def _replace_data(parameters: Iterable[nn.Parameter], keep: Keep) -> None:
         parameter.data = keep(parameter.data)
 
 
-def _low_rank(model: nn.Module) -> list[tuple[str, CompressedLinear]]:
-    """Return the low-rank layers by path, without those whose parts are rounded."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, CompressedLinear)]
-    return [(name, layer) for name, layer in layers if not isinstance(layer.A, RoundedMatrix)]
+def _low_rank(model: nn.Module) -> list[str]:
+    """Return the paths of the low-rank layers, without those whose parts are rounded."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, CompressedLinear) and not isinstance(module.A, RoundedMatrix)
+    ]
+
+
+def _layer(model: nn.Module, name: str) -> CompressedLinear:
+    found = model.get_submodule(name)
+    assert isinstance(found, CompressedLinear)
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ara.artifacts.checkpoint import CHECKPOINT, RecoveryFigures, RoundingFigures
@@ -83,8 +83,9 @@ def recover(
         used = config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
         keep = place_changed_weights(before, levels, used, task.workspace, run)
         with task.writer(seed=config.seed, resumable=True) as stage:
+            recovery, rounded = _open(used, before, source, texts, stage, run, keep)
             folder = outputs_folder(task.workspace)
-            recovery, rounded = _open(used, before, source, texts, stage, run, keep_on_interrupt, folder, keep)
+            recovery = replace(recovery, keep_on_interrupt=keep_on_interrupt, folder=folder)
             found, details = LevelRuns(recovery, stage, texts).all(levels)
             _write(before, recovery.model, rounded, found, stage, run, keep)
             text = json.dumps(details, indent=1, allow_nan=False)
@@ -200,8 +201,6 @@ def _open(
     texts: RecoveryTexts,
     stage: StageWriter,
     run: Run,
-    keep_on_interrupt: bool,
-    folder: Path,
     keep: Keep | None,
 ) -> tuple[Recovery, dict[str, RoundedMatrix]]:
     """Load both models, in the device and dtype of ``config``; also return the rounded matrices by path."""
@@ -222,8 +221,6 @@ def _open(
         before.dtype,
         stage,
         run.report,
-        keep_on_interrupt,
-        folder,
         keep,
     )
     return recovery, rounded

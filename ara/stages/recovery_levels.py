@@ -43,8 +43,6 @@ def open_recovery(
     dtype: str,
     stage: StageWriter,
     report: Reporter,
-    keep_on_interrupt: bool = False,
-    folder: Path | None = None,
     keep: Keep | None = None,
 ) -> Recovery:
     """Bring a compressed model into its trainable form, in place, and return what the levels work on.
@@ -60,7 +58,6 @@ def open_recovery(
         dtype: name of the dtype in which the repaired model will be stored.
         stage: keeps finished parts.
         report: progress.
-        keep_on_interrupt, folder: see :class:`Recovery`.
         keep: of the weights of a model that is not rounded, see :func:`to_trainable`.
     """
     layout = specs[0].layout
@@ -81,9 +78,7 @@ def open_recovery(
         config.model_copy(update={"text": texts.spec, "seq_len": texts.seq_len}),
         LevelParts(stage, ""),
         report,
-        keep_on_interrupt,
-        stored_parameters(model, torch_dtype(dtype), rounded) if rounded else {},
-        folder,
+        stored=stored_parameters(model, torch_dtype(dtype), rounded) if rounded else {},
     )
 
 

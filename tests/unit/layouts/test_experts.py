@@ -18,7 +18,7 @@ from ara.layouts.modeling_ara import (
     fused_experts,
     separate_experts,
 )
-from ara.models.experts import every_expert_sees_all, recording_routes, replaying_routes
+from ara.models.experts import every_expert_sees_all, recording_routes, replaying_routes, run_one_by_one
 from ara.models.weights import find_linears, left_dense
 from tests.tiny import MIXTURES, tiny_model
 
@@ -97,6 +97,14 @@ def test_all_experts_at_once(family: str, implementation: str) -> None:
     # Padded in memory, not in a file.
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_experts_one_by_one_have_no_stacks() -> None:
+    model = with_implementation(mixed("mixtral"), "grouped_mm")
+    expected = logits(with_implementation(mixed("mixtral"), "eager"))
+    run_one_by_one(model)
+    assert torch.equal(logits(model), expected)
+    assert not any("_stacked" in vars(module) for module in experts(model))
 
 
 def test_stacks_follow_the_weights() -> None:

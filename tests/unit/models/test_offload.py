@@ -16,6 +16,7 @@ from ara.models.cache import cache_dir
 from ara.models.offload import Offload
 from ara.models.sources import resolve
 from ara.models.stored_model import StoredModel
+from tests.mapped import bytes_in_files
 from tests.recorder import Recorder
 from tests.tiny import FAMILIES, MIXTURES, save_tiny
 
@@ -29,16 +30,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _mapped_bytes(model: torch.nn.Module) -> int:
     """Return the bytes of the parameters whose memory is that of a safetensors file."""
-    ranges = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith(".safetensors"):
-            first, last = line.split(maxsplit=1)[0].split("-")
-            ranges.append((int(first, 16), int(last, 16)))
-    return sum(
-        parameter.nbytes
-        for parameter in model.parameters()
-        if any(first <= parameter.data_ptr() < last for first, last in ranges)
-    )
+    return bytes_in_files(model.parameters(), ending=".safetensors")
 
 
 def _all_bytes(model: torch.nn.Module) -> int:

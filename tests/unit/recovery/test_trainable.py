@@ -51,6 +51,33 @@ def test_every_layout_becomes_two_factors_and_comes_back(layout: str, transposed
     torch.testing.assert_close(built["low"](x), before)
 
 
+def test_parameters_go_where_they_are_kept(layout: str) -> None:
+    """Those of both forms; the numbers are the same, and every parameter is a copy."""
+    expected, found = model(layout), model(layout)
+    with torch.no_grad():
+        found["dense"].load_state_dict(expected["dense"].state_dict())
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.clone())
+        return kept[-1]
+
+    def all_kept() -> bool:
+        addresses = {tensor.data_ptr() for tensor in kept}
+        return all(parameter.data_ptr() in addresses for parameter in found.parameters())
+
+    def equal() -> bool:
+        state = expected.state_dict()
+        return all(torch.equal(state[name], tensor) for name, tensor in found.state_dict().items())
+
+    for built, how in ((expected, None), (found, keep)):
+        to_trainable(built, layout, how)
+    assert all_kept() and equal() and len(kept) == len(list(found.parameters()))
+    for built, how in ((expected, None), (found, keep)):
+        from_trainable(built, layout, torch.float32, keep=how)
+    assert all_kept() and equal()
+
+
 def test_new_factors_are_balanced_and_the_bias_stays() -> None:
     built = model("factors")
     to_trainable(built, "factors")
