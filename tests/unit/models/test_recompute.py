@@ -40,13 +40,13 @@ def test_inputs_of_blocks_wait_in_files(family: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "available_bytes", lambda device: 1)
     monkeypatch.setattr(module, "trim_heap", lambda: trimmed.append(len(in_files)))
     in_files: list[torch.Tensor] = []
-    in_a_file = kept._in_a_file
+    in_a_file = kept.in_a_file
 
     def noted(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
         in_files.append(in_a_file(tensor, folder))
         return in_files[-1]
 
-    monkeypatch.setattr(kept, "_in_a_file", noted)
+    monkeypatch.setattr(kept, "in_a_file", noted)
     found = choose_recomputation(model, IDS[:1], 2, report, tmp_path / "outputs")
     blocks, inputs = find_blocks(model)[1], []
     assert found.blocks == tuple(blocks) and found.keep is not None
