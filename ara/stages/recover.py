@@ -81,7 +81,7 @@ def recover(
         if done is not None and not run.force and not task.unfinished():
             return already_done(done, run)
         used = config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
-        keep = place_changed_weights(before, levels, used, task.workspace, run)
+        keep = place_changed_weights(before, levels, used, task)
         with task.writer(seed=config.seed, resumable=True) as stage:
             recovery, rounded = _open(used, before, source, texts, stage, run, keep)
             folder = outputs_folder(task.workspace)

@@ -21,14 +21,13 @@ from ara.models.placement import torch_dtype
 from ara.recovery import LEVELS
 from ara.recovery.base import Level
 from ara.recovery.trainable import TRAINED
-from ara.stages.common import Run, outputs_folder
+from ara.stages.common import Task, outputs_folder
 from ara.stages.compressed import Compressed
 from ara.stages.disk_room import Need, check_room, mebibytes
-from ara.workspace.store import Workspace
 
 
 def place_changed_weights(
-    before: Compressed, levels: Mapping[str, Level], config: RecoverConfig, workspace: Workspace, run: Run
+    before: Compressed, levels: Mapping[str, Level], config: RecoverConfig, task: Task
 ) -> Keep | None:
     """Return what puts the weights of the compressed model into files, or ``None``: they are in memory.
 
@@ -38,13 +37,13 @@ def place_changed_weights(
         before: the checkpoint.
         levels: that run, by name.
         config: with resolved device and dtype.
-        workspace: its cache gets the files.
-        run: says whether weights stay in files.
+        task: the stage, whose workspace has the files in its cache; says whether there are any.
 
     Raises:
         UsageError: a level changes all weights at once, and they do not fit into memory.
         DiskFullError: no room for the files.
     """
+    run = task.run
     if config.device != "cpu" or run.offload == "none" or before.rounding is not None:
         return None
     inside, outside = _parameters(before)
@@ -60,7 +59,7 @@ def place_changed_weights(
             )
     if at_once or (run.offload == "auto" and place_of_weights(size, free) == "memory"):
         return None
-    folder = outputs_folder(workspace)
+    folder = outputs_folder(task.workspace)
     run.report.fact(
         f"{mebibytes(size)} of compressed weights are changed in files of {folder}; {mebibytes(free)} of memory are "
         "free (--offload)"
@@ -70,8 +69,10 @@ def place_changed_weights(
             f"they are stored in {before.dtype} and must fit into memory once, to be converted to {config.dtype}; with "
             f"--dtype {before.dtype} they need not"
         )
-    # The file of the state before a level, and that after it.
-    needs = [Need("compressed weights", size, folder), Need("their states", 2 * size, workspace.root)]
+    needs = [Need("compressed weights", size, folder)]
+    if not task.unfinished():
+        # The states before the first level and after each one; the blocks of the last level, or the result.
+        needs.append(Need("unfinished work", (len(levels) + 2) * size, task.workspace.root))
     check_room(needs, "free some space, or choose another workspace with -w", run.report)
     return partial(in_a_file, folder=folder)
 

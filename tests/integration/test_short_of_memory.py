@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from ara.artifacts.checkpoint import CheckpointResults
 from ara.config import AllocateConfig, DecomposeConfig, RecoverConfig, TrainMasksConfig
-from ara.errors import UsageError
+from ara.errors import DiskFullError, UsageError
 from ara.models import kept, memory, recompute
 from ara.models.offload import Offload
 from ara.recovery.base import LevelOutcome, Recovery
@@ -129,6 +130,14 @@ def test_training_the_whole_model_is_refused_if_it_does_not_fit(copied: Path, mo
     with _hardly_any_memory(monkeypatch), pytest.raises(UsageError, match="distill changes all weights") as refused:
         recover(config, Run(copied))
     assert refused.value.hint == "use --level block or --level closed; --offload none tries it all the same"
+    assert not (copied / "recover").exists()
+
+
+def test_a_full_disk_is_found_before_a_repair(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("ara.stages.disk_room.shutil.disk_usage", lambda path: usage(100, 90, 10))
+    with pytest.raises(DiskFullError, match=r"compressed weights .* MiB, unfinished work"):
+        recover(REPAIR, Run(copied, offload="disk"))
     assert not (copied / "recover").exists()
 
 
