@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ara.environment import trim_heap
 from ara.errors import NAN_HINT, NumericalError, UnsupportedModelError
 from ara.models.weights import find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery
@@ -98,6 +99,7 @@ class _Training:
                 if index + 1 < self.blocks:
                     train.advance(train.outputs())
                     held_out.advance(outputs)
+                trim_heap()
 
     def outcome(self, interrupted: str | None) -> LevelOutcome:
         """Report the figures of the finished blocks."""

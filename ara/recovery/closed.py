@@ -24,6 +24,7 @@ from torch import nn
 
 from ara.calibration.moments import input_groups, steps_of
 from ara.decomposition.parallel import map_layers
+from ara.environment import trim_heap
 from ara.layouts.modeling_ara import CompressedLinear
 from ara.models.blocks import hidden_states
 from ara.models.weights import LinearSpec, bias_of, find_blocks
@@ -106,6 +107,7 @@ class _Correction:
                     for dense, model in zip(self.dense, self.model, strict=True):
                         dense.advance()
                         model.advance(model.outputs())
+                trim_heap()
                 bar.advance()
         notes = [_summary(list(choices.values()))]
         if uncorrected := len(self.recovery.specs) - len(choices) if interrupted is None else 0:
