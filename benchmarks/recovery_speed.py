@@ -24,7 +24,7 @@ from ara.models.checkpoint import load
 from ara.models.losses import token_losses
 from ara.models.placement import choose_placement, torch_dtype
 from ara.models.weights import find_blocks
-from ara.recovery.base import RecoveryText
+from ara.recovery.base import Passes, RecoveryText
 from ara.recovery.metric import Metric
 from ara.recovery.optimiser import MasterOptimiser, Method, trained
 from ara.recovery.side_by_side import SideBySide
@@ -111,7 +111,7 @@ def _passes(
         """Train every block for all epochs, from the embeddings on."""
         for block in blocks:
             block.requires_grad_(False)
-        pair = SideBySide(dense, model, text, len(ids), True, False)
+        pair = SideBySide(dense, model, text, len(ids), Passes(independent=True), False)
         for index, block in enumerate(blocks):
             pair.aim()
             adam = MasterOptimiser(trained(block.named_parameters()), 10**6, 1e-9)

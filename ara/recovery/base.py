@@ -17,7 +17,7 @@ import torch
 from ara.config import RecoverConfig
 from ara.errors import NumericalError
 from ara.models.blocks import Stream, independent_starts
-from ara.models.kept import Keep, Keeper
+from ara.models.kept import Keep, Keeper, in_memory
 from ara.models.likelihood import window_nll
 from ara.models.losses import token_losses
 from ara.models.weights import LinearSpec, find_blocks
@@ -121,7 +121,7 @@ class Passes:
     """
 
     independent: bool
-    keep: Keep
+    keep: Keep = in_memory
 
     def stream(self, model: nn.Module, ids: torch.Tensor, batch_size: int) -> Stream:
         """Return the stream of a model over windows (w, t) int64."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ara.artifacts.checkpoint import CheckpointResults
-from ara.config import AllocateConfig, DecomposeConfig, RecoverConfig, TrainMasksConfig
+from ara.config import AllocateConfig, DecomposeConfig, RecoverConfig, TrainMasksConfig, TruncateConfig
 from ara.errors import DiskFullError, UsageError
 from ara.models import kept, memory, recompute
 from ara.models.offload import Offload
@@ -22,10 +22,12 @@ from ara.stages.allocate import allocate
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
 from ara.stages.recover import recover
+from ara.stages.run import run_pipeline
 from ara.stages.train_masks import train_masks
 from ara.workspace.view import StageView
 from tests.killed import killed_at
 from tests.recorder import Recorder
+from tests.tiny import save_tiny
 
 
 @contextmanager
@@ -149,6 +151,24 @@ def test_weights_go_into_files_if_they_do_not_fit_or_if_asked(
     with nullcontext() if fits else _hardly_any_memory(monkeypatch):
         recover(REPAIR, Run(copied, report=report, offload=offload))
     assert any("are changed in files" in fact for fact in report.facts) == (offload == "disk")
+
+
+def test_experts_are_repaired_in_files(tiny_text: str, tmp_path: Path) -> None:
+    """One by one and all at once: the results differ by rounding at most."""
+    words = {"text": tiny_text, "samples": 24, "seq_len": 48, "device": "cpu", "dtype": "float32"}
+    run_pipeline(
+        DecomposeConfig(model=str(save_tiny(tmp_path / "model", "mixtral")), **words),
+        [AllocateConfig(keep=0.5, method="energy")],
+        {"truncate": TruncateConfig()},
+        Run(tmp_path / "ws"),
+    )
+    found = []
+    for offload in ("none", "disk"):
+        view = recover(REPAIR, Run(tmp_path / "ws", offload=offload), name=offload)
+        results = CheckpointResults.read(view).recovery
+        assert results is not None and results.levels[0].kept and results.after < results.before
+        found.append(results.after)
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
 
 
 def test_another_dtype_than_the_stored_one_is_said(copied: Path) -> None:

@@ -14,7 +14,7 @@ from ara.models.blocks import hidden_states, keeping_outputs
 from ara.models.losses import sampled_targets
 from ara.models.weights import find_blocks
 from ara.recovery import block as module
-from ara.recovery.base import Recovery, RecoveryText
+from ara.recovery.base import Passes, Recovery, RecoveryText
 from ara.recovery.block import Block, batch_order
 from ara.recovery.fisher import block_fisher
 from ara.recovery.metric import DAMPING, Metric
@@ -308,7 +308,7 @@ def test_metrics_are_damped_quadratic_forms() -> None:
 
 
 def _pair(recovery: Recovery, text: RecoveryText, ahead: bool) -> SideBySide:
-    return SideBySide(recovery.dense, recovery.model, text, BATCH, True, ahead)
+    return SideBySide(recovery.dense, recovery.model, text, BATCH, Passes(independent=True), ahead)
 
 
 @pytest.mark.parametrize("answers", [False, True])
