@@ -61,6 +61,9 @@ def make_checkpoint(
                 torch.nn.init.normal_(parameter, std=0.1)
             elif "norm" in name or parameter.ndim == 1:  # weights of one would hide a norm that lost its own
                 torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):  # zeros would hide a lost one
+                buffer.normal_(std=0.1)
     folder = root / "checkpoint"
     if layout is None and grid is None and embedding is None:
         with silence_transformers():

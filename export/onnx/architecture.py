@@ -61,6 +61,7 @@ class MixtureSizes:
         width: of an expert.
         shared: width of the expert for all tokens; ``None``: there is none.
         normalised: whether the weights of a token's experts are divided by their sum.
+        scale: factor of these weights.
         blocks: per block, whether it has a mixture; else it has an MLP.
     """
 
@@ -69,6 +70,7 @@ class MixtureSizes:
     width: int
     shared: int | None
     normalised: bool
+    scale: float
     blocks: tuple[bool, ...]
 
 
@@ -208,11 +210,12 @@ def _mixture(fields: ConfigFields, family: Family) -> MixtureSizes | None:
         raise wrong_config("the number of experts, how many a token gets, or their width is missing")
     if chosen > experts:
         raise wrong_config(f"a token cannot get {chosen} of {experts} experts")
-    if family.mixture.shared is not None and fields.shared_width is None:
-        raise wrong_config(f"{family.mixture.shared_width} is missing")
-    plain = set(fields.plain_blocks or ())
+    shared = fields.shared_width if fields.shared_count is None else fields.shared_count * width
+    if family.mixture.shared is not None and shared is None:
+        raise wrong_config(f"{family.mixture.shared_count or family.mixture.shared_width} is missing")
+    plain = {*range(fields.first_mixture), *(fields.plain_blocks or ())}
     blocks = tuple(at not in plain and (at + 1) % fields.sparse_step == 0 for at in range(fields.num_hidden_layers))
-    return MixtureSizes(experts, chosen, width, fields.shared_width, fields.normalised, blocks)
+    return MixtureSizes(experts, chosen, width, shared, fields.normalised, fields.expert_scale, blocks)
 
 
 def _power(power: Power | None, value: float | None, otherwise: float = 1.0) -> float:

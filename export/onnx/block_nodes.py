@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -290,17 +291,29 @@ class BlockNodes(LinearNodes):
 
     def _routes(self, flat: ir.Value, path: str) -> tuple[ir.Value, ir.Value]:
         """Return the weights (t, c) and the numbers (t, c) int64 of the experts that the tokens choose, in float32."""
-        sizes = self.decoder.mixture
-        assert sizes is not None
+        sizes, record = self.decoder.mixture, self.family.mixture
+        assert sizes is not None and record is not None
         name = self.checkpoint.expect(f"{path}.weight", sizes.experts, self.decoder.hidden)
         scores = self.op("FusedMatMul", [flat, self.weight(name)], path, {"transB": 1}, domain=CONTRIB)
         scores = self._cast(scores, ir.DataType.FLOAT, f"{path}.scores")
-        shares = self.op("Softmax", [scores], f"{path}.shares", {"axis": -1})
+        if record.weights == "softmax":
+            shares = self.op("Softmax", [scores], f"{path}.shares", {"axis": -1})
+        else:
+            shares = self.op("Sigmoid", [scores], f"{path}.shares")
         count, axis = self.ints([sizes.chosen], [1])
-        weights, indices = self.ops("TopK", [shares, count], f"{path}.chosen", {"axis": -1}, 2)
+        ranked = shares
+        if record.correction is not None:
+            bias = self.exact_weight(self.checkpoint.expect(f"{path}.{record.correction}", sizes.experts))
+            ranked = self.op("Add", [shares, bias], f"{path}.ranked")
+        weights, indices = self.ops("TopK", [ranked, count], f"{path}.chosen", {"axis": -1}, 2)
+        if ranked is not shares:
+            weights = self.op("GatherElements", [shares, indices], f"{path}.weights", {"axis": -1})
         if sizes.normalised:
             total = self.op("ReduceSum", [weights, axis], f"{path}.sum", {"keepdims": 1})
             weights = self.op("Div", [weights, total], f"{path}.normalised")
+        if sizes.scale != 1:
+            factor = self.constant(f"{path}.factor", np.array(sizes.scale, np.float32))
+            weights = self.op("Mul", [weights, factor], f"{path}.scaled")
         return weights, indices
 
     def _cast(self, x: ir.Value, kind: ir.DataType, path: str) -> ir.Value:
@@ -308,9 +321,12 @@ class BlockNodes(LinearNodes):
         return x if self.float == ir.DataType.FLOAT else self.op("Cast", [x], path, {"to": kind.value})
 
     def _shared_expert(self, flat: ir.Value, path: str, name: str, width: int) -> ir.Value:
-        """Return the output (t, hidden) of the expert for all tokens, weighed by its gate."""
+        """Return the output (t, hidden) of the expert for all tokens, weighed by its gate if it has one."""
+        assert self.family.mixture is not None
         inside, gate = f"{path}.{name}", f"{path}.{name}_gate"
         made = self._feed_forward(flat, inside, inside, self.names.up, self.names.down, width)
+        if not self.family.mixture.shared_gate:
+            return made
         share = self.op("Sigmoid", [self.linear(flat, self._in_block(gate, 1, self.decoder.hidden))], f"{gate}.share")
         return self.op("Mul", [made, share], f"{inside}.weighted")
 

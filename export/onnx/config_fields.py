@@ -61,6 +61,9 @@ class ConfigFields(BaseModel):
     chosen: int | None = Field(None, ge=1)
     expert_width: int | None = Field(None, ge=1)
     shared_width: int | None = Field(None, ge=1)
+    shared_count: int | None = Field(None, ge=1)
+    expert_scale: float = Field(1.0, gt=0)
+    first_mixture: int = Field(0, ge=0)
     normalised: bool = True
     sparse_step: int = Field(1, ge=1)
     plain_blocks: list[int] | None = None
@@ -113,7 +116,10 @@ def field_names(family: Family) -> dict[str, str]:
         "chosen": mixture.chosen if mixture else None,
         "expert_width": mixture.width if mixture else None,
         "normalised": mixture.normalised if mixture else None,
-        "shared_width": mixture.shared_width if mixture and mixture.shared else None,
+        "shared_width": mixture.shared_width if mixture and mixture.shared and not mixture.shared_count else None,
+        "shared_count": mixture.shared_count if mixture else None,
+        "expert_scale": mixture.scale if mixture else None,
+        "first_mixture": mixture.first if mixture else None,
         "sparse_step": "decoder_sparse_step" if mixture and mixture.blocks else None,
         "plain_blocks": "mlp_only_layers" if mixture and mixture.blocks else None,
         "activation": family.activation,

@@ -134,18 +134,24 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of experts in the place of the MLP. Softmax over the scores of all experts gives their weights.
+    """A mixture of experts in the place of the MLP. Every expert gets a weight from the scores of the router.
 
     Attributes:
         experts, chosen, width: fields with the number of experts, how many of them a token gets, and their width.
         normalised: field that says whether the weights of a token's experts are divided by their sum; ``None``: they
             are.
         router: in the module of the MLP: the module with the matrix that gives the scores.
+        weights: function of the scores that gives the weights.
+        correction: in the module of the router: numbers that are added to the weights for the choice alone.
+        scale: field with a factor of the weights.
         path: in the same module: that of the experts.
-        shared: in the same module: an expert for all tokens, which ``<shared>_gate`` weighs; ``None``: there is none.
+        shared: in the same module: an expert for all tokens; ``None``: there is none.
+        shared_gate: whether ``<shared>_gate`` weighs it.
         shared_width: field with its width.
+        shared_count: field that says how many times as wide as an expert it is, in place of ``shared_width``.
         blocks: whether the fields ``decoder_sparse_step`` and ``mlp_only_layers`` say which blocks have one; else all
             have.
+        first: field with the number of first blocks that have none.
     """
 
     experts: str = "num_experts"
@@ -153,10 +159,16 @@ class Mixture:
     width: str = "moe_intermediate_size"
     normalised: str | None = "norm_topk_prob"
     router: str = "gate"
+    weights: Literal["softmax", "sigmoid"] = "softmax"
+    correction: str | None = None
+    scale: str | None = None
     path: str = "experts"
     shared: str | None = None
+    shared_gate: bool = True
     shared_width: str = "shared_expert_intermediate_size"
+    shared_count: str | None = None
     blocks: bool = False
+    first: str | None = None
 
 
 @dataclass(frozen=True)
@@ -355,6 +367,29 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(windows="by_type", mixture=Mixture(shared="shared_expert", blocks=True)),
     "qwen3_moe": Family(windows="all", head_norm=HeadNorm("head"), mixture=Mixture(blocks=True)),
     "olmoe": Family(head_norm=HeadNorm("width"), mixture=Mixture(width="intermediate_size"), only={"clip_qkv": None}),
+    "granitemoe": Family(
+        names=Names(mlp="block_sparse_moe"),
+        embedding_scale=Power("embedding_multiplier"),
+        attention_scale=Power("attention_multiplier"),
+        residual_scale=Power("residual_multiplier"),
+        logit_scale=Power("logits_scaling", -1),
+        mixture=Mixture(experts="num_local_experts", width="intermediate_size", normalised=None, router="router"),
+    ),
+    "glm4_moe": Family(
+        rotation=_PARTLY,
+        head_norm=HeadNorm("head", when="use_qk_norm"),
+        mixture=Mixture(
+            experts="num_local_experts",
+            weights="sigmoid",
+            correction="e_score_correction_bias",
+            scale="routed_scaling_factor",
+            shared="shared_experts",
+            shared_gate=False,
+            shared_count="n_shared_experts",
+            first="first_k_dense_replace",
+        ),
+        only={"n_group": 1, "topk_group": 1},
+    ),
     # Learned positions.
     "gpt2": Family(
         names=Names(

@@ -94,6 +94,12 @@ class LinearNodes(FewBitNodes):
         self.used.add(name)
         return self.lookup_few_bits(ids, path, m, n, rounding)
 
+    def exact_weight(self, name: str) -> ir.Value:
+        """Return a tensor of the checkpoint under its own name, in float32 in any graph."""
+        self.used.add(name)
+        kind, read = ir.DataType.FLOAT, self.checkpoint.tensor
+        return self.lazy(name, kind, self.checkpoint.shape(name), lambda: self._array(read(name), kind))
+
     def weight(self, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None = None) -> ir.Value:
         """Return a tensor of the checkpoint under its own name."""
         self.used.add(name)

@@ -88,9 +88,11 @@ def test_merged_inputs_and_last_logits(family: str, checkpoint: Callable[..., An
     assert max(case["difference"] for case in about["parity"]["cases"]) < 1e-4
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_experts_in_other_precisions(precision: str, checkpoint: Callable[..., Any], tmp_path: Path) -> None:
-    about = exported(checkpoint("mixtral").folder, tmp_path / "out", precision=precision)
+@pytest.mark.parametrize(("family", "precision"), [("mixtral", "fp16"), ("mixtral", "int8"), ("glm4_moe", "fp16")])
+def test_experts_in_other_precisions(
+    family: str, precision: str, checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    about = exported(checkpoint(family).folder, tmp_path / "out", precision=precision)
     assert max(case["kl"] for case in about["parity"]["cases"]) < 0.02
 
 
@@ -168,6 +170,8 @@ HARMLESS = {
     # The config itself computes layer_types, sliding_window and no_rope_layers from these.
     *("max_window_layers", "no_rope_layer_interval", "sliding_window_pattern", "_sliding_window_pattern"),
     "use_sliding_window",
+    # Layers that predict further tokens; transformers does not load them.
+    "num_nextn_predict_layers",
     # Of training alone.
     *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "qkv_bias"),
 }
@@ -202,6 +206,7 @@ def test_every_field_of_a_config_is_read_or_fixed(family: str) -> None:
         ),
         ("stablelm", {"partial_rotary_factor": 0.25}, "heads are 32 wide and 8 of that is rotated"),
         ("arcee", {"hidden_act": "xielu"}, "the activation 'xielu' is not known"),
+        ("glm4_moe", {"n_group": 2}, "n_group of this glm4_moe model is 2; .* only 1"),
     ],
 )
 def test_what_no_graph_can_have_is_refused_by_name(family: str, changes: dict[str, Any], complaint: str) -> None:
