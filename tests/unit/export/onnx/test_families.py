@@ -167,8 +167,9 @@ HARMLESS = {
     # Biases are found among the weights, and the number of positions by read_context.
     *("attention_bias", "attention_out_bias", "enable_bias", "mlp_bias", "use_bias", "use_qkv_bias"),
     *("max_position_embeddings", "n_positions", "original_max_position_embeddings"),
-    # The config itself computes layer_types, sliding_window and no_rope_layers from these.
+    # The config itself computes layer_types, sliding_window, no_rope_layers and rope_parameters from these.
     *("max_window_layers", "no_rope_layer_interval", "sliding_window_pattern", "_sliding_window_pattern"),
+    "partial_rotary_factor",
     "use_sliding_window",
     # Layers that predict further tokens; transformers does not load them.
     "num_nextn_predict_layers",
