@@ -28,6 +28,8 @@ _ARRIVAL = timedelta(minutes=5)
 _PATIENCE = timedelta(days=7)
 # A sum over CUDA devices begins when all processes have met, so it takes seconds.
 _SUM = timedelta(seconds=30)
+# How long the process with the store waits for the others to read the versions.
+_LAST_READ = timedelta(seconds=20)
 # How many tensors may wait to be sent, two for each :meth:`Group.gather`: those of about two blocks of a model.
 _AHEAD = 8
 # What must have the same version in all processes.
@@ -200,6 +202,11 @@ def _compare_versions(launch: Launch, store: dist.Store) -> None:
     mine = {name: version for name, version in versions().items() if name in _SAME}
     store.set(f"ara/versions/{launch.rank}", json.dumps(mine))
     found = [json.loads(store.get(f"ara/versions/{rank}")) for rank in range(launch.size)]
+    store.set(f"ara/compared/{launch.rank}", "")
+    if launch.rank == 0:
+        # The store ends with this process, which may fail now: the others read it first.
+        with suppress(RuntimeError):
+            store.wait([f"ara/compared/{rank}" for rank in range(launch.size)], _LAST_READ)
     for name in _SAME:
         _refuse_unequal([one[name] for one in found], f"the version of {name}")
 

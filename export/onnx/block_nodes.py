@@ -307,7 +307,8 @@ class BlockNodes(LinearNodes):
             ranked = self.op("Add", [shares, bias], f"{path}.ranked")
         weights, indices = self.ops("TopK", [ranked, count], f"{path}.chosen", {"axis": -1}, 2)
         if ranked is not shares:
-            weights = self.op("GatherElements", [shares, indices], f"{path}.weights", {"axis": -1})
+            places = self.op("Unsqueeze", [indices, self.ints([2])[0]], f"{path}.places")
+            weights = self.op("GatherND", [shares, places], f"{path}.weights", {"batch_dims": 1})
         if sizes.normalised:
             total = self.op("ReduceSum", [weights, axis], f"{path}.sum", {"keepdims": 1})
             weights = self.op("Div", [weights, total], f"{path}.normalised")

@@ -7,7 +7,7 @@ factors. What a config may ask for and a graph cannot have is in :attr:`Family.o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -251,6 +251,13 @@ _ROOT = Power("hidden_size", 0.5)
 _PARTLY = Rotation(partial=True)
 _COHERE = Rotation(interleaved=True, neighbours=True)
 
+_GRANITE = Family(
+    embedding_scale=Power("embedding_multiplier"),
+    attention_scale=Power("attention_multiplier"),
+    residual_scale=Power("residual_multiplier"),
+    logit_scale=Power("logits_scaling", -1),
+)
+
 FAMILIES: dict[str, Family] = {
     # Llama, and what differs from it little.
     "llama": Family(),
@@ -263,12 +270,7 @@ FAMILIES: dict[str, Family] = {
     "helium": Family(rotation=Rotation(interleaved=True)),
     "smollm3": Family(windows="by_type", rotation=Rotation(blocks="listed")),
     "arcee": Family(names=_PLAIN, gated=False),
-    "granite": Family(
-        embedding_scale=Power("embedding_multiplier"),
-        attention_scale=Power("attention_multiplier"),
-        residual_scale=Power("residual_multiplier"),
-        logit_scale=Power("logits_scaling", -1),
-    ),
+    "granite": _GRANITE,
     "phi3": Family(names=_PACKED, windows="all", rotation=_PARTLY),
     # Norms elsewhere.
     "gemma": Family(norm=_GEMMA, embedding_scale=_ROOT),
@@ -367,12 +369,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(windows="by_type", mixture=Mixture(shared="shared_expert", blocks=True)),
     "qwen3_moe": Family(windows="all", head_norm=HeadNorm("head"), mixture=Mixture(blocks=True)),
     "olmoe": Family(head_norm=HeadNorm("width"), mixture=Mixture(width="intermediate_size"), only={"clip_qkv": None}),
-    "granitemoe": Family(
+    "granitemoe": replace(
+        _GRANITE,
         names=Names(mlp="block_sparse_moe"),
-        embedding_scale=Power("embedding_multiplier"),
-        attention_scale=Power("attention_multiplier"),
-        residual_scale=Power("residual_multiplier"),
-        logit_scale=Power("logits_scaling", -1),
         mixture=Mixture(experts="num_local_experts", width="intermediate_size", normalised=None, router="router"),
     ),
     "glm4_moe": Family(

@@ -96,7 +96,6 @@ def test_unreachable_hub_says_what_to_do(root, tiny_text):
     [
         ("t5", "encoder-decoder"),
         ("bart", "encoder-decoder"),
-        ("llava", "vision"),
         ("vit", "causal"),
         ("bert", "encoder"),
     ],

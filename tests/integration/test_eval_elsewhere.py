@@ -16,6 +16,7 @@ import torch
 
 from ara.artifacts.evaluation import EvaluationResults
 from ara.config import EvalConfig
+from ara.distributed.group import ALONE
 from ara.errors import ModelError, NumericalError, UsageError
 from ara.evaluation import harness
 from ara.evaluation.generation import greedy_tokens, stop_tokens
@@ -69,7 +70,7 @@ class Running:
         return list(greedy_tokens(self.model, torch.tensor(ids), max_new_tokens, stop_tokens(self.model)))
 
     def harness(self, report: Any, label: str) -> Any:
-        return harness._wrapped(self.model, self.tokenizer, 1, report, label)
+        return harness._wrapped(self.model, self.tokenizer, 1, report, label, ALONE)
 
 
 @pytest.fixture(autouse=True)
