@@ -9,7 +9,7 @@ float32, and float32 followed by one refinement of all eigenvectors in float64, 
 2018, algorithm 1). All ways run in turn. The error of a way is what rank k leaves, over what it leaves in float64, less
 one: the worst of keep 0.8, 0.6 and 0.4.
 
-Matrices are those of SmolLM2-135M's layers, and random ones whose inputs fall in size as those of a model do.
+Matrices are those of one block of SmolLM2-135M, and random ones whose inputs fall in size as those of a model do.
 """
 
 from __future__ import annotations
