@@ -17,8 +17,6 @@ from ara.errors import UnsupportedModelError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Ends of the names of classes of routers that are no linear layers.
-_ROUTERS = ("Router", "Gate")
 # Fields of configs: the number of experts, and how many of them a token gets.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts")
@@ -126,11 +124,15 @@ def count_model(model: PreTrainedModel, *, last_logits: bool) -> Cost:
     linear = experts = 0
     language: list[Any] = list(language_modules(model).values())
     for module in language:
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+        if module is head:
+            continue
+        if isinstance(module, (nn.Linear, Conv1D)):
             linear += 0 if module in chosen else module.weight.numel()
             experts += module.weight.numel() if module in chosen else 0
-        elif chosen and _is_router(module):
-            linear += module.weight.numel()
+        elif chosen and not isinstance(module, nn.Embedding):
+            # A router is no linear layer in transformers, but has a matrix.
+            matrix = getattr(module, "weight", None)
+            linear += matrix.numel() if isinstance(matrix, nn.Parameter) and matrix.ndim == 2 else 0
     return cost_of(
         model.config,
         linear=linear,
@@ -140,11 +142,6 @@ def count_model(model: PreTrainedModel, *, last_logits: bool) -> Cost:
         cache_bytes=model.dtype.itemsize,
         last_logits=last_logits,
     )
-
-
-def _is_router(module: Any) -> bool:
-    """Tell whether a module holds the matrix of a router, which is no linear layer in transformers."""
-    return type(module).__name__.endswith(_ROUTERS) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
 
 
 def cost_of(

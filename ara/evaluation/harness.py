@@ -215,6 +215,37 @@ def _stderr(values: list[Any], aggregate: float) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
+class _InProcesses:
+    """What lm-eval asks a model about its processes.
+
+    Attributes:
+        group: the processes that share the questions.
+    """
+
+    group: Group = ALONE
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, which asks every ``world_size``-th question."""
+        return self.group.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.group.size
+
+    def all_gather(self, tensor: Any) -> Any:
+        """Return the same number of requests for all processes: none of them waits in a pass for another one."""
+        return tensor.repeat(self.group.size)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Return the objects of all processes in process 0."""
+        return self.group.collect(obj) or None
+
+    def barrier(self) -> None:
+        """Wait for nobody: :meth:`gather_object` does."""
+
+
 def _wrapped(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -228,31 +259,10 @@ def _wrapped(
 
     rows = token_rows(model.config)
 
-    class Wrapped(HFLM):
+    class Wrapped(_InProcesses, HFLM):
         """Adds progress and checks to lm-eval's scoring."""
 
         bar: Bar | None = None
-
-        @property
-        def rank(self) -> int:
-            """Number of this process, which asks every ``world_size``-th question."""
-            return group.rank
-
-        @property
-        def world_size(self) -> int:
-            """Number of processes."""
-            return group.size
-
-        def all_gather(self, tensor: Any) -> Any:
-            """Return the same number of requests for all processes: none of them waits in a pass for another one."""
-            return tensor.repeat(group.size)
-
-        def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-            """Return the objects of all processes in process 0."""
-            return group.collect(obj) or None
-
-        def barrier(self) -> None:
-            """Wait for nobody: :meth:`gather_object` does."""
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
             with self._counting(len(requests)):
@@ -297,13 +307,15 @@ def _wrapped(
     # By default lm-eval's softmax has the model's dtype: bfloat16 has errors of about 0.5 %, float32 of up to 2e-5 nats
     # per token on some processors (see ara.models.likelihood). Apple's GPUs have no float64.
     exact = "float32" if model.device.type == "mps" else "float64"
-    return Wrapped(
+    wrapped: Any = Wrapped(
         pretrained=model,
         tokenizer=padded_with_row(tokenizer, rows),
         batch_size=batch_size,
         max_length=context_length(model.config),
         softmax_dtype=exact,
     )
+    wrapped.group = group
+    return wrapped
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from ara.artifacts.evaluation import DENSE, UNIFORM, SpreadFigures
 from ara.data.mixtures import Share, mixture_spec
 from ara.evaluation.paired import NOISE
 from ara.reporting.benchmark_parts import BenchCase, Benched
-from ara.reporting.checkpoint_parts import Allocated, Base, Stored
+from ara.reporting.checkpoint_parts import Allocated, Base, Latency, Stored
 from ara.reporting.evaluation_parts import ChatResult, Difference, Evaluated, HarnessResult, TextResult, ZeroShot
 
 # A mean difference is significant from this many standard errors on, over at least this many windows: with few
@@ -69,7 +69,12 @@ def case_name(case: BenchCase) -> str:
 def runtime_words(bench: Benched) -> tuple[str, ...]:
     """Return runtime, device, precision and threads of a benchmark."""
     runtime = {"torch": "torch", "onnx": "ONNX Runtime", "vllm": "vLLM"}.get(bench.backend, bench.backend)
-    return runtime, bench.device, bench.precision, f"{bench.threads} thread{'' if bench.threads == 1 else 's'}"
+    return runtime, *how_words(bench)
+
+
+def how_words(run: Benched | Latency) -> tuple[str, ...]:
+    """Return device, precision and threads of a measurement of time."""
+    return run.device, run.precision, f"{run.threads} thread{'' if run.threads == 1 else 's'}"
 
 
 def in_runtime(bench: Benched) -> str:

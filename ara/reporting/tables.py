@@ -20,7 +20,7 @@ from ara.reporting.comparison_parts import Compared, SizeFront
 from ara.reporting.document import Report
 from ara.reporting.evaluation_parts import ChatResult, Evaluated, HarnessResult, TextResult, ZeroShot
 from ara.reporting.export_parts import Exported
-from ara.reporting.summary import case_name
+from ara.reporting.summary import case_name, how_words
 from ara.reporting.training_parts import Trained
 
 # Characters of an error that a table has room for.
@@ -48,8 +48,7 @@ def size_table(report: Report) -> Table:
 
 
 def _timed_as(latency: Latency) -> str:
-    threads = f"{latency.threads} thread{'' if latency.threads == 1 else 's'}"
-    place = f"{latency.library}, {latency.device}, {latency.precision}, {threads}"
+    place = ", ".join((latency.library, *how_words(latency)))
     return f"predicted time of the factorised layers, ms ({latency.tokens:,} tokens; {place})"
 
 

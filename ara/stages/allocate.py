@@ -31,6 +31,7 @@ from ara.stages.given_ranks import from_file, layout_in, refuse_method_settings
 from ara.stages.latency import (
     LATENCY,
     check_settings,
+    keep_in_words,
     latency_results,
     latency_words,
     measured_times,
@@ -156,11 +157,10 @@ def _settled(
         refuse_objective(config.method, config.objective)
         stored = stored_ranks(decomposition)
         refuse_method(config.method, stored)
+        assert config.keep is not None
         if config.objective != LATENCY:
-            assert config.keep is not None
             stored.check_keep(specs_of(decomposition, config.layout), config.keep, run.report)
-        of = " of the time" if config.objective == LATENCY else ""
-        run.report.step(f"Allocating ranks by {config.method} at keep {config.keep:g}{of}")
+        run.report.step(f"Allocating ranks by {config.method} at {keep_in_words(config, config.keep)}")
     return (placed(config, run) if _needs_model(config) or _timed_in_torch(config) else config), trained
 
 

@@ -33,7 +33,15 @@ from ara.solver.problem import DENSE, Allocation, Budget, Module
 from ara.stages.allocate import budget_of, refuse_layout, refuse_method, summary
 from ara.stages.common import Run, begin, default_name, model_of, open_task
 from ara.stages.compare_sizes import compare_sizes, refuse_with_sizes
-from ara.stages.latency import LATENCY, check_settings, latency_words, measured_times, refuse_objective, timed_in
+from ara.stages.latency import (
+    LATENCY,
+    check_settings,
+    keep_in_words,
+    latency_words,
+    measured_times,
+    refuse_objective,
+    timed_in,
+)
 from ara.stages.modules import load_modules
 from ara.stages.stored_ranks import stored_ranks
 from ara.stages.trainings import find_training, with_text_of, with_training
@@ -87,8 +95,7 @@ def compare(
         workspace = work.workspace
         decomposition = workspace.require("factors", factors)
         methods = _possible(methods, config, decomposition, run)
-        of = " of the time" if config.objective == LATENCY else ""
-        run.report.step(f"Comparing {len(methods)} allocators at keep {config.keep:g}{of}")
+        run.report.step(f"Comparing {len(methods)} allocators at {keep_in_words(config, config.keep)}")
         trained = find_training(workspace, decomposition, config.layout, config.keep, run.report, masks)
         resolved = placed(with_text_of(config, trained, run.report), run)
         source = model_of(decomposition, run)
@@ -276,12 +283,10 @@ def _conclude(
         )
         for name, row in rows.items()
     }
-    (stage.folder / PICTURE_FILE).write_bytes(rank_heat_maps(allocations, specs, _picture_title(config)))
+    (stage.folder / PICTURE_FILE).write_bytes(
+        rank_heat_maps(allocations, specs, f"Share kept at {keep_in_words(config, config.keep)}")
+    )
     ComparisonResults(concluded, trained.name if trained else None).write_file(stage)
-
-
-def _picture_title(config: CompareConfig) -> str:
-    return f"Share kept at keep {config.keep:g}{' of the time' if config.objective == LATENCY else ''}"
 
 
 def _gaps(

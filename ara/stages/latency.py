@@ -67,6 +67,11 @@ def refuse_objective(method: str, objective: Objective) -> None:
         )
 
 
+def keep_in_words(config: LatencyConfig, keep: float) -> str:
+    """Return a budget in words: the share to keep, and of what, unless of the parameters."""
+    return f"keep {keep:g}{' of the time' if config.objective == LATENCY else ''}"
+
+
 def latency_words(config: LatencyConfig) -> list[str]:
     """Return the parts of a result's name for this objective; none for the other one."""
     if config.objective != LATENCY:
