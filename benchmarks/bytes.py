@@ -79,7 +79,9 @@ class Compressor:
         """The factors; the dense model comes from here as well."""
         a = self.arguments
         sizes = {"samples": a.samples, "seq_len": SEQ_LEN, "seed": a.seed}
-        return decompose(DecomposeConfig(model=self.model, text=a.text, dtype=STORED, **sizes), self.run)
+        return decompose(
+            DecomposeConfig(model=self.model, text=a.text, dtype=a.dtype, factors_dtype=STORED, **sizes), self.run
+        )
 
     def limit(self, size: int) -> int:
         """Return the bytes of a file whose linear layers have ``size`` per cent of their bytes in bfloat16."""

@@ -25,7 +25,9 @@ class FactorsSettings(Settings):
     Attributes:
         text: the calibration text with all shares, see :mod:`ara.data.mixtures`; ``None`` if the method needs none and
             none was given.
+        dtype: in which the model ran.
         max_keep: ranks above this share of a layer's parameters were not stored; ``None`` if all were.
+        factors_dtype: of the stored factors, if it is another one than ``dtype``.
     """
 
     method: str
@@ -35,6 +37,12 @@ class FactorsSettings(Settings):
     seed: Count
     dtype: StoredDtype
     max_keep: Share | None = None
+    factors_dtype: StoredDtype | None = None
+
+    @property
+    def stored_dtype(self) -> StoredDtype:
+        """The dtype of the stored factors, and of checkpoints unless another one is asked for."""
+        return self.factors_dtype or self.dtype
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ def specs_of(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) -> l
     from ara.models.placement import torch_dtype
     from ara.models.weights import LinearSpec
 
-    bits = 8 * torch_dtype(FactorsSettings.read(decomposition).dtype).itemsize
+    bits = 8 * torch_dtype(FactorsSettings.read(decomposition).stored_dtype).itemsize
     layers = FactorsResults.read(decomposition).modules
     return [LinearSpec(**asdict(layer), layout=layout, bits=bits) for layer in layers]
 

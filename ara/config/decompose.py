@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ara import bounds
-from ara.config.base import Exclude, MaxKeep, Method, MethodValues, PlacementConfig
+from ara.config.base import Dtype, Exclude, MaxKeep, Method, MethodValues, PlacementConfig
 from ara.config.flags import Flag
 
 
@@ -38,6 +38,11 @@ class DecomposeConfig(PlacementConfig):
         False,
         description="in a mixture of experts, let every expert see the inputs of all tokens, instead of those that the "
         "router sends to it",
+    )
+    factors_dtype: Dtype = Field(
+        "auto",
+        description="precision of the stored factors, and of the checkpoints made of them; auto: as --dtype, but "
+        "bfloat16 if --dtype is auto, the hardware computes in float32, and the model's own precision is bfloat16",
     )
     max_keep: MaxKeep = None
     moment_memory: Annotated[float | None, Flag(metavar="GIB")] = Field(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ara.calibration.chunks import split_into_chunks
 from ara.calibration.moments import InputAccumulator, gram_flops
 from ara.config import DecomposeConfig, EvalConfig, RecoverConfig, TrainMasksConfig, TruncateConfig, TuningConfig
@@ -103,7 +105,7 @@ Needs = Callable[[ModelShape, Settings, int], Need]
 def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
     """Return what ``ara decompose`` needs with ``free`` bytes of memory (ara.stages.factoring)."""
     config, method = settings.decompose, settings.method
-    disk = factor_bytes(shape.specs, shape.dtype.itemsize)
+    disk = factor_bytes(shape.specs, shape.stored.itemsize)
     chunks = [list(shape.specs)]
     work, reading, moments, kept = Work(), 0, 0, 0
     if method.needs_text:
@@ -129,7 +131,7 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
         work += factorisation(spec, method.needs_text, method.needs_gradients)
     block = _largest_block(shape)
     factoring = settings.workers(block, free) * max(map(factorisation_bytes, block))
-    factoring += factor_bytes(block, shape.dtype.itemsize)
+    factoring += factor_bytes(block, shape.stored.itemsize)
     held = settings.libraries + moments + kept + max(reading, factoring)
     return Need("decompose", _writing(work, disk), disk, shape.weight_bytes, held=held)
 
@@ -151,7 +153,7 @@ def train_masks(shape: ModelShape, settings: Settings, free: int) -> Need:
         + _graph(shape, settings, config.batch_size, seq_len, free, masks=True)
         + _logits(shape, config.batch_size, seq_len)
     )
-    factors = factor_bytes(shape.specs, shape.dtype.itemsize)
+    factors = factor_bytes(shape.specs, shape.stored.itemsize)
     return Need("train-masks", _writing(work, disk), disk, shape.weight_bytes, factors, held, optional=True)
 
 
@@ -168,7 +170,7 @@ def allocate(shape: ModelShape, settings: Settings, free: int) -> Need:
         _writing(work, disk),
         disk,
         shape.weight_bytes,
-        factor_bytes(shape.specs, shape.dtype.itemsize),
+        factor_bytes(shape.specs, shape.stored.itemsize),
         held,
     )
 
@@ -185,7 +187,7 @@ def recover(shape: ModelShape, settings: Settings, free: int) -> Need:
     """Return what ``ara recover`` needs at the level ``closed`` (ara.recovery.closed, ara.stages.recovery_place)."""
     config, seq_len = settings.recover, settings.decompose.seq_len
     itemsize, ranks = shape.dtype.itemsize, settings.ranks
-    compressed = checkpoint_bytes(shape, ranks, header=False)
+    compressed = checkpoint_bytes(shape, ranks, header=False, dtype=shape.dtype)
     windows = config.samples + config.held_out
     work = shape.window.forward(windows, head=False)
     # The compressed model runs a block once per group of layers, up to the group, and once more for its output.
@@ -232,7 +234,7 @@ def evaluate(shape: ModelShape, settings: Settings, free: int) -> Need:
     windows = settings.eval_tokens / seq_len
     work = shape.window.forward(windows, seq_len) + _cut_forward(shape, settings, 2 * windows, seq_len)
     work += loss(shape.vocabulary, round(3 * settings.eval_tokens))
-    compressed = checkpoint_bytes(shape, settings.ranks, header=False)
+    compressed = checkpoint_bytes(shape, settings.ranks, header=False, dtype=shape.dtype)
     together = 3 * shape.weight_bytes < _TOGETHER * free
     weights = shape.weight_bytes + (2 * compressed if together else 0)
     held = (
@@ -245,7 +247,7 @@ def evaluate(shape: ModelShape, settings: Settings, free: int) -> Need:
 
 def export(shape: ModelShape, settings: Settings, free: int) -> Need:
     """Return what ``ara export --onnx`` needs on a CPU: a graph in float32, compared with the checkpoint in torch."""
-    disk = checkpoint_bytes(shape, settings.ranks, header=False) * 4 // shape.dtype.itemsize
+    disk = checkpoint_bytes(shape, settings.ranks, header=False, dtype=torch.float32)
     # The comparison has one of the two in memory, the model in float32 or the graph.
     return Need("export", _writing(Work(), disk), disk, disk, held=settings.libraries, optional=True)
 

@@ -32,7 +32,7 @@ from ara.models.context import check_window, window_length
 from ara.models.disk import storing
 from ara.models.embeddings import find_embeddings
 from ara.models.memory import Place, available_bytes, place_of_weights
-from ara.models.placement import choose_placement, torch_dtype
+from ara.models.placement import choose_placement, dtype_to_store, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.planning.needs import STAGES, Needs, Settings, recover
 from ara.planning.probe import Speed, probe
@@ -149,7 +149,9 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
     source = resolve(config.model, revision=config.revision, report=report, needs_weights=False)
     check_window(config.seq_len, source.config)
     report.fact("reading the shape of the model; no weight is read")
-    shape = read_shape(source, torch_dtype(placement.dtype), config.seq_len, config.exclude, config.layout)
+    to_store = torch_dtype(dtype_to_store(placement, config.dtype, source.config))
+    dtype = torch_dtype(placement.dtype)
+    shape = read_shape(source, dtype, config.seq_len, config.exclude, config.layout, to_store)
     shape = replace(shape, specs=tuple(storing(shape.specs, config.max_keep)))
     stored = planned_ranks("the decomposition", shape.specs, config.max_keep)
     _check_ranks(config, stored, shape, report)
@@ -231,7 +233,7 @@ def _checked_size(config: PlanConfig, source: ModelSource, shape: ModelShape) ->
         UsageError: the smallest choices of the layers need more, or the rest of the model alone.
     """
     assert config.size is not None
-    limit, bits = int(bytes_in(config.size)), 8 * shape.dtype.itemsize
+    limit, bits = int(bytes_in(config.size)), 8 * shape.stored.itemsize
     grid = GridConfig()
     others = bytes_beside(shape.parameters - shape.linear, shape.specs)
     if (ends := few_bits(config.embedding_bits)) is not None:

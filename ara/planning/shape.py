@@ -78,7 +78,7 @@ class ModelShape:
     """A model without numbers.
 
     Attributes:
-        specs: the layers that are factorised, with the bits of the run's dtype.
+        specs: the layers that are factorised, with the bits of ``stored``.
         owners: layer → the first layer of the model with the same input.
         shares: path of a list with one layer of all experts → the share of the tokens that an expert sees on average.
         parameters: of the model; a tied weight counts once.
@@ -89,6 +89,7 @@ class ModelShape:
         hidden: width of the residual stream.
         vocabulary: rows of the head.
         dtype: of the run.
+        stored: dtype of factors and checkpoints.
         window: one pass.
         kept: path → parameters of the parts outside the language model, such as a vision tower.
     """
@@ -104,6 +105,7 @@ class ModelShape:
     hidden: int
     vocabulary: int
     dtype: torch.dtype
+    stored: torch.dtype
     window: WindowPass
     kept: Mapping[str, int] = field(default_factory=dict)
 
@@ -138,6 +140,7 @@ def read_shape(
     seq_len: int,
     exclude: Sequence[str] = (),
     layout: LayoutName = DEFAULT_LAYOUT,
+    stored: torch.dtype | None = None,
 ) -> ModelShape:
     """Return the shape of a model; no weight is read.
 
@@ -147,6 +150,7 @@ def read_shape(
         seq_len: tokens of the window.
         exclude: shell patterns of layers that are not factorised.
         layout: how low-rank layers are stored.
+        stored: dtype of factors and checkpoints; ``dtype`` by default.
 
     Raises:
         UnsupportedModelError: no layer can be factorised, or a pass depends on numbers.
@@ -167,13 +171,14 @@ def read_shape(
         "vocabulary": model.get_output_embeddings().weight.shape[0],
     }
     window, owners, shares = trace(model, linears, seq_len, source.identity.requested)
-    called = tuple(replace(spec, layout=layout) for spec in linears if spec.name in owners)
+    stored = stored or dtype
+    called = tuple(replace(spec, layout=layout, bits=8 * stored.itemsize) for spec in linears if spec.name in owners)
     if not called:
         raise UnsupportedModelError(
             f"{type(model).__name__} calls none of its {len(linears)} linear layers in a forward pass",
             "ARA can only factorise layers whose modules are called",
         )
-    return ModelShape(called, owners, shares, dtype=dtype, window=window, **counts)
+    return ModelShape(called, owners, shares, dtype=dtype, stored=stored, window=window, **counts)
 
 
 class Trace(NamedTuple):

@@ -64,15 +64,18 @@ def moment_bytes(shape: ModelShape) -> int:
     return sum(map(packed_bytes, groups.values()))
 
 
-def checkpoint_bytes(shape: ModelShape, ranks: Mapping[str, int], header: bool = True) -> int:
+def checkpoint_bytes(
+    shape: ModelShape, ranks: Mapping[str, int], header: bool = True, dtype: torch.dtype | None = None
+) -> int:
     """Return the bytes of the weight files of a checkpoint.
 
     Args:
-        shape: in the dtype of the checkpoint.
+        shape: of the model.
         ranks: layer → rank of the low-rank layers; none for the dense model.
         header: whether the headers of the files count.
+        dtype: of the weights; that of checkpoints by default.
     """
-    tensors = dict(shape.tensors)
+    tensors, itemsize = dict(shape.tensors), (dtype or shape.stored).itemsize
     indices = 0
     for spec in shape.specs:
         if (rank := ranks.get(spec.name)) is not None:
@@ -82,8 +85,8 @@ def checkpoint_bytes(shape: ModelShape, ranks: Mapping[str, int], header: bool =
             tensors |= {f"{spec.name}.{name}": dims for name, dims in stored.items()}
             numbers = sum(math.prod(stored[name]) for name in form.indices)
             # Indices are int32.
-            indices += numbers * (4 - shape.dtype.itemsize)
-    data = sum(map(math.prod, tensors.values())) * shape.dtype.itemsize + indices
+            indices += numbers * (4 - itemsize)
+    data = sum(map(math.prod, tensors.values())) * itemsize + indices
     return data + (_header_bytes(tensors, data) if header else 0)
 
 

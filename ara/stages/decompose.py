@@ -22,7 +22,7 @@ from ara.models.context import check_window
 from ara.models.disk import disk_use, factor_bytes, storing
 from ara.models.experts import every_expert_sees_all
 from ara.models.multimodal import kept_parts
-from ara.models.placement import Placement, choose_placement, torch_dtype
+from ara.models.placement import Placement, choose_placement, dtype_to_store, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec, find_linears, left_dense, shared_layers
@@ -69,6 +69,12 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         source = resolve(config.model, revision=config.revision, report=run.report, offload=run.offload)
     run.group.agree(source.identity.fingerprint, "the model")
     run.report.fact(placement.why)
+    stored = config.factors_dtype
+    if stored == "auto":
+        stored = dtype_to_store(placement, config.dtype, source.config)
+    config = config.model_copy(update={"factors_dtype": stored})
+    if stored != placement.dtype:
+        run.report.fact(f"factors and checkpoints are stored in {stored} (--factors-dtype)")
     if not run.group.writes:
         return _assist(config, method, source, placement, run, started)
     tokenizer = source.load_tokenizer() if method.needs_text else None
@@ -86,7 +92,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
             return done
         if (download := source.to_download()) is not None:
             resumes = task.unfinished()
-            _check_download(download, source, config, torch_dtype(placement.dtype), task.workspace, resumes, run)
+            _check_download(download, source, config, task.workspace, resumes, run)
         windows = _windows(config, source, tokenizer, text, task.workspace, run)
         run.report.fact("loading the model")
         with run.group.first_of_machine():
@@ -121,7 +127,7 @@ def _assist(
 
 def _recorded(config: DecomposeConfig) -> dict[str, Any]:
     """Return the settings for the manifest; results of earlier versions lack those that did not exist."""
-    later = {"max_keep": None, "calibrate_all_experts": False}
+    later = {"max_keep": None, "calibrate_all_experts": False, "factors_dtype": config.dtype}
     unset = {name for name, default in later.items() if getattr(config, name) == default}
     return config.model_dump(mode="json", exclude=unset)
 
@@ -135,7 +141,6 @@ def _check_download(
     download: Download,
     source: ModelSource,
     config: DecomposeConfig,
-    dtype: torch.dtype,
     workspace: Workspace,
     resumes: bool,
     run: Run,
@@ -147,13 +152,13 @@ def _check_download(
     Raises:
         DiskFullError: it has not.
     """
-    model = source.empty_model()
+    model, itemsize = source.empty_model(), torch_dtype(config.factors_dtype).itemsize
     linears = linears_to_store(model, config)
-    use = disk_use(linears, parameter_count(model), dtype.itemsize)
+    use = disk_use(linears, parameter_count(model), itemsize)
     needs = [Need("model", download.bytes, download.folder)]
     needs += [] if resumes else [Need("factors", use.factors, workspace.root)]
     needs.append(Need("a later checkpoint at most", use.checkpoint, workspace.root, later=True))
-    check_room(needs, _less_room(linears, dtype.itemsize, config), run.report)
+    check_room(needs, _less_room(linears, itemsize, config), run.report)
 
 
 def _less_room(linears: Sequence[LinearSpec], itemsize: int, config: DecomposeConfig) -> str:
@@ -257,7 +262,7 @@ def _preflight(
     Returns:
         :attr:`FactorsResults.moments`.
     """
-    todo, itemsize = unfinished(linears, stage), model.dtype.itemsize
+    todo, itemsize = unfinished(linears, stage), torch_dtype(config.factors_dtype).itemsize
     use, free = disk_use(todo, parameter_count(model), itemsize), shutil.disk_usage(stage.folder).free
     needed = use.factors
     run.report.fact(

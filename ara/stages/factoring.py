@@ -25,6 +25,7 @@ from ara.distributed.group import Group
 from ara.distributed.sharing import share_out
 from ara.errors import NumericalError
 from ara.models.memory import available_bytes
+from ara.models.placement import torch_dtype
 from ara.models.weights import LinearSpec, by_block
 from ara.stages.common import Run
 from ara.stages.expert_tokens import ExpertTokens
@@ -75,7 +76,7 @@ def factor_layers(
         windows: calibration text; ``None`` for a method that reads none.
         owners: module path → the first layer of the model with the same input; empty if no text is read.
         moments: :attr:`FactorsResults.moments`; ``None`` if no second moments are kept.
-        config: batch size, seed and memory for moments.
+        config: batch size, seed, memory for moments, and the resolved dtype of the factors.
         stage: takes the factors of every finished block; ``None`` in processes that do not write.
         run: reporter and group.
         spill: folder for outputs of blocks that do not fit into memory.
@@ -123,7 +124,9 @@ def factor_layers(
                     found = {spec.name: stats for spec, (stats, _) in work if stats is not None}
                     _store(moments_file(layer), packed_moments(found, moments), stage, group)
                 tensors: dict[str, torch.Tensor] = {}
-                for factors in map_layers(partial(_factor, model, method), work, device):
+                for factors in map_layers(
+                    partial(_factor, model, method, torch_dtype(config.factors_dtype)), work, device
+                ):
                     tensors |= factors
                     bar.advance()
                 _store(layer_file(layer), tensors, stage, group)
@@ -149,10 +152,11 @@ def _gradient_reading(method: Decomposition, windows: int, seed: int) -> Gradien
 def _factor(
     model: PreTrainedModel,
     method: Decomposition,
+    dtype: torch.dtype,
     spec: LinearSpec,
     statistics: tuple[InputStats | None, GradientStats | None],
 ) -> dict[str, torch.Tensor]:
-    """Factor one layer; return A (k, n) and B (m, k) in the model's dtype, and the spectrum (r) in float64.
+    """Factor one layer; return A (k, n) and B (m, k) in ``dtype``, and the spectrum (r) in float64.
 
     k is the largest rank to be stored.
     """
@@ -163,13 +167,13 @@ def _factor(
     with _naming(spec):
         factors = method.decompose(weight, *statistics)
     stored = {
-        f"{spec.name}.A": factors.a[: spec.stored_rank].to(weight.dtype).cpu(),
-        f"{spec.name}.B": factors.b[:, : spec.stored_rank].to(weight.dtype).cpu(),
+        f"{spec.name}.A": factors.a[: spec.stored_rank].to(dtype).cpu(),
+        f"{spec.name}.B": factors.b[:, : spec.stored_rank].to(dtype).cpu(),
         f"{spec.name}.spectrum": factors.spectrum.cpu(),
     }
     for key, tensor in stored.items():
         if not torch.isfinite(tensor).all():
-            raise NumericalError(f"{key} holds NaN or infinity in {tensor.dtype}", "try --dtype float32")
+            raise NumericalError(f"{key} holds NaN or infinity in {tensor.dtype}", "try --factors-dtype float32")
     return stored
 
 

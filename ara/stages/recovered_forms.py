@@ -138,7 +138,7 @@ class FormRepairs:
     @cached_property
     def _dtype(self) -> str:
         """Name of the dtype in which weights would be stored."""
-        return FactorsSettings.read(self._decomposition).dtype
+        return FactorsSettings.read(self._decomposition).stored_dtype
 
     @cached_property
     def _dense(self) -> PreTrainedModel:

@@ -40,7 +40,7 @@ def truncate(config: TruncateConfig, run: Run, *, allocation: str | None = None,
         decomposition = task.workspace.ancestor(chosen, "factors")
         assert chosen.manifest is not None and decomposition.manifest is not None
         run.report.step(f"Truncating to {chosen.key}")
-        dtype = FactorsSettings.read(decomposition).dtype if config.dtype == "auto" else config.dtype
+        dtype = FactorsSettings.read(decomposition).stored_dtype if config.dtype == "auto" else config.dtype
         settings = config.model_copy(update={"dtype": dtype}).model_dump(mode="json", exclude={"check"})
         task.describe(name or chosen.name + ("-dense" if config.densify else ""), settings, (chosen, decomposition))
         done = task.done()
