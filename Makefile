@@ -52,7 +52,7 @@ CREATE_VENV = for python in $(PYTHON); do \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz families docs reference check format-check lint types format bench-decompose bench-eigen bench-masks bench-quality bench-ablation bench-export-memory bench-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes bench-processes gpu-check clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz families docs reference check format-check lint types format bench-decompose bench-eigen bench-masks bench-quality bench-ablation bench-export-memory bench-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes bench-bytes-exported bench-processes gpu-check clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -263,6 +263,10 @@ bench-recovery-speed: $(STAMP) ## time the levels that train against a dense for
 bench-bytes: $(STAMP) ## the best model for a size: bits, ranks or both (needs ARA_DATA_DIR; hours)
 	@echo "Filling sizes"
 	@$(WITH_DATA); $(BIN)/python benchmarks/bytes.py $(BENCH_FLAGS)
+
+bench-bytes-exported: $(STAMP) ## losses, sizes and speed of those models in ONNX Runtime (after bench-bytes; needs ARA_DATA_DIR)
+	@echo "Exporting models of several sizes"
+	@$(WITH_DATA); $(BIN)/python benchmarks/bytes_exported.py $(BENCH_FLAGS)
 
 bench-processes: $(STAMP) ## time ara decompose in one process and in two, one thread each (two idle cores)
 	@echo "Timing one process and two"

@@ -11,10 +11,11 @@ import pytest
 
 from ara.allocation.forms import FORMS
 from benchmarks.bytes import REPAIR, main
+from benchmarks.bytes_exported import main as exported
 from benchmarks.bytes_rows import SIZES, Row, level_at, wanted
 from benchmarks.bytes_table import conclusions, fitting, lead, original, quality
 from benchmarks.text_losses import TEXTS
-from tests.tiny import save_tiny
+from tests.tiny import random_model, save_tiny, save_with_tokenizer, tiny_config
 
 
 def row(*losses: float, share: float = 0.3, limit: int | None = 40_000_000) -> dict[str, Any]:
@@ -138,3 +139,36 @@ def test_a_tiny_model_goes_through_and_a_second_run_measures_nothing(
     main(words)
     with pytest.raises(SystemExit, match="other settings"):
         main([*words, "--seed", "1"])
+
+
+def test_graphs_of_the_models_are_compared_and_timed(
+    benchmark_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.bytes.SEQ_LEN", 64)
+    config = tiny_config("llama")
+    config.head_dim = 16
+    workspace, model = benchmark_data / "ws", save_with_tokenizer(benchmark_data / "model", random_model(config))
+    keys = [f"twin/{name}/frozen" for name in ("dense/-", "int4/-", "joint/40")]
+    words = ["--model", str(model), "--size", "40", "--windows", "1", "--seq-len", "64", "--dtype", "float32"]
+    words += ["--samples", "8", "--rank-samples", "4", "--held-out", "2", "--block", "16"]
+    main([*words, *(word for key in keys for word in ("--only", key)), "--workspace", str(workspace)])
+    words = [word for key in keys for word in ("--model", key)]
+    words += ["--windows", "2", "--seq-len", "64", "--prefill", "8", "--decode", "8", "--rounds", "2"]
+    words += ["--workspace", str(workspace)]
+    capsys.readouterr()
+    exported(words)
+    path = workspace / "exported.json"
+    before, shown = path.read_bytes(), capsys.readouterr().out
+    rows = json.loads(before)["rows"]
+    assert list(rows)[:3] == keys and len(rows) == 5
+    for key in keys:
+        losses = rows[key]["losses"]
+        assert set(losses) == ({"torch", "fp32"} if "dense" in key else {"torch", "fp32", "int8"})
+        assert losses["fp32"] == pytest.approx(losses["torch"], abs=1e-4)
+        assert rows[key]["graph_bytes"] > 0 and all(len(rows[time]["seconds"][key]) == 2 for time in list(rows)[3:])
+    assert rows[keys[1]]["losses"] != rows[keys[2]]["losses"]
+    assert "prefill 8" in shown and "decode at 8" in shown and "times as fast as int4" in shown
+    exported(words)
+    assert path.read_bytes() == before
+    with pytest.raises(SystemExit, match="--only 'twin/joint/33/frozen'"):
+        exported(["--model", "twin/joint/33/frozen", *words[6:], "--results", str(workspace / "others.json")])
