@@ -45,6 +45,7 @@ def write_gguf(
     keys: Mapping[str, Any] | None = None,
     more: More | None = None,
     skip: str = "",
+    halves: bool = False,
 ) -> Path:
     """Write a model.
 
@@ -55,6 +56,7 @@ def write_gguf(
         keys: of the architecture, without its name in front; ``None`` leaves one out that is written otherwise.
         more: writes further keys and tensors.
         skip: name of a tensor that is left out.
+        halves: write matrices in float16.
     """
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in {**_sizes(model), **(keys or {})}.items():
@@ -68,7 +70,7 @@ def write_gguf(
     writer.add_eos_token_id(2)
     for name, tensor in _tensors(model, architecture).items():
         if name != skip:
-            writer.add_tensor(name, tensor)
+            writer.add_tensor(name, tensor.astype(np.float16) if halves and tensor.ndim > 1 else tensor)
     if more is not None:
         more(writer)
     writer.write_header_to_file()

@@ -42,7 +42,7 @@ class DecomposeConfig(PlacementConfig):
     factors_dtype: Dtype = Field(
         "auto",
         description="precision of the stored factors, and of the checkpoints made of them; auto: as --dtype, but "
-        "bfloat16 if --dtype is auto, the hardware computes in float32, and the model's own precision is bfloat16",
+        "bfloat16 if --dtype is auto, the hardware computes in float32, and the model is in bfloat16 or fewer bits",
     )
     max_keep: MaxKeep = None
     moment_memory: Annotated[float | None, Flag(metavar="GIB")] = Field(

@@ -13,6 +13,7 @@ Folders under ``<cache>/gguf``, named by the first 16 digits of the file's sha25
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,16 @@ class GgufFile:
                 sums.append(file_sha256(part))
         sha256 = sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest()
         return cls(parts[0], sha256, parts)
+
+    @property
+    def has_fewer_bits(self) -> bool:
+        """Whether the weights take less than float32 would.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
+        tensors = read_contents(self.parts).tensors.values()
+        return sum(tensor.nbytes for tensor in tensors) < 4 * sum(math.prod(tensor.shape) for tensor in tensors)
 
     def tokenizer_folder(self, report: Reporter = SILENT) -> Path:
         """Return the folder with the config and the tokenizer; the first call makes it.

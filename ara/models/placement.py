@@ -10,7 +10,6 @@ from ara.errors import UsageError, near_matches
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
 
 DEVICES = ("auto", "cpu", "cuda", "cuda:N", "mps")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -55,17 +54,16 @@ def choose_placement(device: str = "auto", dtype: str = "auto") -> Placement:
     return Placement(chosen, number, f"{chosen}, {number}: {device_reason}; {dtype_reason}")
 
 
-def dtype_to_store(placement: Placement, asked: str, config: PreTrainedConfig) -> str:
+def dtype_to_store(placement: Placement, asked: str, own: str | None) -> str:
     """Return the dtype in which factors and checkpoints are stored: a model does not grow for want of bf16 arithmetic.
 
     Args:
         placement: where the model runs.
         asked: dtype of the run as it was asked for.
-        config: of the model.
+        own: dtype in which the model was published, if it is known.
     """
-    own = config.dtype or config.get_text_config().dtype
     falls_short = asked == "auto" and placement.dtype == "float32"
-    return "bfloat16" if falls_short and str(own).endswith("bfloat16") else placement.dtype
+    return own if falls_short and own == "bfloat16" else placement.dtype
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -163,6 +163,18 @@ class ModelSource:
         separate_experts(model)
         return model, files, stored
 
+    @property
+    def own_dtype(self) -> str | None:
+        """Name of the dtype in which the model was published, bfloat16 for fewer bits; ``None`` if it is not known.
+
+        Raises:
+            ModelError: a GGUF file is damaged.
+        """
+        if self._gguf is not None:
+            return "bfloat16" if self._gguf.has_fewer_bits else "float32"
+        own = self.config.dtype or self.config.get_text_config().dtype
+        return None if own is None else str(own).removeprefix("torch.")
+
     def for_another_process(self, dtype: torch.dtype) -> ModelSource:
         """Return this source for pickling: it reports nothing, and a GGUF file is already unpacked to ``dtype``.
 

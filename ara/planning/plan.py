@@ -149,7 +149,7 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
     source = resolve(config.model, revision=config.revision, report=report, needs_weights=False)
     check_window(config.seq_len, source.config)
     report.fact("reading the shape of the model; no weight is read")
-    to_store = torch_dtype(dtype_to_store(placement, config.dtype, source.config))
+    to_store = torch_dtype(dtype_to_store(placement, config.dtype, source.own_dtype))
     dtype = torch_dtype(placement.dtype)
     shape = read_shape(source, dtype, config.seq_len, config.exclude, config.layout, to_store)
     shape = replace(shape, specs=tuple(storing(shape.specs, config.max_keep)))

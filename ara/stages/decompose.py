@@ -71,7 +71,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
     run.report.fact(placement.why)
     stored = config.factors_dtype
     if stored == "auto":
-        stored = dtype_to_store(placement, config.dtype, source.config)
+        stored = dtype_to_store(placement, config.dtype, source.own_dtype)
     config = config.model_copy(update={"factors_dtype": stored})
     if stored != placement.dtype:
         run.report.fact(f"factors and checkpoints are stored in {stored} (--factors-dtype)")

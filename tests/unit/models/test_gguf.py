@@ -46,6 +46,12 @@ def test_unpacked_weights_are_the_written_ones(gguf_file: Path, cache: Path, rec
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_precision_of_a_file_is_that_of_its_weights(cache: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama", seed=4)
+    exact, half = (write_gguf(tmp_path / f"{name}.gguf", model, halves=name == "half") for name in ("exact", "half"))
+    assert (resolve(str(exact)).own_dtype, resolve(str(half)).own_dtype) == ("float32", "bfloat16")
+
+
 def test_everything_after_the_first_time_comes_from_the_cache(
     gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder
 ) -> None:
