@@ -19,7 +19,9 @@ from ara_cli.app import main
 
 def serve() -> None:
     # What the commands of the tests import.
-    for module in ("ara.stages.decompose", "ara.stages.evaluate", "ara.stages.truncate", "ara.distributed.torch_group"):
+    stages = [f"ara.stages.{name}" for name in ("decompose", "evaluate", "truncate", "recover")]
+    levels = [f"ara.recovery.{name}" for name in ("closed", "block", "distill")]
+    for module in (*stages, *levels, "ara.distributed.torch_group"):
         importlib.import_module(module)
     importlib.import_module("transformers.models.llama.modeling_llama")
     print("ready", flush=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ara.distributed import torch_group
 from ara.distributed.group import Group
 from ara.distributed.launch import launched
 from ara.distributed.torch_group import joined
@@ -15,6 +16,7 @@ from ara.errors import UnequalError, UsageError
 def check_exchange() -> None:
     with joined(launched()) as group:
         _sums(group)
+        _everywhere(group)
         _gathering(group)
         _agreement(group)
 
@@ -26,16 +28,26 @@ def _sums(group: Group) -> None:
         group.sum(own, ranks)
         if group.rank in ranks:
             torch.testing.assert_close(own, sum(parts))
-    numbers, own = torch.tensor([1, 2, group.rank]), parts[group.rank].long()
-    group.total([numbers, own])
-    assert numbers.tolist() == [3, 6, 3]
-    assert torch.equal(own, sum(part.long() for part in parts))
+    for together in (torch_group._TOGETHER, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch_group, "_TOGETHER", together)
+            numbers, own = torch.tensor([1, 2, group.rank]), parts[group.rank].long()
+            group.total([numbers, own])
+        assert numbers.tolist() == [3, 6, 3]
+        assert torch.equal(own, sum(part.long() for part in parts))
     # All processes go on from these bits.
     own = parts[group.rank].clone()
     group.total([own])
     found: list[torch.Tensor] = [torch.empty_like(own) for _ in range(3)]
     dist.all_gather(found, own)
     assert all(torch.equal(one, own) for one in found)
+
+
+def _everywhere(group: Group) -> None:
+    value = {"of": group.rank, "x": torch.full((group.rank,), -0.0, dtype=torch.bfloat16)}
+    for rank, found in enumerate(group.exchange(value)):
+        assert found["of"] == rank
+        assert found["x"].signbit().tolist() == [True] * rank
 
 
 def _gathering(group: Group) -> None:

@@ -71,7 +71,7 @@ class Group:
         """Add up many small tensors over all processes, in place; every process gets the sums.
 
         Args:
-            tensors: on the CPU, of one dtype.
+            tensors: of one dtype, on one device.
         """
 
     def broadcast(self, value: Any = None) -> Any:
@@ -93,6 +93,14 @@ class Group:
 
         Args:
             value: of this process; must be picklable.
+        """
+        return [value]
+
+    def exchange(self, value: Item) -> list[Item]:
+        """Return the values of all processes, by rank, in every process.
+
+        Args:
+            value: of this process; must be picklable, with tensors on the CPU.
         """
         return [value]
 

@@ -32,6 +32,8 @@ _SUM = timedelta(seconds=30)
 _LAST_READ = timedelta(seconds=20)
 # How many tensors may wait to be sent, two for each :meth:`Group.gather`: those of about two blocks of a model.
 _AHEAD = 8
+# Bytes of tensors that are copied into one message.
+_TOGETHER = 32 * 2**20
 # What must have the same version in all processes.
 _SAME = ("ara", "torch", "transformers")
 _KEEPS = "finished work is kept: the same command continues from there"
@@ -65,10 +67,11 @@ class TorchGroup(Group):
 
     def total(self, tensors: Sequence[torch.Tensor]) -> None:
         """Add up many small tensors over all processes."""
-        whole = torch.cat([tensor.flatten() for tensor in tensors])
-        self.sum(whole, range(self.size))
-        for tensor, part in zip(tensors, whole.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        for message in _messages(tensors):
+            whole = torch.cat([tensor.flatten() for tensor in message])
+            self.sum(whole, range(self.size))
+            for tensor, part in zip(message, whole.split([tensor.numel() for tensor in message]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def broadcast(self, value: Any = None) -> Any:
         """Return the value of process 0."""
@@ -96,6 +99,18 @@ class TorchGroup(Group):
             self._finish_sending()
             dist.gather_object(value, found, 0)
         return found or []
+
+    def exchange(self, value: Item) -> list[Item]:
+        """Return the values of all processes in every process."""
+        found: list[Item] = []
+        with _peers():
+            self._finish_sending()
+            # One after the other: gathered together, each would take the memory of the largest.
+            for rank in range(self.size):
+                box: list[Any] = [value if rank == self.rank else None]
+                dist.broadcast_object_list(box, rank)
+                found.append(value if rank == self.rank else box[0])
+        return found
 
     def agree(self, value: Any, what: str) -> None:
         """Check that a value is the same in all processes."""
@@ -195,6 +210,18 @@ def joined(launch: Launch) -> Iterator[TorchGroup]:
     yield TorchGroup(launch, store)
     with suppress(RuntimeError):  # another process may have ended already
         dist.destroy_process_group()
+
+
+def _messages(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Yield tensors that are sent together: as many as :data:`_TOGETHER` holds, in their order."""
+    message: list[torch.Tensor] = []
+    for tensor in tensors:
+        if message and sum(one.nbytes for one in message) + tensor.nbytes > _TOGETHER:
+            yield message
+            message = []
+        message.append(tensor)
+    if message:
+        yield message
 
 
 def _compare_versions(launch: Launch, store: dist.Store) -> None:

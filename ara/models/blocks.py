@@ -215,7 +215,7 @@ class Stream:
         self,
         model: nn.Module,
         windows: torch.Tensor,
-        batch_size: int,
+        batch_size: int | list[int],
         independent: bool,
         keep: Keep = in_memory,
     ) -> None:
@@ -224,7 +224,7 @@ class Stream:
         Args:
             model: a causal language model in eval mode.
             windows: token ids (w, t) int64.
-            batch_size: windows per pass.
+            batch_size: windows per pass, or of each pass.
             independent: whether passes may start at every block, see :func:`independent_starts`. Without it every
                 pass starts at the embeddings.
             keep: of the tensors in outputs of blocks.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ara.config import RecoverConfig
+from ara.distributed.group import ALONE, Group
 from ara.errors import NumericalError
 from ara.models.blocks import Stream, independent_starts
 from ara.models.kept import Keep, Keeper, in_memory
@@ -54,6 +55,10 @@ class RecoveryText:
     def first(self, windows: int) -> RecoveryText:
         """Return the first windows."""
         return self.rows(slice(windows))
+
+    def share(self, group: Group) -> RecoveryText:
+        """Return the windows of this process; windows go to the processes in turn."""
+        return self.rows(slice(group.rank, None, group.size))
 
     def weights(self, rows: slice | torch.Tensor) -> torch.Tensor | None:
         """Return which predictions of some windows count: (b, t − 1) bool, or ``None`` for all."""
@@ -99,7 +104,10 @@ class Saved(ABC):
 
     @abstractmethod
     def log_file(self, name: str) -> Path:
-        """Return the path of a log file in the result; logs contain times and have no checksum."""
+        """Return the path of a log file in the result; logs contain times and have no checksum.
+
+        Only in the process that writes.
+        """
 
     @abstractmethod
     def write_folder(self, name: str, write: Callable[[Path], object]) -> None:
@@ -123,8 +131,8 @@ class Passes:
     independent: bool
     keep: Keep = in_memory
 
-    def stream(self, model: nn.Module, ids: torch.Tensor, batch_size: int) -> Stream:
-        """Return the stream of a model over windows (w, t) int64."""
+    def stream(self, model: nn.Module, ids: torch.Tensor, batch_size: int | list[int]) -> Stream:
+        """Return the stream of a model over windows (w, t) int64; ``batch_size`` per pass, or of each pass."""
         return Stream(model, ids, batch_size, self.independent, self.keep)
 
 
@@ -148,6 +156,8 @@ class Recovery:
         keep_on_interrupt: on Ctrl+C a level returns what it has finished, instead of raising ``KeyboardInterrupt``.
         stored: of a rounded model, how its parameters will be stored, by name.
         folder: for outputs and inputs of blocks that do not fit into memory; ``None``: they stay there.
+        group: processes that share the work. Each has all windows and both models, which stay equal; every text has at
+            least as many windows as there are processes.
     """
 
     dense: PreTrainedModel
@@ -163,6 +173,7 @@ class Recovery:
     keep_on_interrupt: bool = False
     stored: Mapping[str, Stored] = field(default_factory=dict)
     folder: Path | None = None
+    group: Group = ALONE
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +185,7 @@ class Recovery:
         """Return how both models are read block by block; report if passes take longer, or outputs go into files."""
         keeper = Keeper(self.folder, self.report)
         width = self.model.get_input_embeddings().weight.shape[1]
-        tokens = self.train.tokens + self.held_out.tokens
+        tokens = self.train.share(self.group).tokens + self.held_out.share(self.group).tokens
         keeper.place(OUTPUT_SETS * tokens * width * self.model.dtype.itemsize)
         return Passes(self._starts_anywhere(), keeper.keep)
 
@@ -182,7 +193,8 @@ class Recovery:
         """Tell whether passes of both models may start at every block; if not, it is reported."""
         starts = range(1, len(find_blocks(self.model)[1]))
         ids = self.train.ids[:1].to(self.device)
-        independent = all(len(independent_starts(one, ids, starts)) == len(starts) for one in (self.dense, self.model))
+        found = all(len(independent_starts(one, ids, starts)) == len(starts) for one in (self.dense, self.model))
+        independent: bool = self.group.broadcast(found)
         if not independent:
             self.report.fact(
                 "every pass starts at the embeddings, which takes longer: blocks of this model reuse results of "
@@ -194,15 +206,15 @@ class Recovery:
         self, parameters: Mapping[str, nn.Parameter], steps: int, rate: float, method: Method = "adamw"
     ) -> MasterOptimiser:
         """Return the optimiser of parameters of the compressed model by their name; see :class:`MasterOptimiser`."""
-        return MasterOptimiser(parameters, steps, rate, self.stored, method)
+        return MasterOptimiser(parameters, steps, rate, self.stored, method, self.group)
 
     def unseen_distance(self, advance: Callable[[int], None] | None = None) -> Distance:
-        """Return how far the compressed model is from the dense one on the unseen windows.
+        """Return how far the compressed model is from the dense one on the unseen windows, in all processes.
 
         Raises:
             NumericalError: a figure is NaN or infinite.
         """
-        return distance(self.dense, self.model, self.unseen, self.config.batch_size, advance)
+        return distance(self.dense, self.model, self.unseen, self.config.batch_size, advance, self.group)
 
 
 @dataclass(frozen=True)
@@ -286,23 +298,34 @@ def distance(
     text: RecoveryText,
     batch_size: int,
     advance: Callable[[int], None] | None = None,
+    group: Group = ALONE,
 ) -> Distance:
     """Return how far ``model`` is from ``dense`` on a text. All tokens count, also in a training on answers alone.
+
+    Args:
+        dense: the dense model.
+        model: the other one.
+        text: windows.
+        batch_size: windows per pass.
+        advance: called with the number of windows that this process has read.
+        group: processes that share the windows; all get the result.
 
     Raises:
         NumericalError: a figure is NaN or infinite.
     """
-    kls, losses, references = [], [], []
-    for batch in text.ids.split(batch_size):
-        ids = batch.to(model.device)
+    # Per window: divergence, loss, loss of the dense model.
+    values = torch.zeros(3, len(text.ids), dtype=torch.float64)
+    for rows in torch.arange(group.rank, len(text.ids), group.size).split(batch_size):
+        ids = text.ids[rows].to(model.device)
         reference = dense(input_ids=ids, use_cache=False).logits
         logits = model(input_ids=ids, use_cache=False).logits
-        kls.append(token_losses(logits, ids, reference).double().mean(1).cpu())
-        losses.append(window_nll(logits, ids))
-        references.append(window_nll(reference, ids))
+        values[0, rows] = token_losses(logits, ids, reference).double().mean(1).cpu()
+        values[1, rows] = window_nll(logits, ids)
+        values[2, rows] = window_nll(reference, ids)
         if advance is not None:
-            advance(len(batch))
-    found = Distance(*(float(torch.cat(values).mean()) for values in (kls, losses, references)))
+            advance(len(rows))
+    group.total([values])
+    found = Distance(*(float(row.mean()) for row in values))
     if not all(map(math.isfinite, (found.kl, found.loss, found.dense_loss))):
         raise NumericalError(
             f"on held-out text the losses are {found.dense_loss} (dense) and {found.loss} (compressed), "

@@ -125,7 +125,15 @@ class _Training:
                 "leave out --look-ahead",
             )
         train, held_out = (
-            SideBySide(recovery.dense, recovery.model, text, self.config.batch_size, passes, self.config.look_ahead)
+            SideBySide(
+                recovery.dense,
+                recovery.model,
+                text,
+                self.config.batch_size,
+                passes,
+                self.config.look_ahead,
+                recovery.group,
+            )
             for text in (recovery.train, recovery.held_out)
         )
         return train, held_out
@@ -147,6 +155,7 @@ class _Training:
                 seed=config.seed,
                 report=recovery.report,
                 folder=recovery.folder,
+                group=recovery.group,
             )
             stored = {f"{index:03d}": information for index, information in enumerate(fisher)}
             recovery.saved.finish_part(_FISHER_PART, stored, {})
@@ -212,11 +221,12 @@ class _Training:
         optimiser = self.recovery.optimiser(parameters, self._steps, config.block_rate)
         for epoch in range(config.block_epochs):
             for batch in batch_order(len(train.counts), config.seed, index, epoch):
-                with torch.enable_grad():
-                    forms = train.forms(batch, metrics, train.run(batch))
-                    terms = [form / first for form, first in zip(forms, before.forms, strict=True)]
-                    loss = torch.stack(terms).mean() / train.counts[batch]
-                loss.backward()
+                if train.reads(batch):
+                    with torch.enable_grad():
+                        forms = train.forms(batch, metrics, train.run(batch))
+                        terms = [form / first for form, first in zip(forms, before.forms, strict=True)]
+                        loss = torch.stack(terms).mean() / train.counts[batch]
+                    loss.backward()
                 optimiser.step()
                 advance(1)
         block.requires_grad_(False)

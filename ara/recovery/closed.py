@@ -5,6 +5,9 @@ these inputs. The level goes through the model block by block, and in a block th
 input (q, k and v; o; gate and up; down). Each group sees what the groups before it now give. Layers that stayed dense
 are corrected as well. :mod:`ara.recovery.correction` has the mathematics.
 
+Several processes share the windows, and the layers of a group. The owner of a layer gets the sums of all processes and
+corrects it; the others get its new numbers.
+
 The experts of a block are corrected together, first what maps up, then what maps down. An expert that saw fewer tokens
 than its input is wide stays as it is, and so do those whose tokens cannot be paired (Llama 4).
 """
@@ -23,7 +26,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ara.calibration.moments import input_groups, steps_of
-from ara.decomposition.parallel import map_layers
+from ara.decomposition.parallel import cost, map_layers
+from ara.distributed.sharing import share_out
 from ara.environment import trim_heap
 from ara.layouts.modeling_ara import CompressedLinear
 from ara.models.blocks import hidden_states
@@ -67,14 +71,14 @@ class _Correction:
     """One run of the level."""
 
     def __init__(self, recovery: Recovery) -> None:
-        self.recovery, self.report = recovery, recovery.report
+        self.recovery, self.report, self.group = recovery, recovery.report, recovery.group
         self.prefix, blocks = find_blocks(recovery.model)
         self.count = len(blocks)
         first = recovery.train.ids[:1].to(recovery.device)
         self.groups = input_groups(recovery.dense, recovery.specs, first)
         passes, texts = recovery.passes(), (recovery.train, recovery.held_out)
         dense, self.model = (
-            [passes.stream(model, text.ids, recovery.config.batch_size) for text in texts]
+            [passes.stream(model, text.share(self.group).ids, recovery.config.batch_size) for text in texts]
             for model in (recovery.dense, recovery.model)
         )
         self.dense = [DenseSide(stream) for stream in dense]
@@ -135,38 +139,71 @@ class _Correction:
                 dense.open_block(list(leaders.values()))
             for specs in steps:
                 if specs[0].pool is None:
-                    pair = tuple(self._moments(specs[0], leaders[specs[0].name], which) for which in (0, 1))
-                    found |= self._correct(dict.fromkeys((spec.name for spec in specs), pair), specs)
+                    owners = self._owners(specs)
+                    pair = tuple(self._moments(specs[0], leaders[specs[0].name], which, owners) for which in (0, 1))
+                    found |= self._correct(dict.fromkeys(owners, pair), specs, owners)
                 else:
-                    for portion in portions(specs):
-                        found |= self._correct(self._expert_moments(portion), portion)
+                    # The memory of process 0 decides.
+                    for portion in self.group.broadcast(list(portions(specs))):
+                        owners = self._owners(portion)
+                        found |= self._correct(self._expert_moments(portion, owners), portion, owners)
         except KeyboardInterrupt:
             load_tensors(recovery.model, before)
             raise
         return found
 
+    def _owners(self, specs: Sequence[LinearSpec]) -> dict[str, int]:
+        """Return which process corrects which layer; all of them are corrected at the same time."""
+        return share_out([{spec.name: cost(spec) for spec in specs}], self.group.size)
+
     def _correct(
-        self, moments: Mapping[str, tuple[PairedMoments, ...]], specs: Sequence[LinearSpec]
+        self,
+        moments: Mapping[str, tuple[PairedMoments | None, ...]],
+        specs: Sequence[LinearSpec],
+        owners: Mapping[str, int],
     ) -> dict[str, Choice]:
         """Correct layers that do not read each other's outputs.
 
         Args:
-            moments: layer → moments on training and on held-out text; a layer without is not corrected.
+            moments: own layer → moments on training and on held-out text; a layer without is not corrected.
             specs: the layers.
+            owners: layer → the process that corrects it.
         """
-        work = [(spec, moments[spec.name]) for spec in specs if spec.name in moments]
-        found: dict[str, Choice] = {}
+        own = [spec for spec in specs if spec.name in moments and owners[spec.name] == self.group.rank]
+        work = [(spec, moments[spec.name]) for spec in own]
+        mine: dict[str, Choice] = {}
         results = list(map_layers(partial(_corrected, self.recovery), work, self.recovery.device))
-        for (spec, _), result in zip(work, results, strict=True):
+        for spec, result in zip(own, results, strict=True):
             _apply(self.recovery, spec, result)
-            found[spec.name] = Choice(result.beta, result.damping, result.before, result.after, result.gamma)
+            mine[spec.name] = Choice(result.beta, result.damping, result.before, result.after, result.gamma)
+        found = self._of_all(mine)
+        return {spec.name: found[spec.name] for spec in specs if spec.name in found}
+
+    def _of_all(self, mine: dict[str, Choice]) -> dict[str, Choice]:
+        """Return the choices of all processes; the model gets the numbers of layers that others have changed."""
+        if self.group.size == 1:
+            return mine
+        model = self.recovery.model
+        changed: dict[str, torch.Tensor] = {}
+        for name, choice in mine.items():
+            if choice.beta is not None:
+                changed |= block_tensors(model, name)
+        found: dict[str, Choice] = {}
+        for rank, (choices, tensors) in enumerate(self.group.exchange((mine, changed))):
+            found |= choices
+            if rank != self.group.rank:
+                load_tensors(model, tensors)
         return found
 
-    def _expert_moments(self, specs: Sequence[LinearSpec]) -> dict[str, tuple[PairedMoments, ...]]:
-        """Return the moments of those layers of experts that saw enough tokens of both texts."""
+    def _expert_moments(
+        self, specs: Sequence[LinearSpec], owners: Mapping[str, int]
+    ) -> dict[str, tuple[PairedMoments, ...]]:
+        """Return the moments of those own layers of experts that saw enough tokens of both texts."""
         recovery = self.recovery
         train, held_out = (
-            expert_moments((recovery.dense, dense.stream), (recovery.model, model), specs, which == 1)
+            expert_moments(
+                (recovery.dense, dense.stream), (recovery.model, model), specs, which == 1, owners, self.group
+            )
             for which, (dense, model) in enumerate(zip(self.dense, self.model, strict=True))
         )
         return {
@@ -180,7 +217,7 @@ class _Correction:
     def _leader(self, specs: Sequence[LinearSpec]) -> Leader:
         """Return the first layer of a group in the dense model; only a single layer can write to the stream."""
         module = specs[0].weight.owner(self.recovery.dense)
-        return Leader(module, len(specs) == 1 and self._writes_to_stream(module))
+        return Leader(module, len(specs) == 1 and self.group.broadcast(self._writes_to_stream(module)))
 
     @torch.inference_mode()
     def _writes_to_stream(self, module: nn.Module) -> bool:
@@ -196,10 +233,16 @@ class _Correction:
         return float(difference.float().norm()) < _SAME * float(change.float().norm())
 
     @torch.inference_mode()
-    def _moments(self, spec: LinearSpec, leader: Leader, which: int) -> PairedMoments:
+    def _moments(self, spec: LinearSpec, leader: Leader, which: int, owners: Mapping[str, int]) -> PairedMoments | None:
         """Return the moments of the inputs of a group, over training (0) or held-out text (1).
 
         If its layer writes to the residual stream, also those of what the compressed stream has drifted beside it.
+
+        Args:
+            spec: a layer of the group.
+            leader: the layer that is observed in the dense model.
+            which: text.
+            owners: layer → the process that corrects it; others get ``None``.
         """
         recovery, dense, model = self.recovery, self.dense[which], self.model[which]
         module = spec.weight.owner(recovery.model)
@@ -211,11 +254,14 @@ class _Correction:
             else:
                 ((x, made),), output = model.observe(index, [module])
                 sums.add(ours.input, x, hidden_states(output) - made - ours.beside)
-        return sums.checked(spec.name)
+        ranks = set(owners.values())
+        sums.sum_over(self.group, ranks)
+        return sums.checked(spec.name) if self.group.rank in ranks else None
 
 
-def _corrected(recovery: Recovery, spec: LinearSpec, moments: tuple[PairedMoments, ...]) -> Correction:
+def _corrected(recovery: Recovery, spec: LinearSpec, moments: tuple[PairedMoments | None, ...]) -> Correction:
     train, held_out = moments
+    assert train is not None and held_out is not None
     with safe_open(recovery.factors[spec.name], "pt") as file:
         a, b = (file.get_tensor(f"{spec.name}.{part}").to(recovery.device) for part in "AB")
     module, original = (spec.weight.owner(model) for model in (recovery.model, recovery.dense))

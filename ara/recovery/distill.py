@@ -5,6 +5,8 @@
 Both models stay in evaluation mode, without dropout. A step depends only on the seed, its number and the saved state.
 So a resumed training is bit for bit the same as an uninterrupted one.
 
+Several processes share the windows of every step and the held-out ones. Each has both models and the optimiser.
+
 This is not transformers' ``Trainer``: its checkpoints (``optimizer.pt``, ``scheduler.pt``, ``rng_state.pth``) are
 pickles, it has no float32 copies of half-precision weights, and it keeps the best weights only as a whole checkpoint.
 """
@@ -150,6 +152,7 @@ class _Training:
 
     def __init__(self, recovery: Recovery, parameters: dict[str, nn.Parameter]) -> None:
         self.recovery, self.config, self.parameters = recovery, recovery.config, parameters
+        self.group = recovery.group
         # The two matrices of an adapter are small, one of them starts at zero.
         method: Method = "adamw" if self.config.train == "lora" else self.config.optimiser
         self.optimiser = recovery.optimiser(parameters, self.config.steps, self.config.rate or _RATE, method)
@@ -181,7 +184,7 @@ class _Training:
             interrupted = f"interrupted after step {self.history.step} of {self.config.steps}"
         self.optimiser.clear()
         self._assign(self.best)
-        self.history.write(self.recovery.saved, self.config.tensorboard)
+        self._write_history()
         return self._outcome(ended, interrupted)
 
     def _rate(self) -> float:
@@ -200,12 +203,14 @@ class _Training:
         config, step = self.config, self.history.step
         windows = batch_indices(len(self.recovery.train.ids), config.batch, step, config.seed)
         total, counted = 0.0, 0
-        for rows in windows.split(config.batch_size):
+        own = windows[self.group.rank :: self.group.size]
+        for rows in own.split(config.batch_size) if len(own) else ():
             with torch.enable_grad(), self.recomputation.active():
                 losses, count = self._losses(self.recovery.train, self.teacher, rows)
                 losses.sum().backward()
             self.optimiser.collect()
             total, counted = total + _sum(losses), counted + count
+        total, counted = self._of_all(total, counted)
         # A batch of conversations may hold no answer that counts; then only the momentum moves the weights.
         loss = total / max(1, counted)
         if not math.isfinite(loss):
@@ -232,12 +237,19 @@ class _Training:
     @torch.no_grad()
     def _held_out(self) -> float:
         """Return the mean loss of the tokens of the held-out windows that count."""
-        text = self.recovery.held_out
+        text, group = self.recovery.held_out, self.group
         total, counted = 0.0, 0
-        for rows in torch.arange(len(text.ids)).split(self.config.batch_size):
+        for rows in torch.arange(group.rank, len(text.ids), group.size).split(self.config.batch_size):
             losses, count = self._losses(text, self.judge, rows)
             total, counted = total + _sum(losses), counted + count
+        total, counted = self._of_all(total, counted)
         return total / counted
+
+    def _of_all(self, total: float, counted: int) -> tuple[float, int]:
+        """Return the sum of losses and the number of counted tokens over all processes."""
+        sums = torch.tensor([total, counted], dtype=torch.float64)
+        self.group.total([sums])
+        return float(sums[0]), int(sums[1])
 
     def _check(self) -> float:
         """Return the held-out loss; keep the parameters if it is the lowest."""
@@ -283,7 +295,11 @@ class _Training:
     def _save(self) -> None:
         best = {f"{_BEST}{name}": value for name, value in self.best.items()}
         self.recovery.saved.save_state({**self.optimiser.state(), **best}, {"rows": self.history.plain()})
-        self.history.write(self.recovery.saved, self.config.tensorboard)
+        self._write_history()
+
+    def _write_history(self) -> None:
+        if self.group.writes:
+            self.history.write(self.recovery.saved, self.config.tensorboard)
 
     def _resume(self) -> None:
         """Continue from the saved state, if there is one."""

@@ -6,11 +6,12 @@ so that each expert sees the same tokens in both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from ara.distributed.group import Group
 from ara.models.blocks import Stream
 from ara.models.experts import has_routes, recording_routes, replaying_routes
 from ara.models.memory import available_bytes
@@ -39,14 +40,18 @@ def expert_moments(
     compressed: tuple[nn.Module, Stream],
     specs: Sequence[LinearSpec],
     with_dense: bool,
+    owners: Mapping[str, int],
+    group: Group,
 ) -> dict[str, PairedMoments]:
-    """Return layer → moments of its inputs in both models, of the layers that saw a token and can be paired.
+    """Return layer → moments of its inputs in both models, of the own layers that saw a token and can be paired.
 
     Args:
         dense: the dense model and its stream, at the block of the layers.
         compressed: the compressed model and its stream over the same text, at the same block.
         specs: layers of experts, of one width.
         with_dense: whether to collect :attr:`PairedMoments.dense` as well.
+        owners: layer → the process that gets its moments.
+        group: processes whose streams share the windows of the text.
 
     Raises:
         NumericalError: an input holds NaN or infinity.
@@ -68,4 +73,10 @@ def expert_moments(
                 if name not in sums:
                     sums[name] = PairedAccumulator(x.shape[-1], x.device, with_dense)
                 sums[name].add(x, other)
-    return {name: one.checked(name) for name, one in sums.items()}
+    found = {}
+    for name in modules:
+        one = sums.pop(name, None) or PairedAccumulator(specs[0].n, next(model.parameters()).device, with_dense)
+        one.sum_over(group, {owners[name]})
+        if owners[name] == group.rank and one.tokens:
+            found[name] = one.checked(name)
+    return found

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ara.distributed.group import ALONE, Group
 from ara.errors import NAN_HINT, NumericalError
 from ara.models.blocks import BlockRunner, hidden_states
-from ara.models.losses import sampled_targets, token_losses
+from ara.models.losses import TargetSampler, token_losses
 from ara.models.weights import find_blocks
 from ara.progress import SILENT, Reporter
 from ara.recovery.base import RecoveryText
@@ -37,6 +38,7 @@ def block_fisher(
     seed: int = 0,
     report: Reporter = SILENT,
     folder: Path | None = None,
+    group: Group = ALONE,
 ) -> list[torch.Tensor]:
     """Return the Fisher information at the output of every block, by one forward and backward pass.
 
@@ -48,6 +50,7 @@ def block_fisher(
         seed: of the drawn tokens.
         report: progress.
         folder: for inputs of blocks that do not fit into memory, see :class:`ara.models.blocks.BlockRunner`.
+        group: processes that share the windows; all get the result.
 
     Returns:
         Per block (d, d) or (d) float32 on the CPU, (nats per window)² per token and squared unit of h.
@@ -55,14 +58,21 @@ def block_fisher(
     Raises:
         NumericalError: a gradient is NaN or infinite.
     """
-    runner = BlockRunner(model, text.ids, batch_size, report=report, folder=folder)
+    rows = group.share(len(text.ids), batch_size)
+    own = text.rows(rows)
+    runner = BlockRunner(model, own.ids, batch_size, report=report, folder=folder)
     blocks = list(find_blocks(model)[1])
     sums = [_Sum(full) for _ in blocks]
     with ExitStack() as hooks:
         for block, total in zip(blocks, sums, strict=True):
             hooks.enter_context(block.register_forward_hook(partial(_watch, total)))
         with report.bar(f"Reading gradients of {len(blocks)} blocks", runner.windows) as bar:
-            runner.backward(0, len(blocks) - 1, _sampled_loss(text, seed), bar.advance)
+            if runner.windows:
+                sampler = TargetSampler(seed, rows.tolist())
+                runner.backward(0, len(blocks) - 1, _sampled_loss(own, sampler), bar.advance)
+    # Process 0 always has a window.
+    for total, width in zip(sums, group.broadcast([total.width for total in sums]), strict=True):
+        total.sum_over(group, width, runner.device)
     found = [total.mean() for total in sums]
     for index, information in enumerate(found):
         if not information.isfinite().all():
@@ -85,6 +95,20 @@ class _Sum:
         self._total = part if self._total is None else self._total.add_(part)
         self._tokens += len(g)
 
+    @property
+    def width(self) -> int:
+        """Number of channels d; 0 before the first gradient."""
+        return 0 if self._total is None else self._total.shape[-1]
+
+    def sum_over(self, group: Group, width: int, device: torch.device) -> None:
+        """Add up the sums of all processes; those without a window have no sum and need its ``width``."""
+        if self._total is None:
+            self._total = torch.zeros((width, width) if self._full else (width,), device=device)
+        tokens = torch.tensor(self._tokens)
+        for part in (self._total, tokens):
+            group.sum(part, range(group.size))
+        self._tokens = int(tokens)
+
     def mean(self) -> torch.Tensor:
         """Return the mean over tokens, on the CPU."""
         assert self._total is not None
@@ -96,13 +120,13 @@ def _watch(total: _Sum, module: nn.Module, args: object, output: Any) -> None:
     hidden_states(output).register_hook(total.add)
 
 
-def _sampled_loss(text: RecoveryText, seed: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _sampled_loss(text: RecoveryText, sampler: TargetSampler) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Return the summed loss of batches in the order of ``text``, in nats, as a function of logits and ids."""
-    generator, start = torch.Generator().manual_seed(seed), 0
+    start = 0
 
     def loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         nonlocal start
-        losses = token_losses(logits, sampled_targets(logits, generator))
+        losses = token_losses(logits, sampler.draw(logits))
         counted = text.weights(slice(start, start + len(ids)))
         start += len(ids)
         return losses.sum() if counted is None else (losses * counted.to(losses.device)).sum()

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ara.distributed.group import ALONE, Group
 from ara.errors import NumericalError
 
 # As in the recipes of AA-SVD and others: short warm-up, cosine to a tenth, gradients clipped, no weight decay.
@@ -79,6 +80,7 @@ class MasterOptimiser:
         rate: float,
         stored: Mapping[str, Stored] = MappingProxyType({}),
         method: Method = "adamw",
+        group: Group = ALONE,
     ) -> None:
         """Prepare the first step.
 
@@ -88,7 +90,9 @@ class MasterOptimiser:
             rate: the highest learning rate.
             stored: how parameters will be stored, by name; the others have the precision of the model.
             method: of matrices.
+            group: processes with the same parameters, whose gradients are added up before each step.
         """
+        self._group = group
         self.parameters = dict(parameters)
         self.steps, self.rate, self.done = steps, rate, 0
         self._stored = {name: stored.get(name, Stored(value.dtype)) for name, value in self.parameters.items()}
@@ -134,7 +138,7 @@ class MasterOptimiser:
             parameter.grad = None
 
     def step(self, scale: float = 1.0) -> float:
-        """Clip the gradients, take one step, round the masters into the model, and clear the gradients.
+        """Clip the gradients of all processes, take a step, round the masters into the model, and clear the gradients.
 
         Args:
             scale: factor on the gradients, such as 1 / number of accumulated tokens.
@@ -149,6 +153,7 @@ class MasterOptimiser:
         for master in self._masters.values():
             master.grad = torch.zeros_like(master) if master.grad is None else master.grad.mul_(scale)
         gradients = [master.grad for master in self._masters.values() if master.grad is not None]
+        self._group.total(gradients)
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
             self.clear()

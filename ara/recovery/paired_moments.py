@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
 from ara.calibration.moments import add_gram, mirrored
+from ara.distributed.group import Group
 from ara.errors import NumericalError
 
 # Products of a vector with itself: their sums are symmetric.
@@ -99,6 +101,18 @@ class PairedAccumulator:
         for mean, one in zip(self._means, inputs, strict=True):
             mean += one.sum(0)
         self._tokens += len(x)
+
+    def sum_over(self, group: Group, ranks: Collection[int]) -> None:
+        """Add up the sums of all processes; only the processes ``ranks`` get them."""
+        count = torch.tensor(self._tokens)
+        for part in (*self._sums.values(), *self._means, count):
+            group.sum(part, ranks)
+        self._tokens = int(count)
+
+    @property
+    def tokens(self) -> int:
+        """Number of pairs."""
+        return self._tokens
 
     @property
     def is_finite(self) -> bool:

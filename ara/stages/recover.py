@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,8 @@ def recover(
         run: workspace and reporter.
         checkpoint: NAME or STAGE/NAME of the checkpoint; by default the latest that is not repaired.
         name: of the result; the checkpoint's name and the level by default.
-        keep_on_interrupt: on Ctrl+C store what is finished as the result; the same call resumes later. Otherwise
-            Ctrl+C raises ``KeyboardInterrupt``, and the next call resumes as well.
+        keep_on_interrupt: on Ctrl+C store what is finished as the result; the same call resumes later. Otherwise, and
+            in several processes, Ctrl+C raises ``KeyboardInterrupt``, and the next call resumes as well.
 
     Raises:
         AraError: no checkpoint, a densified one, a rounded one that the level cannot repair, too little text, NaN or
@@ -71,25 +72,36 @@ def recover(
             levels = _levels_after_rounding(levels, before.view, before.rounding, config, run)
         levels = levels_with_ranks(levels, stored_ranks(before.factors), config, run.report)
         run.report.step(f"Recovering {before.view.key}: {', '.join(levels)}")
-        placement = training_placement(config)
+        placement, group = training_placement(config), run.group
+        group.check_device(placement.device, placement.dtype)
         run.report.fact(placement.why)
-        source = model_of(before.factors, run)
-        texts = recovery_texts(config, levels, before.view, before.factors, source, task.workspace, run)
+        with group.first_of_machine():
+            source = model_of(before.factors, run)
+        made_from = before.view, before.factors
+        texts: RecoveryTexts = group.broadcast(
+            recovery_texts(config, levels, *made_from, source, task.workspace, run) if group.writes else None
+        )
+        texts.check_processes(group.size)
         settings = _settings(config, levels, before, placement, texts)
-        task.describe(name or _default_name(before.view, config), settings, (before.view, before.factors))
+        task.describe(name or _default_name(before.view, config), settings, made_from)
         done = task.finished()
         if done is not None and not run.force and not task.unfinished():
             return already_done(done, run)
         used = config.model_copy(update={"device": placement.device, "dtype": placement.dtype})
-        keep = place_changed_weights(before, levels, used, task)
-        with task.writer(seed=config.seed, resumable=True) as stage:
+        keep = group.broadcast(place_changed_weights(before, levels, used, task) if group.writes else None)
+        writer = task.writer(seed=config.seed, resumable=True) if group.writes else nullcontext()
+        with writer as stage:
             recovery, rounded = _open(used, before, source, texts, stage, run, keep)
             folder = outputs_folder(task.workspace)
+            keep_on_interrupt = keep_on_interrupt and group.size == 1
             recovery = replace(recovery, keep_on_interrupt=keep_on_interrupt, folder=folder)
             found, details = LevelRuns(recovery, stage, texts).all(levels)
-            _write(before, recovery.model, rounded, found, stage, run, keep)
-            text = json.dumps(details, indent=1, allow_nan=False)
-            (stage.folder / DETAILS).write_text(text + "\n", encoding="utf-8")
+            # The others have read the finished parts, which the writer now removes.
+            group.collect(None)
+            if stage is not None:
+                _write(before, recovery.model, rounded, found, stage, run, keep)
+                text = json.dumps(details, indent=1, allow_nan=False)
+                (stage.folder / DETAILS).write_text(text + "\n", encoding="utf-8")
         return task.view()
 
 
@@ -199,7 +211,7 @@ def _open(
     before: Compressed,
     source: ModelSource,
     texts: RecoveryTexts,
-    stage: StageWriter,
+    stage: StageWriter | None,
     run: Run,
     keep: Keep | None,
 ) -> tuple[Recovery, dict[str, RoundedMatrix]]:
@@ -207,7 +219,8 @@ def _open(
     run.report.fact("loading both models")
     if config.device == "cpu" and keep is None:
         keep_freed_memory()
-    dense = source.load_model(torch_dtype(config.dtype), config.device)
+    with run.group.first_of_machine():
+        dense = source.load_model(torch_dtype(config.dtype), config.device)
     model, rounded = load_rounded(before.view.path / CHECKPOINT, config.device, config.dtype)
     files = factor_files(before.factors, before.specs)
     recovery = open_recovery(
@@ -222,6 +235,7 @@ def _open(
         stage,
         run.report,
         keep,
+        run.group,
     )
     return recovery, rounded
 

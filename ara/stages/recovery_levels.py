@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from ara.artifacts.checkpoint import RecoveredLevel, RecoveryFigures
 from ara.config import RecoverConfig
+from ara.distributed.group import ALONE, Group
 from ara.environment import peak_memory_bytes
 from ara.models.experts import run_one_by_one
 from ara.models.kept import Keep
@@ -22,7 +23,7 @@ from ara.recovery import LEVELS
 from ara.recovery.base import Distance, Level, Recovery
 from ara.recovery.rounded import stored_parameters, to_scaled
 from ara.recovery.trainable import load_tensors, to_trainable
-from ara.stages.recovery_parts import LevelParts
+from ara.stages.recovery_parts import LevelParts, SharedWork
 from ara.stages.recovery_text import RecoveryTexts
 from ara.workspace.writer import StageWriter
 
@@ -41,9 +42,10 @@ def open_recovery(
     texts: RecoveryTexts,
     config: RecoverConfig,
     dtype: str,
-    stage: StageWriter,
+    stage: StageWriter | None,
     report: Reporter,
     keep: Keep | None = None,
+    group: Group = ALONE,
 ) -> Recovery:
     """Bring a compressed model into its trainable form, in place, and return what the levels work on.
 
@@ -56,9 +58,10 @@ def open_recovery(
         texts: windows of the levels.
         config: with resolved device and dtype.
         dtype: name of the dtype in which the repaired model will be stored.
-        stage: keeps finished parts.
+        stage: keeps finished parts; ``None`` in processes that do not write.
         report: progress.
         keep: of the weights of a model that is not rounded, see :func:`to_trainable`.
+        group: processes that share the work.
     """
     layout = specs[0].layout
     if rounded:
@@ -76,26 +79,27 @@ def open_recovery(
         texts.held_out,
         texts.unseen,
         config.model_copy(update={"text": texts.spec, "seq_len": texts.seq_len}),
-        LevelParts(stage, ""),
+        LevelParts(SharedWork(stage, group), ""),
         report,
         stored=stored_parameters(model, torch_dtype(dtype), rounded) if rounded else {},
+        group=group,
     )
 
 
 class LevelRuns:
     """Runs levels one after the other; takes one back that raises the divergence from the dense model."""
 
-    def __init__(self, recovery: Recovery, stage: StageWriter, texts: RecoveryTexts, scope: str = "") -> None:
+    def __init__(self, recovery: Recovery, stage: StageWriter | None, texts: RecoveryTexts, scope: str = "") -> None:
         """Prepare the first level.
 
         Args:
             recovery: both models.
-            stage: keeps finished parts.
+            stage: keeps finished parts; ``None`` in processes that do not write.
             texts: windows of every level.
             scope: see :class:`LevelParts`.
         """
         self.recovery, self.stage, self.texts, self.report = recovery, stage, texts, recovery.report
-        self._scope = scope
+        self._work, self._scope = SharedWork(stage, recovery.group), scope
         # Part of the work with the parameters before the next level.
         self._before = "start"
 
@@ -107,7 +111,7 @@ class LevelRuns:
         details: dict[str, Any] = {}
         now, stopped = first, None
         for name, level in levels.items():
-            work = self.stage.work(f"{self._scope}level-{name}")
+            work = self._work.find(f"{self._scope}level-{name}")
             if work is None:
                 row, now, stopped, details[name] = self._run(name, level, now)
             else:
@@ -118,6 +122,8 @@ class LevelRuns:
             rows.append(row)
             self.report.fact(_told(row))
             if stopped:
+                # Only where one process does all the work.
+                assert self.stage is not None
                 self.stage.to_go_on = True
                 self.report.warn(f"{name}: {stopped}: what is finished is stored; the same command resumes")
                 break
@@ -138,20 +144,21 @@ class LevelRuns:
 
     def _start(self) -> Distance:
         """Return the distance from the dense model before any repair; store it with the parameters."""
-        work = self.stage.work(f"{self._scope}start")
+        work = self._work.find(f"{self._scope}start")
         if work is not None:
             return Distance(**work[1])
-        with self.report.bar("Reading held-out text", len(self.recovery.unseen.ids)) as bar:
+        windows = len(self.recovery.unseen.share(self.recovery.group).ids)
+        with self.report.bar("Reading held-out text", windows) as bar:
             found = self.recovery.unseen_distance(bar.advance)
         self.report.fact(f"divergence from the dense model on held-out text: {found.kl:.4f} nats/token")
-        self.stage.finish_work(f"{self._scope}start", _parameters(self.recovery.model), asdict(found))
+        self._work.finish(f"{self._scope}start", _parameters(self.recovery.model), asdict(found))
         return found
 
     def _run(
         self, name: str, level: Level, before: Distance
     ) -> tuple[RecoveredLevel, Distance, str | None, dict[str, Any]]:
         """Run one level, keep it unless the divergence has grown, and store the state after it."""
-        parts = LevelParts(self.stage, name, self._scope)
+        parts = LevelParts(self._work, name, self._scope)
         recovery = replace(self.recovery, train=self.texts.train[name], saved=parts)
         self.report.step(f"Level {name}: {LEVELS.entry(name).title}")
         outcome = level.repair(recovery)
@@ -176,13 +183,13 @@ class LevelRuns:
         now, details = after if row.kept else before, dict(outcome.details)
         if outcome.interrupted is None:
             values = {"row": row.plain(), "distance": asdict(now), "details": details}
-            self.stage.finish_work(f"{self._scope}level-{name}", _parameters(recovery.model), values)
-            self.stage.drop_work(f"{self._scope}{name}:")
+            self._work.finish(f"{self._scope}level-{name}", _parameters(recovery.model), values)
+            self._work.drop(f"{self._scope}{name}:")
         return row, now, outcome.interrupted, details
 
     def _load(self, part: str) -> None:
         """Give the model the parameters of a finished part of the work."""
-        work = self.stage.work(f"{self._scope}{part}")
+        work = self._work.find(f"{self._scope}{part}")
         assert work is not None, part
         load_tensors(self.recovery.model, load_file(work[0]))
 

@@ -69,7 +69,8 @@ def place_changed_weights(
             f"they are stored in {before.dtype} and must fit into memory once, to be converted to {config.dtype}; with "
             f"--dtype {before.dtype} they need not"
         )
-    needs = [Need("compressed weights", size, folder)]
+    # Each process of this machine has files of its own.
+    needs = [Need("compressed weights", run.group.launch.local_size * size, folder)]
     if not task.unfinished():
         # The states before the first level and after each one; the blocks of the last level, or the result.
         needs.append(Need("unfinished work", (len(levels) + 2) * size, task.workspace.root))

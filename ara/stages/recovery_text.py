@@ -48,6 +48,21 @@ class RecoveryTexts:
     unseen: RecoveryText
     fresh: torch.Tensor
 
+    def check_processes(self, count: int) -> None:
+        """Check that every process gets a window of each text.
+
+        Raises:
+            UsageError: there are more processes than windows.
+        """
+        texts = {f"that {name} learns from": text for name, text in self.train.items()}
+        texts |= {"to choose by": self.held_out, "to judge by": self.unseen}
+        for what, text in texts.items():
+            if (windows := len(text.ids)) < count:
+                raise UsageError(
+                    f"there are {count} processes, and {windows} window{'s' * (windows != 1)} {what}",
+                    f"use torchrun --nproc-per-node {windows}, or more windows (--samples, --held-out)",
+                )
+
 
 def recovery_texts(
     config: RecoverConfig,

@@ -194,21 +194,10 @@ class StageWriter:
 
     def checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Return the last :meth:`save_checkpoint` of an interrupted run; ``None`` if missing or damaged."""
-        from safetensors import SafetensorError, safe_open
-
-        path = self.folder / CHECKPOINT
-        if not is_plain_file(path):
+        found = _read_checkpoint(self.folder / CHECKPOINT)
+        if found is None:
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                found = file.metadata()
-                # Copied: they are views of a file that will be replaced.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            if digest([found["body"], tensor_digests(tensors)]) != found["digest"]:
-                return None
-            body = _CheckpointBody.model_validate(parse(found["body"], finite=False))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            return None
+        tensors, body = found
         self._earlier_seconds = body.seconds
         return tensors, body.values
 
@@ -326,6 +315,42 @@ class StageWriter:
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._start
+
+
+def saved_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return what :meth:`StageWriter.checkpoint` has returned in the process that writes.
+
+    Args:
+        folder: of the unfinished stage.
+
+    Raises:
+        CorruptedError: it cannot be read here.
+    """
+    found = _read_checkpoint(folder / CHECKPOINT)
+    if found is None:
+        raise CorruptedError(
+            f"{folder / CHECKPOINT} can be read in the process that writes, but not in another one",
+            "use a workspace on a file system that all machines share",
+        )
+    return found[0], found[1].values
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], _CheckpointBody] | None:
+    """Return a saved state; ``None`` if it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not is_plain_file(path):
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            found = file.metadata()
+            # Copied: they are views of a file that will be replaced.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        if digest([found["body"], tensor_digests(tensors)]) != found["digest"]:
+            return None
+        return tensors, _CheckpointBody.model_validate(parse(found["body"], finite=False))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
 
 
 def unfinished_work(parent: Path, name: str) -> str | None:

@@ -10,7 +10,7 @@ from ara_cli.session import Session
 from ara_cli.signature import command_line
 
 
-@command_line()
+@command_line(several=True)
 def command(
     *,
     config: RecoverConfig,

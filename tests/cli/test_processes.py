@@ -8,7 +8,7 @@ from ara_cli.app import COMMANDS
 from tests.cli.test_odd_values import VALID
 from tests.commands import ara, refused
 
-SEVERAL = ("decompose", "train-masks", "allocate", "eval")
+SEVERAL = ("decompose", "train-masks", "allocate", "recover", "eval")
 FIRST = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ara.allocation.energy import Energy
+from ara.artifacts.checkpoint import CheckpointResults
 from ara.artifacts.training import TrainingResults
 from ara.config import AllocateConfig, DecomposeConfig, EvalConfig
 from ara.distributed.group import Group
@@ -24,6 +25,7 @@ from ara.stages.common import Run
 from ara.stages.decompose import decompose
 from ara.stages.evaluate import evaluate
 from ara.stages.modules import load_modules
+from ara.stages.recover import DETAILS
 from ara.workspace.manifest import read_manifest
 from ara.workspace.store import Workspace
 from tests.commands import decompose_arguments
@@ -373,6 +375,100 @@ class Two(Group):
 def test_what_is_measured_in_one_process_is_refused(finished, given):
     with pytest.raises(UsageError, match="is given, and there are 2 processes"):
         allocate(AllocateConfig(**given), Run(finished, group=Two()))
+
+
+# -- repair --------------------------------------------------------------------------------------------------------
+
+REPAIR = (
+    *("recover", "--level", "distill", "--device", "cpu", "--dtype", "float32"),
+    *("--samples", 7, "--held-out", 4, "--batch-size", 3, "--block-epochs", 1, "--block-rate", 1e-4),
+    *("--steps", 3, "--batch", 4, "--check-every", 1, "--save-every", 1),
+)
+REPAIRED = "energy-0.70-distill"
+# What is chosen for a layer.
+PARTS = ("beta", "damping", "gamma")
+
+
+@pytest.fixture(scope="module")
+def repaired(tmp_path_factory, forks, finished):
+    """Two workspaces with a checkpoint repaired at all levels, by one process and by two; only to be read."""
+    roots = [Path(shutil.copytree(finished, tmp_path_factory.mktemp("repaired") / "ws")) for _ in range(2)]
+    for number, root in enumerate(roots, start=1):
+        assert "Level distill" in succeeded(forks.run([*REPAIR, "-w", root], size=number))
+    return roots
+
+
+def assert_same_repair(one, other):
+    """Compare all figures with those of one process; the tolerances are those of docs/processes.md."""
+    views = [Workspace.open(root).require("checkpoint", f"recover/{REPAIRED}") for root in (one, other)]
+    assert views[0].manifest.config == views[1].manifest.config
+    assert views[0].manifest.tensors.keys() == views[1].manifest.tensors.keys()
+    alone, found = (json.loads((view.path / DETAILS).read_text()) for view in views)
+    assert alone["closed"]["layers"].keys() == found["closed"]["layers"].keys()
+    for name, choice in alone["closed"]["layers"].items():
+        same = found["closed"]["layers"][name]
+        assert [same[key] for key in PARTS] == [choice[key] for key in PARTS], name
+        assert [same["before"], same["after"]] == pytest.approx([choice["before"], choice["after"]], rel=1e-5), name
+    for block, same in zip(alone["block"]["blocks"], found["block"]["blocks"], strict=True):
+        assert same == pytest.approx(block, rel=1e-3)
+    assert found["distill"]["held_out_kl"] == pytest.approx(alone["distill"]["held_out_kl"], rel=1e-3)
+    levels = [CheckpointResults.read(view).recovery.levels for view in views]
+    for level, same in zip(*levels, strict=True):
+        assert (same.level, same.tokens, same.kept) == (level.level, level.tokens, level.kept)
+        assert [same.before, same.after] == pytest.approx([level.before, level.after], rel=1e-3)
+
+
+def test_a_repair_in_two_processes_is_that_of_one(repaired):
+    assert_same_repair(*repaired)
+    changed = CheckpointResults.read(Workspace.open(repaired[0]).require("checkpoint", f"recover/{REPAIRED}")).recovery
+    assert any(level.kept for level in changed.levels)
+
+
+def test_a_repaired_checkpoint_is_found_whatever_the_number_of_processes(repaired, forks):
+    before = contents(repaired[1])
+    assert "is there already" in succeeded(forks.run([*REPAIR, "-w", repaired[1]], size=3))
+    assert contents(repaired[1]) == before
+
+
+@pytest.mark.parametrize(
+    ("place", "size"),
+    [
+        ("ara.recovery.closed:_Correction._block", 1),
+        ("ara.recovery.block:_Training._train", 2),
+        ("ara.recovery.distill:_Training._step", 2),
+    ],
+)
+def test_a_repair_resumes(repaired, forks, finished, tmp_path, place, size):
+    root = Path(shutil.copytree(finished, tmp_path / "ws"))
+    processes = forks.run([*REPAIR, "-w", root], size=2, faults=[killed_at(place, 3, rank=1)])
+    assert processes[1].code == -signal.SIGKILL
+    assert only_error(processes) == "error: another process of this run has ended"
+    done = {path.name for path in root.glob(f"recover/.{REPAIRED}.partial/.*")}
+    output = succeeded(forks.run([*REPAIR, "-w", root], size=size))
+    if place.startswith("ara.recovery.distill"):
+        assert "resuming after step 2 of 3" in output
+    else:
+        assert {name.rpartition(":")[2] for name in done} >= {"block-000.safetensors", "block-001.safetensors"}
+    found, expected = (folder / "recover" / REPAIRED for folder in (root, repaired[1]))
+    assert listing(found) == listing(expected)
+    if size == 2:
+        assert contents(found, "checkpoint/*.safetensors") == contents(expected, "checkpoint/*.safetensors")
+    else:
+        assert_same_repair(repaired[0], root)
+
+
+@pytest.mark.parametrize("what", ["levels", "experts"])
+def test_all_processes_have_the_same_model_after_a_repair(forks, what):
+    for ended in forks.call(f"tests.repair_checks:check_{what}", size=3):
+        assert (ended.code, ended.output) == (0, "")
+
+
+def test_more_processes_than_windows_of_a_repair(forks, finished, tmp_path):
+    root = Path(shutil.copytree(finished, tmp_path / "ws"))
+    processes = forks.run(["recover", "--samples", 6, "--held-out", 2, "-w", root], size=3)
+    assert [ended.code for ended in processes] == [2, 2, 2]
+    assert only_error(processes) == "error: there are 3 processes, and 2 windows to choose by"
+    assert not list((root / "recover").glob("*"))
 
 
 # -- torchrun ------------------------------------------------------------------------------------------------------
