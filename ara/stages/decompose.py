@@ -69,7 +69,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         source = resolve(config.model, revision=config.revision, report=run.report, offload=run.offload)
     run.group.agree(source.identity.fingerprint, "the model")
     run.report.fact(placement.why)
-    stored = config.factors_dtype
+    stored: str = config.factors_dtype
     if stored == "auto":
         stored = dtype_to_store(placement, config.dtype, source.own_dtype)
     config = config.model_copy(update={"factors_dtype": stored})
