@@ -17,10 +17,9 @@ _PLACES: dict[Place, str] = {
 
 def show_plan(console: Console, plan: Plan) -> None:
     """Show the parameters of a model, what every stage takes, and the least machine."""
-    size = plan.dtype
     console.table(
         f"{plan.model}: {plan.architecture}, {plan.blocks} blocks, {plan.layers} layers to factorise",
-        columns("", "parameters", f"size in {size}"),
+        columns("", "parameters", f"size in {plan.stored_dtype}"),
         [
             _parameters("model", plan.parameters, plan),
             _parameters("factorised layers", plan.linear_parameters, plan),
@@ -53,14 +52,14 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 
 def _parameters(what: str, count: int, plan: Plan) -> tuple[str, str, str]:
-    return what, count_text(count), bytes_text(count / plan.parameters * plan.weight_bytes)
+    return what, count_text(count), bytes_text(count / plan.parameters * plan.stored_bytes)
 
 
 def _budget(plan: Plan) -> str:
     checkpoint = bytes_text(plan.checkpoint_bytes)
     if plan.size is not None:
         return f"weight files: at most {checkpoint} before ara quantise, {bytes_text(plan.size)} after it"
-    kept = percent(plan.checkpoint_bytes / plan.weight_bytes)
+    kept = percent(plan.checkpoint_bytes / plan.stored_bytes)
     return f"checkpoint at keep {plan.keep:g}: {checkpoint}, {kept} of the dense model"
 
 

@@ -87,6 +87,8 @@ class Plan:
         layers: number of layers that are factorised.
         blocks: number of decoder blocks.
         weight_bytes: of the model in the run's dtype.
+        stored_dtype: of factors and checkpoints.
+        stored_bytes: of the dense model in that dtype.
         weights: where its weights are now.
         converted_bytes: copy of the weights in the run's dtype that is written to the cache, as they do not fit into
             memory (ara.models.offload); 0 if there is none.
@@ -113,6 +115,8 @@ class Plan:
     layers: int
     blocks: int
     weight_bytes: int
+    stored_dtype: str
+    stored_bytes: int
     weights: StoredWeights
     converted_bytes: int
     max_keep: float | None
@@ -149,9 +153,9 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
     source = resolve(config.model, revision=config.revision, report=report, needs_weights=False)
     check_window(config.seq_len, source.config)
     report.fact("reading the shape of the model; no weight is read")
-    to_store = torch_dtype(dtype_to_store(placement, config.dtype, source.own_dtype))
-    dtype = torch_dtype(placement.dtype)
-    shape = read_shape(source, dtype, config.seq_len, config.exclude, config.layout, to_store)
+    stored_dtype = dtype_to_store(placement, config.dtype, source.own_dtype)
+    dtypes = {"dtype": torch_dtype(placement.dtype), "stored": torch_dtype(stored_dtype)}
+    shape = read_shape(source, seq_len=config.seq_len, exclude=config.exclude, layout=config.layout, **dtypes)
     shape = replace(shape, specs=tuple(storing(shape.specs, config.max_keep)))
     stored = planned_ranks("the decomposition", shape.specs, config.max_keep)
     _check_ranks(config, stored, shape, report)
@@ -185,6 +189,8 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
         layers=len(shape.specs),
         blocks=shape.blocks,
         weight_bytes=shape.weight_bytes,
+        stored_dtype=stored_dtype,
+        stored_bytes=shape.parameters * shape.stored.itemsize,
         weights=weights,
         max_keep=config.max_keep if stored.lacking else None,
         keep=config.keep if size is None else None,
