@@ -104,8 +104,7 @@ class Compressor:
             exclude = () if form.ranks else ("*",)
             shared = {**self.tuning, "layout": layout, "exclude": exclude, "guard": False}
             config = AllocateConfig(budget_bytes=self.limit(row.size), bits=form.bits, **shared)
-        name = "dense" if row.size is None else f"{row.form}-{row.size}"
-        return allocate(config, self.run, factors=self.factors.name, name=name)
+        return allocate(config, self.run, factors=self.factors.name, name=row.allocation)
 
     def checkpoint(self, row: Row, chosen: StageView) -> StageView:
         """Return the checkpoint of a row: truncated, repaired if wanted, rounded unless it has 16 bits, repaired."""
@@ -121,7 +120,7 @@ class Compressor:
         config = QuantiseConfig(
             bits=None if form.sized else form.bits[0], method=form.method, tolerance=bounds.MAX_WEIGHT, **self.tuning
         )
-        rounded = quantise(config, self.run, checkpoint=made.key, name=f"{row.form}-{row.size or 'dense'}-{before}")
+        rounded = quantise(config, self.run, checkpoint=made.key, name=row.rounded(before))
         if row.level != DISTILLED:
             return rounded
         repair = RecoverConfig(**settings, **REPAIR)

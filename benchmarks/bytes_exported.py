@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from ara.allocation.forms import FORMS
 from ara.artifacts.checkpoint import CHECKPOINT
 from ara.data.texts import load_documents
 from ara.data.tokens import evaluation_windows
@@ -60,11 +61,6 @@ BASES = ("twin/int8/-/frozen", "twin/int4/-/frozen")
 SETTINGS = ("windows", "seq_len", "threads", "rounds", "prefill", "decode")
 
 
-def is_float(row: Row) -> bool:
-    """Tell whether the weights of a row are not rounded, so that there is no int8 graph of it."""
-    return row.form in ("dense", "ranks")
-
-
 class Exports:
     """The checkpoints of a run of ``benchmarks/bytes.py``, and their graphs."""
 
@@ -78,9 +74,8 @@ class Exports:
         Raises:
             SystemExit: it is not there.
         """
-        size = row.size or "dense"
-        stage = f"truncate/{'dense' if row.size is None else f'{row.form}-{size}'}" if is_float(row) else None
-        folder = self.arguments.workspace / row.model / (stage or f"quantise/{row.form}-{size}-{FROZEN}") / CHECKPOINT
+        key = f"quantise/{row.rounded(FROZEN)}" if FORMS[row.form].rounds else f"truncate/{row.allocation}"
+        folder = self.arguments.workspace / row.model / key / CHECKPOINT
         if row.level != FROZEN or not folder.is_dir():
             sys.exit(f"error: {folder} is not there\nhint: run benchmarks/bytes.py --only '{row.key}' first")
         return Path(folder)
@@ -96,7 +91,7 @@ class Exports:
 
     def fastest(self, row: Row) -> Path:
         """Return the graph that is timed."""
-        return self.graph(row, EXACT if is_float(row) else ROUNDED)
+        return self.graph(row, ROUNDED if FORMS[row.form].rounds else EXACT)
 
     @cached_property
     def windows(self) -> torch.Tensor:
@@ -123,10 +118,10 @@ class Exports:
 
     def figures(self, row: Row) -> dict[str, Any]:
         """Return losses and sizes of a row."""
-        graph = self.fastest(row)
+        graph, rounded = self.fastest(row), [ROUNDED] if FORMS[row.form].rounds else []
         about = read_report(graph)
         return {
-            "losses": {how: self.loss(row, how) for how in (TORCH, EXACT, *([] if is_float(row) else [ROUNDED]))},
+            "losses": {how: self.loss(row, how) for how in (TORCH, EXACT, *rounded)},
             "checkpoint_bytes": checkpoint_bytes(self.checkpoint(row)),
             "graph_bytes": (graph / DATA_FILE).stat().st_size,
             "exact_products": len(about.fallback.matrices) if about.fallback else 0,

@@ -35,6 +35,19 @@ class Row:
         """Key in the file of finished rows."""
         return f"{self.model}/{self.form}/{'-' if self.size is None else self.size}/{self.level}"
 
+    @property
+    def allocation(self) -> str:
+        """Name of its ranks, and of the checkpoint that is truncated to them."""
+        return "dense" if self.size is None else f"{self.form}-{self.size}"
+
+    def rounded(self, level: str) -> str:
+        """Return the name of its rounded checkpoint.
+
+        Args:
+            level: before the rounding.
+        """
+        return f"{self.form}-{self.size or 'dense'}-{level}"
+
     @classmethod
     def parsed(cls, key: str) -> Row:
         """Return the row with a key."""

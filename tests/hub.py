@@ -1,4 +1,4 @@
-"""A local server in place of the Hugging Face hub. It serves folders, records requests, and can break off downloads."""
+"""A local stand-in for the Hugging Face hub: it serves folders, records requests, and can cut downloads short."""
 
 from __future__ import annotations
 
