@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,9 +63,11 @@ class FactorisedLayer(LayerShape):
 
     Attributes:
         stored: largest rank whose factors are stored; ``None`` for all ranks.
+        experts: see :class:`ara.models.weights.LinearSpec`; left out if it is ``None``, which means 1.
     """
 
     stored: Least1 | None = field(default=None, metadata=LEFT_OUT)
+    experts: Annotated[int, Strict(), Field(ge=2, lt=2**63)] | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,9 @@ def specs_of(decomposition: StageView, layout: LayoutName = DEFAULT_LAYOUT) -> l
 
     bits = 8 * torch_dtype(FactorsSettings.read(decomposition).stored_dtype).itemsize
     layers = FactorsResults.read(decomposition).modules
-    return [LinearSpec(**asdict(layer), layout=layout, bits=bits) for layer in layers]
+    return [
+        LinearSpec(**asdict(replace(layer, experts=layer.experts or 1)), layout=layout, bits=bits) for layer in layers
+    ]
 
 
 def layer_file(layer: int) -> str:
@@ -159,6 +163,8 @@ def _layers_problem(manifest: Manifest, results: FactorsResults) -> str | None:
         seen.add(layer.name)
         r = min(layer.m, layer.n)
         k = r if layer.stored is None else layer.stored
+        if layer.m % (layer.experts or 1):
+            return f"results: layer {layer.name!r} has {layer.m} outputs, which {layer.experts} experts cannot share"
         if k > r:
             return f"results: layer {layer.name!r} stores ranks up to {k}, more than its full rank {r}"
         shapes: dict[str, tuple[int, ...]] = {"A": (k, layer.n), "B": (layer.m, k), "spectrum": (r,)}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ara.calibration.gradients import GradientStats, Targets, collect_gradients
+from ara.calibration.gradients import GradientStats, Targets, collect_gradients, gradient_bytes
 from ara.calibration.moments import InputAccumulator, InputStats, collect_moments
 from ara.distributed.group import ALONE, Group
 from ara.models.blocks import BlockRunner, independent_starts
@@ -143,9 +143,8 @@ def split_into_chunks(
     for block in by_block(linears):
         inputs = {owners.get(spec.name): spec.n for spec in block if owners}
         inputs |= {spec.pool: spec.n for spec in block if owners and spec.pool}
-        outputs = {name: spec.m for spec in block if gradients for name in (spec.name, spec.pool) if name}
-        widths = [*inputs.values(), *outputs.values()]
-        needed = sum(InputAccumulator.bytes_for(width) for width in widths)
+        outputs = {name: gradient_bytes(spec) for spec in block if gradients for name in (spec.name, spec.pool) if name}
+        needed = sum(map(InputAccumulator.bytes_for, inputs.values())) + sum(outputs.values())
         if not chunks or used + needed > limit:
             chunks.append([])
             used = 0

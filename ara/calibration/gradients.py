@@ -1,6 +1,7 @@
 """Second moments of the gradients at the outputs of linear layers, streamed over calibration text.
 
-Those of experts are shrunk as in :mod:`ara.calibration.moments`.
+Those of experts are shrunk as in :mod:`ara.calibration.moments`. Of a layer of all experts only the diagonal is
+collected. A token has a gradient at the outputs of its own experts and zero at those of others.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ara.calibration.moments import InputAccumulator, Total, averages, of_one_process, pooled, priors
+from ara.calibration.moments import InputAccumulator, InputStats, Total, averages, of_one_process, pooled, priors
 from ara.errors import NumericalError
+from ara.layouts.modeling_ara import Sent
 from ara.models.blocks import BlockRunner
 from ara.models.losses import TargetSampler, token_losses
 from ara.models.weights import LinearSpec
@@ -29,7 +31,8 @@ class GradientStats:
     """Statistics of the gradients g = ∂L/∂y at the outputs y of a layer.
 
     Attributes:
-        second_moment: H = (1/t) Σ g gᵀ, (m, m) float32; L is the summed loss of a window, in nats.
+        second_moment: H = (1/t) Σ g gᵀ, (m, m) float32, or its diagonal (m); L is the summed loss of a window, in
+            nats.
         tokens: t, the number of positions.
     """
 
@@ -68,7 +71,7 @@ def collect_gradients(
     Raises:
         NumericalError: an output or a gradient is NaN or infinite.
     """
-    sums = {spec.name: InputAccumulator(spec.m, runner.device) for spec in linears}
+    sums = {spec.name: _accumulator(spec)(spec.m, runner.device) for spec in linears}
     first, last = min(spec.layer for spec in linears), max(spec.layer for spec in linears)
     sampler = TargetSampler(seed, range(runner.windows) if rows is None else rows) if targets == "model" else None
     loss = partial(_summed_loss, runner.model, sampler)
@@ -85,9 +88,54 @@ def collect_gradients(
     return {name: GradientStats(stats.second_moment, stats.tokens) for name, stats in found.items()}
 
 
-def _add_gradient(accumulator: InputAccumulator, output: torch.Tensor) -> None:
+class RowAccumulator(InputAccumulator):
+    """Sums the squares of the gradients at each output of a layer of all experts, E m of them."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(0, device)
+        self.gram = torch.zeros(width, dtype=torch.float32, device=device)
+
+    @staticmethod
+    def bytes_for(width: int) -> int:
+        """Return the bytes that one accumulator takes."""
+        return 4 * width
+
+    def add_sent(self, sent: Sent, tokens: int, g: torch.Tensor) -> None:
+        """Add the gradients ``g`` (s, m) of one batch of ``tokens`` tokens, sent to experts as ``sent`` says."""
+        rows = self.gram.view(len(sent.counts), -1)
+        for expert, own in enumerate(g.detach().float().split(sent.counts)):
+            rows[expert] += own.square().sum(0)
+        self.tokens += tokens
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no sum is NaN or infinite."""
+        return bool(torch.isfinite(self.gram).all())
+
+    def result(self, prior: InputAccumulator | None = None) -> InputStats:
+        """Return the averages (E m)."""
+        return InputStats(self.gram / max(self.tokens, 1), self.abs_sum, self.tokens)
+
+
+def _accumulator(spec: LinearSpec) -> type[InputAccumulator]:
+    return RowAccumulator if spec.experts > 1 else InputAccumulator
+
+
+def gradient_bytes(spec: LinearSpec) -> int:
+    """Return the bytes of the sums of the gradients at the outputs of a layer."""
+    return _accumulator(spec).bytes_for(spec.m)
+
+
+def _add_gradient(
+    accumulator: InputAccumulator, output: torch.Tensor, x: torch.Tensor | None = None, sent: Sent | None = None
+) -> None:
     """Add the gradient at ``output`` when the backward pass reaches it."""
-    if output.requires_grad:
+    if not output.requires_grad:
+        return
+    if isinstance(accumulator, RowAccumulator):
+        assert x is not None and sent is not None
+        output.register_hook(partial(accumulator.add_sent, sent, len(x)))
+    else:
         output.register_hook(accumulator.add)
 
 

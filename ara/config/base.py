@@ -14,6 +14,13 @@ Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Flag(choice
 Method = Annotated[str, Flag(short="-m")]
 MethodValues = Annotated[dict[str, str], Flag(name="option", short="-O", metavar="NAME=VALUE")]
 Exclude = Annotated[tuple[str, ...], Flag(metavar="PATTERN")]
+ShareExperts = Annotated[
+    bool,
+    Field(
+        description="in a mixture of experts, give the experts of a block one factor A for what maps up (gate and up): "
+        "one layer, with one rank",
+    ),
+]
 MaxKeep = Annotated[
     float | None,
     Field(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ara import bounds
-from ara.config.base import Dtype, Exclude, MaxKeep, Method, MethodValues, PlacementConfig
+from ara.config.base import Dtype, Exclude, MaxKeep, Method, MethodValues, PlacementConfig, ShareExperts
 from ara.config.flags import Flag
 
 
@@ -39,6 +39,7 @@ class DecomposeConfig(PlacementConfig):
         description="in a mixture of experts, let every expert see the inputs of all tokens, instead of those that the "
         "router sends to it",
     )
+    share_experts: ShareExperts = False
     factors_dtype: Dtype = Field(
         "auto",
         description="precision of the stored factors, and of the checkpoints made of them; auto: as --dtype, but "

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ara import bounds
-from ara.config.base import Exclude, MaxKeep, Method, PlacementConfig
+from ara.config.base import Exclude, MaxKeep, Method, PlacementConfig, ShareExperts
 from ara.config.flags import Flag
 from ara.config.sizes import SIZE_PATTERN, EmbeddingBits
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
@@ -51,6 +51,7 @@ class PlanConfig(PlacementConfig):
     exclude: Exclude = Field(
         (), description="shell pattern of layers to leave dense and out of budgets, such as '*.down_proj'"
     )
+    share_experts: ShareExperts = False
     max_keep: MaxKeep = None
     revision: str | None = Field(None, description="branch, tag or commit of a hub model [default: main]")
     probe: bool = Field(True, description="measure this machine for about five seconds, to estimate times")

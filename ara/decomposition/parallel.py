@@ -58,8 +58,9 @@ def cost(spec: LinearSpec) -> int:
 
 
 def factorisation_bytes(spec: LinearSpec) -> int:
-    """Return the memory of one factorisation: G, W and factors in float64."""
-    return 8 * (3 * spec.n * spec.n + 3 * spec.m * spec.m + 4 * spec.dense_cost)
+    """Return the memory of one factorisation: G, H, W and factors in float64."""
+    outputs = spec.m if spec.experts > 1 else spec.m * spec.m
+    return 8 * (3 * spec.n * spec.n + 3 * outputs + 4 * spec.dense_cost)
 
 
 def workers_for(layers: Sequence[LinearSpec], free: int) -> int:

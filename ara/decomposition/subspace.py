@@ -7,7 +7,8 @@ calibration tokens is enough. G = I is the plain SVD, a diagonal G is ASVD, and 
 which is usually computed by a Cholesky factorisation of G, an SVD of W L, and a triangular solve.
 
 With an output metric H = L Lᵀ (m, m) the norm is ‖Lᵀ (W − W_k) G^{1/2}‖_F, the same problem for LᵀW:
-``W_k = L^{-T} U_k U_kᵀ Lᵀ W`` with U the eigenvectors of Lᵀ W G Wᵀ L. H must be positive definite.
+``W_k = L^{-T} U_k U_kᵀ Lᵀ W`` with U the eigenvectors of Lᵀ W G Wᵀ L. H must be positive definite. If it is diagonal,
+so is L.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def weighted_factors(weight: torch.Tensor, inputs: torch.Tensor | None, outputs:
     Args:
         weight: W (m, n) float64.
         inputs: G as (n, n), or (n) if it is diagonal, or ``None`` for the identity; float64.
-        outputs: H (m, m) float64, positive definite; ``None`` for the identity.
+        outputs: H as (m, m), or (m) if it is diagonal; float64, positive definite; ``None`` for the identity.
 
     Returns:
         ``b`` = L^{-T} U (m, r), ``a`` = Uᵀ Lᵀ W (r, n), ``spectrum`` = eigenvalues (r). Without H the columns of
@@ -31,6 +32,10 @@ def weighted_factors(weight: torch.Tensor, inputs: torch.Tensor | None, outputs:
 
     Squaring loses singular values below 1e-8 of the largest (float64), far below the precision of stored factors.
     """
+    if outputs is not None and outputs.dim() == 1:
+        scales = outputs.sqrt()[:, None]
+        scaled = weighted_factors(weight * scales, inputs)
+        return Factors(scaled.a, scaled.b / scales, scaled.spectrum)
     m, n = weight.shape
     if m > n:
         # The column space of W has only n dimensions, so the work is done inside it.

@@ -44,8 +44,10 @@ class TwoSided(Decomposition):
         """Factorise ``weight`` (m, n) in the metrics G and H."""
         assert stats is not None and gradients is not None and isinstance(self.options, TwoSidedOptions)
         outputs = gradients.second_moment.to(weight.device).double()
-        mean = outputs.diagonal().mean()
-        identity = torch.eye(len(outputs), dtype=torch.float64, device=weight.device)
+        diagonal = outputs.dim() == 1
+        mean = (outputs if diagonal else outputs.diagonal()).mean()
+        ones = torch.ones(len(outputs), dtype=torch.float64, device=weight.device)
+        identity = ones if diagonal else ones.diag()
         if mean == 0:  # no gradient reached this layer: all errors count the same
             outputs, mean = identity, mean + 1
         damped = outputs + self.options.damping * mean * identity

@@ -114,13 +114,15 @@ def count_model(model: PreTrainedModel, *, last_logits: bool) -> Cost:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from ara.layouts.modeling_ara import SeparateExperts
+    from ara.layouts.modeling_ara import SeparateExperts, shared_layers_of_experts
     from ara.models.multimodal import language_modules
 
     head = model.get_output_embeddings()
     chosen = {
         module for experts in model.modules() if isinstance(experts, SeparateExperts) for module in experts.modules()
     }
+    # A factor that experts share multiplies with every token once.
+    chosen -= {layer.A for path in shared_layers_of_experts(model) if hasattr(layer := model.get_submodule(path), "A")}
     linear = experts = 0
     language: list[Any] = list(language_modules(model).values())
     for module in language:

@@ -8,8 +8,9 @@ unchanged into every compressed checkpoint, so that a checkpoint also loads with
 
 A checkpoint is an ordinary one of its architecture. ``quantization_config`` in its ``config.json`` names the low-rank
 layers, their ranks and their layout, and the matrices that are rounded to few bits. Experts that transformers keeps in
-one fused parameter are separate layers in a checkpoint, so every expert has its own rank. Shapes: ``m`` out features,
-``n`` in features, ``k`` rank, ``E`` experts.
+one fused parameter are separate layers in a checkpoint, so every expert has its own rank; or what maps up is one layer
+of all experts of a block, so that they share a factor A. Shapes: ``m`` out features, ``n`` in features, ``k`` rank,
+``E`` experts, ``t`` tokens, ``s`` pairs of a token and one of its experts.
 """
 
 from __future__ import annotations
@@ -124,9 +125,10 @@ class LowRankLinear(CompressedLinear):
         """Return ``B A`` (m, n), computed in ``dtype``."""
         return self.B.weight.to(dtype) @ self.A.weight.to(dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``x`` (..., n) to (..., m) through k dimensions."""
-        return self.B(self.A(x))
+    def forward(self, x: torch.Tensor, sent: Sent | None = None) -> torch.Tensor:
+        """Map ``x`` (..., n) to (..., m) through k dimensions; ``sent`` as in :class:`SharedLinear`."""
+        h = self.A(x)
+        return self.B(h) if sent is None else by_expert(self.B, h, sent)
 
 
 class PivotedLinear(CompressedLinear):
@@ -166,17 +168,102 @@ class PivotedLinear(CompressedLinear):
         wrong = not torch.equal(self.order.sort().values, expected)
         return f"order is not a permutation of 0 … {len(self.order) - 1}" if wrong else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``x`` (..., n) to (..., m) through k of its own outputs."""
+    def forward(self, x: torch.Tensor, sent: Sent | None = None) -> torch.Tensor:
+        """Map ``x`` (..., n) to (..., m) through k of its own outputs; ``sent`` as in :class:`SharedLinear`."""
         h = self.A(x)
+        if sent is not None and _is_plain(self.C):
+            return self._by_expert(h, sent)
         rows = torch.cat([h, self.C(h)], -1)
         # On CPUs several times as fast as index_select, which copies one number at a time.
         y = rows.gather(-1, self.order.long().expand_as(rows))
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return y if sent is None else sent.own(y)
+
+    def _by_expert(self, h: torch.Tensor, sent: Sent) -> torch.Tensor:
+        """Return the outputs (s, m / E) for h (t, k); only the rows of an expert are computed for its tokens."""
+        coefficients = _matrix(self.C, h.dtype)
+        biases = None if self.bias is None else self.bias.chunk(len(sent.counts))
+        parts = []
+        for expert, (own, order) in enumerate(
+            zip(sent.split(h), self.order.long().chunk(len(sent.counts)), strict=True)
+        ):
+            if len(own):
+                row = order - self.rank
+                y = own @ coefficients[row.clamp_min(0)].T
+                y = torch.where(row < 0, own[:, order.clamp_max(self.rank - 1)], y)
+                parts.append(y if biases is None else y + biases[expert])
+        return torch.cat(parts) if parts else h.new_zeros(0, self.out_features // len(sent.counts))
 
 
 # Tensors of a matrix of few bits.
 NUMBERS = ("steps", "scales", "zeros")
+
+
+class Sent:
+    """Which experts get which tokens of a pass.
+
+    Args:
+        tokens: (s) int64, of the first expert, then of the second, ….
+        counts: how many of them each of the E experts gets.
+    """
+
+    def __init__(self, tokens: torch.Tensor, counts: Sequence[int]) -> None:
+        self.tokens, self.counts = tokens, list(counts)
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the rows of ``x`` (t, …) that each expert gets."""
+        return x[self.tokens].split(self.counts)
+
+    def own(self, y: torch.Tensor) -> torch.Tensor:
+        """Return (s, m): of the outputs ``y`` (t, E m) of all experts those of the expert that gets the token."""
+        experts = torch.arange(len(self.counts), device=y.device)
+        experts = experts.repeat_interleave(torch.tensor(self.counts, device=y.device))
+        return y.unflatten(-1, (len(self.counts), -1))[self.tokens, experts]
+
+
+class SharedLinear(nn.Linear):
+    """One layer of all E experts: their weights (m, n) are on top of each other, (E m, n), and it is called once.
+
+    So is every layer in its place. Their ``forward`` gets the inputs (t, n) of all tokens, and which experts get them.
+    It returns (s, m): the outputs of the first expert for its tokens, then those of the second, ….
+    """
+
+    def forward(self, x: torch.Tensor, sent: Sent | None = None) -> torch.Tensor:
+        """Map ``x`` (t, n) to (s, m), or (..., n) to the outputs (..., E m) of all experts."""
+        if sent is None:
+            return super().forward(x)
+        return sent_product(x, self.weight, self.bias, sent)
+
+
+def sent_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sent: Sent) -> torch.Tensor:
+    """Return the products (s, m) of inputs (t, n) with the weights of their experts, (E m, n) and a bias (E m)."""
+    count = len(sent.counts)
+    biases = [None] * count if bias is None else bias.chunk(count)
+    parts = [
+        nn.functional.linear(own, rows, more)
+        for own, rows, more in zip(sent.split(x), weight.chunk(count), biases, strict=True)
+        if len(own)
+    ]
+    return torch.cat(parts) if parts else x.new_zeros(0, len(weight) // count)
+
+
+def by_expert(layer: Any, x: torch.Tensor, sent: Sent) -> torch.Tensor:
+    """Return the outputs (s, m) of a linear part of a layer of all experts, for inputs ``x`` (t, n)."""
+    if _is_plain(layer):
+        return sent_product(x, _matrix(layer, x.dtype), layer.bias, sent)
+    # Whatever else it does, such as what PEFT adds, is done for all experts.
+    return sent.own(layer(x))
+
+
+def _is_plain(layer: Any) -> bool:
+    """Tell whether a linear layer is nothing but a matrix and a bias, and nobody observes it."""
+    known = type(layer) is nn.Linear or isinstance(layer, RoundedLinear)
+    return known and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _matrix(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    found: torch.Tensor = layer.matrix(dtype) if isinstance(layer, RoundedLinear) else layer.weight
+    return found
 
 
 class SeparateExperts(nn.Module):
@@ -187,12 +274,14 @@ class SeparateExperts(nn.Module):
 
     Attributes:
         since: first version of the checkpoint format that has separate experts.
+        shared_since: first version in which what maps up may be one layer of all experts, a :class:`SharedLinear`.
         fused_class: the class of transformers.
         every_token: run every expert on all tokens, so that whoever observes its layers sees all of them. The result
             is the same.
     """
 
     since: ClassVar[int] = 5
+    shared_since: ClassVar[int] = 6
     fused_class: ClassVar[type[nn.Module]]
     config: Any
     num_experts: int
@@ -201,10 +290,25 @@ class SeparateExperts(nn.Module):
     _apply_gate: Callable[[torch.Tensor], torch.Tensor]
     every_token: bool = False
 
+    @property
+    def shares_up(self) -> bool:
+        """Whether what maps up is one layer of all experts."""
+        return not isinstance(getattr(self, expert_parameters(self)[0]), nn.ModuleList)
+
     def run_expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """Return the outputs (t, d) of one expert for the inputs ``x`` (t, d)."""
-        up, down = (getattr(self, name)[expert] for name in expert_parameters(self))
-        return self._after(down(self._between(up(x))))
+        up, down = (getattr(self, name) for name in expert_parameters(self))
+        if self.shares_up:
+            sent = Sent(torch.arange(len(x), device=x.device), [len(x) * (one == expert) for one in range(len(down))])
+            return self._after(down[expert](self._between(up(x, sent))))
+        return self._after(down[expert](self._between(up[expert](x))))
+
+    def run_all(self, x: torch.Tensor, sent: Sent) -> torch.Tensor:
+        """Return the outputs (s, d) of experts that share what maps up, for the inputs ``x`` (t, d) of all tokens."""
+        up, down = (getattr(self, name) for name in expert_parameters(self))
+        inner = self._between(up(x, sent)).split(sent.counts)
+        parts = [self._after(layer(own)) for layer, own in zip(down, inner, strict=True) if len(own)]
+        return torch.cat(parts) if parts else x.new_zeros(0, x.shape[-1])
 
     def _between(self, x: torch.Tensor) -> torch.Tensor:
         return self._apply_gate(x) if self.has_gate else self.act_fn(x)
@@ -227,6 +331,8 @@ class RoutedExperts(SeparateExperts):
             top_k_index: experts of every token, (t, c) int64. E or a larger number means no expert.
             top_k_weights: (t, c).
         """
+        if self.shares_up:
+            return self._shared(hidden_states, top_k_index, top_k_weights)
         how = getattr(self.config, "_experts_implementation", None)
         if how in ("grouped_mm", "batched_mm") and (stacks := self._stacks()):
             return self._together(stacks, hidden_states, top_k_index, top_k_weights, how == "batched_mm")
@@ -243,6 +349,18 @@ class RoutedExperts(SeparateExperts):
             weighted = made * top_k_weights[rows, places, None]
             total.index_add_(0, rows, weighted.to(total.dtype))
         return total
+
+    def _shared(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return what :meth:`forward` does, if the experts share what maps up."""
+        # (E + 1, t); the last row is of no expert.
+        share = weights.new_zeros(self.num_experts + 1, len(x))
+        share.index_put_((experts.clamp_max(self.num_experts).T, torch.arange(len(x), device=x.device)), weights.T)
+        chosen = torch.zeros_like(share, dtype=torch.bool)
+        chosen.scatter_(0, experts.clamp_max(self.num_experts).T, True)
+        share, chosen = share[:-1], chosen[:-1] | self.every_token
+        tokens = chosen.nonzero()[:, 1]
+        made = self.run_all(x, Sent(tokens, chosen.sum(1).tolist())) * share[chosen][:, None]
+        return torch.zeros_like(x).index_add_(0, tokens, made.to(x.dtype))
 
     def _together(
         self,
@@ -299,6 +417,12 @@ class SortedExperts(SeparateExperts):
         """Return the outputs (E t, d) for the inputs (E t, d): t rows for the first expert, t for the second, …."""
         rows = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
         outputs = torch.zeros_like(rows)
+        if self.shares_up:
+            chosen = rows.any(-1) | self.every_token
+            own = rows[chosen]
+            sent = Sent(torch.arange(len(own), device=own.device), chosen.sum(1).tolist())
+            outputs[chosen] = self.run_all(own, sent)
+            return outputs.view_as(hidden_states)
         for expert, x in enumerate(rows):
             sent = x.any(-1) | self.every_token
             if sent.any():
@@ -426,18 +550,33 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def expert_layers(model: nn.Module) -> list[str]:
-    """Return the paths of the layers of separate experts in ``model``."""
-    return [
+    """Return the paths of the layers of separate experts in ``model``, and of layers of all experts of a block."""
+    own = [
         f"{path}.{name}.{expert}".removeprefix(".")
         for path, module in model.named_modules()
         if isinstance(module, SeparateExperts)
-        for name in expert_parameters(module)
+        for name in expert_parameters(module)[module.shares_up :]
         for expert in range(module.num_experts)
     ]
+    return [*own, *shared_layers_of_experts(model)]
 
 
-def separate_experts(model: nn.Module) -> nn.Module:
-    """Turn fused experts into separate linear layers, in place; the layers share the memory of the fused parameter."""
+def shared_layers_of_experts(model: nn.Module) -> dict[str, int]:
+    """Return path → E of the layers of all experts of a block in ``model``."""
+    return {
+        f"{path}.{expert_parameters(module)[0]}".removeprefix("."): module.num_experts
+        for path, module in model.named_modules()
+        if isinstance(module, SeparateExperts) and module.shares_up
+    }
+
+
+def separate_experts(model: nn.Module, shared: bool = False) -> nn.Module:
+    """Turn fused experts into separate linear layers, in place; the layers share the memory of the fused parameter.
+
+    Args:
+        model: with fused experts or without.
+        shared: make what maps up one layer of all experts. Weights that are stored as (E, n, m) are copied for it.
+    """
     for module in fused_experts(model).values():
         module.__class__ = _separate_class(type(module))  # type: ignore[arg-type]
         for name in expert_parameters(module):
@@ -445,6 +584,11 @@ def separate_experts(model: nn.Module) -> nn.Module:
             delattr(module, name)
             if biases is not None:
                 delattr(module, f"{name}_bias")
+            if shared and name == expert_parameters(module)[0]:
+                weight = (weights.detach().mT if module.is_transposed else weights.detach()).flatten(0, 1)
+                one = shared_linear_with(weight, None if biases is None else biases.detach().flatten())
+                setattr(module, name, one.requires_grad_(weights.requires_grad))
+                continue
             layers = nn.ModuleList()
             for expert, weight in enumerate(weights.detach()):
                 bias = None if biases is None else biases.detach()[expert]
@@ -460,13 +604,14 @@ def fuse_experts(model: nn.Module) -> nn.Module:
         if not isinstance(module, SeparateExperts):
             continue
         for name in expert_parameters(module):
-            layers = list(getattr(module, name))
+            layers: Any = getattr(module, name)
+            layers = [layers] if isinstance(layers, SharedLinear) else list(layers)
             delattr(module, name)
-            weights = torch.stack([layer.weight.detach() for layer in layers])
+            weights = torch.cat([layer.weight.detach() for layer in layers]).unflatten(0, (module.num_experts, -1))
             weights = weights.mT.contiguous() if module.is_transposed else weights
             setattr(module, name, nn.Parameter(weights, layers[0].weight.requires_grad))
             if module.has_bias:
-                biases = torch.stack([layer.bias.detach() for layer in layers])
+                biases = torch.cat([layer.bias.detach() for layer in layers]).unflatten(0, (module.num_experts, -1))
                 setattr(module, f"{name}_bias", nn.Parameter(biases, layers[0].bias.requires_grad))
         module.__class__ = module.fused_class  # type: ignore[assignment]
     return model
@@ -584,9 +729,14 @@ class RoundedLinear(RoundedMatrix):
         """Width m of the output."""
         return self.m
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``x`` (..., n) to (..., m)."""
-        return nn.functional.linear(x, self.dense(x.dtype), self.bias)
+    def forward(self, x: torch.Tensor, sent: Sent | None = None) -> torch.Tensor:
+        """Map ``x`` (..., n) to (..., m); ``sent`` as in :class:`SharedLinear`."""
+        weight = self.matrix(x.dtype)
+        return nn.functional.linear(x, weight, self.bias) if sent is None else sent_product(x, weight, self.bias, sent)
+
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight (m, n) in ``dtype``, as a pass uses it."""
+        return self.dense(dtype)
 
 
 class RoundedEmbedding(RoundedMatrix):
@@ -690,7 +840,9 @@ def unpacked(stored: torch.Tensor, bits: int) -> torch.Tensor:
 # Name of a layout → the module of its layers.
 LAYERS: dict[str, type[CompressedLinear]] = {"factors": LowRankLinear, "pivoted": PivotedLinear}
 # A checkpoint of a newer format is refused.
-CHECKPOINT_FORMAT = max(SeparateExperts.since, RoundedEmbedding.since, *(layer.since for layer in LAYERS.values()))
+CHECKPOINT_FORMAT = max(
+    SeparateExperts.shared_since, RoundedEmbedding.since, *(layer.since for layer in LAYERS.values())
+)
 # Bits and lengths of blocks that a rounded matrix may have.
 BITS, BLOCKS = (4, 8), (16, 32, 64, 128, 256)
 
@@ -706,9 +858,11 @@ class AraConfig(QuantizationConfigMixin):
         rounded: path of a linear layer, of a part of a low-rank one such as ``….q_proj.A``, or of the embedding →
             bits, length of blocks, whether there are zero points. A head that is tied to the embedding has no entry.
             All other matrices are floating-point numbers.
+        shared_experts: whether what maps up in experts is one layer of all experts of a block.
     """
 
     rounded: dict[str, list[Any]] = {}  # noqa: RUF012 - never changed; the config names it only where there are any
+    shared_experts: bool = False  # the config names it only where it is true
 
     def __init__(
         self,
@@ -717,6 +871,7 @@ class AraConfig(QuantizationConfigMixin):
         provenance: dict[str, Any] | None = None,
         layout: str = "factors",
         rounded: dict[str, list[Any]] | None = None,
+        shared_experts: bool = False,
         **_: Any,
     ) -> None:
         for key, value in (("ranks", ranks), ("provenance", provenance), ("rounded", rounded)):
@@ -726,6 +881,8 @@ class AraConfig(QuantizationConfigMixin):
         self.ranks = dict(ranks or {})
         if rounded:
             self.rounded = dict(rounded)
+        if shared_experts is not False:
+            self.shared_experts = shared_experts
         self.layout = layout
         self.format_version = format_version
         self.provenance = dict(provenance or {})
@@ -745,6 +902,11 @@ class AraConfig(QuantizationConfigMixin):
                 raise ValueError(
                     f"quantization_config.ranks[{name!r}] must be a whole number of at least 1, got {rank!r}"
                 )
+        if type(shared_experts) is not bool or (shared_experts and format_version < SeparateExperts.shared_since):
+            raise ValueError(
+                f"quantization_config.shared_experts must be true or false, and needs ARA format "
+                f"{SeparateExperts.shared_since}, got {shared_experts!r:.60} in format {format_version}"
+            )
         if self.rounded and format_version < RoundedLinear.since:
             raise ValueError(
                 f"quantization_config.rounded needs ARA format {RoundedLinear.since}, got {format_version}"
@@ -769,7 +931,7 @@ class AraQuantizer(HfQuantizer):
         inside = tuple(f"{path}." for path in fused_experts(model))
         self._separate = any(name.startswith(inside) for name in (*config.ranks, *config.rounded))
         if self._separate:
-            separate_experts(model)
+            separate_experts(model, config.shared_experts)
             for module in (part for part in model.modules() if isinstance(part, SeparateExperts)):
                 vars(module)["_is_hf_initialized"] = True
         ignored = {rf"^{re.escape(key)}$" for key in self._guards(model)}
@@ -940,9 +1102,11 @@ def densify(model: nn.Module) -> nn.Module:
 
     The weight is computed in float32 and rounded once, to the dtype of the factors.
     """
+    shared = shared_layers_of_experts(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, CompressedLinear):
-            replace_linear(model, name, _dense_layer(module))
+            weight = module.product(torch.float32).detach().to(module.A.weight.dtype)
+            replace_linear(model, name, _dense_layer(weight, module, name in shared))
     return model
 
 
@@ -956,9 +1120,10 @@ def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     dtype = dtype or next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     embeddings: dict[RoundedEmbedding, nn.Embedding] = {}
     heads: dict[str, TiedHead] = {}
+    shared = shared_layers_of_experts(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, RoundedLinear):
-            replace_linear(model, name, linear_with(module.dense(dtype), module.bias, module.transposed))
+            replace_linear(model, name, _dense_layer(module.dense(dtype), module, name in shared))
         elif isinstance(module, RoundedEmbedding):
             embeddings[module] = embedding_with(module.dense(dtype), module.scale)
             replace_linear(model, name, embeddings[module])
@@ -1021,9 +1186,9 @@ def _found(model: nn.Module, name: str, *kinds: type[nn.Module]) -> Any:
     return module
 
 
-def _dense_layer(module: CompressedLinear) -> nn.Module:
-    weight = module.product(torch.float32).detach().to(module.A.weight.dtype)
-    return linear_with(weight, module.bias, module.transposed)
+def _dense_layer(weight: torch.Tensor, module: Any, shared: bool) -> nn.Module:
+    """Return the ordinary layer with this weight (m, n) in place of a compressed or rounded one."""
+    return shared_linear_with(weight, module.bias) if shared else linear_with(weight, module.bias, module.transposed)
 
 
 def linear_with(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> nn.Module:
@@ -1036,6 +1201,15 @@ def linear_with(weight: torch.Tensor, bias: torch.Tensor | None, transposed: boo
         weight = weight.T.contiguous()
     else:
         layer = nn.Linear(n, m, bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
+def shared_linear_with(weight: torch.Tensor, bias: torch.Tensor | None) -> SharedLinear:
+    """Return a layer of all experts with a weight (E m, n) and a bias (E m)."""
+    layer = SharedLinear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach(), requires_grad=False)

@@ -15,6 +15,9 @@ If only the first s of the r components are stored, the effect of all others tog
 
 It counts as that of the last component, and those in between have none. So sums over all components from s on are
 right, and a rank between s and r has the loss of rank s.
+
+In a layer of all experts (:class:`ara.layouts.modeling_ara.SharedLinear`) a token has an output of each of its experts.
+Its q is the sum over them.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ara.layouts.modeling_ara import Sent, sent_product
 from ara.models.weights import bias_of
 
 # Called in the backward pass with h ⊙ q, (tokens, r): the first-order effect of each component at each token. The last
@@ -61,47 +65,60 @@ class MaskedLinear(nn.Module):
         """r = min(m, n)."""
         return min(self.weight.shape)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x (..., n) to (..., m)."""
+    def forward(self, x: torch.Tensor, sent: Sent | None = None) -> torch.Tensor:
+        """Map x (..., n) to (..., m); ``sent`` as in :class:`ara.layouts.modeling_ara.SharedLinear`."""
         if torch.is_grad_enabled() and self.mask is not None and (self.mask.requires_grad or x.requires_grad):
-            result: torch.Tensor = _StraightThrough.apply(x, self.mask, self)
+            result: torch.Tensor = _StraightThrough.apply(x, self.mask, self, sent)
             return result
-        return self.compute(x)[0]
+        return self.compute(x, sent)[0]
 
-    def compute(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def compute(self, x: torch.Tensor, sent: Sent | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output (..., m) and h (..., k); h is ``None`` when dense."""
         if self.soft:
             assert self.mask is not None
             h = x @ self.a.T
-            return functional.linear(h * self.mask.detach().to(h.dtype), self.b, self.bias), h
+            return _product(h * self.mask.detach().to(h.dtype), self.b, self.bias, sent), h
         if self.rank is None:
-            return functional.linear(x, self.weight, self.bias), None
+            return _product(x, self.weight, self.bias, sent), None
         h = x @ self.a[: self.rank].T
-        return functional.linear(h, self.b[:, : self.rank], self.bias), h
+        return _product(h, self.b[:, : self.rank], self.bias, sent), h
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sent: Sent | None) -> torch.Tensor:
+    """Return x Wᵀ + bias; see :meth:`MaskedLinear.forward`."""
+    return functional.linear(x, weight, bias) if sent is None else sent_product(x, weight, bias, sent)
+
+
+def _back(g: torch.Tensor, weight: torch.Tensor, sent: Sent | None, tokens: int) -> torch.Tensor:
+    """Return g W (t, k) for gradients at the outputs of :func:`_product` and a weight (m, k)."""
+    if sent is None:
+        return g @ weight
+    parts = [own @ rows for own, rows in zip(g.split(sent.counts), weight.chunk(len(sent.counts)), strict=True)]
+    return g.new_zeros(tokens, weight.shape[1]).index_add_(0, sent.tokens, torch.cat(parts))
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, mask: torch.Tensor, layer: MaskedLinear) -> torch.Tensor:
-        y, h = layer.compute(x)
-        ctx.layer, ctx.rank, ctx.soft = layer, layer.rank, layer.soft
+    def forward(ctx: Any, x: torch.Tensor, mask: torch.Tensor, layer: MaskedLinear, sent: Sent | None) -> torch.Tensor:
+        y, h = layer.compute(x, sent)
+        ctx.layer, ctx.rank, ctx.soft, ctx.sent = layer, layer.rank, layer.soft, sent
         ctx.save_for_backward(x, h, mask)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         """Return the gradient of the input through the kept components, and that of the mask of all components."""
         layer: MaskedLinear = ctx.layer
         x, h, mask = ctx.saved_tensors
         flat = x.reshape(-1, x.shape[-1])
         g = grads[0].reshape(-1, grads[0].shape[-1]).to(x.dtype)
-        q = g @ layer.b
+        q = _back(g, layer.b, ctx.sent, len(flat))
         grad_x = through = None
         if ctx.needs_input_grad[0]:
             if ctx.soft:
                 grad_x = (q * mask.to(q.dtype)) @ layer.a
             elif ctx.rank is None:
-                grad_x = through = g @ layer.weight
+                grad_x = through = _back(g, layer.weight, ctx.sent, len(flat))
             else:
                 grad_x = q[:, : ctx.rank] @ layer.a[: ctx.rank]
             grad_x = grad_x.view_as(x)
@@ -115,12 +132,12 @@ class _StraightThrough(torch.autograd.Function):
                     h = torch.cat([h, flat @ layer.a[h.shape[1] :].T], 1)
             effect = h * q
             if effect.shape[1] < layer.full_rank:
-                through = g @ layer.weight if through is None else through
+                through = _back(g, layer.weight, ctx.sent, len(flat)) if through is None else through
                 effect = _with_rest(effect, flat, through, layer.full_rank)
             if layer.observer is not None:
                 layer.observer(effect)
             grad_mask = effect.sum(0, dtype=torch.float32)
-        return grad_x, grad_mask, None
+        return grad_x, grad_mask, None, None
 
 
 def _with_rest(effect: torch.Tensor, x: torch.Tensor, through: torch.Tensor, full: int) -> torch.Tensor:

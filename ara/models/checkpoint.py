@@ -28,6 +28,7 @@ from ara.layouts.modeling_ara import (
     fuse_experts,
     replace_rounded,
     separate_experts,
+    shared_layers_of_experts,
 )
 from ara.models.completeness import check_loaded, stored_tensors, weight_files
 from ara.models.loading import why_not_loaded
@@ -107,12 +108,13 @@ def declare_compressed(
     modules = rounded or {}
     settings = {name: [one.bits, one.block, one.zeros is not None] for name, one in modules.items()}
     since = max(LAYERS[layout].since if ranks else 1, *(one.since for one in modules.values()), 1)
+    shared = bool(shared_layers_of_experts(model))
     if any(isinstance(module, SeparateExperts) for module in model.modules()):
-        since = max(since, SeparateExperts.since)
+        since = max(since, SeparateExperts.shared_since if shared else SeparateExperts.since)
         model._weight_conversions = []  # AraQuantizer.update_weight_conversions reads the names as they are
     elif merges(model, (f"{layer}.{part}" for layer in ranks for part in model.get_submodule(layer).state_dict())):
         model._weight_conversions = []  # factors cannot be merged; transformers also loads the names in memory
-    config = AraConfig(dict(ranks), since, provenance, layout, settings)
+    config = AraConfig(dict(ranks), since, provenance, layout, settings, shared)
     model.config.quantization_config = config
     model.config.auto_map = {
         auto: f"{Path(CODE_FILE).stem}.{named.__name__}" for auto, named in AUTO_CLASSES.items() if named.loads(model)
@@ -130,23 +132,25 @@ def finish_files(folder: Path) -> None:
         path.chmod(mode)
 
 
-def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+def load(path: str | Path, device: str = "auto", dtype: str = "auto", shared_experts: bool = False) -> PreTrainedModel:
     """Load a compressed checkpoint, in evaluation mode. Rounded matrices become ordinary ones with the same numbers.
 
     Args:
         path: the ``checkpoint`` folder that ``ara truncate`` wrote, compressed or densified.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: float32, bfloat16 or float16; auto takes the dtype of the checkpoint.
+        shared_experts: make what maps up one layer of all experts of a block; a checkpoint whose experts share a
+            factor has it anyway.
 
     Raises:
         ModelError: not a checkpoint, or a damaged one.
         UsageError: unknown device or dtype.
     """
-    return load_rounded(path, device, dtype)[0]
+    return load_rounded(path, device, dtype, shared_experts)[0]
 
 
 def load_rounded(
-    path: str | Path, device: str = "auto", dtype: str = "auto"
+    path: str | Path, device: str = "auto", dtype: str = "auto", shared_experts: bool = False
 ) -> tuple[PreTrainedModel, dict[str, RoundedMatrix]]:
     """Load a compressed checkpoint as :func:`load` does, and return its rounded matrices by path as well.
 
@@ -155,7 +159,7 @@ def load_rounded(
     folder = Path(path)
     stored = str(read_config(folder).get("dtype") or "float32")
     placement = choose_placement(device, stored if dtype == "auto" else dtype)
-    model = _read(folder, torch_dtype(placement.dtype))
+    model = _read(folder, torch_dtype(placement.dtype), shared_experts=shared_experts)
     rounded = {name: module for name, module in model.named_modules() if isinstance(module, RoundedMatrix)}
     dequantise(model)
     return model.to(placement.device).eval().requires_grad_(False), rounded
@@ -196,12 +200,16 @@ def stored_checkpoint(folder: Path) -> StoredModel:
     return StoredModel(_read(folder, None, "meta"), weight_files(folder), str(folder), partial(load, folder))
 
 
-def _read(folder: Path, dtype: torch.dtype | None, device: str | None = None) -> PreTrainedModel:
+def _read(
+    folder: Path, dtype: torch.dtype | None, device: str | None = None, shared_experts: bool = False
+) -> PreTrainedModel:
     """Load a checkpoint, whose experts become separate layers, and compare it with its files.
 
     A dtype of ``None`` is that of the files.
     """
-    kind = read_config(folder).get("model_type")
+    config = read_config(folder)
+    kind = config.get("model_type")
+    shared_experts = shared_experts or quantization_of(folder, config).get("shared_experts") is True
     try:
         with silence_transformers():
             model, loading = auto_class(kind).from_pretrained(
@@ -221,7 +229,7 @@ def _read(folder: Path, dtype: torch.dtype | None, device: str | None = None) ->
         raise ModelError(f"{folder} cannot be loaded: {reason}", _AGAIN) from error
     stored = stored_tensors(weight_files(folder))
     check_loaded(model, loading, f"{folder} cannot be loaded: the checkpoint", stored, _AGAIN)
-    separate_experts(model)
+    separate_experts(model, shared_experts)
     loaded: PreTrainedModel = model
     return loaded
 

@@ -63,6 +63,11 @@ class ModelSource:
     _gguf: GgufFile | None = field(default=None, repr=False)
     _report: Reporter = field(default=SILENT, repr=False)
     _offload: Offload = field(default="auto", repr=False)
+    _shared_experts: bool = field(default=False, repr=False)
+
+    def with_experts(self, shared: bool) -> ModelSource:
+        """Return this source; in its models, one layer of all experts of a block maps up, if they are ``shared``."""
+        return replace(self, _shared_experts=shared)
 
     def load_model(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
         """Load the model, in evaluation mode and with gradients off.
@@ -160,7 +165,7 @@ class ModelSource:
         files = weight_files(origin, self.identity.revision)
         stored = stored_tensors(files)
         check_loaded(model, loading, self.identity.location, stored)
-        separate_experts(model)
+        separate_experts(model, self._shared_experts)
         return model, files, stored
 
     @property
@@ -198,7 +203,7 @@ class ModelSource:
 
         with self._loading("config"), torch.device("meta"):
             model: PreTrainedModel = auto_class(self.config.model_type).from_config(self.config)
-        separate_experts(model)
+        separate_experts(model, self._shared_experts)
         return model
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -73,7 +73,8 @@ class StoredModel:
     @property
     def merged(self) -> bool:
         """Whether transformers merges experts while it loads them, so that it cannot map their weights."""
-        return any(self._sources[part].expert is None for part in self._parts if part in self._sources)
+        sources = [self._sources[part] for part in self._parts if part in self._sources]
+        return any(source.expert is None and not source.stacked for source in sources)
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, as ``from_pretrained`` would load it, or one of :attr:`fused`.
@@ -89,7 +90,8 @@ class StoredModel:
         for key in source.keys:
             with self._open(self._files[key]) as file:
                 part = file.get_tensor(key) if source.expert is None else file.get_slice(key)[source.expert]
-            parts.append(part.T if source.transposed else part)
+            part = part.mT if source.transposed else part
+            parts.append(part.flatten(0, 1) if source.stacked else part)
         stored = parts[0] if len(parts) == 1 else torch.cat(parts)
         dtype = self._dtypes[name]
         tensor = stored.to(dtype) if stored.is_floating_point() else stored
@@ -106,7 +108,7 @@ class StoredModel:
 
 def join_experts(parts: Iterable[torch.Tensor], fused: Fused) -> torch.Tensor:
     """Return the parameter (E, …) of experts from their tensors."""
-    stacked = torch.stack(list(parts))
+    stacked = torch.cat(list(parts)).unflatten(0, (fused.count, -1))
     return stacked.mT.contiguous() if fused.transposed else stacked
 
 

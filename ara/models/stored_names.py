@@ -29,12 +29,14 @@ class Source:
     Attributes:
         keys: names in the files; several tensors are put on top of each other.
         expert: which slice of the tensor it is; ``None`` for the whole one.
-        transposed: whether the slice is stored transposed.
+        transposed: whether the slices are stored transposed.
+        stacked: whether the slices of the tensor are put on top of each other.
     """
 
     keys: tuple[str, ...]
     expert: int | None = None
     transposed: bool = False
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ class Fused:
     """A parameter of experts as transformers has it, (E, …).
 
     Attributes:
-        parts: names of the tensors of the separate experts, in their order.
+        parts: names of the tensors of the separate experts, in their order; or of the one of all experts.
+        count: number of experts, E.
         transposed: whether it holds them transposed.
     """
 
     parts: tuple[str, ...]
+    count: int
     transposed: bool = False
 
 
@@ -56,12 +60,13 @@ def fused_parameters(model: torch.nn.Module) -> dict[str, Fused]:
     for path, module in model.named_modules():
         if isinstance(module, SeparateExperts):
             for name in expert_parameters(module):
-                layers = [f"{path}.{name}.{expert}" for expert in range(module.num_experts)]
-                found[f"{path}.{name}"] = Fused(
-                    tuple(f"{layer}.weight" for layer in layers), bool(module.is_transposed)
-                )
+                count = module.num_experts
+                separate = isinstance(getattr(module, name), torch.nn.ModuleList)
+                layers = [f"{path}.{name}.{expert}" for expert in range(count)] if separate else [f"{path}.{name}"]
+                weights, biases = (tuple(f"{layer}.{part}" for layer in layers) for part in ("weight", "bias"))
+                found[f"{path}.{name}"] = Fused(weights, count, bool(module.is_transposed))
                 if module.has_bias:
-                    found[f"{path}.{name}_bias"] = Fused(tuple(f"{layer}.bias" for layer in layers))
+                    found[f"{path}.{name}_bias"] = Fused(biases, count)
     return found
 
 
@@ -148,15 +153,17 @@ def sources_of(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Source]
                 entry = merged.setdefault(name, _Merged(tuple(rule.source_patterns)))
                 entry.keys.setdefault(pattern, []).append(key)
     for name, parameter in fused.items():
-        count = len(parameter.parts)
+        one_layer = len(parameter.parts) < parameter.count
         if (whole := found.pop(name, None)) is not None:
             for expert, part in enumerate(parameter.parts):
-                found[part] = Source(whole.keys, expert, parameter.transposed)
+                found[part] = Source(whole.keys, None if one_layer else expert, parameter.transposed, one_layer)
         elif name in merged and not parameter.transposed:
             lists = [merged[name].keys[pattern] for pattern in merged[name].patterns if pattern in merged[name].keys]
-            if all(len(one) == count for one in lists):
-                for part, *sources in zip(parameter.parts, *lists, strict=True):
-                    found[part] = Source(tuple(sources))
+            if all(len(one) == parameter.count for one in lists):
+                sources = list(zip(*lists, strict=True))
+                if one_layer:
+                    sources = [tuple(key for keys in sources for key in keys)]
+                found |= {part: Source(keys) for part, keys in zip(parameter.parts, sources, strict=True)}
     return found
 
 

@@ -24,7 +24,14 @@ from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 from ara.layouts import layout_named
 from ara.layouts.base import Number
 from ara.layouts.grid import Grid
-from ara.layouts.modeling_ara import CompressedLinear, SeparateExperts, expert_layers, replace_linear
+from ara.layouts.modeling_ara import (
+    CompressedLinear,
+    SeparateExperts,
+    SharedLinear,
+    expert_layers,
+    replace_linear,
+    shared_layers_of_experts,
+)
 from ara.models.multimodal import language_modules, reading_text_alone
 
 # Blocks that an error lists.
@@ -63,9 +70,14 @@ class WeightRef:
         """Call ``call`` with the input (..., n) before each run of the layer, until the handle is removed."""
         return self.owner(model).register_forward_pre_hook(lambda module, args: call(args[0]))
 
-    def on_output(self, model: nn.Module, call: Callable[[torch.Tensor], None]) -> RemovableHandle:
-        """Call ``call`` with the output (..., m) after each run of the layer; see :meth:`on_input`."""
-        return self.owner(model).register_forward_hook(lambda module, args, output: call(output))
+    def on_output(self, model: nn.Module, call: Callable[..., None]) -> RemovableHandle:
+        """Call ``call`` with the output (..., m) after each run of the layer, until the handle is removed.
+
+        For a layer of all experts it also gets the inputs (t, n), and which experts got them.
+        """
+        return self.owner(model).register_forward_hook(
+            lambda module, args, output: call(output, *args) if len(args) > 1 else call(output)
+        )
 
 
 @dataclass(frozen=True)
@@ -76,11 +88,12 @@ class LinearSpec:
         name: its path in the model.
         layer: index of its decoder block.
         kind: path inside the block, such as ``self_attn.q_proj``; without the number of an expert.
-        m: out features.
+        m: out features; of a layer of all experts, of all of them together.
         n: in features.
         layout: how it is stored at a lower rank; determines what a rank costs.
         bits: per weight in the model.
         stored: largest rank whose factors are stored; ``None`` for all ranks.
+        experts: how many experts of a block have this layer together, with one factor A; 1 for any other layer.
     """
 
     name: str
@@ -91,6 +104,7 @@ class LinearSpec:
     layout: LayoutName = DEFAULT_LAYOUT
     bits: int = 16
     stored: int | None = None
+    experts: int = 1
 
     @property
     def weight(self) -> WeightRef:
@@ -189,6 +203,7 @@ def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSp
     linears: list[LinearSpec] = []
     for layer, block in enumerate(blocks):
         of_experts, routers = frozenset(expert_layers(block)), _routers(block)
+        shared_by = shared_layers_of_experts(block)
         for kind, module in block.named_modules():
             if isinstance(module, CompressedLinear):
                 raise UnsupportedModelError(
@@ -198,8 +213,9 @@ def find_linears(model: nn.Module, exclude: Sequence[str] = ()) -> list[LinearSp
                 ref = WeightRef(f"{prefix}.{layer}.{kind}")
                 weight = ref.read(model)
                 m, n = weight.shape
-                of_all = kind.rpartition(".")[0] if kind in of_experts else kind
-                linears.append(LinearSpec(ref.name, layer, of_all, m, n, bits=8 * weight.element_size()))
+                of_all = kind.rpartition(".")[0] if kind in of_experts and kind not in shared_by else kind
+                bits, experts = 8 * weight.element_size(), shared_by.get(kind, 1)
+                linears.append(LinearSpec(ref.name, layer, of_all, m, n, bits=bits, experts=experts))
     _refuse_unsupported(model, prefix, blocks, linears)
     shared = set(shared_layers(model))
     own = [spec for spec in linears if spec.name not in shared]
@@ -240,7 +256,8 @@ def _routers(block: nn.Module) -> frozenset[str]:
 
 def _is_linear(module: nn.Module) -> bool:
     """Tell whether a module is a linear layer, and does nothing else."""
-    return isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    plain = (nn.Linear.forward, Conv1D.forward, SharedLinear.forward)
+    return isinstance(module, (nn.Linear, Conv1D)) and type(module).forward in plain
 
 
 def bias_of(module: nn.Module) -> torch.Tensor | None:

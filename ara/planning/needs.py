@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ara.calibration.chunks import split_into_chunks
+from ara.calibration.gradients import gradient_bytes
 from ara.calibration.moments import InputAccumulator, gram_flops
 from ara.config import DecomposeConfig, EvalConfig, RecoverConfig, TrainMasksConfig, TruncateConfig, TuningConfig
 from ara.config.sizes import bytes_in
@@ -114,7 +115,7 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
         moments = max(_accumulators(shape, chunk, method.needs_gradients) for chunk in chunks)
         tokens = config.samples * config.seq_len
         work += shape.window.forward(config.samples, head=False)
-        work += _gram([(spec.n, shape.share(spec)) for spec in shape.leaders], tokens)
+        work += _gram([(spec.n, shape.seen(spec)) for spec in shape.leaders], tokens)
         reading = _transient(shape, config.batch_size, config.seq_len)
         output = config.seq_len * shape.hidden * shape.dtype.itemsize
         cuts = len(chunks) - 1
@@ -123,7 +124,8 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
             assert isinstance(method.options, TwoSidedOptions)
             windows = max(1, round(method.options.gradient_share * config.samples))
             work += shape.window.forward(windows) + shape.window.backward(windows)
-            work += _gram([(spec.m, shape.share(spec)) for spec in shape.specs], windows * config.seq_len)
+            separate = [spec for spec in shape.specs if spec.experts == 1]
+            work += _gram([(spec.m, shape.share(spec)) for spec in separate], windows * config.seq_len)
             work += loss(shape.vocabulary, windows * config.seq_len)
             reading = _graph(shape, settings, config.batch_size, config.seq_len, free)
             kept += min(2 * cuts * windows * output, free // _SHARE)
@@ -196,7 +198,7 @@ def recover(shape: ModelShape, settings: Settings, free: int) -> Need:
     for spec in shape.leaders:
         train, held_out = (count * seq_len for count in (config.samples, config.held_out))
         n2, gram = 2.0 * spec.n * spec.n, gram_flops(spec.n)
-        work += Work(single=train * (n2 + gram) + held_out * (n2 + 2 * gram)) * shape.share(spec)
+        work += Work(single=train * (n2 + gram) + held_out * (n2 + 2 * gram)) * shape.seen(spec)
     for spec in shape.specs:
         work += correction(spec, ranks.get(spec.name))
         if spec.name in ranks:
@@ -311,10 +313,11 @@ def _prefixes(shape: ModelShape) -> float:
 def _accumulators(shape: ModelShape, chunk: Sequence[LinearSpec], gradients: bool) -> int:
     widths = [spec.n for spec in chunk if shape.owners[spec.name] == spec.name]
     widths += {spec.pool: spec.n for spec in chunk if spec.pool is not None}.values()
+    outputs: list[int] = []
     if gradients:
-        widths += [spec.m for spec in chunk]
-        widths += {spec.pool: spec.m for spec in chunk if spec.pool is not None}.values()
-    return sum(map(InputAccumulator.bytes_for, widths))
+        outputs += map(gradient_bytes, chunk)
+        outputs += {spec.pool: gradient_bytes(spec) for spec in chunk if spec.pool is not None}.values()
+    return sum(map(InputAccumulator.bytes_for, widths)) + sum(outputs)
 
 
 def _largest_block(shape: ModelShape) -> list[LinearSpec]:
@@ -330,7 +333,7 @@ def _graph(shape: ModelShape, settings: Settings, windows: int, seq_len: int, fr
     kept = shape.window.kept * windows
     if masks:
         # Each layer keeps its input.
-        inputs = sum(spec.n * shape.share(spec) for spec in shape.leaders)
+        inputs = sum(spec.n * shape.seen(spec) for spec in shape.leaders)
         kept += int(windows * seq_len * inputs * shape.dtype.itemsize)
     logits = _logits(shape, windows, seq_len)
     if kept > free // 2:

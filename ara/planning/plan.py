@@ -151,6 +151,7 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
     placement = choose_placement(config.device, config.dtype)
     report.step(f"Planning {config.model}")
     source = resolve(config.model, revision=config.revision, report=report, needs_weights=False)
+    source = source.with_experts(config.share_experts)
     check_window(config.seq_len, source.config)
     report.fact("reading the shape of the model; no weight is read")
     stored_dtype = dtype_to_store(placement, config.dtype, source.own_dtype)

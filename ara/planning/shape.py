@@ -80,7 +80,8 @@ class ModelShape:
     Attributes:
         specs: the layers that are factorised, with the bits of ``stored``.
         owners: layer → the first layer of the model with the same input.
-        shares: path of a list with one layer of all experts → the share of the tokens that an expert sees on average.
+        shares: path of a list with one layer of all experts, or of such a layer → the share of the tokens that an
+            expert sees on average.
         parameters: of the model; a tied weight counts once.
         embeddings: parameters of the embedding and the head; a tied pair counts once.
         block: parameters of the largest decoder block.
@@ -125,8 +126,12 @@ class ModelShape:
         return (self.block + self.embeddings) * self.dtype.itemsize
 
     def share(self, spec: LinearSpec) -> float:
-        """Return the share of the tokens that a layer sees, 1 if it is no expert's."""
-        return 1.0 if spec.pool is None else self.shares[spec.pool]
+        """Return the share of its weights that a token multiplies with, 1 if it is no expert's."""
+        return self.shares.get(spec.pool or spec.name, 1.0)
+
+    def seen(self, spec: LinearSpec) -> float:
+        """Return the share of the tokens whose inputs a layer gets; a layer of all experts gets all of them."""
+        return 1.0 if spec.experts > 1 else self.share(spec)
 
     @property
     def leaders(self) -> tuple[LinearSpec, ...]:

@@ -44,10 +44,10 @@ class ScaledLinear(RoundedLinear):
         self.steps, self.zeros, self.bias = layer.steps, layer.zeros, layer.bias
         self.scales = nn.Parameter(layer.scales.float(), requires_grad=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``x`` (..., n) to (..., m)."""
-        weight: torch.Tensor = _Weight.apply(self.scales, self, x.dtype)
-        return nn.functional.linear(x, weight, self.bias)
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight (m, n) in ``dtype``, as a function of the scales."""
+        weight: torch.Tensor = _Weight.apply(self.scales, self, dtype)
+        return weight
 
     def scale_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the scales (m, blocks) float32 from that of the weight (m, n)."""

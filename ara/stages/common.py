@@ -179,17 +179,18 @@ def open_task(stage: str, run: Run, started: float, create: bool = False) -> Ite
         yield Task(stage, run, workspace, started)
 
 
-def model_of(view: StageView, run: Run) -> ModelSource:
-    """Return the model that the result ``view`` was made from.
+def model_of(decomposition: StageView, run: Run) -> ModelSource:
+    """Return the model that a decomposition was made from, with its experts as they are there.
 
     Raises:
         ModelError: it cannot be found or has changed since.
     """
+    from ara.artifacts.factors import FactorsResults
     from ara.models.identity import ModelIdentity
     from ara.models.sources import resolve
 
-    assert view.manifest is not None
-    identity = ModelIdentity.from_dict(view.manifest.model)
+    assert decomposition.manifest is not None
+    identity = ModelIdentity.from_dict(decomposition.manifest.model)
     local = identity.kind in ("folder", "gguf")
     source = resolve(
         identity.location if local else identity.requested,
@@ -199,11 +200,11 @@ def model_of(view: StageView, run: Run) -> ModelSource:
     )
     if source.identity.fingerprint != identity.fingerprint:
         raise ModelError(
-            f"{identity.requested} has changed since {view.key} was made "
+            f"{identity.requested} has changed since {decomposition.key} was made "
             f"(fingerprint {source.identity.fingerprint[:12]}, expected {identity.fingerprint[:12]})",
             "run ara decompose --force, or restore the original files",
         )
-    return source
+    return source.with_experts(any(layer.experts for layer in FactorsResults.read(decomposition).modules))
 
 
 def placement_in(runtime: Runtime, config: PlacementConfig) -> Placement:

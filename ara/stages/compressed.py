@@ -66,6 +66,11 @@ class Compressed:
         """The factorised layers, low-rank or dense, in the order of the model."""
         return specs_of(self.factors, self.layout)
 
+    @property
+    def shared_experts(self) -> bool:
+        """Whether one layer of all experts of a block maps up."""
+        return any(spec.experts > 1 for spec in self.specs)
+
     def write(
         self,
         model: PreTrainedModel,

@@ -16,7 +16,7 @@ from ara.calibration.moments import shared_inputs
 from ara.config import DecomposeConfig, method_options
 from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition
-from ara.errors import DiskFullError, UnsupportedModelError
+from ara.errors import DiskFullError, UnsupportedModelError, UsageError
 from ara.models.accounting import parameter_count
 from ara.models.context import check_window
 from ara.models.disk import disk_use, factor_bytes, storing
@@ -67,6 +67,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
     run.report.step(f"Decomposing {config.model}")
     with run.group.first_of_machine():
         source = resolve(config.model, revision=config.revision, report=run.report, offload=run.offload)
+    source = source.with_experts(config.share_experts)
     run.group.agree(source.identity.fingerprint, "the model")
     run.report.fact(placement.why)
     stored: str = config.factors_dtype
@@ -127,14 +128,29 @@ def _assist(
 
 def _recorded(config: DecomposeConfig) -> dict[str, Any]:
     """Return the settings for the manifest; results of earlier versions lack those that did not exist."""
-    later = {"max_keep": None, "calibrate_all_experts": False, "factors_dtype": config.dtype}
+    later = {
+        "max_keep": None,
+        "calibrate_all_experts": False,
+        "share_experts": False,
+        "factors_dtype": config.dtype,
+    }
     unset = {name for name, default in later.items() if getattr(config, name) == default}
     return config.model_dump(mode="json", exclude=unset)
 
 
 def linears_to_store(model: nn.Module, config: DecomposeConfig) -> list[LinearSpec]:
-    """Return the linear layers of the decoder blocks, with the ranks to store."""
-    return storing(find_linears(model, config.exclude), config.max_keep)
+    """Return the linear layers of the decoder blocks, with the ranks to store.
+
+    Raises:
+        UsageError: experts are to share a factor, and there are none.
+    """
+    linears = find_linears(model, config.exclude)
+    if config.share_experts and all(spec.experts == 1 for spec in linears):
+        raise UsageError(
+            f"--share-experts: {type(model).__name__} has no experts, or --exclude leaves them out",
+            "leave out --share-experts",
+        )
+    return storing(linears, config.max_keep)
 
 
 def _check_download(
@@ -292,7 +308,16 @@ def _overview(
 ) -> FactorsResults:
     return FactorsResults(
         modules=tuple(
-            FactorisedLayer(spec.name, spec.layer, spec.kind, spec.m, spec.n, spec.stored) for spec in linears
+            FactorisedLayer(
+                spec.name,
+                spec.layer,
+                spec.kind,
+                spec.m,
+                spec.n,
+                spec.stored,
+                spec.experts if spec.experts > 1 else None,
+            )
+            for spec in linears
         ),
         model_parameters=parameter_count(model),
         linear_parameters=sum(spec.dense_cost for spec in linears),

@@ -76,7 +76,7 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
                 run.report.fact(f"resuming: {len(finished)} blocks are rounded already")
             if resolved.device == "cpu":
                 keep_freed_memory()
-            model = load(before.view.path / CHECKPOINT, resolved.device, resolved.dtype)
+            model = load(before.view.path / CHECKPOINT, resolved.device, resolved.dtype, before.shared_experts)
             rounded, found = _rounded(model, resolved, before, plan, windows, moments, RoundingParts(stage), run)
             before.write(model, stage, run, {"rounding": found.plain()}, rounded, rounding=found)
         return task.view()

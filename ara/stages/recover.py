@@ -221,7 +221,7 @@ def _open(
         keep_freed_memory()
     with run.group.first_of_machine():
         dense = source.load_model(torch_dtype(config.dtype), config.device)
-    model, rounded = load_rounded(before.view.path / CHECKPOINT, config.device, config.dtype)
+    model, rounded = load_rounded(before.view.path / CHECKPOINT, config.device, config.dtype, before.shared_experts)
     files = factor_files(before.factors, before.specs)
     recovery = open_recovery(
         dense,

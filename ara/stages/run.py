@@ -122,7 +122,8 @@ def _check_stored_ranks(
     """
     if config.max_keep is None:
         return
-    specs = linears_to_store(resolve(config.model, revision=config.revision).empty_model(), config)
+    source = resolve(config.model, revision=config.revision).with_experts(config.share_experts)
+    specs = linears_to_store(source.empty_model(), config)
     stored = planned_ranks(f"decompose/{config.method}", specs, config.max_keep)
     for budget in budgets:
         if budget.method != AUTO:

@@ -69,7 +69,7 @@ class Checkpoint:
             it were an ordinary one.
 
     Raises:
-        UnsupportedModelError: a model that also reads pictures or sound.
+        UnsupportedModelError: a model that also reads pictures or sound, or whose experts share a factor.
         ModelError: the folder is no checkpoint, a shard is missing or damaged, or an ARA format that is too new.
     """
 
@@ -103,6 +103,13 @@ class Checkpoint:
                 ara = AraConfig(**{key: value for key, value in quantization.items() if key != "quant_method"})
             except (ValueError, TypeError) as error:
                 raise ModelError(f"{folder} cannot be read: {error}", _AGAIN) from None
+            if ara.shared_experts:
+                raise UnsupportedModelError(
+                    f"the experts of {folder} share a factor (--share-experts), and ARA's graphs compute each expert "
+                    "from matrices of its own",
+                    "use transformers, decompose without --share-experts, or write a dense checkpoint: "
+                    "ara truncate --densify",
+                )
             self.ranks, self.layout = ara.ranks, cast(LayoutName, ara.layout)
             self.rounded = {path: Rounding(*entry) for path, entry in ara.rounded.items()}
         self._files = _files(folder)

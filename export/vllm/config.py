@@ -69,7 +69,12 @@ class AraQuantizationConfig(QuantizationConfig):
             settings = AraConfig.from_dict(config)
         except (TypeError, ValueError) as error:
             raise ModelError(f"the checkpoint cannot be served: {error}") from error
-        experts = [name for name in (*settings.ranks, *settings.rounded) if name.rpartition(".")[2].isdecimal()]
+        names = (*settings.ranks, *settings.rounded)
+        experts = [
+            name
+            for name in names
+            if name.rpartition(".")[2].isdecimal() or (settings.shared_experts and ".experts." in name)
+        ]
         if experts:
             raise UnsupportedModelError(
                 f"the checkpoint factorises experts ({experts[0]}), and vLLM's kernels for experts read dense weights",

@@ -1,13 +1,17 @@
 """The two-sided decomposition against its definition, and the gradients that it is made from."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from ara.calibration.gradients import GradientStats, collect_gradients
-from ara.calibration.moments import InputStats
+from ara.calibration.gradients import GradientStats, RowAccumulator, _add_gradient, collect_gradients, gradient_bytes
+from ara.calibration.moments import InputAccumulator, InputStats
 from ara.decomposition.two_sided import TwoSided, TwoSidedOptions
 from ara.distributed.sharing import share_of_windows
+from ara.layouts.modeling_ara import separate_experts
 from ara.models.blocks import BlockRunner
+from ara.models.losses import token_losses
 from ara.models.weights import find_linears
 from tests.tiny import tiny_model
 
@@ -118,3 +122,46 @@ def test_processes_that_share_windows_draw_the_targets_of_one(size):
             sums[name] += stats.second_moment * (len(rows) / 7)
     for name, stats in whole.items():
         torch.testing.assert_close(sums[name], stats.second_moment, rtol=1e-4, atol=1e-5 * float(sums[name].max()))
+
+
+def test_diagonal_output_metric_is_the_same_as_a_diagonal_matrix():
+    for m, n in ((45, 27), (26, 43)):
+        weight, stats, gradients = _problem(m, n)
+        energies = gradients.second_moment.diagonal()
+        whole = TwoSided().decompose(weight, stats, GradientStats(energies.diag(), 100))
+        diagonal = TwoSided().decompose(weight, stats, GradientStats(energies, 100))
+        torch.testing.assert_close(diagonal.spectrum, whole.spectrum)
+        for k in (3, 20):
+            ours, expected = (found.b[:, :k] @ found.a[:k] for found in (diagonal, whole))
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-8 * float(weight.abs().max()))
+    weight, stats, _ = _problem(45, 27)
+    none = TwoSided().decompose(weight, stats, GradientStats(torch.zeros(45), 100))
+    torch.testing.assert_close(none.b @ none.a, weight.double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
+def test_gradients_at_a_layer_of_all_experts(family):
+    """Zero at the outputs of experts that a token does not have; of the same unit as for separate experts."""
+    ids = torch.arange(3, 3 + 4 * 12).view(4, 12)
+    model = separate_experts(tiny_model(family)).eval().requires_grad_(False)
+    separate = [spec for spec in find_linears(model) if spec.kind.endswith("gate_up_proj")]
+    # Raw sums: no expert is shrunk towards the others.
+    found = {}
+    for spec in separate:
+        sums = InputAccumulator(spec.m, torch.device("cpu"))
+        with spec.weight.on_output(model, partial(_add_gradient, sums)), torch.enable_grad():
+            _loss(model, ids).backward()
+        found[spec.name] = sums.gram.diagonal() / ids.numel()
+    shared = separate_experts(tiny_model(family), shared=True).eval().requires_grad_(False)
+    for spec in (spec for spec in find_linears(shared) if spec.experts > 1):
+        sums = RowAccumulator(spec.m, torch.device("cpu"))
+        with spec.weight.on_output(shared, partial(_add_gradient, sums)), torch.enable_grad():
+            _loss(shared, ids).backward()
+        expected = torch.cat([found[f"{spec.name}.{expert}"] for expert in range(5)])
+        torch.testing.assert_close(sums.result().second_moment, expected, rtol=1e-4, atol=1e-8)
+        assert gradient_bytes(spec) == 4 * spec.m
+
+
+def _loss(model, ids):
+    embedded = model.get_input_embeddings()(ids).requires_grad_(True)
+    return token_losses(model(inputs_embeds=embedded, use_cache=False).logits, ids).sum()

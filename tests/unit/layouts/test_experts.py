@@ -8,15 +8,22 @@ import pytest
 import torch
 from torch import nn
 
+from ara.layout_names import LayoutName
 from ara.layouts import layout_named
 from ara.layouts.modeling_ara import (
     LowRankLinear,
     SeparateExperts,
+    SharedLinear,
     StackedExperts,
+    densify,
+    dequantise,
     expert_parameters,
     fuse_experts,
     fused_experts,
+    replace_linear,
+    rounded_like,
     separate_experts,
+    shared_layers_of_experts,
 )
 from ara.models.experts import every_expert_sees_all, recording_routes, replaying_routes, run_one_by_one
 from ara.models.weights import find_linears, left_dense
@@ -224,3 +231,108 @@ def test_routes_of_another_model() -> None:
 
 def test_low_rank_experts_are_the_ordinary_class() -> None:
     assert isinstance(experts(mixed("mixtral"))[0].down_proj[0], LowRankLinear)
+
+
+def shared(family: str) -> Any:
+    """Return a model whose experts have one layer together that maps up."""
+    return separate_experts(tiny_model(family), shared=True)
+
+
+def compressed_together(family: str, layout: LayoutName, rank: int = 20) -> Any:
+    """Return the model with that layer at a rank."""
+    model = shared(family)
+    for path in shared_layers_of_experts(model):
+        layer = model.get_submodule(path)
+        basis = torch.randn(layer.in_features, rank, generator=torch.Generator().manual_seed(1))
+        a = torch.linalg.qr(basis).Q
+        replace_linear(model, path, layout_named(layout).build(a.T, layer.weight.detach() @ a, layer.bias))
+    return model
+
+
+@pytest.mark.parametrize("family", [*MIXTURES, "llama4_text"])
+def test_one_layer_of_all_experts(family: str) -> None:
+    model = tiny_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = logits(model)
+    separate_experts(model, shared=True)
+    found = {spec.name: spec for spec in find_linears(model) if spec.experts > 1}
+    assert found.keys() == shared_layers_of_experts(model).keys()
+    assert len(found) == len(experts(model))
+    assert {(spec.experts, spec.m // spec.experts, spec.pool) for spec in found.values()} == {
+        (5, experts(model)[0].down_proj[0].in_features * (2 if experts(model)[0].has_gate else 1), None)
+    }
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    with every_expert_sees_all(model):
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    fuse_experts(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("layout", ["factors", "pivoted"])
+@pytest.mark.parametrize("family", [*MIXTURES, "llama4_text"])
+def test_one_factor_for_all_experts(family: str, layout: LayoutName) -> None:
+    model = compressed_together(family, layout)
+    (path, *_) = shared_layers_of_experts(model)
+    assert model.get_submodule(path).A.weight.shape[0] == 20
+    expected = logits(densify(compressed_together(family, layout)))
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+    assert (logits(tiny_model(family)) - expected).abs().max() > 1e-3
+    assert isinstance(densify(model).get_submodule(path), SharedLinear)
+
+
+@pytest.mark.parametrize("layout", ["factors", "pivoted"])
+def test_rounded_factor_of_all_experts(layout: LayoutName) -> None:
+    model = compressed_together("gpt_oss", layout)
+    matrices = [
+        f"{path}.{name}"
+        for path in shared_layers_of_experts(model)
+        for name, part in model.get_submodule(path).named_children()
+        if isinstance(part, nn.Linear)
+    ]
+    for name in matrices:
+        rounded = rounded_like(model.get_submodule(name), 4, 16, False)
+        rounded.steps.random_(0, 256, generator=torch.Generator().manual_seed(0))
+        rounded.scales.fill_(0.01)
+        if rounded.bias is not None:
+            rounded.bias.data.copy_(model.get_submodule(name).bias)
+        replace_linear(model, name, rounded)
+    found = logits(model)
+    torch.testing.assert_close(found, logits(densify(dequantise(model))), atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_around_a_factor_of_all_experts_is_called() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    def doubled(layout: LayoutName, part: str) -> torch.Tensor:
+        model = compressed_together("mixtral", layout)
+        for path in shared_layers_of_experts(model):
+            layer = model.get_submodule(path)
+            factor = getattr(layer, part)
+            around = Doubled(factor.in_features, factor.out_features, bias=False)
+            around.weight = factor.weight
+            setattr(layer, part, around)
+        return logits(model)
+
+    def with_double_weights(layout: LayoutName, part: str) -> torch.Tensor:
+        model = compressed_together("mixtral", layout)
+        for path in shared_layers_of_experts(model):
+            getattr(model.get_submodule(path), part).weight.data.mul_(2)
+        return logits(model)
+
+    for layout, part in (("factors", "B"), ("pivoted", "C")):
+        torch.testing.assert_close(doubled(layout, part), with_double_weights(layout, part), atol=1e-4, rtol=1e-4)
+
+
+def test_a_token_without_experts() -> None:
+    module = experts(shared("mixtral"))[0]
+    x = torch.randn(3, module.gate_up_proj.in_features)
+    # Expert 5 of 5 does not exist: no expert.
+    index, weights = torch.tensor([[5, 5], [0, 5], [5, 5]]), torch.full((3, 2), 0.5)
+    made = module(x, index, weights)
+    assert torch.equal(made[[0, 2]], torch.zeros(2, made.shape[1]))
+    torch.testing.assert_close(made[1], module.run_expert(0, x[1:2])[0] / 2)
+    assert torch.equal(module(x, torch.full((3, 2), 5), weights), torch.zeros_like(made))

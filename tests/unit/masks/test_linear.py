@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ara.layouts.modeling_ara import Sent
 from ara.masks.linear import MaskedLinear
 from ara.models.losses import sampled_targets, token_losses
 
@@ -114,3 +115,30 @@ def test_drawn_targets_follow_the_distribution():
     shares = torch.bincount(targets[:, 1:].flatten(), minlength=4) / 4000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2, 0.0]), rtol=0, atol=0.03)
     assert shares[3] == 0
+
+
+@pytest.mark.parametrize("rank", [2, None])
+@pytest.mark.parametrize("stored", [7, 4])
+def test_one_layer_of_several_experts(layer, rank, stored):
+    """A token has an output of each of its experts; three experts of three outputs."""
+    sent = Sent(torch.tensor([0, 3, 1, 2, 3]), [2, 0, 3])
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(4, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    full_a, full_b = layer.a, layer.b
+    layer.a, layer.b, heard = full_a[:stored], full_b[:, :stored], []
+    layer.rank, layer.mask, layer.observer = rank, torch.ones(7).requires_grad_(), heard.append
+    y = layer(x, sent)
+    (y * g).sum().backward()
+    hard = (torch.arange(7) < (7 if rank is None else rank)).double().requires_grad_()
+    again = x.detach().clone().requires_grad_()
+    experts = torch.tensor([0, 0, 2, 2, 2])
+    every = (((again @ full_a.T) * hard) @ full_b.T + layer.bias).view(4, 3, 3)
+    expected = every[sent.tokens, experts]
+    (expected * g).sum().backward()
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(x.grad, again.grad)
+    # Those that are not stored count as the last one.
+    effect = hard.grad if stored == 7 else torch.cat([hard.grad[:4], torch.zeros(2), hard.grad[4:].sum()[None]])
+    torch.testing.assert_close(layer.mask.grad.double(), effect, rtol=1e-5, atol=1e-6)
+    assert heard[0].shape == (4, 7)
