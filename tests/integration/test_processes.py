@@ -31,6 +31,7 @@ from ara.workspace.store import Workspace
 from tests.commands import decompose_arguments
 from tests.damage import contents, listing
 from tests.forks import REPOSITORY, free_port, killed_at, raising_at, with_value
+from tests.tiny import save_tiny
 from tests.training import NAME, train_words
 
 FACTOR = "ara.stages.factoring:_factor"
@@ -112,6 +113,13 @@ def test_two_processes_give_the_factors_of_one(shared_root, finished):
     for path in view.path.glob("moments-*.safetensors"):
         for name, moment in load_file(path).items():
             torch.testing.assert_close(moment, load_file(alone.path / path.name)[name], rtol=1e-5, atol=1e-6)
+
+
+def test_experts_that_share_a_factor(forks, tiny_settings, tmp_path):
+    settings = {**tiny_settings, "model": str(save_tiny(tmp_path / "model", "mixtral"))}
+    succeeded(forks.run([*decompose_arguments(settings, tmp_path / "two"), "--share-experts"], size=2))
+    view = decompose(DecomposeConfig(**settings, share_experts=True), Run(tmp_path / "one"))
+    assert_same_factors(view, Workspace.open(tmp_path / "two").require("factors"))
 
 
 def test_a_method_without_text_gives_the_same_bytes(forks, tiny_settings, tmp_path):

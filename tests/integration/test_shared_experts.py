@@ -23,7 +23,7 @@ from ara.config import (
     TrainMasksConfig,
     TruncateConfig,
 )
-from ara.errors import UsageError
+from ara.errors import UnsupportedModelError, UsageError
 from ara.layouts.modeling_ara import fused_experts, shared_layers_of_experts
 from ara.models.sources import resolve
 from ara.planning.plan import make_plan
@@ -35,6 +35,7 @@ from ara.stages.recover import recover
 from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
 from ara.workspace.view import StageView
+from export.onnx.stored_weights import Checkpoint
 from tests.recorder import Recorder
 from tests.tiny import save_tiny, tiny_model
 
@@ -142,6 +143,11 @@ def test_repair_and_rounding(made: Made, tiny_text: str) -> None:
         assert 0 < (exact - found).abs().median() < 0.05
 
 
+def test_graphs_refuse_a_shared_factor(made: Made) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"the experts of .* share a factor"):
+        Checkpoint(made.checkpoint.path / "checkpoint")
+
+
 def test_dense_experts_stay_as_they_were(made: Made, tiny_text: str) -> None:
     """At keep 1 nothing says that the experts share a factor; repair and rounding know it from the decomposition."""
     run = Run(made.root, report=Recorder())
@@ -154,6 +160,15 @@ def test_dense_experts_stay_as_they_were(made: Made, tiny_text: str) -> None:
     rounded = quantise(few, run, checkpoint=dense.key, name="all-8")
     found = logits(ara.load(rounded.path / "checkpoint", "cpu"))
     assert 0 < (logits(model) - found).abs().median() < 0.05
+
+
+def test_weights_that_stay_in_their_files(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARA_CACHE_DIR", str(tmp_path))
+    model = str(made.root.parent / "model")
+    loaded, mapped = (
+        resolve(model, offload=offload).with_experts(True).load_model(torch.float32) for offload in ("none", "disk")
+    )
+    assert torch.equal(logits(mapped), logits(loaded))
 
 
 def test_plan_counts_one_layer_for_all_experts(made: Made, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from ara.layout_names import LayoutName
 from ara.layouts import layout_named
 from ara.layouts.modeling_ara import (
+    AraConfig,
     LowRankLinear,
     SeparateExperts,
     SharedLinear,
@@ -336,3 +337,11 @@ def test_a_token_without_experts() -> None:
     assert torch.equal(made[[0, 2]], torch.zeros(2, made.shape[1]))
     torch.testing.assert_close(made[1], module.run_expert(0, x[1:2])[0] / 2)
     assert torch.equal(module(x, torch.full((3, 2), 5), weights), torch.zeros_like(made))
+
+
+@pytest.mark.parametrize(("version", "value"), [(5, True), (6, "yes"), (6, 1)])
+def test_config_that_shares_experts_wrongly(version: int, value: Any) -> None:
+    with pytest.raises(ValueError, match="shared_experts must be true or false, and needs ARA format 6"):
+        AraConfig({}, version, shared_experts=value)
+    assert "shared_experts" not in AraConfig({}, 6).to_dict()
+    assert AraConfig({}, 6, shared_experts=True).to_dict()["shared_experts"] is True
