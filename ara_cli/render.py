@@ -63,6 +63,9 @@ def show_allocation(console: Console, view: StageView) -> None:
     console.table(title, headers, rows)
     if (size := results.size) is not None:
         counts = ", ".join(f"{count} layers {bits} bits" for bits, count in size.layers.items())
+        if size.blocks:
+            lengths = ", ".join(f"{block} in {count}" for block, count in size.blocks.items())
+            counts += f" (weights per scale: {lengths})"
         if size.embedding_bits is not None:
             counts += f", embedding and head {size.embedding_bits} bits"
         whole = f"{bytes_text(size.linear + size.others)} of {bytes_text(size.limit)}"
@@ -206,7 +209,9 @@ def show_checkpoint(console: Console, view: StageView) -> None:
         counts = [f"{bits} ({count} matrices)" for bits, count in rounding.bits.items()]
         if rounding.embedding_bits is not None:
             counts.append(f"{rounding.embedding_bits} (embedding and head)")
-        rows.append(("bits per weight", f"{', '.join(counts)}, a scale{zero_points} per {rounding.block} weights"))
+        rows.append(
+            ("bits per weight", f"{', '.join(counts)}, a scale{zero_points} per {rounding.block_words} weights")
+        )
         rows.append(("rounding", rounding.method))
         rows.append(("held-out loss", f"{rounding.loss_before:.4f} → {rounding.loss_after:.4f} nats/token"))
     console.table(f"{view.name}", columns("", ""), rows)

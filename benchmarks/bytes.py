@@ -35,9 +35,10 @@ from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults
 from ara.artifacts.factors import specs_of
 from ara.artifacts.ranks import read_allocation
 from ara.config import AllocateConfig, DecomposeConfig, QuantiseConfig, RecoverConfig, TruncateConfig
+from ara.config.sizes import DEFAULT_BLOCKS, few_bits
 from ara.errors import NumericalError, UsageError
 from ara.layout_names import LAYOUT_NAMES
-from ara.layouts.grid import BITS, Grid
+from ara.layouts.grid import Grid
 from ara.models.checkpoint import load
 from ara.models.placement import choose_placement
 from ara.stages.allocate import allocate
@@ -62,7 +63,7 @@ SEQ_LEN = 512
 # The repair after rounding.
 REPAIR: dict[str, Any] = {"level": "distill", "only": True}
 # Settings that determine a row.
-SETTINGS = ("model", "windows", "seq_len", "samples", "rank_samples", "held_out", "layout", "block", "dtype", "seed")
+SETTINGS = ("model", "windows", "seq_len", "samples", "rank_samples", "held_out", "layout", "blocks", "dtype", "seed")
 
 
 class Compressor:
@@ -72,7 +73,7 @@ class Compressor:
         self.model, self.arguments, self.run = model, arguments, run
         # As of quantise and allocate.
         self.tuning = {"samples": arguments.rank_samples, "held_out": arguments.held_out, "seed": arguments.seed}
-        self.tuning |= {"dtype": arguments.dtype, "block": arguments.block}
+        self.tuning |= {"dtype": arguments.dtype}
 
     @cached_property
     def factors(self) -> StageView:
@@ -102,7 +103,13 @@ class Compressor:
         config = AllocateConfig(keep=1.0, method="uniform", layout=layout)
         if row.size is not None:
             exclude = () if form.ranks else ("*",)
-            shared = {**self.tuning, "layout": layout, "exclude": exclude, "guard": False}
+            shared = {
+                **self.tuning,
+                "layout": layout,
+                "exclude": exclude,
+                "guard": False,
+                "blocks": self.arguments.blocks,
+            }
             config = AllocateConfig(budget_bytes=self.limit(row.size), bits=form.bits, **shared)
         return allocate(config, self.run, factors=self.factors.name, name=row.allocation)
 
@@ -114,11 +121,15 @@ class Compressor:
         before = level_at(row.form, RECOVERED if row.level == DISTILLED else row.level)
         if before == RECOVERED:
             made = recover(RecoverConfig(**settings), self.run, checkpoint=made.key, name=f"{chosen.name}-{RECOVERED}")
-        if set(self.widths(row, chosen)) == {16}:
+        if not self.grids(row, chosen):
             return made
         # A large loss is a result as well.
         config = QuantiseConfig(
-            bits=None if form.sized else form.bits[0], method=form.method, tolerance=bounds.MAX_WEIGHT, **self.tuning
+            bits=None if form.sized else form.bits[0],
+            method=form.method,
+            tolerance=bounds.MAX_WEIGHT,
+            block=self.arguments.blocks[0],
+            **self.tuning,
         )
         rounded = quantise(config, self.run, checkpoint=made.key, name=row.rounded(before))
         if row.level != DISTILLED:
@@ -126,25 +137,29 @@ class Compressor:
         repair = RecoverConfig(**settings, **REPAIR)
         return recover(repair, self.run, checkpoint=rounded.key, name=f"{rounded.name}-{DISTILLED}")
 
-    def widths(self, row: Row, chosen: StageView) -> list[int]:
-        """Return the bits per weight of every layer."""
-        choices = read_allocation(chosen, specs_of(self.factors, self.arguments.layout)).choices.values()
-        return [choice.bits if row.size is not None else FORMS[row.form].bits[0] for choice in choices]
+    def grids(self, row: Row, chosen: StageView) -> dict[str, Grid]:
+        """Return the grid of every layer that is rounded."""
+        specs, block = specs_of(self.factors, self.arguments.layout), self.arguments.blocks[0]
+        if row.size is not None:
+            return read_allocation(chosen, specs).grids(block, True)
+        bits = few_bits(FORMS[row.form].bits[0])
+        return {} if bits is None else {spec.name: Grid(bits, block, True) for spec in specs}
 
     def sizes(self, row: Row, chosen: StageView, made: StageView) -> dict[str, Any]:
         """Return the bytes of a row, its layers by bits, and the seconds of allocation and of the last stage."""
         specs = specs_of(self.factors, self.arguments.layout)
-        grids: dict[int, Grid] = {bits: Grid(bits, self.arguments.block, True) for bits in BITS}
-        widths, ranks = self.widths(row, chosen), read_allocation(chosen, specs).ranks
-        pairs = zip(specs, widths, strict=True)
-        linear = sum(spec.stored_bytes(ranks[spec.name], grids.get(width)) for spec, width in pairs)
+        grids, ranks = self.grids(row, chosen), read_allocation(chosen, specs).ranks
+        linear = sum(spec.stored_bytes(ranks[spec.name], grids.get(spec.name)) for spec in specs)
+        own = [grids[spec.name] for spec in specs if spec.name in grids]
+        widths = Counter(grid.bits for grid in own) + Counter({16: len(specs) - len(own)})
         results = CheckpointResults.read(made)
         assert made.manifest is not None and chosen.manifest is not None
         return {
             "linear_share": linear / self.linear_bytes,
             "file_bytes": results.disk_bytes,
             "low_rank_layers": results.low_rank_layers,
-            "layers": {str(width): count for width, count in sorted(Counter(widths).items())},
+            "layers": {str(width): count for width, count in sorted(widths.items())},
+            "blocks": {str(block): count for block, count in sorted(Counter(grid.block for grid in own).items())},
             "seconds": made.manifest.seconds + chosen.manifest.seconds,
         }
 
@@ -223,12 +238,20 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rank-samples", type=int, default=128, help="further windows for ranks, and for rounding")
     parser.add_argument("--held-out", type=int, default=32, help="further windows that judge rounding and repair")
     parser.add_argument("--layout", default="pivoted", choices=LAYOUT_NAMES, help="of low-rank layers")
-    parser.add_argument("--block", type=int, default=32, help="weights that share a scale and a zero point")
+    parser.add_argument(
+        "--block",
+        dest="blocks",
+        type=int,
+        action="append",
+        help="weights that share a scale and a zero point; may be repeated: models for a size choose between them, and "
+        f"the others have the first one [default: {', '.join(map(str, DEFAULT_BLOCKS))}]",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the rotation, and of all random choices")
     parser.add_argument("--dtype", default="auto", help=f"precision to compute in; files are in {STORED}")
     parser.add_argument("--workspace", type=Path, default=Path("bench-bytes"), help="where to work")
     parser.add_argument("--results", type=Path, help="file of the rows [default: bytes.json in the workspace]")
     arguments = parser.parse_args(words)
+    arguments.blocks = arguments.blocks or list(DEFAULT_BLOCKS)
     if "ARA_DATA_DIR" not in os.environ:
         sys.exit("error: ARA_DATA_DIR is not set\nhint: point it at a folder with c4_sample/ and wikitext2_raw/")
     console = Console()

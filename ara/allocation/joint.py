@@ -10,28 +10,33 @@ its loss is read from the same curve, as that of a cut with the same energy:
 
     loss(k, b) = f(T⁻¹(T(k) + R(k, b)))
 
-R, the energy of rounding, is measured once per layer and width: for the dense weight, and for factors at one rank. At
-other ranks it is the same share of the energy that is kept.
+R, the energy of rounding, is measured once per layer and grid: for the dense weight, and for factors at one rank. At
+other ranks it is the same share of the energy that is kept. A grid has few bits and a length of blocks, so both are
+chosen: longer blocks have fewer scales and larger errors. Of several lengths the shortest and the longest are measured.
+Between them log R is taken to be linear in the logarithm of the length.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 
 import torch
 
 from ara.allocation.rounded_ends import RoundedEnds
 from ara.calibration.moments import collect_moments, shared_inputs
+from ara.decomposition.parallel import map_layers
 from ara.layouts import layout_named
 from ara.layouts.grid import Grid
 from ara.masks.context import TuningContext
 from ara.masks.table_cache import cached_table
 from ara.models.blocks import BlockRunner
 from ara.models.weights import LinearSpec
-from ara.quantisation.calibrated import round_calibrated, round_product
+from ara.quantisation.calibrated import mixed_basis, round_calibrated, round_product
 from ara.quantisation.nearest import round_to_nearest
 from ara.solver.knapsack import exact_minimise
 from ara.solver.problem import Allocation, Budget, Choice, Module
@@ -42,7 +47,7 @@ _MEASURED = 0.5
 
 @dataclass(frozen=True)
 class RoundingShares:
-    """Energy of rounding errors of one layer at one width, as shares of the energy of what is rounded.
+    """Energy of rounding errors of one layer on one grid, as shares of the energy of what is rounded.
 
     Attributes:
         dense: of the dense weight.
@@ -52,29 +57,45 @@ class RoundingShares:
     dense: float
     factors: float
 
+    def towards(self, other: RoundingShares, part: float) -> RoundingShares:
+        """Return these shares at ``part`` 0 and the other ones at 1; their logarithms are linear in between."""
+        if part == 0 or self == other:
+            return self
+        pairs = ((self.dense, other.dense), (self.factors, other.factors))
+        return RoundingShares(*(one ** (1 - part) * two**part for one, two in pairs))
+
+
+def _place(block: int, first: int, last: int) -> float:
+    """Return where a length is between two, on a logarithmic scale from 0 to 1."""
+    return math.log(block / first) / math.log(last / first) if last > first else 0.0
+
+
+# Bits and block of a grid → what rounding to it loses.
+Shares = Mapping[tuple[int, int | None], RoundingShares]
+
 
 class Rounder:
     """Rounds the layers of a model at any rank, with the second moments of their inputs in the dense model.
 
     Attributes:
         context: the model and its windows.
-        grids: bits → grid.
+        grids: of layers; of those with the same bits the first one is for layers of one width.
         ends: the embedding and the head in few bits; ``None`` if they stay.
     """
 
-    def __init__(self, context: TuningContext, grids: Mapping[int, Grid], ends: Grid | None = None) -> None:
+    def __init__(self, context: TuningContext, grids: Sequence[Grid], ends: Grid | None = None) -> None:
         """Prepare; nothing is rounded yet.
 
         Args:
             context: the model and its windows.
-            grids: bits → grid of layers.
+            grids: of layers.
             ends: grid of the embedding and the head, if they are rounded.
 
         Raises:
             UnsupportedModelError: they cannot be rounded.
             UsageError: a block is longer than a row of them.
         """
-        self.context, self.grids = context, grids
+        self.context, self.grids = context, tuple(grids)
         self.ends = None if ends is None else RoundedEnds(context, ends)
 
     @cached_property
@@ -94,16 +115,22 @@ class Rounder:
         """Return G (n, n) of the inputs of a layer, on the device of the model."""
         return self._moments[name].to(self.context.model.device)
 
-    def shares(self) -> dict[str, dict[int, RoundingShares]]:
-        """Return module path → bits → rounding error, from the cache of the context if it is there.
+    def shares(self) -> Mapping[str, Shares]:
+        """Return module path → rounding errors, from the cache of the context if it is there.
 
         Raises:
             NumericalError: a weight or an input is NaN or infinite.
         """
-        found: dict[str, dict[int, RoundingShares]] = {spec.name: {} for spec in self.context.model.specs}
-        for bits, grid in self.grids.items():
-            for name, shares in self._shares_of(grid).items():
-                found[name][bits] = shares
+        found: dict[str, dict[tuple[int, int | None], RoundingShares]] = {
+            spec.name: {} for spec in self.context.model.specs
+        }
+        for bits in dict.fromkeys(grid.bits for grid in self.grids):
+            grids = sorted((grid for grid in self.grids if grid.bits == bits), key=lambda grid: grid.block)
+            first, last = (self._shares_of(grid) for grid in (grids[0], grids[-1]))
+            for grid in grids:
+                for name, own in found.items():
+                    at = _place(grid.block, grids[0].block, grids[-1].block)
+                    own[bits, grid.block] = first[name].towards(last[name], at)
         return found
 
     def _shares_of(self, grid: Grid) -> dict[str, RoundingShares]:
@@ -111,18 +138,27 @@ class Rounder:
         settings: dict[str, str | int] = {"grid": repr(grid), "layout": specs[0].layout}
         if self.context.moments is not None:
             settings["moments"] = "kept"
+        if layout_named(specs[0].layout).free_basis:
+            settings["basis"] = "mixed"
         sizes = {spec.name: 2 for spec in specs}
         table = cached_table(self.context, settings, sizes, lambda: self._measured(grid), "table of rounding errors")
         return {name: RoundingShares(*values.tolist()) for name, values in table.values.items()}
 
     def _measured(self, grid: Grid) -> dict[str, torch.Tensor]:
         """Round every layer, dense and at one rank: module path → (2) both shares."""
-        found = {}
-        specs = self.context.model.specs
-        with self.context.report.bar(f"Rounding layers to {grid.bits} bits", len(specs)) as bar:
-            for spec in specs:
-                layer = self.context.model.layers[spec.name]
-                shares = rounding_shares(spec, layer.a, layer.b, self._moment(spec.name), grid)
+        model, found = self.context.model, {}
+        reading = Lock()
+
+        def measured(spec: LinearSpec, _: None) -> RoundingShares:
+            # Kept moments are read by one thread at a time.
+            with reading:
+                moment = self._moment(spec.name)
+            layer = model.layers[spec.name]
+            return rounding_shares(spec, layer.a, layer.b, moment, grid)
+
+        work = [(spec, None) for spec in model.specs]
+        with self.context.report.bar(f"Rounding layers to {grid.bits} bits, blocks of {grid.block}", len(work)) as bar:
+            for spec, shares in zip(model.specs, map_layers(measured, work, model.device), strict=True):
                 found[spec.name] = torch.tensor([shares.dense, shares.factors], dtype=torch.float64)
                 bar.advance()
         return found
@@ -132,10 +168,11 @@ class Rounder:
 
         Args:
             spec: the layer.
-            choice: rank and bits.
+            choice: rank, bits and block.
             nearest: round every number of a dense weight for itself.
         """
-        layer, grid = self.context.model.layers[spec.name], self.grids.get(choice.bits)
+        layer = self.context.model.layers[spec.name]
+        grid = next((grid for grid in self.grids if (grid.bits, grid.block) == choice.width), None)
         if choice.rank is None:
             rounded = layer.weight if grid is None else self._rounded_dense(spec, grid, nearest)
         elif grid is None:
@@ -192,6 +229,8 @@ def _rounded_product(
 ) -> torch.Tensor:
     """Return the weight (m, n) of a low-rank layer, float64, after rounding the matrices that its layout stores."""
     layout = layout_named(spec.layout)
+    if layout.free_basis:
+        a, b = mixed_basis(a, b, moment)
     tensors = layout.split(a, b)
     first, second = (name for name in tensors if name not in layout.indices)
     rounded = round_product(tensors[first], tensors[second], moment, grid)
@@ -226,15 +265,13 @@ def rounding_shares(
     return RoundingShares(dense, energy(change) / energy(kept))
 
 
-def joint_losses(
-    module: Module, table: torch.Tensor, shares: Mapping[int, RoundingShares], budget: Budget
-) -> torch.Tensor:
+def joint_losses(module: Module, table: torch.Tensor, shares: Shares, budget: Budget) -> torch.Tensor:
     """Return the estimated loss of every choice of a layer.
 
     Args:
         module: the layer and its spectrum (r).
         table: (r + 1), loss of keeping k components; the last entry is the dense layer.
-        shares: bits → energy of rounding; a width without an entry is not rounded.
+        shares: energy of rounding; a width without an entry is not rounded.
         budget: offers the choices.
 
     Returns:
@@ -248,7 +285,7 @@ def joint_losses(
     kept = torch.tensor([len(spectrum) if choice.rank is None else choice.rank for choice in choices])
     share = torch.zeros(len(choices), dtype=torch.float64)
     for at, choice in enumerate(choices):
-        if (found := shares.get(choice.bits)) is not None:
+        if (found := shares.get(choice.width)) is not None:
             share[at] = found.dense if choice.rank is None else found.factors
     cut = torch.where(kept == len(spectrum), torch.zeros(1, dtype=torch.float64), tail[kept])
     return loss_of(cut + share * (total - cut))
@@ -272,7 +309,7 @@ def _curve(tail: torch.Tensor, table: torch.Tensor) -> Callable[[torch.Tensor], 
 def best_choices(
     modules: Sequence[Module],
     tables: Mapping[str, torch.Tensor],
-    shares: Mapping[str, Mapping[int, RoundingShares]],
+    shares: Mapping[str, Shares],
     budget: Budget,
 ) -> list[int]:
     """Return the choice of every layer with the least summed loss, as indices into ``budget.choices``.
@@ -280,7 +317,7 @@ def best_choices(
     Args:
         modules: the layers.
         tables: module path → losses of its ranks.
-        shares: module path → bits → energy of rounding.
+        shares: module path → energy of rounding.
         budget: in bytes.
     """
     losses = [joint_losses(one, tables[one.spec.name], shares[one.spec.name], budget) for one in modules]

@@ -54,10 +54,9 @@ class SizedAllocator:
         return Allocation.from_picks(self.specs, picks, budget)
 
     def dense(self, bits: int) -> Allocation:
-        """Return all layers dense at one width, whatever size that is."""
-        (width,) = self.widths([bits])
-        grids = self.rounder.grids
-        return Allocation({spec.name: Choice.of(spec, None, "bytes", width, grids) for spec in self.specs})
+        """Return all layers dense at one width, on the first grid of these bits, whatever size that is."""
+        grid = next((grid for grid in self.rounder.grids if grid.bits == bits), None)
+        return Allocation({spec.name: Choice.stored(spec, None, grid) for spec in self.specs})
 
     def of_form(self, form: Form, limit: int) -> Allocation:
         """Return the allocation of a form.

@@ -80,7 +80,8 @@ class RoundingFigures(Part):
 
     Attributes:
         bits: bits per weight → number of matrices in the decoder blocks.
-        block: weights per scale.
+        block: weights per scale, of layers for which the allocation named no other.
+        blocks: all lengths in use; ``None`` if there is one.
         zero_points: whether each block has a zero point.
         method: calibrated or nearest.
         windows, held_out: windows to calibrate with, and to judge by.
@@ -99,6 +100,12 @@ class RoundingFigures(Part):
     loss_before: Number
     loss_after: Number
     embedding_bits: Count | None = field(default=None, metadata=LEFT_OUT)
+    blocks: tuple[Count, ...] | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def block_words(self) -> str:
+        """All numbers of weights per scale in words, such as ``32 or 128``."""
+        return " or ".join(map(str, self.blocks or [self.block]))
 
     @property
     def widths(self) -> str:

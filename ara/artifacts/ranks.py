@@ -80,7 +80,8 @@ class SizeResults(Part):
         limit: of the weight files.
         linear, others: of the factorised layers, and of all other tensors and headers.
         layers: bits per weight → number of layers.
-        block, zero_points: grid of few bits.
+        block, zero_points: grid of few bits; the block of layers for which ranks.json names no other.
+        blocks: weights per scale → number of layers with few bits; ``None`` if there was no choice.
         embedding_bits: bits per weight of the embedding and the head; ``None`` if they are not rounded.
     """
 
@@ -91,6 +92,7 @@ class SizeResults(Part):
     block: Count
     zero_points: StrictBool
     embedding_bits: Count | None = field(default=None, metadata=LEFT_OUT)
+    blocks: Mapping[str, Count] | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)

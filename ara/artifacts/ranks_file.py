@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from ara import jsonfile
 from ara.artifacts.base import Rank
 from ara.errors import DataError, ProblemsError, near_matches
 from ara.layout_names import DEFAULT_LAYOUT, LAYOUT_NAMES, LayoutName
-from ara.layouts.grid import BITS, Bits
+from ara.layouts.grid import BITS, BLOCKS, Bits
 from ara.models.weights import LinearSpec
 from ara.solver.problem import DENSE, Allocation, Choice
 
-# Format 2 has a table of bits, or those of the embedding.
-RANKS_FORMAT, WITH_BITS = 1, 2
+# Format 2 has a table of bits, or those of the embedding; format 3 has a table of blocks as well.
+RANKS_FORMAT, WITH_BITS, WITH_BLOCKS = 1, 2, 3
 RANKS_FILE = "ranks.json"
 _COPY = "copy an allocation's ranks.json and edit its numbers"
 # Limits of an error message: problems, and characters of a name or value.
@@ -30,7 +31,10 @@ def ranks_table(allocation: Allocation) -> dict[str, Rank]:
 
 
 def from_table(
-    ranks: Mapping[str, Any], specs: Sequence[LinearSpec], bits: Mapping[str, int] | None = None
+    ranks: Mapping[str, Any],
+    specs: Sequence[LinearSpec],
+    bits: Mapping[str, int] | None = None,
+    blocks: Mapping[str, int] | None = None,
 ) -> Allocation:
     """Return the allocation that :func:`ranks_table` describes, with costs in parameters.
 
@@ -38,16 +42,15 @@ def from_table(
         ranks: one valid entry for each of ``specs``.
         specs: the layers.
         bits: module path → bits per weight; the others have those of the model.
+        blocks: module path → weights per scale; the others are as the results of the allocation say.
     """
-    given = bits or {}
-    return Allocation(
-        {
-            spec.name: Choice.of(
-                spec, None if ranks[spec.name] == DENSE else ranks[spec.name], bits=given.get(spec.name)
-            )
-            for spec in specs
-        }
-    )
+
+    def choice(spec: LinearSpec) -> Choice:
+        rank = None if ranks[spec.name] == DENSE else ranks[spec.name]
+        found = Choice.of(spec, rank, bits=(bits or {}).get(spec.name))
+        return replace(found, block=(blocks or {}).get(spec.name))
+
+    return Allocation({spec.name: choice(spec) for spec in specs})
 
 
 def ranks_document(
@@ -56,14 +59,29 @@ def ranks_document(
     about: Mapping[str, Any],
     specs: Sequence[LinearSpec],
     embedding_bits: Bits | None = None,
+    block: int | None = None,
 ) -> str:
-    """Return the text of ``ranks.json``; ``about`` describes its origin and is not read back."""
+    """Return the text of ``ranks.json``.
+
+    Args:
+        allocation: to write.
+        layout: of its low-rank layers.
+        about: its origin; not read back.
+        specs: the layers.
+        embedding_bits: of the embedding and the head, if they have few.
+        block: weights per scale of the layers that the table of blocks does not name.
+    """
     own = {spec.name: spec.bits for spec in specs}
     bits = {name: choice.bits for name, choice in allocation.choices.items() if choice.bits != own[name]}
     few: dict[str, Any] = {"bits": bits} if bits else {}
     if embedding_bits is not None:
         few["embedding_bits"] = embedding_bits
-    document: dict[str, Any] = {"format_version": WITH_BITS if few else RANKS_FORMAT, "layout": layout}
+    version = WITH_BITS if few else RANKS_FORMAT
+    if blocks := {
+        name: choice.block for name, choice in allocation.choices.items() if choice.block not in (None, block)
+    }:
+        few["blocks"], version = blocks, WITH_BLOCKS
+    document: dict[str, Any] = {"format_version": version, "layout": layout}
     document |= {"about": about, "ranks": ranks_table(allocation), **few}
     return json.dumps(document, indent=1) + "\n"
 
@@ -112,18 +130,19 @@ def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
     problems = [
         f"unknown key {_shown(key)}"
         for key in document
-        if key not in ("format_version", "layout", "about", "ranks", "bits", "embedding_bits")
+        if key not in ("format_version", "layout", "about", "ranks", "bits", "embedding_bits", "blocks")
     ]
     problems += [f"{_plain(name)}: named more than once" for name in repeated]
     problems += _problems(document["ranks"], specs)
     bits = document.get("bits", {})
-    problems += _bits_problems(bits, specs)
+    blocks = document.get("blocks", {})
+    problems += _bits_problems(bits, specs) + _blocks_problems(blocks, bits)
     if problems:
         more = len(problems) - _SHOWN_PROBLEMS
         if more > 0:
             problems[_SHOWN_PROBLEMS:] = [f"and {more:,} more"]
         raise ProblemsError(f"{path} does not fit this model", problems)
-    return from_table(document["ranks"], specs, bits)
+    return from_table(document["ranks"], specs, bits, blocks)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -145,8 +164,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(document, dict) or not isinstance(document.get("ranks"), dict):
         raise DataError(f'{path} has no "ranks" table', _COPY)
     version = document.get("format_version")
-    if type(version) is not int or version not in (RANKS_FORMAT, WITH_BITS):
-        raise DataError(f"{path} has format_version {_shown(version)}, expected {RANKS_FORMAT} or {WITH_BITS}", _COPY)
+    if type(version) is not int or not RANKS_FORMAT <= version <= WITH_BLOCKS:
+        raise DataError(f"{path} has format_version {_shown(version)}, expected {RANKS_FORMAT} to {WITH_BLOCKS}", _COPY)
     return document, repeated
 
 
@@ -181,6 +200,18 @@ def _bits_problems(bits: Any, specs: Sequence[LinearSpec]) -> list[str]:
     problems = [f"bits of {_plain(name)}: not a factorised layer" for name in bits if name not in known]
     wrong = {name: value for name, value in bits.items() if type(value) is not int or value not in BITS}
     return problems + [f"bits of {_plain(name)}: {_shown(value)} is not 4 or 8" for name, value in wrong.items()]
+
+
+def _blocks_problems(blocks: Any, bits: Any) -> list[str]:
+    if not isinstance(blocks, dict):
+        return [f'"blocks" is {_shown(blocks)}, expected a table']
+    known = bits if isinstance(bits, dict) else {}
+    problems = [f"block of {_plain(name)}: the layer has no few bits" for name in blocks if name not in known]
+    wrong = {name: value for name, value in blocks.items() if type(value) is not int or value not in BLOCKS}
+    lengths = ", ".join(map(str, BLOCKS))
+    return problems + [
+        f"block of {_plain(name)}: {_shown(value)} is none of {lengths}" for name, value in wrong.items()
+    ]
 
 
 def _shown(value: Any) -> str:

@@ -11,7 +11,7 @@ from ara.config.base import Exclude, MaxWindows, Method, MethodValues, Placement
 from ara.config.flags import Flag
 from ara.config.latency import LatencyConfig
 from ara.config.recover import NO_RECOVERY
-from ara.config.sizes import SIZE_PATTERN, EmbeddingBits, GridConfig, bytes_in
+from ara.config.sizes import DEFAULT_BLOCKS, SIZE_PATTERN, Block, EmbeddingBits, FewBitsConfig, bytes_in
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
 
 _KEEP = "fraction of the factorised layers' parameters to keep, in (0, 1]"
@@ -49,9 +49,15 @@ class BudgetConfig(StageConfig):
     )
 
 
-class SizedConfig(TuningConfig, BudgetConfig, GridConfig):
+class SizedConfig(TuningConfig, BudgetConfig, FewBitsConfig):
     """What a choice of ranks and bits needs beside the size itself."""
 
+    blocks: Annotated[tuple[Block, ...], Flag(name="block", commas="length", example="32,64,128")] = Field(
+        DEFAULT_BLOCKS,
+        min_length=1,
+        description="with a size: weights of a row that share a scale, lengths to choose from, separated by commas; "
+        "the first one is that of the embedding and the head, and of layers that all have the same bits",
+    )
     embedding_bits: EmbeddingBits = Field(
         16, description="with a size: bits per weight of the embedding and the head, 16: as they are"
     )

@@ -25,8 +25,18 @@ def few_bits(bits: EmbeddingBits) -> Literal[4, 8] | None:
     return None if bits == 16 else bits
 
 
-class GridConfig(StageConfig):
-    """Grid of weights of few bits."""
+# Weights of a row that share a scale.
+Block = Literal[16, 32, 64, 128, 256]
+DEFAULT_BLOCKS: tuple[Block, ...] = (32, 64, 128)
 
-    block: Literal[16, 32, 64, 128, 256] = Field(32, description="few bits: weights of a row that share a scale")
+
+class FewBitsConfig(StageConfig):
+    """What all grids of weights of few bits have in common."""
+
     zero_points: bool = Field(True, description="few bits: store a zero point per block as well")
+
+
+class GridConfig(FewBitsConfig):
+    """One grid of weights of few bits."""
+
+    block: Block = Field(32, description="few bits: weights of a row that share a scale")

@@ -46,12 +46,14 @@ class Layout(ABC):
         bias: name of the bias (m), if the layer has one.
         indices: names of stored integer indices; they do not count as parameters.
         progress: label of the progress bar while layers are built; ``None`` if building is fast.
+        free_basis: whether any factors with the same product may be stored.
     """
 
     module: ClassVar[type[CompressedLinear]]
     bias: ClassVar[str] = "bias"
     indices: ClassVar[tuple[str, ...]] = ()
     progress: ClassVar[str | None] = None
+    free_basis: ClassVar[bool] = False
 
     @abstractmethod
     def cost(self, m: int, n: int, k: Number) -> Number:

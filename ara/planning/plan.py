@@ -22,7 +22,7 @@ from ara.config import (
     build,
 )
 from ara.config.recover import LEAST_SAMPLES
-from ara.config.sizes import GridConfig, bytes_in, few_bits
+from ara.config.sizes import DEFAULT_BLOCKS, FewBitsConfig, bytes_in, few_bits
 from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition
 from ara.errors import UsageError
@@ -241,13 +241,13 @@ def _checked_size(config: PlanConfig, source: ModelSource, shape: ModelShape) ->
     """
     assert config.size is not None
     limit, bits = int(bytes_in(config.size)), 8 * shape.stored.itemsize
-    grid = GridConfig()
+    zero_points = FewBitsConfig().zero_points
     others = bytes_beside(shape.parameters - shape.linear, shape.specs)
     if (ends := few_bits(config.embedding_bits)) is not None:
         embeddings = find_embeddings(source.empty_model())
-        others -= bytes_saved(embeddings, bits, Grid(ends, grid.block, grid.zero_points))
+        others -= bytes_saved(embeddings, bits, Grid(ends, DEFAULT_BLOCKS[0], zero_points))
     check_room(limit, others, f"--size {config.size}")
-    grids: dict[int, Grid] = {width: Grid(width, grid.block, grid.zero_points) for width in BITS}
+    grids = [Grid(width, block, zero_points) for width in BITS for block in DEFAULT_BLOCKS]
     Budget.for_bytes(shape.specs, limit - others, grids, (bits, *BITS))
     return limit
 

@@ -10,6 +10,11 @@ whole weight, so the order changes nothing in what is stored.
 
 Of a product B A, A is rounded on G, then B on the second moment of what the rounded Â really gives, Â G Âᵀ; no further
 text is needed. In between B is fitted again, to take back what the rounding of A has changed.
+
+A layer of two factors may have any basis inside: B A = (B T⁻¹)(T A). The components of a decomposition are the worst
+one, as their moment A G Aᵀ is nearly diagonal. The columns of B then cannot make up for each other, and each of them is
+rounded with the same relative error, however little it matters. So :func:`mixed_basis` scales the components until A
+and B share their energy, and rotates them at random. (Rotations against outliers in few bits: QuIP, arXiv 2307.13304.)
 """
 
 from __future__ import annotations
@@ -111,6 +116,36 @@ def round_product(
     change = exact @ ((a.double() - rounded) @ given)
     fitted = exact + torch.cholesky_solve(change.T, torch.linalg.cholesky(damped(inner, damping))).T
     return first, round_calibrated(fitted, inner, grid, damping)
+
+
+def mixed_basis(a: torch.Tensor, b: torch.Tensor, moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return other factors of the same product B A that lose less when they are rounded.
+
+    T = R D. D is diagonal: row j of A then has the energy of its outputs, a G aᵀ, that column j of B has as squared
+    norm. R is a random rotation, the same for every layer of a rank.
+
+    Args:
+        a: A, (k, n).
+        b: B, (m, k).
+        moment: G, (n, n), of the inputs.
+
+    Returns:
+        T A and B T⁻¹, float64.
+    """
+    a, b = a.double(), b.double()
+    energies, norms = ((a @ moment.double()) * a).sum(1), b.square().sum(0)
+    # A component that does nothing keeps its scale.
+    used = (energies > 0) & (norms > 0)
+    scale = torch.where(used, (norms / torch.where(used, energies, 1)) ** 0.25, 1)
+    rotation = _rotation(len(a)).to(a.device)
+    return rotation @ (scale[:, None] * a), (b / scale) @ rotation.T
+
+
+def _rotation(k: int) -> torch.Tensor:
+    """Return an orthogonal matrix (k, k) float64, the same in every call."""
+    numbers = torch.randn(k, k, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+    basis, upper = torch.linalg.qr(numbers)
+    return basis * upper.diagonal().sign()
 
 
 def output_error(weight: torch.Tensor, rounded: torch.Tensor, moment: torch.Tensor) -> float:

@@ -18,18 +18,26 @@ class RoundingPlan:
     """What is rounded to how many bits.
 
     Attributes:
-        layers: path of a factorised layer → bits; layers without an entry stay.
-        embedding_bits: of the embedding and the head; ``None``: they stay.
-        block, zero_points: of all grids.
+        layers: path of a factorised layer → grid; layers without an entry stay.
+        ends: grid of the embedding and the head; ``None``: they stay.
     """
 
-    layers: Mapping[str, Bits]
-    embedding_bits: Bits | None
-    block: int
-    zero_points: bool
+    layers: Mapping[str, Grid]
+    ends: Grid | None
+
+    @property
+    def embedding_bits(self) -> Bits | None:
+        """Bits of the embedding and the head; ``None``: they stay."""
+        return None if self.ends is None else self.ends.bits
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """All lengths of blocks in use."""
+        ends = [] if self.ends is None else [self.ends]
+        return tuple(sorted({grid.block for grid in (*self.layers.values(), *ends)}))
 
     def __str__(self) -> str:
-        widths = " and ".join(map(str, sorted(set(self.layers.values()))))
+        widths = " and ".join(map(str, sorted({grid.bits for grid in self.layers.values()})))
         layers = [f"layers to {widths} bits"] if widths else []
         ends = [f"embedding and head to {self.embedding_bits} bits"] if self.embedding_bits else []
         return ", ".join(layers + ends)
@@ -41,7 +49,7 @@ class RoundingPlan:
             UnsupportedModelError: embedding and head of the model cannot be rounded.
             UsageError: a block is longer than a row of the embedding.
         """
-        found = {name: Grid(bits, self.block, self.zero_points) for name, bits in self.layers.items()}
-        if self.embedding_bits is not None:
-            found |= find_embeddings(model).on(Grid(self.embedding_bits, self.block, self.zero_points))
+        found = dict(self.layers)
+        if self.ends is not None:
+            found |= find_embeddings(model).on(self.ends)
         return found

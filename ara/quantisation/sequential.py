@@ -19,12 +19,12 @@ from torch import nn
 
 from ara.calibration.moments import InputAccumulator, averages, input_groups, pooled, priors, steps_of
 from ara.layouts.grid import Grid
-from ara.layouts.modeling_ara import CompressedLinear, RoundedMatrix
+from ara.layouts.modeling_ara import CompressedLinear, LowRankLinear, RoundedMatrix
 from ara.models.blocks import Stream, independent_starts
 from ara.models.embeddings import Embeddings, find_embeddings
 from ara.models.weights import LinearSpec, WeightRef, find_blocks
 from ara.progress import SILENT, Reporter
-from ara.quantisation.calibrated import round_calibrated, round_product
+from ara.quantisation.calibrated import mixed_basis, round_calibrated, round_product
 from ara.quantisation.embeddings import round_head
 from ara.quantisation.nearest import Rounded, round_to_nearest
 from ara.quantisation.storing import named, numbers_at, numbers_of, put_in
@@ -209,7 +209,10 @@ def _round(
         if moment is None:
             rounded = [round_to_nearest(weight, grid) for weight in weights]
         elif len(weights) == 2:
-            rounded = round_product(weights[0], weights[1], moment, grid)
+            a, b = weights
+            if isinstance(spec.weight.owner(model), LowRankLinear):
+                a, b = mixed_basis(a, b, moment)
+            rounded = round_product(a, b, moment, grid)
         else:
             rounded = [round_calibrated(weights[0], moment, grid)]
         numbers = [numbers_of(one) for one in rounded]

@@ -213,7 +213,7 @@ def rounding_words(rounding: RoundingFigures) -> str:
         counts.append(f"the embedding and the head have {rounding.embedding_bits} bits per weight")
     which = ", ".join(counts)
     return (
-        f"{which[0].upper()}{which[1:]}, with a scale and {zero_points} per {rounding.block} weights; "
+        f"{which[0].upper()}{which[1:]}, with a scale and {zero_points} per {rounding.block_words} weights; "
         f"rounding was {how}. On {rounding.held_out} held-out windows the loss went from {rounding.loss_before:.4f} to "
         f"{rounding.loss_after:.4f} nats per token."
     )

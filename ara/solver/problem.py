@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from ara.errors import UsageError
-from ara.layouts.grid import Grid
+from ara.layouts.grid import BITS, Grid
 from ara.models.weights import LinearSpec
 from ara.solver.times import TimeTable
 
@@ -48,11 +48,18 @@ class Choice:
         rank: kept rank; ``None`` for the dense weight.
         bits: per stored weight.
         cost: in the unit of the budget.
+        block: weights that share a scale; ``None`` if they have none.
     """
 
     rank: int | None
     bits: int
     cost: int
+    block: int | None = None
+
+    @property
+    def width(self) -> tuple[int, int | None]:
+        """Bits and block: what the weights are rounded to."""
+        return self.bits, self.block
 
     @classmethod
     def of(
@@ -61,25 +68,30 @@ class Choice:
         rank: int | None,
         unit: Literal["parameters", "bytes"] = "parameters",
         bits: int | None = None,
-        grids: Mapping[int, Grid] | None = None,
     ) -> Choice:
         """Return the choice of ``rank`` for a layer, with its cost.
 
         Args:
             spec: the layer.
             rank: ``None`` for dense.
-            unit: of the cost. Bytes are rounded up to whole ones.
+            unit: of the cost. Bytes are rounded up to whole ones; only the weights count.
             bits: per weight; those of the model by default.
-            grids: bits → grid of such weights: bytes are those of a checkpoint, with scales and indices. Without it
-                only the weights count.
         """
         bits = spec.bits if bits is None else bits
         parameters = spec.dense_cost if rank is None else spec.cost(rank)
-        if unit == "parameters":
-            return cls(rank, bits, parameters)
-        if grids is not None:
-            return cls(rank, bits, spec.stored_bytes(rank, grids.get(bits)))
-        return cls(rank, bits, -(-bits * parameters // 8))
+        return cls(rank, bits, parameters if unit == "parameters" else -(-bits * parameters // 8))
+
+    @classmethod
+    def stored(cls, spec: LinearSpec, rank: int | None, grid: Grid | None) -> Choice:
+        """Return the choice of ``rank`` for a layer; its cost is the bytes in a checkpoint, with scales and indices.
+
+        Args:
+            spec: the layer.
+            rank: ``None`` for dense.
+            grid: of its weights; ``None``: they stay as they are.
+        """
+        bits, block = (spec.bits, None) if grid is None else (grid.bits, grid.block)
+        return cls(rank, bits, spec.stored_bytes(rank, grid), block)
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ class Budget:
         dense: module paths of the layers that always stay dense.
         unit: of the limit and of all costs.
         bits: bit widths offered for every layer; ``None`` for the model's own.
-        grids: bits → grid of weights of so few bits; see :meth:`Choice.of`.
+        grids: of weights of few bits, several for the same bits perhaps; costs are then those of :meth:`Choice.stored`.
         times: of every shape, for a limit in nanoseconds.
     """
 
@@ -105,7 +117,7 @@ class Budget:
     dense: frozenset[str] = frozenset()
     unit: Unit = "parameters"
     bits: tuple[int, ...] | None = None
-    grids: Mapping[int, Grid] | None = None
+    grids: tuple[Grid, ...] | None = None
     times: TimeTable | None = None
     # Cache: layers of the same shape have the same choices.
     _offered: dict[Hashable, tuple[Choice, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -155,7 +167,7 @@ class Budget:
         cls,
         specs: Sequence[LinearSpec],
         limit: int,
-        grids: Mapping[int, Grid],
+        grids: Sequence[Grid],
         bits: Sequence[int],
         rank_multiple: int = 1,
         min_rank: int = 1,
@@ -167,14 +179,14 @@ class Budget:
         Args:
             specs: the layers.
             limit: bytes.
-            grids: bits → grid of so few bits.
+            grids: of few bits.
             bits: widths to choose from; those without a grid are the model's own.
             rank_multiple, min_rank, min_keep, dense: as of :class:`Budget`.
 
         Raises:
             UsageError: the smallest choices need more.
         """
-        budget = cls(limit, rank_multiple, min_rank, min_keep, dense, "bytes", tuple(bits), dict(grids))
+        budget = cls(limit, rank_multiple, min_rank, min_keep, dense, "bytes", tuple(bits), tuple(grids))
         least = sum(budget.choices(spec)[0].cost for spec in specs)
         if least > limit:
             raise UsageError(
@@ -186,23 +198,26 @@ class Budget:
     def choices(self, spec: LinearSpec) -> tuple[Choice, ...]:
         """Return all choices of a layer, cheapest first; the last one is dense at the largest bit width.
 
-        At one bit width, costs increase strictly with the rank.
+        At one bit width and block, costs increase strictly with the rank.
         """
         key = (spec.m, spec.n, spec.layout, spec.bits, spec.stored, spec.name in self.dense)
         if key not in self._offered:
             self._offered[key] = self._list(spec)
         return self._offered[key]
 
-    def choice(self, spec: LinearSpec, rank: int | None, bits: int | None = None) -> Choice:
+    def choice(self, spec: LinearSpec, rank: int | None, bits: int | None = None, grid: Grid | None = None) -> Choice:
         """Return the choice of a rank, offered or not, with its cost in the unit of the budget.
 
         Args:
             spec: the layer.
             rank: ``None`` for dense.
             bits: per weight; those of the model by default.
+            grid: of the weights, if the budget has grids.
         """
+        if self.grids is not None:
+            return Choice.stored(spec, rank, grid)
         if self.unit != "nanoseconds":
-            return Choice.of(spec, rank, self.unit, bits, self.grids)
+            return Choice.of(spec, rank, self.unit, bits)
         assert self.times is not None, "a budget of time needs times"
         return Choice(rank, spec.bits if bits is None else bits, self.times.nanoseconds(spec, rank))
 
@@ -216,12 +231,14 @@ class Budget:
             ranks = range(max(step, -(-least // step) * step), spec.top_rank + 1, step)
         found: list[Choice] = []
         for bits in self.bits or (spec.bits,):
-            rising = [self.choice(spec, rank, bits) for rank in (*ranks, None)]
-            # A rank may need no fewer bytes, or no less time, than a larger one or than the dense weight: it is not
-            # offered.
-            for choice in reversed(rising):
-                if not found or found[-1].bits != bits or choice.cost < found[-1].cost:
-                    found.append(choice)
+            own: list[Grid | None] = [grid for grid in self.grids or () if grid.bits == bits]
+            for grid in own or [None]:
+                rising = [self.choice(spec, rank, bits, grid) for rank in (*ranks, None)]
+                # A rank may need no fewer bytes, or no less time, than a larger one or than the dense weight: it is
+                # not offered.
+                for choice in reversed(rising):
+                    if not found or found[-1].width != choice.width or choice.cost < found[-1].cost:
+                        found.append(choice)
         return tuple(sorted(found, key=lambda choice: (choice.cost, choice.bits)))
 
     def rank_choices(self, spec: LinearSpec) -> tuple[Choice, ...]:
@@ -235,11 +252,11 @@ class Budget:
         return self.choices(spec)
 
     def rank_steps(self, spec: LinearSpec, pick: int) -> Sequence[int]:
-        """Return indices into :meth:`choices`: ``pick`` and all larger choices of its bit width."""
+        """Return indices into :meth:`choices`: ``pick`` and all larger choices of its bit width and block."""
         choices = self.choices(spec)
         later = range(pick, len(choices))
-        one_width = self.bits is None or len(self.bits) == 1
-        return later if one_width else [at for at in later if choices[at].bits == choices[pick].bits]
+        one_width = (self.bits is None or len(self.bits) == 1) and len(self.grids or ()) < 2
+        return later if one_width else [at for at in later if choices[at].width == choices[pick].width]
 
     def dense_cost(self, spec: LinearSpec) -> int:
         """Return the cost of the dense layer at the largest bit width."""
@@ -316,6 +333,20 @@ class Allocation:
     def low_rank(self) -> dict[str, int]:
         """Return module path → rank of the layers that are not dense."""
         return {name: choice.rank for name, choice in self.choices.items() if choice.rank is not None}
+
+    def grids(self, block: int, zero_points: bool) -> dict[str, Grid]:
+        """Return module path → grid of the layers with few bits.
+
+        Args:
+            block: of layers whose choice names none.
+            zero_points: of all grids.
+        """
+        return {
+            name: Grid(bits, choice.block or block, zero_points)
+            for name, choice in self.choices.items()
+            for bits in BITS
+            if choice.bits == bits
+        }
 
     def dense_count(self) -> int:
         """Return the number of dense layers."""

@@ -16,7 +16,7 @@ from ara.artifacts.ranks import GuardResults, KindRanks, LatencyResults, RanksRe
 from ara.artifacts.ranks_file import RANKS_FILE, ranks_document, read_embedding_bits
 from ara.config import AllocateConfig, BudgetConfig, PlacementConfig, TuningConfig, method_options
 from ara.config.latency import LatencyConfig
-from ara.config.sizes import GridConfig, few_bits
+from ara.config.sizes import FewBitsConfig, few_bits
 from ara.errors import UsageError, WorkspaceError
 from ara.evaluation.layer_times import LayerRunner
 from ara.layout_names import DEFAULT_LAYOUT, LayoutName
@@ -177,7 +177,7 @@ def _write(
     about = {"method": "file" if ranks else config.method}
     about.update({key: value for key, value in results.plain().items() if key not in left})
     embedding_bits = read_embedding_bits(ranks) if ranks else few_bits(config.embedding_bits)
-    document = ranks_document(allocation, config.layout, about, specs, embedding_bits)
+    document = ranks_document(allocation, config.layout, about, specs, embedding_bits, config.blocks[0])
     (stage.folder / RANKS_FILE).write_text(document, encoding="utf-8")
     results.write(stage)
 
@@ -230,7 +230,7 @@ def _timed_in_torch(config: AllocateConfig) -> bool:
 def _recorded(config: AllocateConfig, ranks: Path | None) -> dict[str, Any]:
     """Return the settings for the manifest; those of the tuning context only if the method uses the model."""
     # Without a size these settings mean nothing, and results of earlier versions have none.
-    sized = {*GridConfig.model_fields, *SIZES, "bits", "embedding_bits"}
+    sized = {*FewBitsConfig.model_fields, *SIZES, "blocks", "bits", "embedding_bits"}
     left = sized if not config.asked_sizes else {name for name in SIZES if getattr(config, name) is None}
     if config.objective != LATENCY:
         left |= set(LatencyConfig.model_fields)

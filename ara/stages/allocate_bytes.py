@@ -74,11 +74,18 @@ def allocate_bytes(
         linear=chosen.cost,
         others=others,
         layers=dict(sorted(counts.items())),
-        block=config.block,
+        block=config.blocks[0],
+        blocks=blocks_of(chosen) if len(config.blocks) > 1 else None,
         zero_points=config.zero_points,
         embedding_bits=few_bits(config.embedding_bits),
     )
     return chosen, verdict, size
+
+
+def blocks_of(allocation: Allocation) -> dict[str, int]:
+    """Return length of blocks → number of layers, of those with few bits."""
+    counts = Counter(str(choice.block) for choice in allocation.choices.values() if choice.block is not None)
+    return dict(sorted(counts.items(), key=lambda item: int(item[0])))
 
 
 def refuse_with_size(config: AllocateConfig, masks: str | None) -> None:
@@ -138,9 +145,10 @@ def open_sized_allocator(
     specs = [module.spec for module in modules]
     context = open_tuning_context(decomposition, specs, config, workspace, run, windows)
     context = replace(context, moments=kept_moments(decomposition, run))
-    grids: dict[int, Grid] = {width: Grid(width, config.block, config.zero_points) for width in BITS if width in bits}
+    widths = [width for width in BITS if width in bits]
+    grids = [Grid(width, block, config.zero_points) for width in widths for block in config.blocks]
     ends = few_bits(config.embedding_bits)
-    grid = None if ends is None else Grid(ends, config.block, config.zero_points)
+    grid = None if ends is None else Grid(ends, config.blocks[0], config.zero_points)
     return SizedAllocator(modules, Rounder(context, grids, grid), config)
 
 
@@ -173,4 +181,4 @@ def saved_bytes(config: SizedConfig, decomposition: StageView, run: Run) -> int:
     if bits is None:
         return 0
     embeddings = find_embeddings(model_of(decomposition, run).empty_model())
-    return bytes_saved(embeddings, specs_of(decomposition)[0].bits, Grid(bits, config.block, config.zero_points))
+    return bytes_saved(embeddings, specs_of(decomposition)[0].bits, Grid(bits, config.blocks[0], config.zero_points))

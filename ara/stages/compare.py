@@ -17,7 +17,7 @@ from ara.artifacts.training import training_cost
 from ara.config import CompareConfig, method_options
 from ara.config.latency import LatencyConfig, Objective
 from ara.config.recover import NO_RECOVERY
-from ara.config.sizes import GridConfig
+from ara.config.sizes import FewBitsConfig
 from ara.data.texts import check_text_spec, load_documents
 from ara.data.tokens import TokenWindows, evaluation_windows
 from ara.errors import NumericalError, UsageError
@@ -107,7 +107,7 @@ def compare(
         else:
             layers = None
         texts = {task: load_documents(task, "evaluation", report=run.report) for task in config.tasks}
-        unused = {"size", "recover", "embedding_bits", *GridConfig.model_fields}
+        unused = {"size", "recover", "embedding_bits", "blocks", *FewBitsConfig.model_fields}
         unused |= set() if layers is not None else set(LatencyConfig.model_fields)
         settings = {
             **resolved.model_dump(mode="json", exclude=unused),

@@ -15,7 +15,7 @@ from ara.config.sizes import few_bits
 from ara.data.tokens import TokenWindows
 from ara.environment import keep_freed_memory
 from ara.errors import NumericalError, UsageError
-from ara.layouts.grid import BITS, Bits
+from ara.layouts.grid import Grid
 from ara.layouts.modeling_ara import RoundedMatrix
 from ara.models.checkpoint import load
 from ara.models.likelihood import nll_of_model
@@ -128,8 +128,8 @@ def _rounded(
     counts = Counter(str(one.bits) for path, one in rounded.items() if path.startswith(inside))
     return rounded, RoundingFigures(
         bits=dict(sorted(counts.items())),
-        block=plan.block,
-        zero_points=plan.zero_points,
+        block=plan.blocks[0],
+        zero_points=any(one.zeros is not None for one in rounded.values()),
         method=config.method,
         windows=0 if not calibrated else train.windows if moments is None else _windows_of(before.factors),
         held_out=held.windows,
@@ -137,6 +137,7 @@ def _rounded(
         loss_before=first,
         loss_after=after,
         embedding_bits=plan.embedding_bits,
+        blocks=plan.blocks if len(plan.blocks) > 1 else None,
     )
 
 
@@ -147,21 +148,20 @@ def _windows_of(decomposition: StageView) -> int:
 
 
 def _plan(config: QuantiseConfig, before: Compressed) -> RoundingPlan:
-    """Return the bits that the config names; where it names none, those that the allocation has chosen.
+    """Return the bits that the config names; where it names none, bits and blocks that the allocation has chosen.
 
     Raises:
         UsageError: nothing is rounded.
     """
-    layers: dict[str, Bits]
+    layers: dict[str, Grid]
     block: int = config.block
     zero_points = config.zero_points
     if config.bits is not None:
-        layers = dict.fromkeys((spec.name for spec in before.specs), config.bits)
+        layers = dict.fromkeys((spec.name for spec in before.specs), Grid(config.bits, block, zero_points))
     else:
-        choices = read_allocation(before.ranks, before.specs).choices
-        layers = {name: bits for name, choice in choices.items() for bits in BITS if choice.bits == bits}
         if (size := RanksResults.read(before.ranks).size) is not None:
             block, zero_points = size.block, size.zero_points
+        layers = read_allocation(before.ranks, before.specs).grids(block, zero_points)
     asked = config.embedding_bits
     bits = read_embedding_bits(before.ranks.path / RANKS_FILE) if asked is None else few_bits(asked)
     if not layers and bits is None:
@@ -169,7 +169,7 @@ def _plan(config: QuantiseConfig, before: Compressed) -> RoundingPlan:
             f"{before.ranks.key} gives no layer 4 or 8 bits",
             "say how many: --bits 8; or choose them: ara allocate --size 90MB",
         )
-    return RoundingPlan(layers, bits, block, zero_points)
+    return RoundingPlan(layers, None if bits is None else Grid(bits, block, zero_points))
 
 
 def _name(before: str, config: QuantiseConfig) -> str:

@@ -16,7 +16,7 @@ from ara.allocation.forms import Form
 from ara.artifacts.factors import FactorsSettings, factor_files, specs_of
 from ara.config import CompareConfig, RecoverConfig
 from ara.config.sizes import few_bits
-from ara.layouts.grid import BITS
+from ara.layouts.grid import Grid
 from ara.models.likelihood import nll_of_model
 from ara.models.low_rank import apply_factors
 from ara.models.placement import torch_dtype
@@ -156,9 +156,11 @@ class FormRepairs:
         return model
 
     def _plan(self, form: Form, allocation: Allocation) -> RoundingPlan:
-        layers = {name: choice.bits for name, choice in allocation.choices.items() if choice.bits in BITS}
+        block, zero_points = self._config.blocks[0], self._config.zero_points
         ends = few_bits(self._config.embedding_bits) if form.rounds else None
-        return RoundingPlan(layers, ends, self._config.block, self._config.zero_points)
+        return RoundingPlan(
+            allocation.grids(block, zero_points), None if ends is None else Grid(ends, block, zero_points)
+        )
 
     def _repair(
         self,

@@ -21,7 +21,7 @@ from ara.layouts.grid import Grid
 from ara.models.blocks import BlockRunner
 from ara.models.checkpoint import load
 from ara.models.weights import WeightRef
-from ara.quantisation.calibrated import round_calibrated, round_product
+from ara.quantisation.calibrated import mixed_basis, round_calibrated, round_product
 from ara.quantisation.sequential import matrices_of
 from ara.quantisation.storing import numbers_of
 from ara.stages import decompose as stage
@@ -187,7 +187,9 @@ def test_a_checkpoint_is_rounded_on_kept_moments(copied: Path) -> None:
     for spec in specs_of(Workspace.open(copied).view(FACTORS)):
         a, *b = (WeightRef(path).read(model) for path in matrices_of(model, spec))
         moment = moments[spec.name]
-        expected = round_product(a, b[0], moment, grid) if b else (round_calibrated(a, moment, grid),)
+        expected = (
+            round_product(*mixed_basis(a, b[0], moment), moment, grid) if b else (round_calibrated(a, moment, grid),)
+        )
         for path, one in zip(matrices_of(model, spec), expected, strict=True):
             assert torch.equal(found[f"{path}.steps"], numbers_of(one)["steps"]), path
 

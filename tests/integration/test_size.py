@@ -78,7 +78,7 @@ def test_the_size_counts_the_embedding_at_its_bits(copied: Path) -> None:
 
 
 def test_bits_are_in_the_ranks_file_and_can_be_edited(copied: Path) -> None:
-    sized(copied, "--size", size(copied, 0.2), "--no-guard", "--name", "small")
+    sized(copied, "--size", size(copied, 0.2), "--no-guard", "--block", 32, "--name", "small")
     workspace = Workspace.open(copied)
     path = copied / "allocate" / "small" / "ranks.json"
     document = json.loads(path.read_text())
@@ -168,14 +168,52 @@ def test_bits_alone_are_chosen_where_all_layers_stay_dense(copied: Path) -> None
     assert 0.85 * found.size.limit < results.disk_bytes <= found.size.limit
 
 
+def test_the_lengths_of_blocks_are_chosen_too(copied: Path) -> None:
+    """Between what long blocks and what short ones take for 4 bits, some layers have one and some the other."""
+    words = ("--bits", "4", "--exclude", "*", "--no-guard")
+    long, short = (
+        sized(copied, "--size", size(copied, 0.5), "--block", block, *words, "--name", f"all-{block}").size
+        for block in (64, 16)
+    )
+    assert long is not None and short is not None
+    small, large = sorted((long.linear + long.others, short.linear + short.others))
+    found = sized(copied, "--budget-bytes", (small + large) // 2, "--block", "16,64", *words, "--name", "both").size
+    assert found is not None and found.blocks is not None and set(found.blocks) == {"16", "64"}
+    document = json.loads((copied / "allocate" / "both" / "ranks.json").read_text())
+    assert document["format_version"] == 3 and set(document["blocks"].values()) == {64}
+    done("truncate", "--allocation", "both", "-w", copied)
+    shown = done("quantise", *FEW, "--tolerance", 9, "--name", "both", "-w", copied).stdout
+    view = Workspace.open(copied).view("quantise/both")
+    rounding = CheckpointResults.read(view).rounding
+    assert rounding is not None and rounding.blocks == (16, 64) and rounding.block_words == "16 or 64"
+    config = json.loads((view.path / "checkpoint" / "config.json").read_text())["quantization_config"]
+    assert {name for name, (_, block, _) in config["rounded"].items() if block == 64} == set(document["blocks"])
+    assert "a scale and a zero point per 16 or 64 weights" in " ".join(shown.split())
+
+
+def test_a_ranks_file_with_impossible_blocks(copied: Path) -> None:
+    path = copied / "allocate" / "energy-0.70" / "ranks.json"
+    document = json.loads(path.read_text())
+    name, other = list(document["ranks"])[:2]
+    document |= {"format_version": 3, "bits": {name: 4}, "blocks": {name: 48, other: 32}}
+    edited = copied.parent / "blocks.json"
+    edited.write_text(json.dumps(document))
+    text = ara("allocate", "--ranks", edited, "-w", copied).stderr
+    assert f"block of {name}: 48 is none of 16, 32, 64, 128, 256" in text
+    assert f"block of {other}: the layer has no few bits" in text
+    edited.write_text(json.dumps(document | {"blocks": 3}))
+    assert '"blocks" is 3, expected a table' in ara("allocate", "--ranks", edited, "-w", copied).stderr
+
+
 def test_a_second_size_measures_no_loss_again(copied: Path) -> None:
     words = ("allocate", *FEW, "--no-guard", "-w", copied)
     first = done(*words, "--size", size(copied, 0.3)).stderr
     again = done(*words, "--size", size(copied, 0.2), "--bits", "16,4").stderr
     tables = [text.count("table of rounding errors read from") for text in (first, again)]
-    assert tables == [0, 1] and "sensitivity table read from" in again
+    # One for each length of blocks.
+    assert tables == [0, 2] and "sensitivity table read from" in again
 
 
 def test_an_allocation_without_a_size_has_the_settings_of_before(copied: Path) -> None:
     manifest = json.loads((copied / "allocate" / "energy-0.70" / "manifest.json").read_text())
-    assert not {"size", "bits", "block", "zero_points", "budget_bytes", "bits_per_parameter"} & set(manifest["config"])
+    assert not {"size", "bits", "blocks", "zero_points", "budget_bytes", "bits_per_parameter"} & set(manifest["config"])

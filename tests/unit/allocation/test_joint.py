@@ -16,7 +16,7 @@ from ara.models.weights import LinearSpec
 from ara.quantisation.calibrated import output_error
 from ara.solver.problem import Allocation, Budget, Choice, Module
 
-GRIDS = {8: Grid(8, 32, True), 4: Grid(4, 32, True)}
+GRIDS = (Grid(8, 32, True), Grid(4, 32, True), Grid(4, 16, True))
 
 
 def layer(name: str = "x", m: int = 24, n: int = 40, layout: LayoutName = "factors") -> LinearSpec:
@@ -35,8 +35,8 @@ def factored(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor,
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
-@pytest.mark.parametrize("bits", [4, 8, 16])
-def test_bytes_are_those_of_the_stored_tensors(layout: LayoutName, bits: int) -> None:
+@pytest.mark.parametrize("grid", [*GRIDS, None])
+def test_bytes_are_those_of_the_stored_tensors(layout: LayoutName, grid: Grid | None) -> None:
     spec = layer(layout=layout)
     for rank in (1, 7, spec.top_rank, None):
         shapes = {"weight": (24, 40)} if rank is None else layout_named(layout).store(24, 40, rank)
@@ -44,21 +44,27 @@ def test_bytes_are_those_of_the_stored_tensors(layout: LayoutName, bits: int) ->
         for shape in shapes.values():
             if len(shape) == 1:
                 expected += 4 * shape[0]
-            elif bits == 16:
+            elif grid is None:
                 expected += 2 * shape[0] * shape[1]
             else:
-                blocks = -(-shape[1] // 32)
-                expected += shape[0] * (blocks * (32 * bits // 8 + 2) + -(-blocks * bits // 8))
-        assert Choice.of(spec, rank, "bytes", bits, GRIDS).cost == expected
+                blocks = -(-shape[1] // grid.block)
+                expected += shape[0] * (blocks * (grid.block * grid.bits // 8 + 2) + -(-blocks * grid.bits // 8))
+        bits, block = (16, None) if grid is None else (grid.bits, grid.block)
+        assert Choice.stored(spec, rank, grid) == Choice(rank, bits, expected, block)
 
 
 def test_a_choice_that_costs_as_much_as_a_larger_one_is_not_offered() -> None:
     spec = layer()
     budget = Budget.for_bytes([spec], 10**6, GRIDS, (16, 8, 4))
-    for bits in (16, 8, 4):
-        costs = [choice.cost for choice in budget.choices(spec) if choice.bits == bits]
+    choices = budget.choices(spec)
+    assert {choice.width for choice in choices} == {(16, None), *((grid.bits, grid.block) for grid in GRIDS)}
+    for width in {choice.width for choice in choices}:
+        costs = [choice.cost for choice in choices if choice.width == width]
         assert costs == sorted(set(costs))
-    assert budget.choices(spec)[-1] == Choice.of(spec, None, "bytes", 16, GRIDS)
+        # Larger choices of the same grid.
+        first = next(at for at, choice in enumerate(choices) if choice.width == width)
+        assert [choices[at].cost for at in budget.rank_steps(spec, first)] == costs
+    assert budget.choices(spec)[-1] == Choice.stored(spec, None, None)
     with pytest.raises(UsageError, match=r"smallest choices need \d+"):
         Budget.for_bytes([spec], 10, GRIDS, (16, 8, 4))
 
@@ -66,21 +72,23 @@ def test_a_choice_that_costs_as_much_as_a_larger_one_is_not_offered() -> None:
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_shares_are_relative_errors_in_the_metric_of_the_factors(layout: LayoutName) -> None:
     a, b, g, _ = factored(24, 40)
-    found = {bits: rounding_shares(layer(layout=layout), a, b, g, grid) for bits, grid in GRIDS.items()}
-    assert 0 < found[8].dense < 0.02 * found[4].dense and 0 < found[8].factors < 0.02 * found[4].factors
+    found = {(grid.bits, grid.block): rounding_shares(layer(layout=layout), a, b, g, grid) for grid in GRIDS}
+    fine, coarse, short = (found[grid.bits, grid.block] for grid in GRIDS)
+    assert 0 < fine.dense < 0.02 * coarse.dense and 0 < fine.factors < 0.02 * coarse.factors
+    assert short.dense < coarse.dense
     from ara.quantisation.calibrated import round_calibrated
 
     # These factors have the metric of plain output errors: B has orthonormal columns.
-    rounded = round_calibrated(b @ a, g, GRIDS[4]).weight()
-    assert found[4].dense == pytest.approx(output_error(b @ a, rounded, g))
+    rounded = round_calibrated(b @ a, g, GRIDS[1]).weight()
+    assert coarse.dense == pytest.approx(output_error(b @ a, rounded, g))
 
 
 def test_losses_follow_the_curve_of_the_table() -> None:
     spec = layer(m=4, n=6)
     spectrum = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)
     table = torch.tensor([9.0, 5.0, 2.0, 1.0, 0.0], dtype=torch.float64)
-    budget = Budget.for_bytes([spec], 10**6, {4: Grid(4, 16)}, (16, 4))
-    shares = {4: RoundingShares(dense=2 / 15, factors=3 / 12)}
+    budget = Budget.for_bytes([spec], 10**6, [Grid(4, 16)], (16, 4))
+    shares = {(4, 16): RoundingShares(dense=2 / 15, factors=3 / 12)}
     found = joint_losses(Module(spec, spectrum), table, shares, budget).tolist()
     losses = {(choice.rank, choice.bits): loss for choice, loss in zip(budget.choices(spec), found, strict=True)}
     assert losses[None, 16] == 0
@@ -101,7 +109,7 @@ def test_the_choice_is_the_best_of_all_combinations() -> None:
         spec = layer(str(number), m, n, "pivoted")
         modules.append(Module(spec, spectrum))
         tables[spec.name] = torch.cat([spectrum.flip(0).cumsum(0).flip(0).sqrt(), torch.zeros(1)])
-        shares[spec.name] = {bits: rounding_shares(spec, a, b, g, grid) for bits, grid in GRIDS.items()}
+        shares[spec.name] = {(grid.bits, grid.block): rounding_shares(spec, a, b, g, grid) for grid in GRIDS}
     specs = [module.spec for module in modules]
     total = sum(spec.stored_bytes(None) for spec in specs)
     for share in (0.45, 0.6, 0.8):

@@ -115,7 +115,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         ("{}", 'has no "ranks" table'),
         ('{"format_version": 1, "ranks": [1]}', 'has no "ranks" table'),
         ('{"ranks": {}}', "has format_version None, expected 1"),
-        ('{"format_version": 3, "ranks": {}}', "has format_version 3, expected 1 or 2"),
+        ('{"format_version": 4, "ranks": {}}', "has format_version 4, expected 1 to 3"),
         ('{"format_version": "1", "ranks": {}}', "has format_version '1', expected 1"),
         ('{"format_version": true, "ranks": {}}', "has format_version True, expected 1"),
         ('{"format_version": 1.0, "ranks": {}}', r"has format_version 1\.0, expected 1"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ara.decomposition.subspace import weighted_factors
 from ara.errors import NumericalError
 from ara.layouts.grid import Bits, Grid
-from ara.quantisation.calibrated import output_error, round_calibrated, round_product
+from ara.quantisation.calibrated import mixed_basis, output_error, round_calibrated, round_product
 from ara.quantisation.nearest import round_to_nearest
 
 GRIDS = [Grid(bits, block, zero_points) for bits in (4, 8) for block in (16, 32, 128) for zero_points in (False, True)]
@@ -91,6 +92,33 @@ def test_factors_are_rounded_one_after_the_other(bits: Bits) -> None:
     apart = round_calibrated(b, a @ g @ a.T, grid).weight() @ round_calibrated(a, g, grid).weight()
     plain = round_to_nearest(b, grid).weight() @ round_to_nearest(a, grid).weight()
     assert together < output_error(product, apart, g) < 0.7 * output_error(product, plain, g)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_another_basis_of_the_components_loses_less(bits: Bits) -> None:
+    """Of a decomposition, whose components do not depend on each other: their basis is the worst one."""
+    g, w, grid = moment(160).double(), weight(96, 160).double(), Grid(bits, 32)
+    factors = weighted_factors(w, g)
+    a, b = factors.a[:64], factors.b[:, :64]
+    product = b @ a
+    mixed = mixed_basis(a, b, g)
+    torch.testing.assert_close(mixed[1] @ mixed[0], product)
+    assert all(torch.equal(one, other) for one, other in zip(mixed, mixed_basis(a, b, g), strict=True))
+    # Each row of A gives outputs as large as a column of B is, on average over the rotation.
+    assert float((mixed[0] @ g @ mixed[0].T).trace()) == pytest.approx(float(mixed[1].square().sum()))
+
+    def lost(a: torch.Tensor, b: torch.Tensor) -> float:
+        first, second = round_product(a, b, g, grid)
+        return output_error(product, second.weight().double() @ first.weight().double(), g)
+
+    assert lost(*mixed) < 0.6 * lost(a, b)
+
+
+def test_components_that_do_nothing_stay_finite() -> None:
+    a, b = weight(8, 16), weight(12, 8)
+    a[2], b[:, 5] = 0, 0
+    first, second = mixed_basis(a, b, moment(16))
+    torch.testing.assert_close((second @ first).float(), b @ a)
 
 
 def test_inputs_of_which_little_is_known_keep_their_weights() -> None:
