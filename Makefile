@@ -52,7 +52,7 @@ CREATE_VENV = for python in $(PYTHON); do \
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz families docs reference check format-check lint types format bench-decompose bench-eigen bench-masks bench-quality bench-ablation bench-export-memory bench-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes bench-bytes-exported bench-shared-experts bench-processes gpu-check clean
+.PHONY: help setup demo test test-fast test-lowest test-vllm test-all dist drill fuzz families docs reference check format-check lint types format bench-decompose bench-eigen bench-masks bench-quality bench-ablation bench-export-memory bench-memory bench-inference bench-vllm bench-products bench-quantised bench-zero-shot bench-recovery bench-recovery-speed bench-bytes bench-bytes-exported bench-rounding-basis bench-shared-experts bench-processes gpu-check clean
 # Targets share .venv and two cores: pytest brings its own parallelism.
 .NOTPARALLEL:
 
@@ -267,6 +267,10 @@ bench-bytes: $(STAMP) ## the best model for a size: bits, ranks or both (needs A
 bench-bytes-exported: $(STAMP) ## losses, sizes and speed of those models in ONNX Runtime (after bench-bytes; needs ARA_DATA_DIR)
 	@echo "Exporting models of several sizes"
 	@$(WITH_DATA); $(BIN)/python benchmarks/bytes_exported.py $(BENCH_FLAGS)
+
+bench-rounding-basis: $(STAMP) ## what rounding factors loses in several bases (after bench-bytes)
+	@echo "Rounding layers in several bases"
+	@$(BIN)/python benchmarks/rounding_basis.py --workspace bench-bytes/twin $(BENCH_FLAGS)
 
 bench-shared-experts: $(STAMP) ## one factor for all experts of a block against one for each (trains a small mixture; needs ARA_DATA_DIR)
 	@echo "Comparing factors that experts share with their own"

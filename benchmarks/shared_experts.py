@@ -42,7 +42,8 @@ from benchmarks.row_file import RowFile
 from benchmarks.text_losses import TEXTS, TextLosses
 
 END = "<|endoftext|>"
-VOCABULARY = 4096
+# Few tokens: the model learns more of them from little text, and needs its blocks for spelling.
+VOCABULARY = 512
 CONFIG: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
@@ -56,6 +57,7 @@ CONFIG: dict[str, Any] = {
     "num_experts_per_tok": 4,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
+    "initializer_range": 0.06,
     "output_router_logits": True,
     "router_aux_loss_coef": 0.01,
     "bos_token_id": 0,

@@ -35,7 +35,7 @@ from ara.layouts.grid import Grid
 from ara.masks.context import TuningContext
 from ara.masks.table_cache import cached_table
 from ara.models.blocks import BlockRunner
-from ara.models.weights import LinearSpec
+from ara.models.weights import LinearSpec, by_block
 from ara.quantisation.calibrated import mixed_basis, round_calibrated, round_product
 from ara.quantisation.nearest import round_to_nearest
 from ara.solver.knapsack import exact_minimise
@@ -156,11 +156,13 @@ class Rounder:
             layer = model.layers[spec.name]
             return rounding_shares(spec, layer.a, layer.b, moment, grid)
 
-        work = [(spec, None) for spec in model.specs]
-        with self.context.report.bar(f"Rounding layers to {grid.bits} bits, blocks of {grid.block}", len(work)) as bar:
-            for spec, shares in zip(model.specs, map_layers(measured, work, model.device), strict=True):
-                found[spec.name] = torch.tensor([shares.dense, shares.factors], dtype=torch.float64)
-                bar.advance()
+        label = f"Rounding layers to {grid.bits} bits, blocks of {grid.block}"
+        with self.context.report.bar(label, len(model.specs)) as bar:
+            for block in by_block(model.specs):
+                work = [(spec, None) for spec in block]
+                for spec, shares in zip(block, map_layers(measured, work, model.device), strict=True):
+                    found[spec.name] = torch.tensor([shares.dense, shares.factors], dtype=torch.float64)
+                    bar.advance()
         return found
 
     def weight(self, spec: LinearSpec, choice: Choice, nearest: bool = False) -> torch.Tensor:
