@@ -237,7 +237,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=256, help="calibration windows of factors and repair")
     parser.add_argument("--rank-samples", type=int, default=128, help="further windows for ranks, and for rounding")
     parser.add_argument("--held-out", type=int, default=32, help="further windows that judge rounding and repair")
-    parser.add_argument("--layout", default="pivoted", choices=LAYOUT_NAMES, help="of low-rank layers")
+    parser.add_argument("--layout", default="factors", choices=LAYOUT_NAMES, help="of low-rank layers")
     parser.add_argument(
         "--block",
         dest="blocks",
