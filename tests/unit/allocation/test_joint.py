@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import torch
 
-from ara.allocation.joint import RoundingShares, best_choices, joint_losses, rounding_shares
+from ara.allocation.joint import Rounder, RoundingShares, best_choices, joint_losses, rounding_shares
 from ara.errors import UsageError
 from ara.layout_names import LAYOUT_NAMES, LayoutName
 from ara.layouts import layout_named
@@ -15,6 +17,9 @@ from ara.layouts.grid import Grid
 from ara.models.weights import LinearSpec
 from ara.quantisation.calibrated import output_error
 from ara.solver.problem import Allocation, Budget, Choice, Module
+
+if TYPE_CHECKING:
+    from ara.masks.context import TuningContext
 
 GRIDS = (Grid(8, 32, True), Grid(4, 32, True), Grid(4, 16, True))
 
@@ -125,3 +130,31 @@ def test_the_choice_is_the_best_of_all_combinations() -> None:
         found = sum(float(loss[at]) for loss, at in zip(losses, picks, strict=True))
         assert found == pytest.approx(best)
         assert Allocation.from_picks(specs, picks, budget).cost <= budget.limit
+
+
+def test_lengths_between_the_measured_ones_are_interpolated() -> None:
+    short, long = RoundingShares(1e-3, 4e-3), RoundingShares(4e-3, 9e-3)
+    assert short.towards(long, 0) == short
+    middle = short.towards(long, 0.5)
+    assert (middle.dense, middle.factors) == (pytest.approx(2e-3), pytest.approx(6e-3))
+    assert short.towards(long, 1).dense == pytest.approx(4e-3)
+    # A weight of zeros has no errors.
+    assert RoundingShares(0, 0).towards(RoundingShares(0, 0), 0.5) == RoundingShares(0, 0)
+
+
+def test_the_measured_shares_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three lengths two are measured, for each number of bits."""
+    measured = []
+
+    def shares_of(rounder: Rounder, grid: Grid) -> dict[str, RoundingShares]:
+        measured.append((grid.bits, grid.block))
+        return {"l": RoundingShares(grid.block, 2 * grid.block)}
+
+    monkeypatch.setattr(Rounder, "_shares_of", shares_of)
+    context = SimpleNamespace(model=SimpleNamespace(specs=[layer("l")]))
+    grids = [Grid(bits, block) for bits in (4, 8) for block in (128, 32, 64)]
+    found = Rounder(cast("TuningContext", context), grids).shares()["l"]
+    assert measured == [(4, 32), (4, 128), (8, 32), (8, 128)]
+    assert {width: share.dense for width, share in found.items()} == {
+        (bits, block): pytest.approx(block) for bits in (4, 8) for block in (32, 64, 128)
+    }
