@@ -16,7 +16,18 @@ from ara_cli.values import keep_of
 
 _SHARED = ("seed", "device", "dtype")
 _DECOMPOSE = Only(
-    *("model", "text", "samples", "seq_len", *_SHARED, "factors_dtype", "revision", "max_keep", "keep_moments"),
+    *(
+        "model",
+        "text",
+        "samples",
+        "seq_len",
+        *_SHARED,
+        "factors_dtype",
+        "revision",
+        "share_experts",
+        "max_keep",
+        "keep_moments",
+    ),
     decomposition="method",
 )
 _ALLOCATE = Only("method", "layout", "rank_multiple", *LATENCY_OPTIONS, "held_out", *_SHARED, rank_samples="samples")
