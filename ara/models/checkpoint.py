@@ -209,7 +209,6 @@ def _read(
     """
     config = read_config(folder)
     kind = config.get("model_type")
-    shared_experts = shared_experts or quantization_of(folder, config).get("shared_experts") is True
     try:
         with silence_transformers():
             model, loading = auto_class(kind).from_pretrained(
@@ -229,7 +228,7 @@ def _read(
         raise ModelError(f"{folder} cannot be loaded: {reason}", _AGAIN) from error
     stored = stored_tensors(weight_files(folder))
     check_loaded(model, loading, f"{folder} cannot be loaded: the checkpoint", stored, _AGAIN)
-    separate_experts(model, shared_experts)
+    separate_experts(model, shared_experts or quantization_of(folder, config).get("shared_experts") is True)
     loaded: PreTrainedModel = model
     return loaded
 

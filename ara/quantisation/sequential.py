@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ara.calibration.moments import InputAccumulator, averages, input_groups, pooled, priors, steps_of
+from ara.layouts import layout_named
 from ara.layouts.grid import Grid
-from ara.layouts.modeling_ara import CompressedLinear, LowRankLinear, RoundedMatrix
+from ara.layouts.modeling_ara import CompressedLinear, RoundedMatrix
 from ara.models.blocks import Stream, independent_starts
 from ara.models.embeddings import Embeddings, find_embeddings
 from ara.models.weights import LinearSpec, WeightRef, find_blocks
@@ -210,7 +211,7 @@ def _round(
             rounded = [round_to_nearest(weight, grid) for weight in weights]
         elif len(weights) == 2:
             a, b = weights
-            if isinstance(spec.weight.owner(model), LowRankLinear):
+            if layout_named(spec.layout).free_basis:
                 a, b = mixed_basis(a, b, moment)
             rounded = round_product(a, b, moment, grid)
         else:

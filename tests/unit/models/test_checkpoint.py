@@ -485,10 +485,10 @@ def test_generate_works_and_agrees_with_and_without_cache(family: str, checkpoin
 # -- damaged or too new -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [6, 99, "1", None])
+@pytest.mark.parametrize("version", [7, 99, "1", None])
 def test_a_newer_format_is_refused(version: object, checkpoints: Path, tmp_path: Path) -> None:
     folder = _copy(checkpoints, "llama", tmp_path, format_version=version)
-    with pytest.raises(ModelError, match=rf"ARA format {version!r}; this code reads up to 5: update ara-svd"):
+    with pytest.raises(ModelError, match=rf"ARA format {version!r}; this code reads up to 6: update ara-svd"):
         load(folder, device="cpu")
 
 
