@@ -14,15 +14,18 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+from ara.allocation.joint import energy_of, rounded_product
 from ara.artifacts.factors import factor_files, specs_of
 from ara.layouts import layout_named
 from ara.layouts.grid import Grid
-from ara.quantisation.calibrated import mixed_basis, round_calibrated, round_product
+from ara.models.weights import LinearSpec
+from ara.quantisation.calibrated import round_calibrated, round_product
 from ara.stages.common import Run
 from ara.stages.moments import kept_moments
 from ara.workspace.store import Workspace
@@ -31,35 +34,31 @@ from ara_cli.console import Console, columns
 FORMS = ("dense", "components", "mixed basis", "pivoted")
 
 
-def shares(a: torch.Tensor, b: torch.Tensor, moment: torch.Tensor, grid: Grid) -> dict[str, float]:
+def shares(spec: LinearSpec, a: torch.Tensor, b: torch.Tensor, moment: torch.Tensor, grid: Grid) -> dict[str, float]:
     """Return form → share of the energy that rounding takes, of one layer.
 
     Args:
+        spec: the layer.
         a: A (r, n) float64, all components.
         b: B (m, r) float64.
         moment: G (n, n) float64.
         grid: to round to.
     """
-    inverse = torch.linalg.pinv(b)
-
-    def energy(change: torch.Tensor) -> float:
-        coordinates = inverse @ change
-        return float(((coordinates @ moment) * coordinates).sum())
-
-    m, n = len(b), a.shape[1]
-    k = max(1, layout_named("factors").top_rank(m, n) // 2)
-    weight, kept = b @ a, b[:, :k] @ a[:k]
-    dense = round_calibrated(weight, moment, grid).weight().double() - weight
-    found = {"dense": energy(dense) / energy(weight)}
-    for form, factors in (("components", (a[:k], b[:, :k])), ("mixed basis", mixed_basis(a[:k], b[:, :k], moment))):
-        first, second = round_product(*factors, moment, grid)
-        found[form] = energy(second.weight().double() @ first.weight().double() - kept) / energy(kept)
-    pivoted = layout_named("pivoted")
-    tensors = pivoted.split(a[:k], b[:, :k])
-    first, second = round_product(tensors["A.weight"], tensors["C.weight"], moment, grid)
-    rounded = {**tensors, "A.weight": first.weight().double(), "C.weight": second.weight().double()}
-    found["pivoted"] = energy(pivoted.multiply(rounded, m, torch.float64) - kept) / energy(kept)
-    return found
+    energy, weight = energy_of(b, moment), b @ a
+    k = max(1, layout_named("factors").top_rank(spec.m, spec.n) // 2)
+    a, b = a[:k], b[:, :k]
+    kept = b @ a
+    first, second = round_product(a, b, moment, grid)
+    rounded = {
+        "components": second.weight().double() @ first.weight().double(),
+        "mixed basis": rounded_product(replace(spec, layout="factors"), a, b, moment, grid),
+        "pivoted": rounded_product(replace(spec, layout="pivoted"), a, b, moment, grid),
+    }
+    dense = round_calibrated(weight, moment, grid).weight().double()
+    return {
+        "dense": energy(dense - weight) / energy(weight),
+        **{form: energy(one - kept) / energy(kept) for form, one in rounded.items()},
+    }
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -69,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--factors", help="its name, if there are several")
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8), help="per weight")
     parser.add_argument("--block", type=int, default=32, help="weights that share a scale and a zero point")
-    parser.add_argument("--every", type=int, default=5, help="measure one block of so many")
+    parser.add_argument("--every", type=int, default=5, metavar="N", help="measure every Nth block")
     arguments = parser.parse_args(words)
     console = Console()
     run = Run(arguments.workspace, "python benchmarks/rounding_basis.py", console)
@@ -85,7 +84,7 @@ def main(words: Sequence[str] | None = None) -> None:
         for spec in specs:
             with safe_open(files[spec.name], "pt") as file:
                 a, b = (file.get_tensor(f"{spec.name}.{part}").double() for part in "AB")
-            found.setdefault(spec.kind, []).append(shares(a, b, moments[spec.name].double(), grid))
+            found.setdefault(spec.kind, []).append(shares(spec, a, b, moments[spec.name].double(), grid))
             bar.advance()
     rows = [
         (kind, *(f"{math.exp(sum(math.log(row[form]) for row in rows) / len(rows)):.1e}" for form in FORMS))

@@ -1,4 +1,4 @@
-"""A local stand-in for the Hugging Face hub: it serves folders, records requests, and can cut downloads short."""
+"""A local server that replaces the Hugging Face hub. It serves folders, records requests, can interrupt downloads."""
 
 from __future__ import annotations
 

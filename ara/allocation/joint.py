@@ -128,9 +128,9 @@ class Rounder:
             grids = sorted((grid for grid in self.grids if grid.bits == bits), key=lambda grid: grid.block)
             first, last = (self._shares_of(grid) for grid in (grids[0], grids[-1]))
             for grid in grids:
+                part = _place(grid.block, grids[0].block, grids[-1].block)
                 for name, own in found.items():
-                    at = _place(grid.block, grids[0].block, grids[-1].block)
-                    own[bits, grid.block] = first[name].towards(last[name], at)
+                    own[bits, grid.block] = first[name].towards(last[name], part)
         return found
 
     def _shares_of(self, grid: Grid) -> dict[str, RoundingShares]:
@@ -181,7 +181,7 @@ class Rounder:
             rounded = layer.b[:, : choice.rank] @ layer.a[: choice.rank]
         else:
             a, b = layer.a[: choice.rank].double(), layer.b[:, : choice.rank].double()
-            rounded = _rounded_product(spec, a, b, self._moment(spec.name), grid)
+            rounded = rounded_product(spec, a, b, self._moment(spec.name), grid)
         return rounded.to(layer.weight)
 
     def _rounded_dense(self, spec: LinearSpec, grid: Grid, nearest: bool) -> torch.Tensor:
@@ -226,10 +226,18 @@ class Rounder:
         return found
 
 
-def _rounded_product(
+def rounded_product(
     spec: LinearSpec, a: torch.Tensor, b: torch.Tensor, moment: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
-    """Return the weight (m, n) of a low-rank layer, float64, after rounding the matrices that its layout stores."""
+    """Return the weight (m, n) of a low-rank layer, float64, after rounding the matrices that its layout stores.
+
+    Args:
+        spec: the layer; its layout decides what is stored, and in which basis.
+        a: A (k, n).
+        b: B (m, k).
+        moment: G (n, n).
+        grid: to round to.
+    """
     layout = layout_named(spec.layout)
     if layout.free_basis:
         a, b = mixed_basis(a, b, moment)
@@ -252,19 +260,30 @@ def rounding_shares(
         moment: G (n, n).
         grid: to round to.
     """
-    a, b, g = a.double(), b.double(), moment.double()
-    inverse = torch.linalg.pinv(b)
+    a, b = a.double(), b.double()
+    energy = energy_of(b, moment)
+    weight = b @ a
+    dense = energy(round_calibrated(weight, moment, grid).weight().double() - weight) / energy(weight)
+    rank = max(1, round(_MEASURED * spec.top_rank))
+    kept = b[:, :rank] @ a[:rank]
+    change = rounded_product(spec, a[:rank], b[:, :rank], moment, grid) - kept
+    return RoundingShares(dense, energy(change) / energy(kept))
+
+
+def energy_of(b: torch.Tensor, moment: torch.Tensor) -> Callable[[torch.Tensor], float]:
+    """Return the energy e(ΔW) of a change (m, n) of a weight, in the metric of its factors; see this module.
+
+    Args:
+        b: B (m, r) float64, all components.
+        moment: G (n, n).
+    """
+    inverse, g = torch.linalg.pinv(b), moment.double()
 
     def energy(change: torch.Tensor) -> float:
         coordinates = inverse @ change
         return float(((coordinates @ g) * coordinates).sum())
 
-    weight = b @ a
-    dense = energy(round_calibrated(weight, moment, grid).weight().double() - weight) / energy(weight)
-    rank = max(1, round(_MEASURED * spec.top_rank))
-    kept = b[:, :rank] @ a[:rank]
-    change = _rounded_product(spec, a[:rank], b[:, :rank], moment, grid) - kept
-    return RoundingShares(dense, energy(change) / energy(kept))
+    return energy
 
 
 def joint_losses(module: Module, table: torch.Tensor, shares: Shares, budget: Budget) -> torch.Tensor:

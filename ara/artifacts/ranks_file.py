@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ara import jsonfile
 from ara.artifacts.base import Rank
+from ara.config.sizes import Block
 from ara.errors import DataError, ProblemsError, near_matches
 from ara.layout_names import DEFAULT_LAYOUT, LAYOUT_NAMES, LayoutName
-from ara.layouts.grid import BITS, BLOCKS, Bits
+from ara.layouts.grid import BITS, Bits
 from ara.models.weights import LinearSpec
 from ara.solver.problem import DENSE, Allocation, Choice
 
@@ -207,8 +208,8 @@ def _blocks_problems(blocks: Any, bits: Any) -> list[str]:
         return [f'"blocks" is {_shown(blocks)}, expected a table']
     known = bits if isinstance(bits, dict) else {}
     problems = [f"block of {_plain(name)}: the layer has no few bits" for name in blocks if name not in known]
-    wrong = {name: value for name, value in blocks.items() if type(value) is not int or value not in BLOCKS}
-    lengths = ", ".join(map(str, BLOCKS))
+    wrong = {name: value for name, value in blocks.items() if type(value) is not int or value not in get_args(Block)}
+    lengths = ", ".join(map(str, get_args(Block)))
     return problems + [
         f"block of {_plain(name)}: {_shown(value)} is none of {lengths}" for name, value in wrong.items()
     ]

@@ -14,7 +14,6 @@ import torch
 
 Bits = Literal[4, 8]
 BITS: tuple[Bits, ...] = (4, 8)
-BLOCKS = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)

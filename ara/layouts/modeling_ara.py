@@ -586,7 +586,7 @@ def separate_experts(model: nn.Module, shared: bool = False) -> nn.Module:
                 delattr(module, f"{name}_bias")
             if shared and name == expert_parameters(module)[0]:
                 weight = (weights.detach().mT if module.is_transposed else weights.detach()).flatten(0, 1)
-                one = shared_linear_with(weight, None if biases is None else biases.detach().flatten())
+                one = linear_with(weight, None if biases is None else biases.detach().flatten(), False, shared=True)
                 setattr(module, name, one.requires_grad_(weights.requires_grad))
                 continue
             layers = nn.ModuleList()
@@ -1106,7 +1106,7 @@ def densify(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, CompressedLinear):
             weight = module.product(torch.float32).detach().to(module.A.weight.dtype)
-            replace_linear(model, name, _dense_layer(weight, module, name in shared))
+            replace_linear(model, name, linear_with(weight, module.bias, module.transposed, name in shared))
     return model
 
 
@@ -1123,7 +1123,8 @@ def dequantise(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     shared = shared_layers_of_experts(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, RoundedLinear):
-            replace_linear(model, name, _dense_layer(module.dense(dtype), module, name in shared))
+            layer = linear_with(module.dense(dtype), module.bias, module.transposed, name in shared)
+            replace_linear(model, name, layer)
         elif isinstance(module, RoundedEmbedding):
             embeddings[module] = embedding_with(module.dense(dtype), module.scale)
             replace_linear(model, name, embeddings[module])
@@ -1186,13 +1187,15 @@ def _found(model: nn.Module, name: str, *kinds: type[nn.Module]) -> Any:
     return module
 
 
-def _dense_layer(weight: torch.Tensor, module: Any, shared: bool) -> nn.Module:
-    """Return the ordinary layer with this weight (m, n) in place of a compressed or rounded one."""
-    return shared_linear_with(weight, module.bias) if shared else linear_with(weight, module.bias, module.transposed)
+def linear_with(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool, shared: bool = False) -> nn.Module:
+    """Return an ordinary linear layer with a weight (m, n) and a bias (m).
 
-
-def linear_with(weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> nn.Module:
-    """Return an ordinary linear layer, or a ``Conv1D`` if ``transposed``, with a weight (m, n) and a bias (m)."""
+    Args:
+        weight: W.
+        bias: or ``None``.
+        transposed: return a ``Conv1D``.
+        shared: return a :class:`SharedLinear`.
+    """
     m, n = weight.shape
     layer: nn.Module
     if transposed:
@@ -1200,16 +1203,7 @@ def linear_with(weight: torch.Tensor, bias: torch.Tensor | None, transposed: boo
             layer = Conv1D(m, n)
         weight = weight.T.contiguous()
     else:
-        layer = nn.Linear(n, m, bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return layer
-
-
-def shared_linear_with(weight: torch.Tensor, bias: torch.Tensor | None) -> SharedLinear:
-    """Return a layer of all experts with a weight (E m, n) and a bias (E m)."""
-    layer = SharedLinear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        layer = (SharedLinear if shared else nn.Linear)(n, m, bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach(), requires_grad=False)

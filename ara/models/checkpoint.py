@@ -207,8 +207,7 @@ def _read(
 
     A dtype of ``None`` is that of the files.
     """
-    config = read_config(folder)
-    kind = config.get("model_type")
+    kind = read_config(folder).get("model_type")
     try:
         with silence_transformers():
             model, loading = auto_class(kind).from_pretrained(
@@ -228,7 +227,7 @@ def _read(
         raise ModelError(f"{folder} cannot be loaded: {reason}", _AGAIN) from error
     stored = stored_tensors(weight_files(folder))
     check_loaded(model, loading, f"{folder} cannot be loaded: the checkpoint", stored, _AGAIN)
-    separate_experts(model, shared_experts or quantization_of(folder, config).get("shared_experts") is True)
+    separate_experts(model, shared_experts)
     loaded: PreTrainedModel = model
     return loaded
 

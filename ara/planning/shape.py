@@ -127,7 +127,8 @@ class ModelShape:
 
     def share(self, spec: LinearSpec) -> float:
         """Return the share of its weights that a token multiplies with, 1 if it is no expert's."""
-        return self.shares.get(spec.pool or spec.name, 1.0)
+        of_experts = spec.pool is not None or spec.experts > 1
+        return self.shares[spec.pool or spec.name] if of_experts else 1.0
 
     def seen(self, spec: LinearSpec) -> float:
         """Return the share of the tokens whose inputs a layer gets; a layer of all experts gets all of them."""

@@ -5,79 +5,45 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import ara
 from ara.artifacts.factors import FactorsResults
 from ara.config import (
-    AllocateConfig,
     DecomposeConfig,
     EvalConfig,
     QuantiseConfig,
     RecoverConfig,
-    TrainMasksConfig,
     TruncateConfig,
 )
 from ara.layouts.modeling_ara import CompressedLinear, SeparateExperts, fused_experts
 from ara.models.low_rank import low_rank_layers
 from ara.models.sources import resolve
-from ara.stages.allocate import allocate
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
 from ara.stages.evaluate import evaluate
 from ara.stages.quantise import quantise
 from ara.stages.recover import recover
-from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
-from ara.workspace.view import StageView
+from tests.mixtures import CPU, Made, first_components, logits, make_mixture
 from tests.recorder import Recorder
-from tests.tiny import MIXTURES, save_tiny, tiny_model
-
-CPU = {"device": "cpu", "dtype": "float32"}
-IDS = torch.arange(3, 3 + 2 * 37).view(2, 37)
-
-
-@dataclass
-class Made:
-    """A family, its workspace at keep 0.7, what was said, and the results."""
-
-    family: str
-    root: Path
-    report: Recorder
-    factors: StageView
-    ranks: StageView
-    checkpoint: StageView
+from tests.tiny import MIXTURES, tiny_model
 
 
 @pytest.fixture(scope="module", params=MIXTURES)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Made:
     """Return one family with trained ranks, truncated."""
-    folder = tmp_path_factory.mktemp(request.param)
-    model, report = save_tiny(folder / "model", request.param), Recorder()
-    run = Run(folder / "ws", report=report)
-    factors = decompose(DecomposeConfig(model=str(model), text=tiny_text, samples=12, seq_len=32, **CPU), run)
-    train_masks(TrainMasksConfig(keep=(0.7,), steps=2, **CPU), run)
-    ranks = allocate(AllocateConfig(keep=0.7, method="ara", guard=False, **CPU), run)
-    return Made(request.param, folder / "ws", report, factors, ranks, truncate(TruncateConfig(), run))
-
-
-def logits(model: Any) -> torch.Tensor:
-    """Return the logits of a model on fixed tokens."""
-    with torch.inference_mode():
-        return model(input_ids=IDS).logits
+    return make_mixture(tmp_path_factory.mktemp(request.param), request.param, tiny_text)
 
 
 def test_separate_experts_compute_what_fused_ones_do(made: Made) -> None:
     dense = tiny_model(made.family)
     assert fused_experts(dense)
-    separate = resolve(str(made.root.parent / "model")).load_model(torch.float32)
+    separate = resolve(made.model).load_model(torch.float32)
     assert not fused_experts(separate)
     assert any(isinstance(module, SeparateExperts) for module in separate.modules())
     torch.testing.assert_close(logits(separate), logits(dense), atol=1e-5, rtol=1e-5)
@@ -95,15 +61,7 @@ def test_every_expert_is_a_layer_with_its_own_rank(made: Made) -> None:
 
 
 def test_checkpoint_is_the_model_with_the_first_components(made: Made) -> None:
-    model = resolve(str(made.root.parent / "model")).load_model(torch.float32)
-    ranks = json.loads((made.ranks.path / "ranks.json").read_text())["ranks"]
-    for layer in FactorsResults.read(made.factors).modules:
-        if (rank := ranks[layer.name]) != "dense":
-            with safe_open(made.factors.path / f"layer-{layer.layer:03d}.safetensors", "pt") as file:
-                a, b = (file.get_tensor(f"{layer.name}.{part}") for part in "AB")
-            with torch.no_grad():
-                model.get_submodule(layer.name).weight.copy_(b[:, :rank] @ a[:rank])
-    expected = logits(model)
+    expected = logits(first_components(made))
     assert (logits(tiny_model(made.family)) - expected).abs().max() > 0.05
     folder = made.checkpoint.path / "checkpoint"
     for loaded in (
@@ -111,7 +69,7 @@ def test_checkpoint_is_the_model_with_the_first_components(made: Made) -> None:
         AutoModelForCausalLM.from_pretrained(folder),
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True),
     ):
-        assert set(low_rank_layers(loaded)) == {name for name, rank in ranks.items() if rank != "dense"}
+        assert set(low_rank_layers(loaded)) == made.low_rank.keys()
         torch.testing.assert_close(logits(loaded.eval()), expected, atol=5e-4, rtol=1e-3)
 
 
@@ -153,7 +111,7 @@ def test_experts_with_few_tokens_are_named(made: Made, tiny_text: str, tmp_path:
     assert "--calibrate-all-experts" in warning
     report = Recorder()
     config = DecomposeConfig(
-        model=str(made.root.parent / "model"),
+        model=made.model,
         text=tiny_text,
         samples=12,
         seq_len=32,

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import ara
@@ -20,7 +17,6 @@ from ara.config import (
     PlanConfig,
     QuantiseConfig,
     RecoverConfig,
-    TrainMasksConfig,
     TruncateConfig,
 )
 from ara.errors import UnsupportedModelError, UsageError
@@ -32,26 +28,11 @@ from ara.stages.common import Run
 from ara.stages.decompose import decompose
 from ara.stages.quantise import quantise
 from ara.stages.recover import recover
-from ara.stages.train_masks import train_masks
 from ara.stages.truncate import truncate
-from ara.workspace.view import StageView
 from export.onnx.stored_weights import Checkpoint
+from tests.mixtures import CPU, Made, first_components, logits, make_mixture
 from tests.recorder import Recorder
 from tests.tiny import save_tiny, tiny_model
-
-CPU = {"device": "cpu", "dtype": "float32"}
-IDS = torch.arange(3, 3 + 2 * 37).view(2, 37)
-
-
-@dataclass
-class Made:
-    """A family, its workspace at keep 0.7, and the results."""
-
-    family: str
-    root: Path
-    factors: StageView
-    ranks: StageView
-    checkpoint: StageView
 
 
 # Stored as (E, m, n), and as (E, n, m) with biases.
@@ -59,24 +40,7 @@ class Made:
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Made:
     """Return one family with trained ranks, truncated."""
     folder = tmp_path_factory.mktemp(request.param)
-    model, run = save_tiny(folder / "model", request.param), Run(folder / "ws", report=Recorder())
-    settings = {"text": tiny_text, "samples": 12, "seq_len": 32, "share_experts": True}
-    factors = decompose(DecomposeConfig(model=str(model), **settings, **CPU), run)
-    train_masks(TrainMasksConfig(keep=(0.7,), steps=2, **CPU), run)
-    ranks = allocate(AllocateConfig(keep=0.7, method="ara", guard=False, **CPU), run)
-    return Made(request.param, folder / "ws", factors, ranks, truncate(TruncateConfig(check=True), run))
-
-
-def logits(model: Any) -> torch.Tensor:
-    """Return the logits of a model on fixed tokens."""
-    with torch.inference_mode():
-        return model(input_ids=IDS).logits
-
-
-def chosen(made: Made) -> dict[str, int]:
-    """Return layer → rank of the low-rank layers."""
-    ranks = json.loads((made.ranks.path / "ranks.json").read_text())["ranks"]
-    return {name: rank for name, rank in ranks.items() if rank != "dense"}
+    return make_mixture(folder, request.param, tiny_text, share_experts=True, check=True)
 
 
 def test_one_layer_and_one_rank_for_all_experts(made: Made) -> None:
@@ -88,20 +52,12 @@ def test_one_layer_and_one_rank_for_all_experts(made: Made) -> None:
     }
     # What maps down has a rank for each expert.
     assert sum(".down_proj." in layer.name for layer in layers) == 15
-    assert all(layer.name in chosen(made) or layer.experts for layer in together)
+    assert any(layer.name in made.low_rank for layer in together)
 
 
 def test_checkpoint_is_the_model_with_the_first_components(made: Made) -> None:
-    source = resolve(str(made.root.parent / "model"))
-    model = source.with_experts(True).load_model(torch.float32)
-    ranks = chosen(made)
-    assert any(name in ranks for name in shared_layers_of_experts(model))
-    for layer in FactorsResults.read(made.factors).modules:
-        if layer.name in ranks:
-            with safe_open(made.factors.path / f"layer-{layer.layer:03d}.safetensors", "pt") as file:
-                a, b = (file.get_tensor(f"{layer.name}.{part}") for part in "AB")
-            with torch.no_grad():
-                model.get_submodule(layer.name).weight.copy_(b[:, : ranks[layer.name]] @ a[: ranks[layer.name]])
+    model = first_components(made, share_experts=True)
+    assert any(name in made.low_rank for name in shared_layers_of_experts(model))
     expected = logits(model)
     folder = made.checkpoint.path / "checkpoint"
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["shared_experts"] is True
@@ -164,7 +120,7 @@ def test_dense_experts_stay_as_they_were(made: Made, tiny_text: str) -> None:
 
 def test_weights_that_stay_in_their_files(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARA_CACHE_DIR", str(tmp_path))
-    model = str(made.root.parent / "model")
+    model = made.model
     loaded, mapped = (
         resolve(model, offload=offload).with_experts(True).load_model(torch.float32) for offload in ("none", "disk")
     )
@@ -172,7 +128,7 @@ def test_weights_that_stay_in_their_files(made: Made, tmp_path: Path, monkeypatc
 
 
 def test_plan_counts_one_layer_for_all_experts(made: Made, tmp_path: Path) -> None:
-    model = str(made.root.parent / "model")
+    model = made.model
     shared, own = (
         make_plan(PlanConfig(model=model, share_experts=share, probe=False, seq_len=32, **CPU), tmp_path)
         for share in (True, False)
