@@ -57,6 +57,10 @@ class DataError(AraError):
     """A text, task or data file is missing, empty or malformed."""
 
 
+class MemoryShortError(AraError):
+    """Memory is short for work that was already under way."""
+
+
 class NumericalError(AraError):
     """NaN or infinity where a finite number is needed."""
 

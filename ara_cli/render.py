@@ -227,7 +227,7 @@ def _show_recovery(console: Console, what: str, figures: RecoveryFigures) -> Non
         (
             row.level,
             f"{row.before:.4f}",
-            f"{row.after:.4f}" + ("" if row.kept else " (taken back)"),
+            f"{row.shown:.4f}{row.mark}",
             count_text(row.tokens),
             seconds_text(row.seconds),
         )

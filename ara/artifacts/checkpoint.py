@@ -30,11 +30,14 @@ class RecoveredLevel(Part):
     Attributes:
         level: its name.
         tokens: training tokens read, each pass counted.
-        seconds, peak_memory_bytes: of this level.
+        seconds: of this level.
+        peak_memory_bytes: of the stage up to the end of this level.
         before, after: KL(dense ‖ model) on held-out text, nats per token; ``after`` belongs to the repair even if it is
             not kept.
         kept: whether the repair is in the checkpoint; it is not if it raised the divergence.
         notes: further figures, in words.
+        adapter: KL(dense ‖ model with the LoRA adapter) on held-out text, if the level has put what it learned into an
+            adapter beside the weights; the weights are those before the level then.
     """
 
     level: str
@@ -45,6 +48,22 @@ class RecoveredLevel(Part):
     after: Number
     kept: StrictBool
     notes: tuple[str, ...] = ()
+    adapter: Number | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def in_weights(self) -> bool:
+        """Whether the weights of the checkpoint are those that the level has made."""
+        return self.kept and self.adapter is None
+
+    @property
+    def shown(self) -> float:
+        """Divergence after the level: with the adapter, if there is one."""
+        return self.after if self.adapter is None else self.adapter
+
+    @property
+    def mark(self) -> str:
+        """What tables add to a level whose repair is not in the weights."""
+        return " (taken back)" if not self.kept else "" if self.adapter is None else " (adapter)"
 
 
 @dataclass(frozen=True)

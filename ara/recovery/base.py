@@ -226,12 +226,15 @@ class LevelOutcome:
         notes: figures of the level, in words.
         interrupted: why it ended early; ``None`` if it is complete.
         details: further figures as JSON data.
+        adapter: KL on the unseen windows with the adapter that the level has written beside unchanged weights; ``None``
+            if it has changed the weights.
     """
 
     tokens: int
     notes: tuple[str, ...] = ()
     interrupted: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    adapter: float | None = None
 
 
 class Level(ABC):
@@ -242,11 +245,13 @@ class Level(ABC):
 
     Class attributes:
         settings: fields of :class:`~ara.config.RecoverConfig` that no other level reads.
+        less_memory: which options need less memory, for an error.
         not_rounded: why the level cannot repair a rounded checkpoint, in words; ``None`` if it can.
         all_ranks: whether the level needs the factors of all ranks.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset()
+    less_memory: ClassVar[str] = "a smaller --batch-size, or fewer --samples"
     not_rounded: ClassVar[str | None] = None
     all_ranks: ClassVar[bool] = False
 

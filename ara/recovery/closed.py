@@ -36,7 +36,7 @@ from ara.recovery.base import Level, LevelOutcome, Recovery
 from ara.recovery.correction import Correction, correct
 from ara.recovery.dense_side import DenseSide, Leader
 from ara.recovery.expert_moments import LEAST_HELD_OUT, expert_moments, portions
-from ara.recovery.paired_moments import PairedAccumulator, PairedMoments
+from ara.recovery.paired_moments import PairedAccumulator, PairedMoments, has_bias
 from ara.recovery.trainable import block_tensors, factors_of, load_tensors, set_factors
 
 # A layer writes to the residual stream if a change of its output arrives at the end of the block with this relative
@@ -85,34 +85,23 @@ class _Correction:
 
     def all_blocks(self) -> LevelOutcome:
         """Correct every block; finished ones are read from the parts of an interrupted run."""
-        saved, interrupted = self.recovery.saved, None
         choices: dict[str, Choice] = {}
-        with self.report.bar("Correcting blocks", self.count) as bar:
-            for layer in range(self.count):
-                part = f"block-{layer:03d}"
-                file = saved.part(part)
-                if file is not None:
-                    load_tensors(self.recovery.model, load_file(file))
-                    choices |= {name: Choice(**row) for name, row in saved.values(part)["layers"].items()}
-                else:
-                    try:
-                        found = self._block(layer)
-                    except KeyboardInterrupt:
-                        if not self.recovery.keep_on_interrupt or layer == 0:
-                            raise
-                        interrupted = f"interrupted after block {layer} of {self.count}"
-                        break
-                    choices |= found
-                    rows = {name: asdict(choice) for name, choice in found.items()}
-                    saved.finish_part(
-                        part, block_tensors(self.recovery.model, f"{self.prefix}.{layer}"), {"layers": rows}
-                    )
-                if layer + 1 < self.count:
-                    for dense, model in zip(self.dense, self.model, strict=True):
-                        dense.advance()
-                        model.advance(model.outputs())
-                trim_heap()
-                bar.advance()
+        done, interrupted = 0, None
+        try:
+            with self.report.bar("Correcting blocks", self.count) as bar:
+                for layer in range(self.count):
+                    choices |= self._finished(layer)
+                    done = layer + 1
+                    if done < self.count:
+                        for dense, model in zip(self.dense, self.model, strict=True):
+                            dense.advance()
+                            model.advance(model.outputs())
+                    trim_heap()
+                    bar.advance()
+        except KeyboardInterrupt:
+            if not self.recovery.keep_on_interrupt or not done:
+                raise
+            interrupted = f"interrupted after block {done} of {self.count}"
         notes = [_summary(list(choices.values()))]
         if uncorrected := len(self.recovery.specs) - len(choices) if interrupted is None else 0:
             notes.append(
@@ -124,6 +113,18 @@ class _Correction:
             interrupted=interrupted,
             details={"layers": {name: asdict(choice) for name, choice in choices.items()}},
         )
+
+    def _finished(self, layer: int) -> dict[str, Choice]:
+        """Correct a block and store it, or read it from the parts of an interrupted run."""
+        saved, part = self.recovery.saved, f"block-{layer:03d}"
+        file = saved.part(part)
+        if file is not None:
+            load_tensors(self.recovery.model, load_file(file))
+            return {name: Choice(**row) for name, row in saved.values(part)["layers"].items()}
+        found = self._block(layer)
+        rows = {name: asdict(choice) for name, choice in found.items()}
+        saved.finish_part(part, block_tensors(self.recovery.model, f"{self.prefix}.{layer}"), {"layers": rows})
+        return found
 
     def _block(self, layer: int) -> dict[str, Choice]:
         """Correct the groups of one block in their order; after Ctrl+C the block is as it was."""
@@ -140,7 +141,7 @@ class _Correction:
             for specs in steps:
                 if specs[0].pool is None:
                     owners = self._owners(specs)
-                    pair = tuple(self._moments(specs[0], leaders[specs[0].name], which, owners) for which in (0, 1))
+                    pair = tuple(self._moments(specs, leaders[specs[0].name], which, owners) for which in (0, 1))
                     found |= self._correct(dict.fromkeys(owners, pair), specs, owners)
                 else:
                     # The memory of process 0 decides.
@@ -233,20 +234,24 @@ class _Correction:
         return float(difference.float().norm()) < _SAME * float(change.float().norm())
 
     @torch.inference_mode()
-    def _moments(self, spec: LinearSpec, leader: Leader, which: int, owners: Mapping[str, int]) -> PairedMoments | None:
+    def _moments(
+        self, specs: Sequence[LinearSpec], leader: Leader, which: int, owners: Mapping[str, int]
+    ) -> PairedMoments | None:
         """Return the moments of the inputs of a group, over training (0) or held-out text (1).
 
         If its layer writes to the residual stream, also those of what the compressed stream has drifted beside it.
 
         Args:
-            spec: a layer of the group.
+            specs: the layers of the group.
             leader: the layer that is observed in the dense model.
             which: text.
             owners: layer → the process that corrects it; others get ``None``.
         """
         recovery, dense, model = self.recovery, self.dense[which], self.model[which]
+        spec = specs[0]
         module = spec.weight.owner(recovery.model)
-        sums = PairedAccumulator(spec.n, recovery.device, which == 1, spec.m if leader.writes else None)
+        outputs = spec.m if leader.writes else None
+        sums = PairedAccumulator(spec.n, recovery.device, which == 1, outputs, has_bias(recovery.model, specs))
         for index in range(len(model.batches)):
             ours = dense.at(index, leader)
             if ours.beside is None:

@@ -147,6 +147,10 @@ def _error(candidate: Candidate) -> float:
     return candidate.error if candidate.error == candidate.error else float("inf")
 
 
+class _NotDefinite(Exception):
+    """S + λ I has no Cholesky factor."""
+
+
 class _Problem:
     """One layer in the coordinates of its factor B.
 
@@ -197,7 +201,16 @@ class _Problem:
         return torch.linalg.lstsq(self.b, columns).solution.view(-1, *outputs.shape[1:])
 
     def candidate(self, beta: float, damping: float, gamma: float, rank: int | None) -> Candidate:
-        """Return the best coordinates of rank ``rank`` (``None``: full) for β, λ and γ."""
+        """Return the best coordinates of rank ``rank`` (``None``: full) for β, λ and γ.
+
+        Its error is infinite if S + λ I is not positive definite: too few tokens for the precision of their moments.
+        """
+        try:
+            return self._solved(beta, damping, gamma, rank)
+        except _NotDefinite:
+            return Candidate(float("inf"), beta, damping, gamma)
+
+    def _solved(self, beta: float, damping: float, gamma: float, rank: int | None) -> Candidate:
         z = self.a + beta * self._moved(damping) if beta else self.a
         if gamma:
             z = z - gamma * self._taken_back(damping)
@@ -231,9 +244,8 @@ class _Problem:
 
     def shift(self, beta: float, damping: float) -> torch.Tensor:
         """Return I + β D (n, n)."""
-        shift = beta * self._shift(damping)
-        shift.diagonal().add_(1)
-        return shift
+        shift = torch.eye(len(self.metric), dtype=self.metric.dtype, device=self.metric.device)
+        return shift + beta * self._shift(damping) if beta else shift
 
     def taken_back(self, damping: float, gamma: float) -> torch.Tensor | None:
         """Return −γ E[e x'ᵀ] (S + λ I)⁻¹ (m, n); ``None`` if it is 0."""
@@ -260,5 +272,8 @@ class _Problem:
             damped = self.metric.clone()
             # A constant input has no variance: the tiny number keeps the matrix definite.
             damped.diagonal().add_(damping * self.metric.diagonal().mean() + torch.finfo(torch.float64).tiny)
-            self._roots[damping] = torch.linalg.cholesky(damped)
+            root, failed = torch.linalg.cholesky_ex(damped)
+            if failed:
+                raise _NotDefinite
+            self._roots[damping] = root
         return torch.cholesky_solve(matrix.T, self._roots[damping]).T

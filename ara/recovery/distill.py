@@ -56,6 +56,7 @@ class Distill(Level):
         {"steps", "batch", "rate", "optimiser", "train", "lora_rank", "keep_adapter"}
         | {"check_every", "patience", "save_every", "tensorboard"}
     )
+    less_memory = "--train lora, --level block, or a smaller --batch-size"
 
     def check(self, config: RecoverConfig) -> None:
         """Refuse missing packages and an adapter without LoRA; see :meth:`Level.check`."""
@@ -135,6 +136,7 @@ def _train_adapters(recovery: Recovery) -> LevelOutcome:
         try:
             outcome = _Training(recovery, adapters.parameters()).run()
             if config.keep_adapter:
+                outcome = replace(outcome, adapter=recovery.unseen_distance().kl)
                 recovery.saved.write_folder(ADAPTER_FOLDER, adapters.save)
         except BaseException:
             adapters.remove()
@@ -143,7 +145,10 @@ def _train_adapters(recovery: Recovery) -> LevelOutcome:
             adapters.merge()
             return outcome
         adapters.remove()
-    note = f"the weights are unchanged; the LoRA adapter of rank {config.lora_rank} is in {ADAPTER_FOLDER}/"
+    note = (
+        f"the weights are unchanged; the LoRA adapter of rank {config.lora_rank} is in {ADAPTER_FOLDER}/, and with it "
+        f"the held-out divergence is {outcome.adapter:.4f}"
+    )
     return replace(outcome, notes=(*outcome.notes, note))
 
 

@@ -16,7 +16,7 @@ from ara.models.blocks import Stream
 from ara.models.experts import has_routes, recording_routes, replaying_routes
 from ara.models.memory import available_bytes
 from ara.models.weights import LinearSpec
-from ara.recovery.paired_moments import PairedAccumulator, PairedMoments
+from ara.recovery.paired_moments import PairedAccumulator, PairedMoments, has_bias
 
 # Part of the free memory that the sums may fill: one over this.
 _SHARE = 4
@@ -61,6 +61,7 @@ def expert_moments(
         return {}
     originals = {spec.name: spec.weight.owner(dense_model) for spec in specs}
     modules = {spec.name: spec.weight.owner(model) for spec in specs}
+    centred = has_bias(model, specs)
     sums: dict[str, PairedAccumulator] = {}
     for index in range(len(ours.batches)):
         with recording_routes(ours.blocks[ours.at]) as routes:
@@ -71,11 +72,14 @@ def expert_moments(
             if original in inputs:
                 x, other = inputs[original], others[modules[name]]
                 if name not in sums:
-                    sums[name] = PairedAccumulator(x.shape[-1], x.device, with_dense)
+                    sums[name] = PairedAccumulator(x.shape[-1], x.device, with_dense, centred=centred)
                 sums[name].add(x, other)
     found = {}
     for name in modules:
-        one = sums.pop(name, None) or PairedAccumulator(specs[0].n, next(model.parameters()).device, with_dense)
+        one = sums.pop(name, None)
+        if one is None:
+            device = next(model.parameters()).device
+            one = PairedAccumulator(specs[0].n, device, with_dense, centred=centred)
         one.sum_over(group, {owners[name]})
         if owners[name] == group.rank and one.tokens:
             found[name] = one.checked(name)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ara.calibration.moments import add_gram, mirrored
 from ara.distributed.group import Group
 from ara.errors import NumericalError
+from ara.models.weights import LinearSpec, bias_of
 
+# Sums of products: of the vectors x (0), x' (1) and the drift e (2).
+_PAIRS = {
+    "cross": (0, 1),
+    "compressed": (1, 1),
+    "dense": (0, 0),
+    "drift": (2, 1),
+    "drift_dense": (2, 0),
+    "drift_square": (2, 2),
+}
 # Products of a vector with itself: their sums are symmetric.
-_SYMMETRIC = ("compressed", "dense", "drift_square")
+_SYMMETRIC = {name for name, (left, right) in _PAIRS.items() if left == right}
 
 
 @dataclass(frozen=True)
@@ -56,10 +67,22 @@ class PairedMoments:
     drift: Drift | None = None
 
 
-class PairedAccumulator:
-    """Sums the moments of pairs of inputs over batches, in float32."""
+def has_bias(model: nn.Module, specs: Sequence[LinearSpec]) -> bool:
+    """Tell whether a layer has a bias, so that the covariances of its inputs are needed."""
+    return any(bias_of(spec.weight.owner(model)) is not None for spec in specs)
 
-    def __init__(self, width: int, device: torch.device, dense: bool, outputs: int | None = None) -> None:
+
+class PairedAccumulator:
+    """Sums the moments of pairs of inputs over batches, in float32.
+
+    Covariances are differences of moments. Where a channel's mean is many times its deviation, float32 sums of raw
+    products no longer hold the difference. With ``centred`` the sums are of what remains after a fixed reference is
+    subtracted: the mean of the first batch. The moments are restored from them in float64.
+    """
+
+    def __init__(
+        self, width: int, device: torch.device, dense: bool, outputs: int | None = None, centred: bool = False
+    ) -> None:
         """Prepare sums.
 
         Args:
@@ -67,6 +90,7 @@ class PairedAccumulator:
             device: of the inputs.
             dense: whether to sum products with x as well.
             outputs: m, if the drift is summed too.
+            centred: whether covariances will be taken: the layer has a bias.
         """
         pairs = ["cross", "compressed", *(["dense"] if dense else [])]
         sizes = {name: (width, width) for name in pairs}
@@ -77,6 +101,9 @@ class PairedAccumulator:
         widths = [width, width, *([outputs] if outputs else [])]
         self._means = [torch.zeros(one, device=device) for one in widths]
         self._tokens = 0
+        self._centred = centred
+        # What was subtracted from x, x' and e; none before the first batch, and after the moments are restored.
+        self._references: list[torch.Tensor] = []
 
     @staticmethod
     def bytes_for(width: int, dense: bool) -> int:
@@ -85,29 +112,46 @@ class PairedAccumulator:
 
     def add(self, x: torch.Tensor, other: torch.Tensor, drift: torch.Tensor | None = None) -> None:
         """Add the inputs ``x`` (..., n) of the dense layer, ``other`` (..., n) of the compressed one, and the drift."""
-        x, other = (one.reshape(-1, one.shape[-1]).float() for one in (x, other))
-        pairs = {"cross": (x, other), "compressed": (other, other), "dense": (x, x)}
-        inputs = [x, other]
-        if drift is not None:
-            e = drift.reshape(-1, drift.shape[-1]).float()
-            pairs |= {"drift": (e, other), "drift_dense": (e, x), "drift_square": (e, e)}
-            inputs.append(e)
+        given = (x, other) if drift is None else (x, other, drift)
+        inputs = [one.reshape(-1, one.shape[-1]).float() for one in given]
+        if not len(inputs[0]):
+            return
+        if self._centred:
+            self._references = self._references or [one.mean(0) for one in inputs]
+            inputs = [one - reference for one, reference in zip(inputs, self._references, strict=True)]
         for name, total in self._sums.items():
-            left, right = pairs[name]
+            left, right = (inputs[index] for index in _PAIRS[name])
             if name in _SYMMETRIC:
                 add_gram(total, left)
             else:
                 total.addmm_(left.T, right)
         for mean, one in zip(self._means, inputs, strict=True):
             mean += one.sum(0)
-        self._tokens += len(x)
+        self._tokens += len(inputs[0])
 
     def sum_over(self, group: Group, ranks: Collection[int]) -> None:
         """Add up the sums of all processes; only the processes ``ranks`` get them."""
+        if self._centred and group.size > 1:
+            # Every process has references of its own.
+            self._restore()
         count = torch.tensor(self._tokens)
         for part in (*self._sums.values(), *self._means, count):
             group.sum(part, ranks)
         self._tokens = int(count)
+
+    def _restore(self) -> None:
+        """Turn the sums into float64 sums of raw products: Σ v wᵀ = Σ (v − r)(w − s)ᵀ + r Σwᵀ + Σv sᵀ − t r sᵀ."""
+        self._sums = {name: one.double() for name, one in self._sums.items()}
+        self._means = [one.double() for one in self._means]
+        if not self._references:
+            return
+        references = [one.double() for one in self._references]
+        for mean, reference in zip(self._means, references, strict=True):
+            mean += self._tokens * reference
+        for name, total in self._sums.items():
+            (r, s), (left, right) = ([of[index] for index in _PAIRS[name]] for of in (references, self._means))
+            total += torch.outer(r, right) + torch.outer(left, s) - self._tokens * torch.outer(r, s)
+        self._references = []
 
     @property
     def tokens(self) -> int:
@@ -134,9 +178,10 @@ class PairedAccumulator:
 
     def result(self) -> PairedMoments:
         """Return the averages."""
+        self._restore()
         count = max(self._tokens, 1)
         sums = {name: one.double() / count for name, one in self._sums.items()}
-        for name in set(_SYMMETRIC) & set(sums):
+        for name in _SYMMETRIC & set(sums):
             mirrored(sums[name])
         dense, compressed, *rest = (mean.double() / count for mean in self._means)
         drift = Drift(sums["drift"], sums.get("drift_dense"), sums.get("drift_square"), rest[0]) if rest else None

@@ -54,7 +54,7 @@ class Measured:
 
 def _last_level(recovery: RecoveryFigures | None) -> list[str]:
     """Return the last level of a recovery that was kept, if there is one."""
-    return [] if recovery is None else [level.level for level in recovery.levels if level.kept][-1:]
+    return [] if recovery is None else [level.level for level in recovery.levels if level.in_weights][-1:]
 
 
 def perplexity_fronts(measured: Sequence[Measured]) -> tuple[Front, ...]:

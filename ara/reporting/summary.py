@@ -191,7 +191,7 @@ def recovery_words(recovery: RecoveryFigures, after_rounding: bool = False) -> s
         recovery: its figures.
         after_rounding: whether whole numbers stayed.
     """
-    kept = [level.level for level in recovery.levels if level.kept]
+    kept = [level.level for level in recovery.levels if level.in_weights]
     whose = "After the rounding, its scales and unrounded" if after_rounding else "Its"
     what = f"repaired at the level{'s' * (len(kept) > 1)} {', '.join(kept)}" if kept else "not changed by any repair"
     text = mixture_spec([Share(part.name, part.share) for part in recovery.parts])
@@ -201,6 +201,12 @@ def recovery_words(recovery: RecoveryFigures, after_rounding: bool = False) -> s
         f"to {recovery.after:.4f} nats per token, and the loss from {recovery.loss_before:.4f} to "
         f"{recovery.loss_after:.4f} (dense {recovery.dense_loss:.4f})."
     )
+    for level in recovery.levels:
+        if level.adapter is not None:
+            words += (
+                f" The level {level.level} is a LoRA adapter beside the weights: with it the divergence is "
+                f"{level.adapter:.4f} nats per token."
+            )
     return words if recovery.stopped is None else f"{words} The repair is not complete: {recovery.stopped}."
 
 

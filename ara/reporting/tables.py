@@ -62,9 +62,9 @@ def recovery_table(recovery: RecoveryFigures, after_rounding: bool = False) -> T
     """Return what each level of a recovery has changed."""
     rows = [
         (
-            Cell(level.level if level.kept else f"{level.level} (taken back)"),
+            Cell(f"{level.level}{level.mark}"),
             Cell(f"{level.before:.4f}", level.before),
-            Cell(f"{level.after:.4f}", level.after),
+            Cell(f"{level.shown:.4f}", level.shown),
             cells.count(level.tokens),
             Cell(f"{level.seconds / 60:.1f}", level.seconds),
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults, CheckpointSettings, RoundingFigures
 from ara.artifacts.factors import specs_of
 from ara.artifacts.ranks import layout_of
-from ara.errors import UsageError
+from ara.errors import WorkspaceError
 from ara.layout_names import LayoutName
 from ara.models.accounting import weight_bytes
 from ara.models.checkpoint import checkpoint_bytes, save_checkpoint
@@ -121,13 +121,12 @@ def require_compressed(workspace: Workspace, name: str | None, not_by: Sequence[
         verb: what the stage does, for messages: recover.
 
     Raises:
-        WorkspaceError: there is none.
-        UsageError: it is densified.
+        WorkspaceError: there is none, or it is densified.
     """
     view = workspace.require("checkpoint", name, not_by=tuple(not_by), skip=_is_rounded)
     results = CheckpointResults.read(view)
     if results.densified:
-        raise UsageError(
+        raise WorkspaceError(
             f"{view.key} is densified: it has no low-rank layers",
             f"{verb} the checkpoint that ara truncate writes without --densify",
         )

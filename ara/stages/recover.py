@@ -13,7 +13,7 @@ from ara.artifacts.factors import factor_files
 from ara.config import RecoverConfig
 from ara.config.base import PlacementConfig
 from ara.environment import keep_freed_memory
-from ara.errors import UsageError
+from ara.errors import AraError, WorkspaceError
 from ara.models.checkpoint import load_rounded
 from ara.models.kept import Keep
 from ara.models.placement import Placement, choose_placement, torch_dtype
@@ -95,13 +95,16 @@ def recover(
             folder = outputs_folder(task.workspace)
             keep_on_interrupt = keep_on_interrupt and group.size == 1
             recovery = replace(recovery, keep_on_interrupt=keep_on_interrupt, folder=folder)
-            found, details = LevelRuns(recovery, stage, texts).all(levels)
+            runs = LevelRuns(recovery, stage, texts)
+            found, details = runs.all(levels)
             # The others have read the finished parts, which the writer now removes.
             group.collect(None)
             if stage is not None:
                 _write(before, recovery.model, rounded, found, stage, run, keep)
                 text = json.dumps(details, indent=1, allow_nan=False)
                 (stage.folder / DETAILS).write_text(text + "\n", encoding="utf-8")
+        if runs.failure is not None:
+            raise _with_what_is_kept(*runs.failure, found, task.view())
         return task.view()
 
 
@@ -128,7 +131,8 @@ def _levels_after_rounding(
     """Return the levels that can repair a rounded checkpoint, and report those that cannot.
 
     Raises:
-        UsageError: the wanted one cannot, or settings make no sense there.
+        WorkspaceError: the wanted one cannot.
+        UsageError: settings make no sense there.
     """
     found = {}
     for name, level in levels.items():
@@ -137,7 +141,7 @@ def _levels_after_rounding(
             found[name] = level
         elif name == config.level:
             able = [f"--level {entry.name}" for entry in LEVELS if entry.load().not_rounded is None]
-            raise UsageError(
+            raise WorkspaceError(
                 f"{view.key} is rounded to {rounding.widths} bits, and the level {name} cannot repair it: "
                 f"{level.not_rounded}",
                 f"use {' or '.join(able)}; or recover the checkpoint that it was made from, and round afterwards",
@@ -186,6 +190,16 @@ def training_placement(config: PlacementConfig) -> Placement:
 def _default_name(before: StageView, config: RecoverConfig) -> str:
     alone = config.only and config.level != LEVELS.names()[0]
     return f"{before.name}-{config.level}{'-only' if alone else ''}"
+
+
+def _with_what_is_kept(level: str, error: AraError, found: RecoveryFigures, view: StageView) -> AraError:
+    """Return the error of a level, and how to go on from the levels before it."""
+    finished = ", ".join(row.level for row in found.levels)
+    hint = "" if error.hint is None else f"{error.hint}; "
+    return type(error)(
+        f"{error}; {view.key} has what is finished: {finished}",
+        f"{hint}to go on from there: --level {level} --only --from {view.key}",
+    )
 
 
 def _settings(
@@ -250,7 +264,7 @@ def _write(
     keep: Keep | None,
 ) -> None:
     """Store the repaired model in the form of the checkpoint before."""
-    how = [{"level": row.level, "tokens": row.tokens} for row in found.levels if row.kept]
+    how = [{"level": row.level, "tokens": row.tokens} for row in found.levels if row.in_weights]
     if before.rounding is None:
         from_trainable(model, before.layout, torch_dtype(before.dtype), run.report, keep)
         before.write(model, stage, run, {"recovery": how}, recovery=found)

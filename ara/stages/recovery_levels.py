@@ -14,6 +14,7 @@ from ara.artifacts.checkpoint import RecoveredLevel, RecoveryFigures
 from ara.config import RecoverConfig
 from ara.distributed.group import ALONE, Group
 from ara.environment import peak_memory_bytes
+from ara.errors import AraError, MemoryShortError, NumericalError, first_line, is_out_of_memory
 from ara.models.experts import run_one_by_one
 from ara.models.kept import Keep
 from ara.models.placement import torch_dtype
@@ -102,6 +103,8 @@ class LevelRuns:
         self._work, self._scope = SharedWork(stage, recovery.group), scope
         # Part of the work with the parameters before the next level.
         self._before = "start"
+        # The level that has ended the repair, and why, while the finished ones are stored as the result.
+        self.failure: tuple[str, AraError] | None = None
 
     def all(self, levels: Mapping[str, Level]) -> tuple[RecoveryFigures, dict[str, Any]]:
         """Run the levels and return their figures and details; finished ones are read from the stage."""
@@ -113,7 +116,11 @@ class LevelRuns:
         for name, level in levels.items():
             work = self._work.find(f"{self._scope}level-{name}")
             if work is None:
-                row, now, stopped, details[name] = self._run(name, level, now)
+                try:
+                    row, now, stopped, details[name] = self._run(name, level, now)
+                except (NumericalError, MemoryShortError, KeyboardInterrupt) as error:
+                    stopped = self._given_up(name, error, bool(rows))
+                    break
             else:
                 self._load(f"level-{name}")
                 row, now = RecoveredLevel.parse(work[1]["row"]), Distance(**work[1]["distance"])
@@ -122,11 +129,12 @@ class LevelRuns:
             rows.append(row)
             self.report.fact(_told(row))
             if stopped:
-                # Only where one process does all the work.
-                assert self.stage is not None
-                self.stage.to_go_on = True
                 self.report.warn(f"{name}: {stopped}: what is finished is stored; the same command resumes")
                 break
+        if stopped:
+            # Only where one process does all the work.
+            assert self.stage is not None
+            self.stage.to_go_on = True
         figures = RecoveryFigures(
             parts=self.texts.parts,
             windows=self.texts.windows,
@@ -141,6 +149,29 @@ class LevelRuns:
             stopped=stopped,
         )
         return figures, details
+
+    def _given_up(self, name: str, error: AraError | KeyboardInterrupt, some: bool) -> str:
+        """Return why the repair ends before level ``name``; the model gets the parameters of the levels before it.
+
+        Args:
+            name: the level that has ended with ``error``.
+            error: kept in :attr:`failure`, unless it is Ctrl+C.
+            some: whether a level before it has finished.
+
+        Raises:
+            AraError, KeyboardInterrupt: ``error``, if there is nothing to keep.
+        """
+        interrupted = isinstance(error, KeyboardInterrupt)
+        alone = self.stage is not None and self.recovery.group.size == 1 and not self._scope
+        if not (some and alone) or (interrupted and not self.recovery.keep_on_interrupt):
+            raise error
+        self.recovery.model.requires_grad_(False)
+        self._load(self._before)
+        if isinstance(error, AraError):
+            self.failure = name, error
+            return f"{name} failed: {error}"
+        self.report.warn(f"{name}: interrupted: what is finished is stored; the same command resumes")
+        return f"interrupted at the beginning of {name}"
 
     def _start(self) -> Distance:
         """Return the distance from the dense model before any repair; store it with the parameters."""
@@ -161,9 +192,17 @@ class LevelRuns:
         parts = LevelParts(self._work, name, self._scope)
         recovery = replace(self.recovery, train=self.texts.train[name], saved=parts)
         self.report.step(f"Level {name}: {LEVELS.entry(name).title}")
-        outcome = level.repair(recovery)
-        recovery.model.requires_grad_(False)
-        after = recovery.unseen_distance()
+        try:
+            outcome = level.repair(recovery)
+            recovery.model.requires_grad_(False)
+            after = recovery.unseen_distance()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            elsewhere = "" if recovery.device.type == "cpu" else ", or --device cpu"
+            raise MemoryShortError(
+                f"the level {name} ran out of memory: {first_line(error)}", f"use {level.less_memory}{elsewhere}"
+            ) from error
         row = RecoveredLevel(
             level=name,
             tokens=outcome.tokens,
@@ -173,12 +212,18 @@ class LevelRuns:
             after=after.kl,
             kept=after.kl <= before.kl,
             notes=outcome.notes,
+            adapter=outcome.adapter,
         )
         if not row.kept:
             self._load(self._before)
             self.report.warn(
                 f"level {name} is taken back: it raises the divergence on held-out text from {before.kl:.4f} to "
                 f"{after.kl:.4f} nats/token"
+            )
+        if row.adapter is not None and row.adapter > before.kl:
+            self.report.warn(
+                f"the adapter of level {name} raises the divergence on held-out text from {before.kl:.4f} to "
+                f"{row.adapter:.4f} nats/token: do not use it"
             )
         now, details = after if row.kept else before, dict(outcome.details)
         if outcome.interrupted is None:

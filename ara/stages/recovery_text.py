@@ -111,7 +111,13 @@ def recovery_texts(
     earlier = 0 if checkpoint is None else _read_earlier(checkpoint, workspace, spec, seq_len, config.seed)
     needed = max(earlier, *(end for _, end in ranges.values()))
     read, held = reader.further(made.samples if same else 0, needed, 2 * config.held_out + fresh)
-    counted = None if config.loss_on == "all" else read.answers
+    answers = config.loss_on == "answers"
+    if answers and read.answers is None:
+        raise UsageError(
+            f"--loss-on answers needs conversations, and the text {spec} has none",
+            "add some, such as --text c4:0.8,chat:0.2, or leave the option out",
+        )
+    counted = read.answers if answers else None
     text_read = RecoveryText(read.ids, counted)
     chosen = {name: torch.arange(*ends)[: read.windows] % read.windows for name, ends in ranges.items()}
     for name, windows in chosen.items():
@@ -120,6 +126,7 @@ def recovery_texts(
     last = -(-held.windows * fresh // (2 * config.held_out + fresh))
     judged = held.ids[: max(1, held.windows - last)]
     choosing = max(1, len(judged) // 2)
+    chosen_by = held.answers[:choosing] if answers and held.answers is not None else None
     unseen = judged[choosing:] if len(judged) > 1 else judged
     run.report.fact(f"held out: {choosing} windows to choose by, {len(unseen)} to judge by")
     different = torch.tensor(sorted({row for windows in chosen.values() for row in windows.tolist()}))
@@ -130,7 +137,7 @@ def recovery_texts(
         seq_len=seq_len,
         train={name: text_read.rows(windows) for name, windows in chosen.items()},
         windows=len(different),
-        held_out=RecoveryText(held.ids[:choosing]),
+        held_out=RecoveryText(held.ids[:choosing], chosen_by),
         unseen=RecoveryText(unseen),
         fresh=held.ids[held.windows - last :],
     )

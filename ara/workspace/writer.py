@@ -376,8 +376,9 @@ def _read_journal(folder: Path) -> _Journal | None:
 
 
 def _is_own(name: str) -> bool:
-    """Tell whether a journal may name this file: all its files lie directly in the folder."""
-    return bool(name) and name == Path(name).name
+    """Tell whether a journal may name this file: it lies in the folder, or in a folder of it."""
+    path = Path(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from ara import recovery
 from ara.artifacts.checkpoint import CheckpointResults
 from ara.config import RecoverConfig
-from ara.errors import NumericalError
+from ara.errors import MemoryShortError, NumericalError, UsageError
 from ara.recovery.base import Level, LevelOutcome, Recovery
 from ara.registry import Entry, Registry
 from ara.stages.common import Run
 from ara.stages.recover import DETAILS, recover
 from ara.workspace.store import Workspace
+from ara.workspace.view import StageView
 from tests.commands import ara, done, refused
 from tests.damage import listing
 from tests.recorder import Recorder
@@ -59,6 +60,22 @@ class Stopped(Level):
         return LevelOutcome(tokens=recovery.saved.values("first")["tokens"] + 4)
 
 
+class Short(Level):
+    """Runs out of memory."""
+
+    less_memory = "less of it"
+
+    def repair(self, recovery: Recovery) -> LevelOutcome:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+
+class Interrupted(Level):
+    """Is interrupted before it has anything to keep."""
+
+    def repair(self, recovery: Recovery) -> LevelOutcome:
+        raise KeyboardInterrupt
+
+
 READ: dict[str, torch.Tensor] = {}
 
 
@@ -68,6 +85,9 @@ class First(Level):
     def repair(self, recovery: Recovery) -> LevelOutcome:
         READ[type(self).__name__] = recovery.train.ids
         READ["held out"], READ["unseen"] = recovery.held_out.ids, recovery.unseen.ids
+        for what, text in ((type(self).__name__, recovery.train), ("held out", recovery.held_out)):
+            if text.counted is not None:
+                READ[f"{what} counted"] = text.counted
         return LevelOutcome(tokens=0)
 
 
@@ -78,15 +98,25 @@ class Second(First):
         return config.steps
 
 
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Register the levels above instead of the real ones."""
-    kinds = (First, Second, Worse, Broken, Stopped)
+def register(monkeypatch: pytest.MonkeyPatch, *kinds: type[Level]) -> None:
+    """Register toy levels instead of the real ones."""
     entries = [Entry(kind.__name__.lower(), "a toy", f"{__name__}:{kind.__name__}") for kind in kinds]
     table = Registry("recovery level", entries)
     monkeypatch.setattr(recovery, "LEVELS", table)
     for module in ("recover", "recovery_levels", "recovery_text"):
         monkeypatch.setattr(f"ara.stages.{module}.LEVELS", table)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register the levels above."""
+    register(monkeypatch, First, Second, Worse, Broken, Stopped)
+
+
+def repaired(root: Path) -> list[StageView]:
+    return [
+        view for view in Workspace.open(root).views("checkpoint") if view.stage == "recover" and view.state == "done"
+    ]
 
 
 def figures(view: Any) -> Any:
@@ -206,6 +236,58 @@ def test_what_ctrl_c_has_stopped_is_stored_and_resumes(toy: None, copied: Path) 
     assert {path.name for path in (copied / "recover").iterdir()} == {second.name}
 
 
+@pytest.mark.parametrize(("kind", "said"), [(Broken, "the loss is nan"), (Short, "ran out of memory")])
+def test_a_later_level_that_fails_leaves_the_result_of_the_earlier_ones(
+    monkeypatch: pytest.MonkeyPatch, copied: Path, kind: type[Level], said: str
+) -> None:
+    register(monkeypatch, First, kind)
+    level = kind.__name__.lower()
+    config = CONFIG.model_copy(update={"level": level})
+    for _ in range(2):
+        # Again: the earlier levels are read, the level fails again.
+        with pytest.raises((NumericalError, MemoryShortError), match=said) as caught:
+            recover(config, Run(copied))
+        assert f"--level {level} --only --from recover/" in str(caught.value.hint)
+        (view,) = repaired(copied)
+        assert [row.level for row in figures(view).levels] == ["first"] and level in str(figures(view).stopped)
+        assert "first" in str(caught.value) and view.key in str(caught.value)
+    torch.testing.assert_close(_logits(view.path), _logits(copied / "truncate" / "energy-0.70"))
+
+
+def test_the_knobs_of_a_level_that_ran_out_of_memory_are_named(monkeypatch: pytest.MonkeyPatch, copied: Path) -> None:
+    register(monkeypatch, First, Short)
+    with pytest.raises(MemoryShortError) as caught:
+        recover(CONFIG.model_copy(update={"level": "short", "only": True}), Run(copied))
+    assert caught.value.hint == "use less of it"
+    assert not repaired(copied)
+
+
+def test_ctrl_c_at_the_beginning_of_a_level_keeps_the_levels_before_it(
+    monkeypatch: pytest.MonkeyPatch, copied: Path
+) -> None:
+    register(monkeypatch, First, Interrupted)
+    config = CONFIG.model_copy(update={"level": "interrupted"})
+    view = recover(config, Run(copied), keep_on_interrupt=True)
+    assert figures(view).stopped == "interrupted at the beginning of interrupted"
+    assert [row.level for row in figures(view).levels] == ["first"]
+    with pytest.raises(KeyboardInterrupt):
+        recover(config.model_copy(update={"only": True}), Run(copied), keep_on_interrupt=True)
+
+
+def test_the_loss_on_answers_reads_and_chooses_by_answers_alone(toy: None, copied: Path, tmp_path: Path) -> None:
+    said = [[("user", f"What is {n}?"), ("assistant", f"{n} is a number, and so is {n + 1}.")] for n in range(400)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in one]} for one in said]
+    path = tmp_path / "said.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = CONFIG.model_copy(update={"level": "first", "only": True, "loss_on": "answers"})
+    recover(config.model_copy(update={"text": f"chat:{path}", "seq_len": 64}), Run(copied))
+    for name in ("First counted", "held out counted"):
+        counted = READ[name]
+        assert counted.dtype == torch.bool and 0 < counted.float().mean() < 1
+    with pytest.raises(UsageError, match="has none"):
+        recover(config, Run(copied))
+
+
 def failed(result: Any, code: int, *words: str) -> None:
     """Check for one error, after the lines that say what was being done."""
     assert result.exit_code == code, result.output
@@ -237,7 +319,7 @@ def test_without_a_checkpoint_the_command_that_makes_one_is_named(copied: Path) 
 
 def test_a_densified_checkpoint_is_refused(copied: Path) -> None:
     done("truncate", "--densify", "-w", copied)
-    refused(ara("recover", *FEW, "--checkpoint", "energy-0.70-dense", "-w", copied), 2, "is densified")
+    refused(ara("recover", *FEW, "--checkpoint", "energy-0.70-dense", "-w", copied), 1, "is densified")
 
 
 def test_too_little_text_is_refused(copied: Path, tmp_path: Path) -> None:
@@ -297,11 +379,20 @@ def test_a_kept_adapter_is_in_the_result_and_survives_a_kill(copied: Path, monke
         patch.setattr("ara.workspace.writer.StageWriter._abandon", lambda self, error: None)
         with pytest.raises(KeyboardInterrupt):
             recover(config, Run(copied))
-    view = recover(config, Run(copied))
+        # What has finished is read, not made again.
+        patch.undo()
+        patch.setattr("ara.recovery.distill.Distill.repair", _killed)
+        view = recover(config, Run(copied))
     assert view.manifest is not None
     assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= set(view.manifest.files)
     (row,) = figures(view).levels
     assert row.after == row.before and "adapter/" in row.notes[-1]
+    # Card and provenance claim no repair of the weights.
+    assert row.adapter is not None and row.adapter != row.before and not row.in_weights
+    card = (view.path / "checkpoint" / "README.md").read_text()
+    assert "not changed by any repair" in card and f"with it the divergence is {row.adapter:.4f}" in card
+    made = json.loads((view.path / "checkpoint" / "config.json").read_text())["quantization_config"]["provenance"]
+    assert made["recovery"] == []
     before = _logits(copied / "truncate" / "energy-0.70")
     torch.testing.assert_close(_logits(view.path), before)
     model = PeftModel.from_pretrained(load(view.path / "checkpoint", "cpu", "float32"), str(view.path / "adapter"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,8 +23,8 @@ def inputs(n: int, shift: float = 0.4, seed: int = 0, tokens: int = TOKENS) -> t
     return x, x @ mix.T + 0.1 * torch.randn(tokens, n, generator=text).double()
 
 
-def moments(x: torch.Tensor, other: torch.Tensor, dense: bool) -> PairedMoments:
-    sums = PairedAccumulator(x.shape[1], torch.device("cpu"), dense)
+def moments(x: torch.Tensor, other: torch.Tensor, dense: bool, centred: bool = False) -> PairedMoments:
+    sums = PairedAccumulator(x.shape[1], torch.device("cpu"), dense, centred=centred)
     for ours, theirs in zip(x.float().split(100), other.float().split(100), strict=True):
         sums.add(ours[None], theirs[None])
     return sums.result()
@@ -124,6 +126,49 @@ def test_a_bias_takes_up_the_difference_of_the_means() -> None:
     # A bias that is already moved counts in the error before.
     moved = correct(factors.a, factors.b, current, train, test, torch.full((M,), 0.5).double())
     assert moved.before != found.before and moved.after == pytest.approx(found.after)
+
+
+@pytest.mark.parametrize("offset", [300, 3000])
+def test_a_large_mean_leaves_the_correction_as_it_is(offset: int) -> None:
+    """Covariances of inputs whose mean is many times their deviation: in float32 raw moments do not hold them."""
+    factors = layer(M, N)[3]
+    train, held = inputs(N, shift=0.1), inputs(N, shift=0.1, seed=1)
+    no_bias = torch.zeros(M).double()
+    pairs = [(one - one.mean(0), other - one.mean(0)) for one, other in (train, held)]
+
+    def corrected(by: int) -> Correction:
+        sums = [
+            moments(x + by, other + by, dense, True) for (x, other), dense in zip(pairs, (False, True), strict=True)
+        ]
+        return correct(factors.a, factors.b, (factors.a[:4], factors.b[:, :4]), *sums, no_bias)
+
+    near, far = corrected(0), corrected(offset)
+    assert near.a is not None and far.a is not None and near.b is not None and far.b is not None
+    assert (far.beta, far.damping) == (near.beta, near.damping)
+    torch.testing.assert_close(far.b @ far.a, near.b @ near.a, rtol=1e-3, atol=1e-4)
+
+
+def test_centred_sums_are_those_of_the_raw_products() -> None:
+    (x, other), drift = inputs(N), inputs(N, seed=2)[0]
+    found = []
+    for centred in (False, True):
+        sums = PairedAccumulator(N, torch.device("cpu"), True, N, centred)
+        for parts in zip(x.float().split(1000), other.float().split(1000), drift.float().split(1000), strict=True):
+            sums.add(*parts)
+        found.append(sums.result())
+    plain, restored = ({**vars(one), **vars(one.drift)} for one in found)
+    for name, value in plain.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(restored[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_metric_that_is_not_definite_changes_nothing() -> None:
+    weight, _, _, factors = layer(M, N)
+    x, _ = inputs(N)
+    sums = moments(x, x, True)
+    broken = replace(sums, compressed=sums.compressed - 2 * sums.compressed.diagonal().mean() * torch.eye(N))
+    found = correct(factors.a, factors.b, weight, broken, sums)
+    assert found.beta in (None, 0.0)
 
 
 def test_sums_know_when_they_are_not_finite() -> None:

@@ -393,6 +393,19 @@ def test_what_is_missing_comes_with_a_command_that_exists():
     assert [item.what for item in alone] == ["a second budget on the same windows"]
 
 
+@pytest.mark.parametrize(("repaired_with", "asked"), [("wikitext2", "python-docs"), ("c4", None)])
+def test_a_model_is_judged_by_a_text_that_no_repair_has_read(repaired_with, asked):
+    part = {"name": repaired_with, "share": 1.0, "origin": repaired_with, "tokens": 512}
+    figures = dict.fromkeys(("before", "after", "dense_loss", "loss_before", "loss_after"), 3.0)
+    repair = {**figures, "parts": [part], "windows": 8, "held_out": 4, "seq_len": 64, "levels": []}
+    tasks = {"wikitext2": evaluation().results["tasks"]["wikitext2"]}
+    measured = changed(evaluation(), tasks=tasks, zero_shot=None)
+    current = Made(truncated(recovery=repair), allocation(), (measured,), (bench(),))
+    missing = {item.what: shlex.split(item.command) for item in gather(replace(sources(), current=current)).missing}
+    wanted = missing.get("a text that nothing was fitted to")
+    assert (None if wanted is None else wanted[wanted.index("--tasks") + 1]) == asked
+
+
 def test_stale_results_are_named():
     (first, *_) = gather(sources(stale=(evaluation("old"),))).missing
     assert first.what == "eval/old-all is stale and left out"
