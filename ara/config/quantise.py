@@ -14,6 +14,9 @@ from ara.config.sizes import EmbeddingBits, GridConfig
 class QuantiseConfig(TuningConfig, GridConfig):
     """``ara quantise``: round the matrices of a compressed checkpoint to few bits."""
 
+    samples: int = Field(128, ge=1, le=bounds.MAX_WINDOWS, description="calibration windows to round with")
+    held_out: int = Field(32, ge=1, le=bounds.MAX_WINDOWS, description="further windows that judge the result")
+
     bits: Literal[4, 8] | None = Field(
         None,
         description="bits per weight of all matrices of the decoder blocks [default: those that ara allocate --size "

@@ -272,7 +272,7 @@ def _refuse_unsupported(model: nn.Module, prefix: str, blocks: nn.ModuleList, li
         raise UnsupportedModelError(
             f"{type(model).__name__} keeps fused expert weights ({len(fused)} of them, such as {prefix}.{fused[0]}), "
             "which are not linear layers",
-            "mixture-of-experts models are not supported yet",
+            "of mixtures of experts, those with transformers' own interface for experts are supported",
         )
     if not linears:
         kinds = sorted({type(module).__name__ for module in blocks.modules() if not list(module.children())})
