@@ -171,9 +171,9 @@ class _Problem:
         self._drift = None if train.drift is None else train.drift.compressed
         if bias and train.drift is not None:
             self._drift = train.drift.compressed - torch.outer(train.drift.mean, train.compressed_mean)
-        # By damping: roots of S + λ I, D, A D, and the coordinates of what is taken back.
+        self._difference = self.cross - self.metric
+        # By damping: roots of S + λ I, A D, and the coordinates of what is taken back.
         self._roots: dict[float, torch.Tensor] = {}
-        self._shifts: dict[float, torch.Tensor] = {}
         self._products: dict[float, torch.Tensor] = {}
         self._back: dict[float, torch.Tensor] = {}
         # Held-out: target u = A x − B⁺ e; E‖u‖², E[u x'ᵀ] and E[u].
@@ -224,7 +224,8 @@ class _Problem:
     def _moved(self, damping: float) -> torch.Tensor:
         """Return A D (r, n)."""
         if damping not in self._products:
-            self._products[damping] = self.a @ self._shift(damping)
+            # First with A: it may have fewer rows than D.
+            self._products[damping] = self._solve(damping, self.a @ self._difference)
         return self._products[damping]
 
     def error(self, z: torch.Tensor, offset: torch.Tensor | None = None) -> float:
@@ -245,19 +246,13 @@ class _Problem:
     def shift(self, beta: float, damping: float) -> torch.Tensor:
         """Return I + β D (n, n)."""
         shift = torch.eye(len(self.metric), dtype=self.metric.dtype, device=self.metric.device)
-        return shift + beta * self._shift(damping) if beta else shift
+        return shift + beta * self._solve(damping, self._difference) if beta else shift
 
     def taken_back(self, damping: float, gamma: float) -> torch.Tensor | None:
         """Return −γ E[e x'ᵀ] (S + λ I)⁻¹ (m, n); ``None`` if it is 0."""
         if self._drift is None or not gamma:
             return None
         return -gamma * self._solve(damping, self._drift)
-
-    def _shift(self, damping: float) -> torch.Tensor:
-        """Return D (n, n)."""
-        if damping not in self._shifts:
-            self._shifts[damping] = self._solve(damping, self.cross - self.metric)
-        return self._shifts[damping]
 
     def _taken_back(self, damping: float) -> torch.Tensor:
         """Return the coordinates (r, n) of E[e x'ᵀ] (S + λ I)⁻¹."""
