@@ -78,7 +78,9 @@ class SessionOptions:
 class WhichCheckpoint:
     """Names a checkpoint. The text of ``Annotated[WhichCheckpoint, "to measure"]`` completes the help."""
 
-    checkpoint: Annotated[str | None, typer.Option(help="result of ara truncate {use} [default: the latest checkpoint of any stage]")] = None
+    checkpoint: Annotated[
+        str | None, typer.Option(help="result of ara truncate {use} [default: the latest checkpoint of any stage]")
+    ] = None
     origin: Annotated[
         str | None,
         typer.Option(
