@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from ara.allocation.forms import Form
 from ara.allocation.joint import Rounder, best_choices
 from ara.config import BudgetConfig
+from ara.layouts.grid import Grid
 from ara.masks.sensitivity_table import sensitivity_table
-from ara.models.weights import matching
+from ara.models.weights import LinearSpec, matching
 from ara.solver.problem import Allocation, Budget, Choice, Module
 
 
@@ -46,10 +47,9 @@ class SizedAllocator:
         Raises:
             UsageError: the smallest choices need more.
         """
-        limits = self._limits
-        dense = matching(self.specs, limits.exclude) if ranks else frozenset(spec.name for spec in self.specs)
-        floors = (limits.rank_multiple, limits.min_rank, limits.min_keep)
-        budget = Budget.for_bytes(self.specs, limit, self.rounder.grids, self.widths(bits), *floors, dense)
+        dense = None if ranks else frozenset(spec.name for spec in self.specs)
+        floors = floors_of(self._limits, self.specs, dense)
+        budget = Budget.for_bytes(self.specs, limit, self.rounder.grids, self.widths(bits), *floors)
         picks = best_choices(self._modules, self._tables, self._shares, budget)
         return Allocation.from_picks(self.specs, picks, budget)
 
@@ -72,5 +72,31 @@ class SizedAllocator:
 
     def widths(self, bits: Sequence[int]) -> tuple[int, ...]:
         """Return bits per weight, largest first; 16 becomes the number of bits that the model has."""
-        own = self.specs[0].bits
-        return tuple(dict.fromkeys(own if width == 16 else width for width in sorted(bits, reverse=True)))
+        return widths_of(bits, self.specs)
+
+
+def widths_of(bits: Sequence[int], specs: Sequence[LinearSpec]) -> tuple[int, ...]:
+    """Return bits per weight, largest first; 16 becomes the number of bits that the model has."""
+    own = specs[0].bits
+    return tuple(dict.fromkeys(own if width == 16 else width for width in sorted(bits, reverse=True)))
+
+
+def floors_of(
+    limits: BudgetConfig, specs: Sequence[LinearSpec], dense: frozenset[str] | None = None
+) -> tuple[int, int, float, frozenset[str]]:
+    """Return the limits of ranks as :meth:`Budget.for_bytes` takes them; ``dense`` replaces the excluded layers."""
+    excluded = matching(specs, limits.exclude) if dense is None else dense
+    return limits.rank_multiple, limits.min_rank, limits.min_keep, excluded
+
+
+def least_bytes(limits: BudgetConfig, specs: Sequence[LinearSpec], grids: Sequence[Grid], bits: Sequence[int]) -> int:
+    """Return the bytes of the smallest choices of all layers.
+
+    Args:
+        limits: of the ranks.
+        specs: the layers.
+        grids: of few bits.
+        bits: bits per weight to choose from; 16 means not rounded.
+    """
+    floors = floors_of(limits, specs)
+    return Budget(0, *floors, "bytes", widths_of(bits, specs), tuple(grids)).least(specs)

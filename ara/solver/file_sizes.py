@@ -37,17 +37,25 @@ def bytes_saved(embeddings: Embeddings, bits: int, grid: Grid) -> int:
     return embeddings.parameters * bits // 8 - embeddings.stored_bytes(grid)
 
 
-def check_room(limit: int, others: int, asked: str) -> None:
+def check_room(limit: int, others: int, asked: str, least: int = 0) -> None:
     """Check that a size leaves room for the factorised layers.
 
     Args:
         limit: bytes of all weight files.
         others: bytes of everything else.
         asked: the size as it was given.
+        least: bytes of the smallest choices of these layers, if they are known.
 
     Raises:
         UsageError: it does not.
     """
+    if least and others + least > limit:
+        raise UsageError(
+            f"{asked} allows {limit:,} bytes, the least is {others + least:,}: {least:,} for the smallest choices of "
+            f"the factorised layers, {others:,} for everything else",
+            f"allow --size {(others + least) / 1e6 + 0.1:.1f}MB or more, fewer bits (--bits, --embedding-bits), or a "
+            "smaller --min-rank",
+        )
     if others >= limit:
         raise UsageError(
             f"everything but the factorised layers takes {others:,} bytes, {asked} allows {limit:,}",

@@ -187,13 +187,17 @@ class Budget:
             UsageError: the smallest choices need more.
         """
         budget = cls(limit, rank_multiple, min_rank, min_keep, dense, "bytes", tuple(bits), tuple(grids))
-        least = sum(budget.choices(spec)[0].cost for spec in specs)
+        least = budget.least(specs)
         if least > limit:
             raise UsageError(
                 f"{limit:,} bytes are left for the factorised layers, and their smallest choices need {least:,}",
                 "allow a larger --size, fewer bits, or a smaller --min-rank",
             )
         return budget
+
+    def least(self, specs: Sequence[LinearSpec]) -> int:
+        """Return what the cheapest choices of all layers cost."""
+        return sum(self.choices(spec)[0].cost for spec in specs)
 
     def choices(self, spec: LinearSpec) -> tuple[Choice, ...]:
         """Return all choices of a layer, cheapest first; the last one is dense at the largest bit width.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ara.allocation.forms import JOINT
 from ara.allocation.guard import Verdict, verdict_of
 from ara.allocation.joint import Rounder
-from ara.allocation.sized import SizedAllocator
+from ara.allocation.sized import SizedAllocator, least_bytes
 from ara.artifacts.factors import FactorsResults, specs_of
 from ara.artifacts.ranks import SizeResults
 from ara.config import AllocateConfig
@@ -55,7 +55,10 @@ def allocate_bytes(
     """
     limit = config.limit_bytes(FactorsResults.read(decomposition).model_parameters)
     others = other_bytes(decomposition) - saved_bytes(config, decomposition, run)
-    check_room(limit, others, config.asked_sizes[0])
+    # Before anything is measured.
+    specs = [module.spec for module in load_modules(decomposition, config.layout)]
+    least = least_bytes(config, specs, _grids(config, config.bits), config.bits)
+    check_room(limit, others, config.asked_sizes[0], least)
     sized = open_sized_allocator(config, config.bits, decomposition, workspace, run)
     chosen, verdict = sized.best(limit - others, config.bits), None
     if config.guard:
@@ -145,22 +148,28 @@ def open_sized_allocator(
     specs = [module.spec for module in modules]
     context = open_tuning_context(decomposition, specs, config, workspace, run, windows)
     context = replace(context, moments=kept_moments(decomposition, run))
-    widths = [width for width in BITS if width in bits]
-    grids = [Grid(width, block, config.zero_points) for width in widths for block in config.blocks]
+    grids = _grids(config, bits)
     ends = few_bits(config.embedding_bits)
     grid = None if ends is None else Grid(ends, config.blocks[0], config.zero_points)
     return SizedAllocator(modules, Rounder(context, grids, grid), config)
 
 
+def _grids(config: SizedConfig, bits: Sequence[int]) -> list[Grid]:
+    widths = [width for width in BITS if width in bits]
+    return [Grid(width, block, config.zero_points) for width in widths for block in config.blocks]
+
+
 def _one_width(sized: SizedAllocator, limit: int, widths: Sequence[int]) -> dict[str, Allocation]:
     """Return the allocations of one width for all layers, by name: dense where that fits, and at the best ranks."""
     found = {}
-    for bits in widths if len(widths) > 1 else ():
-        dense = sized.dense(bits)
-        if dense.cost <= limit:
-            found[f"dense, {bits} bits"] = dense
+    for bits in widths:
+        # Of several lengths of blocks, the best that fit.
         with suppress(UsageError):
-            found[f"ranks, {bits} bits"] = sized.best(limit, (bits,))
+            found[f"dense, {bits} bits"] = sized.best(limit, (bits,), ranks=False)
+        # Of a single width they are the choice itself.
+        if len(widths) > 1:
+            with suppress(UsageError):
+                found[f"ranks, {bits} bits"] = sized.best(limit, (bits,))
     return found
 
 

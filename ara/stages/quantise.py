@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ara.artifacts.checkpoint import CHECKPOINT, RoundingFigures
 from ara.artifacts.factors import FactorsResults
-from ara.artifacts.ranks import RanksResults, read_allocation
+from ara.artifacts.ranks import RanksResults, SizeResults, read_allocation
 from ara.artifacts.ranks_file import RANKS_FILE, read_embedding_bits
 from ara.calibration.kept_moments import KeptMoments
 from ara.config import QuantiseConfig
@@ -154,22 +154,46 @@ def _plan(config: QuantiseConfig, before: Compressed) -> RoundingPlan:
         UsageError: nothing is rounded.
     """
     layers: dict[str, Grid]
+    sized = False
     block: int = config.block
     zero_points = config.zero_points
     if config.bits is not None:
         layers = dict.fromkeys((spec.name for spec in before.specs), Grid(config.bits, block, zero_points))
     else:
         if (size := RanksResults.read(before.ranks).size) is not None:
+            # The size was reckoned with this grid.
+            sized = True
+            _refuse_another_block(config, size, before.ranks)
             block, zero_points = size.block, size.zero_points
         layers = read_allocation(before.ranks, before.specs).grids(block, zero_points)
     asked = config.embedding_bits
     bits = read_embedding_bits(before.ranks.path / RANKS_FILE) if asked is None else few_bits(asked)
+    if not layers and bits is None and sized:
+        raise UsageError(
+            f"nothing is to be rounded: in {before.ranks.key} all layers have their full width within the size",
+            f"use {before.view.key} as it is, or say how many bits: --bits 8",
+        )
     if not layers and bits is None:
         raise UsageError(
             f"{before.ranks.key} gives no layer 4 or 8 bits",
             "say how many: --bits 8; or choose them: ara allocate --size 90MB",
         )
     return RoundingPlan(layers, None if bits is None else Grid(bits, block, zero_points))
+
+
+def _refuse_another_block(config: QuantiseConfig, size: SizeResults, ranks: StageView) -> None:
+    """Refuse a block other than that which an allocation for a size has counted with.
+
+    Raises:
+        UsageError: another one is asked for.
+    """
+    # The default cannot be told from the same value on the command line.
+    if config.block not in (size.block, QuantiseConfig.model_fields["block"].default):
+        raise UsageError(
+            f"--block {config.block} is given, and {ranks.key} has chosen ranks and bits for a size with blocks of "
+            f"{size.block}",
+            "omit --block, or give it to ara allocate",
+        )
 
 
 def _name(before: str, config: QuantiseConfig) -> str:

@@ -15,6 +15,8 @@ from ara.workspace.view import StageView, ancestors, parent_of
 _OTHER_BUDGETS = (0.6, 0.8, 0.7, 0.5, 0.9, 0.4)
 # Settings of ranks that were chosen with bits, for a size of the rounded checkpoint.
 _SIZES = ("size", "bits_per_parameter", "budget_bytes")
+# Bits per weight to which ara quantise rounds.
+_FEW = {"4", "8"}
 
 
 def next_command(workspace: Workspace, after: StageView | None = None) -> str:
@@ -62,8 +64,14 @@ def _further(view: StageView, workspace: Workspace) -> Stage | None:
 def _has_bits(checkpoint: StageView, workspace: Workspace) -> bool:
     """Tell whether the ranks of a checkpoint were chosen with bits, to which its weights are to be rounded."""
     made_from = map(workspace.view, ancestors(checkpoint, workspace.view))
-    config = next((view.manifest.config for view in made_from if view.kind == "ranks" and view.manifest), {})
-    return any(config.get(name) is not None for name in _SIZES)
+    ranks = next((view.manifest for view in made_from if view.kind == "ranks" and view.manifest), None)
+    if ranks is None:
+        return False
+    size = ranks.results.get("size")
+    if isinstance(size, dict) and isinstance(size.get("layers"), dict):
+        # A large size may leave all of them as they are.
+        return not _FEW.isdisjoint(size["layers"]) or size.get("embedding_bits") is not None
+    return any(ranks.config.get(name) is not None for name in _SIZES)
 
 
 def _size_words(comparison: StageView) -> list[str]:

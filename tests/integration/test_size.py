@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ara.artifacts.factors import FactorsResults, specs_of
 from ara.artifacts.ranks import RanksResults, read_allocation
 from ara.artifacts.ranks_file import read_embedding_bits
 from ara.layouts.grid import Grid
+from ara.workspace.following import next_command
 from ara.workspace.store import Workspace
 from tests.commands import ara, done, refused
 
@@ -106,11 +108,43 @@ def test_the_guard_compares_with_one_width_for_all(copied: Path) -> None:
     assert losses[found.guard.winner] == min(losses.values())
 
 
+def test_the_guard_compares_with_dense_layers_at_the_blocks_that_fit(copied: Path) -> None:
+    # 4 bits with blocks of 16 do not fit, those with blocks of 32 do; a single width has this one rival.
+    words = ("--bits", "4", "--block", "16,32", "--embedding-bits", 16)
+    found = sized(copied, "--size", size(copied, 0.165), *words)
+    assert found.guard is not None
+    assert set(found.guard.held_out) == {"dense", "joint", "dense, 4 bits"}
+
+
+def test_a_size_that_needs_no_rounding_says_so(copied: Path) -> None:
+    sized(copied, "--size", "9MB", "--no-guard")
+    done("truncate", "-w", copied)
+    refused(ara("quantise", *FEW, "-w", copied), 2, "nothing is to be rounded")
+    done("recover", *FEW, "-w", copied)
+    (view,) = (one for one in Workspace.open(copied).views("checkpoint") if one.stage == "recover")
+    assert "quantise" not in next_command(Workspace.open(copied), view)
+
+
+def test_another_block_than_that_of_the_size_is_refused(copied: Path) -> None:
+    sized(copied, "--size", size(copied, 0.2), "--block", 16, "--no-zero-points", "--no-guard")
+    done("truncate", "-w", copied)
+    assert "ara allocate" in refused(ara("quantise", *FEW, "--block", 64, "-w", copied), 2, "with blocks of 16")
+    view = done("quantise", *FEW, "--block", 16, "--tolerance", 9, "-w", copied, "--json")
+    results = CheckpointResults.read(Workspace.open(copied).view(f"quantise/{json.loads(view.stdout)['name']}"))
+    assert results.rounding is not None and (results.rounding.block, results.rounding.zero_points) == (16, False)
+
+
 def test_sizes_that_cannot_be_met_are_refused(copied: Path) -> None:
-    cases = (("1KB", "everything but the factorised layers takes"), (size(copied, 0.001), "smallest choices"))
-    for text, message in cases:
+    for text in ("1KB", size(copied, 0.001)):
         result = ara("allocate", *FEW, "--size", text, "-w", copied)
-        assert result.exit_code == 2 and message in result.stderr
+        assert result.exit_code == 2 and "the least is" in result.stderr
+        # Nothing was measured, and no model loaded.
+        assert "loading" not in result.stderr and "table" not in result.stderr
+    least = re.search(r"the least is ([\d,]+)", result.stderr)
+    assert least is not None
+    enough = int(least[1].replace(",", ""))
+    assert ara("allocate", *FEW, "--budget-bytes", enough - 1, "-w", copied).exit_code == 2
+    done("allocate", *FEW, "--budget-bytes", enough, "--no-guard", "-w", copied)
     for words in (("--size", "small"), ("--size", "60KB", "--bits", "3")):
         assert ara("allocate", *FEW, *words, "-w", copied).exit_code == 2
 
