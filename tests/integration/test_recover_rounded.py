@@ -117,7 +117,9 @@ def test_the_graph_has_the_trained_scales_and_the_same_whole_numbers(root: Path)
 def test_what_would_change_whole_numbers_is_refused(root: Path, words: tuple[Any, ...], message: str) -> None:
     before = {path.name for path in (root / "recover").iterdir()}
     result = ara("recover", *FEW, *words, *FROM, "-w", root)
-    assert result.exit_code == 2 and result.stderr.count("error: ") == 1 and message in result.stderr, result.stderr
+    # The first one is a matter of the checkpoint, the others are of the options.
+    assert result.exit_code == (2 if words else 1), result.stderr
+    assert result.stderr.count("error: ") == 1 and message in result.stderr, result.stderr
     assert {path.name for path in (root / "recover").iterdir()} == before
 
 
