@@ -7,6 +7,7 @@ so that each expert sees the same tokens in both.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -61,7 +62,8 @@ def expert_moments(
         return {}
     originals = {spec.name: spec.weight.owner(dense_model) for spec in specs}
     modules = {spec.name: spec.weight.owner(model) for spec in specs}
-    centred = has_bias(model, specs)
+    device = next(model.parameters()).device
+    empty = partial(PairedAccumulator, specs[0].n, device, with_dense, centred=has_bias(model, specs))
     sums: dict[str, PairedAccumulator] = {}
     for index in range(len(ours.batches)):
         with recording_routes(ours.blocks[ours.at]) as routes:
@@ -72,14 +74,11 @@ def expert_moments(
             if original in inputs:
                 x, other = inputs[original], others[modules[name]]
                 if name not in sums:
-                    sums[name] = PairedAccumulator(x.shape[-1], x.device, with_dense, centred=centred)
+                    sums[name] = empty()
                 sums[name].add(x, other)
     found = {}
     for name in modules:
-        one = sums.pop(name, None)
-        if one is None:
-            device = next(model.parameters()).device
-            one = PairedAccumulator(specs[0].n, device, with_dense, centred=centred)
+        one = sums.pop(name, None) or empty()
         one.sum_over(group, {owners[name]})
         if owners[name] == group.rank and one.tokens:
             found[name] = one.checked(name)

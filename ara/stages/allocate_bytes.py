@@ -56,7 +56,7 @@ def allocate_bytes(
     limit = config.limit_bytes(FactorsResults.read(decomposition).model_parameters)
     others = other_bytes(decomposition) - saved_bytes(config, decomposition, run)
     # Before anything is measured.
-    specs = [module.spec for module in load_modules(decomposition, config.layout)]
+    specs = specs_of(decomposition, config.layout)
     least = least_bytes(config, specs, _grids(config, config.bits), config.bits)
     check_room(limit, others, config.asked_sizes[0], least)
     sized = open_sized_allocator(config, config.bits, decomposition, workspace, run)
@@ -155,6 +155,7 @@ def open_sized_allocator(
 
 
 def _grids(config: SizedConfig, bits: Sequence[int]) -> list[Grid]:
+    """Return the grids to choose from: every number of bits with every length of blocks."""
     widths = [width for width in BITS if width in bits]
     return [Grid(width, block, config.zero_points) for width in widths for block in config.blocks]
 

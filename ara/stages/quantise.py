@@ -154,26 +154,25 @@ def _plan(config: QuantiseConfig, before: Compressed) -> RoundingPlan:
         UsageError: nothing is rounded.
     """
     layers: dict[str, Grid]
-    sized = False
+    size = None if config.bits is not None else RanksResults.read(before.ranks).size
     block: int = config.block
     zero_points = config.zero_points
     if config.bits is not None:
         layers = dict.fromkeys((spec.name for spec in before.specs), Grid(config.bits, block, zero_points))
     else:
-        if (size := RanksResults.read(before.ranks).size) is not None:
-            # The size was reckoned with this grid.
-            sized = True
+        if size is not None:
+            # It was reckoned with this grid.
             _refuse_another_block(config, size, before.ranks)
             block, zero_points = size.block, size.zero_points
         layers = read_allocation(before.ranks, before.specs).grids(block, zero_points)
     asked = config.embedding_bits
     bits = read_embedding_bits(before.ranks.path / RANKS_FILE) if asked is None else few_bits(asked)
-    if not layers and bits is None and sized:
-        raise UsageError(
-            f"nothing is to be rounded: in {before.ranks.key} all layers have their full width within the size",
-            f"use {before.view.key} as it is, or say how many bits: --bits 8",
-        )
     if not layers and bits is None:
+        if size is not None:
+            raise UsageError(
+                f"nothing is to be rounded: in {before.ranks.key} all layers have their full width within the size",
+                f"use {before.view.key} as it is, or say how many bits: --bits 8",
+            )
         raise UsageError(
             f"{before.ranks.key} gives no layer 4 or 8 bits",
             "say how many: --bits 8; or choose them: ara allocate --size 90MB",

@@ -104,7 +104,8 @@ def recover(
                 text = json.dumps(details, indent=1, allow_nan=False)
                 (stage.folder / DETAILS).write_text(text + "\n", encoding="utf-8")
         if runs.failure is not None:
-            raise _with_what_is_kept(*runs.failure, found, task.view())
+            level, error = runs.failure
+            raise _with_what_is_kept(level, error, found, task.view()) from error
         return task.view()
 
 

@@ -129,12 +129,14 @@ class LevelRuns:
             rows.append(row)
             self.report.fact(_told(row))
             if stopped:
-                self.report.warn(f"{name}: {stopped}: what is finished is stored; the same command resumes")
                 break
         if stopped:
             # Only where one process does all the work.
             assert self.stage is not None
             self.stage.to_go_on = True
+            # A failure is an error, which the caller raises.
+            if self.failure is None:
+                self.report.warn(f"{name}: {stopped}: what is finished is stored; the same command resumes")
         figures = RecoveryFigures(
             parts=self.texts.parts,
             windows=self.texts.windows,
@@ -170,7 +172,6 @@ class LevelRuns:
         if isinstance(error, AraError):
             self.failure = name, error
             return f"{name} failed: {error}"
-        self.report.warn(f"{name}: interrupted: what is finished is stored; the same command resumes")
         return f"interrupted at the beginning of {name}"
 
     def _start(self) -> Distance:

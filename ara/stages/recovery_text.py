@@ -117,8 +117,7 @@ def recovery_texts(
             f"--loss-on answers needs conversations, and the text {spec} has none",
             "add some, such as --text c4:0.8,chat:0.2, or leave the option out",
         )
-    counted = read.answers if answers else None
-    text_read = RecoveryText(read.ids, counted)
+    text_read, text_held = (RecoveryText(one.ids, one.answers if answers else None) for one in (read, held))
     chosen = {name: torch.arange(*ends)[: read.windows] % read.windows for name, ends in ranges.items()}
     for name, windows in chosen.items():
         run.report.fact(f"{name}: {len(windows)} windows of {seq_len} tokens")
@@ -126,7 +125,6 @@ def recovery_texts(
     last = -(-held.windows * fresh // (2 * config.held_out + fresh))
     judged = held.ids[: max(1, held.windows - last)]
     choosing = max(1, len(judged) // 2)
-    chosen_by = held.answers[:choosing] if answers and held.answers is not None else None
     unseen = judged[choosing:] if len(judged) > 1 else judged
     run.report.fact(f"held out: {choosing} windows to choose by, {len(unseen)} to judge by")
     different = torch.tensor(sorted({row for windows in chosen.values() for row in windows.tolist()}))
@@ -137,7 +135,7 @@ def recovery_texts(
         seq_len=seq_len,
         train={name: text_read.rows(windows) for name, windows in chosen.items()},
         windows=len(different),
-        held_out=RecoveryText(held.ids[:choosing], chosen_by),
+        held_out=text_held.first(choosing),
         unseen=RecoveryText(unseen),
         fresh=held.ids[held.windows - last :],
     )
