@@ -102,7 +102,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) --no-deps onnxruntime-genai || echo "note: no onnxruntime-genai here; the test that runs it is skipped"
 	@touch $@
 
-demo: $(STAMP) ## compress, evaluate and try a real model, end to end (about 10 minutes on 2 cores)
+demo: $(STAMP) ## compress, evaluate and try a real model, end to end (8 to 15 minutes on 2 cores)
 	@$(BIN)/python benchmarks/demo_time.py
 	@echo "Running: ara run demo $(subst ",\",$(DEMO_FLAGS))"
 	@$(BIN)/ara run demo $(DEMO_FLAGS)
