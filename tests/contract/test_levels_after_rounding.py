@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import ara
 from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults
 from ara.config import AllocateConfig, DecomposeConfig, QuantiseConfig, RecoverConfig, TruncateConfig
-from ara.errors import UsageError
+from ara.errors import WorkspaceError
 from ara.models.checkpoint import load
 from ara.recovery import LEVELS
 from ara.recovery.base import distance
@@ -162,7 +162,8 @@ def test_a_level_that_makes_it_worse_is_taken_back(
 
 @pytest.mark.parametrize("level", UNABLE)
 def test_a_level_that_cannot_repair_it_says_why(root: Path, level: str) -> None:
-    with pytest.raises(UsageError, match=rf"{FROM} is rounded to 4 and 8 bits, and the level {level} cannot") as error:
+    message = f"{FROM} is rounded to 4 and 8 bits, and the level {level} cannot"
+    with pytest.raises(WorkspaceError, match=message) as error:
         recover(RecoverConfig(level=level, **SLOW), Run(root), checkpoint=FROM)
     assert "\n" not in str(error.value) and all(f"--level {name}" in (error.value.hint or "") for name in ABLE)
     assert not (root / "recover").exists() or not any((root / "recover").iterdir())
