@@ -22,6 +22,7 @@ from torch import nn
 
 from ara.distributed.group import ALONE, Group
 from ara.errors import NumericalError
+from ara.recovery.muon import Float32Muon
 
 # As in the recipes of AA-SVD and others: short warm-up, cosine to a tenth, gradients clipped, no weight decay.
 WARM_UP = 0.1
@@ -116,7 +117,9 @@ class MasterOptimiser:
         unit = _MUON_RMS if method == "muon" else 1.0
         groups = [{"params": masters, "pace": pace / unit} for pace, masters in paces.items()]
         if method == "muon":
-            return torch.optim.Muon(
+            # A run in float32 often has no other arithmetic, and torch's iteration in bfloat16 would take all the time.
+            half = any(value.dtype != torch.float32 for value in self.parameters.values())
+            return (torch.optim.Muon if half else Float32Muon)(
                 groups, lr=self.rate, momentum=_MOMENTUM, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
             )
         return torch.optim.AdamW(groups, lr=self.rate, betas=_BETAS, weight_decay=0.0, fused=self._fused)

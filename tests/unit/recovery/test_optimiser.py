@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ara.errors import NumericalError
+from ara.recovery.muon import Float32Muon
 from ara.recovery.optimiser import CLIP, MasterOptimiser, Method, Stored, rate_at, trained
 
 STEPS = 20
@@ -66,6 +69,40 @@ def test_matrices_move_along_all_directions_at_the_rate() -> None:
     assert float((change * (u @ vt)).sum() / (change.norm() * (u @ vt).norm())) > 0.95
     torch.testing.assert_close(vector.detach(), torch.full((5,), -0.01))
     torch.testing.assert_close(scales.detach(), -0.01 * gradient.sign())
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
+def test_muon_in_float32_steps_as_torchs_does_in_bfloat16(shape: tuple[int, int]) -> None:
+    """They differ by the roundings of the iteration alone, and hold the same state."""
+    settings: dict[str, Any] = {"lr": 0.01, "momentum": 0.95, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    one, other = Float32Muon([ours], **settings), torch.optim.Muon([theirs], **settings)
+    for number in range(4):
+        ours.grad = torch.randn(shape, generator=torch.Generator().manual_seed(number + 2))
+        theirs.grad = ours.grad.clone()
+        one.step()
+        other.step()
+    change, expected = ours.detach() - start, theirs.detach() - start
+    assert float((change - expected).norm() / expected.norm()) < 0.03
+    assert torch.equal(one.state[ours]["momentum_buffer"], other.state[theirs]["momentum_buffer"])
+
+
+def test_float32_runs_have_no_bfloat16_in_their_steps() -> None:
+    seen: list[torch.dtype] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            seen.extend(one.dtype for one in (found,) if isinstance(one, torch.Tensor))
+            return found
+
+    ours = parameter()
+    muon = MasterOptimiser({"w": ours}, STEPS, 0.01, method="muon")
+    ours.grad = gradients(0)
+    with Watch():
+        muon.step()
+    assert torch.bfloat16 not in seen and torch.float32 in seen
 
 
 @pytest.mark.parametrize("method", ["adamw", "muon"])
