@@ -5,25 +5,48 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from ara import jsonfile
 from ara.artifacts.base import Rank
-from ara.config.sizes import Block
+from ara.config.sizes import Block, GridConfig
 from ara.errors import DataError, ProblemsError, near_matches
 from ara.layout_names import DEFAULT_LAYOUT, LAYOUT_NAMES, LayoutName
 from ara.layouts.grid import BITS, Bits
 from ara.models.weights import LinearSpec
 from ara.solver.problem import DENSE, Allocation, Choice
 
-# Format 2 has a table of bits, or those of the embedding; format 3 has a table of blocks as well.
-RANKS_FORMAT, WITH_BITS, WITH_BLOCKS = 1, 2, 3
+# Format 2 has a table of bits, or those of the embedding; format 3 has a table of blocks as well. Format 4 names the
+# block of all other layers, or says that there are no zero points.
+RANKS_FORMAT, WITH_BITS, WITH_BLOCKS, WITH_GRID = 1, 2, 3, 4
 RANKS_FILE = "ranks.json"
+_KEYS = ("format_version", "layout", "about", "ranks", "bits", "embedding_bits", "blocks", "block", "zero_points")
+_LENGTHS = ", ".join(map(str, get_args(Block)))
 _COPY = "copy an allocation's ranks.json and edit its numbers"
 # Limits of an error message: problems, and characters of a name or value.
 _SHOWN_PROBLEMS, _SHOWN = 20, 100
+
+
+@dataclass(frozen=True)
+class FewBits:
+    """What a ranks file says of few bits, besides those of each layer.
+
+    Attributes:
+        embedding: bits of the embedding and the head; ``None``: they stay as they are.
+        block: weights per scale of what the table of blocks does not name; ``None``: the file does not say.
+        zero_points: whether there is a zero point per block; ``None``: the file does not say.
+    """
+
+    embedding: Bits | None = None
+    block: int | None = None
+    zero_points: bool | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Return block and zero points as JSON data, without those that ``ara quantise`` has by default."""
+        defaults = {key: GridConfig.model_fields[key].default for key in ("block", "zero_points")}
+        return {key: value for key, own in defaults.items() if (value := getattr(self, key)) not in (None, own)}
 
 
 def ranks_table(allocation: Allocation) -> dict[str, Rank]:
@@ -59,8 +82,7 @@ def ranks_document(
     layout: LayoutName,
     about: Mapping[str, Any],
     specs: Sequence[LinearSpec],
-    embedding_bits: Bits | None = None,
-    block: int | None = None,
+    few: FewBits = FewBits(),
 ) -> str:
     """Return the text of ``ranks.json``.
 
@@ -69,21 +91,21 @@ def ranks_document(
         layout: of its low-rank layers.
         about: its origin; not read back.
         specs: the layers.
-        embedding_bits: of the embedding and the head, if they have few.
-        block: weights per scale of the layers that the table of blocks does not name.
+        few: bits of the embedding, and the grid of layers that the table of blocks does not name.
     """
     own = {spec.name: spec.bits for spec in specs}
     bits = {name: choice.bits for name, choice in allocation.choices.items() if choice.bits != own[name]}
-    few: dict[str, Any] = {"bits": bits} if bits else {}
-    if embedding_bits is not None:
-        few["embedding_bits"] = embedding_bits
-    version = WITH_BITS if few else RANKS_FORMAT
-    if blocks := {
-        name: choice.block for name, choice in allocation.choices.items() if choice.block not in (None, block)
-    }:
-        few["blocks"], version = blocks, WITH_BLOCKS
+    tables: dict[str, Any] = {"bits": bits} if bits else {}
+    if few.embedding is not None:
+        tables["embedding_bits"] = few.embedding
+    version = WITH_BITS if tables else RANKS_FORMAT
+    blocks = {name: one.block for name, one in allocation.choices.items() if one.block not in (None, few.block)}
+    if blocks:
+        tables["blocks"], version = blocks, WITH_BLOCKS
+    if tables and (grid := few.plain()):
+        tables, version = tables | grid, WITH_GRID
     document: dict[str, Any] = {"format_version": version, "layout": layout}
-    document |= {"about": about, "ranks": ranks_table(allocation), **few}
+    document |= {"about": about, "ranks": ranks_table(allocation), **tables}
     return json.dumps(document, indent=1) + "\n"
 
 
@@ -100,20 +122,25 @@ def read_layout(path: Path) -> LayoutName:
     return found
 
 
-def read_embedding_bits(path: Path) -> Bits | None:
-    """Return the bits of the embedding and the head that a ranks file names; ``None`` if it names none.
+def read_few_bits(path: Path) -> FewBits:
+    """Return what a ranks file says of few bits, besides those of each layer.
 
     Raises:
-        DataError: missing, not a ranks file, or impossible bits.
+        DataError: missing, not a ranks file, or impossible bits, block or zero points.
     """
-    document = _read(path)[0]
-    if "embedding_bits" not in document:
-        return None
-    bits = document["embedding_bits"]
-    found = next((known for known in BITS if type(bits) is int and known == bits), None)
-    if found is None:
+    return _few_bits(_read(path)[0], path)
+
+
+def _few_bits(document: Mapping[str, Any], path: Path) -> FewBits:
+    """Return what a document says of few bits, after a check."""
+    bits, block, zero_points = (document.get(key) for key in ("embedding_bits", "block", "zero_points"))
+    if "embedding_bits" in document and (type(bits) is not int or bits not in BITS):
         raise DataError(f"{path} has embedding_bits {_shown(bits)}, expected 4 or 8, or none for 16 bits", _COPY)
-    return found
+    if "block" in document and (type(block) is not int or block not in get_args(Block)):
+        raise DataError(f"{path} has block {_shown(block)}, expected one of {_LENGTHS}", _COPY)
+    if "zero_points" in document and type(zero_points) is not bool:
+        raise DataError(f"{path} has zero_points {_shown(zero_points)}, expected true or false", _COPY)
+    return FewBits(bits, block, zero_points)
 
 
 def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
@@ -124,15 +151,12 @@ def read_ranks(path: Path, specs: Sequence[LinearSpec]) -> Allocation:
         specs: the factorised layers, in the file's layout; the file must name exactly these.
 
     Raises:
-        DataError: missing, or not JSON of this form.
+        DataError: missing, not JSON of this form, or an impossible grid of few bits.
         ProblemsError: lists every unknown or missing module and every invalid rank.
     """
     document, repeated = _read(path)
-    problems = [
-        f"unknown key {_shown(key)}"
-        for key in document
-        if key not in ("format_version", "layout", "about", "ranks", "bits", "embedding_bits", "blocks")
-    ]
+    _few_bits(document, path)
+    problems = [f"unknown key {_shown(key)}" for key in document if key not in _KEYS]
     problems += [f"{_plain(name)}: named more than once" for name in repeated]
     problems += _problems(document["ranks"], specs)
     bits = document.get("bits", {})
@@ -165,8 +189,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(document, dict) or not isinstance(document.get("ranks"), dict):
         raise DataError(f'{path} has no "ranks" table', _COPY)
     version = document.get("format_version")
-    if type(version) is not int or not RANKS_FORMAT <= version <= WITH_BLOCKS:
-        raise DataError(f"{path} has format_version {_shown(version)}, expected {RANKS_FORMAT} to {WITH_BLOCKS}", _COPY)
+    if type(version) is not int or not RANKS_FORMAT <= version <= WITH_GRID:
+        raise DataError(f"{path} has format_version {_shown(version)}, expected {RANKS_FORMAT} to {WITH_GRID}", _COPY)
     return document, repeated
 
 
@@ -209,9 +233,8 @@ def _blocks_problems(blocks: Any, bits: Any) -> list[str]:
     known = bits if isinstance(bits, dict) else {}
     problems = [f"block of {_plain(name)}: the layer has no few bits" for name in blocks if name not in known]
     wrong = {name: value for name, value in blocks.items() if type(value) is not int or value not in get_args(Block)}
-    lengths = ", ".join(map(str, get_args(Block)))
     return problems + [
-        f"block of {_plain(name)}: {_shown(value)} is none of {lengths}" for name, value in wrong.items()
+        f"block of {_plain(name)}: {_shown(value)} is none of {_LENGTHS}" for name, value in wrong.items()
     ]
 
 

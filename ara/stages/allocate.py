@@ -13,7 +13,7 @@ from ara.allocation.guard import Verdict, compare_candidates
 from ara.allocation.uniform import Uniform
 from ara.artifacts.factors import FactorsResults, specs_of
 from ara.artifacts.ranks import GuardResults, KindRanks, LatencyResults, RanksResults
-from ara.artifacts.ranks_file import RANKS_FILE, ranks_document, read_embedding_bits
+from ara.artifacts.ranks_file import RANKS_FILE, FewBits, ranks_document, read_few_bits
 from ara.config import AllocateConfig, BudgetConfig, PlacementConfig, TuningConfig, method_options
 from ara.config.latency import LatencyConfig
 from ara.config.sizes import FewBitsConfig, few_bits
@@ -176,8 +176,9 @@ def _write(
     left = ("kinds", "guard", "size", "latency")
     about = {"method": "file" if ranks else config.method}
     about.update({key: value for key, value in results.plain().items() if key not in left})
-    embedding_bits = read_embedding_bits(ranks) if ranks else few_bits(config.embedding_bits)
-    document = ranks_document(allocation, config.layout, about, specs, embedding_bits, config.blocks[0])
+    chosen = FewBits(few_bits(config.embedding_bits), config.blocks[0], config.zero_points)
+    few = read_few_bits(ranks) if ranks else chosen
+    document = ranks_document(allocation, config.layout, about, specs, few)
     (stage.folder / RANKS_FILE).write_text(document, encoding="utf-8")
     results.write(stage)
 

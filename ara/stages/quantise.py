@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ara.artifacts.checkpoint import CHECKPOINT, RoundingFigures
 from ara.artifacts.factors import FactorsResults
-from ara.artifacts.ranks import RanksResults, SizeResults, read_allocation
-from ara.artifacts.ranks_file import RANKS_FILE, read_embedding_bits
+from ara.artifacts.ranks import RanksResults, read_allocation
+from ara.artifacts.ranks_file import RANKS_FILE, FewBits, read_few_bits
 from ara.calibration.kept_moments import KeptMoments
 from ara.config import QuantiseConfig
 from ara.config.sizes import few_bits
@@ -55,10 +55,15 @@ def quantise(config: QuantiseConfig, run: Run, *, checkpoint: str | None = None,
                 f"{before.view.key} is rounded to {before.rounding.widths} bits",
                 "quantise the checkpoint that it was made from",
             )
-        plan = _plan(config, before)
+        wanted = config.method == "calibrated" and config.inputs == "dense"
+        if wanted and FactorsResults.read(before.factors).moments is None:
+            raise UsageError(
+                f"--inputs dense is given, and {before.factors.key} has kept no second moments",
+                "omit it to read text instead; or run ara decompose --keep-moments yes",
+            )
+        config, plan = _plan(config, before)
         run.report.step(f"Rounding {before.view.key}: {plan}")
         resolved = placed(config, run)
-        wanted = resolved.method == "calibrated" and resolved.inputs == "dense"
         moments = kept_moments(before.factors, run) if wanted else None
         if resolved.method == "nearest" or (moments is not None and plan.embedding_bits is None):
             # Nothing is read to calibrate with.
@@ -147,26 +152,27 @@ def _windows_of(decomposition: StageView) -> int:
     return windows[0] if windows else 0
 
 
-def _plan(config: QuantiseConfig, before: Compressed) -> RoundingPlan:
+def _plan(config: QuantiseConfig, before: Compressed) -> tuple[QuantiseConfig, RoundingPlan]:
     """Return the bits that the config names; where it names none, bits and blocks that the allocation has chosen.
+
+    Returns:
+        The config with the grid of layers for which nothing else is chosen, and the plan.
 
     Raises:
         UsageError: nothing is rounded.
     """
+    few = read_few_bits(before.ranks.path / RANKS_FILE)
     layers: dict[str, Grid]
-    size = None if config.bits is not None else RanksResults.read(before.ranks).size
-    block: int = config.block
-    zero_points = config.zero_points
+    grid: tuple[int, bool]
+    size = None
     if config.bits is not None:
-        layers = dict.fromkeys((spec.name for spec in before.specs), Grid(config.bits, block, zero_points))
+        grid = config.block, config.zero_points
+        layers = dict.fromkeys((spec.name for spec in before.specs), Grid(config.bits, *grid))
     else:
-        if size is not None:
-            # It was reckoned with this grid.
-            _refuse_another_block(config, size, before.ranks)
-            block, zero_points = size.block, size.zero_points
-        layers = read_allocation(before.ranks, before.specs).grids(block, zero_points)
-    asked = config.embedding_bits
-    bits = read_embedding_bits(before.ranks.path / RANKS_FILE) if asked is None else few_bits(asked)
+        size = RanksResults.read(before.ranks).size
+        grid = _grid(config, few if size is None else FewBits(few.embedding, size.block, size.zero_points), before)
+        layers = read_allocation(before.ranks, before.specs).grids(*grid)
+    bits = few.embedding if config.embedding_bits is None else few_bits(config.embedding_bits)
     if not layers and bits is None:
         if size is not None:
             raise UsageError(
@@ -177,22 +183,29 @@ def _plan(config: QuantiseConfig, before: Compressed) -> RoundingPlan:
             f"{before.ranks.key} gives no layer 4 or 8 bits",
             "say how many: --bits 8; or choose them: ara allocate --size 90MB",
         )
-    return RoundingPlan(layers, None if bits is None else Grid(bits, block, zero_points))
+    settled = config.model_copy(update=dict(zip(("block", "zero_points"), grid, strict=True)))
+    return settled, RoundingPlan(layers, None if bits is None else Grid(bits, *grid))
 
 
-def _refuse_another_block(config: QuantiseConfig, size: SizeResults, ranks: StageView) -> None:
-    """Refuse a block other than that which an allocation for a size has counted with.
+def _grid(config: QuantiseConfig, few: FewBits, before: Compressed) -> tuple[int, bool]:
+    """Return block and zero points of what has few bits: those that the ranks were chosen with, where they say.
 
     Raises:
-        UsageError: another one is asked for.
+        UsageError: another block, or no zero points, are asked for.
     """
-    # The default cannot be told from the same value on the command line.
-    if config.block not in (size.block, QuantiseConfig.model_fields["block"].default):
-        raise UsageError(
-            f"--block {config.block} is given, and {ranks.key} has chosen ranks and bits for a size with blocks of "
-            f"{size.block}",
-            "omit --block, or give it to ara allocate",
-        )
+    chosen = {"block": few.block, "zero_points": few.zero_points}
+    for key, value in chosen.items():
+        asked = getattr(config, key)
+        # The default cannot be told from the same value on the command line.
+        if value not in (None, asked) and asked != QuantiseConfig.model_fields[key].default:
+            flag = f"--block {asked}" if key == "block" else "--no-zero-points"
+            made = f"blocks of {value}" if key == "block" else "zero points"
+            raise UsageError(
+                f"{flag} is given, and the ranks and bits of {before.ranks.key} were chosen with {made}",
+                f"omit {flag.split()[0]}, or give it to ara allocate",
+            )
+    block = config.block if few.block is None else few.block
+    return block, config.zero_points if few.zero_points is None else few.zero_points
 
 
 def _name(before: str, config: QuantiseConfig) -> str:

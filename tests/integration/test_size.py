@@ -12,11 +12,12 @@ import pytest
 from ara.artifacts.checkpoint import CheckpointResults
 from ara.artifacts.factors import FactorsResults, specs_of
 from ara.artifacts.ranks import RanksResults, read_allocation
-from ara.artifacts.ranks_file import read_embedding_bits
+from ara.artifacts.ranks_file import read_few_bits
 from ara.layouts.grid import Grid
 from ara.workspace.following import next_command
 from ara.workspace.store import Workspace
 from tests.commands import ara, done, refused
+from tests.damage import contents
 
 CPU = ("--device", "cpu", "--dtype", "float32")
 FEW = (*CPU, "--samples", 6, "--held-out", 4)
@@ -76,7 +77,7 @@ def test_the_size_counts_the_embedding_at_its_bits(copied: Path) -> None:
     document["embedding_bits"] = 8
     path.write_text(json.dumps(document))
     done("allocate", "--ranks", path, "--name", "edited", "-w", copied)
-    assert read_embedding_bits(copied / "allocate" / "edited" / "ranks.json") == 8
+    assert read_few_bits(copied / "allocate" / "edited" / "ranks.json").embedding == 8
 
 
 def test_bits_are_in_the_ranks_file_and_can_be_edited(copied: Path) -> None:
@@ -132,6 +133,36 @@ def test_another_block_than_that_of_the_size_is_refused(copied: Path) -> None:
     view = done("quantise", *FEW, "--block", 16, "--tolerance", 9, "-w", copied, "--json")
     results = CheckpointResults.read(Workspace.open(copied).view(f"quantise/{json.loads(view.stdout)['name']}"))
     assert results.rounding is not None and (results.rounding.block, results.rounding.zero_points) == (16, False)
+
+
+def test_zero_points_are_those_of_the_size(copied: Path) -> None:
+    """The manifest says what was rounded with, also where the command line says nothing."""
+    sized(copied, "--size", size(copied, 0.2), "--block", 16, "--no-guard")
+    done("truncate", "-w", copied)
+    words = ("quantise", *FEW, "--tolerance", 9, "-w", copied)
+    assert "ara allocate" in refused(ara(*words, "--no-zero-points"), 2, "chosen with zero points")
+    name = json.loads(done(*words, "--json").stdout)["name"]
+    manifest = json.loads((copied / "quantise" / name / "manifest.json").read_text())
+    assert (manifest["config"]["block"], manifest["config"]["zero_points"]) == (16, True)
+
+
+def test_a_ranks_file_keeps_the_grid_of_its_size(copied: Path) -> None:
+    """Ranks and bits that went through a file give the same checkpoint as those of ara allocate --size."""
+    sized(copied, "--size", size(copied, 0.2), "--block", 16, "--no-zero-points", "--no-guard", "--name", "chosen")
+    file = copied / "allocate" / "chosen" / "ranks.json"
+    document = json.loads(file.read_text())
+    assert (document["format_version"], document["block"], document["zero_points"]) == (4, 16, False)
+    done("allocate", "--ranks", file, "--name", "given", "-w", copied)
+    again = json.loads((copied / "allocate" / "given" / "ranks.json").read_text())
+    assert {key: value for key, value in again.items() if key != "about"} == {
+        key: value for key, value in document.items() if key != "about"
+    }
+    found = []
+    for name in ("chosen", "given"):
+        done("truncate", "--allocation", name, "--name", name, "-w", copied)
+        done("quantise", *FEW, "--from", f"truncate/{name}", "--name", name, "--tolerance", 9, "-w", copied)
+        found.append(contents(copied / "quantise" / name / "checkpoint", "*.safetensors"))
+    assert found[0] == found[1]
 
 
 def test_sizes_that_cannot_be_met_are_refused(copied: Path) -> None:
@@ -214,7 +245,7 @@ def test_the_lengths_of_blocks_are_chosen_too(copied: Path) -> None:
     found = sized(copied, "--budget-bytes", (small + large) // 2, "--block", "16,64", *words, "--name", "both").size
     assert found is not None and found.blocks is not None and set(found.blocks) == {"16", "64"}
     document = json.loads((copied / "allocate" / "both" / "ranks.json").read_text())
-    assert document["format_version"] == 3 and set(document["blocks"].values()) == {64}
+    assert document["format_version"] == 4 and document["block"] == 16 and set(document["blocks"].values()) == {64}
     done("truncate", "--allocation", "both", "-w", copied)
     shown = done("quantise", *FEW, "--tolerance", 9, "--name", "both", "-w", copied).stdout
     view = Workspace.open(copied).view("quantise/both")
