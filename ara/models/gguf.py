@@ -7,7 +7,7 @@ transformers reads a GGUF file slowly (14 s for the weights of 135 M parameters,
 Folders under ``<cache>/gguf``, named by the first 16 digits of the file's sha256 and the version of this layout::
 
     <sha>-tokenizer-2/   config.json and the tokenizer, made when the model is first resolved
-    <sha>-bfloat16-2/    the same with model.safetensors and generation_config.json, one folder per dtype
+    <sha>-bfloat16-2/    the same with model.safetensors and generation_config.json; float32 serves for all precisions
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,6 +106,8 @@ class GgufFile:
     def weights_folder(self, dtype: torch.dtype, report: Reporter = SILENT) -> Path:
         """Return the folder with the whole model, its weights unpacked to ``dtype``; the first call makes it.
 
+        A folder in float32 serves for all precisions: its weights round to what unpacking would give.
+
         Raises:
             ModelError: the file is damaged, or a library that reads GGUF is missing.
             UnsupportedModelError: the model has no place for a tensor of the file.
@@ -112,11 +115,12 @@ class GgufFile:
         """
         number = str(dtype).removeprefix("torch.")
         target = self._folder(number)
-        if _has_weights(target):
-            return target
+        for folder in (target, self._folder("float32")):
+            if _has_weights(folder):
+                return folder
         tokenizer = self.tokenizer_folder(report)
         report.step(f"Unpacking {self.path.name} to {number} (once)")
-        with aside(target.parent) as folder, silence_transformers(), silence_gguf(), self._errors():
+        with aside(target.parent) as folder, silence_transformers(), silence_gguf(), self._errors(), _names_once():
             made = folder / "made"
             shutil.copytree(tokenizer, made)
             self._unpack(dtype, made, folder)
@@ -164,6 +168,19 @@ class GgufFile:
             ) from error
         except Exception as error:
             raise ModelError(f"{self.path} cannot be read as GGUF: {first_line(error)}", AGAIN) from error
+
+
+@contextmanager
+def _names_once() -> Iterator[None]:
+    """Let transformers' reader make its table of tensor names once, not for every module of the model."""
+    import gguf
+
+    original = gguf.get_tensor_name_map
+    vars(gguf)["get_tensor_name_map"] = lru_cache(original)
+    try:
+        yield
+    finally:
+        vars(gguf)["get_tensor_name_map"] = original
 
 
 def _check_all_read(model: PreTrainedModel, contents: GgufContents, unexpected: set[str], file: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from ara.errors import ModelError, UnsupportedModelError
 from ara.models import sources
 from ara.models.gguf import GgufFile
 from ara.models.sources import resolve
+from ara.stages.model_folders import written
+from tests.damage import contents
 from tests.gguf_files import gguf_model, split_gguf, write_gguf
 from tests.recorder import Recorder
 from tests.tiny import tiny_model
@@ -69,6 +72,38 @@ def test_everything_after_the_first_time_comes_from_the_cache(
     assert {tensor.dtype for tensor in second.values()} == {torch.bfloat16}
     assert all(torch.equal(second[name], tensor) for name, tensor in weights.items())
     assert recorder.kinds() == []
+
+
+def test_a_folder_in_float32_serves_for_lower_precisions(
+    gguf_file: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights round to what unpacking gives, in memory and in a folder that the tensors are copied to."""
+    direct = resolve(str(gguf_file))
+    expected = direct.load_model(torch.bfloat16).state_dict()
+    written(direct, torch.bfloat16, tmp_path / "direct")
+    monkeypatch.setenv("ARA_CACHE_DIR", str(tmp_path / "other"))
+    source = resolve(str(gguf_file))
+    source.load_model(torch.float32)
+    found = source.load_model(torch.bfloat16).state_dict()
+    assert found.keys() == expected.keys() and {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not list((tmp_path / "other" / "gguf").glob("*bfloat16*"))
+    written(source, torch.bfloat16, tmp_path / "rounded")
+    assert contents(tmp_path / "rounded") == contents(tmp_path / "direct")
+
+
+def test_the_table_of_names_is_made_once(gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+
+    made, original = [], gguf.get_tensor_name_map
+
+    def counted(*arguments: Any) -> Any:
+        made.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(gguf, "get_tensor_name_map", counted)
+    resolve(str(gguf_file)).load_model(torch.float32)
+    assert len(made) == len(set(made)) and gguf.get_tensor_name_map is counted
 
 
 def test_the_kept_tokenizer_encodes_as_the_file_itself(gguf_file: Path, cache: Path) -> None:
