@@ -264,8 +264,8 @@ def test_ranks_file_that_is_none(unchanged, tmp_path):
     refused(ara(*words, tmp_path / "none.json"), 1, "none.json cannot be read")
     (tmp_path / "bad.json").write_text("{")
     refused(ara(*words, tmp_path / "bad.json"), 1, "bad.json is not JSON")
-    (tmp_path / "new.json").write_text('{"format_version": 4, "ranks": {}}')
-    refused(ara(*words, tmp_path / "new.json"), 1, "format_version 4, expected 1")
+    (tmp_path / "new.json").write_text('{"format_version": 5, "ranks": {}}')
+    refused(ara(*words, tmp_path / "new.json"), 1, "format_version 5, expected 1 to 4")
 
 
 # -- texts ----------------------------------------------------------------------------------------------------------
