@@ -33,7 +33,6 @@ from ara.decomposition.parallel import map_layers
 from ara.layouts import layout_named
 from ara.layouts.grid import Grid
 from ara.masks.context import TuningContext
-from ara.masks.table_cache import cached_table
 from ara.models.blocks import BlockRunner
 from ara.models.weights import LinearSpec, by_block
 from ara.quantisation.calibrated import mixed_basis, round_calibrated, round_product
@@ -141,7 +140,7 @@ class Rounder:
         if layout_named(specs[0].layout).free_basis:
             settings["basis"] = "mixed"
         sizes = {spec.name: 2 for spec in specs}
-        table = cached_table(self.context, settings, sizes, lambda: self._measured(grid), "table of rounding errors")
+        table = self.context.cached_table(settings, sizes, lambda: self._measured(grid), "table of rounding errors")
         return {name: RoundingShares(*values.tolist()) for name, values in table.values.items()}
 
     def _measured(self, grid: Grid) -> dict[str, torch.Tensor]:

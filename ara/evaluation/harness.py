@@ -18,7 +18,8 @@ import numpy as np
 from ara.distributed.group import ALONE, Group
 from ara.errors import NAN_HINT, AraError, DataError, NumericalError, first_line, is_out_of_memory
 from ara.evaluation.generation import LogitsCheck, check_logits
-from ara.evaluation.tasks import Task, missing_module, silence_lm_eval
+from ara.evaluation.silence import silence_lm_eval
+from ara.evaluation.tasks import Task, missing_module
 from ara.models.context import context_length
 from ara.models.silence import silence_transformers
 from ara.models.vocabulary import check_tokens, padded_with_row, token_rows

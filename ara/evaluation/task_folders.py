@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ara.errors import DataError, first_line
+from ara.evaluation.silence import silence_lm_eval
 from ara.files import check_regular, expand_user, read_bytes
 from ara.workspace.manifest import file_sha256
 
@@ -111,8 +112,6 @@ def open_task_folders(names: Sequence[str]) -> TaskFolders | None:
 
 def _manager(paths: tuple[Path, ...], defaults: bool) -> Any:
     from lm_eval.tasks import TaskManager
-
-    from ara.evaluation.tasks import silence_lm_eval
 
     try:
         with silence_lm_eval():

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import random
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Any
 from ara.data.filespecs import FILE_PREFIX
 from ara.data.texts import DATA_DIR_VARIABLE, TEXTS, check_text_spec, data_dir, is_chat, silence_datasets
 from ara.errors import AraError, DataError, UsageError, first_line, near_matches
+from ara.evaluation.silence import silence_lm_eval
 from ara.evaluation.task_folders import TaskFolders
 from ara.models.cache import cache_dir
 from ara.progress import SILENT, Reporter
@@ -305,29 +303,3 @@ def _manager(folder: str | None) -> Any:
 
     with silence_lm_eval():
         return TaskManager(include_defaults=folder is None, include_path=folder)
-
-
-@contextmanager
-def silence_lm_eval() -> Iterator[None]:
-    """Suppress lm-eval's messages (except errors) and progress bars inside the block."""
-    from tqdm import tqdm
-
-    def silent(*arguments: Any, **options: Any) -> Any:
-        return tqdm(*arguments, **{**options, "disable": True})
-
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    talking = [
-        vars(module)
-        for name, module in sys.modules.items()
-        if name.startswith("lm_eval.") and getattr(module, "tqdm", None) is tqdm
-    ]
-    for names in talking:
-        names["tqdm"] = silent
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-        for names in talking:
-            names["tqdm"] = tqdm

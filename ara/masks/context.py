@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from ara.masks.table_cache import LayerTable, TableCache
 from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
     from ara.masks.model import MaskedModel
     from ara.masks.rank_losses import LearnedLosses
-    from ara.masks.table_cache import TableCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,3 +45,34 @@ class TuningContext:
     table: Mapping[str, torch.Tensor] | None = None
     table_cache: TableCache | None = None
     moments: Mapping[str, torch.Tensor] | None = None
+
+    def cached_table(
+        self,
+        settings: Mapping[str, str | int],
+        sizes: Mapping[str, int],
+        make: Callable[[], dict[str, torch.Tensor]],
+        what: str = "sensitivity table",
+    ) -> LayerTable:
+        """Return a table of the model, from the cache if it is there.
+
+        Args:
+            settings: what determines the table besides model and windows.
+            sizes: module path → number of entries.
+            make: computes the entries.
+            what: the table is called so in reports.
+        """
+
+        def timed() -> LayerTable:
+            """Make the table and measure the time."""
+            begun = time.monotonic()
+            return LayerTable(make(), time.monotonic() - begun)
+
+        if self.table_cache is None:
+            return timed()
+        circumstances: dict[str, str | int] = {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "device": str(self.model.device),
+            "dtype": str(self.model.model.dtype),
+        }
+        return self.table_cache.get(self.train, {**settings, **circumstances}, sizes, timed, what)

@@ -22,7 +22,7 @@ from ara.config import MethodOptions
 from ara.masks.context import TuningContext
 from ara.masks.linear import Observer
 from ara.masks.model import LossKind, MaskedModel
-from ara.masks.table_cache import LayerTable, cached_table
+from ara.masks.table_cache import LayerTable
 from ara.progress import SILENT, Reporter
 
 
@@ -106,4 +106,4 @@ def sensitivity_table(context: TuningContext, options: SensitivityOptions | None
         )
 
     sizes = {spec.name: spec.full_rank + 1 for spec in context.model.specs}
-    return cached_table(context, options.model_dump(), sizes, compute)
+    return context.cached_table(options.model_dump(), sizes, compute)

@@ -6,11 +6,10 @@ import hashlib
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,9 +19,6 @@ from ara.errors import DiskFullError
 from ara.files import is_plain_file
 from ara.progress import SILENT, Reporter
 from ara.workspace.tensors import save_tensors, tensor_digests, written_aside
-
-if TYPE_CHECKING:
-    from ara.masks.context import TuningContext
 
 # Increase it when the computation or the file format of tables changes.
 TABLE_FORMAT = 2
@@ -121,39 +117,6 @@ def _stored(path: Path, sizes: Mapping[str, int], what: str, report: Reporter) -
         return None
     report.fact(f"{what} read from {path}")
     return found
-
-
-def cached_table(
-    context: TuningContext,
-    settings: Mapping[str, str | int],
-    sizes: Mapping[str, int],
-    make: Callable[[], dict[str, torch.Tensor]],
-    what: str = "sensitivity table",
-) -> LayerTable:
-    """Return a table of the model of a context, from ``context.table_cache`` if it is there.
-
-    Args:
-        context: model, windows and cache.
-        settings: what else determines the table.
-        sizes: module path → number of entries.
-        make: computes the entries.
-        what: the table is called so in reports.
-    """
-
-    def timed() -> LayerTable:
-        """Make the table and measure the time."""
-        begun = time.monotonic()
-        return LayerTable(make(), time.monotonic() - begun)
-
-    if context.table_cache is None:
-        return timed()
-    circumstances: dict[str, str | int] = {
-        "batch_size": context.batch_size,
-        "seed": context.seed,
-        "device": str(context.model.device),
-        "dtype": str(context.model.model.dtype),
-    }
-    return context.table_cache.get(context.train, {**settings, **circumstances}, sizes, timed, what)
 
 
 def _read(path: Path, sizes: Mapping[str, int]) -> LayerTable:

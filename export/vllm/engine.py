@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ara.environment import peak_memory_bytes
 from ara.errors import AraError, first_line
 from ara.evaluation.runtime import ServiceSize, Timing
-from ara.evaluation.tasks import silence_lm_eval
+from ara.evaluation.silence import silence_lm_eval
 
 # Bytes of the KV cache on CPUs, where vLLM would take nearly all memory of the machine.
 _CPU_CACHE = 4 << 30
