@@ -33,6 +33,7 @@ from ara.evaluation.speed import interleaved_seconds
 from ara.evaluation.timing import spread
 from ara.models.checkpoint import checkpoint_bytes, load
 from ara.models.likelihood import nll_of_windows
+from ara.models.scores import Whole
 from ara.stages.common import Run
 from ara_cli.console import Column, Console
 from benchmarks.bytes_rows import FROZEN, Row
@@ -112,7 +113,7 @@ class Exports:
             model = TorchLike(OnnxDecoder(self.graph(row, how)), config).eval()
         label = f"{row.key}, {how}"
         losses = nll_of_windows(
-            lambda ids: model(input_ids=ids).logits, self.windows, torch.device("cpu"), 1, self.console, label
+            lambda ids: Whole(model(input_ids=ids).logits), self.windows, torch.device("cpu"), 1, self.console, label
         )
         return float(losses.mean())
 

@@ -23,12 +23,13 @@ from ara.artifacts.ranks import layout_of
 from ara.models.checkpoint import load
 from ara.models.losses import token_losses
 from ara.models.placement import choose_placement, torch_dtype
+from ara.models.scores import Head
 from ara.models.weights import find_blocks
 from ara.recovery.base import Passes, RecoveryText
 from ara.recovery.metric import Metric
 from ara.recovery.optimiser import MasterOptimiser, Method, trained
 from ara.recovery.side_by_side import SideBySide
-from ara.recovery.teacher import Teacher
+from ara.recovery.teacher import Teacher, divergence_from
 from ara.recovery.trainable import to_trainable
 from ara.stages.common import Run, model_of
 from ara_cli.console import Column, Console
@@ -103,8 +104,7 @@ def _passes(
 
     def distil(teacher: Teacher) -> None:
         """Take one step of distillation."""
-        logits = model(input_ids=ids, use_cache=False).logits
-        token_losses(logits, ids, teacher.logits(rows)).sum().backward()
+        head.scores(ids).losses(divergence_from(teacher.scores(rows), ids)).sum().backward()
         optimiser().step(1 / ids.numel())
 
     def block_training() -> None:
@@ -123,7 +123,7 @@ def _passes(
                 pair.advance(pair.outputs())
         trained(parameters.items())
 
-    kept = Teacher(dense, ids, keep=True)
+    head, kept = Head(model), Teacher(dense, ids, keep=True)
     return {
         "dense, forward and backward": dense_pass,
         "distill, dense logits computed": lambda: distil(Teacher(dense, ids, keep=False)),

@@ -9,6 +9,7 @@ import torch
 from ara.data.texts import load_documents
 from ara.data.tokens import evaluation_windows
 from ara.models.likelihood import nll_of_windows
+from ara.models.scores import Head
 from ara.progress import Reporter
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ class TextLosses:
 
     @torch.inference_mode()
     def _read(self, model: PreTrainedModel, windows: torch.Tensor, label: str) -> list[float]:
-        losses = nll_of_windows(
-            lambda ids: model(input_ids=ids, use_cache=False).logits, windows, model.device, 1, self.report, label
-        )
+        losses = nll_of_windows(Head(model).scores, windows, model.device, 1, self.report, label)
         found: list[float] = losses.tolist()
         return found

@@ -71,11 +71,13 @@ class RoundedEnds:
         context, head = self._context, self._found.head
         sums = InputAccumulator(self._found.n, context.model.device)
         context.model.use_dense()
+        context.model.prepare(context.train[: context.batch_size])
         handle = WeightRef(head).on_input(context.model.model, sums.add)
         try:
             with context.report.bar("Reading the inputs of the head", len(context.train)) as bar:
                 for batch in context.train.split(context.batch_size):
-                    context.model.logits(batch)
+                    for _ in context.model.scores(batch).chunks():
+                        """The head has read its inputs."""
                     bar.advance(len(batch))
         finally:
             handle.remove()

@@ -19,7 +19,8 @@ from ara.calibration.moments import InputAccumulator, InputStats, Total, average
 from ara.errors import NumericalError
 from ara.layouts.modeling_ara import Sent
 from ara.models.blocks import BlockRunner
-from ara.models.losses import TargetSampler, token_losses
+from ara.models.losses import TargetSampler, drawn_targets, losses_at
+from ara.models.scores import ChunkLoss, Place
 from ara.models.weights import LinearSpec
 from ara.progress import SILENT, Reporter
 
@@ -74,7 +75,7 @@ def collect_gradients(
     sums = {spec.name: _accumulator(spec)(spec.m, runner.device) for spec in linears}
     first, last = min(spec.layer for spec in linears), max(spec.layer for spec in linears)
     sampler = TargetSampler(seed, range(runner.windows) if rows is None else rows) if targets == "model" else None
-    loss = partial(_summed_loss, runner.model, sampler)
+    loss = partial(_loss, runner.model, sampler)
     with ExitStack() as hooks:
         for spec in linears:
             hooks.enter_context(spec.weight.on_output(runner.model, partial(_add_gradient, sums[spec.name])))
@@ -139,13 +140,17 @@ def _add_gradient(
         output.register_hook(accumulator.add)
 
 
-def _summed_loss(
-    model: nn.Module, sampler: TargetSampler | None, logits: torch.Tensor, ids: torch.Tensor
-) -> torch.Tensor:
-    """Return the summed loss of a batch, in nats; a NaN or infinite logit is an error."""
-    if not logits.isfinite().all():
-        raise _overflow(model, ids)
-    return token_losses(logits, ids if sampler is None else sampler.draw(logits)).sum()
+def _loss(model: nn.Module, sampler: TargetSampler | None, ids: torch.Tensor) -> ChunkLoss:
+    """Return the loss of a batch (b, t), in nats; a NaN or infinite logit is an error."""
+    numbers = None if sampler is None else sampler.numbers(*ids.shape)
+
+    def loss(logits: torch.Tensor, place: Place) -> torch.Tensor:
+        if not logits.isfinite().all():
+            raise _overflow(model, ids)
+        targets = place.of(ids[:, 1:]) if numbers is None else drawn_targets(logits, place.of(numbers))
+        return losses_at(logits, targets)
+
+    return loss
 
 
 @torch.no_grad()

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ara.distributed.group import ALONE, Group
 from ara.errors import NAN_HINT, NumericalError
-from ara.evaluation.divergence import mean_divergence
+from ara.evaluation.divergence import DivergenceSum
 from ara.evaluation.generation import check_logits, greedy_tokens, why_empty
 from ara.models.loading import forward_errors
+from ara.models.scores import Head, Place, Scores
 from ara.progress import SILENT, Reporter
 
 
@@ -90,7 +92,7 @@ def answer_distances(
 
     Returns:
         For every model except the reference, per conversation, the figures of
-        :func:`ara.evaluation.divergence.mean_divergence` over the tokens of its answers. In other processes than the
+        :meth:`ara.evaluation.divergence.DivergenceSum.mean` over the tokens of its answers. In other processes than the
         first, no figures.
 
     Raises:
@@ -98,14 +100,15 @@ def answer_distances(
     """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models if name != reference}
     mine = group.in_turn(len(conversations))
+    heads = {name: Head(model) for name, model in models.items()}
     with report.bar(label, len(mine) * len(models)) as bar:
         for number in mine:
             ids, answers = conversations[number]
-            dense = _answer_logits(models[reference], ids, answers, f"{label}, {reference}, conversation {number + 1}")
+            dense = _answers(heads[reference], ids, answers, f"{label}, {reference}, conversation {number + 1}")
             bar.advance()
             for name, distances in found.items():
                 who = f"{label}, {name}, conversation {number + 1}"
-                distances.append(mean_divergence(dense, _answer_logits(models[name], ids, answers, who)))
+                distances.append(_distance(dense, _answers(heads[name], ids, answers, who)))
                 if not math.isfinite(distances[-1][0]):
                     raise NumericalError(
                         f"{who}: the KL divergence from {reference} is {distances[-1][0]}, expected a finite number",
@@ -115,14 +118,41 @@ def answer_distances(
     return {name: group.in_order(distances, len(conversations)) for name, distances in found.items()}
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """What a model says of one conversation.
+
+    Attributes:
+        scores: of the conversation.
+        rows: (t − 1) bool, the positions that predict a token of an answer.
+        who: model and conversation, for errors.
+    """
+
+    scores: Scores
+    rows: torch.Tensor
+    who: str
+
+    def at(self, place: Place) -> torch.Tensor:
+        """Return those logits (a, v) at a place that predict a token of an answer."""
+        logits = self.scores.at(place)[0]
+        found = logits[self.rows[place.positions].to(logits.device)]
+        check_logits(found, self.who)
+        return found
+
+
 @torch.inference_mode()
-def _answer_logits(model: torch.nn.Module, ids: torch.Tensor, answers: torch.Tensor, who: str) -> torch.Tensor:
-    """Return the logits (a, v) that predict the a answer tokens of one conversation."""
-    device = next(model.parameters()).device
-    with forward_errors(model):
-        logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0]
-    # Position i predicts token i + 1.
-    rows = answers[1:].nonzero().squeeze(1).to(logits.device)
-    found = logits[rows]
-    check_logits(found, who)
-    return found
+def _answers(head: Head, ids: torch.Tensor, answers: torch.Tensor, who: str) -> _Answers:
+    """Run a model over one conversation (t) and return its scores where ``answers`` (t) is true."""
+    device = next(head.model.parameters()).device
+    with forward_errors(head.model):
+        # Position i predicts token i + 1.
+        return _Answers(head.scores(ids[None].to(device)), answers[1:], who)
+
+
+@torch.inference_mode()
+def _distance(dense: _Answers, other: _Answers) -> tuple[float, float]:
+    total = DivergenceSum()
+    for place in max(dense.scores.places(), other.scores.places(), key=len):
+        if dense.rows[place.positions].any():
+            total.add(dense.at(place), other.at(place))
+    return total.mean()

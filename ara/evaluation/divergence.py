@@ -34,36 +34,32 @@ class Divergence:
     agreement: float
 
 
-def mean_divergence(dense: torch.Tensor, logits: torch.Tensor) -> tuple[float, float]:
-    """Return the mean KL over positions in nats per token, and the share of positions with the same most likely token.
+class DivergenceSum:
+    """Sums KL and agreement over positions, chunk by chunk."""
 
-    Args:
-        dense: (t, v) logits of the dense model, at least one position.
-        logits: (t, v) logits of the other model.
+    def __init__(self) -> None:
+        self._kl, self._same, self._count = 0.0, 0, 0
 
-    Returns:
+    def add(self, dense: torch.Tensor, logits: torch.Tensor) -> None:
+        """Add positions.
+
+        Args:
+            dense: (t, v) logits of the dense model.
+            logits: (t, v) logits of the other model.
+        """
+        rows = chunk_rows(dense)
+        for start in range(0, len(dense), rows):
+            ours, theirs = dense[start : start + rows], logits[start : start + rows].to(dense.device)
+            self._same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            self._kl += float(divergence(ours, theirs)[0].cpu().sum(dtype=torch.float64))
+        self._count += len(dense)
+
+    def mean(self) -> tuple[float, float]:
+        """Return the mean KL over at least one position in nats per token, and the share with the same likeliest token.
+
         KL is NaN if a logit is NaN, and infinite if only the other model gives a token the probability 0.
-    """
-    length, rows = len(dense), chunk_rows(dense)
-    kl, same = 0.0, 0
-    for start in range(0, length, rows):
-        ours, theirs = dense[start : start + rows], logits[start : start + rows].to(dense.device)
-        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        kl += float(divergence(ours, theirs)[0].cpu().sum(dtype=torch.float64))
-    return kl / length, same / length
-
-
-def window_divergence(dense: torch.Tensor, logits: torch.Tensor) -> list[tuple[float, float]]:
-    """Return KL and agreement of each window, without the last position, which perplexity does not count either.
-
-    Args:
-        dense: (b, t, v) logits of the dense model.
-        logits: (b, t, v) logits of the other model.
-
-    Returns:
-        Per window the figures of :func:`mean_divergence`.
-    """
-    return [mean_divergence(ours[:-1], theirs[:-1]) for ours, theirs in zip(dense, logits, strict=True)]
+        """
+        return self._kl / self._count, self._same / self._count
 
 
 def summarise_divergence(windows: Sequence[tuple[float, float]]) -> Divergence:

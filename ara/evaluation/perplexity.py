@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -21,10 +21,11 @@ import torch
 
 from ara.distributed.group import ALONE, Group
 from ara.errors import NAN_HINT, NumericalError
-from ara.evaluation.divergence import Divergence, summarise_divergence, window_divergence
+from ara.evaluation.divergence import Divergence, DivergenceSum, summarise_divergence
 from ara.evaluation.timing import Spread, spread, synchronize
-from ara.models.likelihood import window_nll
+from ara.models.likelihood import summed_nll
 from ara.models.loading import forward_errors
+from ara.models.scores import Head, Scores
 from ara.progress import SILENT, Reporter
 
 
@@ -118,9 +119,9 @@ def interleaved_perplexity(
     """Run several models over the same windows; every batch is run by all models before the next one.
 
     So a temporary slowdown of the machine affects all models. Their order rotates from batch to batch. The reference is
-    alternately first and second, so that only one other model's logits are kept. Only forward passes are timed. The
-    first batch, which warms up caches and kernels, is left out of the speed unless it is the only one. Each model runs
-    in eval mode on the device of its first parameter.
+    alternately first and second. Of large logits only chunks exist (:mod:`ara.models.scores`). Only forward passes are
+    timed. The first batch, which warms up caches and kernels, is left out of the speed unless it is the only one. Each
+    model runs in eval mode on the device of its first parameter.
 
     Args:
         models: causal language models by name; called with ``input_ids`` and ``use_cache=False``, they return an
@@ -175,26 +176,18 @@ def _read(
         for model in models.values():
             stack.enter_context(_evaluating(model))
         bar = stack.enter_context(report.bar(label, len(mine) * len(models)))
+        heads = {name: Head(model) for name, model in models.items()}
         for number, batch in enumerate(batches):
-            # Logits kept for the divergence: the reference's, or those of the one model that ran before it.
-            waiting: dict[str, torch.Tensor] = {}
-            for name in _order(names, reference, number):
-                logits, values, seconds = _forward(models[name], batch)
+            found = _read_batch(heads, batch, _order(names, reference, number), reference, bar.advance)
+            for name, (nlls, distances, seconds) in found.items():
                 reading = readings[name]
-                _check_finite(values, mine[len(reading.nlls) :], f"model {name!r}")
-                reading.nlls += values
+                _check_finite(nlls, mine[len(reading.nlls) :], f"model {name!r}")
+                what = f"KL divergence from {reference}"
+                kls = [kl for kl, _ in distances]
+                _check_finite(kls, mine[len(reading.distances) :], f"model {name!r}", what)
+                reading.nlls += nlls
+                reading.distances += distances
                 reading.speeds.append(batch.numel() / seconds)
-                if reference is not None:
-                    waiting[name] = logits
-                del logits
-                for ready in [other for other in waiting if other != reference and reference in waiting]:
-                    assert reference is not None
-                    found = window_divergence(waiting[reference], waiting.pop(ready))
-                    kls, distances = [kl for kl, _ in found], readings[ready].distances
-                    what = f"KL divergence from {reference}"
-                    _check_finite(kls, mine[len(distances) :], f"model {ready!r}", what)
-                    distances += found
-                bar.advance(len(batch))
     return readings
 
 
@@ -208,16 +201,77 @@ def _order(names: Sequence[str], reference: str | None, number: int) -> list[str
     return order
 
 
-def _forward(model: torch.nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, list[float], float]:
-    """Return logits (b, t, v), NLLs (nats per predicted token) of a batch (b, t), and the forward pass's seconds."""
-    ids = batch.to(next(model.parameters()).device)
-    synchronize(ids.device)
-    start = time.perf_counter()
-    with forward_errors(model):
-        logits = model(input_ids=ids, use_cache=False).logits
-        synchronize(logits.device)
-    seconds = time.perf_counter() - start
-    return logits, window_nll(logits, ids.to(logits.device)).tolist(), max(seconds, 1e-9)
+def _read_batch(
+    heads: Mapping[str, Head],
+    batch: torch.Tensor,
+    order: Sequence[str],
+    reference: str | None,
+    advance: Callable[[int], None],
+) -> dict[str, tuple[list[float], list[tuple[float, float]], float]]:
+    """Run all models over one batch.
+
+    Args:
+        heads: of the models by name.
+        batch: (b, t) int64.
+        order: of the forward passes.
+        reference: name of the model from which the divergence of all others is measured.
+        advance: called with the number of windows after every pass.
+
+    Returns:
+        By model: NLL of every window in nats per predicted token; KL and agreement of every window (nothing for the
+        reference, or without one); and the seconds of the forward pass.
+    """
+    clocks = {name: _Clock(heads[name].model) for name in order}
+    scores: dict[str, Scores] = {}
+    for name in order:
+        ids = batch.to(clocks[name].device)
+        with clocks[name].running():
+            scores[name] = heads[name].scores(ids)
+        advance(len(batch))
+    nlls = {name: torch.zeros(len(batch), dtype=torch.float64) for name in order}
+    sums = {name: [DivergenceSum() for _ in batch] for name in order if reference is not None and name != reference}
+    # Large logits are made in chunks. Those of the reference are made once, before those that are compared with them.
+    for place in max((one.places() for one in scores.values()), key=len):
+        expected: torch.Tensor | None = None
+        for name in sorted(order, key=lambda name: name != reference):
+            with clocks[name].running():
+                logits = scores[name].at(place)
+            nlls[name][place.windows] += summed_nll(logits, place.of(batch[:, 1:]).to(logits.device))
+            if name == reference:
+                expected = logits
+            elif expected is not None:
+                for total, ours, theirs in zip(sums[name][place.windows], expected, logits, strict=True):
+                    total.add(ours, theirs)
+    return {
+        name: (
+            (nlls[name] / (batch.shape[1] - 1)).tolist(),
+            [total.mean() for total in sums.get(name, [])],
+            max(clocks[name].seconds, 1e-9),
+        )
+        for name in order
+    }
+
+
+class _Clock:
+    """Adds up the seconds that a model computes.
+
+    Attributes:
+        device: of the model.
+        seconds: so far.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model, self.device, self.seconds = model, next(model.parameters()).device, 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Measure what runs in this context; errors of the model are explained."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        with forward_errors(self._model):
+            yield
+            synchronize(self.device)
+        self.seconds += time.perf_counter() - start
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,8 +17,9 @@ from ara.distributed.group import ALONE, Group
 from ara.errors import NumericalError
 from ara.masks.linear import MaskedLinear
 from ara.models.likelihood import nll_of_windows
-from ara.models.losses import TargetSampler, token_losses
+from ara.models.losses import TargetSampler, drawn_targets, losses_at
 from ara.models.recompute import Recomputation, choose_recomputation
+from ara.models.scores import Head, Place, Scores
 from ara.models.weights import LinearSpec
 from ara.progress import SILENT, Reporter
 
@@ -76,7 +78,7 @@ class MaskedModel:
         self.model, self.specs = model.requires_grad_(False), list(specs)
         self.layers: dict[str, MaskedLinear] = {}
         self.backward_passes = 0
-        self._folder = folder
+        self._folder, self._head = folder, Head(model)
         self._recomputation: Recomputation | None = None
         for path in dict.fromkeys(files[spec.name] for spec in self.specs):
             with safe_open(path, "pt") as file:
@@ -126,24 +128,29 @@ class MaskedModel:
         rows = self.group.share(len(windows), batch_size)
         own = torch.empty(0, dtype=torch.float64)
         if len(rows):
-            own = nll_of_windows(self.forward, windows[rows], self.device, batch_size, report, label)
+            own = nll_of_windows(self._head.scores, windows[rows], self.device, batch_size, report, label)
         return self._of_all(own, rows, len(windows))
 
     @torch.no_grad()
-    def kl(self, windows: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def kl(self, windows: torch.Tensor, teacher: Scores) -> torch.Tensor:
         """Return KL(dense ‖ current cut) of each window, nats per predicted token.
 
         Args:
             windows: (w, t) int64, one batch.
-            teacher: the dense model's :meth:`logits` of the same windows.
+            teacher: the dense model's :meth:`scores` of the same windows.
         """
         ids = windows.to(self.device)
-        return token_losses(self.forward(ids), ids, teacher).double().mean(1).cpu()
+        losses = self._head.scores(ids).losses(partial(_loss, ids, teacher))
+        return losses.double().mean(1).cpu()
 
     @torch.no_grad()
-    def logits(self, windows: torch.Tensor) -> torch.Tensor:
-        """Return the logits (b, t, v) of one batch under the current cut."""
-        return self.forward(windows.to(self.device))
+    def scores(self, windows: torch.Tensor) -> Scores:
+        """Return the next-token scores of one batch (b, t) under the current cut."""
+        return self._head.scores(windows.to(self.device))
+
+    def prepare(self, windows: torch.Tensor) -> None:
+        """Run what passes over a batch (b, t) need once; before hooks that must see these passes alone."""
+        self._head.prepare(windows.to(self.device))
 
     def gradients(
         self, windows: torch.Tensor, loss: LossKind = "ce", batch_size: int = 4, seed: int = 0
@@ -209,10 +216,9 @@ class MaskedModel:
             for batch in windows[rows].split(batch_size) if len(rows) else ():
                 ids = batch.to(self.device)
                 teacher = self._teacher(ids) if loss == "kl" else None
-                logits = self.forward(ids)
-                targets = sampler.draw(logits) if loss == "fisher" else ids
-                values = token_losses(logits, targets, teacher)
-                del logits, teacher
+                numbers = sampler.numbers(*ids.shape) if loss == "fisher" else None
+                values = self._head.scores(ids).losses(partial(_loss, ids, teacher, numbers=numbers))
+                del teacher
                 values.sum().backward()
                 found.append(values.detach().double().mean(1).cpu())
                 self.backward_passes += len(batch)
@@ -257,20 +263,27 @@ class MaskedModel:
         return self._recomputation
 
     @torch.no_grad()
-    def _teacher(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the dense model; the cut is restored."""
+    def _teacher(self, ids: torch.Tensor) -> Scores:
+        """Return the scores of the dense model; the cut is restored."""
         cut = {name: (layer.rank, layer.soft) for name, layer in self.layers.items()}
         self.use_dense()
         try:
-            return self.forward(ids)
+            return self._head.scores(ids)
         finally:
             for name, (rank, soft) in cut.items():
                 self.layers[name].rank, self.layers[name].soft = rank, soft
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits (b, t, v) under the current cut, differentiable if gradients are enabled."""
-        logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits
+
+def _loss(
+    ids: torch.Tensor,
+    teacher: Scores | None,
+    logits: torch.Tensor,
+    place: Place,
+    numbers: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the loss of the tokens ``ids`` (b, t) at one place, or that of a teacher, or of drawn tokens."""
+    targets = place.of(ids[:, 1:]) if numbers is None else drawn_targets(logits, place.of(numbers))
+    return losses_at(logits, targets, None if teacher is None else teacher.at(place))
 
 
 def _gradient(layer: MaskedLinear) -> torch.Tensor:

@@ -21,7 +21,8 @@ from ara.config import MethodOptions
 from ara.errors import NumericalError, is_out_of_memory
 from ara.masks.model import MaskedModel
 from ara.models.blocks import keeping_outputs, starting_at
-from ara.models.likelihood import window_nll
+from ara.models.likelihood import scores_nll
+from ara.models.scores import KEPT_BYTES, Scores
 from ara.models.weights import LinearSpec, find_blocks
 from ara.progress import SILENT, Reporter
 
@@ -45,8 +46,8 @@ def probe(
 ) -> dict[str, list[float]]:
     """Return the loss with one layer cut to one rank and all others dense, for all ``ranks``.
 
-    All windows form one batch. Memory: the block outputs, blocks · w · t · hidden numbers, and for ``kl`` the dense
-    logits, w · t · vocabulary numbers (SmolLM2-135M in bfloat16, 2 windows of 512 tokens: 34 and 96 MiB).
+    All windows form one batch. Memory: the block outputs, blocks · w · t · hidden numbers (SmolLM2-135M in bfloat16, 2
+    windows of 512 tokens: 34 MiB), and for ``kl`` the dense logits if they are small.
 
     Args:
         model: left dense.
@@ -66,10 +67,11 @@ def probe(
     losses: dict[str, list[float]] = {name: [] for name in ranks}
     model.use_dense()
     try:
+        model.prepare(windows)
         with keeping_outputs(blocks) as outputs:
-            dense = model.logits(windows)
-        teacher = dense if measure == "kl" else None
-        expected = 0.0 if measure == "kl" else window_nll(dense, windows.to(dense.device)).mean().item()
+            dense = model.scores(windows)
+        teacher = dense.kept(KEPT_BYTES) if measure == "kl" else None
+        expected = 0.0 if measure == "kl" else scores_nll(dense, windows.to(model.device)).mean().item()
         del dense
         inputs = [None, *outputs[:-1]] if len(outputs) == len(blocks) else [None] * len(blocks)
         whole = 0
@@ -130,8 +132,8 @@ def _points(spec: LinearSpec, budget: Budget, ratios: int) -> dict[int, int]:
     return {at: ranks[at] for at in sorted({max(count - 1, 0) for count in fits})} if ranks else {}
 
 
-def _loss(model: MaskedModel, windows: torch.Tensor, teacher: torch.Tensor | None, what: str) -> float:
-    """Return the mean NLL, or KL to the ``teacher`` (w, t, v), of the current cut; ``what`` names it in errors."""
+def _loss(model: MaskedModel, windows: torch.Tensor, teacher: Scores | None, what: str) -> float:
+    """Return the mean NLL, or KL to the ``teacher``, of the current cut; ``what`` names it in errors."""
     values = model.nll(windows, len(windows)) if teacher is None else model.kl(windows, teacher)
     value = values.mean().item()
     if not math.isfinite(value):
@@ -147,7 +149,7 @@ def _same_from(
     blocks: Sequence[nn.Module],
     model: MaskedModel,
     windows: torch.Tensor,
-    teacher: torch.Tensor | None,
+    teacher: Scores | None,
     expected: float,
 ) -> bool:
     """Tell whether the dense model has the loss ``expected`` when the pass starts at block ``start``."""

@@ -25,11 +25,13 @@ from ara.errors import is_out_of_memory
 from ara.models.forwards import replacing_forward
 from ara.models.kept import Keep, Keeper, in_memory
 from ara.models.recompute import Recomputation, beginning_graph, choose_recomputation
+from ara.models.scores import ChunkLoss, Head
 from ara.models.weights import find_blocks
 from ara.progress import SILENT, Reporter
 
 Advance = Callable[[int], None]
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Token ids (b, t) of a batch → its loss by position.
+BatchLoss = Callable[[torch.Tensor], ChunkLoss]
 
 
 class BlockRunner:
@@ -67,6 +69,7 @@ class BlockRunner:
         self._batches = windows.split(batch_size)
         self._bytes = {start: size * len(windows) for start, size in (starts or {}).items()}
         self._report, self._folder, self._keeper = report, folder, Keeper(folder, report)
+        self._head = Head(model)
         # What backward passes compute again; decided in the first one.
         self._recomputation: Recomputation | None = None
         # Start → the output of the block before, per batch.
@@ -94,7 +97,7 @@ class BlockRunner:
         if keep:
             self._outputs[last + 1] = outputs
 
-    def backward(self, first: int, last: int, loss: Loss, advance: Advance) -> None:
+    def backward(self, first: int, last: int, loss: BatchLoss, advance: Advance) -> None:
         """Run blocks ``first`` to ``last`` over all windows, forward and backward.
 
         The graph begins at the input of block ``first``. The first call runs the whole model and keeps the outputs of
@@ -103,7 +106,7 @@ class BlockRunner:
         Args:
             first: index of the first block; it must not decrease between calls.
             last: index of the last one.
-            loss: logits (b, t, v) and token ids (b, t) → scalar; called for all batches in order, or for none.
+            loss: of a batch; the sum of all its positions is taken. Called for all batches in order, or for none.
             advance: called with the number of windows after every batch.
         """
         begin = max((at for at in self._cuts if at <= first), default=0)
@@ -112,6 +115,7 @@ class BlockRunner:
         made: dict[int, list[tuple[Any, torch.Tensor]]] = {at: [] for at in new}
         if self._recomputation is None:
             ids, most = self._batches[0][:1].to(self.device), len(self._batches[0])
+            self._head.prepare(self._batches[0].to(self.device))
             self._recomputation = choose_recomputation(self.model, ids, most, self._report, self._folder)
         for index, ids in enumerate(self._batches):
             before = self._cuts[begin][index][0] if begin in self._cuts else None
@@ -128,7 +132,7 @@ class BlockRunner:
                         )
                     with starting_at(self._blocks, begin, self._placed(before)):
                         ids = ids.to(self.device)
-                        value = loss(self.model(input_ids=ids, use_cache=False).logits, ids)
+                        value = self._head.scores(ids).losses(loss(ids)).sum()
                     value.backward()
             advance(len(ids))
         self._cuts = {at: pairs for at, pairs in self._cuts.items() if at >= begin}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ara.models.scores import Head, Scores, Whole
 from ara.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -95,19 +96,42 @@ def window_nll(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     Returns:
         (b,) float64 on the CPU, nats per predicted token; NaN where a logit is.
     """
-    (batch, length), rows = logits.shape[:2], chunk_rows(logits)
+    return scores_nll(Whole(logits), ids)
+
+
+def scores_nll(scores: Scores, ids: torch.Tensor) -> torch.Tensor:
+    """Return the mean negative log-likelihood of each window; see :func:`window_nll`.
+
+    Args:
+        scores: of one batch; without gradients.
+        ids: (b, t) int64 token ids, on the same device.
+    """
     # On the CPU: Apple GPUs have no float64.
+    total = torch.zeros(len(ids), dtype=torch.float64)
+    for logits, place in scores.chunks():
+        total[place.windows] += summed_nll(logits, place.of(ids[:, 1:]))
+    return total / (ids.shape[1] - 1)
+
+
+def summed_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the summed negative log-likelihood of the tokens ``targets`` (b, n) of each window: (b) float64.
+
+    Args:
+        logits: (b, n, v), any floating dtype.
+        targets: (b, n) int64, on the same device.
+    """
+    (batch, length), rows = targets.shape, chunk_rows(logits)
     total = torch.zeros(batch, dtype=torch.float64)
     for window in range(batch):
-        for start in range(0, length - 1, rows):
-            end = min(start + rows, length - 1)
-            losses = token_nll(logits[window, start:end], ids[window, start + 1 : end + 1])
+        for start in range(0, length, rows):
+            end = min(start + rows, length)
+            losses = token_nll(logits[window, start:end], targets[window, start:end])
             total[window] += losses.cpu().sum(dtype=torch.float64)
-    return total / (length - 1)
+    return total
 
 
 def nll_of_windows(
-    forward: Callable[[torch.Tensor], torch.Tensor],
+    score: Callable[[torch.Tensor], Scores],
     windows: torch.Tensor,
     device: torch.device,
     batch_size: int,
@@ -117,7 +141,7 @@ def nll_of_windows(
     """Return the mean negative log-likelihood of each window; call it without gradients.
 
     Args:
-        forward: token ids (b, t) int64 on ``device`` → logits (b, t, v).
+        score: token ids (b, t) int64 on ``device`` → their scores.
         windows: (w, t) int64.
         device: of the model.
         batch_size: windows per call.
@@ -131,7 +155,7 @@ def nll_of_windows(
     with (report if label else SILENT).bar(label, len(windows)) as bar:
         for batch in windows.split(batch_size):
             ids = batch.to(device)
-            found.append(window_nll(forward(ids), ids))
+            found.append(scores_nll(score(ids), ids))
             bar.advance(len(batch))
     return torch.cat(found)
 
@@ -151,12 +175,7 @@ def nll_of_model(
     Returns:
         (w) float64 on the CPU, nats per predicted token; may be NaN.
     """
-
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-        return logits
-
-    return nll_of_windows(forward, windows, model.device, batch_size, report, "Reading held-out text")
+    return nll_of_windows(Head(model).scores, windows, model.device, batch_size, report, "Reading held-out text")
 
 
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

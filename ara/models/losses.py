@@ -28,7 +28,21 @@ def token_losses(logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor 
     Returns:
         (b, t − 1) float32, nats.
     """
-    result: torch.Tensor = _TokenLosses.apply(logits, ids, teacher)
+    return losses_at(logits, ids[:, 1:], None if teacher is None else teacher[:, :-1])
+
+
+def losses_at(logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the losses of some positions; differentiable in ``logits``.
+
+    Args:
+        logits: (b, n, v) of the trained model, n ≥ p; those after the first p have no part.
+        targets: (b, p) int64, the next tokens.
+        teacher: (b, p, v) logits of the dense model: the loss is KL(teacher ‖ model) instead of cross-entropy.
+
+    Returns:
+        (b, p) float32, nats.
+    """
+    result: torch.Tensor = _TokenLosses.apply(logits, targets, teacher)
     return result
 
 
@@ -46,21 +60,36 @@ def sampled_targets(logits: torch.Tensor, generator: torch.Generator) -> torch.T
     Returns:
         (b, t) int64 ids such that ``ids[:, i + 1]`` was drawn at position i; ``ids[:, 0]`` is 0 and never a target.
     """
-    batch, length, vocabulary = logits.shape
+    batch, length = logits.shape[:2]
     targets = torch.zeros(batch, length, dtype=torch.int64, device=logits.device)
-    flat, rows = logits.detach()[:, :-1].reshape(-1, vocabulary), chunk_rows(logits)
-    drawn = []
-    for chunk in flat.split(rows):
-        uniform = torch.rand(len(chunk), 1, generator=generator).to(logits.device)
-        cumulative = softmax(chunk)[0].cumsum(-1)
-        picks = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).squeeze(1)
-        drawn.append(picks.clamp_max(vocabulary - 1))
-    targets[:, 1:] = torch.cat(drawn).view(batch, length - 1)
+    targets[:, 1:] = drawn_targets(logits, torch.rand(batch, length - 1, generator=generator))
     return targets
 
 
+def drawn_targets(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Draw a next token for some positions from the model's own distribution.
+
+    Args:
+        logits: (b, n, v), n ≥ p; those after the first p have no part.
+        numbers: (b, p) float32, uniform in [0, 1).
+
+    Returns:
+        (b, p) int64.
+    """
+    rows, last = chunk_rows(logits), logits.shape[-1] - 1
+    found = torch.empty(numbers.shape, dtype=torch.int64, device=logits.device)
+    uniform = numbers.to(logits.device).unsqueeze(-1)
+    for window in range(len(numbers)):
+        for start in range(0, numbers.shape[1], rows):
+            stop = min(start + rows, numbers.shape[1])
+            cumulative = softmax(logits.detach()[window, start:stop])[0].cumsum(-1)
+            picks = torch.searchsorted(cumulative, uniform[window, start:stop] * cumulative[:, -1:]).squeeze(1)
+            found[window, start:stop] = picks.clamp_max(last)
+    return found
+
+
 class TargetSampler:
-    """Draws targets for one batch of windows after the other, see :func:`sampled_targets`.
+    """Random numbers to draw targets with, for one batch of windows after the other; see :func:`drawn_targets`.
 
     The random numbers of a window depend on its position among all windows, not on who reads the others. So processes
     that share windows draw the targets of one process.
@@ -77,37 +106,36 @@ class TargetSampler:
         # Windows that have got targets, and windows whose random numbers have been drawn.
         self._done = self._drawn = 0
 
-    def draw(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return targets (b, t) of the next batch from its logits (b, t, v)."""
-        count, length, _ = logits.shape
+    def numbers(self, count: int, length: int) -> torch.Tensor:
+        """Return the random numbers of the next ``count`` windows of ``length`` tokens: (b, t − 1) float32."""
         skipped = self._rows[self._done] - self._drawn
         torch.rand(skipped * (length - 1), generator=self._generator)
         self._done += count
         self._drawn = self._rows[self._done - 1] + 1
-        return sampled_targets(logits, self._generator)
+        return torch.rand(count, length - 1, generator=self._generator)
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor, teacher: torch.Tensor | None) -> torch.Tensor:
-        """Return losses (batch, length − 1), and keep the gradient of the logits, which costs little extra."""
-        batch, length, _ = logits.shape
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None) -> torch.Tensor:
+        """Return losses (b, p), and keep the gradient of the logits, which costs little extra."""
+        batch, length = targets.shape
         rows, wanted = chunk_rows(logits), ctx.needs_input_grad[0]
-        losses = torch.empty(batch, length - 1, dtype=torch.float32, device=logits.device)
+        losses = torch.empty(batch, length, dtype=torch.float32, device=logits.device)
         gradient = torch.empty_like(logits) if wanted else None
         if gradient is not None:
-            # The last position predicts no token of the window.
-            gradient[:, -1] = 0
+            # The last position of a window predicts no token of it.
+            gradient[:, length:] = 0
         for window in range(batch):
-            for start in range(0, length - 1, rows):
-                stop = min(start + rows, length - 1)
+            for start in range(0, length, rows):
+                stop = min(start + rows, length)
                 scores = logits[window, start:stop]
                 if teacher is None:
-                    targets = ids[window, start + 1 : stop + 1, None]
+                    wanted_tokens = targets[window, start:stop, None]
                     p, log_normaliser = softmax(scores)
-                    losses[window, start:stop] = log_normaliser - scores.gather(1, targets).squeeze(1)
+                    losses[window, start:stop] = log_normaliser - scores.gather(1, wanted_tokens).squeeze(1)
                     if gradient is not None:
-                        p.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=p.dtype))
+                        p.scatter_add_(1, wanted_tokens, torch.full_like(wanted_tokens, -1, dtype=p.dtype))
                         gradient[window, start:stop] = p
                 else:
                     kl, q, p = divergence(teacher[window, start:stop], scores)
@@ -121,5 +149,5 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         # In place: the graph is used once.
-        gradient[:, :-1] *= grads[0].unsqueeze(-1).to(gradient.dtype)
+        gradient[:, : grads[0].shape[1]] *= grads[0].unsqueeze(-1).to(gradient.dtype)
         return gradient, None, None

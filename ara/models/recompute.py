@@ -26,6 +26,7 @@ from ara.environment import trim_heap
 from ara.models.forwards import replacing_forward
 from ara.models.kept import Keep, Keeper
 from ara.models.memory import available_bytes
+from ara.models.scores import CHUNK_BYTES, LOSS_TENSORS
 from ara.models.weights import find_blocks
 from ara.progress import Reporter
 
@@ -74,7 +75,10 @@ def choose_recomputation(
         extra: bytes that the pass needs besides.
     """
     graph = measure_graph(model, ids)
-    needed, inputs = windows * graph.kept, windows * graph.inputs
+    needed, inputs = (
+        windows * graph.kept + LOSS_TENSORS * min(windows * graph.logits, CHUNK_BYTES),
+        windows * graph.inputs,
+    )
     if needed + extra <= _SHARE * available_bytes(ids.device):
         return Recomputation(())
     keeper = Keeper(folder if ids.device.type == "cpu" else None)
@@ -92,12 +96,14 @@ class GraphBytes:
     """Bytes that a forward pass leaves to the backward pass.
 
     Attributes:
-        kept: of all tensors, without parameters and without the loss.
+        kept: of all tensors, without parameters, logits and the loss.
         inputs: of the inputs of the blocks alone.
+        logits: of the logits.
     """
 
     kept: int
     inputs: int
+    logits: int
 
 
 def measure_graph(model: nn.Module, ids: torch.Tensor) -> GraphBytes:
@@ -132,7 +138,7 @@ def measure_graph(model: nn.Module, ids: torch.Tensor) -> GraphBytes:
     # The largest parameters outside of the blocks are those of embeddings and head, with a row per token.
     outside = [parameter for parameter in model.parameters() if id(parameter) not in inside and parameter.ndim > 1]
     logits = max((ids.numel() * weight.shape[0] * weight.element_size() for weight in outside), default=0)
-    return GraphBytes(len(blocks) * block + logits, len(blocks) * sum(inputs))
+    return GraphBytes(len(blocks) * block, len(blocks) * sum(inputs), logits)
 
 
 @contextmanager

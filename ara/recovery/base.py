@@ -19,8 +19,9 @@ from ara.distributed.group import ALONE, Group
 from ara.errors import NumericalError
 from ara.models.blocks import Stream, independent_starts
 from ara.models.kept import Keep, Keeper, in_memory
-from ara.models.likelihood import window_nll
-from ara.models.losses import token_losses
+from ara.models.likelihood import summed_nll
+from ara.models.losses import losses_at
+from ara.models.scores import Head
 from ara.models.weights import LinearSpec, find_blocks
 from ara.progress import SILENT, Reporter
 from ara.recovery.optimiser import MasterOptimiser, Method, Stored
@@ -318,17 +319,21 @@ def distance(
     Raises:
         NumericalError: a figure is NaN or infinite.
     """
-    # Per window: divergence, loss, loss of the dense model.
+    # Per window: divergence, loss, loss of the dense model; sums.
     values = torch.zeros(3, len(text.ids), dtype=torch.float64)
+    heads = Head(dense), Head(model)
     for rows in torch.arange(group.rank, len(text.ids), group.size).split(batch_size):
         ids = text.ids[rows].to(model.device)
-        reference = dense(input_ids=ids, use_cache=False).logits
-        logits = model(input_ids=ids, use_cache=False).logits
-        values[0, rows] = token_losses(logits, ids, reference).double().mean(1).cpu()
-        values[1, rows] = window_nll(logits, ids)
-        values[2, rows] = window_nll(reference, ids)
+        reference, scores = (head.scores(ids) for head in heads)
+        for logits, place in scores.chunks():
+            targets, expected = place.of(ids[:, 1:]), reference.at(place)
+            own = rows[place.windows]
+            values[0, own] += losses_at(logits, targets, expected).double().sum(1).cpu()
+            values[1, own] += summed_nll(logits, targets)
+            values[2, own] += summed_nll(expected, targets)
         if advance is not None:
             advance(len(rows))
+    values /= text.ids.shape[1] - 1
     group.total([values])
     found = Distance(*(float(row.mean()) for row in values))
     if not all(map(math.isfinite, (found.kl, found.loss, found.dense_loss))):

@@ -27,15 +27,15 @@ from ara.config import RecoverConfig
 from ara.errors import DataError, ModelError, NumericalError, UsageError
 from ara.events import event_writer_class
 from ara.layouts.modeling_ara import CompressedLinear
-from ara.models.losses import token_losses
 from ara.models.recompute import Recomputation, choose_recomputation
+from ara.models.scores import Head
 from ara.models.training import batch_indices
 from ara.models.weights import LinearSpec, find_blocks
 from ara.recovery.base import Level, LevelOutcome, Recovery, RecoveryText
 from ara.recovery.history import History, Row
 from ara.recovery.lora import Adapters, in_stored_layout, peft
 from ara.recovery.optimiser import Method, rate_at, trained
-from ara.recovery.teacher import Teacher
+from ara.recovery.teacher import Teacher, divergence_from
 
 ADAPTER_FOLDER = "adapter"
 # Prefix of the best parameters in a saved state.
@@ -167,6 +167,7 @@ class _Training:
         again = self.config.steps * self.config.batch > len(recovery.train.ids)
         self.teacher = Teacher(recovery.dense, recovery.train.ids, keep=again)
         self.recomputation = Recomputation(())
+        self.head = Head(recovery.model)
 
     def run(self) -> LevelOutcome:
         """Train to the end, until checks no longer improve, or until Ctrl+C; the model gets the best parameters."""
@@ -232,8 +233,7 @@ class _Training:
         """Return the losses (b, t − 1) of some windows, 0 where a token does not count, and how many count."""
         device = self.recovery.device
         ids = text.ids[rows].to(device)
-        reference = teacher.logits(rows)
-        losses = token_losses(self.recovery.model(input_ids=ids, use_cache=False).logits, ids, reference)
+        losses = self.head.scores(ids).losses(divergence_from(teacher.scores(rows), ids))
         weights = text.weights(rows)
         if weights is None:
             return losses, losses.numel()
@@ -291,11 +291,8 @@ class _Training:
         model, config = self.recovery.model, self.config
         ids = self.recovery.train.ids[:1].to(self.recovery.device)
         windows = min(config.batch_size, config.batch)
-        # Two more tensors as large as the logits: those of the dense model, and the gradient.
-        logits = ids.numel() * model.config.get_text_config().vocab_size * model.dtype.itemsize
         trained_bytes = _OPTIMISER_BYTES * sum(parameter.numel() for parameter in self.parameters.values())
-        extra = 2 * windows * logits + trained_bytes
-        self.recomputation = choose_recomputation(model, ids, windows, self.recovery.report, extra=extra)
+        self.recomputation = choose_recomputation(model, ids, windows, self.recovery.report, extra=trained_bytes)
 
     def _save(self) -> None:
         best = {f"{_BEST}{name}": value for name, value in self.best.items()}

@@ -11,7 +11,6 @@ is the Fisher information of the output. An error e (d) of the output costs abou
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,9 @@ from torch import nn
 
 from ara.distributed.group import ALONE, Group
 from ara.errors import NAN_HINT, NumericalError
-from ara.models.blocks import BlockRunner, hidden_states
-from ara.models.losses import TargetSampler, token_losses
+from ara.models.blocks import BatchLoss, BlockRunner, hidden_states
+from ara.models.losses import TargetSampler, drawn_targets, losses_at
+from ara.models.scores import ChunkLoss, Place
 from ara.models.weights import find_blocks
 from ara.progress import SILENT, Reporter
 from ara.recovery.base import RecoveryText
@@ -120,15 +120,20 @@ def _watch(total: _Sum, module: nn.Module, args: object, output: Any) -> None:
     hidden_states(output).register_hook(total.add)
 
 
-def _sampled_loss(text: RecoveryText, sampler: TargetSampler) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return the summed loss of batches in the order of ``text``, in nats, as a function of logits and ids."""
+def _sampled_loss(text: RecoveryText, sampler: TargetSampler) -> BatchLoss:
+    """Return the loss of batches in the order of ``text``, in nats, as a function of their ids."""
     start = 0
 
-    def loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def of_batch(ids: torch.Tensor) -> ChunkLoss:
         nonlocal start
-        losses = token_losses(logits, sampler.draw(logits))
+        numbers = sampler.numbers(*ids.shape)
         counted = text.weights(slice(start, start + len(ids)))
         start += len(ids)
-        return losses.sum() if counted is None else (losses * counted.to(losses.device)).sum()
 
-    return loss
+        def loss(logits: torch.Tensor, place: Place) -> torch.Tensor:
+            losses = losses_at(logits, drawn_targets(logits, place.of(numbers)))
+            return losses if counted is None else losses * place.of(counted).to(losses)
+
+        return loss
+
+    return of_batch

@@ -2,17 +2,20 @@
 
 The dense model never changes. So the output of its last block is kept for every window that is read again, and only the
 final norm and the head run each time. That is exact, and a token takes d numbers, where its logits are as many as the
-vocabulary has tokens.
+vocabulary has tokens. Large logits are made in chunks (:mod:`ara.models.scores`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ara.models.blocks import ending_after, output_bytes, output_on, starting_at
+from ara.models.losses import losses_at
 from ara.models.memory import available_bytes
+from ara.models.scores import ChunkLoss, Head, Place, Scores
 from ara.models.weights import find_blocks
 
 if TYPE_CHECKING:
@@ -38,32 +41,31 @@ class Teacher:
             keep: whether to keep outputs, as many as a quarter of the free memory holds.
         """
         self.model, self.windows = model, windows
-        self._blocks = list(find_blocks(model)[1])
+        self._blocks, self._head = list(find_blocks(model)[1]), Head(model)
         self._room = available_bytes("cpu") // _SHARE if keep else 0
         self._outputs: dict[int, Any] = {}
         self._separable: bool | None = None
 
     @torch.no_grad()
-    def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the logits (b, t, v) of the windows ``rows`` (b) int64, in the model's dtype."""
-        first = self._window(int(rows[0]))
-        if len(rows) == 1:
-            return first
-        found = first.new_empty(len(rows), *first.shape[1:])
-        found[0] = first[0]
-        for place, row in enumerate(rows[1:].tolist(), 1):
-            found[place] = self._window(row)[0]
-        return found
+    def scores(self, rows: torch.Tensor) -> list[Scores]:
+        """Return the scores of each of the windows ``rows`` (b) int64."""
+        return [self._window(row) for row in rows.tolist()]
 
-    def _window(self, row: int) -> torch.Tensor:
-        """Return the logits (1, t, v) of one window."""
+    def _window(self, row: int) -> Scores:
+        """Return the scores of one window."""
         ids = self.windows[row : row + 1].to(self.model.device)
         if self._separable is None:
-            self._separable = torch.equal(self._forward(ids), self._finish(ids, self._run(ids)))
+            self._separable = self._equal(ids)
         if not self._separable:
             # The model reads more than the output of its last block.
-            return self._forward(ids)
+            return self._head.scores(ids)
         return self._finish(ids, self._output(row, ids))
+
+    def _equal(self, ids: torch.Tensor) -> bool:
+        """Tell whether the output of the last block gives the scores of the model."""
+        self._head.prepare(ids)
+        whole, finished = self._head.scores(ids), self._finish(ids, self._run(ids))
+        return all(torch.equal(logits, finished.at(place)) for logits, place in whole.chunks())
 
     def _output(self, row: int, ids: torch.Tensor) -> Any:
         """Return the output of the last block for one window."""
@@ -78,13 +80,25 @@ class Teacher:
 
     def _run(self, ids: torch.Tensor) -> Any:
         with ending_after(self._blocks[-1]) as outputs:
-            self._forward(ids)
+            self.model(input_ids=ids, use_cache=False)
         return outputs[0]
 
-    def _finish(self, ids: torch.Tensor, output: Any) -> torch.Tensor:
+    def _finish(self, ids: torch.Tensor, output: Any) -> Scores:
         with starting_at(self._blocks, len(self._blocks), output):
-            return self._forward(ids)
+            return self._head.scores(ids)
 
-    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits
+
+def divergence_from(teacher: Sequence[Scores], ids: torch.Tensor) -> ChunkLoss:
+    """Return the loss KL(dense ‖ model) of a batch.
+
+    Args:
+        teacher: the dense model's scores of every window.
+        ids: (b, t) int64.
+    """
+
+    def loss(logits: torch.Tensor, place: Place) -> torch.Tensor:
+        alone = Place(slice(0, 1), place.positions)
+        expected = [one.at(alone) for one in teacher[place.windows]]
+        return losses_at(logits, place.of(ids[:, 1:]), expected[0] if len(expected) == 1 else torch.cat(expected))
+
+    return loss

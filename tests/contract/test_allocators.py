@@ -358,7 +358,7 @@ def test_flat_and_empty_spectra_are_fine(problems: Problems, name: str, value: f
 def test_the_model_is_left_as_it_was(problems: Problems, name: str) -> None:
     modules, context = problems.of(name, GQA)
     assert context is not None
-    before = context.model.logits(context.train)
+    before = context.model.scores(context.train).logits
     _allocate(name, modules, _budget(modules, 0.6), context)
     _is_dense(context, before)
 
@@ -367,7 +367,7 @@ def test_the_model_is_left_as_it_was(problems: Problems, name: str) -> None:
 def test_the_model_is_left_as_it_was_by_an_interruption(problems: Problems, name: str) -> None:
     modules, context = problems.of(name, GQA)
     assert context is not None
-    before = context.model.logits(context.train)
+    before = context.model.scores(context.train).logits
     passes = 0
 
     def interrupt(*_: Any) -> None:
@@ -394,7 +394,7 @@ def _is_dense(context: TuningContext, logits: torch.Tensor) -> None:
     """Hold the model against the ``logits`` (w, t, v) that it gave for the training windows before."""
     assert all(layer.rank is None and not layer.soft for layer in context.model.layers.values())
     assert not any(parameter.requires_grad for parameter in context.model.model.parameters())
-    assert torch.equal(context.model.logits(context.train), logits)
+    assert torch.equal(context.model.scores(context.train).logits, logits)
 
 
 @pytest.mark.parametrize("name", LOOKING)

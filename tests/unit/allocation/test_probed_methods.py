@@ -115,7 +115,7 @@ def test_dp_kl_finds_the_least_summed_kl_of_all_allocations(small: tuple, keep: 
 
 
 def _kl(context: TuningContext, spec: LinearSpec, rank: int | None) -> float:
-    teacher = context.model.logits(context.train)
+    teacher = context.model.scores(context.train)
     context.model.use({spec.name: rank})
     loss = context.model.kl(context.train, teacher).mean().item()
     context.model.use_dense()

@@ -10,6 +10,7 @@ import torch
 from ara.errors import NumericalError
 from ara.evaluation.chat import answer_distances, is_silent, whole_answer
 from ara.evaluation.generation import greedy_tokens
+from ara.models import scores
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPT = torch.arange(4, 24)
@@ -23,7 +24,9 @@ def conversation(length: int, *spans: tuple[int, int]) -> tuple[torch.Tensor, to
     return torch.randint(4, 260, (length,), generator=torch.Generator().manual_seed(length)), answers
 
 
-def test_distances_are_means_over_the_tokens_of_answers() -> None:
+@pytest.mark.parametrize("chunk", [scores.CHUNK_BYTES, 7 * 4 * 260])
+def test_distances_are_means_over_the_tokens_of_answers(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "CHUNK_BYTES", chunk)
     models = {"dense": tiny_model("llama"), "other": tiny_model("llama", seed=1)}
     conversations = [conversation(30, (12, 20)), conversation(41, (7, 9), (25, 41)), conversation(12, (11, 12))]
     found = answer_distances(models, conversations, "dense")

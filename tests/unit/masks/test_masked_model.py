@@ -48,12 +48,12 @@ def test_a_cut_is_what_a_checkpoint_computes(family, tmp_path):
     apply_factors(low_rank, {name: rank for name, rank in ranks.items() if rank is not None}, files)
     masked = MaskedModel(model, specs, files)
     with torch.no_grad():
-        dense = masked.logits(ids)
+        dense = masked.scores(ids).logits
         torch.testing.assert_close(dense, tiny_model(family)(input_ids=ids).logits)
         masked.use(ranks)
-        torch.testing.assert_close(masked.logits(ids), low_rank(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(masked.scores(ids).logits, low_rank(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
         masked.use_dense()
-        torch.testing.assert_close(masked.logits(ids), dense, rtol=0, atol=0)
+        torch.testing.assert_close(masked.scores(ids).logits, dense, rtol=0, atol=0)
 
 
 def test_soft_masks_of_ones_and_zeros_are_a_cut(toy):
@@ -78,7 +78,7 @@ def test_gradients_are_those_of_the_soft_masks_by_differences(toy, loss):
     model.use_soft(masks)
     found = model.gradients(windows, loss, batch_size=4)
     model.use_dense()
-    teacher = model.logits(windows)
+    teacher = model.scores(windows)
 
     def value(masks):
         model.use_soft(masks)
@@ -124,15 +124,15 @@ def test_nan_is_refused_with_advice(toy):
 def test_what_is_differentiated_does_not_get_smaller_with_the_text(toy, loss, monkeypatch):
     # In float16 the gradients of a mean over thousands of tokens would vanish below 6e-8.
     _, context = toy
-    masked, forward, felt = context.model, context.model.forward, []
+    masked, score, felt = context.model, context.model._head.scores, []
 
     def listened(ids):
-        logits = forward(ids)
-        if logits.requires_grad:
-            logits.register_hook(lambda gradient: felt.append(gradient.clone()))
-        return logits
+        scores = score(ids)
+        if scores.logits.requires_grad:
+            scores.logits.register_hook(lambda gradient: felt.append(gradient.clone()))
+        return scores
 
-    monkeypatch.setattr(masked, "forward", listened)
+    monkeypatch.setattr(masked._head, "scores", listened)
     masked.use({spec.name: 3 for spec in masked.specs})
     masked.gradients(context.train[:1], loss, 1)
     masked.gradients(context.train, loss, 1)
@@ -174,7 +174,7 @@ def test_the_table_foretells_the_loss_of_a_small_removal(toy):
     """Against the divergence that removing the last components really causes, layer by layer, in order and in size."""
     model, windows = toy[1].model, torch.cat([toy[1].train, toy[1].held_out])
     tables = sensitivity_tables(model, windows.repeat(40, 1), batch_size=40)
-    teacher = model.logits(windows)
+    teacher = model.scores(windows)
     for spec in model.specs:
         model.use({spec.name: spec.full_rank - 2})
         real = float(model.kl(windows, teacher).mean())

@@ -39,7 +39,7 @@ def _some_ranks(model: MaskedModel) -> dict[str, list[int]]:
 
 def _by_whole_passes(model: MaskedModel, windows: torch.Tensor, ranks: dict[str, list[int]], measure: str) -> dict:
     model.use_dense()
-    teacher = model.logits(windows)
+    teacher = model.scores(windows)
     losses: dict[str, list[float]] = {}
     for name, wanted in ranks.items():
         for rank in wanted:
@@ -156,14 +156,14 @@ class _Refusing(SilentReporter):
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_nothing_is_left_behind(context: TuningContext, interrupted: bool) -> None:
     model = context.model
-    before = model.logits(context.held_out)
+    before = model.scores(context.held_out).logits
     model.use(dict.fromkeys(model.layers, 3))
     if interrupted:
         with pytest.raises(KeyboardInterrupt):
             probe(model, context.train, _some_ranks(model), "kl", _Refusing())
     else:
         probe(model, context.train, _some_ranks(model), "kl")
-    assert torch.equal(model.logits(context.held_out), before), "dense, and every block runs again"
+    assert torch.equal(model.scores(context.held_out).logits, before), "dense, and every block runs again"
     for block in find_blocks(model.model)[1]:
         assert "forward" not in vars(block)
         assert not block._forward_hooks

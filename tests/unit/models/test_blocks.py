@@ -18,6 +18,7 @@ from ara.calibration.moments import InputStats, collect_moments, shared_inputs
 from ara.errors import DiskFullError
 from ara.models import kept, recompute
 from ara.models.blocks import BlockRunner, independent_starts, keeping_outputs, starting_at
+from ara.models.scores import ChunkLoss
 from ara.models.weights import find_blocks, find_linears
 from ara.progress import SilentReporter
 from tests.recorder import Recorder
@@ -365,6 +366,10 @@ def test_an_earlier_block_than_the_kept_ones_is_run_from_the_embeddings() -> Non
 # -- what is left behind ----------------------------------------------------------------------------------------
 
 
+def _loss(ids: torch.Tensor) -> ChunkLoss:
+    return lambda logits, place: place.of(logits.square().sum(-1))
+
+
 @pytest.mark.parametrize("failing", [False, True])
 def test_no_hook_and_no_stand_in_is_left_behind(failing: bool) -> None:
     model = _Model()
@@ -376,11 +381,11 @@ def test_no_hook_and_no_stand_in_is_left_behind(failing: bool) -> None:
 
     for first, last in ((0, 0), (1, 1), (2, 3)):
         runner.forward(first, last, lambda _: None)
-        runner.backward(first, last, lambda logits, ids: logits.square().sum(), lambda _: None)
+        runner.backward(first, last, _loss, lambda _: None)
     if failing:
         for run in (
             lambda: runner.forward(2, 3, fail),
-            lambda: runner.backward(2, 3, lambda logits, ids: logits.sum(), fail),
+            lambda: runner.backward(2, 3, _loss, fail),
         ):
             with pytest.raises(KeyboardInterrupt):
                 run()

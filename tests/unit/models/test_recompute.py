@@ -14,6 +14,7 @@ from torch import nn
 from ara.models import kept
 from ara.models import recompute as module
 from ara.models.recompute import choose_recomputation, measure_graph, recomputed
+from ara.models.scores import LOSS_TENSORS
 from ara.models.weights import find_blocks
 from tests.recorder import Recorder
 from tests.tiny import FAMILIES, tiny_model
@@ -97,17 +98,19 @@ def test_the_bytes_that_a_graph_keeps():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         logits = model(input_ids=IDS, use_cache=False).logits
     own = {parameter.untyped_storage().data_ptr() for parameter in (*model.parameters(), *model.buffers())}
-    kept = sum(size for address, size in saved.items() if address not in own) + logits.nbytes
+    kept = sum(size for address, size in saved.items() if address not in own)
+    assert measure_graph(model, IDS).logits == logits.nbytes
     found = measure_graph(model, IDS).kept
     assert found == pytest.approx(kept, rel=0.15)
     assert measure_graph(model, IDS[:1]).kept == pytest.approx(found / 2, rel=0.05)
     # Matrices without a gradient need no inputs kept.
-    assert logits.nbytes < measure_graph(model.requires_grad_(False), IDS).kept < found
+    assert 0 < measure_graph(model.requires_grad_(False), IDS).kept < found
 
 
 def test_activations_are_kept_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model, report = tiny_model("llama"), Recorder()
-    needed = 5 * measure_graph(model, IDS[:1]).kept + 7
+    graph = measure_graph(model, IDS[:1])
+    needed = 5 * (graph.kept + LOSS_TENSORS * graph.logits) + 7
     monkeypatch.setattr(module, "available_bytes", lambda device: 2 * needed)
     assert choose_recomputation(model, IDS[:1], 5, report, extra=7).blocks == ()
     assert not report.facts
