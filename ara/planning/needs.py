@@ -110,8 +110,9 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
     chunks = [list(shape.specs)]
     work, reading, moments, kept = Work(), 0, 0, 0
     if method.needs_text:
-        disk += moment_bytes(shape)
-        chunks = split_into_chunks(shape.specs, shape.owners, method.needs_gradients, free // _SHARE)
+        disk += moment_bytes(shape) if config.keep_moments != "no" else 0
+        limit = free // _SHARE if config.moment_memory is None else int(config.moment_memory * 2**30)
+        chunks = split_into_chunks(shape.specs, shape.owners, method.needs_gradients, limit)
         moments = max(_accumulators(shape, chunk, method.needs_gradients) for chunk in chunks)
         tokens = config.samples * config.seq_len
         work += shape.window.forward(config.samples, head=False)

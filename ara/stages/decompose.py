@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,20 +16,23 @@ from ara.calibration.moments import shared_inputs
 from ara.config import DecomposeConfig, method_options
 from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition
-from ara.errors import DiskFullError, UnsupportedModelError, UsageError
+from ara.errors import AraError, DiskFullError, UnsupportedModelError, UsageError
+from ara.files import existing_folder
 from ara.models.accounting import parameter_count
 from ara.models.context import check_window
 from ara.models.disk import disk_use, factor_bytes, storing
 from ara.models.experts import every_expert_sees_all
 from ara.models.multimodal import kept_parts
+from ara.models.offload import copies
 from ara.models.placement import Placement, choose_placement, dtype_to_store, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
 from ara.models.weights import LinearSpec, find_linears, left_dense, shared_layers
-from ara.stages.common import Run, begin, open_task, outputs_folder, text_parts, warn_without_chat
+from ara.planning.decomposition import DecompositionPlan, plan_decomposition
+from ara.stages.common import Run, Task, begin, open_task, outputs_folder, text_parts, warn_without_chat
 from ara.stages.disk_room import Need, check_room, mebibytes
 from ara.stages.factoring import factor_layers, refuse_nonfinite_weights, unfinished
-from ara.stages.moments import moment_bytes, moments_to_keep
+from ara.stages.moments import are_kept, moment_bytes, moments_to_keep
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
 
     from ara.data.mixtures import CalibrationText
     from ara.data.tokens import TokenWindows
-    from ara.models.download import Download
 
 # With fewer calibration tokens per input dimension the second moments are noisy. Papers use 256 x 2048 tokens for
 # widths of 4096 to 11008.
@@ -91,9 +93,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         task.describe(name or config.method, settings, (), source.identity.as_dict())
         if (done := task.done()) is not None:
             return done
-        if (download := source.to_download()) is not None:
-            resumes = task.unfinished()
-            _check_download(download, source, config, task.workspace, resumes, run)
+        _check_disk(source, config, method, placement, task, run)
         windows = _windows(config, source, tokenizer, text, task.workspace, run)
         run.report.fact("loading the model")
         with run.group.first_of_machine():
@@ -153,28 +153,41 @@ def linears_to_store(model: nn.Module, config: DecomposeConfig) -> list[LinearSp
     return storing(linears, config.max_keep)
 
 
-def _check_download(
-    download: Download,
-    source: ModelSource,
-    config: DecomposeConfig,
-    workspace: Workspace,
-    resumes: bool,
-    run: Run,
+def _check_disk(
+    source: ModelSource, config: DecomposeConfig, method: Decomposition, placement: Placement, task: Task, run: Run
 ) -> None:
-    """Check that the disk has room for the weights and the factors, before the weights are downloaded.
+    """Check that the disk has room for everything, before weights are downloaded or copied in another dtype.
 
     An interrupted run has stored some of the factors: then only the weights are checked here.
 
     Raises:
         DiskFullError: it has not.
     """
-    model, itemsize = source.empty_model(), torch_dtype(config.factors_dtype).itemsize
+    download, plan = source.to_download(), _plan(config, method, source, placement)
+    needs = [] if download is None else [Need("model", download.bytes, download.folder)]
+    if plan is not None and plan.pages.copied:
+        needs.append(Need(f"a copy of it in {placement.dtype}", plan.pages.copied, copies()))
+    if not needs:
+        return
+    model, itemsize, root = source.empty_model(), torch_dtype(config.factors_dtype).itemsize, task.workspace.root
     linears = linears_to_store(model, config)
     use = disk_use(linears, parameter_count(model), itemsize)
-    needs = [Need("model", download.bytes, download.folder)]
-    needs += [] if resumes else [Need("factors", use.factors, workspace.root)]
-    needs.append(Need("a later checkpoint at most", use.checkpoint, workspace.root, later=True))
+    if not task.unfinished():
+        free = shutil.disk_usage(existing_folder(root)).free - sum(need.bytes for need in needs) - use.factors
+        needs.append(Need("factors", use.factors, root))
+        if plan is not None and plan.moment_bytes and are_kept(plan.moment_bytes, config.keep_moments, free):
+            needs.append(Need("second moments", plan.moment_bytes, root))
+    needs.append(Need("a later checkpoint at most", use.checkpoint, root, later=True))
     check_room(needs, _less_room(linears, itemsize, config), run.report)
+
+
+def _plan(
+    config: DecomposeConfig, method: Decomposition, source: ModelSource, placement: Placement
+) -> DecompositionPlan | None:
+    """Return the plan; ``None`` if the model cannot be counted without numbers, or is refused for another reason."""
+    with suppress(AraError):
+        return plan_decomposition(config, method, source, placement)
+    return None
 
 
 def _less_room(linears: Sequence[LinearSpec], itemsize: int, config: DecomposeConfig) -> str:
