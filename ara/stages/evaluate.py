@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ara.allocation.uniform import Uniform
 from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults, label_of
 from ara.artifacts.evaluation import DENSE
-from ara.artifacts.factors import factor_files, specs_of
+from ara.artifacts.factors import FactorsResults, factor_files, specs_of
 from ara.artifacts.ranks import RanksSettings, read_allocation
 from ara.config import EvalConfig
 from ara.data.filespecs import is_file
@@ -143,7 +143,9 @@ def evaluate(
             variants.append(_exported(truncated, exported))
         questions = questions_for(source, sources, resolved, run.report)
         asked = partial(_measurement, runtime, variants, label_of(truncated), questions, resolved, run)
-        dense_bytes = CheckpointResults.read(truncated).dense_weight_bytes
+        # In the dtype in which the models are held: that of the checkpoint's files may be another one.
+        parameters = FactorsResults.read(decomposition).model_parameters
+        dense_bytes = parameters * torch_dtype(placement.dtype).itemsize
         if group.writes:
             with work.writer(resumable=True, keep_after_nan=True) as stage:
                 measurement = asked(stage)
