@@ -65,6 +65,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
     entry = DECOMPOSITIONS.entry(config.method)
     method: Decomposition = entry.load()(method_options(entry.load().Options, config.options))
     placement = choose_placement(config.device, config.dtype)
+    run.check_offload(placement.device)
     run.group.check_device(placement.device, placement.dtype)
     run.report.step(f"Decomposing {config.model}")
     with run.group.first_of_machine():

@@ -105,9 +105,10 @@ def evaluate(
         run.report.warn(f"--tasks {','.join(config.tasks)} names no task in {', '.join(config.include_path)}")
     if runtime is None:
         placement = choose_placement(config.device, config.dtype)
+        run.check_offload(placement.device)
         group.check_device(placement.device, placement.dtype)
     else:
-        placement = placement_in(runtime, config)
+        placement = placement_in(runtime, config, run)
         refuse_chats(config, [name for name in names if is_chat(name)])
     with open_task("eval", run, started) as work:
         workspace = work.workspace
