@@ -10,7 +10,8 @@ from ara.models.disk import factor_bytes, storing
 from ara.models.memory import available_bytes
 from ara.models.placement import Placement, torch_dtype
 from ara.models.sources import ModelSource
-from ara.planning.needs import Settings, decompose
+from ara.models.weights import LinearSpec
+from ara.planning.needs import Settings, decompose, read_in
 from ara.planning.plan import StagePlan, stage_plan
 from ara.planning.shape import read_shape
 from ara.planning.sizes import Pages, moment_bytes, pages_of, stored_weights
@@ -21,6 +22,10 @@ class DecompositionPlan:
     """What ``ara decompose`` takes on this machine.
 
     Attributes:
+        linears: the layers that are factorised.
+        parameters: of the model.
+        chunks: parts of the model whose second moments are collected one after the other; 0 if no text is read.
+        blocks: number of decoder blocks.
         stage: memory and place of the weights.
         free_memory: bytes that are free now.
         weight_bytes: of the model in the run's dtype.
@@ -29,6 +34,10 @@ class DecompositionPlan:
         moment_bytes: of the second moments of the inputs, if they are kept; 0 if no text is read.
     """
 
+    linears: tuple[LinearSpec, ...]
+    parameters: int
+    chunks: int
+    blocks: int
     stage: StagePlan
     free_memory: int
     weight_bytes: int
@@ -72,6 +81,10 @@ def plan_decomposition(
     weights = stored_weights(source, shape.parameters, shape.dtype)
     pages = pages_of(source, weights, shape, placement.device == "cpu", free)
     return DecompositionPlan(
+        linears=shape.specs,
+        parameters=shape.parameters,
+        chunks=len(read_in(shape, settings, free)) if method.needs_text else 0,
+        blocks=shape.blocks,
         stage=stage_plan(decompose, shape, settings, free, pages.mapped),
         free_memory=free,
         weight_bytes=shape.weight_bytes,

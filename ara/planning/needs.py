@@ -107,12 +107,10 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
     """Return what ``ara decompose`` needs with ``free`` bytes of memory (ara.stages.factoring)."""
     config, method = settings.decompose, settings.method
     disk = factor_bytes(shape.specs, shape.stored.itemsize)
-    chunks = [list(shape.specs)]
+    chunks = read_in(shape, settings, free)
     work, reading, moments, kept = Work(), 0, 0, 0
     if method.needs_text:
         disk += moment_bytes(shape) if config.keep_moments != "no" else 0
-        limit = free // _SHARE if config.moment_memory is None else int(config.moment_memory * 2**30)
-        chunks = split_into_chunks(shape.specs, shape.owners, method.needs_gradients, limit)
         moments = max(_accumulators(shape, chunk, method.needs_gradients) for chunk in chunks)
         tokens = config.samples * config.seq_len
         work += shape.window.forward(config.samples, head=False)
@@ -137,6 +135,15 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
     factoring += factor_bytes(block, shape.stored.itemsize)
     held = settings.libraries + moments + kept + max(reading, factoring)
     return Need("decompose", _writing(work, disk), disk, shape.weight_bytes, held=held)
+
+
+def read_in(shape: ModelShape, settings: Settings, free: int) -> list[list[LinearSpec]]:
+    """Return the chunks of blocks whose second moments ``ara decompose`` collects at once (ara.stages.factoring)."""
+    config, method = settings.decompose, settings.method
+    if not method.needs_text:
+        return [list(shape.specs)]
+    limit = free // _SHARE if config.moment_memory is None else int(config.moment_memory * 2**30)
+    return split_into_chunks(shape.specs, shape.owners, method.needs_gradients, limit)
 
 
 def train_masks(shape: ModelShape, settings: Settings, free: int) -> Need:

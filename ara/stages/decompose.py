@@ -5,34 +5,31 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ara.artifacts.factors import FactorisedLayer, FactorsResults
 from ara.calibration.moments import shared_inputs
 from ara.config import DecomposeConfig, method_options
 from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition
-from ara.errors import AraError, DiskFullError, UnsupportedModelError, UsageError
-from ara.files import existing_folder
+from ara.errors import DiskFullError, UnsupportedModelError
 from ara.models.accounting import parameter_count
 from ara.models.context import check_window
-from ara.models.disk import disk_use, factor_bytes, storing
+from ara.models.disk import factor_bytes
 from ara.models.experts import every_expert_sees_all
 from ara.models.multimodal import kept_parts
-from ara.models.offload import copies
 from ara.models.placement import Placement, choose_placement, dtype_to_store, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
-from ara.models.weights import LinearSpec, find_linears, left_dense, shared_layers
-from ara.planning.decomposition import DecompositionPlan, plan_decomposition
-from ara.stages.common import Run, Task, begin, open_task, outputs_folder, text_parts, warn_without_chat
-from ara.stages.disk_room import Need, check_room, mebibytes
+from ara.models.weights import LinearSpec, left_dense, shared_layers
+from ara.stages.common import Run, begin, open_task, outputs_folder, text_parts, warn_without_chat
+from ara.stages.decompose_ahead import less_room, linears_to_store, prepare
+from ara.stages.disk_room import mebibytes
 from ara.stages.factoring import factor_layers, refuse_nonfinite_weights, unfinished
-from ara.stages.moments import are_kept, moment_bytes, moments_to_keep
+from ara.stages.moments import moment_bytes, moments_to_keep
 from ara.workspace.store import Workspace
 from ara.workspace.view import StageView
 from ara.workspace.writer import StageWriter
@@ -94,7 +91,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         task.describe(name or config.method, settings, (), source.identity.as_dict())
         if (done := task.done()) is not None:
             return done
-        _check_disk(source, config, method, placement, task, run)
+        prepare(source, config, method, placement, task, run)
         windows = _windows(config, source, tokenizer, text, task.workspace, run)
         run.report.fact("loading the model")
         with run.group.first_of_machine():
@@ -137,66 +134,6 @@ def _recorded(config: DecomposeConfig) -> dict[str, Any]:
     }
     unset = {name for name, default in later.items() if getattr(config, name) == default}
     return config.model_dump(mode="json", exclude=unset)
-
-
-def linears_to_store(model: nn.Module, config: DecomposeConfig) -> list[LinearSpec]:
-    """Return the linear layers of the decoder blocks, with the ranks to store.
-
-    Raises:
-        UsageError: experts are to share a factor, and there are none.
-    """
-    linears = find_linears(model, config.exclude)
-    if config.share_experts and all(spec.experts == 1 for spec in linears):
-        raise UsageError(
-            f"--share-experts: {type(model).__name__} has no experts, or --exclude leaves them out",
-            "leave out --share-experts",
-        )
-    return storing(linears, config.max_keep)
-
-
-def _check_disk(
-    source: ModelSource, config: DecomposeConfig, method: Decomposition, placement: Placement, task: Task, run: Run
-) -> None:
-    """Check that the disk has room for everything, before weights are downloaded or copied in another dtype.
-
-    An interrupted run has stored some of the factors: then only the weights are checked here.
-
-    Raises:
-        DiskFullError: it has not.
-    """
-    download, plan = source.to_download(), _plan(config, method, source, placement)
-    needs = [] if download is None else [Need("model", download.bytes, download.folder)]
-    if plan is not None and plan.pages.copied:
-        needs.append(Need(f"a copy of it in {placement.dtype}", plan.pages.copied, copies()))
-    if not needs:
-        return
-    model, itemsize, root = source.empty_model(), torch_dtype(config.factors_dtype).itemsize, task.workspace.root
-    linears = linears_to_store(model, config)
-    use = disk_use(linears, parameter_count(model), itemsize)
-    if not task.unfinished():
-        free = shutil.disk_usage(existing_folder(root)).free - sum(need.bytes for need in needs) - use.factors
-        needs.append(Need("factors", use.factors, root))
-        if plan is not None and plan.moment_bytes and are_kept(plan.moment_bytes, config.keep_moments, free):
-            needs.append(Need("second moments", plan.moment_bytes, root))
-    needs.append(Need("a later checkpoint at most", use.checkpoint, root, later=True))
-    check_room(needs, _less_room(linears, itemsize, config), run.report)
-
-
-def _plan(
-    config: DecomposeConfig, method: Decomposition, source: ModelSource, placement: Placement
-) -> DecompositionPlan | None:
-    """Return the plan; ``None`` if the model cannot be counted without numbers, or is refused for another reason."""
-    with suppress(AraError):
-        return plan_decomposition(config, method, source, placement)
-    return None
-
-
-def _less_room(linears: Sequence[LinearSpec], itemsize: int, config: DecomposeConfig) -> str:
-    """Return what to do if the disk is too small."""
-    hint = "free some space or choose another workspace with -w"
-    if config.max_keep is not None:
-        return hint
-    return f"{hint}; with --max-keep 1 the factors take {mebibytes(factor_bytes(storing(linears, 1), itemsize))}"
 
 
 def _text(config: DecomposeConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> CalibrationText:
@@ -293,12 +230,8 @@ def _preflight(
         :attr:`FactorsResults.moments`.
     """
     todo, itemsize = unfinished(linears, stage), torch_dtype(config.factors_dtype).itemsize
-    use, free = disk_use(todo, parameter_count(model), itemsize), shutil.disk_usage(stage.folder).free
-    needed = use.factors
-    run.report.fact(
-        f"{len(todo)} linear layers; their factors take {mebibytes(needed)}, the model {mebibytes(use.model)}, a later "
-        f"checkpoint at most {mebibytes(use.checkpoint)}"
-    )
+    needed, free = factor_bytes(todo, itemsize), shutil.disk_usage(stage.folder).free
+    run.report.fact(f"{len(todo)} linear layers; their factors take {mebibytes(needed)}")
     leaders = moments_to_keep(linears, owners, config.keep_moments, free - needed, stage, run)
     what = "the factors"
     if leaders is not None:
@@ -307,7 +240,7 @@ def _preflight(
     if free < needed:
         raise DiskFullError(
             f"{what} need {mebibytes(needed)}, {stage.folder.parent} has {mebibytes(free)} free",
-            _less_room(todo, itemsize, config),
+            less_room(todo, itemsize, config),
         )
     refuse_nonfinite_weights(model, linears)
     return leaders
