@@ -126,6 +126,7 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
             separate = [spec for spec in shape.specs if spec.experts == 1]
             work += _gram([(spec.m, shape.share(spec)) for spec in separate], windows * config.seq_len)
             work += loss(shape.vocabulary, windows * config.seq_len)
+            work += _again(shape, chunks[1:], windows, config.seq_len)
             reading = _graph(shape, settings, config.batch_size, config.seq_len, free)
             kept += min(2 * cuts * windows * output, free // _SHARE)
     for spec in shape.specs:
@@ -135,6 +136,19 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
     factoring += factor_bytes(block, shape.stored.itemsize)
     held = settings.libraries + moments + kept + max(reading, factoring)
     return Need("decompose", _writing(work, disk), disk, shape.weight_bytes, held=held)
+
+
+def _again(shape: ModelShape, later: Sequence[Sequence[LinearSpec]], windows: int, seq_len: int) -> Work:
+    """Return the work of the gradients of later chunks (ara.models.blocks.BlockRunner.backward).
+
+    The first chunk needs a pass through the whole model. Each later one runs its blocks once more, forward and
+    backward, and the last one the head and the loss as well.
+    """
+    if not later:
+        return Work()
+    share = sum(len(by_block(chunk)) for chunk in later) / shape.blocks
+    blocks = shape.window.forward(windows, head=False) + shape.window.backward(windows, head=False)
+    return blocks * share + Work(products=2.0 * shape.window.head * windows) + loss(shape.vocabulary, windows * seq_len)
 
 
 def read_in(shape: ModelShape, settings: Settings, free: int) -> list[list[LinearSpec]]:
