@@ -34,7 +34,7 @@ from ara.models.embeddings import find_embeddings
 from ara.models.memory import Place, available_bytes, place_of_weights
 from ara.models.placement import choose_placement, dtype_to_store, torch_dtype
 from ara.models.sources import ModelSource, resolve
-from ara.planning.needs import STAGES, Needs, Settings, recover
+from ara.planning.needs import STAGES, Need, Needs, Settings, recover
 from ara.planning.probe import Speed, probe
 from ara.planning.shape import ModelShape, read_shape
 from ara.planning.sizes import StoredWeights, checkpoint_bytes, pages_of, stored_weights
@@ -295,21 +295,26 @@ def stage_plan(
         speed: of this machine; ``None`` without a probe.
     """
     need, least = needs(shape, settings, free), needs(shape, settings, 0)
-    # On the CPU the weights of a model in the dtype of its files are pages of these.
-    loaded, pages = (0, need.pages + need.weights) if mapped else (need.weights, need.pages)
     # Parts of the work each take a share of what is free, so together they can be planned too large: less also works.
-    fits = (place_of_weights(pages, free, loaded + held) for held in (need.held, least.held))
+    (held, pages), (least_held, least_pages) = (_places(one, mapped) for one in (need, least))
+    fits = (place_of_weights(pages, free, held), place_of_weights(least_pages, free, least_held))
     place: Place = next((found for found in fits if found != "nowhere"), "nowhere")
-    # A pass needs the pages of a block at least, or it reads them again and again.
-    smallest = least.held + loaded + min(pages, shape.block_bytes)
     return StagePlan(
         stage=need.stage,
         optional=need.optional,
-        memory_bytes=need.held + loaded + pages,
-        least_memory_bytes=smallest,
+        memory_bytes=held + pages,
+        # A pass needs the pages of a block at least, or it reads them again and again.
+        least_memory_bytes=least_held + min(least_pages, shape.block_bytes),
         place=place,
         disk_bytes=need.disk,
         scratch_bytes=need.scratch,
         flops=need.work.flops,
         seconds=None if speed is None else speed.seconds(need.work),
     )
+
+
+def _places(need: Need, mapped: bool) -> tuple[int, int]:
+    """Return the bytes in memory, and those that are pages of files: so are weights in the dtype of their files."""
+    if mapped:
+        return need.held, need.weights + need.pages
+    return need.held + need.weights, need.pages
