@@ -52,9 +52,15 @@ def keep_freed_memory() -> None:
 
 
 def release_memory() -> None:
-    """Return freed memory to the system, with what only cycles of objects still hold; without glibc only the latter."""
+    """Return freed memory to the system, with what only cycles of objects still hold; without glibc only the latter.
+
+    With CUDA in use, torch also gives back the GPU memory that it keeps for later tensors: it counts as taken where a
+    stage decides by free memory, and other processes cannot use it.
+    """
     gc.collect()
     trim_heap()
+    if (cuda := _cuda_in_use()) is not None:
+        cuda.empty_cache()
 
 
 def trim_heap() -> None:

@@ -40,7 +40,8 @@ OffloadOption = Annotated[
     Offload,
     typer.Option(
         help="where weights are on a CPU: disk leaves them in their files, which are read when they are needed; none "
-        "loads them; auto leaves them there if they take more than half of the free memory"
+        "loads them; auto leaves them there if they take more than half of the free memory; other devices load them, "
+        "and refuse disk"
     ),
 ]
 NameOption = Annotated[str | None, typer.Option("--name", help="name of the result [default: made from the settings]")]

@@ -7,6 +7,7 @@ slower one. If a process dies, the system closes its connections, which ends the
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -36,6 +37,8 @@ _AHEAD = 8
 _TOGETHER = 32 * 2**20
 # What must have the same version in all processes.
 _SAME = ("ara", "torch", "transformers")
+# In the error of a store that cannot listen.
+_PORT_IN_USE = "EADDRINUSE"
 _KEEPS = "finished work is kept: the same command continues from there"
 
 
@@ -203,13 +206,25 @@ def joined(launch: Launch) -> Iterator[TorchGroup]:
             "gloo", store=dist.PrefixStore("ara", store), rank=launch.rank, world_size=launch.size, timeout=_PATIENCE
         )
     except (RuntimeError, ValueError) as error:
-        raise ProcessLostError(
-            f"process {launch.rank} of {launch.size} cannot reach the others: {first_line(error)}",
-            "start all processes with torchrun; between machines, GLOO_SOCKET_IFNAME names the network interface",
-        ) from error
+        raise _unreachable(error, launch) from error
     yield TorchGroup(launch, store)
     with suppress(RuntimeError):  # another process may have ended already
         dist.destroy_process_group()
+
+
+def _unreachable(error: Exception, launch: Launch) -> ProcessLostError:
+    """Return the error for a process that cannot reach the others, or cannot listen to them."""
+    who = f"process {launch.rank} of {launch.size} cannot reach the others"
+    if _PORT_IN_USE in str(error):
+        port = os.environ.get("MASTER_PORT", "")
+        return ProcessLostError(
+            f"{who}: port {port} of this machine is in use, perhaps by another run",
+            "give this run a port of its own: torchrun --master-port N",
+        )
+    return ProcessLostError(
+        f"{who}: {first_line(error)}",
+        "start all processes with torchrun; between machines, GLOO_SOCKET_IFNAME names the network interface",
+    )
 
 
 def _messages(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

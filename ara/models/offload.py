@@ -58,6 +58,16 @@ def is_mapped(stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> bool:
     return all(_FLOATS.get(tensor.dtype, _name(dtype)) == _name(dtype) for tensor in stored.values())
 
 
+def copies() -> Path:
+    """Return the folder of all converted copies, which need not exist yet."""
+    return cache_dir() / "weights"
+
+
+def has_copy(key: str, dtype: torch.dtype) -> bool:
+    """Tell whether :func:`converted_folder` has written its copy already."""
+    return _is_complete(_folder(key, dtype))
+
+
 def converted_folder(stored: StoredModel, key: str, dtype: torch.dtype, size: int, report: Reporter) -> Path:
     """Return a folder with the weights of a model as ``dtype``; the first call writes it, file by file.
 
@@ -76,7 +86,7 @@ def converted_folder(stored: StoredModel, key: str, dtype: torch.dtype, size: in
     from ara.layouts.modeling_ara import fuse_experts
     from ara.models.shards import write_model
 
-    target = cache_dir() / "weights" / f"{key}-{_name(dtype)}"
+    target = _folder(key, dtype)
     if _is_complete(target):
         return target
     with aside(target.parent) as folder, silence_transformers():
@@ -95,6 +105,10 @@ def converted_folder(stored: StoredModel, key: str, dtype: torch.dtype, size: in
         publish_folder(made, target, _is_complete)
     report.fact(f"kept in {target}")
     return target
+
+
+def _folder(key: str, dtype: torch.dtype) -> Path:
+    return copies() / f"{key}-{_name(dtype)}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -127,7 +127,22 @@ class ModelSource:
         offload.say(size, free, self._report)
         if offload.is_mapped(stored, dtype) and not model.merged:
             return origin
-        return str(offload.converted_folder(model, self.identity.fingerprint[:16], dtype, size, self._report))
+        return str(offload.converted_folder(model, self._copy_key, dtype, size, self._report))
+
+    def has_copy(self, dtype: torch.dtype) -> bool:
+        """Tell whether the cache holds a copy of the weights in ``dtype``, see :mod:`ara.models.offload`."""
+        from ara.models.offload import has_copy
+
+        return has_copy(self._copy_key, dtype)
+
+    @property
+    def offload(self) -> Offload:
+        """Whether weights stay in their files on a CPU, as it was asked for."""
+        return self._offload
+
+    @property
+    def _copy_key(self) -> str:
+        return self.identity.fingerprint[:16]
 
     def to_download(self) -> Download | None:
         """Return the weights that loading the model will download; ``None`` if there are none.

@@ -107,11 +107,10 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
     """Return what ``ara decompose`` needs with ``free`` bytes of memory (ara.stages.factoring)."""
     config, method = settings.decompose, settings.method
     disk = factor_bytes(shape.specs, shape.stored.itemsize)
-    chunks = [list(shape.specs)]
+    chunks = read_in(shape, settings, free)
     work, reading, moments, kept = Work(), 0, 0, 0
     if method.needs_text:
-        disk += moment_bytes(shape)
-        chunks = split_into_chunks(shape.specs, shape.owners, method.needs_gradients, free // _SHARE)
+        disk += moment_bytes(shape) if config.keep_moments != "no" else 0
         moments = max(_accumulators(shape, chunk, method.needs_gradients) for chunk in chunks)
         tokens = config.samples * config.seq_len
         work += shape.window.forward(config.samples, head=False)
@@ -127,6 +126,7 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
             separate = [spec for spec in shape.specs if spec.experts == 1]
             work += _gram([(spec.m, shape.share(spec)) for spec in separate], windows * config.seq_len)
             work += loss(shape.vocabulary, windows * config.seq_len)
+            work += _again(shape, chunks[1:], windows, config.seq_len)
             reading = _graph(shape, settings, config.batch_size, config.seq_len, free)
             kept += min(2 * cuts * windows * output, free // _SHARE)
     for spec in shape.specs:
@@ -136,6 +136,28 @@ def decompose(shape: ModelShape, settings: Settings, free: int) -> Need:
     factoring += factor_bytes(block, shape.stored.itemsize)
     held = settings.libraries + moments + kept + max(reading, factoring)
     return Need("decompose", _writing(work, disk), disk, shape.weight_bytes, held=held)
+
+
+def _again(shape: ModelShape, later: Sequence[Sequence[LinearSpec]], windows: int, seq_len: int) -> Work:
+    """Return the work of the gradients of later chunks (ara.models.blocks.BlockRunner.backward).
+
+    The first chunk needs a pass through the whole model. Each later one runs its blocks once more, forward and
+    backward, and the last one the head and the loss as well.
+    """
+    if not later:
+        return Work()
+    share = sum(len(by_block(chunk)) for chunk in later) / shape.blocks
+    blocks = shape.window.forward(windows, head=False) + shape.window.backward(windows, head=False)
+    return blocks * share + Work(products=2.0 * shape.window.head * windows) + loss(shape.vocabulary, windows * seq_len)
+
+
+def read_in(shape: ModelShape, settings: Settings, free: int) -> list[list[LinearSpec]]:
+    """Return the chunks of blocks whose second moments ``ara decompose`` collects at once (ara.stages.factoring)."""
+    config, method = settings.decompose, settings.method
+    if not method.needs_text:
+        return [list(shape.specs)]
+    limit = free // _SHARE if config.moment_memory is None else int(config.moment_memory * 2**30)
+    return split_into_chunks(shape.specs, shape.owners, method.needs_gradients, limit)
 
 
 def train_masks(shape: ModelShape, settings: Settings, free: int) -> Need:
@@ -155,8 +177,9 @@ def train_masks(shape: ModelShape, settings: Settings, free: int) -> Need:
         + _graph(shape, settings, config.batch_size, seq_len, free, masks=True)
         + _logits(shape, config.batch_size, seq_len)
     )
-    factors = factor_bytes(shape.specs, shape.stored.itemsize)
-    return Need("train-masks", _writing(work, disk), disk, shape.weight_bytes, factors, held, optional=True)
+    pages, copied = _factors(shape)
+    held += copied
+    return Need("train-masks", _writing(work, disk), disk, shape.weight_bytes, pages, held, optional=True)
 
 
 def allocate(shape: ModelShape, settings: Settings, free: int) -> Need:
@@ -166,15 +189,9 @@ def allocate(shape: ModelShape, settings: Settings, free: int) -> Need:
     work = _table(shape, settings) + shape.window.forward(config.held_out)
     work += _cut_forward(shape, settings, 2 * config.held_out, seq_len)
     disk = 8 * sum(spec.full_rank + 1 for spec in shape.specs)
-    held = settings.libraries + _graph(shape, settings, config.batch_size, seq_len, free, masks=True)
-    return Need(
-        "allocate",
-        _writing(work, disk),
-        disk,
-        shape.weight_bytes,
-        factor_bytes(shape.specs, shape.stored.itemsize),
-        held,
-    )
+    pages, copied = _factors(shape)
+    held = settings.libraries + copied + _graph(shape, settings, config.batch_size, seq_len, free, masks=True)
+    return Need("allocate", _writing(work, disk), disk, shape.weight_bytes, pages, held)
 
 
 def truncate(shape: ModelShape, settings: Settings, free: int) -> Need:
@@ -238,23 +255,55 @@ def evaluate(shape: ModelShape, settings: Settings, free: int) -> Need:
     work += loss(shape.vocabulary, round(3 * settings.eval_tokens))
     compressed = checkpoint_bytes(shape, settings.ranks, header=False, dtype=shape.dtype)
     together = 3 * shape.weight_bytes < _TOGETHER * free
-    weights = shape.weight_bytes + (2 * compressed if together else 0)
+    # The model with uniform ranks: its low-rank layers and, of these, what is made in memory.
+    low_rank, made = _uniform(shape, settings)
+    # The checkpoint, which transformers converts in memory if its dtype is another one.
+    pages, converted = (compressed, 0) if shape.stored == shape.dtype else (0, compressed)
     held = (
         settings.libraries
+        + (made + converted if together else max(made, converted))
         + 3 * _logits(shape, config.batch_size, seq_len)
         + _transient(shape, config.batch_size, seq_len)
     )
-    return Need("eval", work, 0, weights, held=held)
+    # Its other weights are loaded with those of the dense model.
+    weights = shape.weight_bytes + (compressed - low_rank if together else 0)
+    pages = pages + low_rank - made if together else 0
+    return Need("eval", work, 0, weights, pages, held)
 
 
 def export(shape: ModelShape, settings: Settings, free: int) -> Need:
     """Return what ``ara export --onnx`` needs on a CPU: a graph in float32, compared with the checkpoint in torch."""
     disk = checkpoint_bytes(shape, settings.ranks, header=False, dtype=torch.float32)
     # The comparison has one of the two in memory, the model in float32 or the graph.
-    return Need("export", _writing(Work(), disk), disk, disk, held=settings.libraries, optional=True)
+    return Need("export", _writing(Work(), disk), disk, held=settings.libraries + disk, optional=True)
 
 
 STAGES: tuple[Needs, ...] = (decompose, train_masks, allocate, truncate, recover, evaluate, export)
+
+
+def _factors(shape: ModelShape) -> tuple[int, int]:
+    """Return the bytes of all factors that are pages of files, and of those that are in memory (ara.masks.model).
+
+    Factors of another dtype than that of the run are converted in memory.
+    """
+    if shape.stored == shape.dtype:
+        return factor_bytes(shape.specs, shape.stored.itemsize), 0
+    return 0, factor_bytes(shape.specs, shape.dtype.itemsize)
+
+
+def _uniform(shape: ModelShape, settings: Settings) -> tuple[int, int]:
+    """Return the bytes of the low-rank layers that are built from factors, and of what is no page of their files.
+
+    The first rows of A are a part of their file, the first columns of B are not (ara.models.low_rank).
+    """
+    all_bytes = made = 0
+    for spec in (spec for spec in shape.specs if spec.name in settings.ranks):
+        rank = settings.ranks[spec.name]
+        size = spec.cost(rank) * shape.dtype.itemsize
+        all_bytes += size
+        views = spec.layout == "factors" and shape.stored == shape.dtype
+        made += size - (rank * spec.n * shape.dtype.itemsize if views else 0)
+    return all_bytes, made
 
 
 def _table(shape: ModelShape, settings: Settings) -> Work:

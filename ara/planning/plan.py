@@ -34,10 +34,10 @@ from ara.models.embeddings import find_embeddings
 from ara.models.memory import Place, available_bytes, place_of_weights
 from ara.models.placement import choose_placement, dtype_to_store, torch_dtype
 from ara.models.sources import ModelSource, resolve
-from ara.planning.needs import STAGES, Needs, Settings, recover
+from ara.planning.needs import STAGES, Need, Needs, Settings, recover
 from ara.planning.probe import Speed, probe
 from ara.planning.shape import ModelShape, read_shape
-from ara.planning.sizes import StoredWeights, checkpoint_bytes, stored_weights
+from ara.planning.sizes import StoredWeights, checkpoint_bytes, pages_of, stored_weights
 from ara.progress import SILENT, Reporter
 from ara.solver.file_sizes import bytes_beside, bytes_saved, check_room
 from ara.solver.problem import Budget, Module
@@ -91,7 +91,7 @@ class Plan:
         stored_bytes: of the dense model in that dtype.
         weights: where its weights are now.
         converted_bytes: copy of the weights in the run's dtype that is written to the cache, as they do not fit into
-            memory (ara.models.offload); 0 if there is none.
+            memory (ara.models.offload); 0 if there is none, or if it is there already.
         max_keep: ranks above this share of a layer's parameters are not stored, so that ``recover`` cannot be planned;
             ``None`` if all are.
         keep: fraction of the factorised layers' parameters that stays; ``None`` for a size.
@@ -168,15 +168,12 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
         report.fact("measuring this machine")
         speed = probe(shape, placement.device, config.batch_size * config.seq_len, folder)
     free = available_bytes(placement.device)
-    on_cpu = placement.device == "cpu"
-    converted = on_cpu and not weights.mapped and place_of_weights(shape.weight_bytes, free) != "memory"
-    mapped = on_cpu and (weights.mapped or converted)
+    pages = pages_of(source, weights, shape, placement.device == "cpu", free)
     # The level that is planned for, closed, needs all ranks.
     possible = [needs for needs in STAGES if not (needs is recover and stored.lacking)]
-    stages = tuple(_stage(needs, shape, settings, free, mapped, speed) for needs in possible)
+    stages = tuple(stage_plan(needs, shape, settings, free, pages.mapped, speed) for needs in possible)
     required = [stage for stage in stages if not stage.optional]
     written = sum(stage.disk_bytes for stage in required) + (size or 0)
-    copied = shape.weight_bytes if converted else 0
     return Plan(
         model=config.model,
         architecture=source.identity.architecture,
@@ -201,12 +198,12 @@ def make_plan(config: PlanConfig, root: Path, report: Reporter = SILENT) -> Plan
         free_memory=free,
         free_disk=shutil.disk_usage(folder).free,
         least_memory=max(stage.least_memory_bytes for stage in required),
-        converted_bytes=copied,
+        converted_bytes=pages.copied,
         least_disk=written
         + max(stage.scratch_bytes for stage in required)
         + weights.download
         + weights.unpacked
-        + copied,
+        + pages.copied,
         speed=speed,
     )
 
@@ -284,26 +281,40 @@ def _settings(config: PlanConfig, source: ModelSource, shape: ModelShape, on_gpu
     )
 
 
-def _stage(
-    needs: Needs, shape: ModelShape, settings: Settings, free: int, mapped: bool, speed: Speed | None
+def stage_plan(
+    needs: Needs, shape: ModelShape, settings: Settings, free: int, mapped: bool, speed: Speed | None = None
 ) -> StagePlan:
-    """Return one stage on this machine, and with as little memory as possible."""
+    """Return one stage on this machine, and with as little memory as possible.
+
+    Args:
+        needs: of the stage.
+        shape: of the model.
+        settings: of all stages.
+        free: bytes of memory.
+        mapped: whether the weights of the model are pages of files.
+        speed: of this machine; ``None`` without a probe.
+    """
     need, least = needs(shape, settings, free), needs(shape, settings, 0)
-    # On the CPU the weights of a model in the dtype of its files are pages of these.
-    loaded, pages = (0, need.pages + need.weights) if mapped else (need.weights, need.pages)
     # Parts of the work each take a share of what is free, so together they can be planned too large: less also works.
-    fits = (place_of_weights(pages, free, loaded + held) for held in (need.held, least.held))
+    (held, pages), (least_held, least_pages) = (_places(one, mapped) for one in (need, least))
+    fits = (place_of_weights(pages, free, held), place_of_weights(least_pages, free, least_held))
     place: Place = next((found for found in fits if found != "nowhere"), "nowhere")
-    # A pass needs the pages of a block at least, or it reads them again and again.
-    smallest = least.held + loaded + min(pages, shape.block_bytes)
     return StagePlan(
         stage=need.stage,
         optional=need.optional,
-        memory_bytes=need.held + loaded + pages,
-        least_memory_bytes=smallest,
+        memory_bytes=held + pages,
+        # A pass needs the pages of a block at least, or it reads them again and again.
+        least_memory_bytes=least_held + min(least_pages, shape.block_bytes),
         place=place,
         disk_bytes=need.disk,
         scratch_bytes=need.scratch,
         flops=need.work.flops,
         seconds=None if speed is None else speed.seconds(need.work),
     )
+
+
+def _places(need: Need, mapped: bool) -> tuple[int, int]:
+    """Return the bytes in memory, and those that are pages of files: so are weights in the dtype of their files."""
+    if mapped:
+        return need.held, need.weights + need.pages
+    return need.held + need.weights, need.pages

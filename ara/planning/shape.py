@@ -63,14 +63,18 @@ class WindowPass:
         products, attention = scale * (self.products + (self.head if head else 0)), scale**2 * self.attention
         return Work(products=products, attention=attention, moved=scale * self.moved) * windows
 
-    def backward(self, windows: float) -> Work:
+    def backward(self, windows: float, *, head: bool = True) -> Work:
         """Return the work of backward passes to the embeddings, without gradients of weights.
 
         A product needs one product for the gradient of its input, attention two and a half times its own FLOPs, and
         every other operation reads what was kept and writes as much again.
+
+        Args:
+            windows: their number.
+            head: whether the passes begin behind the head.
         """
-        work = Work(products=self.products + self.head, attention=2.5 * self.attention, moved=2 * self.moved)
-        return work * windows
+        products = self.products + (self.head if head else 0)
+        return Work(products=products, attention=2.5 * self.attention, moved=2 * self.moved) * windows
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ara.calibration.moments import packed_bytes
 from ara.layouts import layout_named
 from ara.models.completeness import stored_tensors, weight_files
 from ara.models.disk import factor_bytes
+from ara.models.memory import place_of_weights
 from ara.models.offload import is_mapped
 from ara.models.sources import ModelSource
 from ara.models.weights import LinearSpec
@@ -56,6 +57,38 @@ def stored_weights(source: ModelSource, parameters: int, dtype: torch.dtype) -> 
     stored = source.config.dtype or torch.float32
     download = parameters * stored.itemsize if kind == "hub" else 0
     return StoredWeights(None, download, 0, mapped=stored == dtype)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Whether the weights of a model are pages of files while it runs.
+
+    Attributes:
+        mapped: whether they are.
+        copied: bytes of the copy in the dtype of the run that is written for this (ara.models.offload); 0 if there is
+            none, or if it is there already.
+    """
+
+    mapped: bool
+    copied: int
+
+
+def pages_of(source: ModelSource, weights: StoredWeights, shape: ModelShape, on_cpu: bool, free: int) -> Pages:
+    """Return how loading the model will find its weights (ara.models.sources).
+
+    Args:
+        source: the model.
+        weights: from :func:`stored_weights`.
+        shape: of the model.
+        on_cpu: whether it runs there.
+        free: bytes of memory.
+    """
+    if not on_cpu or weights.mapped:
+        return Pages(on_cpu, 0)
+    fits = place_of_weights(shape.weight_bytes, free) == "memory"
+    if source.offload == "none" or (source.offload == "auto" and fits):
+        return Pages(False, 0)
+    return Pages(True, 0 if source.has_copy(shape.dtype) else shape.weight_bytes)
 
 
 def moment_bytes(shape: ModelShape) -> int:

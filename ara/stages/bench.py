@@ -120,6 +120,7 @@ def _resolved(config: BenchConfig, run: Run) -> BenchConfig:
     threads = {"threads": config.threads or torch.get_num_threads()}
     placement = choose_placement(config.device, config.dtype)
     if config.backend == "torch":
+        run.check_offload(placement.device)
         run.report.fact(placement.why)
         return config.model_copy(update={"device": placement.device, "dtype": placement.dtype, **threads})
     given = [f"--{name} {getattr(config, name)}" for name in ("device", "dtype") if getattr(config, name) != "auto"]

@@ -58,7 +58,7 @@ def bench_serving(
         AraError: a stage is missing or stale, or the runtime cannot run a model.
     """
     started = begin(name, checkpoint)
-    resolved = _resolved(config, runtime)
+    resolved = _resolved(config, runtime, run)
     with open_task("bench", run, started) as task:
         workspace = task.workspace
         truncated = workspace.require("checkpoint", checkpoint)
@@ -79,9 +79,9 @@ def bench_serving(
         return task.view()
 
 
-def _resolved(config: BenchConfig, runtime: Runtime) -> BenchConfig:
+def _resolved(config: BenchConfig, runtime: Runtime, run: Run) -> BenchConfig:
     """Return the config with device and dtype resolved."""
-    placement = placement_in(runtime, config)
+    placement = placement_in(runtime, config, run)
     hint = "its requests are described by --concurrency, --prompt-tokens and --new-tokens"
     refuse_others(config, _OTHERS, hint)
     return config.model_copy(update={"device": placement.device, "dtype": placement.dtype})

@@ -65,6 +65,18 @@ class Run:
         """Open the workspace; see :meth:`ara.workspace.store.Workspace.open`."""
         return Workspace.open(self.root, create)
 
+    def check_offload(self, device: str) -> None:
+        """Check that weights can stay in their files on the device of the stage.
+
+        Raises:
+            UsageError: they are to, and it is not the CPU.
+        """
+        if self.offload == "disk" and device != "cpu":
+            raise UsageError(
+                f"--offload disk is given, and the model runs on {device}: only a CPU reads weights from their files",
+                "use --device cpu, or omit --offload: the whole model must fit into the memory of the device",
+            )
+
 
 def begin(name: str | None = None, *consumed: str | None) -> float:
     """Check names, give back the memory of earlier stages, and return the start time, ``time.monotonic()``.
@@ -207,17 +219,20 @@ def model_of(decomposition: StageView, run: Run) -> ModelSource:
     return source.with_experts(any(layer.experts for layer in FactorsResults.read(decomposition).modules))
 
 
-def placement_in(runtime: Runtime, config: PlacementConfig) -> Placement:
+def placement_in(runtime: Runtime, config: PlacementConfig, run: Run) -> Placement:
     """Return where and in which dtype a runtime runs models.
 
     Args:
         runtime: has its own device.
         config: as the user gave it.
+        run: says where weights are to be.
 
     Raises:
         UnavailableError: the runtime is not installed.
-        UsageError: another device is given.
+        UsageError: another device is given, or weights are to stay in their files.
     """
+    if run.offload == "disk":
+        raise UsageError(f"--offload disk is given, and {runtime.title} loads the whole model itself", "omit --offload")
     device = runtime.device()
     if config.device not in ("auto", device):
         raise UsageError(

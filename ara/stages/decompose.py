@@ -9,25 +9,25 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ara.artifacts.factors import FactorisedLayer, FactorsResults
 from ara.calibration.moments import shared_inputs
 from ara.config import DecomposeConfig, method_options
 from ara.decomposition import DECOMPOSITIONS
 from ara.decomposition.base import Decomposition
-from ara.errors import DiskFullError, UnsupportedModelError, UsageError
+from ara.errors import DiskFullError, UnsupportedModelError
 from ara.models.accounting import parameter_count
 from ara.models.context import check_window
-from ara.models.disk import disk_use, factor_bytes, storing
+from ara.models.disk import factor_bytes
 from ara.models.experts import every_expert_sees_all
 from ara.models.multimodal import kept_parts
 from ara.models.placement import Placement, choose_placement, dtype_to_store, torch_dtype
 from ara.models.sources import ModelSource, resolve
 from ara.models.vocabulary import token_rows
-from ara.models.weights import LinearSpec, find_linears, left_dense, shared_layers
+from ara.models.weights import LinearSpec, left_dense, shared_layers
 from ara.stages.common import Run, begin, open_task, outputs_folder, text_parts, warn_without_chat
-from ara.stages.disk_room import Need, check_room, mebibytes
+from ara.stages.decompose_ahead import less_room, linears_to_store, prepare
+from ara.stages.disk_room import mebibytes
 from ara.stages.factoring import factor_layers, refuse_nonfinite_weights, unfinished
 from ara.stages.moments import moment_bytes, moments_to_keep
 from ara.workspace.store import Workspace
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from ara.data.mixtures import CalibrationText
     from ara.data.tokens import TokenWindows
-    from ara.models.download import Download
 
 # With fewer calibration tokens per input dimension the second moments are noisy. Papers use 256 x 2048 tokens for
 # widths of 4096 to 11008.
@@ -63,6 +62,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
     entry = DECOMPOSITIONS.entry(config.method)
     method: Decomposition = entry.load()(method_options(entry.load().Options, config.options))
     placement = choose_placement(config.device, config.dtype)
+    run.check_offload(placement.device)
     run.group.check_device(placement.device, placement.dtype)
     run.report.step(f"Decomposing {config.model}")
     with run.group.first_of_machine():
@@ -91,9 +91,7 @@ def decompose(config: DecomposeConfig, run: Run, name: str | None = None) -> Sta
         task.describe(name or config.method, settings, (), source.identity.as_dict())
         if (done := task.done()) is not None:
             return done
-        if (download := source.to_download()) is not None:
-            resumes = task.unfinished()
-            _check_download(download, source, config, task.workspace, resumes, run)
+        prepare(source, config, method, placement, task, run)
         windows = _windows(config, source, tokenizer, text, task.workspace, run)
         run.report.fact("loading the model")
         with run.group.first_of_machine():
@@ -136,53 +134,6 @@ def _recorded(config: DecomposeConfig) -> dict[str, Any]:
     }
     unset = {name for name, default in later.items() if getattr(config, name) == default}
     return config.model_dump(mode="json", exclude=unset)
-
-
-def linears_to_store(model: nn.Module, config: DecomposeConfig) -> list[LinearSpec]:
-    """Return the linear layers of the decoder blocks, with the ranks to store.
-
-    Raises:
-        UsageError: experts are to share a factor, and there are none.
-    """
-    linears = find_linears(model, config.exclude)
-    if config.share_experts and all(spec.experts == 1 for spec in linears):
-        raise UsageError(
-            f"--share-experts: {type(model).__name__} has no experts, or --exclude leaves them out",
-            "leave out --share-experts",
-        )
-    return storing(linears, config.max_keep)
-
-
-def _check_download(
-    download: Download,
-    source: ModelSource,
-    config: DecomposeConfig,
-    workspace: Workspace,
-    resumes: bool,
-    run: Run,
-) -> None:
-    """Check that the disk has room for the weights and the factors, before the weights are downloaded.
-
-    An interrupted run has stored some of the factors: then only the weights are checked here.
-
-    Raises:
-        DiskFullError: it has not.
-    """
-    model, itemsize = source.empty_model(), torch_dtype(config.factors_dtype).itemsize
-    linears = linears_to_store(model, config)
-    use = disk_use(linears, parameter_count(model), itemsize)
-    needs = [Need("model", download.bytes, download.folder)]
-    needs += [] if resumes else [Need("factors", use.factors, workspace.root)]
-    needs.append(Need("a later checkpoint at most", use.checkpoint, workspace.root, later=True))
-    check_room(needs, _less_room(linears, itemsize, config), run.report)
-
-
-def _less_room(linears: Sequence[LinearSpec], itemsize: int, config: DecomposeConfig) -> str:
-    """Return what to do if the disk is too small."""
-    hint = "free some space or choose another workspace with -w"
-    if config.max_keep is not None:
-        return hint
-    return f"{hint}; with --max-keep 1 the factors take {mebibytes(factor_bytes(storing(linears, 1), itemsize))}"
 
 
 def _text(config: DecomposeConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> CalibrationText:
@@ -279,12 +230,8 @@ def _preflight(
         :attr:`FactorsResults.moments`.
     """
     todo, itemsize = unfinished(linears, stage), torch_dtype(config.factors_dtype).itemsize
-    use, free = disk_use(todo, parameter_count(model), itemsize), shutil.disk_usage(stage.folder).free
-    needed = use.factors
-    run.report.fact(
-        f"{len(todo)} linear layers; their factors take {mebibytes(needed)}, the model {mebibytes(use.model)}, a later "
-        f"checkpoint at most {mebibytes(use.checkpoint)}"
-    )
+    needed, free = factor_bytes(todo, itemsize), shutil.disk_usage(stage.folder).free
+    run.report.fact(f"{len(todo)} linear layers; their factors take {mebibytes(needed)}")
     leaders = moments_to_keep(linears, owners, config.keep_moments, free - needed, stage, run)
     what = "the factors"
     if leaders is not None:
@@ -293,7 +240,7 @@ def _preflight(
     if free < needed:
         raise DiskFullError(
             f"{what} need {mebibytes(needed)}, {stage.folder.parent} has {mebibytes(free)} free",
-            _less_room(todo, itemsize, config),
+            less_room(todo, itemsize, config),
         )
     refuse_nonfinite_weights(model, linears)
     return leaders

@@ -40,8 +40,7 @@ def check_room(needs: Sequence[Need], hint: str, report: Reporter) -> None:
     Raises:
         DiskFullError: there is too little room.
     """
-    parts = ", ".join(f"{need.what} {mebibytes(need.bytes)}" for need in needs)
-    report.fact(f"needed on the disk: {parts}")
+    parts = say_needs(needs, report)
     for disk in dict.fromkeys(_disk(need.folder) for need in needs):
         here = [need for need in needs if _disk(need.folder) == disk]
         folder = existing_folder(here[0].folder)
@@ -52,6 +51,13 @@ def check_room(needs: Sequence[Need], hint: str, report: Reporter) -> None:
         if free < now + sum(need.bytes for need in here if need.later):
             names = " and ".join(need.what for need in here if need.later)
             report.warn(f"{folder} has {mebibytes(free)} free, which is too little for {names} as well")
+
+
+def say_needs(needs: Sequence[Need], report: Reporter) -> str:
+    """Report how much each part takes, and return it in words."""
+    parts = ", ".join(f"{need.what} {mebibytes(need.bytes)}" for need in needs)
+    report.fact(f"needed on the disk: {parts}")
+    return parts
 
 
 def mebibytes(size: int) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ara.allocation.uniform import Uniform
 from ara.artifacts.checkpoint import CHECKPOINT, CheckpointResults, label_of
 from ara.artifacts.evaluation import DENSE
-from ara.artifacts.factors import factor_files, specs_of
+from ara.artifacts.factors import FactorsResults, factor_files, specs_of
 from ara.artifacts.ranks import RanksSettings, read_allocation
 from ara.config import EvalConfig
 from ara.data.filespecs import is_file
@@ -105,9 +105,10 @@ def evaluate(
         run.report.warn(f"--tasks {','.join(config.tasks)} names no task in {', '.join(config.include_path)}")
     if runtime is None:
         placement = choose_placement(config.device, config.dtype)
+        run.check_offload(placement.device)
         group.check_device(placement.device, placement.dtype)
     else:
-        placement = placement_in(runtime, config)
+        placement = placement_in(runtime, config, run)
         refuse_chats(config, [name for name in names if is_chat(name)])
     with open_task("eval", run, started) as work:
         workspace = work.workspace
@@ -143,7 +144,9 @@ def evaluate(
             variants.append(_exported(truncated, exported))
         questions = questions_for(source, sources, resolved, run.report)
         asked = partial(_measurement, runtime, variants, label_of(truncated), questions, resolved, run)
-        dense_bytes = CheckpointResults.read(truncated).dense_weight_bytes
+        # In the dtype in which the models are held: that of the checkpoint's files may be another one.
+        parameters = FactorsResults.read(decomposition).model_parameters
+        dense_bytes = parameters * torch_dtype(placement.dtype).itemsize
         if group.writes:
             with work.writer(resumable=True, keep_after_nan=True) as stage:
                 measurement = asked(stage)

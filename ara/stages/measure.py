@@ -29,7 +29,7 @@ class Measurement(Pieces):
         """Measure all pieces that are missing; return whether the models ran interleaved.
 
         Args:
-            dense_bytes: weight bytes of the dense model, the largest one.
+            dense_bytes: weight bytes of the dense model, the largest one, in the dtype of the run.
 
         Raises:
             NumericalError: a model gives NaN.

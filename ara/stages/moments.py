@@ -65,7 +65,7 @@ def moments_to_keep(
         return None
     needed = moment_bytes(linears, leaders)
     size = f"{needed / 2**20:,.0f} MiB"
-    if wanted == "yes" or needed <= _SHARE * free:
+    if are_kept(needed, wanted, free):
         run.report.fact(f"second moments of their inputs are kept as well: {size} (off: --keep-moments no)")
         return leaders
     run.report.warn(
@@ -73,6 +73,11 @@ def moments_to_keep(
         "that the factors leave free; rounding will read text instead (--keep-moments yes keeps them all the same)"
     )
     return None
+
+
+def are_kept(size: int, wanted: Literal["auto", "yes", "no"], free: int) -> bool:
+    """Tell whether moments of ``size`` bytes are kept; ``wanted`` and ``free`` as of :func:`moments_to_keep`."""
+    return wanted == "yes" or (wanted == "auto" and size <= _SHARE * free)
 
 
 def moment_bytes(linears: Sequence[LinearSpec], leaders: Mapping[str, str]) -> int:

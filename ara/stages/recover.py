@@ -73,6 +73,7 @@ def recover(
         levels = levels_with_ranks(levels, stored_ranks(before.factors), config, run.report)
         run.report.step(f"Recovering {before.view.key}: {', '.join(levels)}")
         placement, group = training_placement(config), run.group
+        run.check_offload(placement.device)
         group.check_device(placement.device, placement.dtype)
         run.report.fact(placement.why)
         with group.first_of_machine():

@@ -26,7 +26,8 @@ from ara.progress import SILENT
 from ara.solver.stored_ranks import planned_ranks
 from ara.stages.allocate import AUTO, allocate, refuse_layout, refuse_method
 from ara.stages.common import Run
-from ara.stages.decompose import decompose, linears_to_store
+from ara.stages.decompose import decompose
+from ara.stages.decompose_ahead import linears_to_store
 from ara.stages.latency import LATENCY, check_settings, refuse_objective
 from ara.stages.recover import check_levels, levels_with_ranks
 from ara.stages.train_masks import train_masks

@@ -28,6 +28,7 @@ C = TypeVar("C", bound=TuningConfig)
 def placed(config: C, run: Run) -> C:
     """Return ``config`` with device and dtype resolved; the reason is reported."""
     placement = choose_placement(config.device, config.dtype)
+    run.check_offload(placement.device)
     run.group.check_device(placement.device, placement.dtype)
     run.report.fact(placement.why)
     return config.model_copy(update={"device": placement.device, "dtype": placement.dtype})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,42 @@ def test_an_unknown_model(tmp_path: Path) -> None:
 def test_a_size_shows_both_checkpoints(tiny_llama: Path, tmp_path: Path) -> None:
     found: Any = done("plan", tiny_llama, *QUICK, "--size", "160KB", "-w", tmp_path)
     assert "before ara quantise, 156.2 KiB after it" in found.stdout
+
+
+# config.json of LLaMA-2-7B, without what names tokens.
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vocab_size": 32000,
+}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/large-models.md"])
+def test_the_plan_of_llama_is_shown(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory, FLOPs and time depend on the machine; the disk does not."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("llama2-7b")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    found = done("plan", "./llama2-7b", "--keep", "0.8", "--no-probe", "--device", "cpu", "--dtype", "float32").stdout
+    text = (Path(__file__).parents[2] / page).read_text()
+    shown = _disks(text)
+    assert shown and shown.items() <= _disks(found).items()
+    assert {"decompose", "allocate", "truncate", "recover", "eval"} <= shown.keys()
+    assert "least machine: memory" in text
+
+
+def _disks(text: str) -> dict[str, str]:
+    """Return stage → its disk, from the rows of a plan."""
+    row = r"^ ([\w-]+)(?: \(optional\))? +[\d.]+ \w+ +[\d.]+ \w+ +[a-z ]+? {2,}([\d.]+ \w+)"
+    return dict(re.findall(row, text, re.MULTILINE))

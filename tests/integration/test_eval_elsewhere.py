@@ -145,6 +145,11 @@ def test_what_a_runtime_cannot_do(
         evaluate(_config(tiny_text, **changes), Run(copied), runtime=InTorch())
 
 
+def test_a_runtime_loads_weights_itself(copied: Path, tiny_text: str) -> None:
+    with pytest.raises(UsageError, match="--offload disk is given, and Torch loads the whole model itself"):
+        evaluate(_config(tiny_text), Run(copied, offload="disk"), runtime=InTorch())
+
+
 def test_without_vllm_one_line_says_what_to_install(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("export.vllm.runtime.find_spec", lambda name: None)
     result = ara("eval", "--tasks", "piqa", "--backend", "vllm", "-w", str(copied), "-q")

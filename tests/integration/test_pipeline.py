@@ -518,6 +518,15 @@ def test_models_that_do_not_fit_together_are_alone_in_memory(copied, tiny_text, 
     assert list(alone["variants"]) == list(together["variants"])
 
 
+@pytest.mark.parametrize(("dtype", "fits"), [("bfloat16", True), ("float32", False)])
+def test_models_fit_by_the_dtype_in_which_they_are_held(copied, tiny_text, monkeypatch, dtype, fits):
+    stored = manifest(copied, f"truncate/{NAME}").results["dense_weight_bytes"]
+    # More than three models of half of the bytes need, and less than three as they are stored.
+    monkeypatch.setattr("ara.stages.common.available_bytes", lambda device: 3 * stored)
+    config = EvalConfig(tasks=(tiny_text,), seq_len=32, max_windows=1, device="cpu", dtype=dtype)
+    assert evaluate(config, Run(copied), name="held").manifest.results["interleaved"] == fits
+
+
 def test_chosen_uniform_is_not_measured_twice(copied, tiny_text):
     allocate(AllocateConfig(keep=0.6, method="uniform", rank_multiple=4), Run(copied))
     truncate(TruncateConfig(), Run(copied))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,32 @@ from typing import Any
 import pytest
 
 from ara.artifacts.checkpoint import CheckpointResults
-from ara.config import AllocateConfig, DecomposeConfig, RecoverConfig, TrainMasksConfig, TruncateConfig
+from ara.config import (
+    AllocateConfig,
+    BenchConfig,
+    DecomposeConfig,
+    EvalConfig,
+    RecoverConfig,
+    TrainMasksConfig,
+    TruncateConfig,
+)
 from ara.errors import DiskFullError, UsageError
 from ara.models import kept, memory, recompute
 from ara.models.offload import Offload
+from ara.models.placement import Placement
 from ara.recovery.base import LevelOutcome, Recovery
 from ara.recovery.block import Block
 from ara.stages import recovery_place
 from ara.stages.allocate import allocate
+from ara.stages.bench import bench
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
+from ara.stages.evaluate import evaluate
 from ara.stages.recover import recover
 from ara.stages.run import run_pipeline
 from ara.stages.train_masks import train_masks
 from ara.workspace.view import StageView
+from tests.commands import ara
 from tests.killed import killed_at
 from tests.recorder import Recorder
 from tests.tiny import save_tiny
@@ -175,3 +187,27 @@ def test_another_dtype_than_the_stored_one_is_said(copied: Path) -> None:
     report = Recorder()
     recover(REPAIR.model_copy(update={"dtype": "bfloat16"}), Run(copied, report=report, offload="disk"))
     assert sum("they are stored in float32 and must fit into memory once" in fact for fact in report.facts) == 1
+
+
+@pytest.mark.parametrize("stage", ["decompose", "tuning", "recover", "evaluate", "bench"])
+def test_weights_stay_in_files_on_a_cpu_only(
+    stage: str, copied: Path, tiny_settings: dict[str, Any], tiny_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"ara.stages.{stage}.choose_placement", lambda *_: Placement("cuda", "bfloat16", "a GPU"))
+    run = Run(copied, offload="disk")
+    calls: dict[str, Callable[[], StageView]] = {
+        "decompose": lambda: decompose(DecomposeConfig(**tiny_settings), run),
+        "tuning": lambda: allocate(AllocateConfig(keep=0.7, method="sensitivity"), run),
+        "recover": lambda: recover(REPAIR, run),
+        "evaluate": lambda: evaluate(EvalConfig(tasks=(tiny_text,)), run),
+        "bench": lambda: bench(BenchConfig(), run),
+    }
+    with pytest.raises(UsageError, match="--offload disk is given, and the model runs on cuda") as refused:
+        calls[stage]()
+    assert refused.value.hint is not None and refused.value.hint.startswith("use --device cpu")
+
+
+def test_weights_in_ram_for_a_gpu_are_no_choice(tiny_llama: Path) -> None:
+    result = ara("decompose", tiny_llama, "--offload", "ram")
+    assert result.exit_code == 2
+    assert "'--offload': Value error, 'ram' is not one of 'auto', 'none', 'disk'" in result.stderr

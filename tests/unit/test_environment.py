@@ -191,3 +191,14 @@ def test_a_stage_does_not_count_the_memory_of_earlier_ones():
     out = subprocess.run([sys.executable, "-c", _RELEASED], capture_output=True, text=True, check=True, timeout=120)
     before, after = map(int, out.stdout.split())
     assert after < before - 250
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_memory_of_a_gpu_goes_back_if_cuda_is_in_use(monkeypatch: pytest.MonkeyPatch, in_use: bool) -> None:
+    emptied: list[str] = []
+    cuda = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: in_use, empty_cache=lambda: emptied.append("cuda")
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    environment.release_memory()
+    assert emptied == ["cuda"] * in_use

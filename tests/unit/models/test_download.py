@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,13 @@ import torch
 from huggingface_hub import constants
 
 from ara.config import DecomposeConfig
+from ara.decomposition.two_sided import TwoSided
 from ara.errors import DiskFullError, ModelError
 from ara.models.download import missing_weights
+from ara.models.placement import choose_placement
 from ara.models.sources import resolve
+from ara.planning.decomposition import plan_decomposition
+from ara.planning.sizes import Pages
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
 from tests.hub import COMMIT, Hub, hub
@@ -118,6 +123,39 @@ def test_too_little_disk_is_told_with_three_sizes_before_the_download(
         decompose(DecomposeConfig(**settings), Run(tmp_path / "ws"))
     assert "with --max-keep 1 the factors take" in str(caught.value.hint)
     assert not set(served.names) & {*shards(served), *OTHERS}
+
+
+@pytest.mark.parametrize(("moments", "missing", "fits"), [("yes", 1, False), ("yes", 0, True), ("no", 1, True)])
+def test_a_copy_in_another_dtype_and_kept_moments_are_counted(
+    served: Hub,
+    tiny_settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moments: str,
+    missing: int,
+    fits: bool,
+) -> None:
+    monkeypatch.setenv("ARA_CACHE_DIR", str(tmp_path / "copies"))
+    config = DecomposeConfig(**{**tiny_settings, "model": NAME, "dtype": "bfloat16", "keep_moments": moments})
+    source = resolve(NAME, offload="disk")
+    download = source.to_download()
+    assert download is not None
+    typed = config.model_copy(update={"factors_dtype": "bfloat16"})
+    plan = plan_decomposition(typed, TwoSided(), source, choose_placement("cpu", "bfloat16"))
+    parameters = sum(parameter.numel() for parameter in tiny_model("llama").parameters())
+    assert plan.pages.copied == 2 * parameters and plan.moment_bytes > 0
+    free = download.bytes + plan.pages.copied + plan.factor_bytes + plan.moment_bytes - missing
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    recorder = Recorder()
+    run = Run(tmp_path / "ws", report=recorder, offload="disk")
+    with nullcontext() if fits else pytest.raises(DiskFullError, match="needed are"):
+        decompose(config, run)
+    said = next(fact for fact in recorder.facts if fact.startswith("needed on the disk: model"))
+    assert "a copy of it in bfloat16 0 MiB" in said and ("second moments" in said) == (moments == "yes")
+    assert bool(set(served.names) & set(shards(served))) == fits
+    # The copy is there now.
+    again = plan_decomposition(typed, TwoSided(), source, choose_placement("cpu", "bfloat16"))
+    assert again.pages == Pages(True, 0 if fits else 2 * parameters)
 
 
 def test_the_sizes_are_told_and_the_model_is_downloaded(

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from ara.config import AllocateConfig, DecomposeConfig, PlanConfig, TruncateConfig
 from ara.errors import AraError, ModelError, UsageError
+from ara.models import placement
 from ara.models.checkpoint import checkpoint_bytes
 from ara.planning.needs import LIBRARIES, STAGES
 from ara.planning.plan import Plan, StagePlan, make_plan
@@ -20,7 +21,7 @@ from ara.stages.allocate import allocate
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
 from ara.stages.truncate import truncate
-from tests.tiny import save_tiny, tiny_config
+from tests.tiny import save_tiny, save_with_tokenizer, tiny_config, tiny_model
 
 NAMES = ["decompose", "train-masks", "allocate", "truncate", "recover", "eval", "export"]
 
@@ -199,6 +200,32 @@ def test_a_repair_of_weights_that_do_not_fit_has_them_in_files(
     # One byte less than everything: the weights of both models are pages of files.
     monkeypatch.setattr("ara.planning.plan.available_bytes", lambda device: much.memory_bytes - 1)
     assert stage(plan(tiny_llama, tmp_path), "recover").place == "mapped"
+
+
+def test_what_is_converted_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "_choose_dtype", lambda device: ("float32", "no bf16 arithmetic"))
+    model = save_with_tokenizer(tmp_path / "published", tiny_model("llama", 0).bfloat16())
+    # Factors and checkpoints in float32, as the run, and in bfloat16, as the model was published.
+    same, other = (plan(model, tmp_path, dtype=dtype) for dtype in ("float32", "auto"))
+    assert (same.stored_dtype, other.stored_dtype) == ("float32", "bfloat16")
+    for name in ("train-masks", "allocate"):
+        assert stage(other, name).memory_bytes == stage(same, name).memory_bytes
+        assert stage(other, name).least_memory_bytes > stage(same, name).least_memory_bytes
+    assert stage(other, "eval").least_memory_bytes > stage(same, "eval").least_memory_bytes
+
+
+def test_models_that_are_made_in_memory_are_no_pages(tiny_llama: Path, tmp_path: Path) -> None:
+    large, small = (plan(tiny_llama, tmp_path, keep=keep, layout="pivoted") for keep in (0.8, 0.4))
+    assert large.weights.mapped
+    # Low-rank layers of the uniform model.
+    fewer = 4 * 0.4 * large.linear_parameters
+    found = stage(large, "eval").least_memory_bytes - stage(small, "eval").least_memory_bytes
+    assert found == pytest.approx(fewer, rel=0.1)
+    # Of factors the first rows of A are pages.
+    factors = plan(tiny_llama, tmp_path, keep=0.8)
+    assert stage(factors, "eval").least_memory_bytes < stage(large, "eval").least_memory_bytes - 0.6 * fewer
+    # The checkpoint in float32, then the graph.
+    assert stage(large, "export").least_memory_bytes == LIBRARIES + stage(large, "export").disk_bytes
 
 
 def test_times_come_from_a_probe(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""How often the blocks of a model run when the second moments of all layers do not fit into memory."""
+"""What a decomposition says before it starts, and how often it runs the blocks of a model where memory is short."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
-from ara.config import DecomposeConfig
-from ara.models.sources import ModelSource
+from ara.config import DecomposeConfig, PlanConfig
+from ara.decomposition import DECOMPOSITIONS
+from ara.errors import UnsupportedModelError
+from ara.models.placement import choose_placement
+from ara.models.sources import ModelSource, resolve
 from ara.models.weights import find_blocks
+from ara.planning.decomposition import plan_decomposition
+from ara.planning.plan import make_plan
 from ara.stages.common import Run
 from ara.stages.decompose import decompose
+from ara.stages.factoring import factor_layers
+from tests.commands import decompose_arguments, done
+from tests.recorder import Recorder
 
 # Looks at a few tokens, for layers that are not called, and at one window, for layers with the same input.
 _LOOKS = 2
@@ -49,3 +58,78 @@ def test_text_is_read_once_however_many_chunks_there_are(
     assert runs[1] == runs[2] == once + 1 + backward
     assert whole.manifest is not None and chunks.manifest is not None
     assert whole.manifest.files == chunks.manifest.files
+
+
+@pytest.mark.parametrize(
+    ("method", "memory", "said"),
+    [
+        ("two-sided", None, "all at once"),
+        ("two-sided", 1e-6, "in 3 parts, one after the other"),
+        ("plain", None, None),
+    ],
+)
+def test_memory_and_disk_are_told_before_the_model_is_loaded(
+    method: str, memory: float | None, said: str | None, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = DecomposeConfig(**tiny_settings, method=method, moment_memory=memory)
+    decompose(config, Run(tmp_path, report=(report := Recorder())))
+    before = report.facts[: report.facts.index("loading the model")]
+    assert [fact for fact in before if " blocks: " in fact] == (
+        [] if said is None else [f"3 blocks: their second moments {said}, their factors block by block"]
+    )
+    (memory_fact,) = (fact for fact in before if fact.startswith("memory: about"))
+    assert memory_fact.endswith("everything fits")
+    (disk,) = (fact for fact in before if fact.startswith("needed on the disk: factors 1 MiB"))
+    assert ("second moments" in disk) == (method != "plain")
+
+
+def test_what_is_told_is_what_the_plan_says(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    same = {name: tiny_settings[name] for name in ("model", "samples", "seq_len", "device", "dtype")}
+    planned = make_plan(PlanConfig(**same, probe=False), tmp_path).stages[0]
+    config = DecomposeConfig(**tiny_settings, factors_dtype="float32")
+    source, placement = resolve(tiny_settings["model"]), choose_placement("cpu", "float32")
+    found = plan_decomposition(config, DECOMPOSITIONS.load("two-sided")(), source, placement)
+    assert found.stage == planned
+    assert found.stage.disk_bytes == found.factor_bytes + found.moment_bytes
+
+
+def test_gradients_of_later_chunks_are_counted(
+    tiny_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def factor_counted(*args: Any) -> None:
+        with FlopCounterMode(display=False) as counter:
+            factor_layers(*args)
+        counted.append(counter.get_total_flops())
+
+    monkeypatch.setattr("ara.stages.decompose.factor_layers", factor_counted)
+    planned = []
+    source, placement = resolve(tiny_settings["model"]), choose_placement("cpu", "float32")
+    for name, memory in (("whole", None), ("chunks", 1e-6)):
+        settings = {**tiny_settings, "samples": 32, "moment_memory": memory, "factors_dtype": "float32"}
+        config = DecomposeConfig(**settings)
+        decompose(config, Run(tmp_path / name))
+        planned.append(plan_decomposition(config, DECOMPOSITIONS.load("two-sided")(), source, placement).stage.flops)
+    # Products of the factorisations are the same, and a few windows show at which blocks passes may start.
+    assert planned[1] - planned[0] == pytest.approx(counted[1] - counted[0], rel=0.25)
+
+
+def test_a_quiet_command_tells_nothing(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    words = decompose_arguments(tiny_settings, tmp_path)
+    assert "memory: about" in done(*words).stderr
+    again = done(*words, "--force", "-q").stderr
+    assert "memory: about" not in again and "needed on the disk" not in again
+
+
+def test_a_model_that_cannot_be_counted_is_decomposed(
+    tiny_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise UnsupportedModelError("its forward pass needs numbers")
+
+    monkeypatch.setattr("ara.stages.decompose_ahead.plan_decomposition", refuse)
+    view = decompose(DecomposeConfig(**tiny_settings), Run(tmp_path, report=(report := Recorder())))
+    assert view.state == "done"
+    assert not any(fact.startswith("memory: about") for fact in report.facts)
+    assert any(fact.startswith("needed on the disk: factors 1 MiB, a later") for fact in report.facts)
