@@ -56,8 +56,14 @@ def llama(hidden: int, layers: int, vocabulary: int) -> LlamaConfig:
 
 
 @contextlib.contextmanager
-def limited(limit: int) -> Iterator[list[Path]]:
-    """Yield the files that a process writes its number to, to live in a group of ``limit`` bytes; none without root."""
+def limited(limit: int | None) -> Iterator[list[Path]]:
+    """Yield the files that a process writes its number to, to live in a group of ``limit`` bytes.
+
+    None without root, or without a limit.
+    """
+    if limit is None:
+        yield []
+        return
     root, name = (
         (GROUPS / "memory", "memory.limit_in_bytes") if (GROUPS / "memory").is_dir() else (GROUPS, "memory.max")
     )
@@ -81,8 +87,12 @@ def limited(limit: int) -> Iterator[list[Path]]:
             time.sleep(0.1)
 
 
-def run_stage(arguments: list[str], limit: int) -> tuple[float, int | None, bool]:
+def run_stage(arguments: list[str], limit: int | None) -> tuple[float, int | None, bool]:
     """Run a stage.
+
+    Args:
+        arguments: of ``ara``.
+        limit: bytes; ``None`` for none.
 
     Returns:
         Seconds, the peak of memory that cannot be dropped (``None`` if the stage was killed), and whether the limit was

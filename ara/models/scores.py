@@ -28,10 +28,11 @@ from ara.errors import is_out_of_memory
 from ara.models.forwards import replacing_forward
 from ara.models.weights import find_blocks
 
-# Logits of a chunk, and how many tensors of this size a loss needs: logits, soft cap, gradient, those of a teacher.
-CHUNK_BYTES, LOSS_TENSORS = 32 * 2**20, 8
+# Logits of a chunk, and how many tensors of this size a loss needs: logits, their gradient, those of a teacher, and one
+# in passing. Smaller chunks are slower: each one reads the whole matrix of the head.
+CHUNK_BYTES, LOSS_TENSORS = 64 * 2**20, 4
 # Logits that are kept if they are read again and again.
-KEPT_BYTES = 6 * CHUNK_BYTES
+KEPT_BYTES = 3 * CHUNK_BYTES
 # Tokens of the pass that looks at the model.
 _PROBED = 4
 # Largest difference of equal logits, as a share of the largest logit: more than rounding in bfloat16.

@@ -17,6 +17,7 @@ from ara.decomposition.parallel import factorisation_bytes, workers_for
 from ara.decomposition.two_sided import TwoSidedOptions
 from ara.models.disk import factor_bytes
 from ara.models.memory import place_of_weights
+from ara.models.scores import CHUNK_BYTES, LOSS_TENSORS
 from ara.models.weights import LinearSpec, by_block
 from ara.planning.shape import ModelShape
 from ara.planning.sizes import checkpoint_bytes, largest_layer_bytes, moment_bytes
@@ -28,9 +29,9 @@ LIBRARIES = 450 << 20
 # Memory of a graph per byte that it keeps: between its tensors lie blocks that were freed while it grew. In
 # ara decompose of SmolLM2-135M, in bfloat16 on a CPU, the graph of 4 × 512 tokens took 1,566 MiB and kept 1,190.
 _GRAPH = 1.3
-# Tensors like the logits that a loss has beside them: the check for NaN has an absolute value and two masks
-# (ara.calibration.gradients), the loss itself a copy, then the gradient (ara.models.losses).
-_LOSS = 2.5
+# Tensors like the logits that a loss needs: the logits, an absolute value and two masks in the check for NaN
+# (ara.calibration.gradients), then the gradient (ara.models.losses).
+_LOSS = 3.5
 # 1 / share of the free memory that moments, kept outputs of blocks, and kept inputs of layers each may take
 # (ara.stages.factoring, ara.models.blocks, ara.recovery.dense_side).
 _SHARE = 4
@@ -374,7 +375,8 @@ def _largest_block(shape: ModelShape) -> list[LinearSpec]:
 
 
 def _logits(shape: ModelShape, windows: int, seq_len: int) -> int:
-    return windows * seq_len * shape.vocabulary * shape.dtype.itemsize
+    """Return the memory of the logits that exist at once (ara.models.scores)."""
+    return min(windows * seq_len * shape.vocabulary * shape.dtype.itemsize, CHUNK_BYTES)
 
 
 def _graph(shape: ModelShape, settings: Settings, windows: int, seq_len: int, free: int, masks: bool = False) -> int:
@@ -385,11 +387,11 @@ def _graph(shape: ModelShape, settings: Settings, windows: int, seq_len: int, fr
         inputs = sum(spec.n * shape.seen(spec) for spec in shape.leaders)
         kept += int(windows * seq_len * inputs * shape.dtype.itemsize)
     logits = _logits(shape, windows, seq_len)
-    if kept > free // 2:
+    if kept + LOSS_TENSORS * logits > free // 2:
         # The blocks are computed again (ara.models.recompute): one block's graph is kept. The inputs of all blocks are
         # in files, except on a GPU.
         inputs = windows * seq_len * shape.hidden * shape.dtype.itemsize * shape.blocks if settings.on_gpu else 0
-        kept = logits + inputs + (kept - logits) // shape.blocks
+        kept = inputs + kept // shape.blocks
     return int(_GRAPH * kept + _LOSS * logits)
 
 

@@ -41,7 +41,7 @@ class WindowPass:
         attention: FLOPs of causal attention, which grow with t².
         head: FLOPs of the head.
         moved: bytes that all other operations read and write.
-        kept: bytes that are kept for a backward pass to the embeddings, with the logits.
+        kept: bytes that are kept for a backward pass to the embeddings, without the logits.
     """
 
     tokens: int
@@ -233,7 +233,7 @@ def trace(model: PreTrainedModel, linears: Sequence[LinearSpec], seq_len: int, n
                 counter,
             ):
                 logits = model(input_ids=ids, use_cache=False).logits
-            kept = distinct_bytes([*saved, logits], model)
+            kept = distinct_bytes([one for one in saved if one.shape[-1:] != logits.shape[-1:]], model)
         except Exception as error:
             raise UnsupportedModelError(
                 f"the work of {name} cannot be counted: its forward pass needs numbers "
