@@ -27,6 +27,7 @@ def serve() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
+        agent = _agent(request["port"]) if request["size"] > 1 else None
         begun = time.monotonic()
         ranks: dict[int, int] = {}
         for rank in range(request["size"]):
@@ -38,7 +39,27 @@ def serve() -> None:
         while None in found:
             child, status = os.wait()
             found[ranks[child]] = status, time.monotonic() - begun
+        if agent is not None:
+            os.kill(agent, signal.SIGKILL)
+            os.waitpid(agent, 0)
         print(json.dumps(found), flush=True)
+
+
+def _agent(port: int) -> int:
+    """Start a process with the store of all others, which outlives them as that of torchrun does; return its id."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if not child:
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        os.write(told, b"!")
+        while store is not None:
+            signal.pause()
+    os.close(told)
+    os.read(ready, 1)
+    os.close(ready)
+    return child
 
 
 def _run(rank: int, request: dict[str, Any]) -> None:
@@ -49,6 +70,7 @@ def _run(rank: int, request: dict[str, Any]) -> None:
         size = str(request["size"])
         os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])}
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(True)
     for fault in request["faults"]:
         if fault["rank"] == rank:
             _inject(fault)

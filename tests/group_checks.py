@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +13,7 @@ from ara.distributed import torch_group
 from ara.distributed.group import Group
 from ara.distributed.launch import launched
 from ara.distributed.torch_group import joined
-from ara.errors import UnequalError, UsageError
+from ara.errors import ProcessLostError, UnequalError, UsageError
 
 
 def check_exchange() -> None:
@@ -79,3 +82,15 @@ def _agreement(group: Group) -> None:
         group.check_device("cuda", "float32")
     with pytest.raises(UnequalError, match="device and dtype"):
         group.check_device("cpu", "float32" if group.writes else "bfloat16")
+
+
+def check_late_process() -> None:
+    """Process 1 asks who was first long after process 0 has reported its error and ended."""
+    with joined(launched()) as group:
+        if group.rank == 0:
+            assert group.reports_error()
+            os._exit(0)
+        with pytest.raises(ProcessLostError):
+            group.broadcast()
+        time.sleep(1)
+        assert not group.reports_error()

@@ -151,7 +151,8 @@ class TorchGroup(Group):
         """Tell whether this process is the first one to report an error; call it once, before the process ends."""
         try:
             return self._store.compare_set("ara/error", "", str(self.rank)) == str(self.rank).encode()
-        except Exception:  # the store has ended with the process that held it: nobody can tell who was first
+        # The store of torchrun outlives the processes. Elsewhere it ends with process 0: nobody can tell who was first.
+        except Exception:
             return True
 
     def _meet(self) -> None:

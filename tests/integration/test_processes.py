@@ -202,6 +202,10 @@ def test_an_error_of_all_processes_is_reported_once(forks, tiny_settings, tmp_pa
     assert not (tmp_path / "ws").exists()
 
 
+def test_a_late_process_knows_that_the_error_is_reported(forks):
+    assert [ended.code for ended in forks.call("tests.group_checks:check_late_process", 2)] == [0, 0]
+
+
 def test_unequal_versions_are_refused(forks, tiny_settings, tmp_path):
     faults = [with_value("ara.version:__version__", "9.9", rank=1)]
     processes = forks.run(decompose_arguments(tiny_settings, tmp_path / "ws"), size=2, faults=faults)
