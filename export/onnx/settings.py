@@ -24,7 +24,7 @@ def resolve(config: ExportConfig, *, rounded: bool = False) -> ExportConfig:
         rounded: whether the checkpoint has matrices of few bits.
 
     Raises:
-        UnavailableError: CUDA was asked for and this ONNX Runtime lacks it; int4.
+        UnavailableError: CUDA was asked for and this ONNX Runtime lacks it; int4 of a checkpoint that is not rounded.
         UsageError: a combination that ONNX Runtime cannot run.
     """
     provider = config.execution_provider
@@ -37,7 +37,10 @@ def resolve(config: ExportConfig, *, rounded: bool = False) -> ExportConfig:
         )
     precision = config.precision or _default(config, provider, rounded)
     if precision == "int4":
-        raise UnavailableError(_BLOCKED_INT4, "run ara quantise --bits 4 first, and export its checkpoint")
+        if not rounded:
+            raise UnavailableError(_BLOCKED_INT4, "run ara quantise --bits 4 first, and export its checkpoint")
+        # Matrices of few bits keep them in every precision.
+        precision = "fp16" if provider == "cuda" else "int8"
     if config.rewrite is not None and (config.merge_shared_inputs or config.last_logits or config.precision):
         raise UsageError(
             "--rewrite changes nothing but the factors: no --precision, --merge-shared-inputs or --last-logits",

@@ -291,6 +291,8 @@ def test_what_is_not_known_is_refused_by_name(
 def test_precisions_that_cannot_be() -> None:
     with pytest.raises(UnavailableError, match=r"does not round to 4 bits: .*3\.80"):
         resolve(ExportConfig(precision="int4", execution_provider="cpu"))
+    # A rounded checkpoint keeps its bits in every precision.
+    assert resolve(ExportConfig(precision="int4", execution_provider="cpu"), rounded=True).precision == "int8"
     with pytest.raises(UsageError, match="no fp32 on CUDA"):
         resolve(ExportConfig(precision="fp32", execution_provider="cuda"))
     assert resolve(ExportConfig(execution_provider="cuda")).precision == "fp16"
