@@ -47,6 +47,7 @@ class Layout(ABC):
         indices: names of stored integer indices; they do not count as parameters.
         progress: label of the progress bar while layers are built; ``None`` if building is fast.
         free_basis: whether any factors with the same product may be stored.
+        as_given: whether the stored tensors are the factors themselves.
     """
 
     module: ClassVar[type[CompressedLinear]]
@@ -54,6 +55,7 @@ class Layout(ABC):
     indices: ClassVar[tuple[str, ...]] = ()
     progress: ClassVar[str | None] = None
     free_basis: ClassVar[bool] = False
+    as_given: ClassVar[bool] = False
 
     @abstractmethod
     def cost(self, m: int, n: int, k: Number) -> Number:

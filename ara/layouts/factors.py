@@ -15,7 +15,7 @@ class FactorsLayout(Layout):
 
     module = LowRankLinear
     bias = "B.bias"
-    free_basis = True
+    free_basis = as_given = True
 
     def cost(self, m: int, n: int, k: Number) -> Number:
         """Return k(m + n): a rank above mn / (m + n) costs more than the dense weight."""

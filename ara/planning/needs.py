@@ -15,6 +15,7 @@ from ara.config.sizes import bytes_in
 from ara.decomposition.base import Decomposition
 from ara.decomposition.parallel import factorisation_bytes, workers_for
 from ara.decomposition.two_sided import TwoSidedOptions
+from ara.layouts import layout_named
 from ara.models.disk import factor_bytes
 from ara.models.memory import place_of_weights
 from ara.models.scores import CHUNK_BYTES, LOSS_TENSORS
@@ -302,7 +303,7 @@ def _uniform(shape: ModelShape, settings: Settings) -> tuple[int, int]:
         rank = settings.ranks[spec.name]
         size = spec.cost(rank) * shape.dtype.itemsize
         all_bytes += size
-        views = spec.layout == "factors" and shape.stored == shape.dtype
+        views = layout_named(spec.layout).as_given and shape.stored == shape.dtype
         made += size - (rank * spec.n * shape.dtype.itemsize if views else 0)
     return all_bytes, made
 

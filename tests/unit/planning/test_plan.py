@@ -94,6 +94,8 @@ def _stored(folder: Path) -> dict[str, tuple[int, ...]]:
 def test_weights_of_another_dtype_are_no_pages(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Without the copies that other tests have made of the same model.
+    monkeypatch.setenv("ARA_CACHE_DIR", str(tmp_path / "cache"))
     found = plan(tiny_llama, tmp_path, dtype="bfloat16")
     assert not found.weights.mapped
     assert found.weight_bytes == plan(tiny_llama, tmp_path).weight_bytes // 2
