@@ -23,7 +23,7 @@ from torch import nn
 
 from ara.distributed.group import Group
 from ara.errors import NumericalError, UnsupportedModelError
-from ara.models.blocks import BlockRunner
+from ara.models.blocks import BlockRunner, ending_before_head
 from ara.models.loading import forward_errors
 from ara.models.weights import LinearSpec, WeightRef
 from ara.progress import SILENT, Reporter
@@ -184,7 +184,12 @@ def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], ids: torch.Te
         UnsupportedModelError: the forward pass does not call a layer.
         ModelError: the model's own code fails.
     """
-    with watching_inputs(model, linears) as owners, torch.inference_mode(), forward_errors(model):
+    with (
+        watching_inputs(model, linears) as owners,
+        torch.inference_mode(),
+        forward_errors(model),
+        ending_before_head(model),
+    ):
         model(input_ids=ids, use_cache=False)
     owners |= {spec.name: spec.name for spec in linears if spec.pool is not None and spec.name not in owners}
     missing = [spec.name for spec in linears if spec.name not in owners]

@@ -185,12 +185,14 @@ def independent_starts(model: nn.Module, ids: torch.Tensor, starts: Sequence[int
     with ExitStack() as hooks:
         for index, block in enumerate(blocks):
             hooks.enter_context(block.register_forward_hook(partial(note, index)))
-        model(input_ids=ids, use_cache=False)
+        with ending_before_head(model):
+            model(input_ids=ids, use_cache=False)
     if order != list(range(len(blocks))):
         return {}
     # Some blocks keep state in their module. A pass over another text makes this state wrong, and the last blocks run
     # first, as no other block reads what they leave. So a block that needs such state is found.
-    model(input_ids=ids.flip(1), use_cache=False)
+    with ending_before_head(model):
+        model(input_ids=ids.flip(1), use_cache=False)
     for start, stop in reversed(list(pairwise(stops))):
         try:
             output = runner._run(ids, start, outputs[start], stop - 1)
@@ -382,6 +384,21 @@ def ending_after(block: nn.Module) -> Iterator[list[Any]]:
 
     with block.register_forward_hook(end), suppress(PassEnded):
         yield outputs
+
+
+@contextmanager
+def ending_before_head(model: nn.Module) -> Iterator[None]:
+    """End a pass before the head, whose logits nobody reads. Without a linear layer as head it runs to its end."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+
+    def end(module: nn.Module, args: object) -> None:
+        raise PassEnded
+
+    if not isinstance(head, nn.Linear):
+        yield
+        return
+    with head.register_forward_pre_hook(end), suppress(PassEnded):
+        yield
 
 
 def _begin_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

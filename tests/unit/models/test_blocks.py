@@ -17,7 +17,7 @@ from ara.calibration.gradients import GradientStats, collect_gradients
 from ara.calibration.moments import InputStats, collect_moments, shared_inputs
 from ara.errors import DiskFullError
 from ara.models import kept, recompute
-from ara.models.blocks import BlockRunner, independent_starts, keeping_outputs, starting_at
+from ara.models.blocks import BlockRunner, ending_before_head, independent_starts, keeping_outputs, starting_at
 from ara.models.scores import ChunkLoss
 from ara.models.weights import find_blocks, find_linears
 from ara.progress import SilentReporter
@@ -405,3 +405,18 @@ def test_a_block_that_is_handed_on_may_have_its_own_forward() -> None:
         assert torch.equal(model(_windows(2)).logits, logits)
         assert torch.equal(model(_windows(2).flip(1)).logits, logits), "the ids do not matter any more"
     assert vars(model.blocks[0])["forward"] is own and "forward" not in vars(model.blocks[1])
+
+
+def test_passes_that_look_for_starts_and_inputs_make_no_logits() -> None:
+    model, calls = tiny_model("llama"), []
+    ids = _windows(1)
+    linears = find_linears(model)
+    with model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1)):
+        assert independent_starts(model, ids, [1])
+        owners = shared_inputs(model, linears, ids)
+        assert not calls
+        with ending_before_head(model):
+            model(input_ids=ids)
+        assert not calls
+        model(input_ids=ids)
+    assert calls and set(owners) == {spec.name for spec in linears}
