@@ -12,6 +12,7 @@ from ara.calibration.moments import InputAccumulator, averages
 from ara.layouts.grid import Grid
 from ara.masks.context import TuningContext
 from ara.models.embeddings import Embeddings, find_embeddings
+from ara.models.forwards import ending_before_head
 from ara.models.weights import WeightRef
 from ara.quantisation.embeddings import round_head
 from ara.quantisation.nearest import round_to_nearest
@@ -71,13 +72,12 @@ class RoundedEnds:
         context, head = self._context, self._found.head
         sums = InputAccumulator(self._found.n, context.model.device)
         context.model.use_dense()
-        context.model.prepare(context.train[: context.batch_size])
         handle = WeightRef(head).on_input(context.model.model, sums.add)
         try:
             with context.report.bar("Reading the inputs of the head", len(context.train)) as bar:
                 for batch in context.train.split(context.batch_size):
-                    for _ in context.model.scores(batch).chunks():
-                        """The head has read its inputs."""
+                    with ending_before_head(context.model.model), torch.no_grad():
+                        context.model.model(input_ids=batch.to(context.model.device), use_cache=False)
                     bar.advance(len(batch))
         finally:
             handle.remove()

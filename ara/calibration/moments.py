@@ -23,7 +23,8 @@ from torch import nn
 
 from ara.distributed.group import Group
 from ara.errors import NumericalError, UnsupportedModelError
-from ara.models.blocks import BlockRunner, ending_before_head
+from ara.models.blocks import BlockRunner
+from ara.models.forwards import ending_before_head
 from ara.models.loading import forward_errors
 from ara.models.weights import LinearSpec, WeightRef
 from ara.progress import SILENT, Reporter

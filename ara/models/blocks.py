@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ara.errors import is_out_of_memory
-from ara.models.forwards import replacing_forward
+from ara.models.forwards import PassEnded, ending_after, ending_before_head, replacing_forward
 from ara.models.kept import Keep, Keeper, in_memory
 from ara.models.recompute import Recomputation, beginning_graph, choose_recomputation
 from ara.models.scores import ChunkLoss, Head
@@ -367,38 +367,6 @@ def keeping_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
         for block in blocks:
             hooks.enter_context(block.register_forward_hook(lambda *call: outputs.append(call[-1])))
         yield outputs
-
-
-class PassEnded(Exception):
-    """Ends a forward pass after the last block of interest."""
-
-
-@contextmanager
-def ending_after(block: nn.Module) -> Iterator[list[Any]]:
-    """End a pass after ``block``; yields a list that then holds its output."""
-    outputs: list[Any] = []
-
-    def end(module: nn.Module, args: object, output: Any) -> None:
-        outputs.append(output)
-        raise PassEnded
-
-    with block.register_forward_hook(end), suppress(PassEnded):
-        yield outputs
-
-
-@contextmanager
-def ending_before_head(model: nn.Module) -> Iterator[None]:
-    """End a pass before the head, whose logits nobody reads. Without a linear layer as head it runs to its end."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-
-    def end(module: nn.Module, args: object) -> None:
-        raise PassEnded
-
-    if not isinstance(head, nn.Linear):
-        yield
-        return
-    with head.register_forward_pre_hook(end), suppress(PassEnded):
-        yield
 
 
 def _begin_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

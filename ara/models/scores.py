@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from ara.errors import is_out_of_memory
-from ara.models.forwards import replacing_forward
+from ara.models.forwards import ending_after, replacing_forward
 from ara.models.weights import find_blocks
 
 # Logits of a chunk, and how many tensors of this size a loss needs: logits, their gradient, those of a teacher, and one
@@ -173,7 +173,9 @@ class _Chunked(Scores):
             row: bytes of the logits of a token.
         """
         self._model, self._decoder, self._ids = model, decoder, ids
-        self._output = _run_to_end(model, decoder, ids)
+        with ending_after(decoder) as outputs:
+            model(input_ids=ids, use_cache=False)
+        self._output = outputs[0]
         self._hidden: torch.Tensor = self._output.last_hidden_state
         self._most, self._size = max(1, CHUNK_BYTES // row), row * ids.numel()
 
@@ -244,31 +246,6 @@ class _HeadLosses(torch.autograd.Function):
 
 def _itemsize(model: nn.Module) -> int:
     return next((parameter.element_size() for parameter in model.parameters()), 4)
-
-
-class _Ended(Exception):
-    """Ends a pass after the decoder."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
-
-
-def _run_to_end(model: nn.Module, decoder: nn.Module, ids: torch.Tensor) -> Any:
-    """Return the output of the decoder."""
-
-    def ending(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            raise _Ended(forward(*args, **kwargs))
-
-        return run
-
-    with replacing_forward([decoder], ending):
-        try:
-            model(input_ids=ids, use_cache=False)
-        except _Ended as ended:
-            return ended.output
-    raise AssertionError("the model does not call its decoder")
 
 
 def _finish(model: nn.Module, decoder: nn.Module, ids: torch.Tensor, output: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ara.models.blocks import ending_after, output_bytes, output_on, starting_at
+from ara.models.blocks import output_bytes, output_on, starting_at
+from ara.models.forwards import ending_after
 from ara.models.losses import losses_at
 from ara.models.memory import available_bytes
 from ara.models.scores import ChunkLoss, Head, Place, Scores
@@ -63,7 +64,6 @@ class Teacher:
 
     def _equal(self, ids: torch.Tensor) -> bool:
         """Tell whether the output of the last block gives the scores of the model."""
-        self._head.prepare(ids)
         whole, finished = self._head.scores(ids), self._finish(ids, self._run(ids))
         return all(torch.equal(logits, finished.at(place)) for logits, place in whole.chunks())
 

@@ -17,7 +17,8 @@ from ara.calibration.gradients import GradientStats, collect_gradients
 from ara.calibration.moments import InputStats, collect_moments, shared_inputs
 from ara.errors import DiskFullError
 from ara.models import kept, recompute
-from ara.models.blocks import BlockRunner, ending_before_head, independent_starts, keeping_outputs, starting_at
+from ara.models.blocks import BlockRunner, independent_starts, keeping_outputs, starting_at
+from ara.models.forwards import ending_before_head
 from ara.models.scores import ChunkLoss
 from ara.models.weights import find_blocks, find_linears
 from ara.progress import SilentReporter
